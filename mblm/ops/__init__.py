@@ -1,0 +1,1 @@
+"""The package's operators, one file each: schema, reference, fake function, gradient."""
