@@ -119,14 +119,16 @@ def compile_library(mode: str) -> tuple[Path, dict[str, Any]]:
     """Build the library; returns its path and what to record of it."""
     if mode == "none":
         raise NotCompiledError("MBLM_BUILD=none was set when it was installed")
+    cuda_kernels = any(ROOT.glob("csrc/cuda/*.cu"))
+    if mode == "cuda" and not cuda_kernels:
+        raise NotCompiledError("there are no CUDA kernels in this version")
     facts = torch_facts()
     cxx = compiler()
     cmake, ninja = tool("cmake"), tool("ninja")
     if not cmake:
         raise NotCompiledError("cmake was not found: `pip install cmake ninja`")
     if not mode:
-        kernels = any(ROOT.glob("csrc/cuda/*.cu"))
-        mode = "cuda" if kernels and facts["cuda"] and tool("nvcc") else "cpu"
+        mode = "cuda" if cuda_kernels and facts["cuda"] and tool("nvcc") else "cpu"
     options = {
         "MBLM_TORCH_ROOT": facts["root"],
         "MBLM_TORCH_CXX11_ABI": facts["cxx11_abi"],

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
-REBUILD = "in the source folder, run `pip install --force-reinstall --no-deps .`"
+REBUILD = "in the source folder, run `pip install --no-deps --force-reinstall -e .`"
 
 _loaded = False
 
@@ -88,7 +88,7 @@ def _problem(record: dict[str, Any]) -> str | None:
     if "reason" in record:
         return f"they were not compiled: {record['reason']}"
     if "torch" not in record or not (PACKAGE / "_C.so").exists():
-        return "they were never compiled"
+        return f"none were compiled in {PACKAGE}"
     if record["torch"] != str(torch.__version__):
         return f"they were compiled for torch {record['torch']}, this is torch {torch.__version__}"
     return None
