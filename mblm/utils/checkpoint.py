@@ -100,13 +100,28 @@ def load_model_state(
     expected = model.state_dict()
     if map_extend_embeddings is not None:
         state = _extend(state, expected, map_extend_embeddings, messages)
-    _check_fit(checkpoint_file, state, expected, type(model).__name__)
-    _check_finite(checkpoint_file, state, model)
-    model.load_state_dict(state, strict=True)
+    load_checked_state(checkpoint_file, state, model)
     if on_success is not None:
         for message in messages:
             on_success(message)
     return model, loss
+
+
+def load_checked_state(file: File, state: StateDict, model: torch.nn.Module) -> None:
+    """Load weights into a model that they fit exactly; otherwise the model is left as it was.
+
+    Args:
+        file: Where the weights come from, for error messages.
+        state: The weights, by the names of the model's state dict.
+        model: The module to load into.
+
+    Raises:
+        ValueError: Tensors are missing, unexpected or mismatched, all of them named; or a weight
+            is NaN or infinite.
+    """
+    _check_fit(file, state, model.state_dict(), type(model).__name__)
+    _check_finite(file, state, model)
+    model.load_state_dict(state, strict=True)
 
 
 def _read(file: File, map_location: "MAP_LOCATION | None") -> tuple[StateDict, float]:
