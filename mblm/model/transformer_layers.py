@@ -10,7 +10,7 @@ from torch import nn
 
 from mblm.ops.shift_rms_norm import shift_rms_norm
 
-Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (S, head width) float32
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (S, head width / 2) float32
 
 
 class RMSNorm(nn.Module):
@@ -44,10 +44,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", 1.0 / 10000**steps)
 
     def forward(self, first: int, count: int) -> Rotary:
-        """Cosines and sines of positions ``first .. first + count - 1``, each (count, head_dim)."""
+        """Cosines and sines of positions ``first .. first + count - 1``: (count, head_dim / 2)."""
         positions = torch.arange(first, first + count, device=self.inv_freq.device)
         angles = torch.outer(positions.float(), self.inv_freq.float())
-        angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
 
@@ -55,7 +54,7 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Apply rotary positions to queries or keys ``(B, H, S, d)``."""
     cos, sin = rotary
     x1, x2 = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -79,8 +78,9 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values ``(B, H, S, d)`` of ``x (B, S, D)``."""
         x = self.norm(x, shift=self.causal, previous=previous)
-        q = self._split_heads(self.to_q(x))
-        k, v = map(self._split_heads, self.to_kv(x).chunk(2, dim=-1))
+        # Keys and values apart: one tensor for both would stay in memory for the values' sake.
+        to_k, to_v = self.to_kv.weight.chunk(2)
+        q, k, v = map(self._split_heads, (self.to_q(x), F.linear(x, to_k), F.linear(x, to_v)))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
