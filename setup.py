@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
@@ -158,6 +159,14 @@ def framed(text: str) -> str:
     return f"\n{line}\n{text}\n{line}\n"
 
 
+class BuildAfresh(build):
+    """Builds a wheel's content without what an earlier build of this folder left."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class BuildLibrary(build_ext):
     """Puts the native library, and the record of how it was built, into the package."""
 
@@ -203,5 +212,5 @@ class BuildLibrary(build_ext):
 setup(
     # Named so that the build runs and the wheel belongs to a platform; CMake knows the sources.
     ext_modules=[Extension("mblm._C", sources=[])],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build": BuildAfresh, "build_ext": BuildLibrary},
 )
