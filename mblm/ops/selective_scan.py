@@ -85,7 +85,7 @@ def selective_scan_step(
     inputs = x.to(dtype)
     decayed = (delta.unsqueeze(-1) * A).exp_().mul_(state)
     state = decayed.addcmul_((delta * inputs).unsqueeze(-1), B.to(dtype).unsqueeze(1))
-    y = torch.bmm(state, C.to(dtype).unsqueeze(-1)).squeeze(-1).addcmul_(inputs, D)
+    y = (state * C.to(dtype).unsqueeze(1)).sum(-1).addcmul_(inputs, D)
     return y.to(x.dtype), state
 
 
