@@ -65,20 +65,20 @@ void forward_and_backward(int64_t rows, int64_t length, int64_t width, Terms ter
                                          length * context_stride,
                                          context_stride};
   const int64_t vectors = rows * (1 + length);
-  std::vector<T> out(expected.size());
+  std::vector<T> out(expected.size(), T(7.0f));
   cpu::assemble_stage(in, out.data(), 0, vectors / 2);
   cpu::assemble_stage(in, out.data(), vectors / 2, vectors);
   CHECK(test::all_close(out, expected));
 
   const cpu::AssembleStageGrad<T> back = {length, width, grad.data(), in.rotation};
   if (terms.rotation) {
-    std::vector<T> got(grad_embeddings.size());
+    std::vector<T> got(grad_embeddings.size(), T(7.0f));
     cpu::assemble_stage_unrotate(back, got.data(), 0, rows * length);
     CHECK(test::all_close(got, grad_embeddings));
   }
   std::vector<int64_t> offsets(kIds + 1), order(ids.size());
   cpu::group_by_id(ids.data(), rows * length, kIds, offsets.data(), order.data());
-  std::vector<T> got(kIds * width);
+  std::vector<T> got(kIds * width, T(7.0f));
   const int64_t cut = width / 4 * 2;
   cpu::assemble_stage_table(back, offsets.data(), order.data(), kIds, kPadding, got.data(), 0, cut);
   cpu::assemble_stage_table(back, offsets.data(), order.data(), kIds, kPadding, got.data(), cut,

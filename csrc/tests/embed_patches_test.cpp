@@ -72,7 +72,7 @@ void forward_and_backward(int64_t batch, int64_t length, int64_t num_patches, in
   CHECK(got_mean == other_mean && got_std == other_std);
 
   const int64_t vectors = patches * patch_size;
-  std::vector<T> got(out.size());
+  std::vector<T> got(out.size(), T(7.0f));
   cpu::embed_patches(in, got_mean.data(), got_std.data(), bias.data(), got.data(), 0, vectors / 2);
   cpu::embed_patches(in, got_mean.data(), got_std.data(), bias.data(), got.data(), vectors / 2,
                      vectors);
@@ -81,7 +81,8 @@ void forward_and_backward(int64_t batch, int64_t length, int64_t num_patches, in
   const cpu::EmbedPatchesGrad<T> back = {in, grad.data(), got_mean.data(), got_std.data()};
   std::vector<cpu::PatchTerms> terms(patches);
   cpu::embed_patches_terms(back, terms.data(), 0, patches);
-  std::vector<T> got_weight(patch_width), got_bias(patch_width), got_table(kIds * width);
+  std::vector<T> got_weight(patch_width, T(7.0f)), got_bias(patch_width, T(7.0f));
+  std::vector<T> got_table(kIds * width, T(7.0f));
   const int64_t cut = patch_width / 3;
   cpu::embed_patches_affine(back, patches, got_weight.data(), got_bias.data(), 0, cut);
   cpu::embed_patches_affine(back, patches, got_weight.data(), got_bias.data(), cut, patch_width);

@@ -89,15 +89,16 @@ void forward_and_backward(const Case<T>& test_case) {
 
   // In two ranges, as two threads would.
   const int64_t half = positions / 2;
-  std::vector<T> got(positions * width);
+  std::vector<T> got(positions * width, T(7.0f));
   std::vector<C> got_inverse(positions);
   cpu::shift_rms_norm(test_case.in, got.data(), got_inverse.data(), 0, half);
   cpu::shift_rms_norm(test_case.in, got.data(), got_inverse.data(), half, positions);
   CHECK(test::all_close(got, out));
   CHECK(test::all_close(got_inverse, inverse));
 
-  std::vector<T> got_x(positions * width), got_previous(rows * delayed);
-  std::vector<C> got_weight(width), more_weight(width);
+  // What is not zero before shows what is not written.
+  std::vector<T> got_x(positions * width, T(7.0f)), got_previous(rows * delayed, T(7.0f));
+  std::vector<C> got_weight(width, C(7)), more_weight(width, C(7));
   cpu::shift_rms_norm_backward(test_case.in, test_case.grad.data(), got_inverse.data(),
                                got_x.data(), got_previous.data(), got_weight.data(), 0, half);
   cpu::shift_rms_norm_backward(test_case.in, test_case.grad.data(), got_inverse.data(),

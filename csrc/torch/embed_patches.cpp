@@ -27,7 +27,11 @@ void check_sizes(const Tensor& ids, const Tensor& table, const Tensor& weight, i
   TORCH_CHECK_VALUE(pad_token_id >= 0 && pad_token_id < table.size(0),
                     "pad_token_id must lie in [0, ", table.size(0), "), got ", pad_token_id);
   check_like("weight", weight, "table", table);
-  check_shape("weight", weight, {patch_size * table.size(1)});
+  int64_t patch_width = 0;
+  TORCH_CHECK_VALUE(!__builtin_mul_overflow(patch_size, table.size(1), &patch_width),
+                    "weight must have shape [patch_size * D] = [", patch_size, " * ", table.size(1),
+                    "], got ", weight.sizes());
+  check_shape("weight", weight, {patch_width});
 }
 
 // The tensors as the kernel wants them: contiguous and in its dtype.

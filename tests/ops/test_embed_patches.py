@@ -312,6 +312,14 @@ def test_bad_input_is_refused(implementation, change, error, message):
         implementation(*arguments.values())
 
 
+@IMPLEMENTATIONS
+def test_a_patch_size_that_overflows_is_refused(implementation):
+    """2**62 + 1 times 4 is 4 in 64 bits."""
+    ids, table, weight, bias = sample(2, 0, 1, 4)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        implementation(ids, table, weight, bias, 1, 2**62 + 1, PAD, 1e-5)
+
+
 @pytest.mark.parametrize(
     "implementation",
     [torch.ops.mblm.embed_patches_backward, module.embed_patches_backward_reference],
