@@ -1,0 +1,338 @@
+"""Mamba-1's selective scan, a linear recurrence over positions that takes and gives a state.
+
+The reference works on tiles of rows and channels, which never interact, and on chunks of
+positions: per chunk it forms all decays and inputs at once, then walks the positions in place.
+The state before each chunk is kept, so that the backward pass recomputes one chunk at a time.
+"""
+
+# A, B, C and D are the paper's names.
+# ruff: noqa: N803, N806
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mblm.ops._library import register_operator
+
+# Entries of a (chunk, rows, channels, N) buffer held at a time; one tile has up to three of them.
+_TILE_ENTRIES = 2**21
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence of Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752, eq. 2).
+
+    ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t`` and ``y_t = C_t · h_t + D x_t``, for every
+    channel on its own. Differentiable in every tensor argument.
+
+    Args:
+        x: (B, L, D) inputs, floating point.
+        delta: (B, L, D) positive step sizes, of A's dtype.
+        A: (D, N) negative rates, float32 or float64: the dtype of the whole computation.
+        B: (B, L, N) input weights, of x's dtype.
+        C: (B, L, N) output weights, of x's dtype.
+        D: (D,) weights of the direct path, of A's dtype.
+        initial_state: (B, D, N) of A's dtype; zeros if None.
+        chunk_size: Positions between two states that are kept for the backward pass.
+
+    Returns:
+        y (B, L, D) of x's dtype and the state after the last position, (B, D, N) of A's dtype.
+
+    Raises:
+        ValueError: A shape does not fit, or ``chunk_size`` is below 1.
+        TypeError: A dtype does not fit.
+    """
+    _check(x, delta, A, B, C, D, initial_state, chunk_size)
+    y, final_state, _ = torch.ops.mblm.selective_scan(
+        x, delta, A, B, C, D, initial_state, chunk_size
+    )
+    return y, final_state
+
+
+def selective_scan_step(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One position of :func:`selective_scan`; for inference, not differentiable.
+
+    Args:
+        x, delta: (B, D).
+        A: (D, N).
+        B, C: (B, N).
+        D: (D,).
+        state: (B, D, N), left as it is.
+
+    Returns:
+        y (B, D) of x's dtype and the next state (B, D, N).
+    """
+    dtype = A.dtype
+    inputs = x.to(dtype)
+    decayed = (delta.unsqueeze(-1) * A).exp_().mul_(state)
+    state = decayed.addcmul_((delta * inputs).unsqueeze(-1), B.to(dtype).unsqueeze(1))
+    y = (state * C.to(dtype).unsqueeze(1)).sum(-1).addcmul_(inputs, D)
+    return y.to(x.dtype), state
+
+
+def _check(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x must be (B, L, D), got shape {tuple(x.shape)}")
+    if A.ndim != 2 or A.shape[0] != x.shape[2]:
+        raise ValueError(f"A must be ({x.shape[2]}, N) to go with x, got shape {tuple(A.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if A.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"A must be float32 or float64, got {A.dtype}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    rows, length, channels = x.shape
+    num_states = A.shape[1]
+    expected = {
+        "delta": (delta, (rows, length, channels), A.dtype),
+        "B": (B, (rows, length, num_states), x.dtype),
+        "C": (C, (rows, length, num_states), x.dtype),
+        "D": (D, (channels,), A.dtype),
+        "initial_state": (initial_state, (rows, channels, num_states), A.dtype),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def _tiles(rows: int, channels: int, entries: int) -> Iterator[tuple[slice, slice]]:
+    """Row and channel ranges such that ``entries`` per row and channel fit the tile bound."""
+    entries = max(entries, 1)
+    num_channels = max(1, min(channels, _TILE_ENTRIES // entries))
+    num_rows = max(1, _TILE_ENTRIES // (num_channels * entries))
+    for row in range(0, rows, num_rows):
+        for channel in range(0, channels, num_channels):
+            yield slice(row, row + num_rows), slice(channel, channel + num_channels)
+
+
+def _time_first(tensor: Tensor, rows: slice, span: slice, dtype: torch.dtype) -> Tensor:
+    """Rows and positions of a (B, L, K) tensor as (T, R, K)."""
+    return tensor[rows, span].transpose(0, 1).to(dtype)
+
+
+def _scan_chunk(
+    decay: Tensor, step_input: Tensor, weight: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """States (T, R, C, N) after each of a chunk's positions, and the last one.
+
+    From decays (T, R, C, N), ``delta x`` (T, R, C), B (T, R, N) and the state before (R, C, N).
+    """
+    states = step_input.unsqueeze(-1) * weight.unsqueeze(2)
+    for position in range(states.shape[0]):
+        state = states[position].addcmul_(decay[position], state)
+    return states, state
+
+
+def _reference(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, length, channels = x.shape
+    num_states = A.shape[1]
+    dtype = A.dtype
+    starts = range(0, length, chunk_size)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    chunk_states = A.new_empty(rows, len(starts), channels, num_states)
+    final_state = (
+        A.new_zeros(rows, channels, num_states) if initial_state is None else initial_state.clone()
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        for r, c in _tiles(rows, channels, min(length, chunk_size) * num_states):
+            state = final_state[r, c].clone()
+            for chunk, start in enumerate(starts):
+                span = slice(start, start + chunk_size)
+                chunk_states[r, chunk, c] = state
+                inputs = _time_first(x[..., c], r, span, dtype)
+                step = _time_first(delta[..., c], r, span, dtype)
+                decay = (step.unsqueeze(-1) * A[c]).exp_()
+                states, last = _scan_chunk(
+                    decay, step * inputs, _time_first(B, r, span, dtype), state
+                )
+                state = last.clone()
+                out = states.mul_(_time_first(C, r, span, dtype).unsqueeze(2)).sum(-1)
+                y[r, span, c] = out.addcmul_(inputs, D[c]).transpose(0, 1).to(x.dtype)
+            final_state[r, c] = state
+    return y, final_state, chunk_states
+
+
+def _fake(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, length, channels = x.shape
+    num_chunks = (length + chunk_size - 1) // chunk_size
+    return (
+        x.new_empty(x.shape),
+        A.new_empty(rows, channels, A.shape[1]),
+        A.new_empty(rows, num_chunks, channels, A.shape[1]),
+    )
+
+
+def _backward_reference(
+    grad_y: Tensor,
+    grad_final_state: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk_states: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """The adjoint ``g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}``, walked backwards.
+
+    With ``e_t = g_t exp(delta_t A) h_{t-1}``, the gradient of ``delta_t A``:
+    dC_t = Σ_d dy_t h_t, dB_t = Σ_d g_t delta_t x_t, d(delta_t x_t) = Σ_n g_t B_t,
+    dA = Σ_t e_t delta_t, ddelta_t = x_t d(delta_t x_t) + Σ_n e_t A.
+    """
+    rows, length, channels = x.shape
+    num_states = A.shape[1]
+    dtype = A.dtype
+    starts = range(0, length, chunk_size)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_delta = torch.empty_like(delta, memory_format=torch.contiguous_format)
+    grad_A = torch.zeros_like(A, memory_format=torch.contiguous_format)
+    grad_B = A.new_zeros(rows, length, num_states)
+    grad_C = A.new_zeros(rows, length, num_states)
+    grad_D = torch.zeros_like(D, memory_format=torch.contiguous_format)
+    grad_state = grad_final_state.clone(memory_format=torch.contiguous_format)
+    with torch.autocast(x.device.type, enabled=False):
+        for r, c in _tiles(rows, channels, min(length, chunk_size) * num_states):
+            carry = grad_state[r, c].clone()  # gradient of the state after the chunk
+            for chunk, start in reversed(list(enumerate(starts))):
+                span = slice(start, start + chunk_size)
+                before = chunk_states[r, chunk, c]
+                inputs = _time_first(x[..., c], r, span, dtype)
+                step = _time_first(delta[..., c], r, span, dtype)
+                weight_in = _time_first(B, r, span, dtype)
+                weight_out = _time_first(C, r, span, dtype)
+                grad_out = _time_first(grad_y[..., c], r, span, dtype)
+                step_input = step * inputs
+                decay = (step.unsqueeze(-1) * A[c]).exp_()
+                states, _ = _scan_chunk(decay, step_input, weight_in, before)
+                grad_C[r, span] += (grad_out.unsqueeze(2) @ states).squeeze(2).transpose(0, 1)
+
+                adjoint = grad_out.unsqueeze(-1) * weight_out.unsqueeze(2)  # (T, R, C, N)
+                last = adjoint.shape[0] - 1
+                adjoint[last] += carry
+                for position in range(last - 1, -1, -1):
+                    adjoint[position].addcmul_(decay[position + 1], adjoint[position + 1])
+                carry = decay[0] * adjoint[0]
+
+                # From here on decay holds e, and states is a buffer for products.
+                decay[1:].mul_(states[:-1])
+                decay[0].mul_(before)
+                decay.mul_(adjoint)
+                grad_B[r, span] += (step_input.unsqueeze(2) @ adjoint).squeeze(2).transpose(0, 1)
+                product = torch.mul(adjoint, weight_in.unsqueeze(2), out=states)
+                grad_step_input = product.sum(-1)  # (T, R, C)
+                grad_step = torch.mul(decay, A[c], out=states).sum(-1)
+                grad_A[c] += decay.mul_(step.unsqueeze(-1)).sum((0, 1))
+                grad_delta[r, span, c] = grad_step.addcmul_(inputs, grad_step_input).transpose(0, 1)
+                grad_D[c] += (grad_out * inputs).sum((0, 1))
+                grad_inputs = (step * grad_step_input).addcmul_(grad_out, D[c])
+                grad_x[r, span, c] = grad_inputs.transpose(0, 1).to(x.dtype)
+            grad_state[r, c] = carry
+    return grad_x, grad_delta, grad_A, grad_B.to(B.dtype), grad_C.to(C.dtype), grad_D, grad_state
+
+
+def _backward_fake(
+    grad_y: Tensor,
+    grad_final_state: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk_states: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (x, delta, A, B, C, D, grad_final_state))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, delta, A, B, C, D, initial_state, chunk_size = inputs
+    ctx.save_for_backward(x, delta, A, B, C, D, output[2])
+    ctx.chunk_size = chunk_size
+    ctx.has_initial_state = initial_state is not None
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, delta, A, B, C, D, chunk_states = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(x)
+    if grad_final_state is None:
+        grad_final_state = A.new_zeros(x.shape[0], *A.shape)
+    *grads, grad_initial_state = torch.ops.mblm.selective_scan_backward(
+        grad_y, grad_final_state, x, delta, A, B, C, D, chunk_states, ctx.chunk_size
+    )
+    return *grads, grad_initial_state if ctx.has_initial_state else None, None
+
+
+register_operator(
+    "selective_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, "
+    "Tensor? initial_state, int chunk_size) "
+    "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
+    reference=_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register_operator(
+    "selective_scan_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor delta, "
+    "Tensor A, Tensor B, Tensor C, Tensor D, Tensor chunk_states, int chunk_size) "
+    "-> (Tensor grad_x, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, "
+    "Tensor grad_D, Tensor grad_initial_state)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
