@@ -1,0 +1,80 @@
+# The main jobs: `make demo` shows the package at work, `make test` tests it. Both prepare all that
+# they need in $(VENV) and prepare nothing twice.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch into a new environment.
+TORCH ?= torch==2.13.0
+# How many test processes run side by side.
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# The package is installed editable: only these need another install.
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*/*)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all install_cpu install_cuda install_mamba lint format check_format \
+        check_types clean clean_venv
+
+help: ## List the targets
+	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/installed ## Train a small model on the standard library's sources and let it write
+	$(BIN)/mblm demo
+
+test: $(VENV)/installed-test ## Run the tests, slow ones aside
+	$(PYTEST)
+
+test-all: $(VENV)/installed-test ## Run all tests
+	$(PYTEST) -m ''
+
+install_cpu: $(VENV)/torch ## Install into $(VENV), compiled for the CPU
+	MBLM_BUILD=cpu $(PIP) install -e .
+
+install_cuda: $(VENV)/torch ## Install into $(VENV) beside a torch with CUDA
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
+	  { echo 'The torch in $(VENV) has no CUDA: run `make clean_venv`, set TORCH to one that has'; exit 1; }
+	$(PIP) install -e .
+
+install_mamba: install_cuda ## Install mamba-ssm's CUDA kernels too
+	$(PIP) install setuptools wheel ninja packaging
+	$(PIP) install --no-build-isolation -e '.[mamba]'
+
+lint: $(VENV)/installed-dev ## Look for mistakes in Python
+	$(BIN)/ruff check .
+
+format: $(VENV)/installed-dev ## Format Python and C++
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+check_format: $(VENV)/installed-dev ## Fail where something is not formatted
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+check_types: $(VENV)/installed-dev ## Check types
+	$(BIN)/mypy
+
+clean: ## Remove what was built and cached, $(VENV) aside
+	rm -rf build dist *.egg-info mblm/_C.so mblm/_build.json $(VENV)/installed*
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mblm tests -name __pycache__ -prune -exec rm -rf {} +
+
+clean_venv: clean ## Remove $(VENV) too
+	rm -rf $(VENV)
+
+# First torch, then the package, which compiles against it.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/torch $(SOURCES)
+	$(PIP) install -e '.[$*]'
+	touch $@

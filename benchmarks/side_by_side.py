@@ -1,0 +1,92 @@
+"""Runs one worker script under this package and under the reference release, in one run.
+
+A worker uses only what both packages offer, so that the same lines are timed on both sides. The
+reference lives in an environment of its own, made on first use (`--reference` names another).
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = "mblm==0.4.2"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every side-by-side benchmark has."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    options.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch threads")
+    options.add_argument("--runs", type=int, default=3, help="runs of each measurement")
+    options.add_argument(
+        "--reference",
+        type=Path,
+        default=ROOT / "build" / "reference",
+        help="environment of the reference release, made if missing",
+    )
+    options.add_argument("--json", type=Path, help="write all figures to this file")
+    options.add_argument("--worker", help=argparse.SUPPRESS)
+    return options
+
+
+def reference_python(folder: Path) -> Path:
+    """The interpreter of the reference's environment, which is made if it is missing."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        import torch
+
+        print(f"making the reference's environment in {folder}", file=sys.stderr)
+        venv.create(folder, with_pip=True)
+        version = torch.__version__.split("+")[0]
+        install = [python, "-m", "pip", "install", "-q", f"torch=={version}", REFERENCE]
+        subprocess.run(install, check=True)
+    return python
+
+
+def run_worker(python: Path | str, script: str, job: dict[str, Any]) -> Any:
+    """Run ``script --worker JOB`` with an interpreter and return the JSON of its last line."""
+    # Outside the repository, so that the reference does not find this package.
+    result = subprocess.run(
+        [python, "-W", "ignore", Path(script).resolve(), "--worker", json.dumps(job)],
+        cwd=Path(script).resolve().parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def machine_line(threads: int) -> str:
+    """Processor, cores, threads and versions that the figures hold for."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0].split(":")[1].strip() if lines else name
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{name}, {os.cpu_count()} cores, {threads} threads, {capability}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range of repeated measurements."""
+    return f"{median(values):.4g} ({min(values):.4g} .. {max(values):.4g})"
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")

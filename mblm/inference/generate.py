@@ -1,0 +1,131 @@
+"""The generation loop behind `MBLM.generate`: a prompt in, bytes out, streamed as they come."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mblm.inference.sampling import Sampler
+from mblm.inference.session import Session
+from mblm.utils.checks import check_token_ids
+from mblm.utils.stream import ByteStreamer
+
+
+def generate(
+    model: Any,
+    prime: torch.Tensor | None = None,
+    *,
+    stream: ByteStreamer | None = None,
+    num_tokens: int | None = None,
+    end_token_id: int = -1,
+    temperature: float = 1.0,
+    filter_thres: float = 1.0,
+    top_p: float | None = None,
+    stop: Sequence[bytes] = (),
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    enable_progress: bool = True,
+) -> torch.Tensor:
+    """Generate bytes after a prompt; must run under ``torch.inference_mode``.
+
+    Args:
+        model: An `mblm.MBLM`.
+        prime: The prompt, token ids ``(L,)`` of any integer dtype, or None.
+        stream: Where each byte goes as soon as it is known. When its reader is gone (a broken
+            pipe), generation ends and what was generated is returned.
+        num_tokens: How many bytes to generate. Default: up to the context, ``prod(seq_lens)``.
+        end_token_id: Generation ends after this id, which is kept and streamed. Default: none.
+        temperature: See `mblm.inference.sampling.Sampler`, as the next two.
+        filter_thres: Default 1: the likeliest byte is taken.
+        top_p: Replaces ``filter_thres`` where given.
+        stop: Generation ends after any of these byte strings, which is kept.
+        seed: Draws from a generator of its own with this seed: the bytes are those that
+            ``torch.manual_seed(seed)`` before the call gives.
+        generator: The generator to draw from; not together with ``seed``.
+        enable_progress: Show a progress bar when there is no stream. Default True.
+
+    Returns:
+        The prompt followed by what was generated, token ids ``(L + generated,)`` int64.
+
+    Raises:
+        TypeError, ValueError: Bad input, a prompt longer than the context, or NaN weights; before
+            anything is generated.
+    """
+    device = model.to_logits.weight.device
+    sampler = Sampler(temperature, filter_thres, top_p, _generator(seed, generator, device))
+    stops = _check_stops(stop)
+    if prime is None:
+        prime = torch.empty(0, dtype=torch.long)
+    prime = check_token_ids("prime", prime, model.num_tokens).to(device)
+    if prime.ndim != 1:
+        raise ValueError(f"prime: expected shape (L,), got {tuple(prime.shape)}")
+    count = _check_count(model, len(prime), num_tokens)
+
+    session = Session(model)
+    session.feed(prime)
+    generated: list[int] = []
+    with tqdm(
+        total=count, unit="B", leave=False, disable=stream is not None or not enable_progress
+    ) as bar:
+        for token in session.sample(count, sampler):
+            generated.append(int(token))
+            bar.update()
+            if not _write(stream, generated[-1]):
+                break
+            if generated[-1] == end_token_id or _ends_with_any(generated, stops):
+                break
+    if stream is not None:
+        _write(stream, None)
+    return torch.cat((prime, torch.tensor(generated, dtype=torch.long, device=device)))
+
+
+def _generator(
+    seed: int | None, generator: torch.Generator | None, device: torch.device
+) -> torch.Generator | None:
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("pass at most one of seed and generator")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _check_stops(stop: Sequence[bytes]) -> list[list[int]]:
+    if isinstance(stop, (bytes, str)) or not all(isinstance(item, bytes) and item for item in stop):
+        raise ValueError(f"stop: expected a list of byte strings that are not empty, got {stop!r}")
+    return [list(item) for item in stop]
+
+
+def _check_count(model: Any, prompt_length: int, num_tokens: int | None) -> int:
+    """How many bytes to generate; refuses what does not fit the context."""
+    limit = model.max_length
+    if limit is not None and prompt_length > limit:
+        raise ValueError(f"prime: {prompt_length} bytes exceed the context of {limit} bytes")
+    if num_tokens is None:
+        return max(0, model.context_size - prompt_length)
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens_to_generate: expected a number >= 0, got {num_tokens}")
+    if limit is not None and prompt_length + num_tokens > limit:
+        raise ValueError(
+            f"num_tokens_to_generate: {num_tokens} bytes after a prompt of {prompt_length} exceed "
+            f"the context of {limit} bytes"
+        )
+    return num_tokens
+
+
+def _write(stream: ByteStreamer | None, token: int | None) -> bool:
+    """Write a byte, or flush for None; False if there is nobody to read it any more."""
+    if stream is None:
+        return True
+    try:
+        if token is None:
+            stream.flush()
+        else:
+            stream.write(token)
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _ends_with_any(generated: Sequence[int], stops: list[list[int]]) -> bool:
+    return any(list(generated[-len(stop) :]) == stop for stop in stops)

@@ -1,0 +1,85 @@
+"""Sampling the next byte from logits, with the random numbers of the contract."""
+
+import math
+
+import torch
+
+
+def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
+    """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``."""
+    k = max(int((1 - thres) * logits.shape[-1]), 1)
+    values, indices = torch.topk(logits, k)
+    return torch.full_like(logits, float("-inf")).scatter_(-1, indices, values)
+
+
+def top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
+    """Keep the fewest likeliest tokens whose probability reaches ``p``, the rest ``-inf``.
+
+    Source: Holtzman et al., https://arxiv.org/abs/1904.09751, section 3.1.
+    """
+    ordered, indices = torch.sort(logits / temperature, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, indices, before >= p)
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def gumbel_sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    dim: int = -1,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Sample ``argmax(logits / temperature + gumbel)``, ``gumbel = -log(-log(u))``, logs >= 1e-20.
+
+    ``u`` is drawn from the default generator of the logits' device, or from ``generator``.
+    """
+    noise = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
+    gumbel = -_log(-_log(noise))
+    return (logits / temperature + gumbel).argmax(dim=dim)
+
+
+def _log(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(min=1e-20).log()
+
+
+class Sampler:
+    """Draws the next byte of every sequence from its logits.
+
+    Args:
+        temperature: Divides the logits, > 0. Default 1.
+        filter_thres: Keeps the highest ``max(int((1 - filter_thres) * V), 1)`` logits, in [0, 1].
+            Default 1, the likeliest byte alone.
+        top_p: Keeps the fewest likeliest bytes that together reach this probability, in (0, 1],
+            instead of what ``filter_thres`` keeps. Default None.
+        generator: Where random numbers come from. Default: torch's default generator of the device.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        filter_thres: float = 1.0,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+        if not 0 <= filter_thres <= 1:
+            raise ValueError(f"filter_thres: expected a number in [0, 1], got {filter_thres}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+        self.temperature = temperature
+        self.filter_thres = filter_thres
+        self.top_p = top_p
+        self.generator = generator
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Sample from logits ``(B, V)``: ids ``(B,)``."""
+        if self.top_p is None:
+            kept = top_k(logits, self.filter_thres)
+        else:
+            kept = top_p(logits, self.top_p, self.temperature)
+        return gumbel_sample(kept, self.temperature, generator=self.generator)

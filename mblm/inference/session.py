@@ -1,0 +1,209 @@
+"""A session: incremental decoding that the user holds, feeds, forks, saves and resumes."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mblm.inference.hierarchy_cache import DecodableHierarchy, HierarchyCache
+from mblm.inference.sampling import Sampler
+from mblm.utils.atomic import atomic_write
+from mblm.utils.checks import check_finite_weights, check_token_ids
+
+_FORMAT = "mblm-session-1"
+
+
+class Session:
+    """Incremental decoding of one or more equally long sequences.
+
+    The weights of the model must not change while a session lives. Dropout is as the model's mode
+    says: call ``model.eval()`` first.
+
+    Args:
+        model: An `mblm.MBLM`.
+        batch_size: Sequences decoded side by side, B. Default 1.
+
+    Raises:
+        ValueError: ``batch_size`` below 1, or weights that are NaN or infinite.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, batch_size: int = 1) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        check_finite_weights(model)
+        self._model: DecodableHierarchy = model
+        self._cache = HierarchyCache(model, batch_size)
+
+    @property
+    def length(self) -> int:
+        """Bytes taken in so far."""
+        return self._cache.length
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences decoded side by side."""
+        return self._cache.batch_size
+
+    @torch.inference_mode()
+    def feed(self, ids: torch.Tensor | bytes) -> "Session":
+        """Take in the next bytes; returns the session.
+
+        Args:
+            ids: Token ids ``(B, L)``, or ``(L,)`` for a batch of one, of any integer dtype; or
+                bytes, for a batch of one. L = 0 does nothing.
+
+        Raises:
+            TypeError: Not integers.
+            ValueError: A bad shape, an id outside the vocabulary, or more bytes than the context.
+                The session is as before.
+        """
+        if isinstance(ids, (bytes, bytearray, memoryview)):
+            ids = (
+                torch.frombuffer(bytearray(ids), dtype=torch.uint8)
+                if ids
+                else torch.empty(0).long()
+            )
+        ids = check_token_ids("ids", ids, self._model.num_tokens)
+        if ids.ndim == 1 and self.batch_size == 1:
+            ids = ids[None]
+        if ids.ndim != 2 or ids.shape[0] != self.batch_size:
+            raise ValueError(
+                f"ids: expected shape ({self.batch_size}, L) for the session's batch of "
+                f"{self.batch_size}, got {tuple(ids.shape)}"
+            )
+        self._check_room(ids.shape[1])
+        if ids.shape[1]:
+            self._cache.feed(ids.to(self._model.to_logits.weight.device))
+        return self
+
+    @torch.inference_mode()
+    def logits(self) -> torch.Tensor:
+        """Logits of the next byte, ``(B, V)``."""
+        return self._cache.logits()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        num_tokens: int,
+        *,
+        temperature: float = 1.0,
+        filter_thres: float = 1.0,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Generate bytes for every sequence and take them in: ids ``(B, num_tokens)``.
+
+        The sampling arguments are those of `mblm.inference.sampling.Sampler`.
+
+        Raises:
+            ValueError: A bad argument, or more bytes than the context; nothing is generated.
+        """
+        sampler = Sampler(temperature, filter_thres, top_p, generator)
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens}")
+        self._check_room(num_tokens)
+        generated = list(self.sample(num_tokens, sampler))
+        if not generated:
+            return torch.empty(self.batch_size, 0, dtype=torch.long)
+        self._cache.feed(generated[-1][:, None])
+        return torch.stack(generated, dim=1)
+
+    def sample(self, num_tokens: int, sampler: Sampler) -> Iterator[torch.Tensor]:
+        """Yield ``num_tokens`` sampled bytes, ids ``(B,)``, each taken in when the next is wanted.
+
+        So the last one is not taken in. Must run under ``torch.inference_mode``.
+        """
+        token: torch.Tensor | None = None
+        for _ in range(num_tokens):
+            if token is not None:
+                self._cache.feed(token[:, None])
+            token = sampler(self._cache.logits())
+            yield token
+
+    def fork(self) -> "Session":
+        """An independent copy that goes on from here."""
+        other = object.__new__(Session)
+        other._model = self._model
+        with torch.inference_mode():
+            other._cache = self._cache.fork()
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to one safetensors file, to be resumed by `Session.load`."""
+        from safetensors.torch import save
+
+        tensors: dict[str, torch.Tensor] = {}
+        with torch.inference_mode():
+            structure = _flatten(self._cache.snapshot(), tensors)
+        header = {
+            "format": _FORMAT,
+            "batch_size": str(self.batch_size),
+            "model": _fingerprint(self._model),
+            "structure": json.dumps(structure),
+        }
+        with atomic_write(path) as file:
+            file.write(save(tensors, header))
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> "Session":
+        """Resume a saved session with the same model.
+
+        Raises:
+            ValueError: Not a session, or one of another model; the message names the file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt", device=str(model.to_logits.weight.device)) as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a saved session ({error})") from error
+        if header.get("format") != _FORMAT:
+            raise ValueError(f"{path}: not a saved session, format is {header.get('format')!r}")
+        if header["model"] != _fingerprint(model):
+            raise ValueError(f"{path}: the session was saved with another model or other weights")
+        session = cls(model, int(header["batch_size"]))
+        with torch.inference_mode():
+            session._cache.restore(_unflatten(json.loads(header["structure"]), tensors))
+        return session
+
+    def _check_room(self, count: int) -> None:
+        limit = self._model.max_length
+        if limit is not None and self.length + count > limit:
+            raise ValueError(
+                f"{self.length} bytes and {count} more exceed the context of {limit} bytes, which "
+                f"fixed positions of stage 1 limit"
+            )
+
+
+def _flatten(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Structure of a nest as JSON; its tensors are collected by name."""
+    if isinstance(state, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = state.clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(state, (list, tuple)):
+        return [_flatten(item, tensors) for item in state]
+    return state
+
+
+def _unflatten(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(structure, dict):
+        return tensors[structure["tensor"]]
+    if isinstance(structure, list):
+        return tuple(_unflatten(item, tensors) for item in structure)
+    return structure
+
+
+def _fingerprint(model: Any) -> str:
+    """Tells models apart by their weights: a digest of names, shapes and each tensor's start."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        start = tensor.detach().flatten()[:16].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + start)
+    return digest.hexdigest()

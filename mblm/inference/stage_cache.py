@@ -1,0 +1,92 @@
+"""How a stage takes part in incremental decoding: the cache protocol and its two adapters.
+
+A stage model offers one of three things, tried in this order:
+
+1. ``allocate_cache(batch_size, max_positions) -> StageCache``: a cache of its own;
+2. ``forward_with_state(x, state) -> (y, state)``: the hook for recurrent models. ``x`` and ``y``
+   are ``(B, S, D)``; ``state`` is None at the beginning, otherwise a nest of tuples and lists of
+   tensors that the hook returned before and never writes to;
+3. neither: its inputs since the start token are kept and its ``forward`` runs on all of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# A nest of tuples, lists and None with tensors as leaves.
+State = Any
+
+
+class StageCache(ABC):
+    """Decoding state of one stage for a batch of equally long sequences."""
+
+    @abstractmethod
+    def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        """Take in the next S positions: ``(B, S, D) -> (B, S, D)``, S >= 1."""
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """Take in the next position: ``(B, D) -> (B, D)``."""
+        return self.prefill(x[:, None])[:, 0]
+
+    @abstractmethod
+    def snapshot(self) -> State:
+        """The state so far, independent of what the cache does later."""
+
+    @abstractmethod
+    def restore(self, state: State) -> None:
+        """Go back to a snapshot, which stays intact."""
+
+
+class StatefulCache(StageCache):
+    """Cache of a stage model with the hook ``forward_with_state``."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        self._stage: Any = stage
+        self._state: State = None
+
+    def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        y, self._state = self._stage.forward_with_state(x, self._state)
+        return y
+
+    def snapshot(self) -> State:
+        return self._state  # The hook never writes to a state, so that it can be shared.
+
+    def restore(self, state: State) -> None:
+        self._state = state
+
+
+class ReplayCache(StageCache):
+    """Cache of a stage model that offers nothing: inputs are kept and run again."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        self._stage: Callable[[torch.Tensor], torch.Tensor] = stage
+        self._inputs: torch.Tensor | None = None
+
+    def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        self._inputs = x if self._inputs is None else torch.cat((self._inputs, x), dim=1)
+        return self._stage(self._inputs)[:, -x.shape[1] :]
+
+    def snapshot(self) -> State:
+        return self._inputs
+
+    def restore(self, state: State) -> None:
+        self._inputs = state
+
+
+def allocate_cache(stage: nn.Module, batch_size: int, max_positions: int | None) -> StageCache:
+    """Cache for decoding with ``stage``.
+
+    Args:
+        stage: The stage model.
+        batch_size: Sequences decoded side by side.
+        max_positions: Upper bound of the positions, start token included; None if there is none.
+    """
+    own: Any = getattr(stage, "allocate_cache", None)
+    if own is not None:
+        return own(batch_size, max_positions)
+    if hasattr(stage, "forward_with_state"):
+        return StatefulCache(stage)
+    return ReplayCache(stage)

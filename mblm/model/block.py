@@ -1,0 +1,91 @@
+"""Stage blocks: configurations that build a stage model, and the registry that parses them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class StageBlock(ABC, BaseModel):
+    """Configuration of one stage's model.
+
+    A subclass adds the fields it needs and builds the stage model in ``to_model``. It works as it
+    is when passed to a model configuration as an object; to be parsed from YAML, it is registered
+    with ``mblm.model.config.block_registry``.
+
+    Attributes:
+        block_type: A name for the block. In a configuration file it selects the block.
+        pos_emb_type: Positions added to the stage's token embeddings: ``"fixed"`` (learned),
+            ``"rope"`` (a rotation over the full width) or None.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    block_type: str = Field(description="Name of the block, which selects it in a configuration")
+    pos_emb_type: Literal["fixed", "rope"] | None = Field(
+        default=None, description="Positions added to the stage's token embeddings"
+    )
+
+    @abstractmethod
+    def to_model(self, model_dim: int, num_layers: int) -> torch.nn.Module:
+        """Build the stage model, a causal map ``(B', S, model_dim) -> (B', S, model_dim)``."""
+
+
+TStageBlock = TypeVar("TStageBlock", bound=StageBlock)
+
+
+class StageBlockRegistry:
+    """Stage blocks that can be parsed from a configuration, in the order of registration."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[type[StageBlock], None] = {}
+
+    def register(self) -> Callable[[type[TStageBlock]], type[TStageBlock]]:
+        """Decorator that makes a block parseable, ``@block_registry.register()``."""
+
+        def decorator(block: type[TStageBlock]) -> type[TStageBlock]:
+            self._blocks[block] = None
+            return block
+
+        return decorator
+
+    def __iter__(self) -> Iterator[type[StageBlock]]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._blocks
+
+    def try_parse(
+        self, data: Any, parse_func: Callable[[type[StageBlock], Any], StageBlock]
+    ) -> StageBlock:
+        """Parse ``data`` to the first registered block that accepts it.
+
+        Args:
+            data: A mapping with the fields of a block, from a configuration file.
+            parse_func: ``parse_func(block class, data)`` returns the block or raises.
+
+        Raises:
+            ValueError: No block accepts ``data``; the message says why, per block.
+        """
+        reasons = []
+        for block in self:
+            try:
+                return parse_func(block, data)
+            except (ValueError, TypeError) as error:
+                reasons.append(f"  {block.__name__}: {_reason(error)}")
+        raise ValueError(
+            f"block: {data!r} matches no registered stage block:\n" + "\n".join(reasons)
+        )
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'block'}: {item['msg']}" for item in error.errors()
+    )

@@ -1,0 +1,85 @@
+"""Checks of a model's inputs; each refuses bad input by name before anything runs."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_hierarchy_shape(
+    name: str, shape: Sequence[int], seq_lens: Sequence[int], *, fixed_first: bool
+) -> None:
+    """Refuse a shape that is neither ``(B, L)`` nor nested ``(B, P_1', P_2, .., P_N)``."""
+    shape, inner = tuple(shape), tuple(seq_lens[1:])
+    nested = ", ".join(("B", "P_1'", *map(str, inner)))
+    if len(shape) not in (2, len(seq_lens) + 1):
+        raise ValueError(f"{name}: expected shape (B, L) or ({nested}), got {shape}")
+    if shape[0] == 0:
+        raise ValueError(f"{name}: the batch is empty, got shape {shape}")
+    patch_size = 1
+    for seq_len in inner:
+        patch_size *= seq_len
+    if len(shape) == 2:
+        first = -(-shape[1] // patch_size)
+        length = f"{shape[1]} bytes"
+    else:
+        first = shape[1]
+        length = f"{first} patches"
+        if shape[2:] != inner:
+            raise ValueError(f"{name}: expected nested shape ({nested}), got {shape}")
+    if fixed_first and first > seq_lens[0]:
+        raise ValueError(
+            f"{name}: {length} exceed the context of {seq_lens[0] * patch_size} bytes "
+            f"({seq_lens[0]} patches of {patch_size}), which fixed positions of stage 1 limit"
+        )
+
+
+def check_same_shape(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) -> None:
+    """Refuse a mask or labels whose shape is not that of the token ids."""
+    if tensor is not None and tensor.shape != ids.shape:
+        raise ValueError(
+            f"{name}: expected the shape of input_ids {tuple(ids.shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def check_embeddings(
+    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    hidden_dims: Sequence[int],
+    seq_lens: Sequence[int],
+    *,
+    fixed_first: bool,
+) -> None:
+    """Refuse ``inputs_embeds`` that is neither nested embeddings of bytes nor one per stage."""
+    stages = len(seq_lens)
+    if isinstance(embeddings, torch.Tensor):
+        given = {"inputs_embeds": (embeddings, stages, hidden_dims[-1])}
+    else:
+        if len(embeddings) != stages:
+            raise ValueError(
+                f"inputs_embeds: expected {stages} tensors, one per stage, got {len(embeddings)}"
+            )
+        given = {
+            f"inputs_embeds[{index}]": (tensor, stages - index, hidden_dims[stages - 1 - index])
+            for index, tensor in enumerate(embeddings)
+        }
+    leading = None
+    for name, (tensor, depth, dim) in given.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point tensor, got {_kind(tensor)}")
+        inner = (*seq_lens[1:depth], dim)
+        expected = ", ".join(("B", "P_1'", *map(str, inner)))
+        if tensor.ndim != depth + 2 or tuple(tensor.shape[2:]) != inner or 0 in tensor.shape[:2]:
+            raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
+        if leading is not None and tensor.shape[:2] != leading:
+            raise ValueError(
+                f"{name}: expected (B, P_1') = {tuple(leading)} as in inputs_embeds[0], "
+                f"got {tuple(tensor.shape[:2])}"
+            )
+        leading = tensor.shape[:2]
+        if fixed_first and leading[1] > seq_lens[0]:
+            raise ValueError(
+                f"{name}: {leading[1]} patches exceed the {seq_lens[0]} fixed positions of stage 1"
+            )
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

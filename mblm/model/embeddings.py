@@ -1,0 +1,99 @@
+"""Token embeddings of the stages: one vector per byte, or one per patch of bytes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from mblm.ops.embed_patches import embed_patches
+
+# State dict entries that grow with the vocabulary when a checkpoint is loaded into a larger one.
+MBLM_TOKEN_EMB_MIGRATION: set[str] = {
+    "token_embs_rev.0.embedding.weight",
+    "token_embs_rev.1.embedding.weight",
+    "to_logits.weight",
+    "to_logits.bias",
+}
+
+
+class LocalTokenEmbedding(nn.Module):
+    """The local stage's embedding, one vector of width D_N per byte."""
+
+    def __init__(self, num_tokens: int, dim: int, pad_token_id: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_tokens, dim, padding_idx=pad_token_id)
+
+    def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings of bytes are what this stage takes: ``(..., D_N) -> (..., D_N)``."""
+        return embeddings
+
+
+class PatchTokenEmbedding(nn.Module):
+    """An upper stage's embedding, one vector of width D_n per patch of R_n bytes."""
+
+    def __init__(
+        self, num_tokens: int, local_dim: int, pad_token_id: int, patch_size: int, dim: int
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.pad_token_id = pad_token_id
+        self.embedding = nn.Embedding(num_tokens, local_dim, padding_idx=pad_token_id)
+        flat_dim = patch_size * local_dim
+        # The names of the entries are those of the checkpoints: norm 1, projection 2, norm 3.
+        self._post = nn.Sequential(
+            nn.Flatten(-2), nn.LayerNorm(flat_dim), nn.Linear(flat_dim, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, ids: torch.Tensor, num_patches: int) -> torch.Tensor:
+        """Embed patches: ids ``(B, L)``, padded to ``num_patches`` -> ``(B, num_patches, D_n)``."""
+        _, flat_norm, project, norm = self._post
+        assert isinstance(flat_norm, nn.LayerNorm)
+        flat = embed_patches(
+            ids,
+            self.embedding.weight,
+            flat_norm.weight,
+            flat_norm.bias,
+            num_patches=num_patches,
+            patch_size=self.patch_size,
+            pad_token_id=self.pad_token_id,
+            eps=flat_norm.eps,
+        )
+        return norm(project(flat))
+
+    def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings of bytes to those of patches: ``(..., R_n, D_N) -> (..., D_n)``."""
+        return self._post(embeddings)
+
+
+def build_token_embeddings(
+    hidden_dims: Sequence[int], seq_lens: Sequence[int], num_tokens: int, pad_token_id: int
+) -> nn.ModuleList:
+    """The stages' token embeddings, the local stage's first."""
+    local_dim = hidden_dims[-1]
+    embeddings = nn.ModuleList([LocalTokenEmbedding(num_tokens, local_dim, pad_token_id)])
+    patch_size = 1  # seq_lens[1:] and hidden_dims[:-1], both from the local end
+    for dim, seq_len in zip(hidden_dims[-2::-1], seq_lens[:0:-1], strict=True):
+        patch_size *= seq_len
+        embeddings.append(PatchTokenEmbedding(num_tokens, local_dim, pad_token_id, patch_size, dim))
+    return embeddings
+
+
+def migrate_embedding_keys(
+    state_dict: Mapping[str, torch.Tensor], prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Rename the embedding entries of release 0.4.0 to the current layout; others stay.
+
+    Only entries below ``prefix + "token_embs_rev."`` are looked at.
+    """
+    old_upper = {"0": "embedding", "2": "_post.1", "3": "_post.2", "4": "_post.3"}
+    prefix = f"{prefix}token_embs_rev."
+    migrated = {}
+    for key, value in state_dict.items():
+        parts = key.removeprefix(prefix).split(".")
+        if key.startswith(prefix):
+            if len(parts) == 2 and parts[1] == "weight":  # 0.weight
+                key = f"{prefix}{parts[0]}.embedding.weight"
+            elif len(parts) == 3 and parts[1] in old_upper:  # 1.2.bias
+                key = f"{prefix}{parts[0]}.{old_upper[parts[1]]}.{parts[2]}"
+        migrated[key] = value
+    return migrated

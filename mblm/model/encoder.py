@@ -1,0 +1,156 @@
+"""MBLMEncoder, the bidirectional hierarchy for masked language modeling."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from mblm.model.checks import check_same_shape
+from mblm.model.config import MaskReduceStrat, MBLMEncoderModelConfig, MBLMReturnType
+from mblm.model.hierarchy import Hierarchy, StageTokens
+from mblm.model.loss import cross_entropy
+from mblm.model.pretrained import PretrainedMixin
+from mblm.utils.checks import check_token_ids
+
+_IGNORED_LABEL = -100
+
+
+class MBLMEncoder(Hierarchy, PretrainedMixin):
+    """A hierarchy of bidirectional stages: no start tokens, context added to every position."""
+
+    config_class = MBLMEncoderModelConfig
+
+    def __init__(self, config: MBLMEncoderModelConfig) -> None:
+        super().__init__(config.mblm_config, start_tokens=False)
+        self.pretrained_config = config
+        self.mask_token_id = config.mask_token_id
+        self.reduce_strat = config.mask_reduce_strat
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        return_type: MBLMReturnType = MBLMReturnType.LOSS,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """One pass over whole sequences.
+
+        Args:
+            input_ids: Token ids ``(B, L)``, L >= 1, or nested ``(B, P_1', P_2, .., P_N)``.
+            inputs_embeds: Instead of ids, embeddings as in `MBLM.forward`. Only for
+                ``HIDDEN_STATE``.
+            attention_mask: Which bytes are attended to, bool, True = attend, the shape of the ids
+                (of the bytes' embeddings without their last dimension). Default: all.
+            labels: The true token ids, the shape of ``input_ids``; needed for a loss. Bytes that
+                are not attended to do not count.
+            loss_mask: Weight of each byte's loss, the shape of ``input_ids``. Default: all 1.
+            return_type: What to return. Default ``LOSS``.
+
+        Returns:
+            ``HIDDEN_STATE`` ``(B, L, D_N)``, ``LOGITS`` ``(B, L, V)`` (nested for nested input),
+            ``LOSS`` a scalar, or ``LOSS_LOGITS`` both.
+
+        Raises:
+            TypeError: A dtype that is none of token ids, embeddings or a bool mask.
+            ValueError: Bad shapes, ids outside the vocabulary, more bytes than the context, or
+                labels missing for a loss.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        with_loss = return_type in (MBLMReturnType.LOSS, MBLMReturnType.LOSS_LOGITS)
+        if with_loss and labels is None:
+            raise ValueError(f"labels: a loss needs labels, got None with {return_type!r}")
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            raise TypeError(f"attention_mask: expected torch.bool, got {attention_mask.dtype}")
+
+        if inputs_embeds is not None:
+            if return_type != MBLMReturnType.HIDDEN_STATE:
+                raise ValueError(
+                    f"return_type: inputs_embeds gives HIDDEN_STATE only, got {return_type!r}"
+                )
+            return self._hidden_of_embeddings(inputs_embeds, attention_mask)
+
+        nested_ids = self._check_ids(input_ids)
+        if nested_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: expected at least one byte, got {tuple(nested_ids.shape)}"
+            )
+        for name, tensor in (
+            ("attention_mask", attention_mask),
+            ("labels", labels),
+            ("loss_mask", loss_mask),
+        ):
+            check_same_shape(name, tensor, nested_ids)
+
+        ids = nested_ids.flatten(1)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            mask = attention_mask.flatten(1)
+        attended = self._attend(self._tokens_of_ids(ids), mask)
+        hidden = attended.reshape(ids.shape[0], -1, attended.shape[-1])[:, : ids.shape[1]]
+        if return_type == MBLMReturnType.HIDDEN_STATE:
+            return hidden.reshape(*nested_ids.shape, -1)
+        logits = self.to_logits(hidden)
+        nested_logits = logits.reshape(*nested_ids.shape, -1)
+        if labels is None or not with_loss:
+            return nested_logits
+        loss = self._loss(logits, labels.flatten(1), mask, loss_mask)
+        return loss if return_type == MBLMReturnType.LOSS else (loss, nested_logits)
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+        loss_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        counted = mask & (labels != _IGNORED_LABEL)
+        check_token_ids("labels", torch.where(counted, labels, 0), self.num_tokens)
+        targets = labels.long().masked_fill(~counted, _IGNORED_LABEL)
+        weights = None if loss_mask is None else loss_mask.flatten(1)
+        return cross_entropy(logits, targets, weights, _IGNORED_LABEL)
+
+    def _hidden_of_embeddings(
+        self,
+        inputs_embeds: torch.Tensor | Sequence[torch.Tensor],
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        tokens = self._tokens_of_embeddings(inputs_embeds)
+        local = inputs_embeds if isinstance(inputs_embeds, torch.Tensor) else inputs_embeds[0]
+        if attention_mask is None:
+            attention_mask = torch.ones(local.shape[:-1], dtype=torch.bool, device=local.device)
+        elif attention_mask.shape != local.shape[:-1]:
+            raise ValueError(
+                f"attention_mask: expected shape {tuple(local.shape[:-1])}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        return self._attend(tokens, attention_mask.flatten(1)).reshape(local.shape)
+
+    def _attend(self, tokens: Callable[[int], StageTokens], mask: torch.Tensor) -> torch.Tensor:
+        """Run all stages; ``mask (B, L)``. Returns the local stage's output (rows, P_N, D_N)."""
+        context, attended = None, torch.empty(0)
+        for stage in range(self.num_stages):
+            embeddings, ids = tokens(stage)
+            x = (
+                embeddings
+                if ids is None
+                else nn.functional.embedding(ids, embeddings, self.pad_token_id)
+            )
+            x = self.add_positions(stage, x)
+            if context is not None:
+                x = x + context
+            attended = self.run_stage(stage, x, self._mask_at(stage, mask, x.shape[1]))
+            if stage + 1 < self.num_stages:
+                context = self.project_context(stage, attended)
+        return attended
+
+    def _mask_at(self, stage: int, mask: torch.Tensor, seq_len: int) -> torch.Tensor:
+        """The mask of a stage's rows ``(rows, seq_len)``, from that of the bytes ``(B, L)``."""
+        padding = -mask.shape[1] % self.patch_sizes[0]
+        mask = nn.functional.pad(mask, (0, padding), value=False)
+        of_bytes = mask.view(-1, seq_len, self.patch_sizes[stage])
+        if self.reduce_strat == MaskReduceStrat.ANY:
+            return of_bytes.any(-1)
+        return of_bytes.all(-1)

@@ -1,0 +1,211 @@
+"""The hierarchy that decoder and encoder share: parameters, nesting, embeddings, contexts."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mblm.model.checks import check_embeddings, check_hierarchy_shape
+from mblm.model.config import MBLMModelConfig
+from mblm.model.embeddings import build_token_embeddings, migrate_embedding_keys
+from mblm.model.utils import RoPE, rotate_pairs
+from mblm.utils.checks import check_token_ids
+
+# A stage's token embeddings: (rows, P_n, D_n) and None, or a table (V, D_n) and ids (rows, P_n).
+StageTokens = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Hierarchy(nn.Module):
+    """Stages 1 (most global) .. N (local), and what lies between them.
+
+    Attributes:
+        config: The configuration the hierarchy was built from.
+        seq_lens: P_1 .. P_N.
+        patch_sizes: R_1 .. R_N, the bytes that one position of a stage covers; R_N is 1.
+    """
+
+    def __init__(self, config: MBLMModelConfig, *, start_tokens: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.num_stages = len(config.seq_lens)
+        self.num_tokens = config.num_tokens
+        self.pad_token_id = config.pad_token_id
+        self.hidden_dims = list(config.hidden_dims)
+        self.seq_lens = list(config.seq_lens)
+        self.patch_sizes = [math.prod(self.seq_lens[n + 1 :]) for n in range(self.num_stages)]
+        chunks = config.train_checkpoint_chunks
+        self.checkpoint_chunks = [None, *chunks] if chunks else [None] * self.num_stages
+
+        # The order of construction is part of the contract: a seed means the same weights.
+        if start_tokens:
+            self.start_tokens = nn.ParameterList(
+                [nn.Parameter(torch.randn(dim)) for dim in self.hidden_dims]
+            )
+        blocks = config.stage_blocks()
+        self.pos_embs = nn.ModuleList()
+        for block, dim, seq_len in zip(blocks, self.hidden_dims, self.seq_lens, strict=True):
+            self.pos_embs.append(_positions(block.pos_emb_type, dim, seq_len))
+        self.token_embs_rev = build_token_embeddings(
+            self.hidden_dims, self.seq_lens, config.num_tokens, config.pad_token_id
+        )
+        self.stage_models = nn.ModuleList()
+        self.to_next_stage_proj = nn.ModuleList()
+        for n, (block, dim) in enumerate(zip(blocks, self.hidden_dims, strict=True)):
+            layers = config.num_layers[n]
+            self.stage_models.append(block.to_model(model_dim=dim, num_layers=layers))
+            projection: nn.Module = nn.Identity()
+            if n + 1 < self.num_stages:
+                next_len, next_dim = self.seq_lens[n + 1], self.hidden_dims[n + 1]
+                projection = nn.Sequential(
+                    nn.Identity(),  # Keeps the Linear at the index that checkpoints name.
+                    nn.Linear(dim, next_len * next_dim),
+                    nn.Unflatten(-1, (next_len, next_dim)),
+                )
+            self.to_next_stage_proj.append(projection)
+        self.to_logits = nn.Linear(self.hidden_dims[-1], config.num_tokens)
+        self.register_load_state_dict_pre_hook(_migrate_before_load)
+
+    # -- What the stages are made of -------------------------------------------------------------
+
+    @property
+    def context_size(self) -> int:
+        """Bytes of the configured context, the product of ``seq_lens``."""
+        return math.prod(self.seq_lens)
+
+    @property
+    def max_length(self) -> int | None:
+        """Bytes the hierarchy can take, or None: only fixed positions of stage 1 limit them."""
+        return self.context_size if self._fixed_first else None
+
+    @property
+    def _fixed_first(self) -> bool:
+        return isinstance(self.pos_embs[0], nn.Embedding)
+
+    def positions(
+        self, stage: int, first: int, count: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Fixed positions ``(count, D_n)`` or rotation ``(count, D_n / 2, 2)`` of a stage."""
+        module = self.pos_embs[stage]
+        if isinstance(module, nn.Embedding):
+            return module.weight[first : first + count], None
+        if isinstance(module, RoPE):
+            return None, module.rotation(first, count)
+        return None, None
+
+    def add_positions(self, stage: int, x: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Add a stage's positions, from ``first`` on, to its token embeddings ``(B, S, D_n)``."""
+        positions, rotation = self.positions(stage, first, x.shape[1])
+        if positions is not None:
+            return x + positions
+        return x if rotation is None else rotate_pairs(x, rotation)
+
+    def embed_patches(self, stage: int, ids: torch.Tensor, num_patches: int) -> torch.Tensor:
+        """Token embeddings of an upper stage, ids ``(B, L)`` -> ``(B, num_patches, D_n)``."""
+        return self.token_embs_rev[self.num_stages - 1 - stage](ids, num_patches)
+
+    @property
+    def local_table(self) -> torch.Tensor:
+        """The local stage's embedding table ``(V, D_N)``."""
+        table: torch.Tensor = self.token_embs_rev[0].embedding.weight  # type: ignore[union-attr,assignment]
+        return table
+
+    def project_context(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+        """Context for stage n + 1, ``(rows, S, D_n) -> (rows * S, P_{n+1}, D_{n+1})``."""
+        return self.to_next_stage_proj[stage](attended).flatten(0, 1)
+
+    def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""
+        model, chunks = self.stage_models[stage], self.checkpoint_chunks[stage]
+        if chunks is None:
+            return model(x, *inputs)
+        outputs = []
+        parts = [t.chunk(chunks) if t is not None else [None] * chunks for t in (x, *inputs)]
+        for part in zip(*parts, strict=True):
+            if self.training:
+                outputs.append(checkpoint(model, *part, use_reentrant=False))
+            else:
+                outputs.append(model(*part))
+        return torch.cat(outputs)
+
+    # -- Inputs ------------------------------------------------------------------------------------
+
+    def _check_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+        ids = check_token_ids("input_ids", input_ids, self.num_tokens)
+        check_hierarchy_shape("input_ids", ids.shape, self.seq_lens, fixed_first=self._fixed_first)
+        return ids
+
+    def _tokens_of_ids(self, ids: torch.Tensor) -> Callable[[int], StageTokens]:
+        """Token embeddings per stage of flat ids ``(B, L)``, padded to whole patches of stage 1."""
+        padding = -ids.shape[1] % self.patch_sizes[0]
+        num_bytes = ids.shape[1] + padding
+
+        def tokens(stage: int) -> StageTokens:
+            if stage + 1 == self.num_stages:
+                padded = nn.functional.pad(ids, (0, padding), value=self.pad_token_id)
+                rows = ids.shape[0] if stage == 0 else -1
+                seq_len = num_bytes if stage == 0 else self.seq_lens[stage]
+                return self.local_table, padded.view(rows, seq_len)
+            embedded = self.embed_patches(stage, ids, num_bytes // self.patch_sizes[stage])
+            return self._as_rows(stage, embedded), None
+
+        return tokens
+
+    def _tokens_of_embeddings(
+        self, embeddings: torch.Tensor | Sequence[torch.Tensor]
+    ) -> Callable[[int], StageTokens]:
+        """Token embeddings per stage, from those of the bytes or from one tensor per stage."""
+        check_embeddings(embeddings, self.hidden_dims, self.seq_lens, fixed_first=self._fixed_first)
+        if isinstance(embeddings, torch.Tensor) and self.num_stages > 1:
+            warnings.warn(
+                "one tensor as inputs_embeds replaces the embedding tables of all stages; to "
+                "repeat what input_ids gives, pass one tensor per stage",
+                UserWarning,
+                stacklevel=4,
+            )
+
+        def tokens(stage: int) -> StageTokens:
+            reverse = self.num_stages - 1 - stage
+            if not isinstance(embeddings, torch.Tensor):
+                embedded = embeddings[reverse]
+            else:
+                of_bytes = embeddings
+                if reverse:  # (B, P_1', .., P_n, R_n, D_N)
+                    of_bytes = embeddings.flatten(stage + 2, -2)
+                embed: Any = self.token_embs_rev[reverse]
+                embedded = embed.from_embeddings(of_bytes)
+            return embedded.flatten(0, -3), None
+
+        return tokens
+
+    def _as_rows(self, stage: int, embedded: torch.Tensor) -> torch.Tensor:
+        """``(B, patches, D_n)`` to the rows of a stage ``(rows, P_n, D_n)``."""
+        if stage == 0:
+            return embedded
+        return embedded.view(-1, self.seq_lens[stage], embedded.shape[-1])
+
+    # -- Checkpoints -------------------------------------------------------------------------------
+
+    @staticmethod
+    def migrate_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same weights under the current names, from those of any release since 0.4.0."""
+        return migrate_embedding_keys(state_dict)
+
+
+def _migrate_before_load(
+    module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    migrated = migrate_embedding_keys(state_dict, prefix)
+    state_dict.clear()
+    state_dict.update(migrated)
+
+
+def _positions(kind: str | None, dim: int, seq_len: int) -> nn.Module:
+    if kind == "fixed":
+        return nn.Embedding(seq_len, dim)
+    if kind == "rope":
+        return RoPE(dim, max_seq_len=seq_len)
+    return nn.Identity()

@@ -1,0 +1,207 @@
+"""MBLM, the causal hierarchy: forward pass, loss, and the faces of incremental generation."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from mblm.inference.generate import generate
+from mblm.inference.session import Session
+from mblm.model.checks import check_same_shape
+from mblm.model.config import MBLMModelConfig, MBLMReturnType
+from mblm.model.encoder import MBLMEncoder
+from mblm.model.hierarchy import Hierarchy, StageTokens
+from mblm.model.loss import cross_entropy
+from mblm.model.pretrained import PretrainedMixin
+from mblm.ops.assemble_stage import assemble_stage
+from mblm.utils.stream import ByteStreamer
+
+__all__ = ["MBLM", "MBLMEncoder"]
+
+
+class MBLM(Hierarchy, PretrainedMixin):
+    """Multiscale Byte Language Model: a hierarchy of causal stages that models bytes.
+
+    Source: Egli et al., Multiscale Byte Language Models, https://arxiv.org/abs/2502.14553.
+    """
+
+    config_class = MBLMModelConfig
+
+    def __init__(self, cfg: MBLMModelConfig) -> None:
+        super().__init__(cfg, start_tokens=True)
+        self.pretrained_config = cfg
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        return_type: MBLMReturnType = MBLMReturnType.LOSS,
+        loss_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """One pass over whole sequences.
+
+        Args:
+            input_ids: Token ids, any integer dtype, flat ``(B, L)`` or nested
+                ``(B, P_1', P_2, .., P_N)``. Flat ids are padded to whole patches of stage 1.
+                ``(B, 0)`` gives logits of the first byte ``(B, 1, V)``, for any ``return_type``.
+            inputs_embeds: Instead of ids, embeddings of the bytes ``(B, P_1', .., P_N, D_N)`` for
+                all stages, or one tensor per stage ``(B, P_1', .., P_n, D_n)``, the local stage's
+                first. Only for ``HIDDEN_STATE``.
+            return_type: What to return. Default ``LOSS``.
+            loss_mask: Weight of each byte's loss, the shape of ``input_ids``. Default: all 1.
+
+        Returns:
+            ``LOGITS``: ``(B, L, V)``, row l predicts byte l + 1; for nested ids
+            ``(B, P_1', .., 1 + P_N, V)`` with the start positions.
+            ``LOSS``: scalar. ``LOSS_LOGITS``: both.
+            ``HIDDEN_STATE``: the local stage's output ``(B, L, D_N)``, nested for nested input.
+
+        Raises:
+            TypeError: A dtype that is none of token ids or embeddings.
+            ValueError: Bad shapes, ids outside the vocabulary, more bytes than the context.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            if return_type != MBLMReturnType.HIDDEN_STATE:
+                raise ValueError(
+                    f"return_type: inputs_embeds gives HIDDEN_STATE only, got {return_type!r}"
+                )
+            attended = self._attend(self._tokens_of_embeddings(inputs_embeds))
+            local = inputs_embeds if isinstance(inputs_embeds, torch.Tensor) else inputs_embeds[0]
+            return attended[:, 1:].reshape(local.shape)
+
+        nested_ids = self._check_ids(input_ids)
+        check_same_shape("loss_mask", loss_mask, nested_ids)
+        ids = nested_ids.flatten(1)
+        if ids.shape[1] == 0:
+            return self.empty_logits(ids.shape[0])
+
+        attended = self._attend(self._tokens_of_ids(ids))
+        if return_type == MBLMReturnType.HIDDEN_STATE:
+            return self._unpatch(attended, nested_ids)
+        logits = self.to_logits(attended)  # (rows, 1 + P_N, V)
+        if return_type == MBLMReturnType.LOGITS:
+            return self._logits_like(logits, nested_ids)
+        targets = self._arrange(ids, logits.shape[:2], fill=self.pad_token_id)
+        weights = None
+        if loss_mask is not None:
+            weights = self._arrange(loss_mask.flatten(1), logits.shape[:2], fill=0)
+        loss = cross_entropy(logits, targets, weights, self.pad_token_id)
+        if return_type == MBLMReturnType.LOSS:
+            return loss
+        return loss, self._logits_like(logits, nested_ids)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prime: torch.Tensor | None = None,
+        stream: ByteStreamer | None = None,
+        num_tokens_to_generate: int | None = None,
+        end_of_gen_token_id: int = -1,
+        temperature: float = 1.0,
+        filter_thres: float = 1.0,
+        enable_progress: bool = True,
+        *,
+        top_p: float | None = None,
+        stop: Sequence[bytes] = (),
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Generate bytes after a prompt; see `mblm.inference.generate.generate`."""
+        return generate(
+            self,
+            prime,
+            stream=stream,
+            num_tokens=num_tokens_to_generate,
+            end_token_id=end_of_gen_token_id,
+            temperature=temperature,
+            filter_thres=filter_thres,
+            enable_progress=enable_progress,
+            top_p=top_p,
+            stop=stop,
+            seed=seed,
+            generator=generator,
+        )
+
+    def session(self, batch_size: int = 1) -> Session:
+        """Start incremental decoding of ``batch_size`` equally long sequences."""
+        return Session(self, batch_size)
+
+    # -- The pass over the stages ------------------------------------------------------------------
+
+    def _attend(self, tokens: Callable[[int], StageTokens]) -> torch.Tensor:
+        """Run all stages; returns the local stage's ``a_0 .. a_P``, ``(rows, 1 + P_N, D_N)``."""
+        context = None
+        for stage in range(self.num_stages):
+            embeddings, ids = tokens(stage)
+            seq_len = (embeddings if ids is None else ids).shape[1]
+            positions, rotation = self.positions(stage, 0, seq_len)
+            x = assemble_stage(
+                self.start_tokens[stage],
+                embeddings,
+                ids,
+                positions,
+                rotation,
+                context,
+                padding_idx=self.pad_token_id,
+            )
+            attended = self.run_stage(stage, x)
+            if stage + 1 < self.num_stages:  # a_P of a patch is for nobody
+                context = self.project_context(stage, attended[:, :-1])
+        return attended
+
+    def empty_logits(self, batch_size: int) -> torch.Tensor:
+        """Logits of the first byte, when there is none yet: ``(batch_size, 1, V)``.
+
+        Only here does a start token get context: row 0 of what the stage above projects.
+        """
+        attended = None
+        for stage in range(self.num_stages):
+            x = self.start_token(stage, batch_size)[:, None]
+            if attended is not None:
+                x = x + self.project_context(stage - 1, attended)[:, :1]
+            attended = self.stage_models[stage](x)
+        return self.to_logits(attended)
+
+    def start_token(self, stage: int, batch_size: int) -> torch.Tensor:
+        """A stage's start token, ``(batch_size, D_n)``."""
+        return self.start_tokens[stage].expand(batch_size, -1)
+
+    def embed_tokens(self, stage: int, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings of whole patches of a stage, ids ``(B, S * R_n)`` -> ``(B, S, D_n)``."""
+        if stage + 1 == self.num_stages:
+            return nn.functional.embedding(ids, self.local_table)
+        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage])
+
+    # -- Between the rows of the local stage and the bytes of a sequence ---------------------------
+
+    def _unpatch(self, local: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Local rows ``(rows, 1 + P_N, X)`` to one row per byte of ``ids``, start rows dropped."""
+        if ids.ndim > 2:
+            return local[:, 1:].reshape(*ids.shape, -1)
+        return local[:, 1:].reshape(ids.shape[0], -1, local.shape[-1])[:, : ids.shape[1]]
+
+    def _logits_like(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits per byte of flat ids, or nested with the start rows."""
+        if ids.ndim > 2:
+            return logits.view(*ids.shape[:-1], *logits.shape[-2:])
+        return self._unpatch(logits, ids)
+
+    def _arrange(
+        self, per_byte: torch.Tensor, local_shape: torch.Size, fill: float
+    ) -> torch.Tensor:
+        """Put values per byte ``(B, L)`` where the byte is predicted, ``(rows, 1 + P_N)``.
+
+        Row i of a patch predicts its byte i + 1, counted from 1; the last row predicts the first
+        byte of the next patch. Start rows predict nothing, but the first patch's predicts byte 0.
+        """
+        batch_size, length = per_byte.shape
+        arranged = per_byte.new_full(local_shape, fill).view(batch_size, -1, local_shape[1])
+        patches, positions = arranged.shape[1], local_shape[1] - 1
+        later = nn.functional.pad(
+            per_byte[:, 1:], (0, patches * positions - length + 1), value=fill
+        )
+        arranged[:, :, 1:] = later.view(batch_size, patches, positions)
+        arranged[:, 0, 0] = per_byte[:, 0]
+        return arranged.view(local_shape)

@@ -1,0 +1,161 @@
+"""Transformer stages: their blocks, the causal decoder and the bidirectional encoder."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import nn
+
+from mblm.inference.stage_cache import StageCache
+from mblm.model.block import StageBlock
+from mblm.model.transformer_cache import TransformerCache
+from mblm.model.transformer_layers import (
+    Attention,
+    FeedForward,
+    RMSNorm,
+    Rotary,
+    RotaryEmbedding,
+    attention_bias,
+)
+
+
+class _TransformerBlockFields(StageBlock):
+    attn_head_dims: PositiveInt
+    attn_num_heads: PositiveInt
+    attn_use_rot_embs: bool
+    attn_dropout: NonNegativeFloat = Field(default=0.0, le=1.0)
+    ff_multiplier: PositiveInt = 2
+    ff_dropout: NonNegativeFloat = Field(default=0.0, le=1.0)
+    use_flash_attn: bool = False
+
+    def _model_arguments(self, model_dim: int, num_layers: int) -> dict[str, Any]:
+        return {
+            "model_dim": model_dim,
+            "num_layers": num_layers,
+            "attn_head_dim": self.attn_head_dims,
+            "attn_num_heads": self.attn_num_heads,
+            "attn_dropout": self.attn_dropout,
+            "attn_use_rot_embs": self.attn_use_rot_embs,
+            "ff_dropout": self.ff_dropout,
+            "ff_mult": self.ff_multiplier,
+            "use_flash_attn": self.use_flash_attn,
+        }
+
+
+class TransformerBlock(_TransformerBlockFields):
+    """A causal Transformer stage.
+
+    Attributes:
+        attn_head_dims: Width of a head.
+        attn_num_heads: Number of heads.
+        attn_use_rot_embs: Whether queries and keys get rotary positions.
+        attn_dropout: Dropout of attention probabilities. Default 0.
+        ff_multiplier: Inner width of the feed-forward over the stage's. Default 2.
+        ff_dropout: Dropout inside the feed-forward. Default 0.
+        use_flash_attn: Accepted for compatibility: attention always runs PyTorch's best kernel.
+    """
+
+    block_type: Literal["transformer"] = "transformer"
+
+    def to_model(self, model_dim: int, num_layers: int) -> nn.Module:
+        """Build a `TransformerDecoder`."""
+        return TransformerDecoder(**self._model_arguments(model_dim, num_layers))
+
+
+class TransformerEncoderBlock(_TransformerBlockFields):
+    """A bidirectional Transformer stage; the fields are those of `TransformerBlock`."""
+
+    block_type: Literal["transformerEncoder"] = "transformerEncoder"
+
+    def to_model(self, model_dim: int, num_layers: int) -> nn.Module:
+        """Build a `TransformerEncoder`."""
+        return TransformerEncoder(**self._model_arguments(model_dim, num_layers))
+
+
+class _Transformer(nn.Module):
+    """Layers of attention and feed-forward, and a final norm."""
+
+    causal: bool
+
+    def __init__(
+        self,
+        *,
+        model_dim: int,
+        num_layers: int,
+        attn_head_dim: int = 64,
+        attn_num_heads: int = 8,
+        attn_dropout: float = 0.0,
+        attn_use_rot_embs: bool = True,
+        ff_dropout: float = 0.0,
+        ff_mult: int = 4,
+        use_flash_attn: bool = False,
+    ) -> None:
+        super().__init__()
+        if attn_use_rot_embs and attn_head_dim % 2:
+            raise ValueError(
+                f"attn_head_dim: got {attn_head_dim}, rotary positions need an even width"
+            )
+        self.rotary_emb = RotaryEmbedding(attn_head_dim) if attn_use_rot_embs else None
+        self.layers = nn.ModuleList()
+        for _ in range(num_layers):
+            attention = Attention(
+                model_dim,
+                head_dim=attn_head_dim,
+                num_heads=attn_num_heads,
+                dropout=attn_dropout,
+                causal=self.causal,
+            )
+            feed_forward = FeedForward(
+                model_dim, mult=ff_mult, dropout=ff_dropout, shift=self.causal
+            )
+            self.layers.append(nn.ModuleList([attention, feed_forward]))
+        self.norm = RMSNorm(model_dim)
+
+    def rotary(self, first: int, count: int) -> Rotary | None:
+        """Rotary positions ``first .. first + count - 1`` (0 is the start token), if used."""
+        return None if self.rotary_emb is None else self.rotary_emb(first, count)
+
+    def layer_pairs(self) -> Iterator[tuple[Attention, FeedForward]]:
+        """Attention and feed-forward of each layer."""
+        layers: Any = self.layers
+        yield from layers
+
+    def _run_layers(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rotary = self.rotary(0, x.shape[-2])
+        for attention, feed_forward in self.layer_pairs():
+            x = x + attention(x, rotary, bias)
+            x = x + feed_forward(x)
+        return self.norm(x)
+
+
+class TransformerDecoder(_Transformer):
+    """Causal Transformer with token shift before attention and feed-forward."""
+
+    causal = True
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally."""
+        return self._run_layers(input_ids)
+
+    def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
+        """Decoding state: keys, values and shifted halves; see `StageCache`."""
+        return TransformerCache(self, batch_size, max_positions)
+
+
+class TransformerEncoder(_Transformer):
+    """Bidirectional Transformer, without token shift."""
+
+    causal = False
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Map embeddings ``(B, S, D)`` to ``(B, S, D)``.
+
+        Args:
+            input_ids: Embeddings ``(B, S, D)``.
+            attention_mask: Which positions are attended to, bool ``(B, S)``, True = attend.
+        """
+        bias = None if attention_mask is None else attention_bias(attention_mask, input_ids.dtype)
+        return self._run_layers(input_ids, bias)

@@ -1,0 +1,138 @@
+"""Layers of the Transformer stages: RMSNorm, rotary positions, attention, feed-forward.
+
+The causal shift that precedes attention and feed-forward is fused with their norm: the last half
+of the channels comes from the position before.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from mblm.ops.shift_rms_norm import shift_rms_norm
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (S, head width / 2) float32
+
+
+class RMSNorm(nn.Module):
+    """``x / max(||x||_2 * dim**-0.5, 1e-8) * g``, over the last dimension."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(dim))
+
+    def forward(
+        self, x: torch.Tensor, *, shift: bool = False, previous: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normalize ``(..., S, dim)``, with ``shift`` after the causal shift of half the channels.
+
+        ``previous (..., dim // 2)`` is the delayed half of the position before the first.
+        """
+        return shift_rms_norm(x, self.g, previous, shift=shift)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions of attention heads, base 10000, halves ``[-x2, x1]``.
+
+    Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        steps = torch.arange(0, head_dim, 2).float() / head_dim
+        self.register_buffer("inv_freq", 1.0 / 10000**steps)
+
+    def forward(self, first: int, count: int) -> Rotary:
+        """Cosines and sines of positions ``first .. first + count - 1``: (count, head_dim / 2)."""
+        positions = torch.arange(first, first + count, device=self.inv_freq.device)
+        angles = torch.outer(positions.float(), self.inv_freq.float())
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Apply rotary positions to queries or keys ``(B, H, S, d)``."""
+    cos, sin = rotary
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Pre-norm multi-head attention; causal and shifted in a decoder, neither in an encoder."""
+
+    def __init__(
+        self, dim: int, *, head_dim: int, num_heads: int, dropout: float, causal: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.causal = causal
+        inner = head_dim * num_heads
+        self.norm = RMSNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def project(
+        self, x: torch.Tensor, rotary: Rotary | None, previous: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values ``(B, H, S, d)`` of ``x (B, S, D)``."""
+        x = self.norm(x, shift=self.causal, previous=previous)
+        # Keys and values apart: one tensor for both would stay in memory for the values' sake.
+        to_k, to_v = self.to_kv.weight.chunk(2)
+        q, k, v = map(self._split_heads, (self.to_q(x), F.linear(x, to_k), F.linear(x, to_v)))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Softmax attention, scale ``d**-0.5``, and the output projection: ``(B, S, D)``."""
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal
+        )
+        return self.to_out(out.transpose(1, 2).flatten(-2))
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend within ``x (B, S, D)``; ``mask`` is added to the scores, an encoder's only."""
+        return self.attend(*self.project(x, rotary), mask, is_causal=self.causal)
+
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Sequential):
+    """Pre-norm feed-forward: norm (shifted in a decoder), Linear, GELU, dropout, Linear."""
+
+    def __init__(self, dim: int, *, mult: int, dropout: float, shift: bool) -> None:
+        super().__init__(
+            RMSNorm(dim),
+            nn.Linear(dim, dim * mult),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(dim * mult, dim),
+        )
+        self.shift = shift
+
+    def forward(self, x: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Map ``(B, S, D)`` to ``(B, S, D)``; ``previous`` as in `RMSNorm.forward`."""
+        norm, expand, activation, dropout, contract = self
+        return contract(dropout(activation(expand(norm(x, shift=self.shift, previous=previous)))))
+
+
+def attention_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a mask of positions ``(B, S)``, True = attend, into scores to add ``(B, 1, 1, S)``.
+
+    Masked positions get the lowest finite number rather than minus infinity, so that a row with
+    nothing to attend to is an average over all positions and not NaN.
+    """
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, torch.finfo(dtype).min)[:, None, None, :]

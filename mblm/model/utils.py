@@ -1,0 +1,107 @@
+"""Rotary positions over a stage's full width, parameter counts, and the sampling functions."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mblm.inference.sampling import gumbel_sample, top_k
+
+__all__ = ["RoPE", "count_params", "gumbel_sample", "top_k"]
+
+ParamType = nn.Module | nn.ModuleList | nn.Parameter | nn.ParameterList
+
+
+class RoPE(nn.Module):
+    """Rotary positions over interleaved pairs of channels.
+
+    Pair ``i`` of position ``s`` is rotated by ``s * base**(-2 i / dim)``.
+    Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, section 3.4.2.
+
+    Args:
+        dim: Width of what is rotated, even.
+        max_seq_len: Positions computed ahead; more are computed when they come.
+        base: Base of the geometric progression of angles. Default 10000.
+    """
+
+    theta: torch.Tensor
+    cache: torch.Tensor
+
+    def __init__(self, dim: int, max_seq_len: int, base: int = 10_000) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim: rotary positions need an even width, got {dim}")
+        self.dim = dim
+        self.base = base
+        self.max_seq_len = max_seq_len
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the angles anew."""
+        theta = 1.0 / self.base ** (torch.arange(0, self.dim, 2).float() / self.dim)
+        self.register_buffer("theta", theta, persistent=False)
+        self.build_rope_cache(self.max_seq_len)
+
+    def build_rope_cache(self, max_seq_len: int) -> None:
+        """Compute cosines and sines ``(max_seq_len, dim / 2, 2)``, always in float32."""
+        steps = torch.arange(max_seq_len, device=self.theta.device).float()
+        angles = torch.outer(steps, self.theta.float())
+        cache = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        self.register_buffer("cache", cache, persistent=False)
+
+    def rotation(self, first: int, count: int) -> torch.Tensor:
+        """Cosines and sines of positions ``first .. first + count - 1``: (count, dim / 2, 2)."""
+        if first + count > self.max_seq_len:
+            self.max_seq_len = max(first + count, 2 * self.max_seq_len)
+            self.build_rope_cache(self.max_seq_len)
+        return self.cache[first : first + count]
+
+    def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Rotate ``x``.
+
+        Args:
+            x: ``(B, S, heads, dim)``.
+            input_pos: Position of each vector, ``(B, S)``. Default: its index.
+
+        Returns:
+            A tensor like ``x``; the rotation is computed in float32.
+        """
+        if input_pos is None:
+            rotation = self.rotation(0, x.shape[1])
+        else:
+            self.rotation(0, int(input_pos.max()) + 1 if input_pos.numel() else 0)
+            rotation = self.cache[input_pos]
+        return rotate_pairs(x, rotation.unsqueeze(-3))
+
+
+def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of ``x (.., D)`` by cosines and sines ``(.., D / 2, 2)``, in float32."""
+    cos, sin = rotation.unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).type_as(x)
+
+
+def count_params(
+    main_module: ParamType, *submodules: tuple[str, Iterable[ParamType]]
+) -> tuple[int, dict[str, int]]:
+    """Count learnable parameters.
+
+    Args:
+        main_module: A module or parameter.
+        submodules: Pairs of a name and modules or parameters.
+
+    Returns:
+        The count of ``main_module``, and those of the pairs by name.
+    """
+    return _count([main_module]), {name: _count(modules) for name, modules in submodules}
+
+
+def _count(modules: Iterable[ParamType]) -> int:
+    count = 0
+    for module in modules:
+        if isinstance(module, nn.Parameter):
+            count += module.numel()
+        else:
+            count += sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return count

@@ -1,0 +1,288 @@
+"""``assemble_stage``: a stage's input from its start token, embeddings, positions and context."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mblm.ops._checks import (
+    check_device,
+    check_floating,
+    check_ids_range,
+    check_ids_type,
+    check_like,
+    check_shape,
+    compute_dtype,
+    no_second_derivative,
+)
+from mblm.ops._library import register_operator
+
+
+def assemble_stage(
+    start_token: Tensor,
+    embeddings: Tensor,
+    ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    rotation: Tensor | None = None,
+    context: Tensor | None = None,
+    *,
+    padding_idx: int = -1,
+) -> Tensor:
+    """Lay out ``[start_token, e_1, ..., e_P]`` for every row, with positions and context added.
+
+    Vector ``1 + p`` of a row is ``rotate(e_p) + positions[p] + context[row, p]``; absent terms
+    count nothing. The rotation is RoPE's over interleaved pairs of channels:
+    ``(x0, x1) -> (x0 * cos - x1 * sin, x1 * cos + x0 * sin)``.
+
+    Args:
+        start_token: ``(D,)``, the first vector of each row.
+        embeddings: ``(rows, P, D)``; or, with ``ids``, a table ``(V, D)`` they are gathered from.
+        ids: ``(rows, P)`` int64 token ids in ``[0, V)``.
+        positions: ``(>= P, D)`` position embeddings.
+        rotation: ``(>= P, D // 2, 2)``, cosine and sine per position and pair; D is even. It has
+            no gradient.
+        context: ``(rows, P, D)``, any strides.
+        padding_idx: The row of the table that gets no gradient; -1 for none.
+
+    Returns:
+        ``(rows, 1 + P, D)``, contiguous, of the dtype of ``embeddings``, to which
+        ``start_token``, ``positions`` and ``context`` are cast. Computed in float32 (float64 for
+        float64) and rounded once. The gradients are the same from run to run and for any number
+        of threads.
+
+    Raises:
+        TypeError: A dtype is not floating point, or ``ids`` is not int64.
+        ValueError: A shape or a device does not fit, or an id is not in the table.
+    """
+    dtype = embeddings.dtype
+    out: Tensor = torch.ops.mblm.assemble_stage(
+        start_token.to(dtype),
+        embeddings,
+        ids,
+        None if positions is None else positions.to(dtype),
+        rotation,
+        None if context is None else context.to(dtype),
+        padding_idx,
+    )
+    return out
+
+
+def assemble_stage_reference(
+    start_token: Tensor,
+    embeddings: Tensor,
+    ids: Tensor | None,
+    positions: Tensor | None,
+    rotation: Tensor | None,
+    context: Tensor | None,
+    padding_idx: int,
+) -> Tensor:
+    rows, length = _check(start_token, embeddings, ids, positions, rotation, context)
+    if ids is not None:
+        check_ids_range(ids, embeddings.shape[0])
+        embeddings = embeddings[ids]
+    compute = compute_dtype(embeddings.dtype)
+    vectors = embeddings.to(compute)
+    if rotation is not None:
+        vectors = _rotate(vectors, rotation[:length].to(compute))
+    if positions is not None:
+        vectors = vectors + positions[:length].to(compute)
+    if context is not None:
+        vectors = vectors + context.to(compute)
+    start = start_token.expand(rows, 1, -1)
+    return torch.cat((start, vectors.to(embeddings.dtype)), dim=1).contiguous()
+
+
+def assemble_stage_backward_reference(
+    grad: Tensor,
+    ids: Tensor | None,
+    rotation: Tensor | None,
+    num_embeddings: int,
+    num_positions: int,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the start token, the embeddings and the positions.
+
+    ``grad`` is ``(rows, 1 + P, D)``. The second result is ``(num_embeddings, D)`` with ``ids``,
+    ``(rows, P, D)`` without them but with ``rotation``, and empty with neither: that gradient is
+    ``grad[:, 1:]``. The third is ``(num_positions, D)``.
+    """
+    _check_backward(grad, ids, rotation, num_positions)
+    width = grad.shape[2]
+    compute = compute_dtype(grad.dtype)
+    grad_start, grad_vectors = grad.to(compute).split((1, grad.shape[1] - 1), dim=1)
+    used = min(num_positions, grad_vectors.shape[1])
+    grad_positions = grad_vectors.new_zeros(num_positions, width)
+    grad_positions[:used] = grad_vectors[:, :used].sum(0)
+
+    grad_embeddings = grad_vectors if ids is not None else grad_vectors.new_empty(0)
+    if rotation is not None:
+        # The inverse of a rotation has its sine negated.
+        inverse = rotation[: grad_vectors.shape[1]].to(compute) * rotation.new_tensor([1, -1])
+        grad_embeddings = _rotate(grad_vectors, inverse)
+    if ids is not None:
+        check_ids_range(ids, num_embeddings)
+        table = grad.new_zeros(num_embeddings, width, dtype=compute)
+        table.index_add_(0, ids.flatten(), grad_embeddings.flatten(0, 1))
+        if 0 <= padding_idx < num_embeddings:
+            table[padding_idx] = 0
+        grad_embeddings = table
+    return (
+        grad_start.sum((0, 1)).to(grad.dtype),
+        grad_embeddings.to(grad.dtype).contiguous(),
+        grad_positions.to(grad.dtype),
+    )
+
+
+def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
+    cos, sin = rotation.unbind(-1)
+    x0, x1 = vectors.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
+
+
+def _check(
+    start_token: Tensor,
+    embeddings: Tensor,
+    ids: Tensor | None,
+    positions: Tensor | None,
+    rotation: Tensor | None,
+    context: Tensor | None,
+) -> tuple[int, int]:
+    """Returns ``(rows, P)``."""
+    check_floating("embeddings", embeddings)
+    if ids is not None:
+        check_ids_type(ids)
+        check_device("ids", ids, "embeddings", embeddings)
+        if embeddings.dim() != 2:
+            raise ValueError(
+                f"embeddings must have shape [V, D] where ids are given, "
+                f"got {list(embeddings.shape)}"
+            )
+        rows, length = ids.shape
+    else:
+        if embeddings.dim() != 3:
+            raise ValueError(
+                f"embeddings must have shape [rows, P, D], got {list(embeddings.shape)}"
+            )
+        rows, length = embeddings.shape[:2]
+    width = embeddings.shape[-1]
+    check_like("start_token", start_token, "embeddings", embeddings)
+    check_shape("start_token", start_token, (width,))
+    if positions is not None:
+        check_like("positions", positions, "embeddings", embeddings)
+        _check_positions(positions, length, width)
+    if rotation is not None:
+        check_device("rotation", rotation, "embeddings", embeddings)
+        _check_rotation(rotation, length, width)
+    if context is not None:
+        check_like("context", context, "embeddings", embeddings)
+        check_shape("context", context, (rows, length, width))
+    return rows, length
+
+
+def _check_positions(positions: Tensor, length: int, width: int) -> None:
+    if positions.dim() != 2 or positions.shape[0] < length or positions.shape[1] != width:
+        raise ValueError(
+            f"positions must have shape [>= {length}, {width}], got {list(positions.shape)}"
+        )
+
+
+def _check_rotation(rotation: Tensor, length: int, width: int) -> None:
+    check_floating("rotation", rotation)
+    if width % 2:
+        raise ValueError(f"rotation needs an even width, got embeddings of width {width}")
+    if rotation.dim() != 3 or rotation.shape[0] < length or rotation.shape[1:] != (width // 2, 2):
+        raise ValueError(
+            f"rotation must have shape [>= {length}, {width // 2}, 2], got {list(rotation.shape)}"
+        )
+
+
+def _check_backward(
+    grad: Tensor, ids: Tensor | None, rotation: Tensor | None, num_positions: int
+) -> None:
+    check_floating("grad", grad)
+    if grad.dim() != 3 or grad.shape[1] < 1:
+        raise ValueError(f"grad must have shape [rows, 1 + P, D], got {list(grad.shape)}")
+    rows, length, width = grad.shape[0], grad.shape[1] - 1, grad.shape[2]
+    if ids is not None:
+        check_ids_type(ids)
+        check_shape("ids", ids, (rows, length))
+    if rotation is not None:
+        _check_rotation(rotation, length, width)
+    if num_positions < 0:
+        raise ValueError(f"num_positions must not be negative, got {num_positions}")
+
+
+def _fake(
+    start_token: Tensor,
+    embeddings: Tensor,
+    ids: Tensor | None,
+    positions: Tensor | None,
+    rotation: Tensor | None,
+    context: Tensor | None,
+    padding_idx: int,
+) -> Tensor:
+    rows, length = _check(start_token, embeddings, ids, positions, rotation, context)
+    return embeddings.new_empty(rows, 1 + length, embeddings.shape[-1])
+
+
+def _backward_fake(
+    grad: Tensor,
+    ids: Tensor | None,
+    rotation: Tensor | None,
+    num_embeddings: int,
+    num_positions: int,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(grad, ids, rotation, num_positions)
+    rows, length, width = grad.shape[0], grad.shape[1] - 1, grad.shape[2]
+    if ids is not None:
+        grad_embeddings = grad.new_empty(num_embeddings, width)
+    elif rotation is not None:
+        grad_embeddings = grad.new_empty(rows, length, width)
+    else:
+        grad_embeddings = grad.new_empty(0)
+    return grad.new_empty(width), grad_embeddings, grad.new_empty(num_positions, width)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, embeddings, ids, positions, rotation, context, ctx.padding_idx = inputs
+    ctx.num_embeddings = embeddings.shape[0]
+    ctx.num_positions = 0 if positions is None else positions.shape[0]
+    ctx.has_positions, ctx.has_context = positions is not None, context is not None
+    ctx.save_for_backward(ids, rotation)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ids, rotation = ctx.saved_tensors
+    grad_start, grad_embeddings, grad_positions = torch.ops.mblm.assemble_stage_backward(
+        grad, ids, rotation, ctx.num_embeddings, ctx.num_positions, ctx.padding_idx
+    )
+    if ids is None and rotation is None:
+        grad_embeddings = grad[:, 1:]
+    return (
+        grad_start,
+        grad_embeddings,
+        None,
+        grad_positions if ctx.has_positions else None,
+        None,
+        grad[:, 1:] if ctx.has_context else None,
+        None,
+    )
+
+
+register_operator(
+    "assemble_stage(Tensor start_token, Tensor embeddings, Tensor? ids, Tensor? positions, "
+    "Tensor? rotation, Tensor? context, int padding_idx) -> Tensor",
+    reference=assemble_stage_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register_operator(
+    "assemble_stage_backward(Tensor grad, Tensor? ids, Tensor? rotation, "
+    "SymInt num_embeddings, SymInt num_positions, int padding_idx) "
+    "-> (Tensor grad_start, Tensor grad_embeddings, Tensor grad_positions)",
+    reference=assemble_stage_backward_reference,
+    fake=_backward_fake,
+    backward=no_second_derivative("assemble_stage"),
+)

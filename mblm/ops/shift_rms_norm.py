@@ -1,0 +1,205 @@
+"""``shift_rms_norm``: the causal shift fused with RMSNorm, in one pass over the activations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mblm.ops._checks import (
+    check_device,
+    check_floating,
+    check_like,
+    check_shape,
+    compute_dtype,
+    no_second_derivative,
+)
+from mblm.ops._library import register_operator
+
+
+def shift_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    previous: Tensor | None = None,
+    *,
+    shift: bool = True,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Delay the last half of the channels by one position, then apply RMSNorm.
+
+    With ``h = D - D // 2`` and ``s[t] = concat(x[t, :h], x[t - 1, h:])``, the result is
+    ``s / max(norm(s) * D**-0.5, eps) * weight``. At ``t = 0`` the delayed half is ``previous``.
+    The shift is RWKV's token shift as MEGABYTE uses it; RMSNorm is Zhang & Sennrich's (2019)
+    with the epsilon as a lower bound of the root mean square.
+
+    Args:
+        x: ``(..., S, D)``, any strides.
+        weight: ``(D,)``.
+        previous: ``(..., D // 2)``, the delayed half that enters at the first position, of the
+            dtype of ``x``; zeros if None. Decoding passes the last position's ``x[..., h:]``.
+        shift: False leaves the channels where they are: a plain RMSNorm.
+        eps: Lower bound of the root mean square, positive.
+
+    Returns:
+        ``(..., S, D)``, contiguous, of the dtype ``torch.result_type(x, weight)``. Computed in
+        float32 (in float64 if that is the result's dtype) and rounded once.
+
+    Raises:
+        TypeError: A dtype is not floating point, or ``previous`` has another than ``x``.
+        ValueError: A shape or a device does not fit, ``eps`` is not positive, or ``previous`` is
+            given without ``shift``.
+    """
+    out: Tensor = torch.ops.mblm.shift_rms_norm(x, weight, previous, shift, eps)[0]
+    return out
+
+
+def shift_rms_norm_reference(
+    x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the result and ``1 / max(norm(s) * D**-0.5, eps)``, ``(..., S)``, for backward."""
+    _check(x, weight, previous, shift, eps)
+    dtype = torch.result_type(x, weight)
+    compute = compute_dtype(dtype)
+    s = _shift(x, previous, shift).to(compute)
+    norm = torch.linalg.vector_norm(s, dim=-1) * x.shape[-1] ** -0.5
+    inverse_norm = 1 / norm.clamp(min=eps)
+    out = s * inverse_norm[..., None] * weight.to(compute)
+    return out.to(dtype).contiguous(), inverse_norm.contiguous()
+
+
+def shift_rms_norm_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    previous: Tensor | None,
+    inverse_norm: Tensor,
+    shift: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of ``x``, ``weight`` and ``previous`` (empty if that is None)."""
+    _check_backward(grad, x, weight, previous, inverse_norm, shift, eps)
+    compute = inverse_norm.dtype
+    inverse = inverse_norm[..., None]
+    normalized = _shift(x, previous, shift).to(compute) * inverse
+    grad = grad.to(compute)
+    grad_weight = (grad * normalized).flatten(0, -2).sum(0)
+
+    # The norm takes part in the gradient only where eps does not bound it.
+    scaled = grad * weight.to(compute)
+    along = (scaled * normalized).mean(-1, keepdim=True)
+    bounded = inverse >= inverse.new_tensor(eps).reciprocal()
+    grad_s = inverse * (scaled - normalized * along.masked_fill(bounded, 0))
+
+    grad_previous = x.new_empty(0)
+    if shift:
+        # Every position's delayed half came from the position before; the last one's went nowhere.
+        kept, delayed = grad_s.split(_halves(x), dim=-1)
+        before = torch.cat((delayed, torch.zeros_like(delayed[..., :1, :])), dim=-2)
+        if previous is not None:
+            grad_previous = before[..., 0, :] if x.shape[-2] else torch.zeros_like(previous)
+            grad_previous = grad_previous.to(x.dtype).contiguous()
+        grad_s = torch.cat((kept, before[..., before.shape[-2] - x.shape[-2] :, :]), dim=-1)
+    return grad_s.to(x.dtype).contiguous(), grad_weight.to(weight.dtype), grad_previous
+
+
+def _halves(x: Tensor) -> tuple[int, int]:
+    """Sizes of the kept and of the delayed half; the kept one is the larger."""
+    delayed = x.shape[-1] // 2
+    return x.shape[-1] - delayed, delayed
+
+
+def _shift(x: Tensor, previous: Tensor | None, shift: bool) -> Tensor:
+    if not shift:
+        return x
+    kept, delayed = x.split(_halves(x), dim=-1)
+    first = previous if previous is not None else delayed.new_zeros(*x.shape[:-2], x.shape[-1] // 2)
+    delayed = torch.cat((first[..., None, :], delayed), dim=-2)[..., : x.shape[-2], :]
+    return torch.cat((kept, delayed), dim=-1)
+
+
+def _check(x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps: float) -> None:
+    check_floating("x", x)
+    check_floating("weight", weight)
+    if x.dim() < 2 or x.shape[-1] < 1:
+        raise ValueError(f"x must have shape [..., S, D] with D >= 1, got {list(x.shape)}")
+    check_shape("weight", weight, (x.shape[-1],))
+    check_device("weight", weight, "x", x)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    if previous is not None:
+        if not shift:
+            raise ValueError("previous must be None where shift is False")
+        check_shape("previous", previous, (*x.shape[:-2], x.shape[-1] // 2))
+        check_like("previous", previous, "x", x)
+
+
+def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    previous: Tensor | None,
+    inverse_norm: Tensor,
+    shift: bool,
+    eps: float,
+) -> None:
+    _check(x, weight, previous, shift, eps)
+    check_shape("grad", grad, tuple(x.shape))
+    check_shape("inverse_norm", inverse_norm, tuple(x.shape[:-1]))
+    dtype = torch.result_type(x, weight)
+    if grad.dtype != dtype:
+        raise TypeError(f"grad must be {dtype}, got {grad.dtype}")
+    if inverse_norm.dtype != compute_dtype(dtype):
+        raise TypeError(f"inverse_norm must be {compute_dtype(dtype)}, got {inverse_norm.dtype}")
+
+
+def _fake(
+    x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, previous, shift, eps)
+    dtype = torch.result_type(x, weight)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=compute_dtype(dtype))
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    previous: Tensor | None,
+    inverse_norm: Tensor,
+    shift: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(grad, x, weight, previous, inverse_norm, shift, eps)
+    grad_previous = x.new_empty(0 if previous is None else previous.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_previous
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, previous, ctx.shift, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, previous, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, previous, inverse_norm = ctx.saved_tensors
+    grad_x, grad_weight, grad_previous = torch.ops.mblm.shift_rms_norm_backward(
+        grad, x, weight, previous, inverse_norm, ctx.shift, ctx.eps
+    )
+    return grad_x, grad_weight, grad_previous if previous is not None else None, None, None
+
+
+register_operator(
+    "shift_rms_norm(Tensor x, Tensor weight, Tensor? previous, bool shift, float eps) "
+    "-> (Tensor out, Tensor inverse_norm)",
+    reference=shift_rms_norm_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register_operator(
+    "shift_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? previous, "
+    "Tensor inverse_norm, bool shift, float eps) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_previous)",
+    reference=shift_rms_norm_backward_reference,
+    fake=_backward_fake,
+    backward=no_second_derivative("shift_rms_norm"),
+)

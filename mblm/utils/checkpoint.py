@@ -1,0 +1,231 @@
+"""Save a model's weights to a file and load them, checked, from one. Public names: `mblm.utils.io`.
+
+A checkpoint is what ``torch.save`` makes of ``{"MODEL": state_dict, "LOSS": float}``.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
+
+import torch
+
+from mblm.utils.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from torch.serialization import MAP_LOCATION
+
+StateDict: TypeAlias = dict[str, Any]
+Module = TypeVar("Module", bound=torch.nn.Module)
+File: TypeAlias = str | os.PathLike[str]
+
+_LISTED = 8  # names that an error message lists of each kind
+
+
+def save_model_state(
+    dir: str | Path,
+    checkpoint_name: str,
+    model: torch.nn.Module | StateDict,
+    loss: float,
+) -> tuple[bool, Path]:
+    """Save a model's weights and loss; the file is replaced as a whole or left as it was.
+
+    Args:
+        dir: Folder of the file, created if missing.
+        checkpoint_name: Name of the file; its suffix becomes ``.pth``.
+        model: A module or its state dict.
+        loss: The model's loss.
+
+    Returns:
+        Whether a file was overwritten, and the file.
+
+    Raises:
+        TypeError: `model` or `loss` is of another type.
+    """
+    state = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    if not isinstance(state, Mapping):
+        raise TypeError(f"model must be a module or a state dict, got {type(model).__name__}")
+    try:
+        loss = float(loss)
+    except (TypeError, ValueError):
+        raise TypeError(f"loss must be a number, got {loss!r}") from None
+    file = Path(dir, checkpoint_name).with_suffix(".pth")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    did_overwrite = file.exists()
+    with atomic_write(file) as stream:
+        torch.save({"MODEL": state, "LOSS": loss}, stream)
+    return did_overwrite, file
+
+
+def load_model_state(
+    checkpoint_file: str | Path,
+    model: Module,
+    map_location: "MAP_LOCATION | None" = None,
+    map_extend_embeddings: Collection[str] | None = None,
+    map_rename_modules: Iterable[tuple[str, str]] | None = None,
+    on_success: Callable[[str], Any] | None = None,
+) -> tuple[Module, float]:
+    """Load a checkpoint into a model of the same layout.
+
+    Nothing but tensors and plain values is unpickled, and `model` changes only after the whole
+    checkpoint was found to fit. A model whose keys have changed over time may have a method
+    ``migrate_state_dict(state_dict) -> state_dict``, which is given the (renamed) state dict.
+
+    Args:
+        checkpoint_file: A file written by `save_model_state`.
+        model: The module to load into.
+        map_location: Where to put the tensors, as for ``torch.load``.
+        map_extend_embeddings: Keys whose tensors may have fewer rows in the checkpoint than in
+            `model`: they fill the first rows, the other rows of `model` stay.
+        map_rename_modules: Pairs of a prefix of keys in the checkpoint and what replaces it. The
+            first pair that matches a key counts.
+        on_success: Called with a message for every tensor that was renamed or extended.
+
+    Returns:
+        `model` and the checkpoint's loss.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint, or is damaged or unsafe; it does not fit `model`:
+            missing, unexpected or mismatched tensors, all of them named; or a weight is NaN or
+            infinite.
+    """
+    state, loss = _read(checkpoint_file, map_location)
+    messages: list[str] = []
+    if map_rename_modules is not None:
+        state = _rename(checkpoint_file, state, list(map_rename_modules), messages)
+    migrate = getattr(model, "migrate_state_dict", None)
+    if migrate is not None:
+        state = migrate(state)
+    expected = model.state_dict()
+    if map_extend_embeddings is not None:
+        state = _extend(state, expected, map_extend_embeddings, messages)
+    load_checked_state(checkpoint_file, state, model)
+    if on_success is not None:
+        for message in messages:
+            on_success(message)
+    return model, loss
+
+
+def load_checked_state(file: File, state: StateDict, model: torch.nn.Module) -> None:
+    """Load weights into a model that they fit exactly; otherwise the model is left as it was.
+
+    Args:
+        file: Where the weights come from, for error messages.
+        state: The weights, by the names of the model's state dict.
+        model: The module to load into.
+
+    Raises:
+        ValueError: Tensors are missing, unexpected or mismatched, all of them named; or a weight
+            is NaN or infinite.
+    """
+    _check_fit(file, state, model.state_dict(), type(model).__name__)
+    _check_finite(file, state, model)
+    model.load_state_dict(state, strict=True)
+
+
+def _read(file: File, map_location: "MAP_LOCATION | None") -> tuple[StateDict, float]:
+    try:
+        content = torch.load(file, map_location, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ValueError(
+            f"{file} cannot be read as a checkpoint of tensors and plain values "
+            f"(nothing else in it was run): {reason}"
+        ) from error
+    if not isinstance(content, dict) or not {"MODEL", "LOSS"} <= content.keys():
+        raise ValueError(f'{file} is no checkpoint: it needs the entries "MODEL" and "LOSS"')
+    state, loss = content["MODEL"], content["LOSS"]
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(
+            f'{file}: "MODEL" must be a dict of tensors by name, got {type(state).__name__}'
+        )
+    try:
+        return state, float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'{file}: "LOSS" must be a number, got {type(loss).__name__}') from None
+
+
+def _rename(
+    file: File, state: StateDict, prefixes: list[tuple[str, str]], messages: list[str]
+) -> StateDict:
+    """Replace the first matching prefix of every key."""
+    renamed: StateDict = {}
+    for key, value in state.items():
+        new_key = next((new + key[len(old) :] for old, new in prefixes if key.startswith(old)), key)
+        if new_key in renamed:
+            raise ValueError(f"{file}: map_rename_modules gives two tensors the name {new_key}")
+        renamed[new_key] = value
+        if new_key != key:
+            messages.append(f"Renamed {key} to {new_key}")
+    return renamed
+
+
+def _extend(
+    state: StateDict, expected: StateDict, keys: Collection[str], messages: list[str]
+) -> StateDict:
+    """Fill up tensors that have fewer rows than the model's with the model's own rows.
+
+    A tensor that cannot be extended is left as it is, for `_check_fit` to name.
+    """
+    extended = state.copy()
+    for key in keys:
+        rows, table = state.get(key), expected.get(key)
+        if not _is_dense(rows) or not _is_dense(table) or not 0 < rows.dim() == table.dim():
+            continue
+        num_rows, num_all = rows.shape[0], table.shape[0]
+        if rows.shape[1:] == table.shape[1:] and num_rows <= num_all:
+            # (V_old, …) and (V_new - V_old, …); where dtypes differ, the wider one
+            extended[key] = torch.cat((rows, table[num_rows:].to(rows.device)))
+            messages.append(f"Loaded {num_rows} of {num_all} rows of {key}")
+    return extended
+
+
+def _check_fit(file: File, state: StateDict, expected: StateDict, model_name: str) -> None:
+    """Name all tensors that are missing, unexpected or unlike the model's."""
+    mismatches = []
+    for key, want in expected.items():
+        if key not in state or not isinstance(want, torch.Tensor):
+            continue  # the latter: extra state, which only its module can judge
+        if torch.nn.parameter.is_lazy(want):
+            continue
+        got = state[key]
+        if not _is_dense(got):
+            mismatches.append(f"{key}: expected a dense tensor, got {type(got).__name__}")
+        elif got.shape != want.shape:
+            mismatches.append(f"{key}: expected {tuple(want.shape)}, got {tuple(got.shape)}")
+        elif not torch.can_cast(got.dtype, want.dtype):
+            mismatches.append(f"{key}: expected {want.dtype}, got {got.dtype}")
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "mismatched": mismatches,
+    }
+    found = [f"{kind}: {_listing(names, '; ')}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{file} does not fit {model_name}: {' | '.join(found)}")
+
+
+def _check_finite(file: File, state: StateDict, model: torch.nn.Module) -> None:
+    """Name all weights that are NaN or infinite. Buffers may be: a mask often is."""
+    bad = [
+        key
+        for key, weight in model.named_parameters(remove_duplicate=False)
+        if key in state
+        and not torch.nn.parameter.is_lazy(weight)
+        and not torch.isfinite(state[key].to(weight.dtype)).all()
+    ]
+    if bad:
+        raise ValueError(f"{file} holds NaN or infinite values in {_listing(bad, ', ')}")
+
+
+def _is_dense(value: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _listing(names: list[str], separator: str) -> str:
+    more = len(names) - _LISTED
+    listed = separator.join(names[:_LISTED])
+    return f"{listed} and {more} more" if more > 0 else listed

@@ -1,0 +1,45 @@
+"""Checks of tensors that come from outside; each refuses bad input by name."""
+
+import torch
+
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
+    """Refuse what is not a tensor of token ids in ``[0, num_tokens)``; returns them as int64.
+
+    The range is not checked while a graph is traced, where values do not exist.
+
+    Raises:
+        TypeError: Not a tensor, or not of an integer dtype.
+        ValueError: An id outside the vocabulary; the message names it and its position.
+    """
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor of token ids, got {type(ids).__name__}")
+    if ids.dtype not in _ID_DTYPES:
+        raise TypeError(f"{name}: expected integer token ids (torch.long), got {ids.dtype}")
+    if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
+        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+        if lowest < 0 or highest >= num_tokens:
+            position = tuple(((ids < 0) | (ids >= num_tokens)).nonzero()[0].tolist())
+            raise ValueError(
+                f"{name}: token id {int(ids[position])} at position {position} is outside "
+                f"[0, {num_tokens}), the vocabulary of num_tokens = {num_tokens}"
+            )
+    return ids.long()
+
+
+def check_finite_weights(module: torch.nn.Module) -> None:
+    """Refuse a module with NaN or infinite weights.
+
+    Raises:
+        ValueError: Names the first parameter that is not finite.
+    """
+    for name, parameter in module.named_parameters():
+        # A sum is one fast pass; it is looked at closely only if it is not finite itself.
+        if parameter.is_meta or torch.isfinite(parameter.detach().sum()):
+            continue
+        if broken := int((~torch.isfinite(parameter)).sum()):
+            raise ValueError(
+                f"weights: {name} {tuple(parameter.shape)} holds {broken} NaN or infinite values"
+            )

@@ -1,0 +1,200 @@
+"""Read and write a program's files: YAML configurations, CSV and JSON lines, checkpoints."""
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, RootModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from mblm.utils.atomic import atomic_write
+from mblm.utils.checkpoint import StateDict, load_model_state, save_model_state
+
+__all__ = [
+    "CSVWriter",
+    "NDJSONWriter",
+    "StateDict",
+    "dump_yml",
+    "load_model_state",
+    "load_yml",
+    "read_jsonl",
+    "save_model_state",
+]
+
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+Row = TypeVar("Row", bound=NamedTuple)
+
+_OTHER_SUFFIX = {".yaml": ".yml", ".yml": ".yaml"}
+
+
+def load_yml(path: str | Path, parse_to: type[Model], try_yaml_suffixes: bool = False) -> Model:
+    """Read a YAML file into a pydantic model.
+
+    Args:
+        path: The file, ending in ``.yaml`` or ``.yml``.
+        parse_to: The model's class.
+        try_yaml_suffixes: If there is no such file, try the other of the two suffixes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file has another suffix, is no valid YAML or no mapping, or has fields
+            that are unknown, missing or wrong: pydantic's ``ValidationError``, which names them.
+    """
+    path = Path(path)
+    if path.suffix not in _OTHER_SUFFIX:
+        raise ValueError(f"{path} is not a YAML file: its suffix must be .yaml or .yml")
+    if try_yaml_suffixes and not path.exists():
+        other = path.with_suffix(_OTHER_SUFFIX[path.suffix])
+        path = other if other.exists() else path
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"{path}{where}: invalid YAML: {reason}") from error
+    if not isinstance(data, dict) and not issubclass(parse_to, RootModel):
+        raise ValueError(
+            f"{path}: expected a mapping of fields at the top level, got {type(data).__name__}"
+        )
+    try:
+        return parse_to.model_validate(data)
+    except ValidationError as error:
+        raise _with_title(error, f"{error.title} in {path}") from None
+
+
+def _with_title(error: ValidationError, title: str) -> ValidationError:
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError(item["type"], "{reason}", {"reason": item["msg"]}),
+            loc=item["loc"],
+            input=item["input"],
+        )
+        for item in error.errors(include_url=False)
+    ]
+    return ValidationError.from_exception_data(title, details)
+
+
+def dump_yml(path: str | Path, data: BaseModel) -> Path:
+    """Write a pydantic model to a YAML file, which is replaced as a whole or left as it was.
+
+    Args:
+        path: The file; its suffix becomes ``.yaml``.
+        data: The model.
+
+    Returns:
+        The file written.
+
+    Raises:
+        TypeError: `data` is no pydantic model or holds a value that YAML has no form for.
+    """
+    if not isinstance(data, BaseModel):
+        raise TypeError(f"data must be a pydantic model, got {type(data).__name__}")
+    path = Path(path).with_suffix(".yaml")
+    try:
+        text = yaml.safe_dump(data.model_dump())
+    except yaml.representer.RepresenterError as error:
+        name = type(data).__name__
+        raise TypeError(f"{name} holds a value that YAML has no form for: {error}") from error
+    with atomic_write(path) as file:
+        file.write(text.encode())
+    return path
+
+
+class CSVWriter(Generic[Row]):
+    """Appends named tuples to a CSV file, which begins empty; their field names are its header.
+
+    Several threads and processes may append to one file: a lock file beside it,
+    ``<name>.csv.lock``, keeps their rows apart.
+
+    Args:
+        output_dir: Folder of the file, created if missing.
+        file_name: Name of the file; its suffix becomes ``.csv``.
+        noop: Write nothing and create nothing.
+    """
+
+    def __init__(self, output_dir: str | Path, file_name: str, noop: bool = False) -> None:
+        self.noop = noop
+        if noop:
+            return
+        from filelock import FileLock
+
+        if (lock_logger := logging.getLogger("filelock")).level == logging.NOTSET:
+            lock_logger.setLevel(logging.WARNING)  # it logs every row at debug level
+
+        self._file = Path(output_dir, file_name).with_suffix(".csv")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_bytes(b"")
+        self._lock = FileLock(f"{self._file}.lock")
+
+    def write_row(self, row: Row) -> None:
+        """Append a row, after the header if it is the first."""
+        if self.noop:
+            return
+        if not hasattr(row, "_fields"):
+            raise TypeError(f"row must be a named tuple, got {type(row).__name__}")
+        with self._lock, self._file.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(row._fields)
+            writer.writerow(row)
+
+
+class NDJSONWriter(Generic[Model]):
+    """Appends pydantic models to a file, one JSON object a line.
+
+    Args:
+        path: The file; what it holds already is kept.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.stream_positions: list[int] = []  # where the lines of this writer begin
+
+    def write_line(self, obj: Model) -> None:
+        """Append a line."""
+        line = obj.model_dump_json() + "\n"
+        with self.path.open("ab") as file:
+            self.stream_positions.append(file.tell())
+            file.write(line.encode())
+
+    def remove_last_line(self) -> None:
+        """Remove the last line of those this writer has written, if there is one."""
+        if self.stream_positions:
+            with self.path.open("ab") as file:
+                file.truncate(self.stream_positions.pop())
+
+
+def read_jsonl(path: Path | str, parse_lines_to: Callable[..., T]) -> list[T]:
+    """Read a file of one JSON object a line.
+
+    Args:
+        path: The file.
+        parse_lines_to: Called with an object's entries as keyword arguments, such as a class.
+
+    Returns:
+        The results, one per line.
+
+    Raises:
+        ValueError: A line is no JSON object; the message names it.
+    """
+    results = []
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            results.append(parse_lines_to(**_parse_object(line, f"{path}, line {number}")))
+    return results
+
+
+def _parse_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise json.JSONDecodeError(f"{where}: {error.msg}", error.doc, error.pos) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,100 @@
+"""Small models for tests: blocks of every kind, and hierarchies drawn at random."""
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from mblm import MBLM, MambaBlock, MBLMModelConfig, TransformerBlock
+from mblm.model.block import StageBlock
+
+
+class LSTM(nn.Module):
+    """A user's stage model that knows nothing of decoding."""
+
+    def __init__(self, model_dim: int, num_layers: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(model_dim, model_dim, num_layers, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0]
+
+
+class LSTMWithHook(LSTM):
+    """The same with the hook that makes decoding fast."""
+
+    def forward_with_state(self, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        return self.lstm(x, state)
+
+
+class LSTMBlock(StageBlock):
+    block_type: str = "lstm"
+    with_hook: bool = False
+
+    def to_model(self, model_dim: int, num_layers: int) -> nn.Module:
+        return (LSTMWithHook if self.with_hook else LSTM)(model_dim, num_layers)
+
+
+def transformer(**fields: Any) -> TransformerBlock:
+    defaults: dict[str, Any] = {
+        "attn_head_dims": 4,
+        "attn_num_heads": 2,
+        "attn_use_rot_embs": True,
+        "pos_emb_type": "fixed",
+    }
+    return TransformerBlock(**{**defaults, **fields})
+
+
+def mamba(block_type: str = "mamba1", **fields: Any) -> MambaBlock:
+    defaults: dict[str, Any] = {"d_state": 4, "d_conv": 3, "expand": 2, "headdim": 4}
+    return MambaBlock(block_type=block_type, **{**defaults, **fields})
+
+
+def model(
+    *blocks: StageBlock,
+    seq_lens: list[int],
+    hidden_dims: list[int] | None = None,
+    num_tokens: int = 19,
+    pad_token_id: int | None = None,
+    **fields: Any,
+) -> MBLM:
+    """A small model in evaluation mode, one layer per stage unless ``num_layers`` says more."""
+    config = MBLMModelConfig(
+        num_tokens=num_tokens,
+        pad_token_id=num_tokens - 1 if pad_token_id is None else pad_token_id,
+        hidden_dims=hidden_dims or [8] * len(seq_lens),
+        num_layers=fields.pop("num_layers", [1] * len(seq_lens)),
+        seq_lens=seq_lens,
+        train_checkpoint_chunks=fields.pop("train_checkpoint_chunks", None),
+        block=list(blocks) if len(blocks) > 1 else blocks[0],
+    )
+    return MBLM(config).eval()
+
+
+_BLOCKS = {
+    "transformer": lambda: transformer(),
+    "transformer, rope": lambda: transformer(pos_emb_type="rope", attn_use_rot_embs=False),
+    "transformer, no positions": lambda: transformer(pos_emb_type=None),
+    "mamba1": lambda: mamba("mamba1"),
+    "mamba1, fixed": lambda: mamba("mamba1", pos_emb_type="fixed"),
+    "mamba2": lambda: mamba("mamba2"),
+    "lstm": lambda: LSTMBlock(),
+    "lstm with hook": lambda: LSTMBlock(with_hook=True, pos_emb_type="rope"),
+}
+
+
+@st.composite
+def hierarchies(draw: st.DrawFn) -> MBLM:
+    """A model of 1 to 4 stages, mixed blocks, odd and even sizes."""
+    stages = draw(st.integers(1, 4), label="stages")
+    names = [draw(st.sampled_from(sorted(_BLOCKS)), label="block") for _ in range(stages)]
+    blocks = [_BLOCKS[name]() for name in names]
+    seq_lens = [draw(st.integers(1, 4), label="seq_len") for _ in range(stages)]
+    dims = []
+    for block in blocks:
+        even = block.pos_emb_type == "rope" or isinstance(block, MambaBlock)
+        dims.append(draw(st.sampled_from([4, 6] if even else [3, 4, 6, 7]), label="dim"))
+    layers = [draw(st.integers(1, 2), label="layers") for _ in range(stages)]
+    torch.manual_seed(draw(st.integers(0, 1000), label="seed"))
+    return model(*blocks, seq_lens=seq_lens, hidden_dims=dims, num_layers=layers)

@@ -1,0 +1,396 @@
+"""assemble_stage: against plain PyTorch, its gradients, its native kernel, bad input."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mblm.ops.assemble_stage as module
+from mblm.ops.assemble_stage import assemble_stage, assemble_stage_reference
+
+OPERATOR = torch.ops.mblm.assemble_stage
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", [OPERATOR, assemble_stage_reference], ids=["operator", "reference"]
+)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TERMS = ("ids", "positions", "rotation", "context")
+COMBINATIONS = [combination for n in range(5) for combination in itertools.combinations(TERMS, n)]
+
+
+def sample(rows=3, length=4, width=6, terms=TERMS, dtype=torch.float32, vocabulary=5, seed=0):
+    """Arguments of assemble_stage by name; only the terms asked for are there."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    angles = torch.rand(length + 2, width // 2, generator=generator, dtype=torch.float64) * 6.3
+    arguments = {
+        "start_token": normal(width),
+        "embeddings": normal(rows, length, width),
+        "ids": None,
+        "positions": normal(length + 1, width),
+        "rotation": torch.stack((angles.cos(), angles.sin()), dim=-1),
+        "context": normal(rows, length, width),
+    }
+    if dtype != torch.float64:
+        arguments["rotation"] = arguments["rotation"].float()
+    if "ids" in terms:
+        arguments["embeddings"] = normal(vocabulary, width)
+        arguments["ids"] = torch.randint(vocabulary, (rows, length), generator=generator)
+    return arguments | {name: None for name in set(TERMS) - set(terms)}
+
+
+def plain(start_token, embeddings, ids, positions, rotation, context, padding_idx=-1):
+    """The composition of PyTorch's own modules that the operator replaces."""
+    if ids is not None:
+        padding = padding_idx if padding_idx >= 0 else None
+        embeddings = nn.functional.embedding(ids, embeddings, padding_idx=padding)
+    rows, length, width = embeddings.shape
+    if rotation is not None:
+        turns = torch.view_as_complex(rotation[:length].to(embeddings.dtype).contiguous())
+        pairs = embeddings.reshape(rows, length, width // 2, 2)
+        embeddings = torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(2)
+    if positions is not None:
+        embeddings = embeddings + positions[:length]
+    if context is not None:
+        embeddings = embeddings + context
+    return torch.cat((start_token.repeat(rows, 1, 1), embeddings), dim=1)
+
+
+def gradients(function, arguments):
+    """Gradients of a fixed weighting of the function's result, by argument."""
+    arguments = {
+        name: t.detach().clone().requires_grad_()
+        if t is not None and t.is_floating_point() and name != "rotation"
+        else t
+        for name, t in arguments.items()
+    }
+    out = function(**arguments)
+    weighting = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype)
+    out.backward(weighting)
+    return {name: t.grad for name, t in arguments.items() if t is not None and t.requires_grad}
+
+
+def assert_all_close(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        scale = theirs[name].abs().max().item() if theirs[name].numel() else 1.0
+        torch.testing.assert_close(
+            ours[name],
+            theirs[name],
+            rtol=tolerance,
+            atol=tolerance * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("terms", COMBINATIONS, ids=lambda terms: "+".join(terms) or "plain")
+def test_equals_plain_torch(terms):
+    arguments = sample(terms=terms)
+    torch.testing.assert_close(assemble_stage(**arguments), plain(**arguments))
+    assert_all_close(gradients(assemble_stage, arguments), gradients(plain, arguments), 1e-5)
+
+
+def test_each_row_starts_with_the_start_token_alone():
+    arguments = sample()
+    out = assemble_stage(**arguments)
+    assert torch.equal(out[:, 0], arguments["start_token"].expand(3, 6))
+
+
+def test_the_padding_row_gets_no_gradient():
+    arguments = sample(rows=20)
+    padded = gradients(lambda **a: assemble_stage(**a, padding_idx=2), arguments)
+    plain_padded = gradients(lambda **a: plain(**a, padding_idx=2), arguments)
+    assert not padded["embeddings"][2].any()
+    assert_all_close(padded, plain_padded, 1e-5)
+
+
+def test_positions_beyond_the_last_get_no_gradient():
+    grads = gradients(assemble_stage, sample(length=4))
+    assert grads["positions"].shape == (5, 6)
+    assert grads["positions"][:4].all() and not grads["positions"][4].any()
+
+
+@pytest.mark.parametrize("terms", [(), TERMS], ids=["plain", "all"])
+@pytest.mark.parametrize(("rows", "length"), [(0, 4), (3, 0), (0, 0)], ids=str)
+def test_nothing_gives_start_tokens(rows, length, terms):
+    arguments = sample(rows=rows, length=length, terms=terms)
+    out = assemble_stage(**arguments)
+    assert torch.equal(out, arguments["start_token"].expand(rows, 1, 6)) or rows == 0
+    assert out.shape == (rows, 1 + length, 6)
+    grads = gradients(assemble_stage, arguments)
+    for name, tensor in grads.items():
+        assert tensor.shape == arguments[name].shape
+        assert name == "start_token" or not tensor.any()
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_odd_widths_work_without_rotation(width):
+    arguments = sample(width=width, terms=("ids", "positions", "context"))
+    torch.testing.assert_close(assemble_stage(**arguments), plain(**arguments))
+    assert_all_close(gradients(assemble_stage, arguments), gradients(plain, arguments), 1e-5)
+
+
+def test_takes_any_strides():
+    arguments = sample(terms=("positions", "rotation", "context"))
+    expected = assemble_stage(**arguments)
+    for name in ("embeddings", "context"):
+        tensor = arguments[name]
+        for layout in (
+            tensor.transpose(0, 1).contiguous().transpose(0, 1),
+            tensor.transpose(1, 2).contiguous().transpose(1, 2),
+            torch.cat((tensor, tensor), dim=1)[:, :4],
+        ):
+            assert torch.equal(layout, tensor)
+            assert torch.equal(assemble_stage(**arguments | {name: layout}), expected)
+    arguments = sample()
+    expected = assemble_stage(**arguments)
+    for name in ("start_token", "embeddings", "ids", "positions", "rotation"):
+        layout = arguments[name].repeat_interleave(2, dim=-1)[..., ::2]
+        assert torch.equal(assemble_stage(**arguments | {name: layout}), expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_once(dtype):
+    arguments = sample(rows=40, dtype=dtype)
+    exact = {n: t if n == "ids" else t.double() for n, t in arguments.items()}
+    out = assemble_stage(**arguments)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), plain(**exact), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_other_dtypes_are_cast_to_that_of_the_embeddings():
+    arguments = sample()
+    for name in ("start_token", "positions", "context"):
+        half = arguments[name].bfloat16().requires_grad_()
+        out = assemble_stage(**arguments | {name: half})
+        assert out.dtype == torch.float32
+        assert torch.equal(out, assemble_stage(**arguments | {name: half.float()}))
+        out.sum().backward()
+        assert half.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("terms", COMBINATIONS, ids=lambda terms: "+".join(terms) or "plain")
+def test_gradcheck(terms):
+    arguments = sample(rows=2, length=3, width=4, terms=terms, dtype=torch.float64)
+    names = [n for n, t in arguments.items() if t is not None and n not in ("ids", "rotation")]
+    tensors = [arguments[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(
+        lambda *t: assemble_stage(**arguments | dict(zip(names, t, strict=True))), tensors
+    )
+
+
+@pytest.mark.parametrize("terms", COMBINATIONS, ids=lambda terms: "+".join(terms) or "plain")
+def test_reference_gradient_is_that_of_the_reference(terms):
+    arguments = sample(terms=terms, dtype=torch.float64, vocabulary=7)
+    expected = gradients(lambda **a: assemble_stage_reference(**a, padding_idx=-1), arguments)
+    grad = torch.linspace(-1, 1, 3 * 5 * 6).reshape(3, 5, 6).double()
+    start, embeddings, positions = module.assemble_stage_backward_reference(
+        grad, arguments["ids"], arguments["rotation"], 7, 5, -1
+    )
+    torch.testing.assert_close(start, expected["start_token"])
+    if "ids" in terms or "rotation" in terms:
+        torch.testing.assert_close(embeddings, expected["embeddings"])
+    if "positions" in terms:
+        torch.testing.assert_close(positions, expected["positions"])
+
+
+def test_second_derivatives_are_refused():
+    arguments = sample()
+    arguments["embeddings"].requires_grad_()
+    out = assemble_stage(**arguments)
+    (grad,) = torch.autograd.grad(
+        out, arguments["embeddings"], torch.ones_like(out, requires_grad=True), create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="assemble_stage has no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("terms", [(), ("rotation",), ("ids", "positions"), TERMS], ids=str)
+def test_opcheck(terms):
+    arguments = sample(terms=terms)
+    torch.library.opcheck(OPERATOR, (*arguments.values(), 1))
+    for name in ("start_token", "embeddings", "positions", "context"):
+        if arguments[name] is not None:
+            arguments[name].requires_grad_()
+    torch.library.opcheck(OPERATOR, (*arguments.values(), 1))
+    torch.library.opcheck(
+        torch.ops.mblm.assemble_stage_backward,
+        (torch.ones(3, 5, 6), arguments["ids"], arguments["rotation"], 5, 4, 1),
+    )
+
+
+def test_compiles_as_one_graph():
+    arguments = sample()
+
+    def function(**arguments):
+        return assemble_stage(**arguments, padding_idx=0) * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**arguments), function(**arguments))
+    assert_all_close(gradients(compiled, arguments), gradients(function, arguments), 1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 20),
+    length=st.integers(0, 9),
+    width=st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 512])),
+    vocabulary=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    terms=st.sets(st.sampled_from(TERMS)),
+    padding_idx=st.integers(-1, 3),
+    transposed=st.booleans(),
+)
+def test_native_equals_reference(
+    require_native, rows, length, width, vocabulary, dtype, terms, padding_idx, transposed
+):
+    require_native("assemble_stage")
+    if width % 2:
+        terms = terms - {"rotation"}
+    arguments = sample(rows, length, width, terms, dtype, vocabulary)
+    if transposed and "context" in terms:
+        arguments["context"] = arguments["context"].transpose(0, 1).contiguous().transpose(0, 1)
+    inputs = (*arguments.values(), padding_idx)
+    tolerance = TOLERANCE[dtype]
+    out = OPERATOR(*inputs)
+    torch.testing.assert_close(
+        out, assemble_stage_reference(*inputs), rtol=tolerance, atol=tolerance
+    )
+
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    backward = (grad, arguments["ids"], arguments["rotation"], vocabulary, length + 1, padding_idx)
+    ours = torch.ops.mblm.assemble_stage_backward(*backward)
+    theirs = module.assemble_stage_backward_reference(*backward)
+    names = ("start_token", "embeddings", "positions")
+    assert_all_close(
+        dict(zip(names, ours, strict=True)), dict(zip(names, theirs, strict=True)), tolerance * 5
+    )
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    arguments = sample(rows=700, length=8, width=98, vocabulary=11)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            grads = gradients(assemble_stage, arguments)
+            results.append([assemble_stage(**arguments), *grads.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"embeddings": torch.zeros(5, 6).long()},
+            TypeError,
+            "embeddings must be float16, bfloat16, float32 or float64",
+        ),
+        ({"embeddings": torch.zeros(6)}, ValueError, r"embeddings must have shape \[V, D\]"),
+        ({"ids": None}, ValueError, r"embeddings must have shape \[rows, P, D\], got \[5, 6\]"),
+        ({"ids": torch.zeros(3, 4)}, TypeError, "ids must be int64, got"),
+        ({"ids": torch.zeros(3).long()}, ValueError, r"ids must have two dimensions, got \[3\]"),
+        (
+            {"ids": torch.tensor([[0] * 4, [0, 5, 0, 0], [9] * 4])},
+            ValueError,
+            r"ids must lie in \[0, 5\), got 5 at index 5",
+        ),
+        (
+            {"ids": torch.tensor([[0] * 4, [0] * 4, [0, 0, 0, -1]])},
+            ValueError,
+            r"ids must lie in \[0, 5\), got -1 at index 11",
+        ),
+        ({"start_token": torch.zeros(5)}, ValueError, r"start_token must have shape \[6\]"),
+        (
+            {"start_token": torch.zeros(6).double()},
+            TypeError,
+            "start_token must have the dtype of embeddings",
+        ),
+        (
+            {"positions": torch.zeros(3, 6)},
+            ValueError,
+            r"positions must have shape \[>= 4, 6\], got \[3, 6\]",
+        ),
+        (
+            {"positions": torch.zeros(4, 6).double()},
+            TypeError,
+            "positions must have the dtype of embeddings",
+        ),
+        (
+            {"rotation": torch.zeros(4, 2, 2)},
+            ValueError,
+            r"rotation must have shape \[>= 4, 3, 2\], got \[4, 2, 2\]",
+        ),
+        (
+            {"rotation": torch.zeros(3, 3, 2)},
+            ValueError,
+            r"rotation must have shape \[>= 4, 3, 2\], got \[3, 3, 2\]",
+        ),
+        (
+            {"rotation": torch.zeros(4, 3, 2).int()},
+            TypeError,
+            "rotation must be float16, bfloat16, float32 or float64",
+        ),
+        (
+            {"context": torch.zeros(3, 5, 6)},
+            ValueError,
+            r"context must have shape \[3, 4, 6\], got \[3, 5, 6\]",
+        ),
+        (
+            {"context": torch.zeros(3, 4, 6).double()},
+            TypeError,
+            "context must have the dtype of embeddings",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused(implementation, change, error, message):
+    with pytest.raises(error, match=message):
+        implementation(*(sample() | change).values(), -1)
+
+
+@IMPLEMENTATIONS
+def test_a_rotation_of_an_odd_width_is_refused(implementation):
+    arguments = sample(width=5, terms=()) | {"rotation": torch.zeros(4, 2, 2)}
+    with pytest.raises(ValueError, match=r"rotation needs an even width.*5"):
+        implementation(*arguments.values(), -1)
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [torch.ops.mblm.assemble_stage_backward, module.assemble_stage_backward_reference],
+    ids=["operator", "reference"],
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.zeros(3, 0, 6)}, r"grad must have shape \[rows, 1 \+ P, D\]"),
+        ({"grad": torch.zeros(3, 6)}, r"grad must have shape \[rows, 1 \+ P, D\]"),
+        ({"ids": torch.zeros(3, 5).long()}, r"ids must have shape \[3, 4\]"),
+        ({"ids": torch.full((3, 4), 5)}, r"ids must lie in \[0, 5\), got 5 at index 0"),
+        ({"rotation": torch.zeros(3, 3, 2)}, r"rotation must have shape"),
+        ({"num_positions": -1}, "num_positions must not be negative, got -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_to_the_gradient_is_refused(implementation, change, message):
+    arguments = {
+        "grad": torch.zeros(3, 5, 6),
+        "ids": torch.zeros(3, 4).long(),
+        "rotation": None,
+        "num_embeddings": 5,
+        "num_positions": 4,
+        "padding_idx": -1,
+    } | change
+    with pytest.raises(ValueError, match=message):
+        implementation(*arguments.values())

@@ -1,0 +1,103 @@
+"""When compiled kernels are loaded, and what is said when they are not."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mblm.ops import _native
+
+RUNNING = str(torch.__version__)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package folder in which nothing was built yet and nothing is loaded."""
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_native, "_loaded", False)
+    monkeypatch.delenv("MBLM_NATIVE", raising=False)
+    return tmp_path
+
+
+def built(package: Path, **record: object) -> None:
+    """Lay out what setup.py leaves; the library is no library, so that loading it would fail."""
+    (package / "_build.json").write_text(json.dumps(record))
+    (package / "_C.so").write_text("not a library")
+
+
+def test_source_folder_never_built(package: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"none were compiled in .* run `pip install"):
+        _native.load()
+    info = _native.build_info()
+    assert (info["compiled"], info["loaded"], info["torch_built"]) == (False, False, None)
+    assert str(package) in info["reason"]
+    assert any("native kernels" in line and "pip install" in line for line in info["missing"])
+
+
+def test_pure_install_tells_why(package: Path) -> None:
+    (package / "_build.json").write_text(json.dumps({"reason": "no C++ compiler was found"}))
+    with pytest.warns(RuntimeWarning, match="not compiled: no C"):
+        _native.load()
+    assert "no C++ compiler" in _native.build_info()["reason"]
+
+
+def test_library_of_another_torch_is_not_loaded(package: Path) -> None:
+    built(package, torch="1.0.0", mode="cpu")
+    with pytest.warns(RuntimeWarning, match=f"for torch 1.0.0, this is torch {RUNNING[:4]}"):
+        _native.load()
+    info = _native.build_info()
+    assert (info["compiled"], info["loaded"], info["torch_built"]) == (True, False, "1.0.0")
+    assert info["torch_running"] == RUNNING
+
+
+def test_library_that_cannot_be_loaded(package: Path) -> None:
+    built(package, torch=RUNNING, mode="cpu")
+    with pytest.warns(RuntimeWarning, match=r"cannot be loaded \(.*_C.so"):
+        _native.load()
+    assert not _native.build_info()["loaded"]
+
+
+def test_record_without_library(package: Path) -> None:
+    built(package, torch=RUNNING, mode="cpu")
+    (package / "_C.so").unlink()
+    with pytest.warns(RuntimeWarning, match="none were compiled"):
+        _native.load()
+
+
+@pytest.mark.parametrize("torch_built", [RUNNING, "1.0.0"])
+def test_require_makes_absence_an_error(
+    package: Path, monkeypatch: pytest.MonkeyPatch, torch_built: str
+) -> None:
+    monkeypatch.setenv("MBLM_NATIVE", "require")
+    built(package, torch=torch_built, mode="cpu")
+    with pytest.raises(ImportError, match="run `pip install"):
+        _native.load()
+
+
+def test_zero_loads_nothing_and_is_silent(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MBLM_NATIVE", "0")
+    built(package, torch=RUNNING, mode="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _native.load()
+    assert _native.build_info()["reason"] == "MBLM_NATIVE=0 is set"
+
+
+@pytest.mark.parametrize("value", ["1", "required", "off"])
+def test_other_settings_are_refused(
+    package: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("MBLM_NATIVE", value)
+    with pytest.raises(ValueError, match=f"MBLM_NATIVE is '{value}'; expected 0, require"):
+        _native.load()
+
+
+def test_build_info_is_plain_data() -> None:
+    info = _native.build_info()
+    assert json.loads(json.dumps(info)) == info
+    assert info["loaded"] == (info["reason"] is None)
+    assert info["loaded"] == (info["compiler"] is not None)
+    if info["loaded"]:
+        assert info["torch_built"] == RUNNING
