@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from mambapy.mamba import Mamba, MambaConfig  # type: ignore[import-untyped]
+from mambapy.mamba import Mamba, MambaConfig
 from torch import Tensor, nn
 
 from mblm.model.mamba_scans import mamba1_scan
