@@ -57,11 +57,12 @@ class MBLM(Hierarchy, PretrainedMixin):
             ``HIDDEN_STATE``: the local stage's output ``(B, L, D_N)``, nested for nested input.
 
         Raises:
-            TypeError: A dtype that is none of token ids or embeddings.
+            TypeError: A dtype that is none of token ids or embeddings, or an unknown return type.
             ValueError: Bad shapes, ids outside the vocabulary, more bytes than the context.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        MBLMReturnType.check(return_type)
         if inputs_embeds is not None:
             if return_type != MBLMReturnType.HIDDEN_STATE:
                 raise ValueError(
