@@ -34,18 +34,20 @@ def masks_of_stages(model: MBLMEncoder, mask: torch.Tensor) -> list[torch.Tensor
     return seen
 
 
-class TestMask:
-    MASK = [[1, 1, 1, 1, 1, 0, 0, 0, 0, 0]]  # a whole patch, a part of one, none of a short one
+# A whole patch, a part of one, and nothing of the last, which is short.
+MASK = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
 
+
+class TestMask:
     @pytest.mark.parametrize(
         ("strategy", "of_patches"),
         [("any", [[True, True, False]]), ("all", [[True, False, False]])],
     )
     def test_is_reduced_per_patch(self, strategy: str, of_patches: list[list[bool]]) -> None:
         model = encoder(seq_lens=[3, 4], mask_reduce_strat=strategy)
-        upper, local = masks_of_stages(model, torch.tensor(self.MASK).bool())
+        upper, local = masks_of_stages(model, torch.tensor([MASK]).bool())
         assert upper.tolist() == of_patches
-        padded = torch.tensor([[*self.MASK[0], 0, 0]]).bool()
+        padded = torch.tensor([[*MASK, 0, 0]]).bool()
         assert local.tolist() == padded.view(3, 4).tolist()
 
     def test_a_patch_that_is_padded_is_not_wholly_attended(self) -> None:
@@ -84,7 +86,7 @@ class TestMask:
         torch.testing.assert_close(padded[:, :6], expected, **CLOSE)
 
     def test_bytes_that_are_masked_are_not_seen_within_their_patch(self) -> None:
-        """With "all", a partly masked patch is not seen above, and its own stage leaves them out."""
+        """With "all", a partly masked patch is not seen by the others of its stage."""
         model = encoder(seq_lens=[3, 4], mask_reduce_strat="all")
         ids, mask = draw_ids(1, 12), torch.ones(1, 12, dtype=torch.bool)
         mask[0, 5] = False

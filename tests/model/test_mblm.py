@@ -208,8 +208,8 @@ class TestInputsEmbeds:
         ids = draw_ids(2, 3, 2, 4)
         embedded = self.embeddings(three, ids)
         assert [tuple(x.shape) for x in embedded] == [(2, 3, 2, 4, 8), (2, 3, 2, 4), (2, 3, 6)]
-        for given in (embedded, tuple(embedded)):
-            hidden = three(inputs_embeds=given, return_type=HIDDEN)
+        for sequence in (embedded, tuple(embedded)):
+            hidden = three(inputs_embeds=sequence, return_type=HIDDEN)
             torch.testing.assert_close(hidden, three(ids, return_type=HIDDEN), **CLOSE)
 
     def test_one_tensor_serves_all_stages(self, three: MBLM) -> None:
