@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from mblm.ops.selective_scan import selective_scan
+from mblm.ops.ssd import ssd
+
+# Positions per chunk of mamba_ssm's kernel, its own default.
+_KERNEL_CHUNK_SIZE = 256
 
 
 def mamba1_scan(
@@ -23,12 +27,17 @@ def mamba1_scan(
     C: Tensor,
     D: Tensor,
     state: Tensor | None,
+    *,
+    y_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`mblm.ops.selective_scan.selective_scan`, by mamba_ssm's kernel where it serves.
 
-    That kernel takes no initial state and gives no gradient to the final one.
+    That kernel takes no initial state and gives no gradient to the final one: ``y_only`` says
+    that none will be asked for.
     """
-    if x.is_cuda and state is None and A.dtype == torch.float32:
+    serves = state is None and (y_only or not torch.is_grad_enabled())
+    serves = serves and x.shape[1] > 0 and A.dtype == torch.float32 and A.shape[1] <= 256
+    if x.is_cuda and serves:
         kernel = _mamba_ssm("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
         if kernel is not None:
             x_t, delta_t, b_t, c_t = (
@@ -37,6 +46,35 @@ def mamba1_scan(
             y, final_state = kernel(x_t, delta_t, A, b_t, c_t, D, return_last_state=True)
             return y.transpose(1, 2).to(x.dtype), final_state
     return selective_scan(x, delta, A, B, C, D, state)
+
+
+def mamba2_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mblm.ops.ssd.ssd`, by mamba_ssm's kernel where it serves."""
+    serves = x.shape[1] > 0 and A.dtype == torch.float32
+    if x.is_cuda and serves:
+        kernel = _mamba_ssm("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+        if kernel is not None:
+            y, final_state = kernel(
+                x,
+                dt,
+                A,
+                B.unsqueeze(2),  # one group for all heads
+                C.unsqueeze(2),
+                _KERNEL_CHUNK_SIZE,
+                D=D,
+                initial_states=state,
+                return_final_states=True,
+            )
+            return y, final_state
+    return ssd(x, dt, A, B, C, D, state)
 
 
 @functools.cache

@@ -16,8 +16,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -291,7 +291,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"embeddings": torch.zeros(5, 6).long()}, TypeError, "embeddings must be floating point"),
+        (
+            {"embeddings": torch.zeros(5, 6).long()},
+            TypeError,
+            "embeddings must be float16, bfloat16, float32 or float64",
+        ),
         ({"embeddings": torch.zeros(6)}, ValueError, r"embeddings must have shape \[V, D\]"),
         ({"ids": None}, ValueError, r"embeddings must have shape \[rows, P, D\], got \[5, 6\]"),
         ({"ids": torch.zeros(3, 4)}, TypeError, "ids must be int64, got"),
@@ -332,7 +336,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
             ValueError,
             r"rotation must have shape \[>= 4, 3, 2\], got \[3, 3, 2\]",
         ),
-        ({"rotation": torch.zeros(4, 3, 2).int()}, TypeError, "rotation must be floating point"),
+        (
+            {"rotation": torch.zeros(4, 3, 2).int()},
+            TypeError,
+            "rotation must be float16, bfloat16, float32 or float64",
+        ),
         (
             {"context": torch.zeros(3, 5, 6)},
             ValueError,

@@ -216,10 +216,9 @@ def test_compiles_as_one_graph():
     layout=st.sampled_from(["contiguous", "transposed", "sliced"]),
     shift=st.booleans(),
     previous=st.booleans(),
-    data=st.randoms(use_true_random=False),
 )
 def test_native_equals_reference(
-    require_native, rows, length, width, dtype, weight_dtype, layout, shift, previous, data
+    require_native, rows, length, width, dtype, weight_dtype, layout, shift, previous
 ):
     require_native("shift_rms_norm")
     x, weight, first = sample(
@@ -236,16 +235,17 @@ def test_native_equals_reference(
     torch.testing.assert_close(out, expected_out, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(inverse_norm, expected_inverse, rtol=1e-5, atol=0)
 
-    seed = data.randrange(1000)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(rows)).to(out.dtype)
     backward = (grad, *inputs[:3], expected_inverse, *inputs[3:])
     ours = torch.ops.mblm.shift_rms_norm_backward(*backward)
     theirs = module.shift_rms_norm_backward_reference(*backward)
+    # The terms of a gradient may cancel out, so errors are relative to the terms.
+    scale = max((t.abs().max().item() if t.numel() else 0.0) for t in (weight, *theirs))
+    scale = max(scale, scale * expected_inverse.max().item() if out.numel() else 0.0)
     for name, one, other in zip(("x", "weight", "previous"), ours, theirs, strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape, name
-        scale = other.abs().max().item() if other.numel() else 1.0
         bound = max(TOLERANCE[other.dtype], tolerance) * 5
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * scale, msg=None)
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound * scale)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -268,8 +268,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
     [
         ({"x": torch.zeros(3)}, ValueError, r"x must have shape \[\.\.\., S, D\].*got \[3\]"),
         ({"x": torch.zeros(2, 3, 0)}, ValueError, r"D >= 1, got \[2, 3, 0\]"),
-        ({"x": torch.zeros(2, 3, 4).long()}, TypeError, "x must be floating point, got"),
-        ({"weight": torch.zeros(4).int()}, TypeError, "weight must be floating point, got"),
+        (
+            {"x": torch.zeros(2, 3, 4).long()},
+            TypeError,
+            "x must be float16, bfloat16, float32 or float64, got",
+        ),
+        (
+            {"weight": torch.zeros(4).int()},
+            TypeError,
+            "weight must be float16, bfloat16, float32 or float64, got",
+        ),
         ({"weight": torch.zeros(5)}, ValueError, r"weight must have shape \[4\], got \[5\]"),
         ({"weight": torch.zeros(1, 4)}, ValueError, r"weight must have shape \[4\], got \[1, 4\]"),
         ({"eps": 0.0}, ValueError, "eps must be positive, got 0"),

@@ -1,0 +1,267 @@
+"""Mamba-2's state-space product against a plain loop, its gradients, chunks and bad input."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mblm.ops import ssd as module
+from mblm.ops.ssd import ssd, ssd_step
+from tests.ops.largest_tensor import LargestTensor
+
+Arguments = dict[str, Tensor]
+
+
+def make_arguments(
+    rows: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    num_states: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    state_dtype: torch.dtype | None = None,
+) -> Arguments:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    state_dtype = state_dtype or dtype
+    return {
+        "x": draw(rows, length, heads, head_dim),
+        "dt": draw(rows, length, heads, dtype=state_dtype).abs(),
+        "A": -draw(heads, dtype=state_dtype).abs(),
+        "B": draw(rows, length, num_states),
+        "C": draw(rows, length, num_states),
+        "D": draw(heads, dtype=state_dtype),
+        "initial_state": draw(rows, heads, head_dim, num_states, dtype=state_dtype),
+    }
+
+
+def plain_loop(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,  # noqa: N803
+    B: Tensor,  # noqa: N803
+    C: Tensor,  # noqa: N803
+    D: Tensor,  # noqa: N803
+    initial_state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as the paper writes it, one position at a time."""
+    state, outputs = initial_state, [x[:, :0]]
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)
+        arriving = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None, :]
+        state = decay[..., None, None] * state + arriving
+        y = (state * C[:, t, None, None, :]).sum(-1) + D[:, None] * x[:, t]
+        outputs.append(y[:, None])
+    return torch.cat(outputs, dim=1), state
+
+
+@pytest.fixture(params=["one group", "a group per row"])
+def group_entries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a group per row":
+        monkeypatch.setattr(module, "_GROUP_ENTRIES", 1)
+
+
+@pytest.mark.usefixtures("group_entries")
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 9])
+def test_equals_the_plain_loop(length: int) -> None:
+    arguments = make_arguments(3, length, 5, 2, 4)
+    torch.testing.assert_close(ssd(**arguments, chunk_size=4), plain_loop(**arguments))
+
+
+def test_no_state_per_position_is_ever_held() -> None:
+    arguments = make_arguments(1, 512, 4, 16, 16)
+    num_inputs = arguments["x"].numel()
+    with LargestTensor() as largest:
+        y, final_state, chunk_states = module._reference(**arguments, chunk_size=16)
+        arguments.pop("initial_state")
+        module._backward_reference(
+            y, final_state, **arguments, chunk_states=chunk_states, chunk_size=16
+        )
+    assert largest.entries == num_inputs == chunk_states.numel()  # not 16 times as many
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4, 3), (2, 3, 1, 1, 1), (2, 3, 0, 4, 3)])
+def test_degenerate_sizes(shape: tuple[int, int, int, int, int]) -> None:
+    arguments = make_arguments(*shape)
+    torch.testing.assert_close(ssd(**arguments), plain_loop(**arguments))
+
+
+def test_no_initial_state_means_zeros() -> None:
+    arguments = make_arguments(2, 5, 3, 2, 4)
+    zeros = torch.zeros_like(arguments.pop("initial_state"))
+    torch.testing.assert_close(ssd(**arguments), ssd(**arguments, initial_state=zeros))
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_arguments_are_left_as_they_are(length: int) -> None:
+    arguments = make_arguments(2, length, 3, 2, 4)
+    before = {name: tensor.clone() for name, tensor in arguments.items()}
+    _, final_state = ssd(**arguments)
+    final_state.zero_()
+    torch.testing.assert_close(arguments, before, rtol=0, atol=0)
+
+
+def test_strided_arguments() -> None:
+    arguments = make_arguments(2, 5, 4, 3, 2)
+    strided = {
+        name: tensor.transpose(0, 1).clone().transpose(0, 1) if tensor.ndim > 1 else tensor
+        for name, tensor in arguments.items()
+    }
+    torch.testing.assert_close(ssd(**strided), ssd(**arguments))
+
+
+@settings(max_examples=15, deadline=None)
+@given(length=st.integers(1, 40), chunk_size=st.integers(1, 50))
+def test_chunk_size_changes_rounding_alone(length: int, chunk_size: int) -> None:
+    arguments = make_arguments(2, length, 3, 2, 4, dtype=torch.float32)
+    torch.testing.assert_close(ssd(**arguments, chunk_size=chunk_size), ssd(**arguments))
+
+
+@settings(max_examples=15, deadline=None)
+@given(length=st.integers(0, 40), cut=st.integers(0, 40), chunk_size=st.integers(1, 50))
+def test_a_sequence_may_be_cut_anywhere(length: int, cut: int, chunk_size: int) -> None:
+    arguments = make_arguments(2, length, 3, 2, 4)
+    whole = ssd(**arguments)
+    first, second = dict(arguments), dict(arguments)
+    for name in ("x", "dt", "B", "C"):
+        first[name], second[name] = arguments[name][:, :cut], arguments[name][:, cut:]
+
+    y_first, second["initial_state"] = ssd(**first, chunk_size=chunk_size)
+    y_second, final_state = ssd(**second, chunk_size=chunk_size)
+
+    torch.testing.assert_close((torch.cat([y_first, y_second], dim=1), final_state), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_keeps_a_float32_state(dtype: torch.dtype) -> None:
+    arguments = make_arguments(2, 70, 3, 2, 4, dtype=dtype, state_dtype=torch.float32)
+
+    y, final_state = ssd(**arguments)
+
+    expected_y, expected_state = ssd(**{name: t.double() for name, t in arguments.items()})
+    assert (y.dtype, final_state.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(y.double(), expected_y, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    torch.testing.assert_close(final_state.double(), expected_state, rtol=1e-4, atol=1e-4)
+
+
+def test_long_sums_of_rates_keep_their_digits() -> None:
+    """A strong decay early in a chunk must not blur the weak decays after it."""
+    arguments = make_arguments(1, 64, 1, 2, 4, dtype=torch.float32)
+    arguments["dt"] = torch.full_like(arguments["dt"], 1e-3)
+    arguments["dt"][:, :8] = 1e4
+    arguments["A"] = -torch.ones(1)
+    y, _ = ssd(**arguments)
+    expected, _ = plain_loop(**{name: t.double() for name, t in arguments.items()})
+    torch.testing.assert_close(y[:, 8:].double(), expected[:, 8:], rtol=1e-5, atol=1e-6 * 1e4)
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    arguments = make_arguments(2, 9, 3, 2, 4, dtype=torch.float32)
+    for tensor in arguments.values():
+        tensor.requires_grad_()
+
+    def loss_and_gradient() -> tuple[Tensor, Tensor]:
+        y, final_state = ssd(**arguments)
+        loss = y.square().sum() + final_state.sum()
+        return loss, torch.autograd.grad(loss, arguments["B"])[0]
+
+    expected = loss_and_gradient()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = loss_and_gradient()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("group_entries")
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_gradients(length: int) -> None:
+    arguments = [tensor.requires_grad_() for tensor in make_arguments(2, length, 3, 2, 2).values()]
+    assert torch.autograd.gradcheck(lambda *a: ssd(*a, chunk_size=2), arguments)
+
+
+def test_float32_gradients_over_many_positions() -> None:
+    exact = {name: t.requires_grad_() for name, t in make_arguments(1, 150, 2, 3, 4).items()}
+    rounded = {name: t.detach().float().requires_grad_() for name, t in exact.items()}
+    for arguments in (exact, rounded):
+        ssd(**arguments)[0].sum().backward()
+    for name, tensor in rounded.items():
+        error = (tensor.grad.double() - exact[name].grad).abs().max()
+        assert error <= 1e-5 * exact[name].grad.abs().max(), name
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["y alone", "final state alone"])
+def test_gradient_of_one_output(output: int) -> None:
+    arguments = {
+        name: tensor.requires_grad_() for name, tensor in make_arguments(2, 5, 3, 2, 2).items()
+    }
+
+    def gradients(scan: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        loss = scan(**arguments)[output].square().sum()
+        return torch.autograd.grad(
+            loss, list(arguments.values()), allow_unused=True, materialize_grads=True
+        )
+
+    torch.testing.assert_close(gradients(ssd), gradients(plain_loop))
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_operator_contract(length: int) -> None:
+    arguments = [tensor.requires_grad_() for tensor in make_arguments(2, length, 3, 2, 4).values()]
+    torch.library.opcheck(torch.ops.mblm.ssd.default, (*arguments, 2))
+    torch.library.opcheck(torch.ops.mblm.ssd.default, (*arguments[:-1], None, 2))
+    y, final_state, chunk_states = (t.detach() for t in torch.ops.mblm.ssd(*arguments, 2))
+    plain = [t.detach() for t in arguments[:-1]]
+    torch.library.opcheck(
+        torch.ops.mblm.ssd_backward.default, (y, final_state, *plain, chunk_states, 2)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_step_equals_a_product_of_one_position(dtype: torch.dtype) -> None:
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    arguments = make_arguments(3, 1, 5, 2, 4, dtype=dtype, state_dtype=state_dtype)
+    state = arguments["initial_state"]
+    before = state.clone()
+    expected_y, expected_state = ssd(**arguments)
+
+    one = {name: arguments[name][:, 0] for name in ("x", "dt", "B", "C")}
+    y, next_state = ssd_step(**one, A=arguments["A"], D=arguments["D"], state=state)
+
+    torch.testing.assert_close(y, expected_y[:, 0])
+    torch.testing.assert_close(next_state, expected_state)
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement", "error", "message"),
+    [
+        ("x", torch.zeros(2, 5, 3), ValueError, r"x must be \(B, L, H, P\), got.*\(2, 5, 3\)"),
+        ("x", torch.zeros(2, 5, 3, 2, dtype=torch.long), TypeError, "x must be floating point"),
+        ("A", torch.zeros(4).double(), ValueError, r"A must have shape \(3,\), got \(4,\)"),
+        ("A", torch.zeros(3).half(), TypeError, "A must be float32 or float64.*float16"),
+        ("dt", torch.zeros(2, 5, 2).double(), ValueError, r"dt must have shape \(2, 5, 3\)"),
+        ("dt", torch.zeros(2, 5, 3), TypeError, "dt must be torch.float64.*float32"),
+        ("B", torch.zeros(2, 5).double(), ValueError, r"B must be \(2, 5, N\)"),
+        ("B", torch.zeros(2, 4, 4).double(), ValueError, r"B must have shape \(2, 5, 4\)"),
+        ("C", torch.zeros(2, 5, 4), TypeError, "C must be torch.float64"),
+        ("D", torch.zeros(2).double(), ValueError, r"D must have shape \(3,\)"),
+        ("initial_state", torch.zeros(1, 3, 2, 4).double(), ValueError, r"\(2, 3, 2, 4\)"),
+    ],
+)
+def test_bad_arguments_are_named(
+    name: str, replacement: Tensor, error: type[Exception], message: str
+) -> None:
+    arguments = make_arguments(2, 5, 3, 2, 4) | {name: replacement}
+    with pytest.raises(error, match=message):
+        ssd(**arguments)
+
+
+def test_bad_chunk_size() -> None:
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        ssd(**make_arguments(2, 5, 3, 2, 4), chunk_size=0)
