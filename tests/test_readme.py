@@ -4,7 +4,7 @@ A comment before a code block says how it is run: ``<!-- continues -->`` in the 
 Python block before it, ``<!-- not run: why -->`` not at all.
 """
 
-import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -27,7 +27,7 @@ from tests.models import mamba, model, transformer
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
-    r"^(?:<!-- (?:(?P<continues>continues)|not run: (?P<not_run>.+)) -->\n)?"
+    r"^(?:<!-- (?:(?P<continues>continues)|not run: (?P<not_run>[^\n]+)) -->\n)?"
     r"```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -53,7 +53,7 @@ def blocks_of(document: Path) -> list[Block]:
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code"))
         code = match["code"]
-        if match["language"] == "python":
+        if match["language"] == "python" and not match["not_run"]:
             so_far = python if match["continues"] else ""
             python = code = so_far + "\n" * (line - so_far.count("\n")) + code
         name = f"{document.name}:{line + 1}"
@@ -180,9 +180,12 @@ def installs(words: list[str], _: Path) -> None:
                 assert re.search(rf"^{extra} = \[", defined[1], re.MULTILINE), extra
 
 
-def is_a_script(words: list[str], _: Path) -> None:
-    script = ROOT / words[1]
-    assert script.is_file() and script.suffix == ".py"
+def is_a_script_or_module(words: list[str], _: Path) -> None:
+    if words[1] == "-m":
+        assert importlib.util.find_spec(words[2])
+    else:
+        script = ROOT / words[1]
+        assert script.is_file() and script.suffix == ".py"
 
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -191,7 +194,7 @@ CHECKS = {
     "make": is_a_target,
     "pip": installs,
     "uv": installs,
-    "python": is_a_script,
+    "python": is_a_script_or_module,
 }
 
 
@@ -199,4 +202,49 @@ CHECKS = {
 def test_links_lead_to_files(document: Path) -> None:
     links = [link for link in LINK.findall(document.read_text()) if "://" not in link]
     missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing
+
+
+def resolve(path: str) -> object:
+    """What a dotted path names."""
+    parts = path.split(".")
+    count = len(parts)
+    while count > 1 and not find_module(".".join(parts[:count])):
+        count -= 1
+    found: object = importlib.import_module(".".join(parts[:count]))
+    for attribute in parts[count:]:
+        found = getattr(found, attribute)
+    return found
+
+
+def find_module(path: str) -> bool:
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_the_api_page_names_what_exists_and_all_that_is_public() -> None:
+    listed = re.findall(r"`(mblm\.[\w.]+)`", (ROOT / "docs" / "api.md").read_text())
+    for path in listed:
+        resolve(path)
+    assert {f"mblm.{name}" for name in mblm.__all__} <= set(listed)
+
+
+def compatible_modules() -> list[tuple[str, list[str]]]:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    table = text.partition("## What is a drop-in")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+) \|$", table, re.MULTILINE)
+    return [(module, re.findall(r"`(\w+)`", names)) for module, names in rows]
+
+
+def test_the_compatibility_page_names_what_exists() -> None:
+    modules = compatible_modules()
+    assert len(modules) > 10
+    missing = [
+        f"{module}.{name}"
+        for module, names in modules
+        for name in names
+        if not hasattr(importlib.import_module(module), name)
+    ]
     assert not missing
