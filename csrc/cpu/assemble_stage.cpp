@@ -97,7 +97,9 @@ MBLM_INLINE void table_tile(const AssembleStageGrad<T>& in, const int64_t* offse
     std::fill(sums, sums + n, 0.0);
     const int64_t last = v == padding_idx ? offsets[v] : offsets[v + 1];
     for (int64_t k = offsets[v]; k < last; ++k) {
+      MBLM_NO_JAM;
       const T* __restrict grad = grad_of(in, order[k]) + column;
+      if (k + 1 < last) prefetch(grad_of(in, order[k + 1]) + column, n);
       if (in.rotation) {
         const int64_t p = order[k] % in.length;
         turn_back<true>(grad, in.rotation + p * in.width + column, sums, n);

@@ -62,6 +62,22 @@ MBLM_INLINE void normalize(const EmbedPatchesInput<T>& in, const compute_t<T>* m
   }
 }
 
+// Where id i of (B, L) is: position r of a patch.
+struct Place {
+  int64_t patch, r;
+};
+
+template <class T>
+MBLM_INLINE Place place_of(const EmbedPatchesGrad<T>& in, int64_t i) {
+  const int64_t row = i / in.length, l = i % in.length;
+  return {row * in.num_patches + l / in.patch_size, l % in.patch_size};
+}
+
+template <class T>
+MBLM_INLINE const T* grad_at(const EmbedPatchesGrad<T>& in, Place place) {
+  return in.grad + (place.patch * in.patch_size + place.r) * in.width;
+}
+
 template <class T>
 MBLM_INLINE void patch_terms(const EmbedPatchesGrad<T>& in, PatchTerms* terms, int64_t begin,
                              int64_t end) {
@@ -72,10 +88,9 @@ MBLM_INLINE void patch_terms(const EmbedPatchesGrad<T>& in, PatchTerms* terms, i
     for (int64_t r = 0; r < in.patch_size; ++r) {
       const T* __restrict vector = in.table + in.id(i, r) * in.width;
       const T* __restrict w = in.weight + r * in.width;
-      const T* __restrict grad = in.grad + (i * in.patch_size + r) * in.width;
-      scaled += sum_in_lanes(in.width, [=](int64_t c) MBLM_INLINE_LAMBDA {
-        return double(C(grad[c]) * C(w[c]));
-      });
+      const T* __restrict grad = grad_at(in, {i, r});
+      scaled += sum_in_lanes(
+          in.width, [=](int64_t c) MBLM_INLINE_LAMBDA { return double(C(grad[c]) * C(w[c])); });
       along += sum_in_lanes(in.width, [=](int64_t c) MBLM_INLINE_LAMBDA {
         return double(C(grad[c]) * C(w[c])) * double(C(vector[c]) - center);
       });
@@ -92,9 +107,11 @@ MBLM_INLINE void affine_tile(const EmbedPatchesGrad<T>& in, int64_t all_patches,
   using C = compute_t<T>;
   double weight_sums[kTileColumns] = {}, bias_sums[kTileColumns] = {};
   for (int64_t i = 0; i < all_patches; ++i) {
+    MBLM_NO_JAM;
     const C center = in.mean[i], scale = in.inverse_std[i];
     const T* __restrict vector = in.table + in.id(i, r) * in.width + column;
-    const T* __restrict grad = in.grad + (i * in.patch_size + r) * in.width + column;
+    const T* __restrict grad = grad_at(in, {i, r}) + column;
+    if (i + 1 < all_patches) prefetch(grad + in.patch_size * in.width, n);
     for (int64_t c = 0; c < n; ++c) {
       const C g = C(grad[c]);
       bias_sums[c] += g;
@@ -132,14 +149,15 @@ MBLM_INLINE void table_tile(const EmbedPatchesGrad<T>& in, const PatchTerms* ter
     double constant = 0, slope = 0;  // of e
     const int64_t last = v == in.pad_token_id ? offsets[v] : offsets[v + 1];
     for (int64_t k = offsets[v]; k < last; ++k) {
-      const int64_t row = order[k] / in.length, l = order[k] % in.length;
-      const int64_t patch = row * in.num_patches + l / in.patch_size, r = l % in.patch_size;
-      const C scale = in.inverse_std[patch];
-      const double along = double(scale) * double(scale) * terms[patch].normalized;
-      constant += double(scale) * terms[patch].mean - along * double(in.mean[patch]);
+      MBLM_NO_JAM;
+      if (k + 1 < last) prefetch(grad_at(in, place_of(in, order[k + 1])) + column, n);
+      const Place place = place_of(in, order[k]);
+      const C scale = in.inverse_std[place.patch];
+      const double along = double(scale) * double(scale) * terms[place.patch].normalized;
+      constant += double(scale) * terms[place.patch].mean - along * double(in.mean[place.patch]);
       slope += along;
-      const T* __restrict w = in.weight + r * in.width + column;
-      const T* __restrict grad = in.grad + (patch * in.patch_size + r) * in.width + column;
+      const T* __restrict w = in.weight + place.r * in.width + column;
+      const T* __restrict grad = grad_at(in, place) + column;
       for (int64_t c = 0; c < n; ++c) sums[c] += scale * (C(grad[c]) * C(w[c]));
     }
     T* __restrict to = grad_table + v * in.width + column;
@@ -170,8 +188,8 @@ MBLM_INLINE void table_tiles(const EmbedPatchesGrad<T>& in, const PatchTerms* te
   }                                                                                               \
   template <>                                                                                     \
   MBLM_CLONES void embed_patches_moments<T>(                                                      \
-      const EmbedPatchesInput<T>& in, const Moments* row_moments, double eps,                     \
-      compute_t<T>* mean, compute_t<T>* inverse_std, int64_t begin, int64_t end) {                \
+      const EmbedPatchesInput<T>& in, const Moments* row_moments, double eps, compute_t<T>* mean, \
+      compute_t<T>* inverse_std, int64_t begin, int64_t end) {                                    \
     patch_moments(in, row_moments, eps, mean, inverse_std, begin, end);                           \
   }                                                                                               \
   template <>                                                                                     \

@@ -115,17 +115,17 @@ MBLM_INLINE void backward(const ShiftRmsNormInput<T>& in, const T* grad,
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                    \
-  template <>                                                                                  \
-  MBLM_CLONES void shift_rms_norm<T>(const ShiftRmsNormInput<T>& in, T* out,                   \
-                                     compute_t<T>* inverse_norm, int64_t begin, int64_t end) { \
-    forward(in, out, inverse_norm, begin, end);                                                \
-  }                                                                                            \
-  template <>                                                                                  \
-  MBLM_CLONES void shift_rms_norm_backward<T>(                                                 \
-      const ShiftRmsNormInput<T>& in, const T* grad, const compute_t<T>* inverse_norm,         \
-      T* grad_x, T* grad_previous, compute_t<T>* grad_weight, int64_t begin, int64_t end) {    \
-    backward(in, grad, inverse_norm, grad_x, grad_previous, grad_weight, begin, end);          \
+#define MBLM_INSTANTIATE(T)                                                                       \
+  template <>                                                                                     \
+  MBLM_CLONES void shift_rms_norm<T>(const ShiftRmsNormInput<T>& in, T* out,                      \
+                                     compute_t<T>* inverse_norm, int64_t begin, int64_t end) {    \
+    forward(in, out, inverse_norm, begin, end);                                                   \
+  }                                                                                               \
+  template <>                                                                                     \
+  MBLM_CLONES void shift_rms_norm_backward<T>(                                                    \
+      const ShiftRmsNormInput<T>& in, const T* grad, const compute_t<T>* inverse_norm, T* grad_x, \
+      T* grad_previous, compute_t<T>* grad_weight, int64_t begin, int64_t end) {                  \
+    backward(in, grad, inverse_norm, grad_x, grad_previous, grad_weight, begin, end);             \
   }
 MBLM_INSTANTIATE(float)
 MBLM_INSTANTIATE(double)

@@ -12,7 +12,9 @@ MBLM_INLINE void sum_tile(const T* __restrict matrix, int64_t rows, int64_t row_
                           T* __restrict out, int64_t columns) {
   double sums[kTileColumns] = {};
   for (int64_t r = 0; r < rows; ++r) {
+    MBLM_NO_JAM;
     const T* __restrict row = matrix + r * row_stride;
+    if (r + 1 < rows) prefetch(row + row_stride, columns);
     for (int64_t c = 0; c < columns; ++c) sums[c] += row[c];
   }
   for (int64_t c = 0; c < columns; ++c) out[c] = T(sums[c]);
@@ -26,11 +28,11 @@ MBLM_INLINE void sum_tiles(const T* matrix, int64_t rows, int64_t row_stride, T*
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                   \
-  template <>                                                                                 \
-  MBLM_CLONES void sum_rows<T>(const T* matrix, int64_t rows, int64_t row_stride, T* out,     \
-                               int64_t begin, int64_t end) {                                  \
-    sum_tiles(matrix, rows, row_stride, out, begin, end);                                     \
+#define MBLM_INSTANTIATE(T)                                                               \
+  template <>                                                                             \
+  MBLM_CLONES void sum_rows<T>(const T* matrix, int64_t rows, int64_t row_stride, T* out, \
+                               int64_t begin, int64_t end) {                              \
+    sum_tiles(matrix, rows, row_stride, out, begin, end);                                 \
   }
 MBLM_INSTANTIATE(float)
 MBLM_INSTANTIATE(double)

@@ -84,9 +84,8 @@ Tensor forward(const Tensor& start_token, const Tensor& embeddings, const Option
                                            context ? context_in->stride(0) : 0,
                                            context ? context_in->stride(1) : 0};
     T* to = mutable_data<T>(out);
-    parallel(rows * (1 + length), width, [&](int64_t begin, int64_t end) {
-      cpu::assemble_stage(in, to, begin, end);
-    });
+    parallel(rows * (1 + length), width,
+             [&](int64_t begin, int64_t end) { cpu::assemble_stage(in, to, begin, end); });
   });
   return out.to(embeddings.scalar_type());
 }

@@ -17,9 +17,9 @@ namespace mblm {
 
 inline void check_floating(const char* name, const at::Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
-                       type == at::kHalf,
-                   name, " must be float16, bfloat16, float32 or float64, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
+      " must be float16, bfloat16, float32 or float64, got ", type);
 }
 
 inline void check_type(const char* name, const at::Tensor& tensor, at::ScalarType type) {
@@ -111,7 +111,8 @@ inline at::Tensor with_unit_stride(const at::Tensor& tensor) {
 template <class Function>
 void parallel(int64_t items, int64_t values_per_item, Function function) {
   constexpr int64_t kValuesPerThread = 16384;
-  const int64_t grain = std::max<int64_t>(kValuesPerThread / std::max<int64_t>(values_per_item, 1), 1);
+  const int64_t grain =
+      std::max<int64_t>(kValuesPerThread / std::max<int64_t>(values_per_item, 1), 1);
   at::parallel_for(0, items, grain, function);
 }
 

@@ -20,9 +20,10 @@ void check_sizes(const Tensor& ids, const Tensor& table, const Tensor& weight, i
                     "table must have shape [V, D] with D >= 1, got ", table.sizes());
   TORCH_CHECK_VALUE(patch_size >= 1, "patch_size must be at least 1, got ", patch_size);
   // num_patches * patch_size >= length, without the product: it may not fit an integer.
-  TORCH_CHECK_VALUE(num_patches >= 0 && num_patches >= (ids.size(1) - 1) / patch_size + (ids.size(1) > 0),
-                    "num_patches * patch_size must be at least ", ids.size(1),
-                    ", the length of ids, got ", num_patches, " * ", patch_size);
+  TORCH_CHECK_VALUE(
+      num_patches >= 0 && num_patches >= (ids.size(1) - 1) / patch_size + (ids.size(1) > 0),
+      "num_patches * patch_size must be at least ", ids.size(1), ", the length of ids, got ",
+      num_patches, " * ", patch_size);
   TORCH_CHECK_VALUE(pad_token_id >= 0 && pad_token_id < table.size(0),
                     "pad_token_id must lie in [0, ", table.size(0), "), got ", pad_token_id);
   check_like("weight", weight, "table", table);
@@ -55,8 +56,8 @@ struct Inputs {
 
   template <class T>
   cpu::EmbedPatchesInput<T> kernel_input() const {
-    return {length,        num_patches,    patch_size,     width,
-            pad_token_id,  data<int64_t>(ids), data<T>(table), data<T>(weight)};
+    return {length,       num_patches,        patch_size,     width,
+            pad_token_id, data<int64_t>(ids), data<T>(table), data<T>(weight)};
   }
 };
 
@@ -138,12 +139,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
     });
     const GroupedIds groups(in.ids, in.num_embeddings);
     T* to_table = mutable_data<T>(grad_table);
-    parallel_columns(in.width, in.ids.numel() + in.num_embeddings,
-                     [&](int64_t begin, int64_t end) {
-                       cpu::embed_patches_table(input, terms.data(), groups.offsets.data(),
-                                                groups.order.data(), in.num_embeddings, to_table,
-                                                begin, end);
-                     });
+    parallel_columns(in.width, in.ids.numel() + in.num_embeddings, [&](int64_t begin, int64_t end) {
+      cpu::embed_patches_table(input, terms.data(), groups.offsets.data(), groups.order.data(),
+                               in.num_embeddings, to_table, begin, end);
+    });
   });
   return {grad_table.to(table.scalar_type()), grad_weight.to(weight.scalar_type()),
           grad_bias.to(weight.scalar_type())};

@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
   check(x, weight, previous, shift, eps);
   const Inputs in(x, weight, previous, shift, eps);
   Tensor out = at::empty(x.sizes(), x.options().dtype(in.type));
-  Tensor inverse_norm = at::empty(x.sizes().slice(0, x.dim() - 1),
-                                  x.options().dtype(compute_type(in.type)));
+  Tensor inverse_norm =
+      at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(compute_type(in.type)));
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();

@@ -4,6 +4,9 @@ Every operator of the namespace ``mblm`` is defined once, in Python. The referen
 CompositeExplicitAutograd kernel: it runs wherever no native kernel is loaded for the device.
 """
 
+import functools
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +36,28 @@ def register_operator(
     name = schema.split("(", 1)[0].strip()
     qualified = f"mblm::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _said_on_cuda(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
             qualified, backward, setup_context=setup_context, lib=LIBRARY
         )
+
+
+def _said_on_cuda(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference, which says once that it runs on CUDA tensors for want of a CUDA kernel."""
+    said = os.environ.get("MBLM_NATIVE") == "0"  # no kernels is what the user asked for
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        nonlocal said
+        if not said and any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args):
+            said = True
+            warnings.warn(
+                f"mblm::{name} runs in plain PyTorch on the GPU: no CUDA kernel of it is compiled",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return reference(*args)
+
+    return run
