@@ -11,7 +11,6 @@ import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,13 +98,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_files(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_files(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     # Blocks that a document registers are gone after it.
     monkeypatch.setattr(block_registry, "_blocks", dict(block_registry._blocks))
-    mode = torch.is_grad_enabled()
-    yield
-    torch.set_grad_enabled(mode)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -113,7 +109,7 @@ def test_every_code_block_is_looked_at(document: Path) -> None:
     blocks = blocks_of(document)
     fences = [line for line in document.read_text().splitlines() if line.lstrip().startswith("```")]
     assert len(fences) == 2 * len(blocks)
-    assert {block.language for block in blocks} <= {"python", "sh", "yaml", "text"}
+    assert {block.language for block in blocks} <= {"python", "sh", "yaml"}
     assert all(not block.continues or block.language == "python" for block in blocks)
 
 
