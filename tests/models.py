@@ -91,7 +91,9 @@ def encoder(
         num_layers=[1] * len(seq_lens),
         seq_lens=seq_lens,
         train_checkpoint_chunks=fields.pop("train_checkpoint_chunks", None),
-        block=TransformerEncoderBlock(**{**transformer(**fields).model_dump(exclude={"block_type"})}),
+        block=TransformerEncoderBlock(
+            **{**transformer(**fields).model_dump(exclude={"block_type"})}
+        ),
     )
     return MBLMEncoder(
         MBLMEncoderModelConfig(

@@ -57,7 +57,7 @@ class TestRoPE:
         assert RoPE(4, max_seq_len=2).state_dict() == {}
 
     def test_refuses_an_odd_width(self) -> None:
-        with pytest.raises(ValueError, match="dim: .* even width, got 5"):
+        with pytest.raises(ValueError, match=r"dim: .* even width, got 5"):
             RoPE(5, max_seq_len=2)
 
     @pytest.mark.parametrize("move", ["half precision", "from meta"])
