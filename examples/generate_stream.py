@@ -1,6 +1,6 @@
 """Generate from a saved model and show every byte as it comes, with the speed at the end.
 
-    python examples/generate_stream.py my-model "Once upon a time" --bytes 500
+python examples/generate_stream.py my-model "Once upon a time" --bytes 500
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train a small model on the bytes of any file with a plain PyTorch loop, and save it.
 
-    python examples/train_plain.py book.txt my-model --steps 500
+python examples/train_plain.py book.txt my-model --steps 500
 """
 
 import argparse

@@ -11,7 +11,6 @@ import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +65,8 @@ def blocks_of(document: Path) -> list[Block]:
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 
 
-def those(*languages: str) -> list[object]:
-    chosen = [block for block in BLOCKS if block.language in languages and not block.not_run]
+def those(language: str) -> list[object]:
+    chosen = [block for block in BLOCKS if block.language == language]
     return [pytest.param(block, id=block.name) for block in chosen]
 
 
@@ -99,13 +98,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_files(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_files(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     # Blocks that a document registers are gone after it.
     monkeypatch.setattr(block_registry, "_blocks", dict(block_registry._blocks))
-    mode = torch.is_grad_enabled()
-    yield
-    torch.set_grad_enabled(mode)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -113,7 +109,7 @@ def test_every_code_block_is_looked_at(document: Path) -> None:
     blocks = blocks_of(document)
     fences = [line for line in document.read_text().splitlines() if line.lstrip().startswith("```")]
     assert len(fences) == 2 * len(blocks)
-    assert {block.language for block in blocks} <= {"python", "sh", "yaml", "text"}
+    assert {block.language for block in blocks} <= {"python", "sh", "yaml"}
     assert all(not block.continues or block.language == "python" for block in blocks)
 
 
@@ -134,67 +130,60 @@ def test_yaml(block: Block) -> None:
 
 @pytest.mark.parametrize("block", those("sh"))
 def test_shell(block: Block, files: Path) -> None:
+    """What `mblm` is told to do works; what prepares an environment is there to be asked for."""
     for line in block.code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        words = [word for word in shlex.split(line, comments=True) if not SETTING.match(word)]
         if not words:
             continue
-        words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-        check = CHECKS[words[0]]
-        check(line if words[0] == "mblm" else words, files)
+        if words[0] != "mblm":
+            CHECKS[words[0]](words[1:])
+        elif not block.not_run:
+            run(line, files)
 
 
-def runs(line: str, files: Path) -> None:
-    environment = {
-        **os.environ,
-        "PATH": f"{files / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
+def run(line: str, files: Path) -> None:
+    path = f"{files / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", line],
         cwd=files,
-        env=environment,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
 
 
-def is_a_target(words: list[str], _: Path) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = [word for word in words[1:] if "=" not in word]
-    assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+def check_make(words: list[str]) -> None:
+    targets = [word for word in words if not SETTING.match(word)]
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
 
 
-def installs(words: list[str], _: Path) -> None:
-    """Extras that are asked for exist, and a path is the repository's root."""
-    arguments = words[words.index("install") + 1 :]
-    for argument in arguments:
-        name, _, extras = argument.rstrip("]").partition("[")
-        if extras:
-            assert name in (".", "mblm")
-            defined = re.search(
-                r"\[project.optional-dependencies\]\n(.*?)\n\[", PYPROJECT, re.DOTALL
-            )
-            assert defined
-            for extra in extras.split(","):
-                assert re.search(rf"^{extra} = \[", defined[1], re.MULTILINE), extra
+def check_install(words: list[str]) -> None:
+    """The extras that are asked for exist."""
+    table = PYPROJECT.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    for word in words[words.index("install") + 1 :]:
+        name, _, extras = word.rstrip("]").partition("[")
+        for extra in extras.split(",") if extras else ():
+            assert name == "." and re.search(rf"^{extra} = \[", table, re.MULTILINE), word
 
 
-def is_a_script_or_module(words: list[str], _: Path) -> None:
-    if words[1] == "-m":
-        assert importlib.util.find_spec(words[2])
+def check_python(words: list[str]) -> None:
+    if words[0] == "-m":
+        assert find_module(words[1]), words[1]
     else:
-        script = ROOT / words[1]
-        assert script.is_file() and script.suffix == ".py"
+        assert words[0].endswith(".py") and (ROOT / words[0]).is_file(), words[0]
 
 
+SETTING = re.compile(r"[A-Z_]+=")  # of a variable
+MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 CHECKS = {
-    "mblm": runs,
-    "make": is_a_target,
-    "pip": installs,
-    "uv": installs,
-    "python": is_a_script_or_module,
+    "make": check_make,
+    "pip": check_install,
+    "uv": check_install,
+    "python": check_python,
 }
 
 
