@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip
 # The package is installed editable: only these need another install.
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*/*)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all install_cpu install_cuda install_mamba lint format check_format \
@@ -40,7 +40,7 @@ install_cuda: $(VENV)/torch ## Install into $(VENV) beside a torch with CUDA
 	$(PIP) install -e .
 
 install_mamba: install_cuda ## Install mamba-ssm's CUDA kernels too
-	$(PIP) install setuptools wheel ninja packaging
+	$(PIP) install setuptools wheel cmake ninja packaging
 	$(PIP) install --no-build-isolation -e '.[mamba]'
 
 lint: $(VENV)/installed-dev ## Look for mistakes in Python

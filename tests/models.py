@@ -6,7 +6,15 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from mblm import MBLM, MambaBlock, MBLMModelConfig, TransformerBlock
+from mblm import (
+    MBLM,
+    MambaBlock,
+    MBLMEncoder,
+    MBLMEncoderModelConfig,
+    MBLMModelConfig,
+    TransformerBlock,
+    TransformerEncoderBlock,
+)
 from mblm.model.block import StageBlock
 
 
@@ -70,6 +78,28 @@ def model(
         block=list(blocks) if len(blocks) > 1 else blocks[0],
     )
     return MBLM(config).eval()
+
+
+def encoder(
+    *, seq_lens: list[int], mask_reduce_strat: str = "any", num_tokens: int = 19, **fields: Any
+) -> MBLMEncoder:
+    """A small bidirectional model in evaluation mode; the last two ids are mask and padding."""
+    config = MBLMModelConfig(
+        num_tokens=num_tokens,
+        pad_token_id=num_tokens - 1,
+        hidden_dims=[8] * len(seq_lens),
+        num_layers=[1] * len(seq_lens),
+        seq_lens=seq_lens,
+        train_checkpoint_chunks=fields.pop("train_checkpoint_chunks", None),
+        block=TransformerEncoderBlock(
+            **{**transformer(**fields).model_dump(exclude={"block_type"})}
+        ),
+    )
+    return MBLMEncoder(
+        MBLMEncoderModelConfig(
+            mask_token_id=num_tokens - 2, mblm_config=config, mask_reduce_strat=mask_reduce_strat
+        )
+    ).eval()
 
 
 _BLOCKS = {

@@ -1,6 +1,7 @@
 """The generation loop behind `MBLM.generate`: a prompt in, bytes out, streamed as they come."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from tqdm import tqdm
 
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
-from mblm.utils.checks import check_token_ids
+from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.stream import ByteStreamer
 
 
@@ -18,7 +19,7 @@ def generate(
     *,
     stream: ByteStreamer | None = None,
     num_tokens: int | None = None,
-    end_token_id: int = -1,
+    end_token_id: int | None = -1,
     temperature: float = 1.0,
     filter_thres: float = 1.0,
     top_p: float | None = None,
@@ -55,6 +56,9 @@ def generate(
     device = model.to_logits.weight.device
     sampler = Sampler(temperature, filter_thres, top_p, _generator(seed, generator, device))
     stops = _check_stops(stop)
+    _check_stream(stream)
+    if end_token_id is not None:
+        end_token_id = check_integer("end_of_gen_token_id", end_token_id)
     if prime is None:
         prime = torch.empty(0, dtype=torch.long)
     prime = check_token_ids("prime", prime, model.num_tokens).to(device)
@@ -87,13 +91,30 @@ def _generator(
         return generator
     if generator is not None:
         raise ValueError("pass at most one of seed and generator")
+    seed = check_integer("seed", seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer in [-2**63, 2**64), got {seed}")
     return torch.Generator(device).manual_seed(seed)
 
 
 def _check_stops(stop: Sequence[bytes]) -> list[list[int]]:
-    if isinstance(stop, (bytes, str)) or not all(isinstance(item, bytes) and item for item in stop):
+    if (
+        isinstance(stop, (bytes, bytearray, str))
+        or not isinstance(stop, Collection)
+        or not all(isinstance(item, bytes) and item for item in stop)
+    ):
         raise ValueError(f"stop: expected a list of byte strings that are not empty, got {stop!r}")
     return [list(item) for item in stop]
+
+
+def _check_stream(stream: Any) -> None:
+    if stream is None:
+        return
+    if isinstance(stream, io.IOBase) or not callable(getattr(stream, "write", None)):
+        raise TypeError(
+            f"stream: expected a ByteStreamer, got {type(stream).__name__}; wrap a file or a "
+            "terminal, ByteStreamer(stream)"
+        )
 
 
 def _check_count(model: Any, prompt_length: int, num_tokens: int | None) -> int:
@@ -103,6 +124,7 @@ def _check_count(model: Any, prompt_length: int, num_tokens: int | None) -> int:
         raise ValueError(f"prime: {prompt_length} bytes exceed the context of {limit} bytes")
     if num_tokens is None:
         return max(0, model.context_size - prompt_length)
+    num_tokens = check_integer("num_tokens_to_generate", num_tokens)
     if num_tokens < 0:
         raise ValueError(f"num_tokens_to_generate: expected a number >= 0, got {num_tokens}")
     if limit is not None and prompt_length + num_tokens > limit:

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from mblm.utils.checks import check_number
+
 
 def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
     """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``."""
@@ -55,6 +57,7 @@ class Sampler:
         generator: Where random numbers come from. Default: torch's default generator of the device.
 
     Raises:
+        TypeError: An argument of another type.
         ValueError: An argument outside its range.
     """
 
@@ -65,6 +68,12 @@ class Sampler:
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        temperature = check_number("temperature", temperature)
+        filter_thres = check_number("filter_thres", filter_thres)
+        if top_p is not None:
+            top_p = check_number("top_p", top_p)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {generator!r}")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
         if not 0 <= filter_thres <= 1:

@@ -11,7 +11,7 @@ import torch
 from mblm.inference.hierarchy_cache import DecodableHierarchy, HierarchyCache
 from mblm.inference.sampling import Sampler
 from mblm.utils.atomic import atomic_write
-from mblm.utils.checks import check_finite_weights, check_token_ids
+from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 
 _FORMAT = "mblm-session-1"
 
@@ -32,11 +32,15 @@ class Session:
 
     @torch.inference_mode()
     def __init__(self, model: Any, batch_size: int = 1) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
         check_finite_weights(model)
         self._model: DecodableHierarchy = model
         self._cache = HierarchyCache(model, batch_size)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.to_logits.weight.device
 
     @property
     def length(self) -> int:
@@ -77,7 +81,7 @@ class Session:
             )
         self._check_room(ids.shape[1])
         if ids.shape[1]:
-            self._cache.feed(ids.to(self._model.to_logits.weight.device))
+            self._cache.feed(ids.to(self._device))
         return self
 
     @torch.inference_mode()
@@ -85,7 +89,6 @@ class Session:
         """Logits of the next byte, ``(B, V)``."""
         return self._cache.logits()
 
-    @torch.inference_mode()
     def generate(
         self,
         num_tokens: int,
@@ -100,17 +103,21 @@ class Session:
         The sampling arguments are those of `mblm.inference.sampling.Sampler`.
 
         Raises:
-            ValueError: A bad argument, or more bytes than the context; nothing is generated.
+            TypeError, ValueError: A bad argument, or more bytes than the context; nothing is
+                generated.
         """
         sampler = Sampler(temperature, filter_thres, top_p, generator)
+        num_tokens = check_integer("num_tokens", num_tokens)
         if num_tokens < 0:
             raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens}")
         self._check_room(num_tokens)
-        generated = list(self.sample(num_tokens, sampler))
-        if not generated:
-            return torch.empty(self.batch_size, 0, dtype=torch.long)
-        self._cache.feed(generated[-1][:, None])
-        return torch.stack(generated, dim=1)
+        ids = torch.empty(self.batch_size, num_tokens, dtype=torch.long, device=self._device)
+        with torch.inference_mode():
+            for position, token in enumerate(self.sample(num_tokens, sampler)):
+                ids[:, position] = token
+            if num_tokens:
+                self._cache.feed(token[:, None])
+        return ids
 
     def sample(self, num_tokens: int, sampler: Sampler) -> Iterator[torch.Tensor]:
         """Yield ``num_tokens`` sampled bytes, ids ``(B,)``, each taken in when the next is wanted.
@@ -153,7 +160,8 @@ class Session:
         """Resume a saved session with the same model.
 
         Raises:
-            ValueError: Not a session, or one of another model; the message names the file.
+            ValueError: Not a session, a damaged one, or one of another model; the message names
+                the file.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -165,11 +173,19 @@ class Session:
             raise ValueError(f"{path}: not a saved session ({error})") from error
         if header.get("format") != _FORMAT:
             raise ValueError(f"{path}: not a saved session, format is {header.get('format')!r}")
-        if header["model"] != _fingerprint(model):
+        if header.get("model") != _fingerprint(model):
             raise ValueError(f"{path}: the session was saved with another model or other weights")
-        session = cls(model, int(header["batch_size"]))
-        with torch.inference_mode():
-            session._cache.restore(_unflatten(json.loads(header["structure"]), tensors))
+        try:
+            batch_size = int(header["batch_size"])
+            state = _unflatten(json.loads(header["structure"]), tensors)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: a damaged session ({error!r})") from error
+        session = cls(model, batch_size)
+        try:
+            with torch.inference_mode():
+                session._cache.restore(state)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: a damaged session ({error!r})") from error
         return session
 
     def _check_room(self, count: int) -> None:

@@ -35,7 +35,11 @@ def check_hierarchy_shape(
 
 def check_same_shape(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) -> None:
     """Refuse a mask or labels whose shape is not that of the token ids."""
-    if tensor is not None and tensor.shape != ids.shape:
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
+    if tensor.shape != ids.shape:
         raise ValueError(
             f"{name}: expected the shape of input_ids {tuple(ids.shape)}, got {tuple(tensor.shape)}"
         )

@@ -34,6 +34,12 @@ class MBLMReturnType(str, Enum):
     LOSS_LOGITS = auto()
     HIDDEN_STATE = auto()
 
+    @classmethod
+    def check(cls, value: Any) -> None:
+        """Refuse what is not one of these."""
+        if not isinstance(value, cls):
+            raise TypeError(f"return_type: expected a MBLMReturnType, got {value!r}")
+
 
 class MaskReduceStrat(str, Enum):
     """When a patch counts as attended: if any of its bytes is, or only if all are."""

@@ -33,7 +33,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
-        return_type: MBLMReturnType = MBLMReturnType.LOSS,
+        return_type: MBLMReturnType = MBLMReturnType.LOSS_LOGITS,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """One pass over whole sequences.
 
@@ -46,24 +46,28 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
             labels: The true token ids, the shape of ``input_ids``; needed for a loss. Bytes that
                 are not attended to do not count.
             loss_mask: Weight of each byte's loss, the shape of ``input_ids``. Default: all 1.
-            return_type: What to return. Default ``LOSS``.
+            return_type: What to return. Default ``LOSS_LOGITS``.
 
         Returns:
             ``HIDDEN_STATE`` ``(B, L, D_N)``, ``LOGITS`` ``(B, L, V)`` (nested for nested input),
             ``LOSS`` a scalar, or ``LOSS_LOGITS`` both.
 
         Raises:
-            TypeError: A dtype that is none of token ids, embeddings or a bool mask.
+            TypeError: A dtype that is none of token ids, embeddings or a bool mask, or an unknown
+                return type.
             ValueError: Bad shapes, ids outside the vocabulary, more bytes than the context, or
                 labels missing for a loss.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        MBLMReturnType.check(return_type)
         with_loss = return_type in (MBLMReturnType.LOSS, MBLMReturnType.LOSS_LOGITS)
         if with_loss and labels is None:
             raise ValueError(f"labels: a loss needs labels, got None with {return_type!r}")
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            raise TypeError(f"attention_mask: expected torch.bool, got {attention_mask.dtype}")
+        if attention_mask is not None:
+            kind = getattr(attention_mask, "dtype", type(attention_mask).__name__)
+            if kind != torch.bool:
+                raise TypeError(f"attention_mask: expected a tensor of torch.bool, got {kind}")
 
         if inputs_embeds is not None:
             if return_type != MBLMReturnType.HIDDEN_STATE:

@@ -164,7 +164,7 @@ class Hierarchy(nn.Module):
                 "one tensor as inputs_embeds replaces the embedding tables of all stages; to "
                 "repeat what input_ids gives, pass one tensor per stage",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,  # who called the module
             )
 
         def tokens(stage: int) -> StageTokens:

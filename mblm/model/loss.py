@@ -21,5 +21,5 @@ def cross_entropy(
         logits.flatten(0, -2), targets.flatten(), ignore_index=ignored_id, reduction="none"
     )
     if weights is not None:
-        losses = losses * weights.flatten()
+        losses = losses * weights.flatten().to(losses.dtype)
     return mean_of_nonzero(losses)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from mambapy.mamba import Mamba, MambaConfig  # type: ignore[import-untyped]
+from mambapy.mamba import Mamba, MambaConfig
 from torch import Tensor, nn
 
 from mblm.model.mamba_scans import mamba1_scan
@@ -58,7 +58,7 @@ class Mamba1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D) causally, from the zero state."""
-        return self.forward_with_state(x, None)[0]
+        return self._run(x, None, y_only=True)[0]
 
     def forward_with_state(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Continue after the positions that ``state`` has seen.
@@ -73,6 +73,9 @@ class Mamba1(nn.Module):
         Raises:
             ValueError: ``x`` or ``state`` does not fit this model.
         """
+        return self._run(x, state, y_only=False)
+
+    def _run(self, x: Tensor, state: State | None, *, y_only: bool) -> tuple[Tensor, State]:
         if x.ndim != 3 or x.shape[-1] != self.model_dim:
             raise ValueError(f"x must be (B, S, {self.model_dim}), got shape {tuple(x.shape)}")
         if state is not None and len(state) != len(self.layers):
@@ -83,13 +86,17 @@ class Mamba1(nn.Module):
             normed = F.rms_norm(
                 x.to(layer.norm.weight.dtype), (self.model_dim,), layer.norm.weight, layer.norm.eps
             )
-            out, layer_state = _mix(layer.mixer, normed, None if state is None else state[index])
+            out, layer_state = _mix(
+                layer.mixer, normed, None if state is None else state[index], y_only=y_only
+            )
             x = out + x
             states.append(layer_state)
         return x, tuple(states)
 
 
-def _mix(mixer: Any, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+def _mix(
+    mixer: Any, x: Tensor, state: LayerState | None, *, y_only: bool
+) -> tuple[Tensor, LayerState]:
     """One mixer on (B, S, D): the convolved and scanned branch, gated by the other."""
     scan_state, window = (None, None) if state is None else state
     inner, gate = mixer.in_proj(x).chunk(2, dim=-1)  # (B, S, D_inner) each
@@ -110,5 +117,7 @@ def _mix(mixer: Any, x: Tensor, state: LayerState | None) -> tuple[Tensor, Layer
         )
         y = y.unsqueeze(1)
     else:
-        y, scan_state = mamba1_scan(inner, delta, rates, weight_in, weight_out, direct, scan_state)
+        y, scan_state = mamba1_scan(
+            inner, delta, rates, weight_in, weight_out, direct, scan_state, y_only=y_only
+        )
     return mixer.out_proj(y * F.silu(gate)), (scan_state, window)

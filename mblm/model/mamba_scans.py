@@ -27,12 +27,16 @@ def mamba1_scan(
     C: Tensor,
     D: Tensor,
     state: Tensor | None,
+    *,
+    y_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`mblm.ops.selective_scan.selective_scan`, by mamba_ssm's kernel where it serves.
 
-    That kernel takes no initial state and gives no gradient to the final one.
+    That kernel takes no initial state and gives no gradient to the final one: ``y_only`` says
+    that none will be asked for.
     """
-    serves = state is None and x.shape[1] > 0 and A.dtype == torch.float32
+    serves = state is None and (y_only or not torch.is_grad_enabled())
+    serves = serves and x.shape[1] > 0 and A.dtype == torch.float32 and A.shape[1] <= 256
     if x.is_cuda and serves:
         kernel = _mamba_ssm("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
         if kernel is not None:

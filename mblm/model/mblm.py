@@ -57,11 +57,12 @@ class MBLM(Hierarchy, PretrainedMixin):
             ``HIDDEN_STATE``: the local stage's output ``(B, L, D_N)``, nested for nested input.
 
         Raises:
-            TypeError: A dtype that is none of token ids or embeddings.
+            TypeError: A dtype that is none of token ids or embeddings, or an unknown return type.
             ValueError: Bad shapes, ids outside the vocabulary, more bytes than the context.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        MBLMReturnType.check(return_type)
         if inputs_embeds is not None:
             if return_type != MBLMReturnType.HIDDEN_STATE:
                 raise ValueError(
@@ -92,7 +93,6 @@ class MBLM(Hierarchy, PretrainedMixin):
             return loss
         return loss, self._logits_like(logits, nested_ids)
 
-    @torch.inference_mode()
     def generate(
         self,
         prime: torch.Tensor | None = None,
@@ -109,20 +109,22 @@ class MBLM(Hierarchy, PretrainedMixin):
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`."""
-        return generate(
-            self,
-            prime,
-            stream=stream,
-            num_tokens=num_tokens_to_generate,
-            end_token_id=end_of_gen_token_id,
-            temperature=temperature,
-            filter_thres=filter_thres,
-            enable_progress=enable_progress,
-            top_p=top_p,
-            stop=stop,
-            seed=seed,
-            generator=generator,
-        )
+        with torch.inference_mode():
+            ids = generate(
+                self,
+                prime,
+                stream=stream,
+                num_tokens=num_tokens_to_generate,
+                end_token_id=end_of_gen_token_id,
+                temperature=temperature,
+                filter_thres=filter_thres,
+                enable_progress=enable_progress,
+                top_p=top_p,
+                stop=stop,
+                seed=seed,
+                generator=generator,
+            )
+        return ids.clone()  # of use outside of inference mode too, such as in a loss
 
     def session(self, batch_size: int = 1) -> Session:
         """Start incremental decoding of ``batch_size`` equally long sequences."""

@@ -9,10 +9,12 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from mblm.utils.atomic import atomic_write
-from mblm.utils.checkpoint import load_checked_state
+from mblm.utils.checkpoint import load_checked_state, load_model_state
+from mblm.utils.io import load_yml
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+RUN_CONFIG_FILE = "config.yaml"
 
 Model = TypeVar("Model", bound="PretrainedMixin")
 
@@ -75,6 +77,53 @@ class PretrainedMixin:
         model: Any = cls(config).to(map_location)  # type: ignore[call-arg,attr-defined]
         load_checked_state(folder / WEIGHTS_FILE, weights, model)
         return model.eval()
+
+
+class _RunConfig(BaseModel):
+    """What a training run's configuration says about its model, among much else."""
+
+    params: dict[str, Any]
+
+
+def load_checkpoint(
+    model_class: type[Model],
+    checkpoint: str | os.PathLike[str],
+    *,
+    config_file: str | os.PathLike[str] | None = None,
+    map_location: str | torch.device = "cpu",
+) -> Model:
+    """Build a model from a folder or hub id, as ``from_pretrained``, or from a run's ``.pth`` file.
+
+    Args:
+        model_class: The class of the model.
+        checkpoint: A folder, a hub id, or a file that `save_model_state` or a training run wrote.
+        config_file: Configuration of the run that wrote the ``.pth`` file, whose ``params`` are
+            those of the model. Default: ``config.yaml`` beside it.
+        map_location: The device of the weights. Default: the CPU.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint or configuration.
+        ValueError: One of them is damaged, or they do not fit; the message names the file.
+    """
+    file = Path(checkpoint)
+    if file.suffix != ".pth" or file.is_dir():
+        if config_file is not None:
+            raise ValueError(f"config_file: {file} is no .pth file and has its own configuration")
+        return model_class.from_pretrained(checkpoint, map_location=map_location)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file")
+    config_file = Path(config_file or file.with_name(RUN_CONFIG_FILE))
+    params = load_yml(config_file, _RunConfig).params
+    params.pop("input_seq_len", None)  # the length of training sequences, not the model's
+    try:
+        config = model_class.config_class.model_validate(params)
+    except ValidationError as error:
+        raise ValueError(f"{config_file}, params: {error}") from error
+    model: Any = model_class(config).to(map_location)  # type: ignore[call-arg,attr-defined]
+    return load_model_state(file, model, map_location)[0].eval()
 
 
 def _find_folder(name: str | os.PathLike[str], revision: str | None) -> Path:

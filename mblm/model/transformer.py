@@ -157,5 +157,10 @@ class TransformerEncoder(_Transformer):
             input_ids: Embeddings ``(B, S, D)``.
             attention_mask: Which positions are attended to, bool ``(B, S)``, True = attend.
         """
-        bias = None if attention_mask is None else attention_bias(attention_mask, input_ids.dtype)
-        return self._run_layers(input_ids, bias)
+        if attention_mask is None:
+            return self._run_layers(input_ids)
+        device_type = input_ids.device.type
+        dtype = input_ids.dtype
+        if torch.is_autocast_enabled(device_type):  # which would round a bias to minus infinity
+            dtype = torch.get_autocast_dtype(device_type)
+        return self._run_layers(input_ids, attention_bias(attention_mask, dtype))

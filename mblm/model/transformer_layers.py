@@ -4,6 +4,9 @@ The causal shift that precedes attention and feed-forward is fused with their no
 of the channels comes from the position before.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -40,8 +43,18 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        steps = torch.arange(0, head_dim, 2).float() / head_dim
-        self.register_buffer("inv_freq", 1.0 / 10000**steps)
+        self.head_dim = head_dim
+        self.register_buffer("inv_freq", self._frequencies(None))
+
+    def _frequencies(self, device: torch.device | None) -> torch.Tensor:
+        steps = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
+        return 1.0 / 10000**steps
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RotaryEmbedding":
+        """Move to another device; the angles stay float32 in a half precision model."""
+        super()._apply(fn, recurse)
+        self.inv_freq = self._frequencies(self.inv_freq.device)
+        return self
 
     def forward(self, first: int, count: int) -> Rotary:
         """Cosines and sines of positions ``first .. first + count - 1``: (count, head_dim / 2)."""

@@ -1,6 +1,7 @@
 """Rotary positions over a stage's full width, parameter counts, and the sampling functions."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,9 +37,17 @@ class RoPE(nn.Module):
         self.max_seq_len = max_seq_len
         self.reset_parameters()
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RoPE":
+        """Move to another device; the angles stay float32 and are never without values."""
+        super()._apply(fn, recurse)
+        self.reset_parameters()
+        return self
+
     def reset_parameters(self) -> None:
         """Compute the angles anew."""
-        theta = 1.0 / self.base ** (torch.arange(0, self.dim, 2).float() / self.dim)
+        device = self.theta.device if hasattr(self, "theta") else None
+        steps = torch.arange(0, self.dim, 2, device=device).float() / self.dim
+        theta = 1.0 / self.base**steps
         self.register_buffer("theta", theta, persistent=False)
         self.build_rope_cache(self.max_seq_len)
 

@@ -143,16 +143,18 @@ def _time_first(tensor: Tensor, rows: slice, span: slice, dtype: torch.dtype) ->
 
 
 def _scan_chunk(
-    decay: Tensor, step_input: Tensor, weight: Tensor, state: Tensor
+    step: Tensor, inputs: Tensor, weight_in: Tensor, rates: Tensor, state: Tensor, buffers: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """States (T, R, C, N) after each of a chunk's positions, and the last one.
+    """Decays and states after each position, both (T, R, C, N), in the two buffers.
 
-    From decays (T, R, C, N), ``delta x`` (T, R, C), B (T, R, N) and the state before (R, C, N).
+    From delta and x (T, R, C), B (T, R, N), A (C, N) and the state before (R, C, N).
     """
-    states = step_input.unsqueeze(-1) * weight.unsqueeze(2)
+    decay, states = buffers[:, : step.shape[0]]
+    torch.mul(step.unsqueeze(-1), rates, out=decay).exp_()
+    torch.mul((step * inputs).unsqueeze(-1), weight_in.unsqueeze(2), out=states)
     for position in range(states.shape[0]):
         state = states[position].addcmul_(decay[position], state)
-    return states, state
+    return decay, states
 
 
 def _reference(
@@ -177,16 +179,15 @@ def _reference(
     with torch.autocast(x.device.type, enabled=False):
         for r, c in _tiles(rows, channels, min(length, chunk_size) * num_states):
             state = final_state[r, c].clone()
+            buffers = A.new_empty(2, min(length, chunk_size), *state.shape)
             for chunk, start in enumerate(starts):
                 span = slice(start, start + chunk_size)
                 chunk_states[r, chunk, c] = state
                 inputs = _time_first(x[..., c], r, span, dtype)
                 step = _time_first(delta[..., c], r, span, dtype)
-                decay = (step.unsqueeze(-1) * A[c]).exp_()
-                states, last = _scan_chunk(
-                    decay, step * inputs, _time_first(B, r, span, dtype), state
-                )
-                state = last.clone()
+                weight_in = _time_first(B, r, span, dtype)
+                _, states = _scan_chunk(step, inputs, weight_in, A[c], state, buffers)
+                state = states[-1].clone()
                 out = states.mul_(_time_first(C, r, span, dtype).unsqueeze(2)).sum(-1)
                 y[r, span, c] = out.addcmul_(inputs, D[c]).transpose(0, 1).to(x.dtype)
             final_state[r, c] = state
@@ -244,6 +245,7 @@ def _backward_reference(
     with torch.autocast(x.device.type, enabled=False):
         for r, c in _tiles(rows, channels, min(length, chunk_size) * num_states):
             carry = grad_state[r, c].clone()  # gradient of the state after the chunk
+            buffers = A.new_empty(3, min(length, chunk_size), *carry.shape)
             for chunk, start in reversed(list(enumerate(starts))):
                 span = slice(start, start + chunk_size)
                 before = chunk_states[r, chunk, c]
@@ -252,12 +254,11 @@ def _backward_reference(
                 weight_in = _time_first(B, r, span, dtype)
                 weight_out = _time_first(C, r, span, dtype)
                 grad_out = _time_first(grad_y[..., c], r, span, dtype)
-                step_input = step * inputs
-                decay = (step.unsqueeze(-1) * A[c]).exp_()
-                states, _ = _scan_chunk(decay, step_input, weight_in, before)
+                decay, states = _scan_chunk(step, inputs, weight_in, A[c], before, buffers[:2])
                 grad_C[r, span] += (grad_out.unsqueeze(2) @ states).squeeze(2).transpose(0, 1)
 
-                adjoint = grad_out.unsqueeze(-1) * weight_out.unsqueeze(2)  # (T, R, C, N)
+                adjoint = buffers[2, : step.shape[0]]  # (T, R, C, N)
+                torch.mul(grad_out.unsqueeze(-1), weight_out.unsqueeze(2), out=adjoint)
                 last = adjoint.shape[0] - 1
                 adjoint[last] += carry
                 for position in range(last - 1, -1, -1):
@@ -268,7 +269,8 @@ def _backward_reference(
                 decay[1:].mul_(states[:-1])
                 decay[0].mul_(before)
                 decay.mul_(adjoint)
-                grad_B[r, span] += (step_input.unsqueeze(2) @ adjoint).squeeze(2).transpose(0, 1)
+                step_input = (step * inputs).unsqueeze(2)
+                grad_B[r, span] += (step_input @ adjoint).squeeze(2).transpose(0, 1)
                 product = torch.mul(adjoint, weight_in.unsqueeze(2), out=states)
                 grad_step_input = product.sum(-1)  # (T, R, C)
                 grad_step = torch.mul(decay, A[c], out=states).sum(-1)

@@ -1,8 +1,39 @@
-"""Checks of tensors that come from outside; each refuses bad input by name."""
+"""Checks of what comes from outside; each refuses bad input by name."""
+
+import operator
+from typing import Any
 
 import torch
 
-_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_integer(name: str, value: Any) -> int:
+    """Refuse what is not an integer; a bool is none.
+
+    Raises:
+        TypeError: Not an integer.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """Refuse what is not a number; a bool or a text is none.
+
+    Raises:
+        TypeError: Not a number.
+    """
+    try:
+        if not isinstance(value, (bool, str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> torch.Tensor:

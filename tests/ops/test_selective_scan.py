@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mblm.ops import selective_scan as module
 from mblm.ops.selective_scan import selective_scan, selective_scan_step
+from tests.ops.largest_tensor import LargestTensor
 
 Arguments = dict[str, Tensor]
 
@@ -74,6 +75,19 @@ def test_equals_the_plain_loop(length: int) -> None:
     expected_y, expected_state = plain_loop(**arguments)
     torch.testing.assert_close(y, expected_y)
     torch.testing.assert_close(final_state, expected_state)
+
+
+def test_no_state_per_position_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TILE_ENTRIES", 4096)
+    arguments = make_arguments(1, 512, 64, 16)
+    num_inputs = arguments["x"].numel()
+    with LargestTensor() as largest:
+        y, final_state, chunk_states = module._reference(**arguments, chunk_size=16)
+        arguments.pop("initial_state")
+        module._backward_reference(
+            y, final_state, **arguments, chunk_states=chunk_states, chunk_size=16
+        )
+    assert largest.entries == num_inputs == chunk_states.numel()  # not 16 times as many
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 3, 1, 1), (2, 3, 0, 4)])

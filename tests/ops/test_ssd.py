@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mblm.ops import ssd as module
 from mblm.ops.ssd import ssd, ssd_step
+from tests.ops.largest_tensor import LargestTensor
 
 Arguments = dict[str, Tensor]
 
@@ -72,6 +73,18 @@ def group_entries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def test_equals_the_plain_loop(length: int) -> None:
     arguments = make_arguments(3, length, 5, 2, 4)
     torch.testing.assert_close(ssd(**arguments, chunk_size=4), plain_loop(**arguments))
+
+
+def test_no_state_per_position_is_ever_held() -> None:
+    arguments = make_arguments(1, 512, 4, 16, 16)
+    num_inputs = arguments["x"].numel()
+    with LargestTensor() as largest:
+        y, final_state, chunk_states = module._reference(**arguments, chunk_size=16)
+        arguments.pop("initial_state")
+        module._backward_reference(
+            y, final_state, **arguments, chunk_states=chunk_states, chunk_size=16
+        )
+    assert largest.entries == num_inputs == chunk_states.numel()  # not 16 times as many
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4, 3), (2, 3, 1, 1, 1), (2, 3, 0, 4, 3)])

@@ -1,0 +1,345 @@
+"""`MBLM.generate`: how it ends, what it streams and draws, and what it refuses beforehand."""
+
+import io
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from mblm import MBLM, MBLMReturnType
+from mblm.utils.stream import ByteStreamer
+from tests.models import LSTMBlock, mamba, model, transformer
+
+PROMPT = torch.tensor([3, 1, 4, 1, 5])
+
+
+@pytest.fixture
+def m() -> MBLM:
+    """A context of 30 bytes, which fixed positions limit."""
+    return model(transformer(), transformer(), seq_lens=[6, 5])
+
+
+class Recorder:
+    """Stands for a `ByteStreamer`; knows what was written when."""
+
+    def __init__(self, broken_after: int | None = None) -> None:
+        self.written: list[int] = []
+        self.flushed = 0
+        self.broken_after = broken_after
+
+    def write(self, value: int) -> None:
+        if self.broken_after is not None and len(self.written) >= self.broken_after:
+            raise BrokenPipeError
+        self.written.append(value)
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+
+def generate(m: MBLM, prime: Any = PROMPT, **arguments: Any) -> list[int]:
+    out = m.generate(prime, enable_progress=False, **arguments)
+    assert out.ndim == 1 and out.dtype == torch.long
+    return out.tolist()
+
+
+def sampled(m: MBLM, **arguments: Any) -> list[int]:
+    """Bytes that depend on the seed, after the prompt."""
+    return generate(m, **{"seed": 1, "filter_thres": 0.0, "temperature": 3.0, **arguments})[5:]
+
+
+def by_hand(
+    m: MBLM, prime: torch.Tensor, count: int, thres: float, temperature: float
+) -> list[int]:
+    """The loop of the contract: the whole model over the whole sequence for every byte."""
+    ids = prime[None]
+    for _ in range(count):
+        with torch.no_grad():
+            logits = m(ids, return_type=MBLMReturnType.LOGITS)[:, -1]
+        values, indices = logits.topk(max(int((1 - thres) * logits.shape[1]), 1))
+        kept = torch.full_like(logits, -math.inf).scatter(1, indices, values)
+        noise = torch.zeros(1, logits.shape[1]).uniform_()
+        noise = -((-(noise.clamp(min=1e-20).log())).clamp(min=1e-20).log())
+        ids = torch.cat((ids, (kept / temperature + noise).argmax(-1, keepdim=True)), dim=1)
+    return ids[0].tolist()
+
+
+@pytest.mark.parametrize("prompt_length", [0, 1, 4, 5, 6, 29])
+@pytest.mark.parametrize("thres", [1.0, 0.5])
+def test_equals_the_loop_over_the_whole_model(m: MBLM, prompt_length: int, thres: float) -> None:
+    prime = torch.randint(0, 18, (prompt_length,))
+    count = 30 - prompt_length
+    torch.manual_seed(11)
+    expected = by_hand(m, prime, count, thres, 0.8)
+    state = torch.get_rng_state()
+    torch.manual_seed(11)
+    assert generate(m, prime, filter_thres=thres, temperature=0.8) == expected
+    assert torch.equal(torch.get_rng_state(), state), "as many random numbers are drawn"
+
+
+class TestLength:
+    def test_default_is_the_context(self, m: MBLM) -> None:
+        assert len(generate(m)) == len(generate(m, None)) == 30
+
+    def test_default_is_the_context_where_nothing_limits_it(self) -> None:
+        m = model(mamba("mamba1"), transformer(), seq_lens=[2, 3])
+        assert len(generate(m)) == 6
+        over = torch.arange(10)
+        assert generate(m, over) == over.tolist()
+        assert len(generate(m, over, num_tokens_to_generate=7)) == 17
+
+    @pytest.mark.parametrize("count", [0, 1, 25])
+    def test_is_as_asked(self, m: MBLM, count: int) -> None:
+        out = generate(m, num_tokens_to_generate=count)
+        assert len(out) == 5 + count and out[:5] == PROMPT.tolist()
+
+    def test_a_prompt_that_fills_the_context(self, m: MBLM) -> None:
+        full = torch.randint(0, 18, (30,))
+        assert generate(m, full) == full.tolist()
+        with pytest.raises(ValueError, match="1 bytes after a prompt of 30 exceed the context"):
+            generate(m, full, num_tokens_to_generate=1)
+
+    def test_a_model_of_one_byte(self) -> None:
+        m = model(transformer(), seq_lens=[1])
+        assert len(generate(m, None)) == 1
+
+
+class TestEnd:
+    def test_id_is_kept_and_streamed(self, m: MBLM) -> None:
+        everything = sampled(m)
+        end = everything[7]
+        first = everything.index(end)
+        stream = Recorder()
+        assert sampled(m, end_of_gen_token_id=end, stream=stream) == everything[: first + 1]
+        assert stream.written == everything[: first + 1] and stream.flushed == 1
+
+    def test_id_in_the_prompt_does_not_end_it(self, m: MBLM) -> None:
+        everything = sampled(m)
+        unseen = next(i for i in range(19) if i not in everything)
+        prime = torch.full((5,), unseen)
+        assert len(generate(m, prime, end_of_gen_token_id=unseen, num_tokens_to_generate=1)) == 6
+
+    @pytest.mark.parametrize("length", [1, 2, 5, 9])
+    def test_after_a_stop_string_which_is_kept(self, m: MBLM, length: int) -> None:
+        everything = sampled(m)
+        stop = bytes(everything[9 : 9 + length])
+        ends = next(
+            end for end in range(length, 26) if bytes(everything[end - length : end]) == stop
+        )
+        assert sampled(m, stop=[stop]) == everything[:ends]
+
+    def test_after_the_first_of_several_that_overlap(self, m: MBLM) -> None:
+        everything = sampled(m)
+        long, short = bytes(everything[3:9]), bytes(everything[5:8])
+        first = min(
+            end
+            for end in range(1, 26)
+            for stop in (long, short)
+            if bytes(everything[:end]).endswith(stop)
+        )
+        assert sampled(m, stop=[long, short]) == everything[:first]
+
+    def test_a_stop_string_is_looked_for_in_what_is_generated_only(self, m: MBLM) -> None:
+        """Not in the prompt, and not across its end."""
+        everything = sampled(m)
+        across = bytes([5, *everything[:2]])
+        assert sampled(m, stop=[bytes(PROMPT.tolist()), across]) == everything
+
+    def test_a_stop_string_that_repeats_itself(self, m: MBLM) -> None:
+        """The model repeats one byte; a string of three of it ends at the third."""
+        with torch.no_grad():
+            m.to_logits.bias[7] = 1000.0
+        assert generate(m, stop=[b"\x07\x07\x07", b"\x07\x08"])[5:] == [7, 7, 7]
+
+
+class TestSeed:
+    def test_means_what_manual_seed_means(self, m: MBLM) -> None:
+        torch.manual_seed(3)
+        expected = sampled(m, seed=None)
+        before = torch.get_rng_state()
+        assert sampled(m, seed=3) == expected
+        assert sampled(m, seed=None, generator=torch.Generator().manual_seed(3)) == expected
+        assert torch.equal(torch.get_rng_state(), before), "the default generator is not touched"
+        assert sampled(m, seed=4) != expected
+
+    def test_a_generator_goes_on(self, m: MBLM) -> None:
+        generator = torch.Generator().manual_seed(3)
+        assert sampled(m, seed=None, generator=generator) != sampled(
+            m, seed=None, generator=generator
+        )
+
+    def test_top_p(self, m: MBLM) -> None:
+        with torch.no_grad():  # two bytes of about a half each, whatever came before
+            m.to_logits.weight.zero_()
+            m.to_logits.bias.zero_()
+            m.to_logits.bias[[2, 9]] = 50.0
+        assert set(sampled(m, top_p=0.9, temperature=1.0)) == {2, 9}
+        assert len(set(sampled(m, top_p=0.4, temperature=1.0))) == 1
+
+
+class TestStream:
+    def test_gets_every_byte_and_a_flush(self, m: MBLM) -> None:
+        stream = Recorder()
+        out = generate(m, stream=stream)
+        assert stream.written == out[5:] and stream.flushed == 1
+
+    def test_gets_a_byte_before_the_next_is_computed(self, m: MBLM) -> None:
+        stream, lengths = Recorder(), []
+        m.to_logits.register_forward_pre_hook(lambda *_: lengths.append(len(stream.written)))
+        generate(m, stream=stream, num_tokens_to_generate=6)
+        assert lengths == [0, 1, 2, 3, 4, 5]
+
+    def test_as_bytes_and_as_numbers(self, m: MBLM) -> None:
+        binary, text = io.BytesIO(), io.StringIO()
+        with ByteStreamer(binary) as streamer:
+            out = generate(m, stream=streamer)
+        assert list(binary.getvalue()) == out[5:]
+        with ByteStreamer(text) as streamer:
+            generate(m, stream=streamer)
+        assert text.getvalue() == " ".join(map(str, out[5:]))
+
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_whose_reader_is_gone_ends_it(self, m: MBLM, after: int) -> None:
+        out = generate(m, stream=Recorder(broken_after=after))
+        assert out == generate(m)[: 5 + after + 1]
+
+    def test_whose_reader_is_gone_at_the_flush_ends_it(self, m: MBLM) -> None:
+        class Broken(Recorder):
+            def flush(self) -> None:
+                raise BrokenPipeError
+
+        assert len(generate(m, stream=Broken())) == 30
+
+    def test_any_other_error_is_raised(self) -> None:
+        m = model(transformer(), seq_lens=[9], num_tokens=300, pad_token_id=0)
+        with torch.no_grad():
+            m.to_logits.bias[256] = 1000.0
+        with pytest.raises(OverflowError, match="256"):
+            generate(m, stream=ByteStreamer(io.BytesIO(), ignore_overflowing=False))
+        skipped = io.BytesIO()
+        assert generate(m, stream=ByteStreamer(skipped)) == [*PROMPT.tolist(), *[256] * 4]
+        assert skipped.getvalue() == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [({}, True), ({"enable_progress": False}, False), ({"stream": Recorder()}, False)],
+)
+def test_progress_is_shown_unless_off_or_streaming(
+    m: MBLM, arguments: dict[str, Any], shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    m.generate(PROMPT, num_tokens_to_generate=3, **arguments)
+    captured = capsys.readouterr()
+    assert ("3" in captured.err) == shown
+    assert captured.out == ""
+
+
+class TestPrompt:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int16])
+    def test_of_any_integer_dtype(self, m: MBLM, dtype: torch.dtype) -> None:
+        assert generate(m, PROMPT.to(dtype)) == generate(m)
+
+    def test_strided(self, m: MBLM) -> None:
+        assert generate(m, PROMPT.repeat_interleave(2)[::2]) == generate(m)
+
+    def test_is_not_written_to(self, m: MBLM) -> None:
+        prime = PROMPT.clone()
+        out = m.generate(prime, enable_progress=False)
+        out[0] = 9
+        assert torch.equal(prime, PROMPT)
+
+    def test_empty_and_none_are_the_same(self, m: MBLM) -> None:
+        assert generate(m, torch.empty(0, dtype=torch.long)) == generate(m, None)
+
+
+class TestModes:
+    def test_a_model_in_training_mode(self) -> None:
+        """Without dropout, nothing changes; the mode stays."""
+        m = model(transformer(), mamba("mamba1"), seq_lens=[6, 5])
+        expected = generate(m)
+        m.train()
+        assert generate(m) == expected
+        assert m.training
+
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    def test_any_gradient_mode(self, m: MBLM, mode: Any) -> None:
+        expected = generate(m)
+        with mode():
+            assert generate(m) == expected
+
+    def test_a_model_can_be_trained_on_what_it_generated(self, m: MBLM) -> None:
+        out = m.train().generate(PROMPT, enable_progress=False)
+        m(out[None]).backward()
+        fed = m.session().feed(PROMPT).generate(7)
+        m(fed).backward()
+        assert m.to_logits.weight.grad is not None
+
+    def test_half_precision(self) -> None:
+        m = model(mamba("mamba1"), transformer(), seq_lens=[6, 5]).bfloat16()
+        assert len(generate(m)) == 30
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert len(generate(m.float())) == 30
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"prime": [1, 2]}, TypeError, "prime: expected a tensor of token ids, got list"),
+            ({"prime": b"abc"}, TypeError, "prime: .* got bytes"),
+            ({"prime": torch.zeros(2)}, TypeError, "prime: .* got torch.float32"),
+            ({"prime": torch.tensor(3)}, ValueError, r"prime: expected shape \(L,\), got \(\)"),
+            ({"prime": PROMPT[None]}, ValueError, r"prime: expected shape \(L,\), got \(1, 5\)"),
+            ({"prime": torch.tensor([1, 19])}, ValueError, r"prime: token id 19 at position \(1,"),
+            ({"prime": torch.zeros(31).long()}, ValueError, "prime: 31 bytes exceed .* 30 bytes"),
+            ({"num_tokens_to_generate": 26}, ValueError, "26 bytes after a prompt of 5 exceed"),
+            ({"num_tokens_to_generate": 10**15}, ValueError, "num_tokens_to_generate"),
+            ({"num_tokens_to_generate": -1}, ValueError, "num_tokens_to_generate: .* >= 0, got -1"),
+            ({"num_tokens_to_generate": 2.0}, TypeError, "num_tokens_to_generate: .* integer"),
+            ({"num_tokens_to_generate": "3"}, TypeError, "num_tokens_to_generate"),
+            ({"num_tokens_to_generate": True}, TypeError, "num_tokens_to_generate"),
+            ({"end_of_gen_token_id": "a"}, TypeError, "end_of_gen_token_id"),
+            ({"temperature": 0}, ValueError, "temperature"),
+            ({"temperature": "hot"}, TypeError, "temperature"),
+            ({"filter_thres": 2}, ValueError, "filter_thres"),
+            ({"top_p": 0}, ValueError, "top_p"),
+            ({"stop": b"abc"}, ValueError, "stop: expected a list of byte strings"),
+            ({"stop": ["abc"]}, ValueError, "stop"),
+            ({"stop": [b""]}, ValueError, "stop"),
+            ({"stop": None}, ValueError, "stop"),
+            ({"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
+            ({"seed": 2**64}, ValueError, "seed"),
+            ({"seed": 1, "generator": torch.Generator()}, ValueError, "at most one of seed and"),
+            ({"generator": 3}, TypeError, "generator"),
+            ({"stream": sys.__stdout__}, TypeError, "stream: expected a ByteStreamer, got TextIO"),
+            ({"stream": io.BytesIO()}, TypeError, "stream: .* wrap a file or a terminal"),
+            ({"stream": 3}, TypeError, "stream: expected a ByteStreamer, got int"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+    )
+    def test_is_named_before_anything_runs(
+        self, m: MBLM, arguments: dict[str, Any], error: type[Exception], words: str
+    ) -> None:
+        for stage in m.stage_models:
+            stage.forward = stage.allocate_cache = None  # whoever runs it, fails otherwise
+        stream = Recorder()
+        before = torch.get_rng_state()
+        with pytest.raises(error, match=words):
+            m.generate(**{"prime": PROMPT, "stream": stream, **arguments})
+        assert stream.written == [] and torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_weights(self, m: MBLM, value: float) -> None:
+        with torch.no_grad():
+            m.stage_models[1].norm.g[2] = value
+        with pytest.raises(ValueError, match=r"stage_models\.1\.norm\.g \(8,\) holds 1 NaN"):
+            generate(m)
+
+
+def test_a_custom_block_is_replayed_once_per_byte() -> None:
+    m = model(LSTMBlock(), seq_lens=[12])
+    calls: list[int] = []
+    m.stage_models[0].register_forward_pre_hook(lambda _, x: calls.append(x[0].shape[1]))
+    generate(m)
+    assert calls == [1, 6, 7, 8, 9, 10, 11, 12]  # the start token, the prompt, then each byte

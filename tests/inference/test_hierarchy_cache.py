@@ -1,0 +1,103 @@
+"""The hierarchy's cache: what it keeps, what it runs, and the memory that a long prompt takes."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from mblm.inference.hierarchy_cache import HierarchyCache
+from tests.conftest import ROOT
+from tests.models import LSTMBlock, mamba, model, transformer
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def count_positions(m: torch.nn.Module) -> list[int]:
+    """How many positions each stage is run on, from now on."""
+    counts = [0] * len(m.stage_models)
+
+    def counting(stage: int, original):
+        def hook(x: torch.Tensor, state):
+            counts[stage] += x.shape[1]
+            return original(x, state)
+
+        return hook
+
+    for index, stage in enumerate(m.stage_models):
+        stage.forward_with_state = counting(index, stage.forward_with_state)
+    return counts
+
+
+@torch.inference_mode()
+def test_every_position_is_computed_once_and_only_when_a_byte_after_it_is_wanted() -> None:
+    hook = LSTMBlock(with_hook=True)
+    m = model(hook, hook, hook, seq_lens=[4, 3, 2])
+    counts = count_positions(m)
+    cache = HierarchyCache(m, 1)
+    assert counts == [1, 1, 1]  # the start tokens, once for all patches
+    ids = torch.randint(0, 18, (1, 24))
+    for length in range(1, 25):
+        cache.feed(ids[:, length - 1 : length])
+        whole_outer, whole_inner = (length - 1) // 6, (length - 1) // 2
+        assert counts == [1 + whole_outer, 1 + whole_inner - whole_outer, 1 + length]
+
+
+@torch.inference_mode()
+def test_a_prefill_runs_the_local_stage_on_the_last_patch_alone() -> None:
+    hook = LSTMBlock(with_hook=True)
+    m = model(hook, hook, hook, seq_lens=[4, 3, 2])
+    counts = count_positions(m)
+    HierarchyCache(m, 1).feed(torch.randint(0, 18, (1, 21)))
+    assert counts == [1 + 3, 1 + 1, 1 + 1]  # bytes 0 .. 17 | 18, 19 | 20
+
+
+@torch.inference_mode()
+def test_a_snapshot_is_a_nest_that_brings_everything_back() -> None:
+    m = model(mamba("mamba1"), transformer(), LSTMBlock(), seq_lens=[4, 3, 2])
+    ids = torch.randint(0, 18, (2, 24))
+    cache = HierarchyCache(m, 2)
+    cache.feed(ids[:, :11])
+    expected, saved = cache.logits(), cache.snapshot()
+    cache.feed(ids[:, 11:])
+    at_end = cache.logits()
+    cache.restore(saved)
+    assert cache.length == 11
+    torch.testing.assert_close(cache.logits(), expected)
+    cache.feed(ids[:, 11:])
+    torch.testing.assert_close(cache.logits(), at_end, **CLOSE)
+
+
+PEAK = """
+    import resource, sys, torch
+    from tests.models import mamba, model, transformer
+    m = model(mamba("mamba1"), transformer(), seq_lens=[125_001, 8], hidden_dims=[64, 64],
+              num_tokens=257)
+    ids = torch.randint(0, 256, (int(sys.argv[1]),), dtype=torch.uint8)
+    m.generate(ids, num_tokens_to_generate=1, enable_progress=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_mib(prompt: int) -> float:
+    """Peak memory of a fresh process that takes in a prompt, in MiB."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PEAK), str(prompt)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(done.stdout.split()[-1]) * unit / 2**20
+
+
+@pytest.mark.slow
+def test_a_prompt_of_a_million_bytes_takes_the_memory_of_its_ids() -> None:
+    """One activation of stage 1 over all patches would be 32 MiB, one of the bytes 256 MiB."""
+    ids = 900_000 * 8 / 2**20  # as int64
+    growth = peak_mib(1_000_000) - peak_mib(100_000)
+    assert growth < 24 + 4 * ids, f"{growth:.0f} MiB more for ten times the bytes"

@@ -1,0 +1,138 @@
+"""Sampling: what is kept, which random numbers are drawn, and the ranges of the arguments."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mblm.inference.sampling import Sampler, gumbel_sample, top_k, top_p
+
+
+class TestTopK:
+    @pytest.mark.parametrize(
+        ("thres", "kept"), [(1.0, 1), (0.95, 1), (0.9, 1), (0.5, 5), (0.31, 6), (0.0, 10)]
+    )
+    def test_keeps_a_share_and_at_least_one(self, thres: float, kept: int) -> None:
+        logits = torch.randn(3, 10)
+        out = top_k(logits, thres)
+        assert out.isfinite().sum(-1).tolist() == [max(int((1 - thres) * 10), 1)] * 3 == [kept] * 3
+        for row, expected in zip(out, logits, strict=True):
+            highest = expected.topk(kept).indices
+            assert torch.equal(row[highest], expected[highest])
+
+    def test_default_is_half(self) -> None:
+        assert top_k(torch.randn(1, 10)).isfinite().sum() == 5
+
+
+class TestTopP:
+    def test_keeps_the_fewest_that_reach_p(self) -> None:
+        logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+        for p, kept in ((0.3, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+            assert top_p(logits, p).isfinite().nonzero()[:, 1].tolist() == kept, p
+
+    def test_reaches_p_at_the_temperature(self) -> None:
+        logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+        assert top_p(logits, 0.6, temperature=0.1).isfinite().sum() == 1
+        assert top_p(logits, 0.6, temperature=100.0).isfinite().sum() == 3
+
+    @given(st.lists(st.floats(-30, 30), min_size=1, max_size=8), st.floats(0.01, 1.0))
+    @settings(max_examples=100, deadline=None)
+    def test_is_the_smallest_such_set(self, values: list[float], p: float) -> None:
+        logits = torch.tensor([values])
+        kept = top_p(logits, p).isfinite()[0]
+        probabilities = logits.softmax(-1)[0].double()
+        assert kept.any()
+        if (~kept).any():
+            assert probabilities[kept].min() >= probabilities[~kept].max()
+            assert probabilities[kept].sum() >= p - 1e-6
+        smallest = probabilities[kept].min()
+        assert probabilities[kept].sum() - smallest < p + 1e-6
+
+
+class TestGumbel:
+    def test_draws_the_numbers_of_the_contract(self) -> None:
+        logits = torch.randn(1, 257)
+        torch.manual_seed(7)
+        sampled = gumbel_sample(logits, temperature=0.7)
+        after = torch.get_rng_state()
+        torch.manual_seed(7)
+        u = torch.zeros(1, 257).uniform_()
+        noise = -torch.log((-torch.log(u.clamp(min=1e-20))).clamp(min=1e-20))
+        assert sampled.item() == (logits / 0.7 + noise).argmax().item()
+        assert torch.equal(torch.get_rng_state(), after)
+
+    def test_draws_even_where_one_is_left(self) -> None:
+        """A greedy step consumes as many random numbers as any other."""
+        logits = torch.randn(1, 19)
+        states = []
+        for thres in (1.0, 0.0):
+            torch.manual_seed(7)
+            Sampler(filter_thres=thres)(logits)
+            states.append(torch.get_rng_state())
+        assert torch.equal(*states)
+
+    def test_never_takes_what_was_filtered_out(self) -> None:
+        logits = torch.full((1000, 3), float("-inf"))
+        logits[:, 1] = -5.0
+        assert gumbel_sample(logits, temperature=10.0).eq(1).all()
+
+    def test_follows_the_probabilities(self) -> None:
+        probabilities = torch.tensor([0.1, 0.2, 0.7])
+        count = 20_000
+        sampled = gumbel_sample(probabilities.log().expand(count, 3))
+        share = sampled.bincount(minlength=3) / count
+        torch.testing.assert_close(share, probabilities, atol=0.02, rtol=0.0)
+
+    def test_generator_is_drawn_from_instead(self) -> None:
+        logits = torch.zeros(1, 100)
+        before = torch.get_rng_state()
+        drawn = [
+            gumbel_sample(logits, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+        ]
+        assert torch.equal(*drawn)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(5)
+        assert torch.equal(gumbel_sample(logits), drawn[0])
+
+
+class TestSampler:
+    def test_default_is_greedy(self) -> None:
+        logits = torch.randn(5, 19)
+        assert torch.equal(Sampler()(logits), logits.argmax(-1))
+
+    def test_top_p_replaces_the_filter(self) -> None:
+        logits = torch.tensor([[0.4, 0.35, 0.25]]).log().expand(500, 3)
+        assert set(Sampler(filter_thres=1.0, top_p=0.7)(logits).tolist()) == {0, 1}
+
+    def test_half_precision(self) -> None:
+        logits = torch.randn(4, 19).bfloat16()
+        assert torch.equal(Sampler()(logits), logits.argmax(-1))
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got 0"),
+            ({"temperature": -1.0}, ValueError, "temperature"),
+            ({"temperature": math.inf}, ValueError, "temperature"),
+            ({"temperature": math.nan}, ValueError, "temperature"),
+            ({"temperature": None}, TypeError, "temperature: expected a number, got None"),
+            ({"temperature": "1"}, TypeError, "temperature: expected a number, got '1'"),
+            ({"temperature": True}, TypeError, "temperature"),
+            ({"filter_thres": -0.1}, ValueError, r"filter_thres: expected a number in \[0, 1\]"),
+            ({"filter_thres": 1.1}, ValueError, "filter_thres"),
+            ({"filter_thres": math.nan}, ValueError, "filter_thres"),
+            ({"filter_thres": []}, TypeError, "filter_thres"),
+            ({"top_p": 0}, ValueError, r"top_p: expected a number in \(0, 1\], got 0"),
+            ({"top_p": 1.01}, ValueError, "top_p"),
+            ({"top_p": "all"}, TypeError, "top_p"),
+            ({"generator": 5}, TypeError, "generator: expected a torch.Generator, got 5"),
+        ],
+    )
+    def test_refuses_by_name(
+        self, arguments: dict[str, Any], error: type[Exception], words: str
+    ) -> None:
+        with pytest.raises(error, match=words):
+            Sampler(**arguments)

@@ -1,0 +1,213 @@
+"""Sessions as users hold them: gradient and training modes, batches, files that are damaged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+
+from mblm import MBLM, MBLMReturnType, Session
+from tests.models import mamba, model, transformer
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@pytest.fixture
+def m() -> MBLM:
+    return model(mamba("mamba1"), transformer(), seq_lens=[6, 4])
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_any_gradient_mode(m: MBLM, mode: Any) -> None:
+    ids = torch.randint(0, 18, (2, 13))
+    expected = m(ids, return_type=MBLMReturnType.LOGITS)[:, -1].detach()
+    with mode():
+        session = m.session(2).feed(ids[:, :7])
+    session.feed(ids[:, 7:9])
+    with mode():
+        session.feed(ids[:, 9:])
+        logits = session.logits()
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert not logits.requires_grad
+
+
+def test_a_model_in_training_mode_without_dropout(m: MBLM) -> None:
+    ids = torch.randint(0, 18, (1, 13))
+    expected = m.session().feed(ids).logits()
+    m.train()
+    torch.testing.assert_close(m.session().feed(ids).logits(), expected)
+    m(ids).backward()
+    assert m.training
+
+
+def test_dropout_is_as_the_models_mode_says() -> None:
+    m = model(transformer(ff_dropout=0.5, attn_dropout=0.5), seq_lens=[20])
+    ids = torch.randint(0, 18, (1, 13))
+    assert torch.equal(m.session().feed(ids).logits(), m.session().feed(ids).logits())
+    m.train()
+    assert not torch.equal(m.session().feed(ids).logits(), m.session().feed(ids).logits())
+
+
+def test_logits_are_the_callers(m: MBLM) -> None:
+    """Writing to them does not reach the session."""
+    session = m.session().feed(torch.tensor([1, 2, 3]))
+    expected = session.logits().clone()
+    with torch.inference_mode():
+        session.logits().zero_()
+    assert torch.equal(session.logits(), expected)
+
+
+def test_what_is_fed_may_change_afterwards(m: MBLM) -> None:
+    ids = torch.randint(0, 18, (1, 13))
+    expected = m.session().feed(ids).logits()
+    buffer = ids[:, :9].clone()
+    session = m.session().feed(buffer)
+    buffer.fill_(3)
+    torch.testing.assert_close(session.feed(ids[:, 9:]).logits(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_batches(m: MBLM, batch_size: int) -> None:
+    ids = torch.randint(0, 18, (batch_size, 11), dtype=torch.uint8)
+    session = m.session(batch_size).feed(ids.T.contiguous().T)
+    assert session.batch_size == batch_size and session.length == 11
+    for row in range(batch_size):
+        alone = m.session().feed(ids[row]).logits()
+        torch.testing.assert_close(session.logits()[row], alone[0], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_of_any_kind(m: MBLM, kind: type) -> None:
+    session = m.session().feed(kind(b"\x01\x02\x03"))
+    assert torch.equal(session.logits(), m.session().feed(torch.tensor([1, 2, 3])).logits())
+    with pytest.raises(ValueError, match=r"ids: token id 200 at position \(1,\)"):
+        session.feed(kind(b"\x00\xc8"))
+    with pytest.raises(ValueError, match=r"expected shape \(2, L\)"):
+        m.session(2).feed(kind(b"\x00"))
+
+
+def test_two_sessions_of_one_model_do_not_mix(m: MBLM) -> None:
+    ids = torch.randint(0, 18, (2, 1, 13))
+    sessions = [m.session(), m.session()]
+    for position in range(13):
+        for session, row in zip(sessions, ids, strict=True):
+            session.feed(row[:, position : position + 1])
+    for session, row in zip(sessions, ids, strict=True):
+        torch.testing.assert_close(session.logits(), m.session().feed(row).logits(), **CLOSE)
+
+
+class TestGenerate:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"num_tokens": -1}, ValueError, "num_tokens: expected a number >= 0, got -1"),
+            ({"num_tokens": 2.5}, TypeError, "num_tokens: expected an integer, got 2.5"),
+            ({"num_tokens": None}, TypeError, "num_tokens"),
+            ({"num_tokens": True}, TypeError, "num_tokens"),
+            ({"num_tokens": 22}, ValueError, "3 bytes and 22 more exceed the context of 24"),
+            ({"num_tokens": 2, "temperature": 0}, ValueError, "temperature"),
+            ({"num_tokens": 2, "top_p": 3}, ValueError, "top_p"),
+            ({"num_tokens": 2, "generator": 1}, TypeError, "generator"),
+        ],
+    )
+    def test_bad_input_leaves_the_session_as_it_was(
+        self, arguments: dict[str, Any], error: type[Exception], words: str
+    ) -> None:
+        m = model(transformer(), transformer(), seq_lens=[6, 4])
+        session = m.session().feed(torch.tensor([1, 2, 3]))
+        expected = session.logits().clone()
+        with pytest.raises(error, match=words):
+            session.generate(**arguments)
+        assert session.length == 3 and torch.equal(session.logits(), expected)
+
+    def test_nothing(self, m: MBLM) -> None:
+        session = m.session(2)
+        assert session.generate(0).shape == (2, 0) and session.length == 0
+
+    def test_fills_the_context(self) -> None:
+        m = model(transformer(), transformer(), seq_lens=[6, 4])
+        session = m.session(2)
+        assert session.generate(24).shape == (2, 24) and session.length == 24
+
+    def test_in_parts_is_generate_at_once(self, m: MBLM) -> None:
+        whole = m.session().generate(20)
+        session = m.session()
+        parts = [session.generate(count) for count in (1, 7, 0, 12)]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+
+    def test_batch_size_that_is_no_number(self, m: MBLM) -> None:
+        for batch_size in (True, "2", None):
+            with pytest.raises(ValueError, match="batch_size: expected an integer >= 1"):
+                m.session(batch_size)
+
+
+class TestFile:
+    @pytest.fixture
+    def file(self, m: MBLM, tmp_path: Path) -> Path:
+        m.session().feed(torch.tensor([1, 2, 3, 4, 5])).save(tmp_path / "s")
+        return tmp_path / "s"
+
+    def change(self, file: Path, drop: str | None = None, **header: str) -> None:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        metadata = {k: v for k, v in {**metadata, **header}.items() if k != drop}
+        save_file(tensors, file, metadata)
+
+    def test_that_does_not_exist(self, m: MBLM, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            Session.load(tmp_path / "none", m)
+
+    def test_that_holds_something_else(self, m: MBLM, file: Path) -> None:
+        save_file({"x": torch.zeros(1)}, file)
+        with pytest.raises(ValueError, match="not a saved session, format is None"):
+            Session.load(file, m)
+        file.write_text("text")
+        with pytest.raises(ValueError, match="not a saved session"):
+            Session.load(file, m)
+
+    @pytest.mark.parametrize("drop", ["structure", "batch_size", "model"])
+    def test_that_lacks_an_entry(self, m: MBLM, file: Path, drop: str) -> None:
+        self.change(file, drop=drop)
+        with pytest.raises(ValueError, match=str(file)):
+            Session.load(file, m)
+
+    @pytest.mark.parametrize(
+        "structure",
+        [
+            "",
+            "{",
+            "[]",
+            "3",
+            "null",
+            '{"tensor": "none"}',
+            "[1, 2]",
+            json.dumps([5, {"tensor": "0"}, []]),
+            json.dumps([5, {"tensor": "0"}, [[None] * 5] * 2]),
+            "[" * 100_000,
+        ],
+        ids=lambda text: text[:20] or "empty",
+    )
+    def test_that_is_damaged(self, m: MBLM, file: Path, structure: str) -> None:
+        self.change(file, structure=structure)
+        with pytest.raises(ValueError, match="damaged session"):
+            Session.load(file, m)
+
+    def test_of_a_model_whose_weights_changed(self, m: MBLM, file: Path) -> None:
+        with torch.no_grad():
+            m.to_logits.bias[0] += 1
+        with pytest.raises(ValueError, match="another model or other weights"):
+            Session.load(file, m)
+
+    def test_survives_a_failed_save(self, m: MBLM, file: Path, monkeypatch: Any) -> None:
+        content = file.read_bytes()
+
+        def fail(*_: Any) -> bytes:
+            raise OSError("disk full")
+
+        monkeypatch.setattr("safetensors.torch.save", fail)
+        with pytest.raises(OSError, match="disk full"):
+            m.session().save(file)
+        assert file.read_bytes() == content

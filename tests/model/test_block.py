@@ -1,0 +1,90 @@
+"""The registry of stage blocks: order, parsing, and errors that say why."""
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mblm.model.block import StageBlock, StageBlockRegistry
+
+
+class _Block(StageBlock):
+    def to_model(self, model_dim: int, num_layers: int) -> nn.Module:
+        return nn.Linear(model_dim, model_dim)
+
+
+class Narrow(_Block):
+    block_type: str = "narrow"
+    width: int
+
+
+class Wide(_Block):
+    block_type: str = "wide"
+    width: int
+
+
+def parse(registry: StageBlockRegistry, data: Any) -> StageBlock:
+    return registry.try_parse(data, lambda block, fields: block.model_validate(fields))
+
+
+@pytest.mark.parametrize("order", [(Narrow, Wide), (Wide, Narrow)])
+def test_the_first_registered_block_that_fits_is_taken(order: tuple[type[StageBlock], ...]) -> None:
+    registry = StageBlockRegistry()
+    for block in order:
+        assert registry.register()(block) is block
+    assert list(registry) == list(order)
+    assert type(parse(registry, {"width": 3})) is order[0]
+
+
+def test_registering_twice_keeps_the_place() -> None:
+    registry = StageBlockRegistry()
+    for block in (Narrow, Wide, Narrow):
+        registry.register()(block)
+    assert list(registry) == [Narrow, Wide]
+    assert len(registry) == 2 and Wide in registry and _Block not in registry
+
+
+def test_no_match_says_why_for_every_block() -> None:
+    registry = StageBlockRegistry()
+    registry.register()(Narrow)
+    registry.register()(Wide)
+    with pytest.raises(ValueError) as caught:
+        parse(registry, {"width": "three", "length": 1})
+    message = str(caught.value)
+    assert "{'width': 'three', 'length': 1} matches no registered stage block" in message
+    for name in ("Narrow", "Wide"):
+        line = next(line for line in message.splitlines() if line.startswith(f"  {name}: "))
+        assert "width: " in line and "length: " in line
+
+
+def test_an_empty_registry_matches_nothing() -> None:
+    with pytest.raises(ValueError, match="matches no registered stage block"):
+        parse(StageBlockRegistry(), {"width": 3})
+
+
+def test_an_error_that_is_none_of_parsing_is_not_swallowed() -> None:
+    registry = StageBlockRegistry()
+    registry.register()(Narrow)
+
+    def broken(block: type[StageBlock], data: Any) -> StageBlock:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        registry.try_parse({}, broken)
+
+
+def test_a_block_without_a_model_cannot_be_made() -> None:
+    class Incomplete(StageBlock):
+        block_type: str = "incomplete"
+
+    with pytest.raises(TypeError, match="to_model"):
+        Incomplete()  # type: ignore[abstract]
+
+
+def test_a_block_type_that_is_given_decides() -> None:
+    registry = StageBlockRegistry()
+    for block in (Narrow, Wide):
+        registry.register()(block)
+    assert type(parse(registry, {"block_type": "wide", "width": 3})) is Wide
+    with pytest.raises(ValueError, match="Narrow: block_type: expected 'narrow', got 'other'"):
+        parse(registry, {"block_type": "other", "width": 3})

@@ -1,0 +1,191 @@
+"""Saving and loading whole models: folders, hub ids, and everything that can be wrong with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mblm import MBLM, MBLMEncoder, MBLMReturnType
+from mblm.model.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from tests.models import encoder, mamba, model, transformer
+
+
+def build() -> MBLM:
+    return model(mamba("mamba1"), transformer(pos_emb_type="rope"), seq_lens=[3, 4])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, drop: str | None = None, **fields: Any) -> None:
+    config = {**json.loads((folder / CONFIG_FILE).read_text()), **fields}
+    config.pop(drop, None)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+
+
+def change_weights(folder: Path, drop: str | None = None, **tensors: torch.Tensor) -> None:
+    weights = {**load_file(folder / WEIGHTS_FILE), **tensors}
+    weights.pop(drop, None)
+    save_file(weights, folder / WEIGHTS_FILE)
+
+
+class TestRoundTrip:
+    def test_of_a_decoder(self, tmp_path: Path) -> None:
+        m = build()
+        m.save_pretrained(tmp_path / "new" / "folder")
+        assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {
+            CONFIG_FILE,
+            WEIGHTS_FILE,
+        }
+        for name in (tmp_path / "new" / "folder", str(tmp_path / "new" / "folder")):
+            loaded = MBLM.from_pretrained(name)
+            assert loaded.config == m.config and not loaded.training
+            ids = torch.randint(0, 18, (2, 9))
+            assert torch.equal(
+                loaded(ids, return_type=MBLMReturnType.LOGITS),
+                m(ids, return_type=MBLMReturnType.LOGITS),
+            )
+
+    def test_of_an_encoder(self, tmp_path: Path) -> None:
+        m = encoder(seq_lens=[3, 4], mask_reduce_strat="all")
+        m.save_pretrained(tmp_path)
+        loaded = MBLMEncoder.from_pretrained(tmp_path)
+        assert loaded.pretrained_config == m.pretrained_config
+        ids = torch.randint(0, 17, (2, 9))
+        assert torch.equal(loaded(ids, labels=ids)[0], m(ids, labels=ids)[0])
+
+    def test_of_what_is_not_contiguous_or_float32(self, tmp_path: Path) -> None:
+        m = build().double()
+        m.to_logits.weight.data = m.to_logits.weight.data.T.contiguous().T
+        m.save_pretrained(tmp_path)
+        loaded = MBLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded.to_logits.weight, m.to_logits.weight.float())
+
+    def test_replaces_what_is_there(self, folder: Path) -> None:
+        m = build()
+        m.save_pretrained(folder)
+        assert torch.equal(MBLM.from_pretrained(folder).to_logits.weight, m.to_logits.weight)
+
+    def test_leaves_what_is_there_when_it_fails(self, folder: Path, monkeypatch: Any) -> None:
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+        def fail(*_: Any) -> bytes:
+            raise OSError("disk full")
+
+        monkeypatch.setattr("safetensors.torch.save", fail)
+        with pytest.raises(OSError, match="disk full"):
+            build().save_pretrained(folder)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+    def test_the_config_is_plain_json_that_names_the_class(self, folder: Path) -> None:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        assert config["model_type"] == "MBLM"
+        assert config["block"][0]["block_type"] == "mamba1"
+
+
+class TestHub:
+    def test_an_id_is_downloaded(self, folder: Path, monkeypatch: Any) -> None:
+        hub = pytest.importorskip("huggingface_hub")
+        calls: list[tuple[str, dict[str, Any]]] = []
+
+        def snapshot_download(repo_id: str, **arguments: Any) -> str:
+            calls.append((repo_id, arguments))
+            return str(folder)
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+        MBLM.from_pretrained("someone/some-model", revision="v1")
+        files = [CONFIG_FILE, WEIGHTS_FILE]
+        assert calls == [("someone/some-model", {"revision": "v1", "allow_patterns": files})]
+
+    def test_an_incomplete_download_is_named(self, tmp_path: Path, monkeypatch: Any) -> None:
+        hub = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+        with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
+            MBLM.from_pretrained("someone/some-model")
+
+    def test_without_the_hub_package_it_says_what_to_install(self, monkeypatch: Any) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+        with pytest.raises(FileNotFoundError, match=r"pip install 'mblm\[hub\]'"):
+            MBLM.from_pretrained("someone/some-model")
+
+    @pytest.mark.parametrize("name", ["nothing", "a/b/c", "/no/such", "./a/b/c"])
+    def test_what_is_neither_folder_nor_id(self, name: str) -> None:
+        with pytest.raises(FileNotFoundError, match="neither a folder nor a model id"):
+            MBLM.from_pretrained(name)
+
+
+class TestBadFolder:
+    def fails(self, folder: Path, words: str, error: type[Exception] = ValueError) -> None:
+        with pytest.raises(error, match=words) as caught:
+            MBLM.from_pretrained(folder)
+        assert str(folder) in str(caught.value)
+
+    @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+    def test_a_file_is_missing(self, folder: Path, file: str) -> None:
+        (folder / file).unlink()
+        self.fails(folder, f"holds no {file}", FileNotFoundError)
+
+    @pytest.mark.parametrize("size", [0, 4, 100, 5000])
+    def test_weights_are_cut_short(self, folder: Path, size: int) -> None:
+        content = (folder / WEIGHTS_FILE).read_bytes()
+        assert size < len(content)
+        (folder / WEIGHTS_FILE).write_bytes(content[:size])
+        self.fails(folder, f"{WEIGHTS_FILE}: not a whole safetensors file")
+
+    def test_weights_are_a_pickle(self, folder: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> Any:
+                return (pytest.fail, ("unpickled",))
+
+        torch.save({"x": Evil()}, folder / WEIGHTS_FILE)
+        self.fails(folder, "not a whole safetensors file")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_are_not_finite(self, folder: Path, value: float) -> None:
+        change_weights(folder, **{"to_logits.bias": torch.full((19,), value)})
+        self.fails(folder, "NaN or infinite values in to_logits.bias")
+
+    def test_weights_are_missing_unknown_or_of_another_shape(self, folder: Path) -> None:
+        change_weights(folder, drop="to_logits.bias", extra=torch.zeros(1))
+        change_weights(folder, **{"to_logits.weight": torch.zeros(19, 7)})
+        with pytest.raises(ValueError) as caught:
+            MBLM.from_pretrained(folder)
+        for words in (
+            "missing: to_logits.bias",
+            "unexpected: extra",
+            "to_logits.weight: expected (19, 8), got (19, 7)",
+        ):
+            assert words in str(caught.value)
+
+    def test_config_is_of_another_model(self, folder: Path) -> None:
+        change_config(folder, num_tokens=20)
+        self.fails(folder, r"to_logits.weight: expected \(20, 8\), got \(19, 8\)")
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"MBLM"', "\xff"])
+    def test_config_is_no_json_object(self, folder: Path, text: str) -> None:
+        (folder / CONFIG_FILE).write_bytes(text.encode("latin-1"))
+        self.fails(folder, "not a JSON file|not the configuration of a MBLM")
+
+    def test_config_is_of_another_class(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="not the configuration of a MBLMEncoder"):
+            MBLMEncoder.from_pretrained(folder)
+        change_config(folder, model_type="Bert")
+        self.fails(folder, "not the configuration of a MBLM")
+
+    def test_config_has_an_unknown_field(self, folder: Path) -> None:
+        change_config(folder, colour="red")
+        self.fails(folder, "colour")
+
+    def test_config_lacks_a_field(self, folder: Path) -> None:
+        change_config(folder, drop="seq_lens")
+        self.fails(folder, r"seq_lens\s+Field required")
+
+    def test_config_has_a_block_that_is_not_registered(self, folder: Path) -> None:
+        change_config(folder, block={"block_type": "unheard of", "size": 3})
+        self.fails(folder, "matches no registered stage block")
