@@ -40,7 +40,7 @@ install_cuda: $(VENV)/torch ## Install into $(VENV) beside a torch with CUDA
 	$(PIP) install -e .
 
 install_mamba: install_cuda ## Install mamba-ssm's CUDA kernels too
-	$(PIP) install setuptools wheel ninja packaging
+	$(PIP) install setuptools wheel cmake ninja packaging
 	$(PIP) install --no-build-isolation -e '.[mamba]'
 
 lint: $(VENV)/installed-dev ## Look for mistakes in Python

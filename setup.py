@@ -40,16 +40,14 @@ def torch_facts() -> dict[str, Any]:
     # pip hides the environment it installs into behind these two.
     outer = {k: v for k, v in inherited.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     given = os.environ.get("MBLM_TORCH_PYTHON")
-    if given:
-        tries = [(given, inherited)]
-    else:
-        tries = [(sys.executable, inherited), (sys.executable, outer)]
-        if "UV" in os.environ:
-            # uv builds in an environment of its own: the one it installs into is the activated
-            # one, next on PATH, or the project's .venv.
-            folders = [*os.environ["PATH"].split(os.pathsep), str(ROOT / ".venv" / "bin")]
-            pythons = [Path(folder, "python") for folder in folders]
-            tries += [(str(python), outer) for python in pythons if python.is_file()]
+    python = given or sys.executable
+    tries = [(python, inherited), (python, outer)]
+    if "UV" in os.environ and not given:
+        # uv builds in an environment of its own: the one it installs into is the activated one,
+        # next on PATH, or the project's .venv.
+        folders = [*os.environ["PATH"].split(os.pathsep), str(ROOT / ".venv" / "bin")]
+        pythons = [Path(folder, "python") for folder in folders]
+        tries += [(str(python), outer) for python in pythons if python.is_file()]
     problems = []
     for python, environment in tries:
         command = [python, str(ROOT / "cmake" / "torch_facts.py")]
@@ -139,8 +137,9 @@ def compile_library(mode: str) -> tuple[Path, dict[str, Any]]:
     if mode == "cuda":
         if not facts["cuda"]:
             raise NotCompiledError(f"torch {facts['version']} was built without CUDA")
-        architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
-        options["MBLM_CUDA_ARCHITECTURES"] = architectures or "all-major"
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        architectures = cuda_architectures(wanted) or "all-major"
+        options["MBLM_CUDA_ARCHITECTURES"] = architectures
     # A folder for each set of settings, kept: what has not changed is not compiled again.
     key = hashlib.sha256(repr((cxx, bool(ninja), options)).encode()).hexdigest()[:8]
     folder = ROOT / "build" / f"cmake-{facts['version']}-{key}"

@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, SupportsIndex
 
 import typer
 
@@ -201,11 +201,11 @@ def demo(
 
     try:
         model = train_demo(minutes * 60, out, seed)
-        typer.echo(f"Saved the model in {out}. What it writes:\n", err=True)
+        typer.echo(f"Saved the model in {out}. What it writes after the prompt:\n", err=True)
+        typer.echo(prompt, nl=False)
         return _stream(
             model,
             os.fsencode(prompt),
-            echo_prompt=True,
             num_tokens_to_generate=num_bytes,
             temperature=0.7,
             top_p=TOP_P,
@@ -267,12 +267,24 @@ class _LateFile:
             self._file = self._path.open("wb", buffering=0)
 
 
+class _Streamer(ByteStreamer):
+    """Remembers whether its reader left, which ends generation without an error."""
+
+    reader_left = False
+
+    def write(self, int_byte: SupportsIndex) -> None:
+        try:
+            super().write(int_byte)
+        except BrokenPipeError:
+            self.reader_left = True
+            raise
+
+
 def _stream(
     model: mblm.MBLM,
     prompt: bytes,
     file: Writable | None = None,
     *,
-    echo_prompt: bool = False,
     seed: int,
     **arguments: Any,
 ) -> int:
@@ -282,19 +294,13 @@ def _stream(
     to_terminal = file is None and sys.stdout.isatty()
     if to_terminal:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    streamer = ByteStreamer(
+    streamer = _Streamer(
         file or (sys.stdout if to_terminal else sys.stdout.buffer), decode_utf8=to_terminal
     )
     prime = torch.tensor(list(prompt), dtype=torch.long)
     start = time.perf_counter()
-    try:
-        if echo_prompt:
-            for byte in prompt:
-                streamer.write(byte)
-        generated = model.generate(prime, streamer, seed=seed, **arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads any more. What is still buffered must not fail again when Python exits.
+    generated = model.generate(prime, streamer, seed=seed, **arguments)
+    if streamer.reader_left:  # what is still buffered must not fail when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     seconds = time.perf_counter() - start
@@ -318,7 +324,8 @@ def _fail(message: str, status: int = 1) -> int:
 def _describe(error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    lines = str(error).splitlines()  # pydantic adds the address of a page to each of its own
+    return " ".join(line for line in lines if "errors.pydantic.dev" not in line)
 
 
 def _version_of(package: str) -> str | None:

@@ -75,12 +75,21 @@ class StageBlockRegistry:
         reasons = []
         for block in self:
             try:
+                _check_block_type(block, data)
                 return parse_func(block, data)
             except (ValueError, TypeError) as error:
                 reasons.append(f"  {block.__name__}: {_reason(error)}")
         raise ValueError(
             f"block: {data!r} matches no registered stage block:\n" + "\n".join(reasons)
         )
+
+
+def _check_block_type(block: type[StageBlock], data: Any) -> None:
+    """A ``block_type`` that is given must be the block's own, also where any text would do."""
+    given = data.get("block_type") if isinstance(data, dict) else None
+    own = block.model_fields["block_type"].default
+    if given is not None and isinstance(own, str) and given != own:
+        raise ValueError(f"block_type: expected {own!r}, got {given!r}")
 
 
 def _reason(error: Exception) -> str:

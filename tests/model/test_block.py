@@ -79,3 +79,12 @@ def test_a_block_without_a_model_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match="to_model"):
         Incomplete()  # type: ignore[abstract]
+
+
+def test_a_block_type_that_is_given_decides() -> None:
+    registry = StageBlockRegistry()
+    for block in (Narrow, Wide):
+        registry.register()(block)
+    assert type(parse(registry, {"block_type": "wide", "width": 3})) is Wide
+    with pytest.raises(ValueError, match="Narrow: block_type: expected 'narrow', got 'other'"):
+        parse(registry, {"block_type": "other", "width": 3})

@@ -118,3 +118,24 @@ def test_compile_errors_are_errors_where_kernels_are_demanded(
     done = build(broken_source, tmp_path / "out", MBLM_BUILD="cpu")
     assert done.returncode != 0
     assert "a kernel that is broken" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake on PATH")
+@pytest.mark.parametrize(
+    "sanitizers",
+    [
+        pytest.param("", id="plain"),
+        pytest.param("address,undefined", id="sanitized", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_pass_their_own_tests(tmp_path: Path, sanitizers: str) -> None:
+    options = ["MBLM_BUILD_EXTENSION=OFF", "MBLM_BUILD_TESTS=ON", f"MBLM_SANITIZE={sanitizers}"]
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *(f"-D{option}" for option in options)],
+        ["cmake", "--build", str(tmp_path), "--parallel", "2"],
+        ["ctest", "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "compile_commands.json").exists()
