@@ -1,5 +1,6 @@
 """MBLMEncoder, the bidirectional hierarchy for masked language modeling."""
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,11 @@ _IGNORED_LABEL = -100
 
 
 class MBLMEncoder(Hierarchy, PretrainedMixin):
-    """A hierarchy of bidirectional stages: no start tokens, context added to every position."""
+    """A hierarchy of bidirectional stages: no start tokens, context added to every position.
+
+    Raises:
+        ValueError: A stage model whose ``forward`` does not take ``(x, attention_mask)``.
+    """
 
     config_class = MBLMEncoderModelConfig
 
@@ -25,6 +30,8 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         self.pretrained_config = config
         self.mask_token_id = config.mask_token_id
         self.reduce_strat = config.mask_reduce_strat
+        for number, stage in enumerate(self.stage_models, start=1):
+            _check_takes_mask(number, stage)
 
     def forward(
         self,
@@ -158,3 +165,13 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         if self.reduce_strat == MaskReduceStrat.ANY:
             return of_bytes.any(-1)
         return of_bytes.all(-1)
+
+
+def _check_takes_mask(number: int, stage: nn.Module) -> None:
+    try:
+        inspect.signature(stage.forward).bind(None, None)
+    except TypeError:
+        raise ValueError(
+            f"block: stage {number} is a {type(stage).__name__}, which takes no attention mask; an "
+            "encoder needs stages that do, such as block_type: transformerEncoder"
+        ) from None

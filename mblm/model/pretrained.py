@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import load_checked_state, load_model_state
-from mblm.utils.io import load_yml
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -108,6 +107,8 @@ def load_checkpoint(
         FileNotFoundError: There is no such checkpoint or configuration.
         ValueError: One of them is damaged, or they do not fit; the message names the file.
     """
+    from mblm.utils.io import load_yml  # brings PyYAML, for this alone
+
     file = Path(checkpoint)
     if file.suffix != ".pth" or file.is_dir():
         if config_file is not None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from mblm import MBLMEncoder, MBLMReturnType
-from tests.models import encoder
+from mblm import MBLMEncoder, MBLMEncoderModelConfig, MBLMReturnType
+from mblm.model.block import StageBlock
+from tests.models import encoder, mamba, transformer
+from tests.models import model as decoder
 
 LOSS, LOGITS = MBLMReturnType.LOSS, MBLMReturnType.LOGITS
 LOSS_LOGITS, HIDDEN = MBLMReturnType.LOSS_LOGITS, MBLMReturnType.HIDDEN_STATE
@@ -227,6 +229,13 @@ def test_inputs_embeds_repeat_what_ids_give(model: MBLMEncoder) -> None:
         model(inputs_embeds=embedded, attention_mask=mask.flatten(1), return_type=HIDDEN)
     with pytest.raises(ValueError, match="HIDDEN_STATE only"):
         model(inputs_embeds=embedded, return_type=LOGITS)
+
+
+@pytest.mark.parametrize("block", [transformer(), mamba("mamba1")], ids=["transformer", "mamba1"])
+def test_blocks_of_a_decoder_are_refused(block: StageBlock) -> None:
+    config = decoder(block, transformer(), seq_lens=[3, 4]).config
+    with pytest.raises(ValueError, match=r"block: stage 1 is a \w+, which takes no attention mask"):
+        MBLMEncoder(MBLMEncoderModelConfig(mask_token_id=17, mblm_config=config))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""The names a program may import, and that importing the package brings nothing it needs later."""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+
+import mblm
+
+NAMES = {
+    "mblm": "MBLM MBLMEncoder MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType "
+    "TransformerBlock TransformerEncoderBlock MambaBlock __version__ Session build_info",
+    "mblm.model.block": "StageBlock StageBlockRegistry",
+    "mblm.model.config": "MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType MaskReduceStrat "
+    "block_registry",
+    "mblm.model.mblm": "MBLM MBLMEncoder",
+    "mblm.model.transformer": "TransformerBlock TransformerDecoder TransformerEncoderBlock "
+    "TransformerEncoder",
+    "mblm.model.mamba": "MambaBlock",
+    "mblm.model.embeddings": "MBLM_TOKEN_EMB_MIGRATION",
+    "mblm.model.utils": "RoPE count_params top_k gumbel_sample",
+    "mblm.utils.stream": "ByteStreamer",
+    "mblm.utils.io": "load_yml dump_yml CSVWriter NDJSONWriter read_jsonl save_model_state "
+    "load_model_state StateDict",
+    "mblm.utils.misc": "retry",
+    "mblm.utils.top_n": "TopN",
+    "mblm.utils.seed": "seed_everything",
+    "mblm.utils.logging": "create_logger shutdown_log_handlers",
+    "mblm.utils.distributed": "process_group ElasticRunVars",
+    "mblm.utils.cuda": "cuda_properties cuda_memory_snapshot IS_CUDA_AVAILABLE IS_BF16_AVAILABLE",
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_can_be_imported(module: str) -> None:
+    imported = importlib.import_module(module)
+    assert [name for name in NAMES[module].split() if not hasattr(imported, name)] == []
+
+
+def test_the_package_lists_its_names() -> None:
+    assert sorted(mblm.__all__) == sorted(NAMES["mblm"].split())
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (mblm.MBLM.__init__, "self cfg"),
+        (mblm.MBLM.forward, "self input_ids inputs_embeds return_type loss_mask"),
+        (
+            mblm.MBLM.generate,
+            "self prime stream num_tokens_to_generate end_of_gen_token_id temperature "
+            "filter_thres enable_progress",
+        ),
+        (mblm.MBLMEncoder.__init__, "self config"),
+        (
+            mblm.MBLMEncoder.forward,
+            "self input_ids inputs_embeds attention_mask labels loss_mask return_type",
+        ),
+    ],
+)
+def test_parameters_have_their_names_and_places(function: object, parameters: str) -> None:
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    placed = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    assert placed == parameters.split()
+
+
+def test_importing_brings_nothing_that_is_needed_only_later() -> None:
+    later = ["einops", "filelock", "mambapy", "transformers", "yaml"]
+    code = (
+        "import sys, torch; before = set(sys.modules); import mblm;"
+        f" print(*set({later!r}) & (set(sys.modules) - before))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    arguments = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
