@@ -27,7 +27,6 @@ OPTIONAL_PACKAGES = (
     "matplotlib",
     "tensorboard",
 )
-TOP_P = 0.95
 
 # Typer's own usage errors; their class is in click or in typer's copy of it.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -90,14 +89,14 @@ def generate(
         float, typer.Option(help="Divides the logits: below 1, likely bytes get likelier.")
     ] = 1.0,
     filter_thres: Annotated[
-        float | None,
+        float,
         typer.Option(help="Sample from the top 1 - F of the vocabulary; 1 takes the likeliest."),
-    ] = None,
+    ] = 0.9,
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Sample from the likeliest bytes that together reach this probability. "
-            f"[default: {TOP_P}, unless --filter-thres is given]"
+            help="Sample from the likeliest bytes that together reach this probability, instead "
+            "of what --filter-thres keeps."
         ),
     ] = None,
     seed: Annotated[
@@ -126,8 +125,6 @@ def generate(
     """
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("pass at most one of --prompt and --prompt-file")
-    if filter_thres is not None and top_p is not None:
-        raise typer.BadParameter("pass at most one of --filter-thres and --top-p")
     from mblm.model.pretrained import load_checkpoint
 
     try:
@@ -143,8 +140,8 @@ def generate(
             None if out is None else _LateFile(out),
             num_tokens_to_generate=num_bytes,
             temperature=temperature,
-            filter_thres=1.0 if filter_thres is None else filter_thres,
-            top_p=TOP_P if filter_thres is None and top_p is None else top_p,
+            filter_thres=filter_thres,
+            top_p=top_p,
             seed=secrets.randbits(32) if seed is None else seed,
             stop=[os.fsencode(text) for text in stop or ()],
         )
@@ -197,7 +194,7 @@ def demo(
       mblm demo
       mblm demo --minutes 10 --out bigger --prompt "def "
     """
-    from mblm.demo import train_demo
+    from mblm.demo import SAMPLING_TEMPERATURE, train_demo
 
     try:
         model = train_demo(minutes * 60, out, seed)
@@ -207,8 +204,8 @@ def demo(
             model,
             os.fsencode(prompt),
             num_tokens_to_generate=num_bytes,
-            temperature=0.7,
-            top_p=TOP_P,
+            temperature=SAMPLING_TEMPERATURE,
+            filter_thres=0.9,
             seed=seed,
         )
     except (OSError, ValueError) as error:

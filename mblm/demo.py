@@ -32,10 +32,11 @@ VALIDATION_SEQUENCES = 64
 
 SEQ_LENS = [128, 4]
 BATCH_SIZE = 2  # so few bytes are seen that steps count for more than smooth gradients
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 4e-3
 WARMUP = 0.05  # of the time
 FINAL_RATE = 0.05  # of the learning rate
 CLIPPING = 1.0
+SAMPLING_TEMPERATURE = 0.8
 SECONDS_PER_LINE = 10  # where there is no terminal for a bar
 
 
@@ -44,12 +45,12 @@ def demo_config() -> MBLMModelConfig:
     return MBLMModelConfig(
         num_tokens=257,  # the bytes and the padding
         pad_token_id=256,
-        hidden_dims=[256, 128],
+        hidden_dims=[192, 128],
         num_layers=[3, 2],
         seq_lens=SEQ_LENS,
         train_checkpoint_chunks=None,
         block=[
-            TransformerBlock(attn_head_dims=64, attn_num_heads=4, attn_use_rot_embs=True),
+            TransformerBlock(attn_head_dims=48, attn_num_heads=4, attn_use_rot_embs=True),
             TransformerBlock(
                 attn_head_dims=32, attn_num_heads=4, attn_use_rot_embs=False, pos_emb_type="fixed"
             ),

@@ -9,7 +9,14 @@ import torch
 
 from mblm import MBLM
 from mblm.cli import main
-from mblm.demo import _Progress, demo_config, measure, read_sources, train_demo
+from mblm.demo import (
+    SAMPLING_TEMPERATURE,
+    _Progress,
+    demo_config,
+    measure,
+    read_sources,
+    train_demo,
+)
 from mblm.inference.session import Session
 
 
@@ -30,8 +37,8 @@ def test_trains_saves_and_writes(
     ids = model.generate(
         torch.tensor(list(b"def ")),
         num_tokens_to_generate=20,
-        temperature=0.7,
-        top_p=0.95,
+        temperature=SAMPLING_TEMPERATURE,
+        filter_thres=0.9,
         seed=0,
         enable_progress=False,
     )
