@@ -30,7 +30,8 @@ LEFT_OUT = {
 HELD_OUT = 20  # every 20th file is for validation
 VALIDATION_SEQUENCES = 64
 
-SEQ_LENS = [128, 4]
+# A long patch: what a model learns first is how the last few bytes go on.
+SEQ_LENS = [32, 16]
 BATCH_SIZE = 2  # so few bytes are seen that steps count for more than smooth gradients
 LEARNING_RATE = 4e-3
 WARMUP = 0.05  # of the time
@@ -41,16 +42,16 @@ SECONDS_PER_LINE = 10  # where there is no terminal for a bar
 
 
 def demo_config() -> MBLMModelConfig:
-    """A Transformer over patches of four bytes, above a Transformer over their bytes."""
+    """A Transformer over patches of 16 bytes, above a Transformer over their bytes."""
     return MBLMModelConfig(
         num_tokens=257,  # the bytes and the padding
         pad_token_id=256,
-        hidden_dims=[192, 128],
-        num_layers=[3, 2],
+        hidden_dims=[256, 128],
+        num_layers=[2, 3],
         seq_lens=SEQ_LENS,
         train_checkpoint_chunks=None,
         block=[
-            TransformerBlock(attn_head_dims=48, attn_num_heads=4, attn_use_rot_embs=True),
+            TransformerBlock(attn_head_dims=64, attn_num_heads=4, attn_use_rot_embs=True),
             TransformerBlock(
                 attn_head_dims=32, attn_num_heads=4, attn_use_rot_embs=False, pos_emb_type="fixed"
             ),
