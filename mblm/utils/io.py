@@ -97,7 +97,7 @@ def dump_yml(path: str | Path, data: BaseModel) -> Path:
         raise TypeError(f"data must be a pydantic model, got {type(data).__name__}")
     path = Path(path).with_suffix(".yaml")
     try:
-        text = yaml.safe_dump(data.model_dump())
+        text = yaml.safe_dump(data.model_dump(mode="json"))
     except yaml.representer.RepresenterError as error:
         name = type(data).__name__
         raise TypeError(f"{name} holds a value that YAML has no form for: {error}") from error

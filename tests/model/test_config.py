@@ -1,6 +1,7 @@
 """Model configurations: what they accept and refuse, and that they survive every format."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,3 +220,13 @@ def test_return_types() -> None:
         "LOSS_LOGITS",
         "HIDDEN_STATE",
     ]
+
+
+def test_an_encoder_configuration_goes_through_yaml(tmp_path: Path) -> None:
+    encoder = MBLMEncoderModelConfig(
+        mask_token_id=17,
+        mblm_config=config(block=transformer()),
+        mask_reduce_strat=MaskReduceStrat.ALL,
+    )
+    file = dump_yml(tmp_path / "encoder", encoder)
+    assert load_yml(file, MBLMEncoderModelConfig) == encoder
