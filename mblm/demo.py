@@ -31,7 +31,7 @@ HELD_OUT = 20  # every 20th file is for validation
 VALIDATION_SEQUENCES = 64
 
 # A long patch: what a model learns first is how the last few bytes go on.
-SEQ_LENS = [32, 16]
+SEQ_LENS = [16, 32]
 BATCH_SIZE = 2  # so few bytes are seen that steps count for more than smooth gradients
 LEARNING_RATE = 4e-3
 WARMUP = 0.05  # of the time
@@ -42,7 +42,7 @@ SECONDS_PER_LINE = 10  # where there is no terminal for a bar
 
 
 def demo_config() -> MBLMModelConfig:
-    """A Transformer over patches of 16 bytes, above a Transformer over their bytes."""
+    """A Transformer over patches of 32 bytes, above a Transformer over their bytes."""
     return MBLMModelConfig(
         num_tokens=257,  # the bytes and the padding
         pad_token_id=256,
@@ -53,7 +53,7 @@ def demo_config() -> MBLMModelConfig:
         block=[
             TransformerBlock(attn_head_dims=64, attn_num_heads=4, attn_use_rot_embs=True),
             TransformerBlock(
-                attn_head_dims=32, attn_num_heads=4, attn_use_rot_embs=False, pos_emb_type="fixed"
+                attn_head_dims=32, attn_num_heads=4, attn_use_rot_embs=True, pos_emb_type="fixed"
             ),
         ],
     )
