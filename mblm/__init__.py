@@ -1,13 +1,33 @@
-"""Multiscale Byte Language Models: a hierarchy of causal stages that models bytes."""
+"""Multiscale Byte Language Models: a hierarchy of causal stages that models bytes.
+
+The names below are imported when they are first used: ``import mblm`` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.5.0"
 
-from mblm.inference.session import Session
-from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
-from mblm.model.mamba import MambaBlock
-from mblm.model.mblm import MBLM, MBLMEncoder
-from mblm.model.transformer import TransformerBlock, TransformerEncoderBlock
-from mblm.ops._native import build_info
+if TYPE_CHECKING:
+    from mblm.inference.session import Session
+    from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
+    from mblm.model.mamba import MambaBlock
+    from mblm.model.mblm import MBLM, MBLMEncoder
+    from mblm.model.transformer import TransformerBlock, TransformerEncoderBlock
+    from mblm.ops._native import build_info
+
+_MODULES = {
+    "MBLM": "model.mblm",
+    "MBLMEncoder": "model.mblm",
+    "MBLMEncoderModelConfig": "model.config",
+    "MBLMModelConfig": "model.config",
+    "MBLMReturnType": "model.config",
+    "MambaBlock": "model.mamba",
+    "Session": "inference.session",
+    "TransformerBlock": "model.transformer",
+    "TransformerEncoderBlock": "model.transformer",
+    "build_info": "ops._native",
+}
 
 __all__ = [
     "MBLM",
@@ -22,3 +42,14 @@ __all__ = [
     "__version__",
     "build_info",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"mblm.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -71,13 +71,45 @@ def test_parameters_have_their_names_and_places(function: object, parameters: st
     assert placed == parameters.split()
 
 
-def test_importing_brings_nothing_that_is_needed_only_later() -> None:
-    later = ["einops", "filelock", "mambapy", "transformers", "yaml"]
+LATER = [
+    "PIL",
+    "causal_conv1d",
+    "datasets",
+    "einops",
+    "filelock",
+    "huggingface_hub",
+    "mamba_ssm",
+    "mambapy",
+    "matplotlib",
+    "tensorboard",
+    "torch.utils.cpp_extension",
+    "torch.utils.tensorboard",
+    "transformers",
+    "typer",
+    "yaml",
+]
+
+
+def imported_by(code: str) -> set[str]:
+    """Modules that a fresh interpreter imports for this code, torch's aside."""
     code = (
-        "import sys, torch; before = set(sys.modules); import mblm;"
-        f" print(*set({later!r}) & (set(sys.modules) - before))"
+        f"import sys, torch; before = set(sys.modules); {code}; print(*set(sys.modules) - before)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     arguments = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_only_itself() -> None:
+    assert {name for name in imported_by("import mblm") if name != "mblm"} == set()
+
+
+def test_using_its_names_brings_nothing_that_is_needed_only_later() -> None:
+    assert imported_by("from mblm import *").isdisjoint(LATER)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        mblm.Nothing  # noqa: B018
+    assert set(mblm.__all__) <= set(dir(mblm))

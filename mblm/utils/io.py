@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, RootModel, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticSerializationError
 
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import StateDict, load_model_state, save_model_state
@@ -98,7 +98,7 @@ def dump_yml(path: str | Path, data: BaseModel) -> Path:
     path = Path(path).with_suffix(".yaml")
     try:
         text = yaml.safe_dump(data.model_dump(mode="json"))
-    except yaml.representer.RepresenterError as error:
+    except (yaml.representer.RepresenterError, PydanticSerializationError) as error:
         name = type(data).__name__
         raise TypeError(f"{name} holds a value that YAML has no form for: {error}") from error
     with atomic_write(path) as file:
