@@ -185,16 +185,18 @@ def demo(
         int, typer.Option("--bytes", min=0, help="How many bytes to generate.")
     ] = 400,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and sampling.")] = 0,
-    prompt: Annotated[str, typer.Option(help="What comes before the bytes.")] = "class ",
+    prompt: Annotated[
+        str, typer.Option(help="What comes before the bytes.")
+    ] = "    def __init__(self, ",
 ) -> int:
     """Train a small model on the sources of Python's standard library, and let it write.
 
     \b
     Examples:
       mblm demo
-      mblm demo --minutes 10 --out bigger --prompt "def "
+      mblm demo --minutes 10 --out bigger --prompt "class "
     """
-    from mblm.demo import SAMPLING_TEMPERATURE, train_demo
+    from mblm.demo import FILTER_THRES, train_demo
 
     try:
         model = train_demo(minutes * 60, out, seed)
@@ -204,8 +206,7 @@ def demo(
             model,
             os.fsencode(prompt),
             num_tokens_to_generate=num_bytes,
-            temperature=SAMPLING_TEMPERATURE,
-            filter_thres=0.9,
+            filter_thres=FILTER_THRES,
             seed=seed,
         )
     except (OSError, ValueError) as error:

@@ -37,7 +37,7 @@ LEARNING_RATE = 4e-3
 WARMUP = 0.05  # of the time
 FINAL_RATE = 0.05  # of the learning rate
 CLIPPING = 1.0
-SAMPLING_TEMPERATURE = 0.8
+FILTER_THRES = 0.97  # a low temperature instead would seldom end a run of spaces
 SECONDS_PER_LINE = 10  # where there is no terminal for a bar
 
 

@@ -10,7 +10,7 @@ import torch
 from mblm import MBLM
 from mblm.cli import main
 from mblm.demo import (
-    SAMPLING_TEMPERATURE,
+    FILTER_THRES,
     _Progress,
     demo_config,
     measure,
@@ -37,8 +37,7 @@ def test_trains_saves_and_writes(
     ids = model.generate(
         torch.tensor(list(b"def ")),
         num_tokens_to_generate=20,
-        temperature=SAMPLING_TEMPERATURE,
-        filter_thres=0.9,
+        filter_thres=FILTER_THRES,
         seed=0,
         enable_progress=False,
     )
