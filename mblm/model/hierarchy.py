@@ -1,5 +1,6 @@
 """The hierarchy that decoder and encoder share: parameters, nesting, embeddings, contexts."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -119,7 +120,10 @@ class Hierarchy(nn.Module):
 
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""
-        model, chunks = self.stage_models[stage], self.checkpoint_chunks[stage]
+        model: Any = self.stage_models[stage]
+        chunks = self.checkpoint_chunks[stage]
+        if getattr(model, "takes_shared_start", False):  # the rows begin with the start token
+            model = functools.partial(model, shared_start=True)
         if chunks is None:
             return model(x, *inputs)
         outputs = []

@@ -11,6 +11,7 @@ from mblm.inference.stage_cache import StageCache
 from mblm.model.block import StageBlock
 from mblm.model.transformer_cache import TransformerCache
 from mblm.model.transformer_layers import (
+    SHORT,
     Attention,
     FeedForward,
     RMSNorm,
@@ -133,10 +134,46 @@ class TransformerDecoder(_Transformer):
     """Causal Transformer with token shift before attention and feed-forward."""
 
     causal = True
+    takes_shared_start = True  # the hierarchy may say so of its rows
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally."""
+    def forward(self, input_ids: torch.Tensor, *, shared_start: bool = False) -> torch.Tensor:
+        """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally.
+
+        Args:
+            input_ids: Embeddings ``(B, S, D)``.
+            shared_start: All rows begin with the same vector, as those of a hierarchy do with the
+                start token: where that pays, what becomes of it is computed once.
+        """
+        rows, count, _ = input_ids.shape
+        if shared_start and rows > 1 and 1 < count <= SHORT and not self._drops():
+            return self._run_after_shared_start(input_ids[:1, :1], input_ids[:, 1:])
         return self._run_layers(input_ids)
+
+    def _drops(self) -> bool:
+        """Whether dropout makes rows differ that begin alike."""
+        return self.training and any(
+            (isinstance(m, Attention) and m.dropout > 0) or (isinstance(m, nn.Dropout) and m.p > 0)
+            for m in self.modules()
+        )
+
+    def _run_after_shared_start(self, start: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Run rows ``x (B, P, D)`` that all come after ``start (1, 1, D)``: ``(B, 1 + P, D)``."""
+        rows, half = x.shape[0], x.shape[-1] // 2
+
+        def delayed() -> torch.Tensor:  # what the shift takes from the start token, (B, D // 2)
+            return start[:, 0, start.shape[-1] - half :].expand(rows, -1)
+
+        first, later = self.rotary(0, 1), self.rotary(1, x.shape[1])
+        for attention, feed_forward in self.layer_pairs():
+            q0, k0, v0 = attention.project(start, first)
+            q, k, v = attention.project(x, later, delayed())
+            keys = torch.cat((k0.expand(rows, -1, -1, -1), k), dim=2)
+            values = torch.cat((v0.expand(rows, -1, -1, -1), v), dim=2)
+            x = x + attention.attend(q, keys, values, is_causal=True)
+            start = start + attention.attend(q0, k0, v0)
+            x = x + feed_forward(x, delayed())
+            start = start + feed_forward(start)
+        return torch.cat((self.norm(start).expand(rows, -1, -1), self.norm(x)), dim=1)
 
     def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
         """Decoding state: keys, values and shifted halves; see `StageCache`."""

@@ -35,18 +35,13 @@ class TransformerCache(StageCache):
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         first, count = self.position, x.shape[1]
         rotary = self._rotary_at(first, count)
-        # A single position sees all there is; the first ones see a square, others a trapezoid.
-        mask = None
-        if first > 0 and count > 1:
-            mask = torch.ones(count, first + count, dtype=torch.bool, device=x.device)
-            mask = mask.tril_(first)
         delayed_from = x.shape[-1] - x.shape[-1] // 2
         for index, (attention, feed_forward) in enumerate(self.stage.layer_pairs()):
             before_attention, before_feed_forward = self._delayed[index]
             q, k, v = attention.project(x, rotary, before_attention)
             keys, values = self._append(index, k, v)
             last_attention = x[:, -1, delayed_from:].clone()
-            x = x + attention.attend(q, keys, values, mask, is_causal=first == 0 and count > 1)
+            x = x + attention.attend(q, keys, values, is_causal=True)
             last_feed_forward = x[:, -1, delayed_from:].clone()
             x = x + feed_forward(x, before_feed_forward)
             self._delayed[index] = (last_attention, last_feed_forward)

@@ -13,6 +13,10 @@ from torch import nn
 
 from mblm.ops.shift_rms_norm import shift_rms_norm
 
+# Up to this many positions, attention on a CPU is faster as plain batched products, and a start
+# token that all rows share is worth computing once.
+SHORT = 64
+
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (S, head width / 2) float32
 
 
@@ -106,10 +110,21 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """Softmax attention, scale ``d**-0.5``, and the output projection: ``(B, S, D)``."""
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal
-        )
+        """Softmax attention, scale ``d**-0.5``, and the output projection: ``(B, S, D)``.
+
+        With ``is_causal`` the queries are those of the last positions of the keys.
+        """
+        count, total = q.shape[2], k.shape[2]
+        dropout = self.dropout if self.training else 0.0
+        is_causal = is_causal and count > 1
+        if is_causal and count < total:
+            mask, is_causal = _causal_bias(q, total), False
+        if 1 < total <= SHORT and q.device.type == "cpu":
+            if is_causal:
+                mask = _causal_bias(q, total)
+            out = _short_attention(q, k, v, mask, dropout)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         return self.to_out(out.transpose(1, 2).flatten(-2))
 
     def forward(
@@ -120,6 +135,33 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _causal_bias(q: torch.Tensor, total: int) -> torch.Tensor:
+    """Scores to add ``(S, total)`` so that S last queries see no later one of ``total`` keys."""
+    count = q.shape[2]
+    bias = torch.full((count, total), float("-inf"), dtype=q.dtype, device=q.device)
+    return bias.triu_(total - count + 1)
+
+
+def _short_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attention that forms the scores ``(B * H, S, S_k)``; ``bias`` is broadcast to them."""
+    shape = (*q.shape[:3], k.shape[2])
+    bias = q.new_zeros(()) if bias is None else bias
+    scores = torch.baddbmm(
+        bias.expand(shape).flatten(0, 1),
+        q.flatten(0, 1),
+        k.flatten(0, 1).transpose(1, 2),
+        alpha=q.shape[-1] ** -0.5,
+    )
+    probabilities = F.dropout(scores.softmax(-1), dropout)
+    return torch.bmm(probabilities, v.flatten(0, 1)).view_as(q)
 
 
 class FeedForward(nn.Sequential):

@@ -165,3 +165,31 @@ def test_rows_without_anything_to_attend_to_are_finite_under_autocast(dtype: tor
     assert out.isfinite().all()
     if dtype == torch.bfloat16:  # whose lowest number drowns the scores, as float32's does
         torch.testing.assert_close(out[1], stage(x, mask)[1], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 70], ids=lambda count: f"{count} positions")
+@pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "plain"])
+def test_a_shared_start_changes_nothing_but_the_cost(count: int, rotary: bool) -> None:
+    model = TransformerDecoder(
+        model_dim=7, num_layers=2, attn_head_dim=4, attn_num_heads=2, attn_use_rot_embs=rotary
+    ).double()
+    start = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, count - 1, 7, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(5, count, 7, dtype=torch.float64)
+    results = []
+    for shared in (False, True):
+        rows = torch.cat((start.expand(5, 1, 7), x), dim=1)
+        out = model(rows, shared_start=shared)
+        inputs = (start, x, *model.parameters())
+        results.append((out, *torch.autograd.grad(out, inputs, gradient, allow_unused=True)))
+    for plain, shared in zip(*results, strict=True):
+        torch.testing.assert_close(plain, shared)
+
+
+def test_a_shared_start_is_not_taken_where_dropout_tells_rows_apart() -> None:
+    model = TransformerDecoder(model_dim=8, num_layers=1, attn_head_dim=4, ff_dropout=0.5)
+    rows = torch.randn(1, 3, 8).expand(4, 3, 8)
+    out = model.train()(rows, shared_start=True)
+    assert not torch.equal(out[0, 0], out[1, 0])
+    out = model.eval()(rows, shared_start=True)
+    torch.testing.assert_close(out[0], out[3])
