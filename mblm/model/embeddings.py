@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from mblm.model.linear import Linear
 from mblm.ops.embed_patches import embed_patches
 
 # State dict entries that grow with the vocabulary when a checkpoint is loaded into a larger one.
@@ -41,7 +42,7 @@ class PatchTokenEmbedding(nn.Module):
         flat_dim = patch_size * local_dim
         # The names of the entries are those of the checkpoints: norm 1, projection 2, norm 3.
         self._post = nn.Sequential(
-            nn.Flatten(-2), nn.LayerNorm(flat_dim), nn.Linear(flat_dim, dim), nn.LayerNorm(dim)
+            nn.Flatten(-2), nn.LayerNorm(flat_dim), Linear(flat_dim, dim), nn.LayerNorm(dim)
         )
 
     def forward(self, ids: torch.Tensor, num_patches: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mblm.model.checks import check_embeddings, check_hierarchy_shape
 from mblm.model.config import MBLMModelConfig
 from mblm.model.embeddings import build_token_embeddings, migrate_embedding_keys
+from mblm.model.linear import Linear
 from mblm.model.utils import RoPE, rotate_pairs
 from mblm.utils.checks import check_token_ids
 
@@ -63,11 +64,11 @@ class Hierarchy(nn.Module):
                 next_len, next_dim = self.seq_lens[n + 1], self.hidden_dims[n + 1]
                 projection = nn.Sequential(
                     nn.Identity(),  # Keeps the Linear at the index that checkpoints name.
-                    nn.Linear(dim, next_len * next_dim),
+                    Linear(dim, next_len * next_dim),
                     nn.Unflatten(-1, (next_len, next_dim)),
                 )
             self.to_next_stage_proj.append(projection)
-        self.to_logits = nn.Linear(self.hidden_dims[-1], config.num_tokens)
+        self.to_logits = Linear(self.hidden_dims[-1], config.num_tokens)
         self.register_load_state_dict_pre_hook(_migrate_before_load)
 
     # -- What the stages are made of -------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mblm.model.mamba_scans import mamba1_scan
 from mblm.ops.causal_conv import causal_conv
+from mblm.ops.linear_rows import linear
 from mblm.ops.selective_scan import selective_scan_step
 
 LayerState = tuple[Tensor, Tensor]  # SSM state (B, D_inner, N), conv window (B, K - 1, D_inner)
@@ -94,12 +95,16 @@ class Mamba1(nn.Module):
         return x, tuple(states)
 
 
+def _project(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
 def _mix(
     mixer: Any, x: Tensor, state: LayerState | None, *, y_only: bool
 ) -> tuple[Tensor, LayerState]:
     """One mixer on (B, S, D): the convolved and scanned branch, gated by the other."""
     scan_state, window = (None, None) if state is None else state
-    inner, gate = mixer.in_proj(x).chunk(2, dim=-1)  # (B, S, D_inner) each
+    inner, gate = _project(mixer.in_proj, x).chunk(2, dim=-1)  # (B, S, D_inner) each
     inner, window = causal_conv(inner, mixer.conv1d.weight, mixer.conv1d.bias, window)
     inner = F.silu(inner)
 
@@ -107,9 +112,11 @@ def _mix(
     rates = -torch.exp(mixer.A_log.to(dtype))  # (D_inner, N)
     direct = mixer.D.to(dtype)
     rank, num_states = mixer.dt_proj.in_features, rates.shape[1]
-    delta, weight_in, weight_out = mixer.x_proj(inner).split([rank, num_states, num_states], dim=-1)
+    delta, weight_in, weight_out = _project(mixer.x_proj, inner).split(
+        [rank, num_states, num_states], dim=-1
+    )
     inner = inner.to(weight_in.dtype)
-    delta = F.softplus(mixer.dt_proj(delta).to(dtype))  # (B, S, D_inner)
+    delta = F.softplus(_project(mixer.dt_proj, delta).to(dtype))  # (B, S, D_inner)
 
     if scan_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
         y, scan_state = selective_scan_step(
@@ -120,4 +127,4 @@ def _mix(
         y, scan_state = mamba1_scan(
             inner, delta, rates, weight_in, weight_out, direct, scan_state, y_only=y_only
         )
-    return mixer.out_proj(y * F.silu(gate)), (scan_state, window)
+    return _project(mixer.out_proj, y * F.silu(gate)), (scan_state, window)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from mblm.model.linear import Linear
 from mblm.model.mamba_scans import mamba2_scan
 from mblm.ops.causal_conv import causal_conv
 from mblm.ops.ssd import ssd_step
@@ -137,7 +138,7 @@ class _Mixer(nn.Module):
         self.inner_dim, self.d_state, self.headdim = inner_dim, d_state, headdim
         self.num_heads = inner_dim // headdim
         conv_dim = inner_dim + 2 * d_state  # x, B and C
-        self.in_proj = nn.Linear(model_dim, inner_dim + conv_dim + self.num_heads, bias=False)
+        self.in_proj = Linear(model_dim, inner_dim + conv_dim + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1)
         # Step sizes log-uniform in [0.001, 0.1], through the inverse of softplus.
         spread = math.log(0.1) - math.log(0.001)
@@ -146,7 +147,7 @@ class _Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.empty(self.num_heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.num_heads))
         self.norm = nn.RMSNorm(inner_dim, eps=_NORM_EPS)
-        self.out_proj = nn.Linear(inner_dim, model_dim, bias=False)
+        self.out_proj = Linear(inner_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """(B, S, D) and a state to (B, S, D) and the next state."""

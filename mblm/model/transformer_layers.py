@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from mblm.model.linear import Linear
+from mblm.ops.linear_rows import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm
 
 # Up to this many positions, attention on a CPU is faster as plain batched products, and a start
@@ -86,9 +88,9 @@ class Attention(nn.Module):
         self.causal = causal
         inner = head_dim * num_heads
         self.norm = RMSNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, inner * 2, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.to_q = Linear(dim, inner, bias=False)
+        self.to_kv = Linear(dim, inner * 2, bias=False)
+        self.to_out = Linear(inner, dim, bias=False)
 
     def project(
         self, x: torch.Tensor, rotary: Rotary | None, previous: torch.Tensor | None = None
@@ -97,7 +99,7 @@ class Attention(nn.Module):
         x = self.norm(x, shift=self.causal, previous=previous)
         # Keys and values apart: one tensor for both would stay in memory for the values' sake.
         to_k, to_v = self.to_kv.weight.chunk(2)
-        q, k, v = map(self._split_heads, (self.to_q(x), F.linear(x, to_k), F.linear(x, to_v)))
+        q, k, v = map(self._split_heads, (self.to_q(x), linear(x, to_k), linear(x, to_v)))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         is_causal = is_causal and count > 1
         if is_causal and count < total:
             mask, is_causal = _causal_bias(q, total), False
-        if 1 < total <= SHORT and q.device.type == "cpu":
+        if count > 1 and total <= SHORT and q.device.type == "cpu":
             if is_causal:
                 mask = _causal_bias(q, total)
             out = _short_attention(q, k, v, mask, dropout)
@@ -170,10 +172,10 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, *, mult: int, dropout: float, shift: bool) -> None:
         super().__init__(
             RMSNorm(dim),
-            nn.Linear(dim, dim * mult),
+            Linear(dim, dim * mult),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(dim * mult, dim),
+            Linear(dim * mult, dim),
         )
         self.shift = shift
 

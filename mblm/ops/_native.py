@@ -45,6 +45,11 @@ def load() -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def is_loaded() -> bool:
+    """Whether the compiled kernels are in use."""
+    return _loaded
+
+
 def build_info() -> dict[str, Any]:
     """What is compiled, for which torch and machine, and what is missing.
 

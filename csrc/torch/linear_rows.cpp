@@ -1,0 +1,45 @@
+// Glue of linear_rows: checks, allocation, the CPU kernel's registration.
+#include "cpu/linear_rows.h"
+
+#include <torch/library.h>
+
+#include "common.h"
+
+namespace mblm {
+namespace {
+
+using at::Tensor;
+
+Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_floating("x", x);
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must have two dimensions, got ", x.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must have two dimensions, got ", weight.sizes());
+  check_shape("weight", weight, {weight.size(0), x.size(1)});
+  check_like("weight", weight, "x", x);
+  if (bias) {
+    check_shape("bias", *bias, {weight.size(0)});
+    check_like("bias", *bias, "x", x);
+  }
+  const at::ScalarType type = kernel_type(x.scalar_type());
+  const Tensor rows = x.to(type).contiguous(), matrix = weight.to(type).contiguous();
+  std::optional<Tensor> offset;
+  if (bias) offset = bias->to(type).contiguous();
+  Tensor out = at::empty({x.size(0), weight.size(0)}, rows.options());
+  dispatch(type, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::LinearRowsInput<T> input{x.size(0),     x.size(1),       weight.size(0),
+                                        data<T>(rows), data<T>(matrix), data<T>(offset)};
+    T* to = mutable_data<T>(out);
+    parallel(weight.size(0), x.size(1),
+             [&](int64_t begin, int64_t end) { cpu::linear_rows(input, to, begin, end); });
+  });
+  return out.to(x.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+  library.impl("linear_rows", linear_rows);
+}
+
+}  // namespace mblm
