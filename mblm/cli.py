@@ -196,7 +196,7 @@ def demo(
       mblm demo
       mblm demo --minutes 10 --out bigger --prompt "class "
     """
-    from mblm.demo import FILTER_THRES, train_demo
+    from mblm.demo import FILTER_THRES, TEMPERATURE, train_demo
 
     try:
         model = train_demo(minutes * 60, out, seed)
@@ -207,6 +207,7 @@ def demo(
             os.fsencode(prompt),
             num_tokens_to_generate=num_bytes,
             filter_thres=FILTER_THRES,
+            temperature=TEMPERATURE,
             seed=seed,
         )
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from mblm import MBLM
 from mblm.cli import main
 from mblm.demo import (
     FILTER_THRES,
+    TEMPERATURE,
     _Progress,
     demo_config,
     measure,
@@ -38,6 +39,7 @@ def test_trains_saves_and_writes(
         torch.tensor(list(b"def ")),
         num_tokens_to_generate=20,
         filter_thres=FILTER_THRES,
+        temperature=TEMPERATURE,
         seed=0,
         enable_progress=False,
     )
