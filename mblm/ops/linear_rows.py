@@ -1,11 +1,13 @@
 """``linear_rows``: a linear map of a few rows; decoding is made of it and reads weights once."""
 
+from typing import Any, NoReturn
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mblm.ops import _native
-from mblm.ops._checks import check_floating, check_like, check_shape, no_second_derivative
+from mblm.ops._checks import check_floating, check_like, check_shape
 from mblm.ops._library import register_operator
 
 # Up to this many rows, reading the weights takes longer than multiplying them.
@@ -63,9 +65,13 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _backward(ctx: Any, grad: Tensor) -> NoReturn:
+    raise NotImplementedError("linear_rows has no gradient; `linear` takes another way with one")
+
+
 register_operator(
     "linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=linear_rows_reference,
     fake=_fake,
-    backward=no_second_derivative("the gradient of linear_rows"),
+    backward=_backward,
 )
