@@ -109,7 +109,7 @@ def test_what_cannot_be_shared_out_is_refused(changed: dict[str, int], message: 
 
 
 def test_numbers_must_be_integers() -> None:
-    with pytest.raises(TypeError, match="seq_len: expected an integer, got 2.5"):
+    with pytest.raises(TypeError, match=r"seq_len: expected an integer, got 2\.5"):
         Numbers(10, seq_len=2.5, worker_id=0, num_workers=2)
 
 
