@@ -97,7 +97,7 @@ def test_a_file_that_changed_its_size_is_refused(tmp_path: Path) -> None:
     data = MappedBytes(files)
     files[1].write_bytes(b"d")
     assert data[:3].tolist() == list(b"abc")
-    with pytest.raises(ValueError, match="1 had 3 bytes and now has 1"):
+    with pytest.raises(ValueError, match="1' had 3 bytes and now has 1"):
         data[3:]
 
 

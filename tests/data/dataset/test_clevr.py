@@ -95,6 +95,13 @@ def test_answers_can_be_categories(folder: Path) -> None:
     assert answers == [[*b"R"], [*b"A"], [*b"P"]]
 
 
+def test_an_answer_without_a_category_is_refused(folder: Path) -> None:
+    data = clevr(folder, answer_categorical=True)
+    data.entries[0]["answer"] = "perhaps"
+    with pytest.raises(ValueError, match="answer_categorical: 'perhaps' is no category"):
+        data[0]
+
+
 def test_the_categories_are_letters_in_order() -> None:
     names = list(Clevr.ANSWER_CLASS_MAP)
     assert len(names) == 28
