@@ -41,7 +41,8 @@ class MappedBytes:
 
     def __init__(self, files: Sequence[Path], separator_id: int | None = None) -> None:
         sizes = [_size(file) for file in files]
-        self.files = [file for file, size in zip(files, sizes, strict=True) if size]
+        # Absolute, so that a program may change its folder before a file is mapped.
+        self.files = [file.absolute() for file, size in zip(files, sizes, strict=True) if size]
         self.sizes = [size for size in sizes if size]
         self._separator_id = separator_id
         between = 0 if separator_id is None else 1

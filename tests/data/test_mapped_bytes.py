@@ -92,6 +92,14 @@ def test_it_is_sent_to_processes_without_its_maps(tmp_path: Path) -> None:
     assert pickle.loads(sent)[:3].tolist() == [97, 98, 0]
 
 
+def test_the_working_folder_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, b"abc")
+    monkeypatch.chdir(tmp_path)
+    data = MappedBytes([Path("0")])
+    monkeypatch.chdir("/")
+    assert data[:].tolist() == list(b"abc")
+
+
 def test_a_file_that_changed_its_size_is_refused(tmp_path: Path) -> None:
     files = write(tmp_path, b"abc", b"def")
     data = MappedBytes(files)
