@@ -3,6 +3,8 @@
 
 #include "cpu/bfloat16.h"
 #include "cpu/dot.h"
+#include "cpu/kernel.h"
+#include "cpu/matrix_kernels.h"
 #include "cpu/vector_math.h"
 
 namespace mblm::cpu {
@@ -10,67 +12,69 @@ namespace {
 
 // Bytes of weights that a thread takes at a time: long streams, and yet even shares.
 constexpr int64_t kPartBytes = 1 << 16;
-
-struct Product {
-  const Matrix& matrix;
-  const float* x;
-  int64_t rows;
-  float* out;
-  Then then;
-  const float* residual;
-};
+// Bytes of weights that stay in the first cache while all rows are multiplied with them.
+constexpr int64_t kBlockBytes = 1 << 14;
+constexpr int64_t kMaxBlock = 64;
 
 template <class W>
-MBLM_INLINE void columns(const Product& p, int64_t begin, int64_t end) {
-  const Matrix& m = p.matrix;
-  for (int64_t column = begin; column < end; ++column) {
-    const W* weight = static_cast<const W*>(m.weight) + column * m.inputs;
-    const float scale = m.scale ? m.scale[column] : 1.f;
-    const float bias = m.bias ? m.bias[column] : 0.f;
-    for (int64_t row = 0; row < p.rows; ++row) {
-      const float sum = dot<float>(p.x + row * m.inputs, weight, m.inputs);
-      const float residual = p.residual ? p.residual[row * m.outputs + column] : 0.f;
-      p.out[row * m.outputs + column] = sum * scale + bias + residual;
-    }
-  }
-  for (int64_t row = 0; p.then == Then::kGelu && row < p.rows; ++row) {
-    float* out = p.out + row * m.outputs;
-    for (int64_t column = begin; column < end; ++column) out[column] = gelu(out[column]);
+void dots(const void* weight, const float* x, int64_t n, float* sums, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] = dot<float>(x, static_cast<const W*>(weight) + i * n, n);
   }
 }
 
-MBLM_CLONES void columns_float32(const Product& p, int64_t begin, int64_t end) {
-  columns<float>(p, begin, end);
+MBLM_CLONES void apply_gelu(float* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] = gelu(values[i]);
 }
 
-MBLM_CLONES void columns_bfloat16(const Product& p, int64_t begin, int64_t end) {
-  columns<BFloat16>(p, begin, end);
-}
-
-MBLM_CLONES void columns_int8(const Product& p, int64_t begin, int64_t end) {
-  columns<int8_t>(p, begin, end);
-}
-
-int64_t bytes(WeightType type) {
+int64_t bytes_of(WeightType type) {
   return type == WeightType::kFloat32 ? 4 : type == WeightType::kBFloat16 ? 2 : 1;
+}
+
+Dots dots_of(WeightType type) {
+  static const MatrixKernels best = matrix_kernels().front();
+  return type == WeightType::kFloat32    ? best.float32
+         : type == WeightType::kBFloat16 ? best.bfloat16
+                                         : best.int8;
 }
 
 }  // namespace
 
+const std::vector<MatrixKernels>& matrix_kernels() {
+  static const std::vector<MatrixKernels> kernels = [] {
+    std::vector<MatrixKernels> list;
+    add_avx512_kernels(list);
+    add_avx2_kernels(list);
+    list.push_back({"baseline", dots<float>, dots<BFloat16>, dots<int8_t>});
+    return list;
+  }();
+  return kernels;
+}
+
 void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const float* x,
               int64_t rows, float* out, Then then, const float* residual) {
-  const Product product{matrix, x, rows, out, then, residual};
+  const Dots dots = dots_of(matrix.type);
+  const int64_t outputs = matrix.outputs, bytes = matrix.inputs * bytes_of(matrix.type);
   // At least 16 columns, so that threads do not write to one cache line.
-  const int64_t part =
-      std::max<int64_t>(16, kPartBytes / (matrix.inputs * bytes(matrix.type)) / 16 * 16);
-  worker.team.share(loop, matrix.outputs, part, [&](int64_t begin, int64_t end) {
-    switch (matrix.type) {
-      case WeightType::kFloat32:
-        return columns_float32(product, begin, end);
-      case WeightType::kBFloat16:
-        return columns_bfloat16(product, begin, end);
-      case WeightType::kInt8:
-        return columns_int8(product, begin, end);
+  const int64_t part = std::max<int64_t>(16, kPartBytes / bytes / 16 * 16);
+  const int64_t block =
+      rows == 1 ? kMaxBlock : std::clamp<int64_t>(kBlockBytes / bytes, 4, kMaxBlock);
+  worker.team.share(loop, outputs, part, [&](int64_t begin, int64_t end) {
+    float sums[kMaxBlock];
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t count = std::min(block, end - first);
+      const char* weight = static_cast<const char*>(matrix.weight) + first * bytes;
+      for (int64_t row = 0; row < rows; ++row) {
+        dots(weight, x + row * matrix.inputs, matrix.inputs, sums, count);
+        float* to = out + row * outputs + first;
+        const float* added = residual ? residual + row * outputs + first : nullptr;
+        for (int64_t i = 0; i < count; ++i) {
+          float value = matrix.scale ? sums[i] * matrix.scale[first + i] : sums[i];
+          if (matrix.bias) value += matrix.bias[first + i];
+          to[i] = added ? value + added[i] : value;
+        }
+        if (then == Then::kGelu) apply_gelu(to, count);
+      }
     }
   });
 }

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "cpu/matrix.h"
+#include "cpu/matrix_kernels.h"
 #include "cpu/sampling.h"
 #include "cpu/vector_math.h"
 
@@ -123,6 +124,39 @@ void multiplies_packed_weights() {
   }
 }
 
+template <class W>
+void check_dots(cpu::Dots dots, const char* name) {
+  test::Numbers numbers;
+  for (const int64_t n : {0, 1, 7, 31, 32, 63, 64, 100, 257}) {
+    const int64_t count = 5;
+    const auto x = numbers.vector<float>(n);
+    std::vector<W> weight(n * count);
+    for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
+    std::vector<float> sums(count, NAN);
+    dots(weight.data(), x.data(), n, sums.data(), count);
+    for (int64_t column = 0; column < count; ++column) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double term = double(x[i]) * float(weight[column * n + i]);
+        sum += term;
+        size += std::fabs(term);
+      }
+      const bool is_close = std::fabs(sums[column] - sum) <= 1e-6 * size;
+      if (!is_close) std::printf("%s, n = %ld\n", name, long(n));
+      CHECK(is_close);
+    }
+  }
+}
+
+void every_instruction_set_that_the_machine_has() {
+  for (const cpu::MatrixKernels& kernels : cpu::matrix_kernels()) {
+    std::printf("tested: %s\n", kernels.name);
+    check_dots<float>(kernels.float32, kernels.name);
+    check_dots<cpu::BFloat16>(kernels.bfloat16, kernels.name);
+    check_dots<int8_t>(kernels.int8, kernels.name);
+  }
+}
+
 void samples_what_the_filters_keep() {
   std::vector<int64_t> order;
   const std::vector<float> logits = {1, 5, 3, 5, -2}, even(5, 0.5f);
@@ -156,6 +190,7 @@ int main() {
   exp_and_erf_are_within_a_few_units();
   a_team_shares_every_item_once_and_waits();
   multiplies_packed_weights();
+  every_instruction_set_that_the_machine_has();
   samples_what_the_filters_keep();
   return test::result();
 }

@@ -112,6 +112,23 @@ Tensor check_rows(const Tensor& x, int64_t dim) {
 
 }  // namespace
 
+Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
+  check_type("x", x, at::kFloat);
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.device().is_cpu(), "x must be on the CPU, and no scalar");
+  Weights list(linear);
+  const cpu::Matrix matrix = list.matrix(-1, x.size(-1));
+  const Tensor rows = x.contiguous();
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = matrix.outputs;
+  Tensor out = at::empty(shape, rows.options());
+  with_team(at::get_num_threads(), [&](const cpu::Worker& worker) {
+    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(),
+                  matrix.inputs ? rows.numel() / matrix.inputs : 0,
+                  static_cast<float*>(out.data_ptr()));
+  });
+  return out;
+}
+
 Tensor Stage::step(const Tensor& x, const std::vector<Tensor>& state, int64_t position) const {
   return std::visit(
       [&](const auto& model) {
@@ -238,6 +255,7 @@ TORCH_LIBRARY_FRAGMENT(mblm, library) {
   library.class_<mblm::Stage>("Stage")
       .def("step", &mblm::Stage::step)
       .def("run", &mblm::Stage::run);
+  library.def("packed_linear(Tensor x, Tensor[] linear) -> Tensor", &mblm::packed_linear);
   library.def(
       "transformer_stage(Tensor[] weights, int heads) -> "
       "__torch__.torch.classes.mblm.Stage",

@@ -36,6 +36,9 @@ struct Stage : torch::CustomClassHolder {
       const std::optional<at::Generator>& generator, const std::optional<at::Tensor>& ends) const;
 };
 
+// x (.., inputs) @ weight.T + bias: (.., outputs).
+at::Tensor packed_linear(const at::Tensor& x, const PackedLinear& linear);
+
 c10::intrusive_ptr<Stage> transformer_stage(const std::vector<at::Tensor>& weights, int64_t heads);
 c10::intrusive_ptr<Stage> mamba1_stage(const std::vector<at::Tensor>& weights);
 c10::intrusive_ptr<Stage> mamba2_stage(const std::vector<at::Tensor>& weights, double eps);

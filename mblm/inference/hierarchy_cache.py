@@ -8,8 +8,9 @@ stage gets no context, so that its output is the same for every sequence of the 
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ from mblm.inference.stage_cache import StageCache, State, allocate_cache
 # A prefill takes in at most this many positions, and this many embedding values, at a time.
 _CHUNK_POSITIONS = 1024
 _CHUNK_VALUES = 1 << 22
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DecodableHierarchy(Protocol):
@@ -40,14 +43,19 @@ class DecodableHierarchy(Protocol):
     def context_size(self) -> int: ...
     def start_token(self, stage: int, batch_size: int) -> torch.Tensor: ...
     def empty_logits(self, batch_size: int) -> torch.Tensor: ...
-    def embed_tokens(self, stage: int, ids: torch.Tensor) -> torch.Tensor: ...
+    def embed_tokens(
+        self, stage: int, ids: torch.Tensor, project: Projection | None = None
+    ) -> torch.Tensor: ...
     def add_positions(self, stage: int, x: torch.Tensor, first: int = 0) -> torch.Tensor: ...
     def positions(
         self, stage: int, first: int, count: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]: ...
     @property
     def local_table(self) -> torch.Tensor: ...
-    def project_context(self, stage: int, attended: torch.Tensor) -> torch.Tensor: ...
+    def project_context(
+        self, stage: int, attended: torch.Tensor, project: Projection | None = None
+    ) -> torch.Tensor: ...
+    def linears_of_patches(self, stage: int) -> tuple[nn.Linear, nn.Linear]: ...
 
 
 @dataclass
@@ -86,11 +94,24 @@ class HierarchyCache:
             pack_linear(model.to_logits, weights) if is_plain(model.to_logits) else None
         )
         self.length = 0
+        # Per stage, what stands in for the linear layers of its patches where one is taken in.
+        self._patch_linears = [self._pack_patch_linears(n) for n in range(len(model.seq_lens))]
         self._stages = [self._start(stage) for stage in range(len(model.seq_lens))]
         self._stages[0].restart(begin=0, context=None)
         # The bytes of the last patch of stage 1, which no stage above the local one has seen.
         device = model.to_logits.weight.device
         self._window = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+
+    def _pack_patch_linears(self, stage: int) -> tuple[Projection | None, Projection | None]:
+        if self._weights == "float32" or stage + 1 == len(self.model.seq_lens):
+            return None, None
+        embed, context = (
+            partial(torch.ops.mblm.packed_linear, linear=pack_linear(linear, self._weights))
+            if is_plain(linear)
+            else None
+            for linear in self.model.linears_of_patches(stage)
+        )
+        return embed, context
 
     def _start(self, stage: int) -> _Stage:
         limit = None
@@ -207,7 +228,8 @@ class HierarchyCache:
         begin = (self.length - 1) // span * span
         if begin != stage.begin:
             above = self._stages[n - 1].output
-            stage.restart(begin, self.model.project_context(n - 1, above[:, None]))
+            project = self._patch_linears[n - 1][1]
+            stage.restart(begin, self.model.project_context(n - 1, above[:, None], project))
 
     def _catch_up(self, n: int) -> None:
         """Take in what stage n has not seen: every byte, or the patches before the last byte's."""
@@ -226,7 +248,8 @@ class HierarchyCache:
         values = self.batch_size * patch_size * self.model.hidden_dims[-1]
         chunk = max(1, min(_CHUNK_POSITIONS, _CHUNK_VALUES // values))
         for part in ids.split(chunk * patch_size, dim=1):
-            x = self.model.embed_tokens(n, part)
+            is_step = part.shape[1] == patch_size
+            x = self.model.embed_tokens(n, part, self._patch_linears[n][0] if is_step else None)
             count = x.shape[1]
             x = self.model.add_positions(n, x, stage.position)
             if stage.context is not None:

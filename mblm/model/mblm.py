@@ -10,7 +10,7 @@ from mblm.inference.session import Session
 from mblm.model.checks import check_same_shape
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
-from mblm.model.hierarchy import Hierarchy, StageTokens
+from mblm.model.hierarchy import Hierarchy, Projection, StageTokens
 from mblm.model.loss import cross_entropy
 from mblm.model.pretrained import PretrainedMixin
 from mblm.ops.assemble_stage import assemble_stage
@@ -170,11 +170,13 @@ class MBLM(Hierarchy, PretrainedMixin):
         """A stage's start token, ``(batch_size, D_n)``."""
         return self.start_tokens[stage].expand(batch_size, -1)
 
-    def embed_tokens(self, stage: int, ids: torch.Tensor) -> torch.Tensor:
+    def embed_tokens(
+        self, stage: int, ids: torch.Tensor, project: Projection | None = None
+    ) -> torch.Tensor:
         """Token embeddings of whole patches of a stage, ids ``(B, S * R_n)`` -> ``(B, S, D_n)``."""
         if stage + 1 == self.num_stages:
             return nn.functional.embedding(ids, self.local_table)
-        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage])
+        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage], project)
 
     # -- Between the rows of the local stage and the bytes of a sequence ---------------------------
 
