@@ -26,6 +26,7 @@ def generate(
     stop: Sequence[bytes] = (),
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    weights: str = "float32",
     enable_progress: bool = True,
 ) -> torch.Tensor:
     """Generate bytes after a prompt; must run under ``torch.inference_mode``.
@@ -44,6 +45,7 @@ def generate(
         seed: Draws from a generator of its own with this seed: the bytes are those that
             ``torch.manual_seed(seed)`` before the call gives.
         generator: The generator to draw from; not together with ``seed``.
+        weights: Type of the weights that compiled code reads; see `mblm.inference.session.Session`.
         enable_progress: Show a progress bar when there is no stream. Default True.
 
     Returns:
@@ -66,7 +68,7 @@ def generate(
         raise ValueError(f"prime: expected shape (L,), got {tuple(prime.shape)}")
     count = _check_count(model, len(prime), num_tokens)
 
-    session = Session(model)
+    session = Session(model, weights=weights)
     session.feed(prime)
     generated: list[int] = []
     with tqdm(

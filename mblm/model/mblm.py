@@ -107,6 +107,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         stop: Sequence[bytes] = (),
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        weights: str = "float32",
     ) -> torch.Tensor:
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`."""
         with torch.inference_mode():
@@ -123,12 +124,13 @@ class MBLM(Hierarchy, PretrainedMixin):
                 stop=stop,
                 seed=seed,
                 generator=generator,
+                weights=weights,
             )
         return ids.clone()  # of use outside of inference mode too, such as in a loss
 
-    def session(self, batch_size: int = 1) -> Session:
-        """Start incremental decoding of ``batch_size`` equally long sequences."""
-        return Session(self, batch_size)
+    def session(self, batch_size: int = 1, *, weights: str = "float32") -> Session:
+        """Start incremental decoding of ``batch_size`` equally long sequences; see `Session`."""
+        return Session(self, batch_size, weights=weights)
 
     # -- The pass over the stages ------------------------------------------------------------------
 

@@ -180,6 +180,13 @@ class TestWeights:
         weight, scale, _ = pack_linear(linear, "int8")
         assert (weight[0] == 0).all() and scale.isfinite().all()
 
+    def test_are_chosen_where_generation_starts(self) -> None:
+        m = wide("transformer", "transformer")
+        for weights in ["float32", "bfloat16", "int8"]:
+            of_session = m.session(weights=weights).feed(b"!").generate(8)[0]
+            of_model = m.generate(torch.tensor([33]), num_tokens_to_generate=8, weights=weights)
+            assert torch.equal(of_session, of_model[1:])
+
     def test_an_unknown_type_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"weights: expected one of float32, .* got 'int4'"):
             Session(wide("transformer"), weights="int4")
