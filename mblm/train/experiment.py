@@ -1,5 +1,6 @@
 """An experiment: its YAML file, settings that replace fields of it, and what it resumes from."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import RootModel, ValidationError
 
+from mblm.model.pretrained import RUN_CONFIG_FILE
+from mblm.train.core.training_state import find_latest_state, is_training_state
 from mblm.utils.io import load_yml
 
 if TYPE_CHECKING:
@@ -38,12 +41,16 @@ def load_experiment(
         apply_setting(fields, setting)
     is_masked = "mblm_config" in (fields.get("params") or {})
     entry = TrainMaskedEntryConfig if is_masked else TrainEntryConfig
+    if resume is not None:
+        fields["resume"] = {**(fields.get("resume") or {}), "checkpoint_file": resume}
     try:
         config = entry.model_validate(fields)
     except ValidationError as error:
         raise ValueError(f"{file}: {error}") from error
     if resume is not None:
-        config = config.model_copy(update={"resume": find_resume(config, resume)})
+        assert config.resume is not None
+        found = find_resume(resume, Path(config.io.output_dir), config.io.name_model)
+        config.resume = config.resume.model_copy(update=found)
     return config
 
 
@@ -98,5 +105,39 @@ def _number_of(value: Any) -> Any:
         return value
 
 
-def find_resume(config: "TrainEntryConfig | TrainMaskedEntryConfig", resume: str) -> Any:
-    raise NotImplementedError
+def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any]:
+    """Fields of a `ResumeConfig`, from what a user says to resume from.
+
+    Args:
+        resume: ``"latest"``, the newest training state of the runs of that name; a run's folder
+            or its ``config.yaml``, its newest training state or, where it has none, the weights
+            and the place in the data that its configuration names; a training state; or a
+            ``.pth`` file, whose weights start anew.
+        output_dir: The folder of the runs.
+        name_model: The name that their folders begin with.
+
+    Raises:
+        FileNotFoundError: There is no such thing.
+        ValueError: There is nothing to resume from in it.
+    """
+    if resume == "latest":
+        runs = [run for run in output_dir.glob(f"{glob.escape(name_model)}_*") if run.is_dir()]
+        states = [state for run in runs if (state := find_latest_state(run)) is not None]
+        if not states:
+            raise ValueError(f"resume: no run {output_dir / name_model}_* with a training state")
+        return {"checkpoint_file": str(max(states, key=lambda state: state.stat().st_mtime_ns))}
+    path = Path(resume)
+    if not path.exists():
+        raise FileNotFoundError(f"resume: no file or folder {resume}")
+    if path.is_file() and path.suffix not in (".yaml", ".yml"):
+        return {"checkpoint_file": resume}
+    run = path if path.is_dir() else path.parent
+    if is_training_state(run):
+        return {"checkpoint_file": resume}
+    if (state := find_latest_state(run)) is not None:
+        return {"checkpoint_file": str(state)}
+    said = load_yml(run / RUN_CONFIG_FILE if path.is_dir() else path, _Fields).root.get("resume")
+    if not isinstance(said, dict) or not said.get("checkpoint_file"):
+        raise ValueError(f"resume: {resume} has neither a training state nor a checkpoint")
+    names = ("checkpoint_file", "next_epoch_index", "next_batch_index")
+    return {name: said[name] for name in names if name in said}

@@ -1,5 +1,6 @@
 """Start the processes of a training run, on one machine or as one of several."""
 
+import logging
 import os
 import sys
 import uuid
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mblm.train.core.interrupt import EXIT_INTERRUPTED
 from mblm.train.experiment import load_experiment, train_experiment
 
 # Workers finish their step and save when they are told to stop; later they are killed.
@@ -57,7 +59,8 @@ def launch(
         arguments += ["--set", setting]
     if resume is not None:
         assert config.resume is not None
-        arguments += ["--resume", config.resume.checkpoint_file]  # the same for every worker
+        # The latest of now: later it could be one that these workers write.
+        arguments += ["--resume", config.resume.checkpoint_file if resume == "latest" else resume]
     _run_workers(arguments, nproc, nnodes, node_rank, rdzv_endpoint)
 
 
@@ -86,12 +89,18 @@ def _run_workers(
         rdzv_configs={"timeout": 900, **({} if node_rank is None else {"rank": node_rank})},
         max_restarts=0,
     )
+    # It tells of a failed worker in pages; here that takes a line.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "mblm.train", *arguments)
-    except SignalException as stopped:
-        raise SystemExit(128 + int(stopped.sigval)) from None
+    except SignalException:  # passed on to the workers, which have saved and ended since
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         status = failure.exitcode
-        print(f"mblm: error: rank {rank}: {failure.message}", file=sys.stderr)
+        if status != EXIT_INTERRUPTED:
+            said = (
+                failure.message["message"] if isinstance(failure.message, dict) else failure.message
+            )
+            print(f"mblm: error: rank {rank}: {said}", file=sys.stderr)
         raise SystemExit(128 - status if status < 0 else status) from None
