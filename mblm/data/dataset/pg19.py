@@ -45,6 +45,7 @@ class PG19Books(DistributedDataset[_T]):
     def __init__(
         self, data_dir: str | Path, mode: ModelMode, **config: Unpack[DistributedDatasetConfig]
     ) -> None:
+        mode = ModelMode(mode)
         folder = Path(data_dir) / ("validation" if mode is ModelMode.VALID else mode.value)
         if not folder.is_dir():
             raise FileNotFoundError(f"data_dir: no folder {str(folder)!r}")
