@@ -1,6 +1,8 @@
 """An experiment: its YAML file, settings that replace fields of it, and what it resumes from."""
 
 import glob
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,8 @@ import yaml
 from pydantic import RootModel, ValidationError
 
 from mblm.model.pretrained import RUN_CONFIG_FILE
+from mblm.train.core.interrupt import TrainingInterrupted
+from mblm.train.core.run import NonFiniteLossError
 from mblm.train.core.training_state import find_latest_state, is_training_state
 from mblm.utils.io import load_yml
 
@@ -55,13 +59,25 @@ def load_experiment(
 
 
 def train_experiment(config: "TrainEntryConfig | TrainMaskedEntryConfig") -> None:
-    """Train what the configuration describes, a decoder or an encoder."""
+    """Train what the configuration describes, a decoder or an encoder.
+
+    Raises:
+        TrainingInterrupted: A signal stopped the run; the first worker says how to go on.
+        ValueError: The loss was NaN or infinite too often, besides what else may be wrong.
+    """
     from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
 
-    if isinstance(config, TrainMaskedEntryConfig):
-        train_encoder_mblm(config)
-    else:
-        train_mblm(config)
+    try:
+        if isinstance(config, TrainMaskedEntryConfig):
+            train_encoder_mblm(config)
+        else:
+            train_mblm(config)
+    except NonFiniteLossError as error:  # of the data or of the learning rate, and no bug
+        raise ValueError(str(error)) from error
+    except TrainingInterrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mblm: {stopped}; go on with --resume latest", file=sys.stderr)
+        raise
 
 
 def apply_setting(fields: dict[str, Any], setting: str) -> None:

@@ -211,6 +211,12 @@ def test_a_failure_has_its_message_and_status(experiment: Path, processes: int) 
         assert lines[-1].startswith("mblm: error: rank ")
 
 
+def test_a_loss_that_is_not_finite_ends_in_a_line(experiment: Path) -> None:
+    settings = ["train.learning_rate=1e30", "train.max_non_finite_steps=2"]
+    with pytest.raises(ValueError, match="2 in a row"):
+        launch(experiment, settings=settings, nproc=1)
+
+
 # -- Stop and resume -------------------------------------------------------------------------------
 
 
@@ -236,7 +242,8 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
             break
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)
-    assert stopped.communicate(timeout=120)[1].count("Traceback") == 0
+    said = stopped.communicate(timeout=120)[1]
+    assert "go on with --resume latest" in said and "Traceback" not in said
     assert stopped.returncode == INTERRUPTED
     interrupted = the_run(experiment)
     assert len(losses_of(interrupted)) < len(losses_of(whole))
