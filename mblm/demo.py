@@ -42,9 +42,9 @@ HELD_OUT = 20  # every 20th file is for validation
 SEQ_LENS = [16, 32]
 BATCH_SIZE = 2  # so few bytes are seen that steps count for more than smooth gradients
 LEARNING_RATE = 4e-3
-VALIDATIONS = 3
-VALIDATION_BATCHES = 32
-CALIBRATION_STEPS = 16
+VALIDATIONS = 2  # after the first step and the last
+VALIDATION_BATCHES = 24
+CALIBRATION_STEPS = 8
 # How it samples: words get plausible, and runs of spaces still end, as at 0.6 they seldom do.
 FILTER_THRES = 0.97
 TEMPERATURE = 0.8
