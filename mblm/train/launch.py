@@ -86,7 +86,7 @@ def _run_workers(
         run_id="mblm" if rdzv_endpoint else uuid.uuid4().hex,
         rdzv_backend="c10d" if node_rank is None else "static",
         rdzv_endpoint=rdzv_endpoint or "localhost:0",
-        rdzv_configs={"timeout": 900, **({} if node_rank is None else {"rank": node_rank})},
+        rdzv_configs={} if node_rank is None else {"rank": node_rank},
         max_restarts=0,
     )
     # It tells of a failed worker in pages; here that takes a line.

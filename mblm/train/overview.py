@@ -129,13 +129,16 @@ def load_overview(file: Path) -> Overview:
     train = fields.get("train") or {}
     if not isinstance(params, dict) or not isinstance(train, dict):
         raise ValueError(f"{file}: params and train must be mappings of fields")
-    seq_len = params.pop("input_seq_len", None)
+    seq_len, batch_size = params.pop("input_seq_len", None), train.get("batch_size", 1)
+    for name, value in (("params.input_seq_len", seq_len), ("train.batch_size", batch_size)):
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{file}: {name} must be an integer of at least 1, got {value!r}")
     config_class = MBLMEncoderModelConfig if "mblm_config" in params else MBLMModelConfig
     try:
         config = config_class.model_validate(params)
     except ValidationError as error:
         raise ValueError(f"{file}, params: {error}") from error
-    return overview(config, batch_size=train.get("batch_size", 1), seq_len=seq_len)
+    return overview(config, batch_size=batch_size or 1, seq_len=seq_len)
 
 
 def format_overview(name: object, facts: Overview) -> str:

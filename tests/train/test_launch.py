@@ -182,11 +182,14 @@ def test_two_processes_by_any_command(experiment: Path, command: list[str]) -> N
 
 
 @pytest.mark.slow
-def test_two_nodes_that_meet(experiment: Path) -> None:
+@pytest.mark.parametrize("numbered", [True, False])
+def test_two_nodes_that_meet(experiment: Path, numbered: bool) -> None:
     meet = ["--nnodes", 2, "--rdzv-endpoint", f"localhost:{free_port()}"]
     nodes = [
         subprocess.Popen(
-            mblm_train(experiment, "--nproc", 1, *meet, "--node-rank", rank),
+            mblm_train(
+                experiment, "--nproc", 1, *meet, *(["--node-rank", rank] if numbered else [])
+            ),
             env=ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,

@@ -109,6 +109,8 @@ def test_reads_experiments_and_models(tmp_path: Path) -> None:
         ("params: [1]", "must be mappings"),
         ("[1]", "expected a mapping|Input should be"),
         ("params: {mblm_config: {}}", "mask_token_id"),
+        ("{params: {}, train: {batch_size: many}}", "train.batch_size must be an integer"),
+        ("params: {input_seq_len: 0}", "params.input_seq_len must be an integer"),
     ],
 )
 def test_refuses_what_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
