@@ -121,14 +121,12 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     Returns:
         The states that are kept.
     """
-    for leftover in Path(run_dir, _STATES).glob(f".{_PREFIX}*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    states = list_states(run_dir)
-    kept = [s for s in states if after is None or step_of(s) <= after][-KEPT:]
-    for state in states:
+    folder = Path(run_dir, _STATES)
+    kept = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
+    for state in [*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*.tmp")]:
         if state not in kept:
-            (state / _MANIFEST).unlink()  # first, so that it never looks whole
-            shutil.rmtree(state)
+            (state / _MANIFEST).unlink(missing_ok=True)  # first: it must not look whole
+            shutil.rmtree(state, ignore_errors=True)
     return kept
 
 
