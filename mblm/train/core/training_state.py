@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mblm.train.core.config import ResumeConfig
 from mblm.train.core.parallel import Workers
 from mblm.utils.atomic import atomic_write, sync_directory
 
@@ -48,6 +49,25 @@ def list_states(run_dir: str | Path) -> list[Path]:
 def is_training_state(path: str | Path) -> bool:
     """Whether a path is the folder of a training state."""
     return Path(path, _MANIFEST).is_file()
+
+
+def state_to_resume(resume: ResumeConfig | None) -> Path | None:
+    """The training state that a configuration goes on from; None for a checkpoint or nothing.
+
+    Raises:
+        ValueError: There is neither a training state nor a file.
+    """
+    if resume is None:
+        return None
+    path = Path(resume.checkpoint_file)
+    if is_training_state(path):
+        return path
+    if path.is_file():
+        return None
+    raise ValueError(
+        f"resume.checkpoint_file: {path} is neither a checkpoint nor the folder of a whole "
+        "training state"
+    )
 
 
 def run_dir_of(state_dir: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from mblm.train.core.config import CSVLossEntry, CSVTimeAndMemSnapshotEntry, GenericOutputConfig
-from mblm.train.core.run import NonFiniteLossError
+from mblm.train.core.non_finite import NonFiniteLossError
 from mblm.utils.checkpoint import load_model_state
 from mblm.utils.distributed import ElasticRunVars
 from mblm.utils.io import load_yml
