@@ -12,7 +12,7 @@ from pydantic import RootModel, ValidationError
 
 from mblm.model.pretrained import RUN_CONFIG_FILE
 from mblm.train.core.interrupt import TrainingInterrupted
-from mblm.train.core.run import NonFiniteLossError
+from mblm.train.core.non_finite import NonFiniteLossError
 from mblm.train.core.training_state import find_latest_state, is_training_state
 from mblm.utils.io import load_yml
 

@@ -1,7 +1,6 @@
 """The mean loss over batches, shared out among the workers."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,9 +48,9 @@ def mean_loss(
     seconds = 0.0
     for _ in show(mine):
         batch = next(batches)
-        start = time.perf_counter()
+        start = workers.clock()
         loss += forward(batch).double()
-        seconds += time.perf_counter() - start
+        seconds += workers.clock() - start
     if in_step and len(mine) < math.ceil(total / workers.world_size):
         # The others gather weights for one more batch, and need this worker's shards.
         forward(loader.collate_fn([loader.dataset[0]]))

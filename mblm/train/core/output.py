@@ -89,9 +89,19 @@ class BestModels:
         best = candidates[: self._count]
         if best != self.entries:
             if self._writes:
-                save_model_state(self._run_dir / _BEST, file_name, state, loss)
+                self._save(loss, state, file_name)
             self.entries = best
             self._publish()
+
+    def _save(self, loss: float, state: dict[str, Any], file_name: str) -> None:
+        try:
+            save_model_state(self._run_dir / _BEST, file_name, state, loss)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot save the model: {error.strerror or error}; those before it are whole",
+                str(self._run_dir / _BEST / file_name),
+            ) from error
 
     def restore(self, entries: Iterable[tuple[float, str]]) -> None:
         """Take over what `entries` were, and publish it."""

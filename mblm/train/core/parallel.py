@@ -1,12 +1,14 @@
 """The workers of a run: one model on one or many devices, and what they tell one another."""
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -46,6 +48,12 @@ class Workers:
             self.rank = dist.get_rank()
             self.group = dist.new_group(backend="gloo")
         self.is_main = self.rank == 0
+
+    def clock(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def barrier(self) -> None:
         """Wait for all workers."""
@@ -101,9 +109,9 @@ class ParallelModel:
         self._ddp: DistributedDataParallel | None = None
         if self.is_sharded:
             _broadcast(model.state_dict().values(), workers)
-            for unit in units:
-                fully_shard(unit)
-            fully_shard(model)
+            mesh = init_device_mesh(workers.device_type, (workers.world_size,))
+            for module in (*units, model):
+                fully_shard(module, mesh=mesh)
             self.base: nn.Module = model
             self.call: nn.Module = _Called(self.base)
         elif workers.world_size > 1:
@@ -144,8 +152,10 @@ class ParallelModel:
 
     def mean_gradient(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
-        means = [_full(p.grad.mean()) for p in self.parameters() if p.grad is not None]
-        return float(torch.stack([mean.float() for mean in means]).mean()) if means else 0.0
+        means = [
+            _full(p.grad.sum()).float() / p.numel() for p in self.parameters() if p.grad is not None
+        ]
+        return float(torch.stack(means).mean()) if means else 0.0
 
     # -- Weights --------------------------------------------------------------------------------
 
@@ -204,9 +214,9 @@ class ParallelModel:
     def load_gradients(self, gradients: list[torch.Tensor | None]) -> None:
         """Load what `gradients` gave."""
         for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+            parameter.grad = None
             if gradient is not None:
-                gradient = gradient.to(self._workers.device)
-                parameter.grad = like_shard(gradient, parameter)
+                parameter.grad = like_shard(gradient.to(self._workers.device), parameter)
 
 
 class _Called(nn.Module):
@@ -265,7 +275,7 @@ def _settle_buckets(ddp: DistributedDataParallel) -> None:
     """
     ddp.reducer.prepare_for_backward([])
     trained = [p for p in ddp.module.parameters() if p.requires_grad]
-    torch.stack([p.sum() * 0 for p in trained]).sum().backward()
+    torch.stack([p.float().sum() * 0 for p in trained]).sum().backward()
     ddp.reducer._rebuild_buckets()
     for parameter in trained:
         parameter.grad = None

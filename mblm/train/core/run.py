@@ -13,10 +13,6 @@ from mblm.train.core.rng import Rng, get_rng
 from mblm.train.core.training_state import State, map_tensors
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient was NaN or infinite in too many steps in a row."""
-
-
 @dataclass
 class Position:
     """How far a worker has come.
@@ -38,6 +34,13 @@ class Position:
     non_finite: int = 0
     avg_grad: float = -1.0
     avg_grad_clipped: float = -1.0
+
+    def advance(self, next_epoch: int, next_batch: int, elements: int) -> None:
+        """Note that a batch of so many elements is done, and where the next one is."""
+        self.step += 1
+        self.done += 1
+        self.epoch, self.batch = next_epoch, next_batch
+        self.elements_seen += elements
 
 
 @dataclass

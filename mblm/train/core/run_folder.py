@@ -25,10 +25,15 @@ from mblm.train.core.config import (
     SummaryStats,
 )
 from mblm.train.core.hooks import CoreTrainerOptions
-from mblm.train.core.output import BestModels, CsvLog
+from mblm.train.core.output import BestModels, CsvLog, new_run_dir
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
-from mblm.train.core.training_state import prune_states, referred_models, step_of
+from mblm.train.core.training_state import (
+    prune_states,
+    referred_models,
+    run_dir_of,
+    step_of,
+)
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
 
@@ -39,12 +44,11 @@ class RunFolder:
     """Writes what a run tells. All workers have one; the main worker writes, all may log losses.
 
     Args:
-        path: The folder, which exists.
         config: The run's configuration.
         options: The names of the files.
         workers: The workers.
-        state_dir: The training state that the run goes on from; what the folder tells of a later
-            time is dropped.
+        run_id: What follows the model's name in that of a new folder; the main worker's counts.
+        state_dir: The training state that the run goes on from, in its folder.
 
     Attributes:
         path: The folder.
@@ -54,17 +58,26 @@ class RunFolder:
 
     def __init__(
         self,
-        path: Path,
         config: Config,
         options: CoreTrainerOptions,
         workers: Workers,
+        run_id: str,
         state_dir: Path | None,
     ) -> None:
+        io = config.io
+        path = Path()
+        if state_dir is not None:
+            path = run_dir_of(state_dir)
+        elif workers.is_main:
+            path = new_run_dir(
+                Path(io.output_dir, f"{io.name_model}_{run_id}"), options.config_file_name
+            )
+        path = Path(workers.from_main(str(path)))
+        path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
         self.path = path
         self._config = config
         self._config_file = path / options.config_file_name
         self._workers = workers
-        io = config.io
         self.best = BestModels(path, io.name_model, io.num_models_to_save, writes=workers.is_main)
         self.summary = SummaryStats(
             training_start="",
@@ -91,7 +104,6 @@ class RunFolder:
         )
         if state_dir is not None:
             self._resume = self._resume_told_before()
-            self.rewind(state_dir)
         elif workers.is_main:
             self._loss.create()
             self._timemem.create()
@@ -104,6 +116,7 @@ class RunFolder:
             self._loss.keep_before(step)
             self._timemem.keep_before(step)
             prune_states(self.path, after=step)
+        self._workers.barrier()
 
     def changed_since(self) -> list[str]:
         """Fields of ``params`` and ``train`` that differ from those in the folder."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sized
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -36,7 +37,9 @@ class EpochSampler(Sampler[int]):
         if not self._shuffle:
             yield from range(start, len(self))
             return
-        generator = torch.Generator().manual_seed((self._seed << 32) + self.epoch)
+        # Mixed: torch's generator takes no more than 32 bits of a seed.
+        seed = np.random.SeedSequence((self._seed, self.epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(seed[0]))
         for chunk in torch.randperm(len(self), generator=generator)[start:].split(_CHUNK):
             yield from chunk.tolist()
 

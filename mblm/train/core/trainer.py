@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -20,21 +20,21 @@ from mblm.train.core.evaluation import mean_loss
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
 from mblm.train.core.interrupt import StopRequest, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
-from mblm.train.core.output import new_run_dir
+from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
 from mblm.train.core.parallel import ParallelModel, Workers
+from mblm.train.core.precision import Precision
 from mblm.train.core.progress import Progress
 from mblm.train.core.rng import set_rng
-from mblm.train.core.run import NonFiniteLossError, Position, Run
+from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder
 from mblm.train.core.sampling import ShardedBatches, TrainBatches
 from mblm.train.core.schedule import Plan, plan_run
 from mblm.train.core.training_state import (
     State,
     find_latest_state,
-    is_training_state,
     load_training_state,
-    run_dir_of,
     save_training_state,
+    state_to_resume,
 )
 from mblm.utils import cuda
 from mblm.utils.checkpoint import load_model_state
@@ -69,11 +69,13 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         self.options = options or CoreTrainerOptions()
         self._workers = Workers(run_vars)
         self._device = self._workers.device
-
-        state_dir = self._state_to_resume()
-        self._folder = RunFolder(
-            self._choose_run_dir(state_dir), config, self.options, self._workers, state_dir
+        self._precision = Precision(
+            config.train.precision, self._workers.device_type, self.options.amp_dtype
         )
+
+        state_dir = state_to_resume(config.resume)
+        run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
+        self._folder = RunFolder(config, self.options, self._workers, run_id, state_dir)
         self._log = self.configure_logger(self._folder.path, self._workers.is_main)
         self._resumed = self._load_state(state_dir) if state_dir else None
 
@@ -139,8 +141,11 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                     self._resume_after(error, restarts)
         except BaseException as error:
             summary.error = f"{type(error).__name__}: {error}"
-            self._log.critical(f"Training ended: {summary.error}", exc_info=error)
-            if self._workers.is_main and not isinstance(error, OSError):
+            if isinstance(error, TrainingInterrupted):
+                self._tell(str(error))
+            else:
+                self._log.critical(f"Training failed: {summary.error}", exc_info=error)
+            with suppress(OSError):  # such as the disk being full, which is the error, then
                 self._folder.dump_config()
             raise
         summary.error = None
@@ -194,7 +199,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 is_last = position.done + 1 == plan.batches
                 completes = (position.done + 1) % config.gradient_accumulate_every == 0
                 loss = self._forward_backward(run, item.item, completes=completes)
-                self._advance(position, item, plan)
+                position.advance(item.next_epoch, item.next_batch, plan.elements_per_batch)
                 if index in plan.log_points:
                     self._log_train_loss(run, item, float(loss))
                 if completes:
@@ -209,7 +214,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                     progress.update(loss)
                 if signal and not is_last:
                     raise TrainingInterrupted(
-                        f"stopped by {signal.name} after batch {index}; the state is saved"
+                        f"Stopped by {signal.name} after batch {index}; the state is saved"
                     )
         self._log.info(f"Finished training: {position.elements_seen} elements on this worker")
 
@@ -234,9 +239,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             start=position.step - position.done,
         )
         optimizer = self.configure_optimizer(self._parallel.parameters())
-        scaler = torch.amp.GradScaler(
-            self._workers.device_type, enabled=self._autocast_dtype() == torch.half
-        )
+        scaler = self._precision.scaler()
         scheduler = self.configure_scheduler(optimizer, plan.gradient_steps)
         run = Run(self._parallel, optimizer, scheduler, scaler, position)
         if self._resumed is not None:
@@ -260,16 +263,17 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         """
         with run.model.accumulate(is_last=completes):
             measures = run.position.done < (self.options.track_first_fw_bw_exec_times or 0)
-            start = self._clock(measures)
-            with self._autocast():
+            clock = self._workers.clock if measures else time.perf_counter
+            start = clock()
+            with self._precision.autocast():
                 loss = self.model_forward(cast(TModel, run.model.call), batch, self._device)
-            forward = self._clock(measures)
+            forward = clock()
             every = self.config.train.gradient_accumulate_every
             divisor = torch.where(torch.isfinite(loss.detach()), float(every), math.nan)
             scaled: Any = run.scaler.scale(loss / divisor)
             scaled.backward()
             if measures:
-                backward = self._clock(measures)
+                backward = clock()
                 self._folder.write_timemem(
                     run.position.step,
                     self.config.train.batch_size,
@@ -290,25 +294,16 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if run.step(clip=config.gradient_clipping, measure=measure):
             position.non_finite = 0
             return
-        values = [float(loss) for loss in losses]
-        all_values = self._workers.gather(values)
-        bad = [
-            f"loss {loss} on rank {rank}, batch {position.step - len(of_rank) + i}"
-            for rank, of_rank in enumerate(all_values)
-            for i, loss in enumerate(of_rank)
-            if not math.isfinite(loss)
-        ]
+        bad = find_bad_losses(losses, self._workers, position.step)
         if not bad and run.scaler.is_enabled():
             return  # The scale was too large for half precision, and is smaller now.
         position.non_finite += 1
-        what = "; ".join(bad) or f"gradient not finite, losses by rank {all_values}"
         message = (
-            f"Step left out after batch {item.batch} of epoch {item.epoch}: {what} "
+            f"Step left out after batch {item.batch} of epoch {item.epoch}: "
+            f"{bad or 'the gradient is not finite, though the losses are'} "
             f"({position.non_finite} in a row)"
         )
-        self._log.error(message)
-        if self._workers.is_main:
-            print(message, file=sys.stderr, flush=True)
+        self._tell(message)
         too_many = position.non_finite >= config.max_non_finite_steps
         if too_many and config.non_finite_loss == "stop":
             raise NonFiniteLossError(message)
@@ -350,7 +345,10 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             )
 
         model.eval()
-        with torch.no_grad(), self._autocast():  # inference mode would reach what FSDP gathers
+        with (
+            torch.no_grad(),
+            self._precision.autocast(),
+        ):  # inference mode would reach what FSDP gathers
             loss, seconds = mean_loss(
                 forward,
                 loader,
@@ -385,36 +383,13 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         self._folder.clean_up()
         self._log.debug(f"Saved the training state after {run.position.step} batches")
 
-    def _state_to_resume(self) -> Path | None:
-        resume = self.config.resume
-        if resume is None:
-            return None
-        path = Path(resume.checkpoint_file)
-        if is_training_state(path):
-            return path
-        if not path.is_file():
-            raise ValueError(
-                f"resume.checkpoint_file: {path} is neither a checkpoint nor the folder of a whole "
-                "training state"
-            )
-        return None
-
-    def _choose_run_dir(self, state_dir: Path | None) -> Path:
-        """The folder of the run that goes on, or a new one; made by the main worker."""
-        path = ""
-        if self._workers.is_main and state_dir is not None:
-            path = str(run_dir_of(state_dir))
-        elif self._workers.is_main:
-            io = self.config.io
-            wanted = Path(io.output_dir) / f"{io.name_model}_{self.configure_run_id()}"
-            path = str(new_run_dir(wanted, self.options.config_file_name))
-        return Path(self._workers.from_main(path))
-
     def _load_state(self, state_dir: Path) -> tuple[State, State]:
         self._log.info(f"Resuming exactly from {state_dir}")
         if changes := self._folder.changed_since():
             self._log.warning(f"The configuration has changed: {', '.join(changes)}")
-        return load_training_state(state_dir, self._workers, self.config.train.strategy)
+        loaded = load_training_state(state_dir, self._workers, self.config.train.strategy)
+        self._folder.rewind(state_dir)
+        return loaded
 
     def _load_checkpoint(self, model: TModel) -> None:
         """Load weights, and count them among the best models: no worse ones replace them."""
@@ -443,7 +418,6 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if state_dir is None:
             raise error
         self._resumed = self._load_state(state_dir)
-        self._folder.rewind(state_dir)
         self._log.info(f"{restarts} restarts are left")
 
     def _load_best(self) -> TModel:
@@ -460,11 +434,11 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- Small things ----------------------------------------------------------------------------
 
-    def _advance(self, position: Position, item: EpochCyclerYield[TBatch], plan: Plan) -> None:
-        position.step += 1
-        position.done += 1
-        position.epoch, position.batch = item.next_epoch, item.next_batch
-        position.elements_seen += plan.elements_per_batch
+    def _tell(self, message: str) -> None:
+        """Say something once that must not be missed."""
+        self._log.error(message)
+        if self._workers.is_main:
+            print(message, file=sys.stderr, flush=True)
 
     def _log_train_loss(self, run: Run, item: EpochCyclerYield[TBatch], loss: float) -> None:
         """Log this worker's loss; the gradients are those of the last step."""
@@ -496,23 +470,3 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             say=self._log.info,
             interval=self.options.train_prog_min_interval_seconds,
         )
-
-    def _autocast_dtype(self) -> torch.dtype:
-        precision = self.config.train.precision
-        if precision == "auto" and self._workers.device_type == "cuda":
-            return self.options.amp_dtype
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self._autocast_dtype()
-        if dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._workers.device_type, dtype)
-
-    def _clock(self, measures: bool) -> float:
-        """Seconds, when the device has done what it was given; 0 if nothing is measured."""
-        if not measures:
-            return 0.0
-        if self._workers.device_type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()

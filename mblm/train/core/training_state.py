@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mblm.train.core.config import ResumeConfig
 from mblm.train.core.parallel import Workers
 from mblm.utils.atomic import atomic_write, sync_directory
 
@@ -48,6 +49,25 @@ def list_states(run_dir: str | Path) -> list[Path]:
 def is_training_state(path: str | Path) -> bool:
     """Whether a path is the folder of a training state."""
     return Path(path, _MANIFEST).is_file()
+
+
+def state_to_resume(resume: ResumeConfig | None) -> Path | None:
+    """The training state that a configuration goes on from; None for a checkpoint or nothing.
+
+    Raises:
+        ValueError: There is neither a training state nor a file.
+    """
+    if resume is None:
+        return None
+    path = Path(resume.checkpoint_file)
+    if is_training_state(path):
+        return path
+    if path.is_file():
+        return None
+    raise ValueError(
+        f"resume.checkpoint_file: {path} is neither a checkpoint nor the folder of a whole "
+        "training state"
+    )
 
 
 def run_dir_of(state_dir: Path) -> Path:
@@ -121,14 +141,12 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     Returns:
         The states that are kept.
     """
-    for leftover in Path(run_dir, _STATES).glob(f".{_PREFIX}*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    states = list_states(run_dir)
-    kept = [s for s in states if after is None or step_of(s) <= after][-KEPT:]
-    for state in states:
+    folder = Path(run_dir, _STATES)
+    kept = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
+    for state in [*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*.tmp")]:
         if state not in kept:
-            (state / _MANIFEST).unlink()  # first, so that it never looks whole
-            shutil.rmtree(state)
+            (state / _MANIFEST).unlink(missing_ok=True)  # first: it must not look whole
+            shutil.rmtree(state, ignore_errors=True)
     return kept
 
 

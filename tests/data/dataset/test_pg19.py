@@ -35,6 +35,7 @@ def test_samples_are_the_bytes_of_the_books_of_a_part(
     data = PG19(books, mode, seq_len=20, **ALONE)
     row = b"".join(file.read_bytes() for file in data.txt_files)
     assert {file.parent for file in data.txt_files} == {books / folder}
+    assert data.txt_files == sorted(data.txt_files)
     assert len(data) == len(row) // 20
     for index in range(len(data)):
         ids, mask = data[index]

@@ -66,7 +66,9 @@ def test_a_run_stopped_in_any_batch_ends_the_same(tmp_path, stop_in, trainers):
     whole_trainer, stopping = trainers
     whole = train_alone(whole_trainer, jobs.config(tmp_path / "whole", **EVERYTHING))
     stopping.stop_in = stop_in
-    with pytest.raises(TrainingInterrupted, match=f"SIGTERM after batch {stop_in - 1}") as stop:
+    with pytest.raises(
+        TrainingInterrupted, match=f"Stopped by SIGTERM after batch {stop_in - 1}"
+    ) as stop:
         train_alone(stopping, jobs.config(tmp_path / "cut", **EVERYTHING))
     assert stop.value.code == EXIT_INTERRUPTED
 
@@ -136,7 +138,9 @@ def test_a_full_disk_leaves_the_last_state_and_says_so(tmp_path, monkeypatch):
 
     def disk_of_four_files(path, content):
         if len(written) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            path = "/dev/full"
+            with open(path, "wb") as full:
+                torch.save(content, full)
         written.append(path)
         write(path, content)
 
@@ -150,6 +154,24 @@ def test_a_full_disk_leaves_the_last_state_and_says_so(tmp_path, monkeypatch):
     whole = train_alone(jobs.Trainer, jobs.config(tmp_path / "whole"))
     train_alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
     assert jobs.losses(run) == jobs.losses(whole)
+
+
+def test_a_full_disk_leaves_the_best_models_and_says_so(tmp_path, monkeypatch):
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path, validate_amount=1))
+    best = (run / "tiny_top1.pth").read_bytes()
+    models = output.BestModels(run, "tiny", 2, writes=True)
+    weights = {"w": torch.zeros(4)}
+    models.add(0.5, weights, "a.pth")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output, "save_model_state", full)
+    before = (run / "tiny_top1.pth").read_bytes()
+    with pytest.raises(OSError, match=r"cannot save the model: No space left on device"):
+        models.add(0.1, weights, "b.pth")
+    assert (run / "tiny_top1.pth").read_bytes() == before != best
+    assert models.entries == [(0.5, "a.pth")]
 
 
 def test_restarts_go_on_from_the_last_state(tmp_path):
