@@ -31,7 +31,9 @@ def torchrun(monkeypatch):
 def sum_ranks(rank, world_size, folder):
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     with process_group(backend="gloo") as run_vars:
-        assert run_vars == ElasticRunVars(local_rank=rank, world_size=world_size, is_cuda=False)
+        assert run_vars == ElasticRunVars(
+            local_rank=rank, world_size=world_size, is_cuda=False, rank=rank
+        )
         total = torch.tensor(run_vars.local_rank + 1)
         torch.distributed.all_reduce(total)
     assert not torch.distributed.is_initialized()

@@ -1,0 +1,1 @@
+"""Training: the trainer, the experiments, and the commands that run them."""

@@ -1,0 +1,1 @@
+"""The trainer that all experiments share, and what it is made of."""

@@ -1,0 +1,215 @@
+"""What an experiment configures, what a run writes back, and the rows of its CSV files.
+
+An experiment with parameters of its own subclasses the models here. Unknown fields are refused,
+and all errors are reported at once.
+"""
+
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
+
+
+class CoreModelParams(BaseModel):
+    """Parameters that every trained model has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input_seq_len: PositiveInt = Field(description="Elements, such as bytes, in a sequence")
+
+
+class CoreTrainConfig(BaseModel):
+    """How to train."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target_elements: PositiveInt = Field(
+        description="At least how many elements all workers train on together"
+    )
+    target_elements_strategy: Literal["batch", "sequence"] = Field(
+        description="What an element is: 'batch' counts the sequences of a batch, 'sequence' their "
+        "elements, batch_size * input_seq_len"
+    )
+    warmup_steps_perc: float = Field(
+        default=0.1, ge=0, le=1, description="Fraction of the gradient steps that warm up"
+    )
+    batch_size: PositiveInt = Field(description="Sequences in a batch of one worker")
+    shuffle_train: bool = Field(
+        default=False, description="Shuffle the training samples, differently in every epoch"
+    )
+    shuffle_eval: bool = Field(default=False, description="Shuffle the validation samples")
+    max_eval_steps: PositiveInt | None = Field(
+        default=None,
+        description="At most how many batches a validation takes, all workers together",
+    )
+    learning_rate: PositiveFloat = Field(description="The learning rate after the warm-up")
+    gradient_clipping: PositiveFloat | None = Field(
+        default=None, description="Largest total norm of the gradient; longer ones are scaled"
+    )
+    gradient_accumulate_every: PositiveInt = Field(
+        description="Batches whose gradients are averaged for one step"
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="'ddp': every worker holds the model; 'fsdp': the workers share its weights, "
+        "gradients and optimizer state out, for models that outgrow one GPU",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="What the forward pass computes in. 'auto': on CUDA bfloat16, or half with a "
+        "gradient scaler where it is missing; on a CPU float32",
+    )
+    seed: NonNegativeInt | None = Field(
+        default=None,
+        lt=2**32,
+        description="Seed of weights, dropout and shuffling; by default the generators are used "
+        "as the program left them",
+    )
+    non_finite_loss: Literal["skip", "stop"] = Field(
+        default="stop",
+        description="A step whose loss or gradient is NaN or infinite is left out. 'stop': the run "
+        "fails after max_non_finite_steps of them in a row; 'skip': it never does",
+    )
+    max_non_finite_steps: PositiveInt = Field(
+        default=10, description="Steps in a row that may be left out, the last of which is fatal"
+    )
+
+
+class TrainMaskedConfig(CoreTrainConfig):
+    """How to train a model to fill in masked elements."""
+
+    masking_proba: float = Field(ge=0, le=1, description="Probability that an element is masked")
+
+
+class ResumeConfig(BaseModel):
+    """Where to go on from. A run fills it in so that its output is a next run's configuration.
+
+    A checkpoint ``.pth`` gives the weights only: optimizer, schedule and random numbers start
+    anew, in a new run folder. A training state (a folder ``<run>/state/step_<n>``) continues that
+    run exactly, in its own folder; epoch and batch are then the state's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint_file: str = Field(description="A checkpoint .pth, or the folder of a training state")
+    next_epoch_index: int = Field(default=0, description="The epoch to start in")
+    next_batch_index: int = Field(default=0, description="The batch of that epoch to start with")
+    migrate_embeddings: bool = Field(
+        default=False, description="Let a checkpoint's embeddings be fewer than the model's"
+    )
+    rename_modules: bool = Field(
+        default=False, description="Rename modules as the trainer's rename_modules_if_enabled says"
+    )
+    resumed_from: str | None = Field(
+        default=None, description="The checkpoint that the run before this one started from"
+    )
+
+
+class CoreIoConfig(BaseModel):
+    """What a run writes, and where."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name_model: str = Field(min_length=1, description="Name of the model; begins its files' names")
+    output_dir: str = Field(description="Folder of the run's folder; both are created")
+    num_models_to_save: NonNegativeInt = Field(description="How many of the best models to keep")
+    validate_amount: PositiveInt = Field(
+        description="How often to validate; at least num_models_to_save for as many models"
+    )
+    log_train_loss_amount: NonNegativeInt = Field(description="How often to log the training loss")
+    enabled_loss_log_for_gpus: list[int] = Field(
+        default=[0], description="The (global) ranks that log their losses"
+    )
+    tensorboard: bool = Field(
+        default=False, description="Write the losses for TensorBoard, too; needs mblm[tensorboard]"
+    )
+
+
+TModelParams = TypeVar("TModelParams", covariant=True, bound=CoreModelParams)
+TTrainConfig = TypeVar("TTrainConfig", covariant=True, bound=CoreTrainConfig)
+TIoConfig = TypeVar("TIoConfig", covariant=True, bound=CoreIoConfig)
+
+
+class SummaryStats(BaseModel):
+    """What became of a run: when it ended, if it has, and how it failed, if it did."""
+
+    training_start: str
+    training_end: str
+    num_workers: int
+    cuda_devices: list[str]
+    parameter_count: int
+    error: str | None
+
+
+class GenericEntryConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfig]):
+    """The configuration of a run. That which a run has written is one, too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    params: SerializeAsAny[TModelParams]
+    train: SerializeAsAny[TTrainConfig]
+    io: SerializeAsAny[TIoConfig]
+    resume: ResumeConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_summary(cls, data: Any) -> Any:
+        """Leave out what the run before has told of itself; without a checkpoint start anew."""
+        if not isinstance(data, dict) or "summary" not in data:
+            return data
+        data = {key: value for key, value in data.items() if key != "summary"}
+        resume = data.get("resume")
+        if isinstance(resume, dict) and resume.get("checkpoint_file") == "":
+            data["resume"] = None
+        return data
+
+
+class GenericOutputConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfig]):
+    """What a run writes to its ``config.yaml``: its configuration, how to go on, and a summary."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    params: SerializeAsAny[TModelParams]
+    train: SerializeAsAny[TTrainConfig]
+    io: SerializeAsAny[TIoConfig]
+    resume: ResumeConfig
+    summary: SummaryStats
+
+
+class CSVLossEntry(NamedTuple):
+    """A row of ``loss.csv``. ``kind`` is train, valid or test; -1 stands for what there is not."""
+
+    gpu_rank: int
+    timestamp: str
+    elements_seen: int
+    kind: str
+    epoch: int
+    batch: int
+    cum_batch: int
+    loss: float
+    lr: float
+    avg_grad: float
+    avg_grad_clipped: float
+
+
+class CSVTimeAndMemSnapshotEntry(NamedTuple):
+    """A row of ``timemem.csv``: seconds of a forward and backward pass, and the GPU's memory."""
+
+    cum_batch: int
+    num_items: int
+    kind: str
+    fw_time: float
+    bw_time: float | None
+    allocated: float
+    allocated_max: float
+    reserved: float
+    reserved_max: float
+    total: float

@@ -1,0 +1,163 @@
+"""What a run writes into its folder: the rows of its CSV files and its best models."""
+
+import csv
+import io
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from mblm.utils.atomic import atomic_write
+from mblm.utils.checkpoint import save_model_state
+
+Row = TypeVar("Row", bound=NamedTuple)
+
+_BEST = Path("state", "best")
+
+
+class CsvLog(Generic[Row]):
+    """Appends rows to a CSV file, each by one write, so that several workers may share the file.
+
+    Args:
+        file: The file; its folder exists.
+        columns: The names of the columns.
+        enabled: Whether this worker writes rows.
+    """
+
+    def __init__(self, file: Path, columns: type[Row], *, enabled: bool) -> None:
+        self._file = file
+        self._columns = columns._fields
+        self._enabled = enabled
+
+    def create(self) -> None:
+        """Begin the file with its header."""
+        self._file.write_text(_csv_lines([self._columns]))
+
+    def write_row(self, row: Row) -> None:
+        """Append a row, if this worker does."""
+        if not self._enabled:
+            return
+        with self._file.open("ab", buffering=0) as file:
+            file.write(_csv_lines([row]).encode())
+
+    def keep_before(self, cum_batch: int) -> None:
+        """Drop what was written about this batch or later ones, and what a crash cut off."""
+        column = self._columns.index("cum_batch")
+        text = self._file.read_text() if self._file.exists() else ""
+        rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+        kept = [
+            row
+            for row in rows
+            if len(row) == len(self._columns)
+            and row[column].isdigit()
+            and int(row[column]) < cum_batch
+        ]
+        with atomic_write(self._file) as stream:
+            stream.write(_csv_lines([self._columns, *kept]).encode())
+
+
+class BestModels:
+    """The best models of a run, on the disk: ``<name>_top<i>.pth``, the best first.
+
+    Each is written once, to ``state/best``, and stays there while the run or one of its training
+    states refers to it; the ``.pth`` files are links to them (copies where there are no links), so
+    that a training state keeps its best models without a copy.
+
+    Args:
+        run_dir: The run folder.
+        name: The model's name.
+        count: How many to keep.
+        writes: Whether this worker writes the files.
+
+    Attributes:
+        entries: Loss and file name of each, best first.
+    """
+
+    def __init__(self, run_dir: Path, name: str, count: int, *, writes: bool) -> None:
+        self._writes = writes
+        self._run_dir = run_dir
+        self._name = name
+        self._count = count
+        self.entries: list[tuple[float, str]] = []
+
+    def add(self, loss: float, state: dict[str, Any], file_name: str) -> None:
+        """Save a model, if it is among the best, and publish the best in their order."""
+        candidates = [*self.entries, (loss, file_name)]
+        candidates.sort(key=lambda entry: (math.isnan(entry[0]), entry[0]))  # NaN is the worst
+        best = candidates[: self._count]
+        if best != self.entries:
+            if self._writes:
+                self._save(loss, state, file_name)
+            self.entries = best
+            self._publish()
+
+    def _save(self, loss: float, state: dict[str, Any], file_name: str) -> None:
+        try:
+            save_model_state(self._run_dir / _BEST, file_name, state, loss)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot save the model: {error.strerror or error}; those before it are whole",
+                str(self._run_dir / _BEST / file_name),
+            ) from error
+
+    def restore(self, entries: Iterable[tuple[float, str]]) -> None:
+        """Take over what `entries` were, and publish it."""
+        self.entries = [(loss, name) for loss, name in entries]
+        self._publish()
+
+    def best_file(self) -> Path | None:
+        """The best model's file, if there is one."""
+        return self._published(1) if self.entries else None
+
+    def _publish(self) -> None:
+        """Let ``<name>_top<i>.pth`` be the best models, and no others."""
+        if not self._writes:
+            return
+        for index in range(len(self.entries) + 1, self._count + 1):
+            self._published(index).unlink(missing_ok=True)
+        for index, (_, name) in enumerate(self.entries, start=1):
+            source, target = self._run_dir / _BEST / name, self._published(index)
+            if not (target.exists() and target.samefile(source)):
+                _link(source, target)
+
+    def prune(self, referred: Iterable[str]) -> None:
+        """Remove the models that neither the run nor those who refer to them by name need."""
+        kept = {name for _, name in self.entries} | set(referred)
+        for file in (self._run_dir / _BEST).glob("*"):
+            if file.name not in kept:
+                file.unlink()
+
+    def _published(self, index: int) -> Path:
+        return self._run_dir / f"{self._name}_top{index}.pth"
+
+
+def new_run_dir(wanted: Path, config_name: str) -> Path:
+    """Create a folder for a run: as wanted, or with a number if a run is in it already."""
+    folder, number = wanted, 1
+    while (folder / config_name).exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}_{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    """Replace a file by a link to another, or by a copy where the system has no such links."""
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _csv_lines(rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()

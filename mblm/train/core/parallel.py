@@ -1,0 +1,281 @@
+"""The workers of a run: one model on one or many devices, and what they tell one another."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mblm.utils.distributed import ElasticRunVars
+
+T = TypeVar("T")
+Tensors = dict[str, torch.Tensor]
+
+
+class Workers:
+    """This process among the workers. Collectives are called by all of them, in the same order.
+
+    Attributes:
+        rank, world_size: The global rank and the number of workers.
+        is_main: Whether this is rank 0, which writes the files.
+        device: The worker's device, as ``"cuda:0"`` or ``"cpu"``.
+        group: A gloo group for what is exchanged between CPUs; None for a single worker.
+
+    Raises:
+        ValueError: There are several workers but no process group.
+    """
+
+    def __init__(self, run_vars: ElasticRunVars) -> None:
+        self.world_size = run_vars.world_size
+        self.local_rank = run_vars.local_rank
+        self.device_type = "cuda" if run_vars.is_cuda else "cpu"
+        self.device = f"cuda:{run_vars.local_rank}" if run_vars.is_cuda else "cpu"
+        self.rank = run_vars.local_rank if run_vars.rank is None else run_vars.rank
+        self.group: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            if not dist.is_initialized():
+                raise ValueError(
+                    f"run_vars: {self.world_size} workers need a process group; construct the "
+                    "trainer inside `with process_group() as run_vars`"
+                )
+            self.rank = dist.get_rank()
+            self.group = dist.new_group(backend="gloo")
+        self.is_main = self.rank == 0
+
+    def clock(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def from_main(self, value: T) -> T:
+        """The main worker's value, a plain one, on every worker."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all workers, by rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums of the workers' numbers."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return sums.tolist()
+
+
+class ParallelModel:
+    """A model on all workers: alone, with its gradients averaged (DDP), or sharded (FSDP).
+
+    Args:
+        model: The model, on a CPU; it is moved to the worker's device. The main worker's weights
+            and buffers are everyone's.
+        workers: The workers.
+        strategy: ``"ddp"`` or ``"fsdp"``.
+        units: For FSDP, the submodules that are gathered one at a time; the rest of the model is
+            gathered as a whole.
+
+    Attributes:
+        base: The model itself.
+        call: What to call in training.
+        is_sharded: Whether the weights are shared out among the workers.
+    """
+
+    def __init__(
+        self, model: nn.Module, workers: Workers, strategy: str, units: Iterable[nn.Module]
+    ) -> None:
+        self._workers = workers
+        self.is_sharded = strategy == "fsdp" and workers.world_size > 1
+        self._ddp: DistributedDataParallel | None = None
+        if self.is_sharded:
+            _broadcast(model.state_dict().values(), workers)
+            mesh = init_device_mesh(workers.device_type, (workers.world_size,))
+            for module in (*units, model):
+                fully_shard(module, mesh=mesh)
+            self.base: nn.Module = model
+            self.call: nn.Module = _Called(self.base)
+        elif workers.world_size > 1:
+            self.base = nn.SyncBatchNorm.convert_sync_batchnorm(model).to(workers.device)
+            device_ids = [workers.local_rank] if workers.device_type == "cuda" else None
+            self.call = self._ddp = DistributedDataParallel(self.base, device_ids=device_ids)
+            _settle_buckets(self._ddp)
+        else:
+            self.base = self.call = model.to(workers.device)
+
+    @property
+    def to_evaluate(self) -> nn.Module:
+        """What to call for validation: not DDP, which exchanges buffers in every call."""
+        return self.call if self.is_sharded else self.base
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that are optimized; DTensors if they are sharded."""
+        return self.base.parameters()
+
+    def accumulate(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a forward and backward pass; DDP averages gradients only in a step's last one.
+
+        FSDP does in each: between two, nobody then holds a gradient of the whole model.
+        """
+        if self._ddp is not None and not is_last:
+            return self._ddp.no_sync()
+        return contextlib.nullcontext()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of the gradients of all parameters, on all shards: a scalar on the device."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def clip_gradients(self, max_norm: float, norm: torch.Tensor) -> None:
+        """Scale gradients whose norm is ``norm`` down to ``max_norm``."""
+        torch.nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
+
+    def mean_gradient(self) -> float:
+        """Mean over the parameters of the mean entry of their gradients."""
+        means = [
+            _full(p.grad.sum()).float() / p.numel() for p in self.parameters() if p.grad is not None
+        ]
+        return float(torch.stack(means).mean()) if means else 0.0
+
+    # -- Weights --------------------------------------------------------------------------------
+
+    def full_state(self) -> Tensors:
+        """The state dict of the whole model, for the main worker; on the CPU if it was sharded."""
+        if not self.is_sharded:
+            return self.base.state_dict()
+        whole = {}
+        for name, value in self.base.state_dict().items():
+            full = _full(value)  # one tensor at a time is gathered
+            if self._workers.is_main:
+                whole[name] = full.detach().cpu()
+        return whole
+
+    def load_full_state(self, state: Tensors | None) -> None:
+        """Give all workers the weights that the main one has."""
+        own = self.base.state_dict()
+        with torch.no_grad():
+            for name in sorted(own):
+                target = own[name]
+                full = torch.empty(target.shape, dtype=target.dtype, device=self._workers.device)
+                if state is not None:
+                    full.copy_(state[name])
+                _broadcast([full], self._workers)
+                if isinstance(target, DTensor):
+                    sharded = _shard_like(full, target)
+                    target.to_local().copy_(sharded)
+                else:
+                    target.copy_(full)
+
+    def local_state(self) -> Tensors:
+        """The part of the state dict that this worker holds."""
+        return {name: to_local(value) for name, value in self.base.state_dict().items()}
+
+    def load_local_state(self, state: Tensors) -> None:
+        """Load what `local_state` gave.
+
+        Raises:
+            ValueError: The state is not that of this model on this worker.
+        """
+        own = self.local_state()
+        wrong = sorted(
+            own.keys() ^ state.keys()
+            | {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
+        )
+        if wrong:
+            raise ValueError(f"the saved weights do not fit the model: {', '.join(wrong[:8])}")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(state[name])
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """This worker's part of the gradients, by parameter."""
+        return [None if p.grad is None else to_local(p.grad) for p in self.parameters()]
+
+    def load_gradients(self, gradients: list[torch.Tensor | None]) -> None:
+        """Load what `gradients` gave."""
+        for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+            parameter.grad = None
+            if gradient is not None:
+                parameter.grad = like_shard(gradient.to(self._workers.device), parameter)
+
+
+class _Called(nn.Module):
+    """Calls the model, so that FSDP's hooks run also where ``forward`` is called by its name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def to_local(value: torch.Tensor) -> torch.Tensor:
+    """The worker's own part of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def like_shard(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A worker's part, as a DTensor if the parameter is one."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _full(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _shard_like(full: torch.Tensor, target: DTensor) -> torch.Tensor:
+    return distribute_tensor(full, target.device_mesh, target.placements).to_local()
+
+
+def _broadcast(tensors: Iterable[torch.Tensor], workers: Workers) -> None:
+    """Copy the main worker's tensors to all, over the group that takes their device."""
+    if workers.group is None:
+        return
+    for tensor in tensors:
+        group = workers.group if tensor.device.type == "cpu" else None
+        dist.broadcast(tensor.detach(), src=0, group=group)
+
+
+def _settle_buckets(ddp: DistributedDataParallel) -> None:
+    """Let DDP arrange its buckets now instead of after the first step.
+
+    A bucket's arrangement decides in which order the workers' gradients are added up. If the
+    first step after a resume used another than the same step of a run that went through, the two
+    would differ in the last bit.
+    """
+    ddp.reducer.prepare_for_backward([])
+    trained = [p for p in ddp.module.parameters() if p.requires_grad]
+    torch.stack([p.float().sum() * 0 for p in trained]).sum().backward()
+    ddp.reducer._rebuild_buckets()
+    for parameter in trained:
+        parameter.grad = None

@@ -1,0 +1,95 @@
+"""Show how far a run is: a bar on a terminal, now and then a line elsewhere."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+from typing_extensions import Self
+
+SECONDS_PER_LINE = 30
+_SMOOTHING = 0.95
+
+
+class Progress:
+    """The share of the batches that is done, loss, speed and time left.
+
+    Args:
+        total: Batches in all.
+        elements: Elements of a batch, all workers together.
+        unit: What an element is. Of bytes, bits per byte are shown, else the loss.
+        bar: Whether to show a bar; otherwise ``say`` is called with lines.
+        say: Called with a line every ``SECONDS_PER_LINE`` seconds and in the end.
+        interval: Seconds between two looks at the loss, which wait for a GPU.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        elements: int,
+        *,
+        unit: str,
+        bar: bool,
+        say: Callable[[str], object],
+        interval: float = 1.0,
+    ) -> None:
+        self._total = total
+        self._elements = elements
+        self._unit = unit
+        self._say = say
+        self._interval = interval if bar else SECONDS_PER_LINE
+        self._bar = tqdm(total=total, bar_format="{bar}", leave=True) if bar else None
+        self._done = 0
+        self._looked = 0  # batches done when the loss was last looked at
+        self._loss: float | None = None
+        self._start = time.monotonic()
+        self._next = 0.0
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Tell that a batch is done, and its loss, a scalar."""
+        self._done += 1
+        elapsed = time.monotonic() - self._start
+        if elapsed < self._next and self._done < self._total:
+            return
+        self._next = elapsed + self._interval
+        value = float(loss.detach())
+        if self._loss is None or not math.isfinite(self._loss):
+            self._loss = value
+        else:
+            old = _SMOOTHING ** (self._done - self._looked)
+            self._loss = old * self._loss + (1 - old) * value
+        self._looked = self._done
+        speed = self._done * self._elements / max(elapsed, 1e-9)
+        left = elapsed / self._done * (self._total - self._done)
+        facts = f"{self._measure()}, {speed:,.0f} {self._unit}s/s, {_duration(left)} left"
+        share = f"{self._done / self._total:4.0%}"
+        if self._bar is None:
+            self._say(f"{share} {facts}")
+        else:
+            self._bar.bar_format = f"{share} |{{bar}}| {facts}"
+            self._bar.update(self._done - self._bar.n)
+
+    def _measure(self) -> str:
+        loss = self._loss or 0.0
+        return (
+            f"{loss / math.log(2):.3f} bits per byte"
+            if self._unit == "byte"
+            else f"loss {loss:.4f}"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    seconds = math.ceil(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    if seconds < 7200:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,32 @@
+"""The states of all random number generators, as tensors and plain values."""
+
+import random
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+Rng: TypeAlias = dict[str, Any]
+
+
+def get_rng() -> Rng:
+    """The states of torch's default generators (CPU, current CUDA device), numpy's and Python's."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+    }
+
+
+def set_rng(rng: Rng) -> None:
+    """Set the generators to states that `get_rng` gave."""
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"])
+    name, keys, *rest = rng["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = rng["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))

@@ -1,0 +1,244 @@
+"""The folder of a run: its configuration, losses, times and memory, and checkpoints.
+
+<output_dir>/<name_model>_<run id>/
+    config.yaml             the run's configuration, how to go on from its best model, a summary
+    loss.csv, timemem.csv   rows of `CSVLossEntry` and `CSVTimeAndMemSnapshotEntry`
+    train.log               what the main worker tells
+    <name_model>_top<i>.pth the best models, best first
+    state/                  training states, and the best models that they refer to
+    tensorboard/            if configured
+"""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mblm.data.types import ModelMode
+from mblm.train.core.config import (
+    CSVLossEntry,
+    CSVTimeAndMemSnapshotEntry,
+    GenericEntryConfig,
+    GenericOutputConfig,
+    ResumeConfig,
+    SummaryStats,
+)
+from mblm.train.core.hooks import CoreTrainerOptions
+from mblm.train.core.output import BestModels, CsvLog, new_run_dir
+from mblm.train.core.parallel import Workers
+from mblm.train.core.run import Position
+from mblm.train.core.training_state import (
+    prune_states,
+    referred_models,
+    run_dir_of,
+    step_of,
+)
+from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
+from mblm.utils.io import dump_yml
+
+Config = GenericEntryConfig[Any, Any, Any]
+
+
+class RunFolder:
+    """Writes what a run tells. All workers have one; the main worker writes, all may log losses.
+
+    Args:
+        config: The run's configuration.
+        options: The names of the files.
+        workers: The workers.
+        run_id: What follows the model's name in that of a new folder; the main worker's counts.
+        state_dir: The training state that the run goes on from, in its folder.
+
+    Attributes:
+        path: The folder.
+        best: The best models.
+        summary: What ``config.yaml`` says about the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        options: CoreTrainerOptions,
+        workers: Workers,
+        run_id: str,
+        state_dir: Path | None,
+    ) -> None:
+        io = config.io
+        path = Path()
+        if state_dir is not None:
+            path = run_dir_of(state_dir)
+        elif workers.is_main:
+            path = new_run_dir(
+                Path(io.output_dir, f"{io.name_model}_{run_id}"), options.config_file_name
+            )
+        path = Path(workers.from_main(str(path)))
+        path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
+        self.path = path
+        self._config = config
+        self._config_file = path / options.config_file_name
+        self._workers = workers
+        self.best = BestModels(path, io.name_model, io.num_models_to_save, writes=workers.is_main)
+        self.summary = SummaryStats(
+            training_start="",
+            training_end="",
+            num_workers=workers.world_size,
+            cuda_devices=cuda_properties().cuda_devices,
+            parameter_count=0,
+            error=None,
+        )
+        logs_loss = workers.rank in io.enabled_loss_log_for_gpus
+        self._loss = CsvLog(path / options.loss_file_name, CSVLossEntry, enabled=logs_loss)
+        self._timemem = CsvLog(
+            path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=workers.is_main
+        )
+        self._board: Any = None
+        if io.tensorboard and workers.is_main:
+            self._board = _tensorboard(path / "tensorboard")
+        resume = config.resume
+        self._resume = ResumeConfig(
+            checkpoint_file="",
+            next_epoch_index=-1,
+            next_batch_index=-1,
+            resumed_from=resume.checkpoint_file if resume else None,
+        )
+        if state_dir is not None:
+            self._resume = self._resume_told_before()
+        elif workers.is_main:
+            self._loss.create()
+            self._timemem.create()
+        workers.barrier()
+
+    def rewind(self, state_dir: Path) -> None:
+        """Drop what was written after a training state."""
+        if self._workers.is_main:
+            step = step_of(state_dir)
+            self._loss.keep_before(step)
+            self._timemem.keep_before(step)
+            prune_states(self.path, after=step)
+        self._workers.barrier()
+
+    def changed_since(self) -> list[str]:
+        """Fields of ``params`` and ``train`` that differ from those in the folder."""
+        before = self._read_config()
+        now = self._config.model_dump(mode="json")
+        return [
+            f"{part}.{name}: {before.get(part, {}).get(name)} -> {value}"
+            for part in ("params", "train")
+            for name, value in now[part].items()
+            if before.get(part, {}).get(name) != value
+        ]
+
+    def dump_config(self) -> None:
+        """Write ``config.yaml``."""
+        if self._workers.is_main:
+            output: GenericOutputConfig[Any, Any, Any] = GenericOutputConfig(
+                params=self._config.params,
+                train=self._config.train,
+                io=self._config.io,
+                resume=self._resume,
+                summary=self.summary,
+            )
+            dump_yml(self._config_file, output)
+
+    def write_loss(
+        self,
+        kind: ModelMode,
+        loss: float,
+        *,
+        elements_seen: int = -1,
+        epoch: int = -1,
+        batch: int = -1,
+        cum_batch: int = -1,
+        lr: float = -1,
+        avg_grad: float = -1,
+        avg_grad_clipped: float = -1,
+    ) -> None:
+        """Append a row to ``loss.csv``, if this worker does."""
+        self._loss.write_row(
+            CSVLossEntry(
+                gpu_rank=self._workers.rank,
+                timestamp=str(datetime.now()),
+                elements_seen=elements_seen,
+                kind=kind.value,
+                epoch=epoch,
+                batch=batch,
+                cum_batch=cum_batch,
+                loss=loss,
+                lr=lr,
+                avg_grad=avg_grad,
+                avg_grad_clipped=avg_grad_clipped,
+            )
+        )
+        if self._board is not None:
+            self._board.add_scalar(f"loss/{kind.value}", loss, cum_batch)
+            if kind is ModelMode.TRAIN:
+                self._board.add_scalar("learning rate", lr, cum_batch)
+            self._board.flush()
+
+    def write_timemem(
+        self,
+        cum_batch: int,
+        num_items: int,
+        kind: ModelMode,
+        fw_time: float,
+        bw_time: float | None,
+    ) -> None:
+        """Append a row to ``timemem.csv``."""
+        memory = cuda_memory_snapshot(self._workers.device)
+        self._timemem.write_row(
+            CSVTimeAndMemSnapshotEntry(
+                cum_batch=cum_batch,
+                num_items=num_items,
+                kind=kind.value,
+                fw_time=fw_time,
+                bw_time=bw_time,
+                allocated=memory.allocated,
+                allocated_max=memory.allocated_max,
+                reserved=memory.reserved,
+                reserved_max=memory.reserved_max,
+                total=memory.total,
+            )
+        )
+
+    def add_model(self, loss: float, state: dict[str, Any], position: Position | None) -> None:
+        """Offer a model for the best; ``config.yaml`` then tells how to go on from the best.
+
+        Args:
+            loss: Its validation loss.
+            state: Its whole state dict; the main worker's counts.
+            position: Where it was made; None for the one that the run started from.
+        """
+        name = "resumed.pth" if position is None else f"step_{position.step:08d}.pth"
+        self.best.add(loss, state, name)
+        if position is not None:
+            self._resume.next_epoch_index = position.epoch
+            self._resume.next_batch_index = position.batch
+            self._resume.checkpoint_file = str(self.best.best_file() or "")
+            self.dump_config()
+
+    def clean_up(self) -> None:
+        """Remove old training states, and models that nothing refers to."""
+        if self._workers.is_main:
+            self.best.prune(referred_models(prune_states(self.path)))
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            content = yaml.safe_load(self._config_file.read_bytes())
+        except (OSError, yaml.YAMLError):
+            content = None
+        return content if isinstance(content, dict) else {}
+
+    def _resume_told_before(self) -> ResumeConfig:
+        told = self._read_config().get("resume")
+        return ResumeConfig.model_validate(told) if told else self._resume
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "io.tensorboard needs TensorBoard: pip install 'mblm[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(folder))

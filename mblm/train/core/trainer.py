@@ -1,0 +1,472 @@
+"""The trainer: what a subclass gives, trained in a loop that loses nothing."""
+
+import math
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mblm.data.datasets import DistributedDataset
+from mblm.data.types import ModelMode
+from mblm.train.core.config import GenericEntryConfig, TIoConfig, TModelParams, TTrainConfig
+from mblm.train.core.evaluation import mean_loss
+from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
+from mblm.train.core.interrupt import StopRequest, TrainingInterrupted
+from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
+from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
+from mblm.train.core.parallel import ParallelModel, Workers
+from mblm.train.core.precision import Precision
+from mblm.train.core.progress import Progress
+from mblm.train.core.rng import set_rng
+from mblm.train.core.run import Position, Run
+from mblm.train.core.run_folder import RunFolder
+from mblm.train.core.sampling import ShardedBatches, TrainBatches
+from mblm.train.core.schedule import Plan, plan_run
+from mblm.train.core.training_state import (
+    State,
+    find_latest_state,
+    load_training_state,
+    save_training_state,
+    state_to_resume,
+)
+from mblm.utils import cuda
+from mblm.utils.checkpoint import load_model_state
+from mblm.utils.distributed import ElasticRunVars
+from mblm.utils.seed import seed_everything
+
+__all__ = ["CoreTrainer", "CoreTrainerOptions"]
+
+
+class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoConfig]):
+    """Trains, validates and tests; a subclass says what, by the methods of `TrainerHooks`.
+
+    All workers construct it with one configuration and call the same methods. What a run writes is
+    told in `RunFolder`; it can be stopped at any moment and goes on from its training state.
+
+    Args:
+        config: The run's configuration.
+        run_vars: This worker, as ``process_group`` gives it.
+        options: The program's wishes.
+
+    Raises:
+        ValueError: Several workers without a process group, or nothing to resume from.
+    """
+
+    def __init__(
+        self,
+        config: GenericEntryConfig[TModelParams, TTrainConfig, TIoConfig],
+        run_vars: ElasticRunVars,
+        options: CoreTrainerOptions | None = None,
+    ) -> None:
+        self.config = config
+        self.options = options or CoreTrainerOptions()
+        self._workers = Workers(run_vars)
+        self._device = self._workers.device
+        self._precision = Precision(
+            config.train.precision, self._workers.device_type, self.options.amp_dtype
+        )
+
+        state_dir = state_to_resume(config.resume)
+        run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
+        self._folder = RunFolder(config, self.options, self._workers, run_id, state_dir)
+        self._log = self.configure_logger(self._folder.path, self._workers.is_main)
+        self._resumed = self._load_state(state_dir) if state_dir else None
+
+        seed = config.train.seed
+        if seed is not None:
+            seed_everything(seed)
+        model = self.init_model()
+        if config.resume and not state_dir:
+            self._load_checkpoint(model)
+        drawn = int(torch.randint(2**31, ())) if seed is None else seed
+        self._seed: int = self._workers.from_main(drawn)
+        if self._resumed is not None:
+            self._seed = self._resumed[0]["seed"]
+        elif seed is not None:  # dropout differs between workers
+            seed_everything((seed + 1 + self._workers.rank) % 2**32)
+
+        parameters, parts = self.configure_count_parameters(model)
+        self._parallel = ParallelModel(
+            model, self._workers, config.train.strategy, self.configure_fsdp_units(model)
+        )
+        self._model_dist = self._parallel.call
+        self._folder.summary.parameter_count = parameters
+        self._folder.dump_config()
+        self._log.info(f"Model parameters: {parameters}, ({parts})")
+        self._log.info(f"Configuration: {config}")
+        self._log.info(f"CUDA: {cuda.cuda_properties()}")
+
+    # -- Faces -----------------------------------------------------------------------------------
+
+    def train(
+        self,
+        train_dataset: DistributedDataset[TBatch],
+        valid_dataset: DistributedDataset[TBatch],
+    ) -> TModel | None:
+        """Train for as long as configured.
+
+        Args:
+            train_dataset: This worker's part of the training data.
+            valid_dataset: All validation data, the same on every worker.
+
+        Returns:
+            The model with the weights of the lowest validation loss, on every worker; with the
+            last weights if no model is saved.
+
+        Raises:
+            TrainingInterrupted: A signal came; the state is saved. Exits with 75.
+            NonFiniteLossError: The loss was NaN or infinite too often.
+            OSError: Nothing more can be saved; the last training state is whole.
+        """
+        summary = self._folder.summary
+        summary.training_start = datetime.now().isoformat()
+        restarts = self.options.max_train_restarts if self._workers.world_size == 1 else 0
+        try:
+            while True:
+                try:
+                    self._train(train_dataset, valid_dataset)
+                    break
+                except Exception as error:
+                    if restarts == 0:
+                        raise
+                    restarts -= 1
+                    self._log.critical(f"Training failed: {error}", exc_info=True)
+                    self._resume_after(error, restarts)
+        except BaseException as error:
+            summary.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, TrainingInterrupted):
+                self._tell(str(error))
+            else:
+                self._log.critical(f"Training failed: {summary.error}", exc_info=error)
+            with suppress(OSError):  # such as the disk being full, which is the error, then
+                self._folder.dump_config()
+            raise
+        summary.error = None
+        summary.training_end = datetime.now().isoformat()
+        self._folder.dump_config()
+        return self._load_best()
+
+    def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
+        """Log a model's loss on test data; called by all workers, each with all the data."""
+        loader = self.get_test_dataloader(test_dataset)
+        is_ours = model is self._parallel.base
+        callee = self._parallel.to_evaluate if is_ours else model
+        loss = self._evaluate(callee, loader, Position(step=0, elements_seen=-1))
+        self._log.info(f"Test loss: {loss}")
+        self._folder.write_loss(ModelMode.TEST, loss)
+
+    def avg_gradient_value(self) -> float:
+        """Mean over the parameters of the mean entry of their gradients."""
+        return self._parallel.mean_gradient()
+
+    # -- The loop --------------------------------------------------------------------------------
+
+    def _train(
+        self,
+        train_dataset: DistributedDataset[TBatch],
+        valid_dataset: DistributedDataset[TBatch],
+    ) -> None:
+        config = self.config.train
+        batches = TrainBatches(self.get_train_dataloader(train_dataset))
+        valid_loader = self.get_valid_dataloader(valid_dataset)
+        run, plan = self._start(batches)
+        position = run.position
+
+        def before_new_epoch(epoch: int) -> None:
+            self._log.info(f"Epoch {epoch}")
+            train_dataset.offset_to(epoch)
+            batches.epoch = epoch
+
+        train_dataset.offset_to(position.epoch)
+        items = epoch_cycler(
+            batches,
+            before_new_epoch=before_new_epoch,
+            start_epoch=position.epoch,
+            start_batch=position.batch,
+            max_iters=plan.batches - position.done,
+        )
+        run.model.call.train()
+        with StopRequest(self._workers.group) as request, self._progress(plan, run) as progress:
+            for item in items:
+                index = position.step
+                is_last = position.done + 1 == plan.batches
+                completes = (position.done + 1) % config.gradient_accumulate_every == 0
+                loss = self._forward_backward(run, item.item, completes=completes)
+                position.advance(item.next_epoch, item.next_batch, plan.elements_per_batch)
+                if index in plan.log_points:
+                    self._log_train_loss(run, item, float(loss))
+                if completes:
+                    self._step(run, plan, item)
+                validates = index in plan.validation_points and not self.options.skip_validation
+                if validates:
+                    self._validate(run, valid_loader, item)
+                signal = request.seen(is_last=is_last)
+                if validates or is_last or signal:
+                    self._save(run, batches)
+                if progress is not None:
+                    progress.update(loss)
+                if signal and not is_last:
+                    raise TrainingInterrupted(
+                        f"Stopped by {signal.name} after batch {index}; the state is saved"
+                    )
+        self._log.info(f"Finished training: {position.elements_seen} elements on this worker")
+
+    def _start(self, batches: TrainBatches[TBatch]) -> tuple[Run, Plan]:
+        """Set up what trains the model, from the beginning or as a training state has it."""
+        config, resume = self.config.train, self.config.resume
+        if len(batches) == 0:
+            raise ValueError(
+                f"train_dataset: not one batch of {config.batch_size} samples for each worker"
+            )
+        position = Position()
+        if self._resumed is not None:
+            position = Position(**self._resumed[1]["position"])
+        elif resume is not None:
+            position.epoch, position.batch = resume.next_epoch_index, resume.next_batch_index
+            position.step = len(batches) * position.epoch + position.batch
+        plan = plan_run(
+            config,
+            self.config.io,
+            input_seq_len=self.config.params.input_seq_len,
+            world_size=self._workers.world_size,
+            start=position.step - position.done,
+        )
+        optimizer = self.configure_optimizer(self._parallel.parameters())
+        scaler = self._precision.scaler()
+        scheduler = self.configure_scheduler(optimizer, plan.gradient_steps)
+        run = Run(self._parallel, optimizer, scheduler, scaler, position)
+        if self._resumed is not None:
+            common, own = self._resumed
+            self._resumed = None
+            run.load(common, own)
+            batches.epoch_rng = own["epoch_rng"]
+            self._folder.best.restore(common["best"])
+            set_rng(own["rng"])
+        self._log.info(
+            f"Batches {position.done} to {plan.batches} of this run on each of "
+            f"{self._workers.world_size} workers, {plan.gradient_steps} gradient steps in all, "
+            f"from epoch {position.epoch}, batch {position.batch}"
+        )
+        return run, plan
+
+    def _forward_backward(self, run: Run, batch: TBatch, *, completes: bool) -> torch.Tensor:
+        """Add a batch's gradients to those there are; returns the loss, a scalar on the device.
+
+        A loss that is not finite makes all gradients NaN, so that no worker applies the step.
+        """
+        with run.model.accumulate(is_last=completes):
+            measures = run.position.done < (self.options.track_first_fw_bw_exec_times or 0)
+            clock = self._workers.clock if measures else time.perf_counter
+            start = clock()
+            with self._precision.autocast():
+                loss = self.model_forward(cast(TModel, run.model.call), batch, self._device)
+            forward = clock()
+            every = self.config.train.gradient_accumulate_every
+            divisor = torch.where(torch.isfinite(loss.detach()), float(every), math.nan)
+            scaled: Any = run.scaler.scale(loss / divisor)
+            scaled.backward()
+            if measures:
+                backward = clock()
+                self._folder.write_timemem(
+                    run.position.step,
+                    self.config.train.batch_size,
+                    ModelMode.TRAIN,
+                    forward - start,
+                    backward - forward,
+                )
+        run.losses.append(loss.detach())
+        return loss.detach()
+
+    def _step(self, run: Run, plan: Plan, item: EpochCyclerYield[TBatch]) -> None:
+        """Apply the gradients, or leave them out and judge whether to go on."""
+        config, position = self.config.train, run.position
+        upcoming = range(position.step, position.step + config.gradient_accumulate_every)
+        is_logged = any(point in plan.log_points for point in upcoming)
+        measure = self.avg_gradient_value if is_logged else None
+        losses, run.losses = run.losses, []
+        if run.step(clip=config.gradient_clipping, measure=measure):
+            position.non_finite = 0
+            return
+        bad = find_bad_losses(losses, self._workers, position.step)
+        if not bad and run.scaler.is_enabled():
+            return  # The scale was too large for half precision, and is smaller now.
+        position.non_finite += 1
+        message = (
+            f"Step left out after batch {item.batch} of epoch {item.epoch}: "
+            f"{bad or 'the gradient is not finite, though the losses are'} "
+            f"({position.non_finite} in a row)"
+        )
+        self._tell(message)
+        too_many = position.non_finite >= config.max_non_finite_steps
+        if too_many and config.non_finite_loss == "stop":
+            raise NonFiniteLossError(message)
+
+    def _validate(
+        self, run: Run, loader: "DataLoader[TBatch]", item: EpochCyclerYield[TBatch]
+    ) -> None:
+        """Validate, log the loss, and keep the model if it is among the best."""
+        position = run.position
+        loss = self._evaluate(run.model.to_evaluate, loader, position)
+        run.model.call.train()
+        index = position.step - 1
+        self._log.info(f"[{index}] Validation loss: {loss}")
+        self._folder.write_loss(
+            ModelMode.VALID,
+            loss,
+            elements_seen=position.elements_seen,
+            epoch=item.epoch,
+            batch=item.batch,
+            cum_batch=index,
+        )
+        self._folder.add_model(loss, run.model.full_state(), position)
+
+    def _evaluate(
+        self, model: nn.Module, loader: "DataLoader[TBatch]", position: Position
+    ) -> float:
+        """The mean loss over a loader's batches, the same on every worker."""
+        if isinstance(loader.batch_sampler, ShardedBatches):
+            loader.batch_sampler.sampler.epoch = position.step  # the order, if it is shuffled
+
+        def forward(batch: TBatch) -> torch.Tensor:
+            return self.model_forward(cast(TModel, model), batch, self._device)
+
+        def show(indices: range) -> Any:
+            is_shown = self.options.display_progress and self._workers.is_main
+            interval = self.options.valid_prog_min_interval_seconds
+            return tqdm(
+                indices, "Evaluating", leave=False, disable=not is_shown, mininterval=interval
+            )
+
+        model.eval()
+        with (
+            torch.no_grad(),
+            self._precision.autocast(),
+        ):  # inference mode would reach what FSDP gathers
+            loss, seconds = mean_loss(
+                forward,
+                loader,
+                self._workers,
+                max_batches=self.config.train.max_eval_steps,
+                in_step=self._parallel.is_sharded,
+                show=show,
+            )
+        if self.options.track_first_fw_bw_exec_times:
+            self._folder.write_timemem(
+                position.step - 1, position.elements_seen, ModelMode.VALID, seconds, None
+            )
+        return loss
+
+    # -- States ----------------------------------------------------------------------------------
+
+    def _save(self, run: Run, batches: TrainBatches[TBatch]) -> None:
+        """Save the training state and tell in config.yaml how to go on."""
+        common = {
+            **run.common_state(),
+            "seed": self._seed,
+            "best": [list(entry) for entry in self._folder.best.entries],
+        }
+        save_training_state(
+            self._folder.path,
+            run.position.step,
+            common,
+            run.own_state(batches.epoch_rng),
+            self._workers,
+            self.config.train.strategy,
+        )
+        self._folder.clean_up()
+        self._log.debug(f"Saved the training state after {run.position.step} batches")
+
+    def _load_state(self, state_dir: Path) -> tuple[State, State]:
+        self._log.info(f"Resuming exactly from {state_dir}")
+        if changes := self._folder.changed_since():
+            self._log.warning(f"The configuration has changed: {', '.join(changes)}")
+        loaded = load_training_state(state_dir, self._workers, self.config.train.strategy)
+        self._folder.rewind(state_dir)
+        return loaded
+
+    def _load_checkpoint(self, model: TModel) -> None:
+        """Load weights, and count them among the best models: no worse ones replace them."""
+        resume = self.config.resume
+        if resume is None:
+            return
+        _, loss = load_model_state(
+            resume.checkpoint_file,
+            model,
+            map_location="cpu",
+            map_extend_embeddings=(
+                self.migrate_embeddings_if_enabled() if resume.migrate_embeddings else None
+            ),
+            map_rename_modules=self.rename_modules_if_enabled() if resume.rename_modules else None,
+            on_success=self._log.debug,
+        )
+        self._log.warning(
+            f"Resuming from the weights of {resume.checkpoint_file} (loss {loss:.4f}) only: "
+            "optimizer, learning rate and random numbers start anew"
+        )
+        self._folder.add_model(loss, model.state_dict(), None)
+
+    def _resume_after(self, error: Exception, restarts: int) -> None:
+        """Go back to the last training state, if there is one."""
+        state_dir = find_latest_state(self._folder.path)
+        if state_dir is None:
+            raise error
+        self._resumed = self._load_state(state_dir)
+        self._log.info(f"{restarts} restarts are left")
+
+    def _load_best(self) -> TModel:
+        """The best model on every worker."""
+        file = self._folder.best.best_file()
+        if self._workers.from_main(file is not None):
+            state = None
+            if self._workers.is_main and file is not None:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                state = content["MODEL"]
+                self._log.info(f"The best model's validation loss: {content['LOSS']}")
+            self._parallel.load_full_state(state)
+        return cast(TModel, self._parallel.base)
+
+    # -- Small things ----------------------------------------------------------------------------
+
+    def _tell(self, message: str) -> None:
+        """Say something once that must not be missed."""
+        self._log.error(message)
+        if self._workers.is_main:
+            print(message, file=sys.stderr, flush=True)
+
+    def _log_train_loss(self, run: Run, item: EpochCyclerYield[TBatch], loss: float) -> None:
+        """Log this worker's loss; the gradients are those of the last step."""
+        position, index = run.position, run.position.step - 1
+        rate = float(run.optimizer.param_groups[0]["lr"])
+        self._log.info(f"[{index}] Training loss: {loss}")
+        self._folder.write_loss(
+            ModelMode.TRAIN,
+            loss,
+            elements_seen=position.elements_seen,
+            epoch=item.epoch,
+            batch=item.batch,
+            cum_batch=index,
+            lr=rate,
+            avg_grad=position.avg_grad,
+            avg_grad_clipped=position.avg_grad_clipped,
+        )
+
+    def _progress(self, plan: Plan, run: Run) -> AbstractContextManager[Progress | None]:
+        """Shows the main worker's progress."""
+        if not self._workers.is_main:
+            return nullcontext()
+        batch = self.config.train.batch_size * self.config.params.input_seq_len
+        return Progress(
+            plan.batches - run.position.done,
+            batch * self._workers.world_size,
+            unit=self.progress_unit,
+            bar=self.options.display_progress,
+            say=self._log.info,
+            interval=self.options.train_prog_min_interval_seconds,
+        )

@@ -1,0 +1,253 @@
+"""Train MBLMs: their configurations, their datasets by name, and the two trainers.
+
+Run by torchrun, or by itself as a single worker; one YAML file says all of an experiment.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from mblm.data.dataset.byte_files import ByteFiles
+from mblm.data.dataset.clevr import Clevr
+from mblm.data.dataset.pg19 import PG19
+from mblm.data.dataset.pg19_masked import PG19Masked
+from mblm.data.datasets import DistributedDataset
+from mblm.data.types import BatchMaskedForMLM, BatchWithLossMask, ModelMode
+from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
+from mblm.model.embeddings import MBLM_TOKEN_EMB_MIGRATION
+from mblm.model.mblm import MBLM, MBLMEncoder
+from mblm.model.utils import count_params
+from mblm.train.core.config import (
+    CoreIoConfig,
+    CoreModelParams,
+    CoreTrainConfig,
+    GenericEntryConfig,
+    GenericOutputConfig,
+    TIoConfig,
+    TrainMaskedConfig,
+)
+from mblm.train.core.hooks import TBatch, TModel
+from mblm.train.core.trainer import CoreTrainer
+from mblm.utils.distributed import process_group
+from mblm.utils.logging import create_logger, shutdown_log_handlers
+
+
+class TrainMBLMParams(MBLMModelConfig, CoreModelParams):
+    """An MBLM, and the length of the sequences it is trained on."""
+
+
+class TrainMaskedMBLMParams(MBLMEncoderModelConfig, CoreModelParams):
+    """An MBLM encoder, and the length of the sequences it is trained on."""
+
+
+class TrainMBLMIoConfig(CoreIoConfig):
+    """What a run reads and writes, and where."""
+
+    dataset_dir: str = Field(description="Folder of the dataset")
+    dataset_id: str = Field(description="The name that the dataset is registered by")
+    dataset_args: dict[str, Any] | None = Field(
+        default=None, description="Arguments of the dataset, as its class documents them"
+    )
+    description: str | None = Field(default=None, description="What the experiment is about")
+
+
+class TrainEntryConfig(GenericEntryConfig[TrainMBLMParams, CoreTrainConfig, TrainMBLMIoConfig]):
+    """The configuration of a run that trains an MBLM."""
+
+
+class TrainOutputConfig(GenericOutputConfig[TrainMBLMParams, CoreTrainConfig, TrainMBLMIoConfig]):
+    """The ``config.yaml`` of a run that has trained an MBLM."""
+
+
+class TrainMaskedEntryConfig(
+    GenericEntryConfig[TrainMaskedMBLMParams, TrainMaskedConfig, TrainMBLMIoConfig]
+):
+    """The configuration of a run that trains an MBLM encoder."""
+
+
+EntryConfig = TypeVar("EntryConfig", contravariant=True)
+Batch = TypeVar("Batch")
+Class = TypeVar("Class")
+
+
+class TrainerDataset(Protocol[EntryConfig, Batch]):
+    """What a dataset must have to be named in a configuration, beside `DistributedDataset`'s."""
+
+    @staticmethod
+    def from_train_entry_config(
+        config: EntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+    ) -> "DistributedDataset[Batch]":  # type: ignore[type-var,unused-ignore]
+        """One part of the dataset, or a worker's share of it."""
+        ...
+
+    @staticmethod
+    def supports_test_mode() -> bool:
+        """Whether there is a test part with answers."""
+        ...
+
+
+MBLMTrainerDatasetImpl = TrainerDataset[TrainEntryConfig, BatchWithLossMask]
+MaskedMBLMTrainerDatasetImpl = TrainerDataset[TrainMaskedEntryConfig, BatchMaskedForMLM]
+
+
+class DatasetRegistry(dict[str, Any]):
+    """Classes of datasets by the names that configurations use."""
+
+    def register(self, dataset_id: str) -> Callable[[type[Class]], type[Class]]:
+        """Register a class by a name, which is then this class's.
+
+        @dataset_registry.register("my-dataset")
+        class MyDataset(DistributedDataset[BatchWithLossMask]): ...
+        """
+
+        def register(dataset: type[Class]) -> type[Class]:
+            self[dataset_id] = dataset
+            return dataset
+
+        return register
+
+    def retrieve(self, dataset_id: str) -> Any:
+        """The class of this name.
+
+        Raises:
+            KeyError: There is none; the message lists the names there are.
+        """
+        if dataset_id not in self:
+            raise KeyError(
+                f"io.dataset_id: no dataset is registered as {dataset_id!r}; there are "
+                f"{', '.join(sorted(self))}"
+            )
+        return self[dataset_id]
+
+
+dataset_registry = DatasetRegistry(pg19=PG19, clevr=Clevr, bytes=ByteFiles)
+masked_dataset_registry = DatasetRegistry(pg19masked=PG19Masked)
+
+
+class _HierarchyTrainer(
+    CoreTrainer[TModel, TBatch, Any, Any, TIoConfig], Generic[TModel, TBatch, TIoConfig]
+):
+    """What the trainers of decoder and encoder share: Adam, warm-up and cosine, names."""
+
+    progress_unit = "byte"
+
+    def configure_optimizer(self, parameters: Iterator[nn.Parameter]) -> Optimizer:
+        """Adam with betas 0.9 and 0.95."""
+        rate = self.config.train.learning_rate
+        return Adam(parameters, lr=rate, betas=(0.9, 0.95), fused=True)
+
+    def configure_scheduler(self, optimizer: Optimizer, local_gradient_steps: int) -> LRScheduler:
+        """Linearly from 0.1 of the learning rate to all of it, then a cosine to 0."""
+        warmup = math.floor(local_gradient_steps * self.config.train.warmup_steps_perc)
+        cosine = CosineAnnealingLR(optimizer, T_max=max(local_gradient_steps - warmup, 1))
+        if warmup == 0:
+            return cosine
+        linear = LinearLR(optimizer, start_factor=0.1, end_factor=1, total_iters=warmup)
+        return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
+
+    def configure_run_id(self) -> str:
+        """The environment variable ``JOB_ID``, or the time."""
+        return os.environ.get("JOB_ID") or super().configure_run_id()
+
+    def configure_count_parameters(self, model: TModel) -> tuple[int, dict[str, int]]:
+        """All parameters, and those of each stage."""
+        stages: Any = model.stage_models
+        return count_params(model, *((f"stage {n}", [s]) for n, s in enumerate(stages, start=1)))
+
+    def configure_fsdp_units(self, model: TModel) -> Iterable[nn.Module]:
+        """The stage models; embeddings, contexts and logits are gathered with the whole."""
+        stages: Any = model.stage_models
+        return stages
+
+
+class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
+    """Trains an MBLM to predict the next byte."""
+
+    def init_model(self) -> MBLM:
+        """The model of ``config.params``."""
+        params = self.config.params
+        fields = {name: getattr(params, name) for name in MBLMModelConfig.model_fields}
+        return MBLM(MBLMModelConfig(**fields))
+
+    def model_forward(self, model: MBLM, batch: BatchWithLossMask, device: str) -> torch.Tensor:
+        """The loss of ``(ids, loss_mask)``, both ``(B, L)``."""
+        ids, loss_mask = (tensor.to(device, non_blocking=True) for tensor in batch)
+        loss: torch.Tensor = model.forward(  # type: ignore[assignment]
+            ids, return_type=MBLMReturnType.LOSS, loss_mask=loss_mask
+        )
+        return loss
+
+    def migrate_embeddings_if_enabled(self) -> set[str] | None:
+        """The tables of older models had fewer rows: no special tokens."""
+        return MBLM_TOKEN_EMB_MIGRATION
+
+
+class MaskedTrainer(_HierarchyTrainer[MBLMEncoder, BatchMaskedForMLM, CoreIoConfig]):
+    """Trains an MBLM encoder to fill in masked bytes."""
+
+    def init_model(self) -> MBLMEncoder:
+        """The model of ``config.params``."""
+        params = self.config.params
+        fields = {name: getattr(params, name) for name in MBLMEncoderModelConfig.model_fields}
+        return MBLMEncoder(MBLMEncoderModelConfig(**fields))
+
+    def model_forward(
+        self, model: MBLMEncoder, batch: BatchMaskedForMLM, device: str
+    ) -> torch.Tensor:
+        """The loss of ``(masked ids, mask, labels)``, each ``(B, L)``."""
+        ids, mask, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        loss: torch.Tensor = model.forward(  # type: ignore[assignment]
+            input_ids=ids,
+            attention_mask=mask,
+            labels=labels,
+            return_type=MBLMReturnType.LOSS,
+        )
+        return loss
+
+
+def train_mblm(config: TrainEntryConfig) -> None:
+    """Train an MBLM, and test the best where the dataset has a test part.
+
+    Runs as one of torchrun's processes, on its GPU or, on a machine without, on the CPU; without
+    torchrun it is the only worker.
+
+    Raises:
+        Exception: Whatever fails; it is logged to ``<output_dir>/mblm.train.mblm.log`` first.
+        TrainingInterrupted: A signal stopped the run; see `CoreTrainer.train`.
+    """
+    _train(MegabyteTrainer, dataset_registry, config)
+
+
+def train_encoder_mblm(config: TrainMaskedEntryConfig) -> None:
+    """Train an MBLM encoder; otherwise as `train_mblm`."""
+    _train(MaskedTrainer, masked_dataset_registry, config)
+
+
+def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
+    log = create_logger(__name__, log_dir=config.io.output_dir)
+    try:
+        with process_group() as run_vars:
+            dataset = registry.retrieve(config.io.dataset_id)
+
+            def part(mode: ModelMode, worker: int = 0, workers: int = 1) -> Any:
+                return dataset.from_train_entry_config(
+                    config, mode=mode, worker_id=worker, num_workers=workers
+                )
+
+            training = part(ModelMode.TRAIN, run_vars.rank or 0, run_vars.world_size)
+            validation = part(ModelMode.VALID)
+            trainer = trainer_class(config, run_vars=run_vars)
+            best_model = trainer.train(training, validation)
+            if best_model is not None and dataset.supports_test_mode():
+                trainer.test(part(ModelMode.TEST), best_model)
+    except Exception as error:
+        log.critical(error, exc_info=True)
+        shutdown_log_handlers()
+        raise

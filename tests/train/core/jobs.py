@@ -1,0 +1,204 @@
+"""A trainer of a tiny model on a tiny dataset, and processes that run it as workers."""
+
+import csv
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mblm.data.datasets import DistributedDataset
+from mblm.train.core.config import (
+    CoreIoConfig,
+    CoreModelParams,
+    CoreTrainConfig,
+    GenericEntryConfig,
+)
+from mblm.train.core.hooks import CoreTrainerOptions
+from mblm.train.core.trainer import CoreTrainer
+from mblm.train.core.training_state import find_latest_state
+from mblm.utils.distributed import ElasticRunVars, process_group
+
+SEQ_LEN = 8
+NUM_TOKENS = 16
+SAMPLES = 48
+
+
+class Params(CoreModelParams):
+    """How much dropout there is."""
+
+    dropout: float = 0.0
+
+
+Config = GenericEntryConfig[Params, CoreTrainConfig, CoreIoConfig]
+
+
+class Ids(DistributedDataset[torch.Tensor]):
+    """Ids that depend on their position alone; remembers where its samples began."""
+
+    def __init__(self, samples: int = SAMPLES, worker_id: int = 0, num_workers: int = 1) -> None:
+        super().__init__(
+            samples * SEQ_LEN,
+            is_sequential=True,
+            seq_len=SEQ_LEN,
+            worker_id=worker_id,
+            num_workers=num_workers,
+        )
+        positions = torch.arange(samples * SEQ_LEN)
+        self.ids = (positions * positions // 3 + positions // 7) % NUM_TOKENS
+        self.seen: list[int] = []
+
+    def get_sample(self, from_idx: int) -> torch.Tensor:
+        self.seen.append(from_idx)
+        return self.ids[from_idx : from_idx + SEQ_LEN]
+
+
+class Model(nn.Module):
+    """Predicts the next id from the last one."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(NUM_TOKENS, 8)
+        self.dropout = nn.Dropout(dropout)
+        self.logits = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, NUM_TOKENS))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.logits(self.dropout(self.embedding(ids[:, :-1])))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Trainer(CoreTrainer[Model, torch.Tensor, Params, CoreTrainConfig, CoreIoConfig]):
+    """Counts what the tests want to know."""
+
+    def init_model(self) -> Model:
+        return Model(self.config.params.dropout)
+
+    def model_forward(self, model: Model, batch: torch.Tensor, device: str) -> torch.Tensor:
+        return model.forward(batch.to(device))
+
+    def configure_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.config.train.learning_rate)
+
+    def configure_fsdp_units(self, model: Model) -> Any:
+        return [model.logits]
+
+
+def config(folder: Path, batches: int = 12, workers: int = 1, **fields: Any) -> Config:
+    """A configuration of so many batches of each worker; fields of any part by their names."""
+    batch_size = fields.get("batch_size", 4)
+    parts: dict[str, dict[str, Any]] = {
+        "params": {"input_seq_len": SEQ_LEN},
+        "train": {
+            "target_elements": batches * batch_size * workers,
+            "target_elements_strategy": "batch",
+            "batch_size": batch_size,
+            "learning_rate": 0.02,
+            "gradient_accumulate_every": 1,
+            "seed": 5,
+        },
+        "io": {
+            "name_model": "tiny",
+            "output_dir": str(folder),
+            "num_models_to_save": 2,
+            "validate_amount": 4,
+            "log_train_loss_amount": batches,
+        },
+    }
+    models = {"params": Params, "train": CoreTrainConfig, "io": CoreIoConfig}
+    resume = fields.pop("resume", None)
+    for name, value in fields.items():
+        (part,) = [part for part, model in models.items() if name in model.model_fields]
+        parts[part][name] = value
+    if resume is not None:
+        parts["resume"] = {"checkpoint_file": str(resume)}
+    return Config.model_validate(parts)
+
+
+def alone(trainer: type[Trainer], cfg: Config, **options: Any) -> Trainer:
+    """A trainer that is the only worker."""
+    run_vars = ElasticRunVars(local_rank=0, world_size=1, is_cuda=False)
+    options.setdefault("display_progress", False)
+    return trainer(cfg, run_vars, CoreTrainerOptions(**options))
+
+
+def run_of(folder: Path) -> Path:
+    """The latest run folder."""
+    return max(folder.glob("tiny_*"), key=lambda run: run.stat().st_ctime_ns)
+
+
+def losses(run: Path) -> list[list[str]]:
+    """The rows of loss.csv without their timestamps."""
+    with (run / "loss.csv").open(newline="") as file:
+        return [[value for i, value in enumerate(row) if i != 1] for row in csv.reader(file)]
+
+
+def final_state(run: Path) -> list[Any]:
+    """All that the latest training state holds, of all workers."""
+    state = find_latest_state(run)
+    assert state is not None
+    return [torch.load(file, weights_only=True) for file in sorted(state.glob("*.pt"))]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether nested plain containers are equal, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+# -- Processes ------------------------------------------------------------------------------------
+
+# One server imports torch; every worker is forked from it.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([__name__])
+
+
+def start(function: Any, workers: int, *args: Any) -> list[Any]:
+    """Start processes that call a function as torchrun's workers would: ``function(*args)``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=_work, args=(rank, workers, port, function, args))
+        for rank in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def join(processes: list[Any], timeout: float = 120) -> list[int | None]:
+    """Their exit codes."""
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def _work(rank: int, workers: int, port: int, function: Any, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    function(*args)
+
+
+def train(cfg: Config, trainer: type[Trainer] = Trainer, samples: int = SAMPLES) -> None:
+    """Train as one worker of several."""
+    with process_group(backend="gloo") as run_vars:
+        worker, workers = run_vars.rank or 0, run_vars.world_size
+        made = trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
+        made.train(Ids(samples, worker, workers), Ids(10))

@@ -1,0 +1,219 @@
+"""The trainer as a single worker: what it writes, its hooks, and losses that are not finite."""
+
+import csv
+import math
+import re
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from mblm.train.core.config import CSVLossEntry, CSVTimeAndMemSnapshotEntry, GenericOutputConfig
+from mblm.train.core.non_finite import NonFiniteLossError
+from mblm.utils.checkpoint import load_model_state
+from mblm.utils.distributed import ElasticRunVars
+from mblm.utils.io import load_yml
+
+from . import jobs
+
+
+def train(cfg, trainer=jobs.Trainer, **options):
+    made = jobs.alone(trainer, cfg, **options)
+    return made, made.train(jobs.Ids(), jobs.Ids(10))
+
+
+def rows(run, name="loss.csv"):
+    with (run / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_run_folder(tmp_path):
+    trainer, model = train(jobs.config(tmp_path, batches=20))
+    trainer.test(jobs.Ids(5), model)
+    run = jobs.run_of(tmp_path)
+    assert re.fullmatch(r"tiny_\d+", run.name)
+    assert {file.name for file in run.iterdir()} == {
+        "config.yaml", "loss.csv", "timemem.csv", "train.log", "state",
+        "tiny_top1.pth", "tiny_top2.pth",
+    }  # fmt: skip
+
+    loss = rows(run)
+    assert tuple(loss[0]) == CSVLossEntry._fields
+    assert [row["kind"] for row in loss].count("train") == 20
+    valid = [row for row in loss if row["kind"] == "valid"]
+    assert [int(row["cum_batch"]) for row in valid] == [0, 6, 12, 19]
+    assert (valid[-1]["epoch"], valid[-1]["batch"]) == ("1", "7")  # epoch 0 has 12 batches
+    assert loss[-1]["kind"] == "test"
+    assert loss[1]["elements_seen"] == "4"
+    assert tuple(rows(run, "timemem.csv")[0]) == CSVTimeAndMemSnapshotEntry._fields
+
+    losses = sorted(float(row["loss"]) for row in valid)
+    for index, expected in enumerate(losses[:2], start=1):
+        _, saved = load_model_state(run / f"tiny_top{index}.pth", jobs.Model(0.0))
+        assert saved == expected
+    assert jobs.same(dict(model.state_dict()), torch.load(run / "tiny_top1.pth")["MODEL"])
+
+    config = load_yml(
+        run / "config.yaml",
+        GenericOutputConfig[jobs.Params, jobs.CoreTrainConfig, jobs.CoreIoConfig],
+    )
+    assert config.resume.checkpoint_file == str(run / "tiny_top1.pth")
+    assert (config.resume.next_epoch_index, config.resume.next_batch_index) == (1, 8)
+    assert config.summary.error is None
+    assert config.summary.parameter_count == sum(p.numel() for p in model.parameters())
+    assert load_yml(run / "config.yaml", jobs.Config).train == config.train
+
+
+def test_a_seed_decides_everything(tmp_path):
+    torch.manual_seed(1)
+    _, first = train(jobs.config(tmp_path, dropout=0.2, shuffle_train=True))
+    torch.manual_seed(2)
+    _, second = train(jobs.config(tmp_path, dropout=0.2, shuffle_train=True))
+    assert jobs.same(dict(first.state_dict()), dict(second.state_dict()))
+    _, other = train(jobs.config(tmp_path, dropout=0.2, shuffle_train=True, seed=6))
+    assert not jobs.same(dict(first.state_dict()), dict(other.state_dict()))
+
+
+def test_without_a_seed_the_programs_generator_decides_the_weights(tmp_path):
+    torch.manual_seed(7)
+    trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path, seed=None))
+    torch.manual_seed(7)
+    assert jobs.same(dict(trainer._parallel.base.state_dict()), dict(jobs.Model(0.0).state_dict()))
+
+
+def test_accumulating_is_one_larger_batch(tmp_path):
+    _, small = train(jobs.config(tmp_path, batch_size=2, batches=24, gradient_accumulate_every=4))
+    _, large = train(jobs.config(tmp_path, batch_size=8, batches=6))
+    for name, weight in large.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    class Sgd(jobs.Trainer):
+        def configure_optimizer(self, parameters):
+            return torch.optim.SGD(parameters, lr=1.0)
+
+        def configure_scheduler(self, optimizer, local_gradient_steps):
+            return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    cfg = jobs.config(tmp_path, batches=1, gradient_clipping=0.01, num_models_to_save=0)
+    trainer = jobs.alone(Sgd, cfg)
+    before = torch.nn.utils.parameters_to_vector(trainer._parallel.base.parameters()).clone()
+    model = trainer.train(jobs.Ids(), jobs.Ids(10))
+    after = torch.nn.utils.parameters_to_vector(model.parameters())
+    assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_epochs_are_offset_and_the_last_short_batch_is_dropped(tmp_path):
+    dataset = jobs.Ids(5)
+    jobs.alone(jobs.Trainer, jobs.config(tmp_path, batches=5, batch_size=2)).train(
+        dataset, jobs.Ids(2)
+    )
+    assert dataset.seen[:4] == [0, 8, 16, 24]
+    assert dataset.seen[4:8] == [1, 9, 17, 25]
+
+
+class Bad(jobs.Trainer):
+    """Loses its loss in some batches."""
+
+    bad = range(3, 100)
+    value = math.nan
+
+    def model_forward(self, model, batch, device):
+        loss = super().model_forward(model, batch, device)
+        if not model.training:
+            return loss
+        self.calls = getattr(self, "calls", -1) + 1
+        return loss * 0 + self.value if self.calls in self.bad else loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_of_bad_losses_stops(tmp_path, value, capsys):
+    Bad.value = value
+    with pytest.raises(
+        NonFiniteLossError,
+        match=rf"batch 5 of epoch 0: loss {value} on rank 0, batch 5 \(3 in a row\)",
+    ):
+        train(jobs.config(tmp_path, max_non_finite_steps=3), Bad)
+    assert "Step left out" in capsys.readouterr().err
+    assert "NonFiniteLossError" in (jobs.run_of(tmp_path) / "config.yaml").read_text()
+
+
+def test_bad_losses_may_be_skipped(tmp_path):
+    cfg = jobs.config(tmp_path, non_finite_loss="skip", max_non_finite_steps=1)
+    trainer, model = train(cfg, Bad)
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    assert (trainer._folder.path / "train.log").read_text().count("Step left out") == 12 - 3
+
+
+def test_only_bad_losses_in_a_row_count(tmp_path):
+    class Now(Bad):
+        bad = (1, 2, 4, 5, 7)
+
+    train(jobs.config(tmp_path, max_non_finite_steps=3), Now)
+
+
+def test_a_bad_batch_spoils_only_its_step(tmp_path):
+    class Once(Bad):
+        bad = (1,)
+
+    cfg = {"gradient_accumulate_every": 3, "max_non_finite_steps": 2}
+    trainer, _ = train(jobs.config(tmp_path, **cfg), Once)
+    log = (trainer._folder.path / "train.log").read_text()
+    assert "loss nan on rank 0, batch 1 (1 in a row)" in log or "loss inf on rank 0" in log
+    assert log.count("Step left out") == 1
+
+
+def test_hooks_of_a_subclass(tmp_path):
+    class Custom(jobs.Trainer):
+        def configure_run_id(self):
+            return "mine"
+
+        def get_valid_dataloader(self, dataset, **kwargs):
+            return torch.utils.data.DataLoader(dataset, batch_size=1)
+
+        def get_train_dataloader(self, dataset, **kwargs):
+            return super().get_train_dataloader(dataset, batch_size=2, shuffle=True)
+
+        def configure_count_parameters(self, model):
+            return 42, {}
+
+    train(jobs.config(tmp_path), Custom)
+    train(jobs.config(tmp_path), Custom)
+    assert {run.name for run in tmp_path.iterdir()} == {"tiny_mine", "tiny_mine_2"}
+    assert "parameter_count: 42" in (tmp_path / "tiny_mine" / "config.yaml").read_text()
+
+
+def test_without_validation_the_last_model_is_returned(tmp_path):
+    trainer, model = train(jobs.config(tmp_path), skip_validation=True)
+    assert not list(trainer._folder.path.glob("*.pth"))
+    assert model is trainer._parallel.base
+
+
+def test_bfloat16_on_a_cpu(tmp_path):
+    seen = set()
+
+    class Precise(jobs.Trainer):
+        def model_forward(self, model, batch, device):
+            loss = super().model_forward(model, batch, device)
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return loss
+
+    train(jobs.config(tmp_path, batches=2), Precise)
+    assert seen == {False}
+    train(jobs.config(tmp_path, batches=2, precision="bfloat16"), Precise)
+    assert seen == {False, True}
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path, batch_size=64))
+    with pytest.raises(ValueError, match="not one batch of 64 samples"):
+        trainer.train(jobs.Ids(), jobs.Ids(10))
+    with pytest.raises(ValueError, match="2 workers need a process group"):
+        jobs.Trainer(
+            jobs.config(tmp_path), ElasticRunVars(local_rank=0, world_size=2, is_cuda=False)
+        )
+    with pytest.raises(ValidationError, match="gradient_accumulate_every"):
+        jobs.config(tmp_path, gradient_accumulate_every=0)
+    with pytest.raises(ValueError, match="neither a checkpoint nor the folder"):
+        jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=tmp_path / "none.pth"))

@@ -1,0 +1,220 @@
+"""Several workers: what each sees, what they agree on, and how they fail."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mblm.train.core.hooks import CoreTrainerOptions
+from mblm.train.core.interrupt import EXIT_INTERRUPTED
+from mblm.train.core.training_state import find_latest_state
+from mblm.utils.checkpoint import load_model_state
+from mblm.utils.distributed import process_group
+
+from . import jobs
+
+
+class GlobalBatches(jobs.Ids):
+    """Gives every number of workers the same batches, taken together."""
+
+    def __init__(self, batch_size, worker, workers):
+        super().__init__()
+        self.batch_size, self.worker, self.workers = batch_size, worker, workers
+
+    def __len__(self):
+        return jobs.SAMPLES // self.workers
+
+    def __getitem__(self, idx):
+        batch, within = divmod(idx, self.batch_size)
+        sample = (batch * self.workers + self.worker) * self.batch_size + within
+        return self.get_sample((sample * jobs.SEQ_LEN + self.sample_offset) % len(self.ids))
+
+    def get_sample(self, from_idx):
+        self.seen.append(from_idx)
+        return self.ids.roll(-from_idx)[: jobs.SEQ_LEN]
+
+
+def train_global(cfg, seen_dir=None):
+    with process_group(backend="gloo") as run_vars:
+        dataset = GlobalBatches(cfg.train.batch_size, run_vars.rank, run_vars.world_size)
+        options = CoreTrainerOptions(display_progress=False)
+        trainer = jobs.Trainer(cfg, run_vars, options)
+        model = trainer.train(dataset, jobs.Ids(12))
+        trainer.test(jobs.Ids(8), model)
+
+
+def global_run(folder, workers, strategy="ddp"):
+    """Losses of the validations and the test, and the last best model."""
+    cfg = jobs.config(
+        folder,
+        workers=workers,
+        batch_size=4 // workers,
+        batches=24,
+        strategy=strategy,
+        gradient_accumulate_every=2,
+        gradient_clipping=0.2,
+    )
+    assert jobs.join(jobs.start(train_global, workers, cfg)) == [0] * workers
+    run = jobs.run_of(folder)
+    model, _ = load_model_state(run / "tiny_top1.pth", jobs.Model(0.0))
+    return [float(row[6]) for row in jobs.losses(run)[1:] if row[2] != "train"], model
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory):
+    return global_run(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.mark.parametrize(("workers", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_any_number_of_workers_reaches_the_same_loss(tmp_path, one_worker, workers, strategy):
+    losses, model = global_run(tmp_path, workers, strategy)
+    expected_losses, expected = one_worker
+    assert len(losses) == 5
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
+    assert expected_losses[-2] < expected_losses[0] - 0.05
+
+
+def train_and_note(cfg, folder):
+    with process_group(backend="gloo") as run_vars:
+        dataset = jobs.Ids(jobs.SAMPLES, run_vars.rank, run_vars.world_size)
+        options = CoreTrainerOptions(display_progress=False)
+        jobs.Trainer(cfg, run_vars, options).train(dataset, jobs.Ids(10))
+        (folder / f"{run_vars.rank}.json").write_text(json.dumps(dataset.seen))
+
+
+def assert_disjoint_and_complete(folder, workers):
+    seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(workers)]
+    together = sorted(start for of_worker in seen for start in of_worker)
+    assert together == list(range(0, jobs.SAMPLES * jobs.SEQ_LEN, jobs.SEQ_LEN))
+    assert all(len(of_worker) == jobs.SAMPLES // workers for of_worker in seen)
+
+
+def test_what_four_workers_see_is_disjoint_and_complete(tmp_path):
+    cfg = jobs.config(tmp_path, batches=3, workers=4, shuffle_train=True)
+    assert jobs.join(jobs.start(train_and_note, 4, cfg, tmp_path)) == [0] * 4
+    assert_disjoint_and_complete(tmp_path, 4)
+
+
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+from tests.train.core import jobs
+from tests.train.core.test_workers import train_and_note
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+train_and_note(jobs.config(folder, batches=6, workers=2), folder)
+"""
+
+
+def test_two_nodes_of_one_worker_see_different_bytes(tmp_path):
+    # Both have the local rank 0.
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with jobs.socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=tests"]
+    root = Path(__file__).parents[3]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    nodes = [
+        subprocess.Popen([*command, program, tmp_path], env=env, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    errors = [node.communicate(timeout=120)[1].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert_disjoint_and_complete(tmp_path, 2)
+
+
+@pytest.mark.parametrize(("workers", "strategy"), [(4, "ddp"), (2, "fsdp")])
+def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, workers, strategy):
+    fields = {
+        "batches": 60,
+        "workers": workers,
+        "strategy": strategy,
+        "dropout": 0.2,
+        "shuffle_train": True,
+        "gradient_accumulate_every": 7,
+        "gradient_clipping": 0.2,
+        "batch_size": 2,
+    }
+    whole_cfg = jobs.config(tmp_path / "whole", **fields)
+    assert jobs.join(jobs.start(jobs.train, workers, whole_cfg)) == [0] * workers
+    processes = jobs.start(jobs.train, workers, jobs.config(tmp_path / "cut", **fields))
+    while not list(tmp_path.glob("cut/*/state/step_*/COMPLETE")):
+        time.sleep(0.005)
+    os.kill(processes[-1].pid, signal.SIGTERM)
+    assert jobs.join(processes) == [EXIT_INTERRUPTED] * workers
+    run = jobs.run_of(tmp_path / "cut")
+    cfg = jobs.config(tmp_path / "cut", **fields, resume=find_latest_state(run))
+    assert jobs.join(jobs.start(jobs.train, workers, cfg)) == [0] * workers
+    whole = jobs.run_of(tmp_path / "whole")
+    assert jobs.losses(run) == jobs.losses(whole)
+    assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
+
+
+class NanOnRankOne(jobs.Trainer):
+    def model_forward(self, model, batch, device):
+        loss = super().model_forward(model, batch, device)
+        is_bad = model.training and self._workers.rank == 1 and len(self.config.io.name_model)
+        self.calls = getattr(self, "calls", 0) + model.training
+        return loss * math.inf if is_bad and self.calls in (2, 4, 5) else loss
+
+
+def train_with_nans(cfg):
+    jobs.train(cfg, NanOnRankOne)
+
+
+def test_a_bad_loss_of_one_worker_is_left_out_by_all(tmp_path):
+    cfg = jobs.config(tmp_path, workers=2, batches=10, max_non_finite_steps=3, batch_size=2)
+    assert jobs.join(jobs.start(train_with_nans, 2, cfg)) == [0, 0]
+    log = (jobs.run_of(tmp_path) / "train.log").read_text()
+    assert "loss inf on rank 1, batch 1 (1 in a row)" in log
+    assert "loss inf on rank 1, batch 4 (2 in a row)" in log
+    states = jobs.final_state(jobs.run_of(tmp_path))
+    assert all(torch.isfinite(w).all() for w in states[0]["model"].values())
+    assert states[0]["scheduler"]["last_epoch"] == 10 - 3
+
+
+def test_too_many_bad_losses_end_the_run_on_all(tmp_path):
+    cfg = jobs.config(tmp_path, workers=2, batches=10, max_non_finite_steps=2, batch_size=2)
+    assert jobs.join(jobs.start(train_with_nans, 2, cfg)) == [1, 1]
+    text = (jobs.run_of(tmp_path) / "config.yaml").read_text()
+    assert "NonFiniteLossError" in text
+
+
+class FailsOnRankOne(jobs.Trainer):
+    def model_forward(self, model, batch, device):
+        if self._workers.rank == 1:
+            raise RuntimeError("rank one is out of luck")
+        return super().model_forward(model, batch, device)
+
+
+def train_with_a_failure(cfg):
+    jobs.train(cfg, FailsOnRankOne)
+
+
+def test_a_failed_worker_ends_the_others(tmp_path):
+    begin = time.monotonic()
+    cfg = jobs.config(tmp_path, workers=2)
+    assert jobs.join(jobs.start(train_with_a_failure, 2, cfg)) == [1, 1]
+    assert time.monotonic() - begin < 60  # not a collective's timeout, which is half an hour
+
+
+def test_every_enabled_rank_logs_its_own_losses(tmp_path):
+    cfg = jobs.config(tmp_path, workers=2, batches=4, enabled_loss_log_for_gpus=[0, 1])
+    assert jobs.join(jobs.start(jobs.train, 2, cfg)) == [0, 0]
+    with (jobs.run_of(tmp_path) / "loss.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "train"]
+    by_rank = {rank: [r["loss"] for r in rows if r["gpu_rank"] == rank] for rank in "01"}
+    assert len(by_rank["0"]) == len(by_rank["1"]) == 4
+    assert by_rank["0"] != by_rank["1"]

@@ -1,0 +1,157 @@
+"""train_mblm and train_encoder_mblm: from a configuration to models, tests and errors."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mblm import MBLM, MBLMModelConfig
+from mblm.data.datasets import DistributedDataset
+from mblm.train.mblm import (
+    DatasetRegistry,
+    MegabyteTrainer,
+    TrainEntryConfig,
+    TrainMaskedEntryConfig,
+    dataset_registry,
+    masked_dataset_registry,
+    train_encoder_mblm,
+    train_mblm,
+)
+from mblm.utils.distributed import ElasticRunVars
+from mblm.utils.io import load_model_state
+
+from .core import jobs
+
+
+@pytest.fixture
+def fields(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "letters.txt").write_bytes(bytes(random.Random(0).choices(b"abcdef", k=4000)))
+    block = {"attn_head_dims": 8, "attn_num_heads": 2, "attn_use_rot_embs": True}
+    return {
+        "params": {
+            "input_seq_len": 32,
+            "num_tokens": 257,
+            "pad_token_id": 256,
+            "hidden_dims": [16, 16],
+            "num_layers": [1, 1],
+            "seq_lens": [8, 4],
+            "train_checkpoint_chunks": None,
+            "block": {"block_type": "transformer", **block},
+        },
+        "train": {
+            "target_elements": 32 * 2 * 12,
+            "target_elements_strategy": "sequence",
+            "batch_size": 2,
+            "learning_rate": 0.01,
+            "gradient_accumulate_every": 2,
+            "warmup_steps_perc": 0.5,
+        },
+        "io": {
+            "name_model": "letters",
+            "output_dir": str(tmp_path / "out"),
+            "num_models_to_save": 1,
+            "validate_amount": 2,
+            "log_train_loss_amount": 12,
+            "dataset_dir": str(data),
+            "dataset_id": "bytes",
+        },
+    }
+
+
+def run_of(tmp_path):
+    (run,) = (tmp_path / "out").glob("letters_*")
+    return run
+
+
+def test_a_model_of_bytes(tmp_path, fields):
+    config = TrainEntryConfig.model_validate(fields)
+    train_mblm(config)
+    run = run_of(tmp_path)
+    rows = jobs.losses(run)[1:]
+    by_kind = {
+        kind: [float(row[6]) for row in rows if row[2] == kind] for kind in ("valid", "test")
+    }
+    assert by_kind["valid"][0] > 5
+    assert by_kind["valid"][1] < by_kind["valid"][0] - 0.5
+    assert len(by_kind["test"]) == 1
+    # Half of the six steps warm up from a tenth of the learning rate, then comes a cosine.
+    rates = [float(row[7]) for row in rows if row[2] == "train"][::2]
+    assert rates == pytest.approx([0.001, 0.004, 0.007, 0.01, 0.0075, 0.0025])
+    plain = MBLMModelConfig(**{k: v for k, v in fields["params"].items() if k != "input_seq_len"})
+    _, loss = load_model_state(run / "letters_top1.pth", MBLM(plain))
+    assert loss == by_kind["valid"][1]
+    assert "bits per byte" in (run / "train.log").read_text()
+
+
+def test_the_shape_of_the_schedule_without_warm_up(fields):
+    fields["train"]["warmup_steps_perc"] = 0
+    config = TrainEntryConfig.model_validate(fields)
+    trainer = MegabyteTrainer(config, ElasticRunVars(local_rank=0, world_size=1, is_cuda=False))
+    optimizer = trainer.configure_optimizer(trainer._parallel.parameters())
+    scheduler = trainer.configure_scheduler(optimizer, 2)
+    rates = []
+    for _ in range(2):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.01, 0.005])
+
+
+class Masked(DistributedDataset):
+    """Ids of which some are masked."""
+
+    @staticmethod
+    def from_train_entry_config(config, mode, worker_id, num_workers):
+        return Masked(640, True, seq_len=32, worker_id=worker_id, num_workers=num_workers)
+
+    @staticmethod
+    def supports_test_mode():
+        return False
+
+    def get_sample(self, from_idx):
+        ids = torch.arange(from_idx, from_idx + 32) % 7
+        hidden = torch.rand(32) < 0.3
+        return ids.masked_fill(hidden, 256), torch.ones(32, dtype=torch.bool), ids
+
+
+def test_an_encoder(tmp_path, fields, monkeypatch):
+    monkeypatch.setitem(masked_dataset_registry, "masked", Masked)
+    model = fields["params"]
+    model["block"]["block_type"] = "transformerEncoder"
+    params = {"input_seq_len": model.pop("input_seq_len"), "mask_token_id": 255}
+    fields["params"] = {**params, "mblm_config": model, "mask_reduce_strat": "all"}
+    fields["train"]["masking_proba"] = 0.3
+    fields["io"]["dataset_id"] = "masked"
+    train_encoder_mblm(TrainMaskedEntryConfig.model_validate(fields))
+    rows = jobs.losses(run_of(tmp_path))[1:]
+    assert {row[2] for row in rows} == {"train", "valid"}
+    assert float(rows[-1][6]) < float(rows[0][6])
+
+
+def test_an_error_is_logged_and_raised(tmp_path, fields):
+    fields["io"]["dataset_id"] = "nothing"
+    with pytest.raises(KeyError, match="registered as 'nothing'; there are bytes, clevr, pg19"):
+        train_mblm(TrainEntryConfig.model_validate(fields))
+    assert "'nothing'" in (tmp_path / "out" / "mblm.train.mblm.log").read_text()
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_registries():
+    assert sorted(dataset_registry) == ["bytes", "clevr", "pg19"]
+    assert sorted(masked_dataset_registry) == ["pg19masked"]
+    registry = DatasetRegistry()
+    assert registry.register("mine")(Masked) is Masked
+    assert registry.retrieve("mine") is Masked
+
+
+def test_importing_needs_no_pillow_and_touches_no_device():
+    code = (
+        "import sys, mblm.train.mblm, torch\n"
+        "assert 'PIL' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
