@@ -199,6 +199,8 @@ class TransformerEncoder(_Transformer):
             return self._run_layers(input_ids)
         device_type = input_ids.device.type
         dtype = input_ids.dtype
-        if torch.is_autocast_enabled(device_type):  # which would round a bias to minus infinity
+        has_autocast = torch.amp.is_autocast_available(device_type)
+        if has_autocast and torch.is_autocast_enabled(device_type):
+            # Which would round the bias to minus infinity.
             dtype = torch.get_autocast_dtype(device_type)
         return self._run_layers(input_ids, attention_bias(attention_mask, dtype))

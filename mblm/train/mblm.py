@@ -243,10 +243,12 @@ def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
 
             training = part(ModelMode.TRAIN, run_vars.rank or 0, run_vars.world_size)
             validation = part(ModelMode.VALID)
+            # Now: what is wrong with it should not end a run that has trained.
+            testing = part(ModelMode.TEST) if dataset.supports_test_mode() else None
             trainer = trainer_class(config, run_vars=run_vars)
             best_model = trainer.train(training, validation)
-            if best_model is not None and dataset.supports_test_mode():
-                trainer.test(part(ModelMode.TEST), best_model)
+            if best_model is not None and testing is not None:
+                trainer.test(testing, best_model)
     except Exception as error:
         log.critical(error, exc_info=True)
         shutdown_log_handlers()

@@ -154,7 +154,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
     @staticmethod
     def supports_test_mode() -> bool:
-        """Whether there is a test part: yes, unless ``test_fraction`` is 0."""
+        """Whether there is a test part: yes; one without bytes is an error."""
         return True
 
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
