@@ -1,32 +1,18 @@
-"""The command line: `mblm generate`, `mblm info` and `mblm demo`."""
+"""The command line, `mblm …`: what its commands take; the work is done elsewhere."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import secrets
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, SupportsIndex
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import mblm
-from mblm.utils.stream import ByteStreamer, Writable
-
-if TYPE_CHECKING:
-    import torch
-
-OPTIONAL_PACKAGES = (
-    "mamba-ssm",
-    "causal-conv1d",
-    "huggingface_hub",
-    "Pillow",
-    "filelock",
-    "matplotlib",
-    "tensorboard",
-)
+from mblm.cli_generate import LateFile, check_out, find_device, read_prompt, stream
+from mblm.cli_info import collect_facts, format_facts
+from mblm.utils.errors import describe
 
 # Typer's own usage errors; their class is in click or in typer's copy of it.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -42,9 +28,16 @@ def main() -> NoReturn:
         status = app(prog_name="mblm", standalone_mode=False)
     except UsageError as error:
         status = _fail(f"{error.format_message()} (try --help)", 2)
+    except (OSError, ValueError) as error:
+        status = _fail(describe(error))
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     sys.exit(status)
+
+
+def _fail(message: str, status: int = 1) -> int:
+    typer.echo(f"mblm: error: {' '.join(message.split())}", err=True)
+    return status
 
 
 @app.callback(invoke_without_command=True)
@@ -58,6 +51,8 @@ def _root(
     Examples:
       mblm demo                                      train a small model, let it write Python
       mblm generate mblm-demo --prompt "class "      go on writing from a saved model
+      mblm eval mblm-demo program.py                 bits per byte of files
+      mblm train configs/small_2d_st.yaml            train from a configuration
       mblm info                                      what is installed, compiled and missing
     """
     if version:
@@ -127,26 +122,148 @@ def generate(
         raise typer.BadParameter("pass at most one of --prompt and --prompt-file")
     from mblm.model.pretrained import load_checkpoint
 
-    try:
-        prime = os.fsencode(prompt or "") if prompt_file is None else _read_prompt(prompt_file)
-        if out is not None:
-            _check_out(out, checkpoint, prompt_file, config)
-        model = load_checkpoint(
-            mblm.MBLM, checkpoint, config_file=config, map_location=_find_device(device)
-        )
-        return _stream(
-            model,
-            prime,
-            None if out is None else _LateFile(out),
-            num_tokens_to_generate=num_bytes,
-            temperature=temperature,
-            filter_thres=filter_thres,
-            top_p=top_p,
-            seed=secrets.randbits(32) if seed is None else seed,
-            stop=[os.fsencode(text) for text in stop or ()],
-        )
-    except (OSError, ValueError) as error:
-        return _fail(_describe(error))
+    prime = os.fsencode(prompt or "") if prompt_file is None else read_prompt(prompt_file)
+    if out is not None:
+        check_out(out, checkpoint, prompt_file, config)
+    model = load_checkpoint(
+        mblm.MBLM, checkpoint, config_file=config, map_location=find_device(device)
+    )
+    return stream(
+        model,
+        prime,
+        None if out is None else LateFile(out),
+        num_tokens_to_generate=num_bytes,
+        temperature=temperature,
+        filter_thres=filter_thres,
+        top_p=top_p,
+        seed=secrets.randbits(32) if seed is None else seed,
+        stop=[os.fsencode(text) for text in stop or ()],
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The experiment's YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Replace a field, such as train.batch_size=4; may be given several times.",
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="latest|PATH",
+            help="Go on from the last run of that name, or from a run's folder, its config.yaml, "
+            "a training state in it, or a .pth file, which holds the weights alone.",
+        ),
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Processes here. [default: the number of GPUs, or 1]")
+    ] = None,
+    nnodes: Annotated[int, typer.Option(help="Machines that take part.")] = 1,
+    node_rank: Annotated[
+        int | None, typer.Option(help="This machine's number, from 0. [default: as they arrive]")
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where the machines meet, on one of them."),
+    ] = None,
+) -> None:
+    """Train a model as a configuration says, in one process or many.
+
+    A run can be stopped at any time, by Ctrl-C too, and resumed.
+
+    \b
+    Examples:
+      mblm train configs/small_2d_st.yaml --set io.dataset_dir=my-texts
+      mblm train experiment.yaml --nproc 4 --set train.batch_size=4
+      mblm train experiment.yaml --resume latest
+      mblm train experiment.yaml --nnodes 2 --node-rank 0 --rdzv-endpoint first:29400
+    """
+    from mblm.train.launch import launch
+
+    launch(
+        config,
+        settings=settings or (),
+        resume=resume,
+        nproc=nproc,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        rdzv_endpoint=rdzv_endpoint,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A folder, hub id or .pth file, as for generate.")
+    ],
+    files: Annotated[list[Path], typer.Argument(help="The files, of any length.")],
+    length: Annotated[
+        int | None, typer.Option(help="Bytes of a window. [default: the model's context]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows that are looked at together.")] = 8,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1. [default: cuda if available]")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The config.yaml of a .pth file, if not beside it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell how well a model predicts files: bits per byte of each, and in all.
+
+    A file is cut into windows; a byte is predicted from the bytes before it in its window, so
+    that a window's first bytes have little to go by. Bytes equal to the model's padding, for
+    which it has no loss, do not count.
+
+    \b
+    Examples:
+      mblm eval mblm-demo program.py
+      mblm eval run/model_top1.pth *.txt --length 1024 --json
+    """
+    from mblm.cli_eval import evaluate_files, format_scores
+    from mblm.model.pretrained import load_checkpoint
+
+    model = load_checkpoint(
+        mblm.MBLM, checkpoint, config_file=config, map_location=find_device(device)
+    )
+    scores = evaluate_files(model, files, length, batch_size)
+    typer.echo(json.dumps(scores, indent=2) if as_json else format_scores(scores))
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their loss.csv.")],
+    out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")] = Path("loss.png"),
+) -> None:
+    """Draw loss and learning rate of training runs.
+
+    \b
+    Example:
+      mblm plot data/output/shakespeare_* --out curves.png
+    """
+    from mblm.train.plot import plot as plot_runs
+
+    plot_runs(runs, out)
+
+
+@app.command()
+def overview(
+    configs: Annotated[list[Path], typer.Argument(help="YAML files of experiments or models.")],
+) -> None:
+    """Tell what configurations make: layers, parameters, context, memory in training.
+
+    \b
+    Example:
+      mblm overview configs/*.yaml
+    """
+    from mblm.train.overview import format_overview, load_overview
+
+    typer.echo("\n\n".join(format_overview(file, load_overview(file)) for file in configs))
 
 
 @app.command()
@@ -154,25 +271,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Tell what is installed, compiled and missing, and how to get it."""
-    import torch
-
-    from mblm.utils.cuda import cuda_properties
-
-    build = mblm.build_info()
-    missing = build.pop("missing")
-    cuda = cuda_properties()
-    facts = {
-        "mblm": mblm.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "threads": torch.get_num_threads(),
-        "native kernels": build,
-        "cuda": cuda.cuda_version,
-        "cuda devices": cuda.cuda_devices,
-        "packages": {name: _version_of(name) for name in OPTIONAL_PACKAGES},
-        "missing": missing,
-    }
-    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+    facts = collect_facts()
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(format_facts(facts)))
 
 
 @app.command()
@@ -198,155 +298,14 @@ def demo(
     """
     from mblm.demo import FILTER_THRES, TEMPERATURE, train_demo
 
-    try:
-        model = train_demo(minutes * 60, out, seed)
-        typer.echo(f"Saved the model in {out}. What it writes after the prompt:\n", err=True)
-        typer.echo(prompt, nl=False)
-        return _stream(
-            model,
-            os.fsencode(prompt),
-            num_tokens_to_generate=num_bytes,
-            filter_thres=FILTER_THRES,
-            temperature=TEMPERATURE,
-            seed=seed,
-        )
-    except (OSError, ValueError) as error:
-        return _fail(_describe(error))
-
-
-# -- Bytes in and out --------------------------------------------------------------------------
-
-
-def _read_prompt(file: Path) -> bytes:
-    return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-
-
-def _check_out(out: Path, checkpoint: str, *inputs: Path | None) -> None:
-    """Refuse to write where nothing can be written, or over what is read."""
-    from mblm.model.pretrained import CONFIG_FILE, WEIGHTS_FILE
-
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out: {out} is a folder or in a folder that does not exist")
-    of_model = Path(checkpoint)
-    of_model_files = (of_model, of_model / CONFIG_FILE, of_model / WEIGHTS_FILE)
-    for file in (*of_model_files, of_model.with_name("config.yaml"), *inputs):
-        if out.exists() and file is not None and file.exists() and out.samefile(file):
-            raise ValueError(f"--out: {out} is read by this command and would be lost")
-
-
-def _find_device(name: str | None) -> "torch.device":
-    """A device that works, by its name."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name} cannot be used: {error}") from error
-    return device
-
-
-class _LateFile:
-    """A binary file that the first write or flush opens, and so empties: after all checks."""
-
-    mode = "wb"
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: Any = None
-
-    def write(self, data: bytes) -> int:
-        self.flush()
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        if self._file is None:
-            self._file = self._path.open("wb", buffering=0)
-
-
-class _Streamer(ByteStreamer):
-    """Remembers whether its reader left, which ends generation without an error."""
-
-    reader_left = False
-
-    def write(self, int_byte: SupportsIndex) -> None:
-        try:
-            super().write(int_byte)
-        except BrokenPipeError:
-            self.reader_left = True
-            raise
-
-
-def _stream(
-    model: mblm.MBLM,
-    prompt: bytes,
-    file: Writable | None = None,
-    *,
-    seed: int,
-    **arguments: Any,
-) -> int:
-    """Generate to a file or standard output, then tell the speed; returns the exit status."""
-    import torch
-
-    to_terminal = file is None and sys.stdout.isatty()
-    if to_terminal:
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    streamer = _Streamer(
-        file or (sys.stdout if to_terminal else sys.stdout.buffer), decode_utf8=to_terminal
+    model = train_demo(minutes * 60, out, seed)
+    typer.echo(f"Saved the model in {out}. What it writes after the prompt:\n", err=True)
+    typer.echo(prompt, nl=False)
+    return stream(
+        model,
+        os.fsencode(prompt),
+        num_tokens_to_generate=num_bytes,
+        filter_thres=FILTER_THRES,
+        temperature=TEMPERATURE,
+        seed=seed,
     )
-    prime = torch.tensor(list(prompt), dtype=torch.long)
-    start = time.perf_counter()
-    generated = model.generate(prime, streamer, seed=seed, **arguments)
-    if streamer.reader_left:  # what is still buffered must not fail when Python exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    seconds = time.perf_counter() - start
-    count = len(generated) - len(prime)
-    newline = "\n" if to_terminal else ""
-    typer.echo(
-        f"{newline}{count} bytes in {seconds:.2f} s, {count / seconds:,.0f} bytes/s, seed {seed}",
-        err=True,
-    )
-    return 0
-
-
-# -- What is said ------------------------------------------------------------------------------
-
-
-def _fail(message: str, status: int = 1) -> int:
-    typer.echo(f"mblm: error: {' '.join(message.split())}", err=True)
-    return status
-
-
-def _describe(error: OSError | ValueError) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    lines = str(error).splitlines()  # pydantic adds the address of a page to each of its own
-    return " ".join(line for line in lines if "errors.pydantic.dev" not in line)
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """Facts as aligned lines; a nested dictionary is indented."""
-    width = max(map(len, facts)) + 2
-    lines = []
-    for name, value in facts.items():
-        name = name.replace("_", " ") if not indent else name
-        if isinstance(value, dict):
-            lines += [name, *_lines(value, indent + "  ")]
-        elif isinstance(value, list):
-            for number, item in enumerate(value or ["none"]):
-                lines.append(f"{indent}{'' if number else name:{width}}{item}")
-        else:
-            if value is None or isinstance(value, bool):
-                value = {True: "yes", False: "no", None: "-"}[value]
-            lines.append(f"{indent}{name:{width}}{value}")
-    return lines

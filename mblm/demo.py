@@ -4,15 +4,24 @@ import math
 import random
 import sys
 import sysconfig
+import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from mblm.data.dataset.byte_files import ByteFiles
+from mblm.data.types import BatchWithLossMask, ModelMode
 from mblm.model.config import MBLMModelConfig
 from mblm.model.mblm import MBLM
 from mblm.model.transformer import TransformerBlock
+from mblm.train.core.trainer import CoreTrainerOptions
+from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
+from mblm.train.plot import read_curves
+from mblm.utils.distributed import ElasticRunVars
 
 # Tests, tables of data, and what others installed: little of it reads like a program.
 LEFT_OUT = {
@@ -28,19 +37,17 @@ LEFT_OUT = {
     "dist-packages",
 }
 HELD_OUT = 20  # every 20th file is for validation
-VALIDATION_SEQUENCES = 64
 
 # A long patch: what a model learns first is how the last few bytes go on.
 SEQ_LENS = [16, 32]
 BATCH_SIZE = 2  # so few bytes are seen that steps count for more than smooth gradients
 LEARNING_RATE = 4e-3
-WARMUP = 0.05  # of the time
-FINAL_RATE = 0.05  # of the learning rate
-CLIPPING = 1.0
+VALIDATIONS = 2  # after the first step and the last
+VALIDATION_BATCHES = 24
+CALIBRATION_STEPS = 8
 # How it samples: words get plausible, and runs of spaces still end, as at 0.6 they seldom do.
 FILTER_THRES = 0.97
 TEMPERATURE = 0.8
-SECONDS_PER_LINE = 10  # where there is no terminal for a bar
 
 
 def demo_config() -> MBLMModelConfig:
@@ -65,7 +72,7 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
     """Train on the standard library's sources, tell the progress, and save the model.
 
     Args:
-        seconds: How long to train, by the clock.
+        seconds: How long to train, by the clock; how many steps that is, is measured first.
         out: Folder for the model, created if missing.
         seed: Seed of the weights and of the batches.
 
@@ -79,103 +86,116 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"minutes: expected a positive number, got {seconds / 60}")
     out.mkdir(parents=True, exist_ok=True)
-    training, validation = read_sources(Path(sysconfig.get_path("stdlib")))
-    torch.manual_seed(seed)
-    model = MBLM(demo_config())
-    _say(
-        f"Training {sum(p.numel() for p in model.parameters()):,} weights on {len(training):,} "
-        f"bytes of Python for {seconds / 60:g} minutes, {torch.get_num_threads()} threads"
-    )
-    _train(model, training, seconds, torch.Generator().manual_seed(seed))
-    model.eval()
-    _say(f"Bits per byte of files it has not seen: {measure(model, validation):.3f}")
+    begin = time.monotonic()
+    root = Path(sysconfig.get_path("stdlib"))
+    sources = find_sources(root)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = _experiment(f"{folder}/calibration", root, sources, CALIBRATION_STEPS, seed)
+        _, step = _train(calibration, is_calibration=True)
+        # A validation batch takes about a third of a step.
+        left = seconds - (time.monotonic() - begin) - VALIDATIONS * VALIDATION_BATCHES * step / 3
+        steps = max(int(left / step), 1)
+        _say(
+            f"Training {sum(p.numel() for p in MBLM(demo_config()).parameters()):,} weights on "
+            f"Python's standard library for {seconds / 60:g} minutes: {steps:,} steps, "
+            f"{torch.get_num_threads()} threads"
+        )
+        model, _ = _train(_experiment(f"{folder}/run", root, sources, steps, seed))
+        (run,) = Path(folder, "run").glob("demo_*")
+        best = min(bits for _, bits in read_curves(run).valid)
+    _say(f"Bits per byte of files it has not seen: {best:.3f}")
     model.save_pretrained(out)
-    return model
+    return model.eval()
 
 
-def read_sources(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sources below a folder, in an order that does not vary: training and validation bytes.
+def find_sources(root: Path) -> tuple[list[str], list[str]]:
+    """The sources below a folder, in an order that does not vary.
 
     Returns:
-        Two tensors of token ids ``(L,)``, uint8; the second from files of its own.
+        Their names, relative to the folder: for training and for validation.
 
     Raises:
         ValueError: There are too few sources.
     """
-    files = sorted(f for f in root.rglob("*.py") if not LEFT_OUT & set(f.relative_to(root).parts))
-    random.Random(0).shuffle(files)
-    parts = [b"\n".join(f.read_bytes() for f in files[i::HELD_OUT]) for i in range(HELD_OUT)]
+    names = sorted(
+        str(file.relative_to(root))
+        for file in root.rglob("*.py")
+        if not LEFT_OUT & set(file.relative_to(root).parts)
+    )
+    random.Random(0).shuffle(names)
+    validation = names[::HELD_OUT]
+    training = [name for number, name in enumerate(names) if number % HELD_OUT]
+    for part in (training, validation):
+        if sum((root / name).stat().st_size for name in part) < BATCH_SIZE * math.prod(SEQ_LENS):
+            raise ValueError(f"{root}: no sources of the standard library, or too few, to train on")
+    return training, validation
+
+
+def _experiment(
+    folder: str, root: Path, sources: tuple[list[str], list[str]], steps: int, seed: int
+) -> TrainEntryConfig:
+    """An experiment of so many steps; its run is written below ``folder``."""
+    training, validation = sources
     length = math.prod(SEQ_LENS)
-    if min(map(len, parts)) <= length:
-        raise ValueError(f"{root}: no sources of the standard library, or too few, to train on")
-    validation, *training = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
-    return torch.cat(training), validation
+    return TrainEntryConfig.model_validate(
+        {
+            "params": {**demo_config().model_dump(), "input_seq_len": length},
+            "train": {
+                "target_elements": steps * BATCH_SIZE * length,
+                "target_elements_strategy": "sequence",
+                "warmup_steps_perc": 0.05,
+                "batch_size": BATCH_SIZE,
+                "shuffle_train": True,
+                "shuffle_eval": True,
+                "max_eval_steps": VALIDATION_BATCHES,
+                "learning_rate": LEARNING_RATE,
+                "gradient_clipping": 1.0,
+                "gradient_accumulate_every": 1,
+                "seed": seed,
+            },
+            "io": {
+                "name_model": "demo",
+                "output_dir": folder,
+                "dataset_dir": str(root),
+                "dataset_id": "bytes",
+                "dataset_args": {"files": training, "valid_files": validation, "separator_id": 10},
+                "num_models_to_save": 1,
+                "validate_amount": VALIDATIONS,
+                "log_train_loss_amount": 100,
+            },
+        }
+    )
 
 
-@torch.inference_mode()
-def measure(model: MBLM, validation: torch.Tensor) -> float:
-    """Bits per byte of sequences spread evenly over the validation bytes ``(L,)``."""
-    length = math.prod(SEQ_LENS)
-    starts = torch.linspace(0, len(validation) - length, VALIDATION_SEQUENCES).long()
-    losses = [model(validation[s : s + length][None]).item() for s in starts]
-    return sum(losses) / len(losses) / math.log(2)
+def _train(config: TrainEntryConfig, *, is_calibration: bool = False) -> tuple[MBLM, float]:
+    """Run an experiment; returns its best model and the seconds of a step."""
+    training, validation = (
+        ByteFiles.from_train_entry_config(config, mode, worker_id=0, num_workers=1)
+        for mode in (ModelMode.TRAIN, ModelMode.VALID)
+    )
+    options = CoreTrainerOptions(
+        display_progress=sys.stderr.isatty() and not is_calibration,
+        skip_validation=is_calibration,
+    )
+    run_vars = ElasticRunVars(local_rank=0, world_size=1, is_cuda=torch.cuda.is_available())
+    trainer = _Timed(config, run_vars, options)
+    model = trainer.train(training, validation)
+    assert model is not None  # as the type allows for trainers that make none
+    steps = [later - earlier for earlier, later in pairwise(trainer.begins)]
+    return model, median(steps) if steps else math.nan
 
 
-def _train(model: MBLM, training: torch.Tensor, seconds: float, generator: torch.Generator) -> None:
-    """Adam on random sequences; the learning rate warms up and decays by the time used."""
-    length = math.prod(SEQ_LENS)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
-    with _Progress(seconds) as progress:
-        while (used := progress.used()) < 1:
-            decayed = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * used)) / 2
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(used / WARMUP, decayed)
-            starts = torch.randint(len(training) - length, (BATCH_SIZE, 1), generator=generator)
-            loss = model(training[starts + torch.arange(length)])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-            optimizer.step()
-            progress.show(loss.item() / math.log(2), BATCH_SIZE * length)
+class _Timed(MegabyteTrainer):
+    """Remembers when its training steps begin."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.begins: list[float] = []
 
-class _Progress:
-    """A bar on a terminal, elsewhere a line every ten seconds, for work of a given time."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._start = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._next_line = 0.0
-        self._bytes = 0
-        self._bits: float | None = None
-        self._bar = tqdm(total=1.0, bar_format="{bar}", disable=not self._is_terminal)
-
-    def used(self) -> float:
-        """The fraction of the time that is used."""
-        return (time.monotonic() - self._start) / self._seconds
-
-    def show(self, bits_per_byte: float, num_bytes: int) -> None:
-        """Show a step's loss, smoothed, the speed and the time left."""
-        previous = bits_per_byte if self._bits is None else self._bits
-        self._bits = 0.95 * previous + 0.05 * bits_per_byte
-        self._bytes += num_bytes
-        used = min(self.used(), 1.0)
-        elapsed = time.monotonic() - self._start
-        speed = self._bytes / elapsed
-        left = f"{math.ceil((1 - used) * self._seconds)} s left"
-        facts = f"{self._bits:.2f} bits per byte, {speed:,.0f} bytes/s, {left}"
-        if self._is_terminal:
-            self._bar.bar_format = f"{used:4.0%} |{{bar}}| {facts}"
-            self._bar.update(used - self._bar.n)
-        elif elapsed >= self._next_line or used == 1:
-            _say(f"{used:4.0%} {facts}")
-            self._next_line = elapsed + SECONDS_PER_LINE
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def model_forward(self, model: MBLM, batch: BatchWithLossMask, device: Any) -> torch.Tensor:
+        if model.training:
+            self.begins.append(time.monotonic())
+        return super().model_forward(model, batch, device)
 
 
 def _say(text: str) -> None:

@@ -17,6 +17,7 @@ import yaml
 import mblm
 from mblm import MBLM
 from mblm.cli import main
+from mblm.train.evaluate import evaluate
 from mblm.utils.io import save_model_state
 from tests.models import model, transformer
 
@@ -360,13 +361,80 @@ def test_a_bug_shows_its_traceback(
         main()
 
 
+# -- eval, plot and overview -----------------------------------------------------------------------
+
+
+def test_eval(run: Run, saved: Path, bytes_model: MBLM, tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    files[0].write_bytes(b"abc" * 9)
+    files[1].write_bytes(b"xyz" * 3)
+    scores = evaluate(bytes_model, files, length=8)
+    facts = json.loads(run("eval", saved, *files, "--length", 8, "--json").out)
+    assert [row["file"] for row in facts["files"]] == [str(file) for file in files]
+    bits = [score.bits_per_byte for score in scores]
+    assert [row["bits_per_byte"] for row in facts["files"]] == pytest.approx(bits)
+    assert facts["bytes"] == 36
+    assert facts["bits_per_byte"] == pytest.approx((27 * bits[0] + 9 * bits[1]) / 36)
+
+    table = run("eval", saved, *files, "--length", 8, "--batch-size", 2).out.decode()
+    assert table.splitlines()[-1].split() == ["in", "all", "36", f"{facts['bits_per_byte']:.4f}"]
+
+
+def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    assert run("eval", saved, tmp_path / "empty").out.split()[-2:] == [b"0", b"-"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["eval", "SAVED", "absent.txt"], "absent.txt: No such file"),
+        (["eval", "absent", "absent.txt"], "neither a folder nor a model id"),
+        (["eval", "SAVED", "FILE", "--length", -1], "at least 1"),
+        (["eval", "SAVED", "FILE", "--batch-size", 0], "at least 1"),
+        (["plot", "absent.csv"], "absent.csv: No such file"),
+        (["plot", "FILE"], "not a run's losses"),
+        (["overview", "absent.yaml"], "absent.yaml"),
+        (["overview", "FILE"], "not a YAML file"),
+        (["train", "absent.yaml"], "absent.yaml"),
+        (["train", "FILE"], "not a YAML file"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_files_are_one_line(
+    run: Run, saved: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    given = {"SAVED": saved, "FILE": tmp_path / "file"}
+    result = run(*(given.get(word, word) for word in arguments))
+    assert result.status == 1 and message in result.error
+
+
+def test_plot(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "loss.csv").write_text(
+        "gpu_rank,elements_seen,kind,loss,lr\n0,10,train,2,0.1\n0,10,valid,1,-1\n"
+    )
+    result = run("plot", tmp_path, "--out", tmp_path / "curves.png")
+    assert result == (0, b"", "")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "svgz2" in run("plot", tmp_path, "--out", tmp_path / "curves.svgz2").error
+
+
+def test_overview(run: Run, run_folder: Path, bytes_model: MBLM) -> None:
+    file = run_folder / "config.yaml"
+    text = run("overview", file, file).out.decode()
+    count = sum(p.numel() for p in bytes_model.parameters())
+    assert text.count(f"{file}: {count:,} parameters, a context of 32 bytes") == 2
+
+
 # -- The other commands ----------------------------------------------------------------------------
 
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version").out.decode() == f"mblm {mblm.__version__}\n"
     assert run().out == run("--help").out
-    for name in ("generate", "info", "demo"):
+    for name in ("generate", "train", "eval", "plot", "overview", "info", "demo"):
         assert f"\n  {name} ".encode() in run("--help").out
         assert run(name, "--help").out.startswith(f"Usage: mblm {name}".encode())
 

@@ -10,12 +10,12 @@ import torch
 from mblm import MBLM
 from mblm.cli import main
 from mblm.demo import (
+    BATCH_SIZE,
     FILTER_THRES,
+    SEQ_LENS,
     TEMPERATURE,
-    _Progress,
     demo_config,
-    measure,
-    read_sources,
+    find_sources,
     train_demo,
 )
 from mblm.inference.session import Session
@@ -31,7 +31,7 @@ def test_trains_saves_and_writes(
         main()
     written, told = capfdbinary.readouterr()
     assert stopped.value.code == 0
-    assert "bits per byte" in told.decode() and "bytes/s" in told.decode()
+    assert "Bits per byte" in told.decode() and "bytes/s" in told.decode()
 
     model = MBLM.from_pretrained(out)
     assert not torch.equal(model.to_logits.weight, MBLM(demo_config()).to_logits.weight)
@@ -69,62 +69,20 @@ def test_refuses_a_file_as_folder_before_it_trains(tmp_path: Path) -> None:
 
 def test_sources_are_split_by_file(tmp_path: Path) -> None:
     for number in range(40):
-        (tmp_path / f"m{number}.py").write_text(f"<{number}>" * 300)
-    (tmp_path / "data.txt").write_text("<99>")
+        (tmp_path / f"m{number}.py").write_text("x = 1\n" * 300)
+    (tmp_path / "data.txt").write_text("text")
     for name in ("test", "site-packages"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "left_out.py").write_text("<99>")
-    training, validation = (bytes(part.tolist()) for part in read_sources(tmp_path))
-    assert sum(f"<{n}>".encode() in training for n in range(40)) == 38
-    assert sum(f"<{n}>".encode() in validation for n in range(40)) == 2
-    assert not any(f"<{n}>".encode() in training and f"<{n}>".encode() in validation
-                   for n in range(40))  # fmt: skip
-    assert b"<99>" not in training + validation
-    assert read_sources(tmp_path)[0].tolist() == list(training)
+        (tmp_path / name / "left_out.py").write_text("x = 1\n")
+    training, validation = find_sources(tmp_path)
+    assert (len(training), len(validation)) == (38, 2)
+    assert sorted(training + validation) == sorted(f"m{number}.py" for number in range(40))
+    assert find_sources(tmp_path) == (training, validation)
 
 
-def test_refuses_a_folder_without_sources(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [0, 1, 19])
+def test_refuses_a_folder_without_sources(tmp_path: Path, count: int) -> None:
+    for number in range(count):
+        (tmp_path / f"m{number}.py").write_text("x" * (BATCH_SIZE * math.prod(SEQ_LENS) // 20))
     with pytest.raises(ValueError, match="no sources of the standard library"):
-        read_sources(tmp_path)
-
-
-def test_measures_an_untrained_model_near_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mblm.demo.VALIDATION_SEQUENCES", 4)
-    model = MBLM(demo_config()).eval()
-    torch.nn.init.zeros_(model.to_logits.weight)
-    torch.nn.init.zeros_(model.to_logits.bias)
-    text = torch.randint(0, 256, (2000,), dtype=torch.uint8)
-    assert measure(model, text) == pytest.approx(math.log2(257), rel=1e-5)
-
-
-class _Terminal:
-    """Keeps what is written, as a terminal does."""
-
-    def __init__(self, is_terminal: bool) -> None:
-        self.is_terminal = is_terminal
-        self.text = ""
-        self.encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return self.is_terminal
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
-) -> None:
-    terminal = _Terminal(is_terminal)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with _Progress(1000) as progress:
-        for _ in range(3):
-            progress.show(2.5, 1000)
-    assert "2.50 bits per byte" in terminal.text and "1000 s left" in terminal.text
-    assert ("\r" in terminal.text) == is_terminal
-    assert is_terminal or terminal.text.count("\n") == 1  # the next is due after ten seconds
+        find_sources(tmp_path)

@@ -89,7 +89,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     small.save_pretrained(folder / "my-model")
     (folder / "prompt.txt").write_text("The first line\n")
-    (folder / "book.txt").write_text("The cat sat on the mat.\n" * 200)
+    (folder / "book.txt").write_text("The cat sat on the mat.\n" * 1000)
+    (folder / "configs").symlink_to(ROOT / "configs")
     program = folder / "bin" / "mblm"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mblm "$@"\n')
@@ -176,6 +177,16 @@ def check_python(words: list[str]) -> None:
         assert words[0].endswith(".py") and (ROOT / words[0]).is_file(), words[0]
 
 
+def check_torchrun(words: list[str]) -> None:
+    """A module that is named exists; a file is one that the reader has written."""
+    if "-m" in words:
+        assert find_module(words[words.index("-m") + 1])
+
+
+def check_bash(words: list[str]) -> None:
+    assert (ROOT / words[0]).is_file(), words[0]
+
+
 SETTING = re.compile(r"[A-Z_]+=")  # of a variable
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -184,6 +195,8 @@ CHECKS = {
     "pip": check_install,
     "uv": check_install,
     "python": check_python,
+    "torchrun": check_torchrun,
+    "bash": check_bash,
 }
 
 

@@ -23,8 +23,11 @@ def find_files(folder: Path, entries: Sequence[str]) -> dict[str, Path]:
         files = _files_of(folder, entry)
         if not files:
             raise FileNotFoundError(f"files: {entry!r} is no file in {str(folder)!r} or holds none")
-        for file in sorted(files, key=lambda file: file.parts):
-            found.setdefault(os.path.realpath(file), file)
+        # Of several paths to a file the shortest counts: a glob follows links, also in circles.
+        files.sort(key=lambda file: (len(file.parts), file.parts), reverse=True)
+        nearest = {os.path.realpath(file): file for file in files}
+        for real, file in sorted(nearest.items(), key=lambda item: item[1].parts):
+            found.setdefault(real, file)
     return found
 
 

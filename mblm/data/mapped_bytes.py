@@ -41,7 +41,8 @@ class MappedBytes:
 
     def __init__(self, files: Sequence[Path], separator_id: int | None = None) -> None:
         sizes = [_size(file) for file in files]
-        self.files = [file for file, size in zip(files, sizes, strict=True) if size]
+        # Absolute, so that a program may change its folder before a file is mapped.
+        self.files = [file.absolute() for file, size in zip(files, sizes, strict=True) if size]
         self.sizes = [size for size in sizes if size]
         self._separator_id = separator_id
         between = 0 if separator_id is None else 1
@@ -55,8 +56,9 @@ class MappedBytes:
         stop = min(stop, self._length)
         if not 0 <= start <= stop:
             raise IndexError(f"bytes {start} to {stop} of {self._length}")
-        # Separators are what the files, copied over them, leave.
-        ids = torch.full((stop - start,), self._separator_id or 0, dtype=dtype)
+        ids = torch.empty(stop - start, dtype=dtype)
+        if self._separator_id is not None:  # what the files, copied over it, leave
+            ids.fill_(self._separator_id)
         target = ids.numpy()
         first = max(bisect_right(self._starts, start) - 1, 0)
         for file in range(first, bisect_left(self._starts, stop)):
@@ -70,14 +72,7 @@ class MappedBytes:
         """The bytes of one file; the file that was not used for longest is closed for it."""
         mapped = self._maps.pop(file, None)
         if mapped is None:
-            path, size = self.files[file], self.sizes[file]
-            with path.open("rb") as opened:
-                # A mapped file that has shrunk would end the process, not raise.
-                if (now := os.fstat(opened.fileno()).st_size) != size:
-                    raise ValueError(f"{path} had {size} bytes and now has {now}")
-                mapped = np.frombuffer(
-                    mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
-                )
+            mapped = np.frombuffer(_map(self.files[file], self.sizes[file]), dtype=np.uint8)
         self._maps[file] = mapped
         if len(self._maps) > self.MAX_OPEN:
             self._maps.popitem(last=False)
@@ -119,3 +114,14 @@ def _size(file: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{str(file)!r} is no file")
     return status.st_size
+
+
+def _map(file: Path, size: int) -> mmap.mmap:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        # A mapped file that has shrunk would end the process, not raise.
+        if (now := os.fstat(descriptor).st_size) != size:
+            raise ValueError(f"{str(file)!r} had {size} bytes and now has {now}")
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)

@@ -36,6 +36,11 @@ END = """
 """
 
 BOOKS = """
+    import os
+
+    listdir = os.listdir  # the reference takes the file system's order, this package that of names
+    os.listdir = lambda *arguments: sorted(listdir(*arguments))
+
     from mblm.data.dataset.pg19 import PG19
     from mblm.data.dataset.pg19_masked import PG19Masked
     from mblm.data.types import ModelMode

@@ -100,7 +100,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         optional_args: ByteFilesArgs | None = None,
         **config: Unpack[DistributedDatasetConfig],
     ) -> None:
-        args = optional_args or ByteFilesArgs()
+        mode, args = ModelMode(mode), optional_args or ByteFilesArgs()
         own_files, files = _files_of_part(Path(data_dir), mode, args)
         self._data = MappedBytes(files, args.separator_id)
         self._first, stop = 0, len(self._data)

@@ -153,7 +153,7 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
         optional_args: ClevrOptionalArgs,
         **config: Unpack[DistributedDatasetConfig],
     ) -> None:
-        self.mode = mode
+        self.mode = mode = ModelMode(mode)
         self.args = optional_args
         if any(weight % 1 for weight in optional_args.qiqa_loss_mask):
             warnings.warn(
@@ -278,6 +278,8 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
         entry = self.get_sample_raw(from_idx)
         answer_text = entry["answer"]
         if self.args.answer_categorical:
+            if answer_text not in self.ANSWER_CLASS_MAP:
+                raise ValueError(f"answer_categorical: {answer_text!r} is no category")
             answer_text = self.ANSWER_CLASS_MAP[answer_text]
         image_bytes = self.process_and_flatten_img(self._image(entry["image_filename"]))
 

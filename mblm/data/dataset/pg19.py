@@ -25,8 +25,9 @@ class PG19Books(DistributedDataset[_T]):
     """The books of one part of PG19; subclasses say what a sample is.
 
     ``data_dir`` has the dataset's own folders ``train``, ``validation`` and ``test``, of text files
-    (https://github.com/google-deepmind/pg19). Books follow one another in the order in which the
-    file system lists them. They are memory-mapped, not loaded.
+    (https://github.com/google-deepmind/pg19). Books follow one another in the order of their
+    names, so that every machine of a run has the same row; the published package takes them as
+    the file system lists them. They are memory-mapped, not loaded.
 
     Args:
         data_dir: The dataset's folder.
@@ -45,10 +46,11 @@ class PG19Books(DistributedDataset[_T]):
     def __init__(
         self, data_dir: str | Path, mode: ModelMode, **config: Unpack[DistributedDatasetConfig]
     ) -> None:
+        mode = ModelMode(mode)
         folder = Path(data_dir) / ("validation" if mode is ModelMode.VALID else mode.value)
         if not folder.is_dir():
             raise FileNotFoundError(f"data_dir: no folder {str(folder)!r}")
-        self.txt_files = [folder / name for name in os.listdir(folder)]
+        self.txt_files = [folder / name for name in sorted(os.listdir(folder))]
         if not self.txt_files:
             raise ValueError(f"data_dir: no books in {str(folder)!r}")
         self.data = MappedBytes(self.txt_files)

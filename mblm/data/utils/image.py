@@ -179,6 +179,8 @@ def _image_of_array(image: NDArray[Any]) -> PILImage:
     if image.dtype != np.uint8:
         raise ValueError(f"image: expected dtype uint8, got {image.dtype}")
     try:
-        return pillow_image().fromarray(image)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"image: no image has the shape {image.shape}: {error}") from error
+        if image.ndim in (2, 3):
+            return pillow_image().fromarray(image)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"image: no image has the shape {image.shape}")

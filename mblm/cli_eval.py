@@ -1,0 +1,43 @@
+"""What `mblm eval` shows: progress while it reads files, and a table of their scores."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import mblm
+from mblm.train.evaluate import Score, evaluate
+
+
+def evaluate_files(
+    model: mblm.MBLM, files: Sequence[Path], length: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Score files, with a bar on a terminal: ``{files: [{file, bytes, bits_per_byte}], …}``."""
+    total = sum(file.stat().st_size for file in files)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
+        scores = evaluate(
+            model, files, length=length, batch_size=batch_size, on_progress=bar.update
+        )
+    in_all = Score(sum(s.num_bytes for s in scores), sum(s.nats for s in scores))
+    named = zip(map(str, files), scores, strict=True)
+    return {"files": [{"file": name, **_row(score)} for name, score in named], **_row(in_all)}
+
+
+def format_scores(scores: dict[str, Any]) -> str:
+    """A table of what `evaluate_files` returns, all files together in the last line."""
+    rows = [*scores["files"], {**scores, "file": "in all"}]
+    width = max(len(row["file"]) for row in rows)
+    lines = [f"{'file':{width}}  {'bytes':>14}  bits per byte"]
+    for row in rows:
+        bits = row["bits_per_byte"]
+        shown = "-" if bits is None else f"{bits:.4f}"
+        lines.append(f"{row['file']:{width}}  {row['bytes']:14,}  {shown:>13}")
+    return "\n".join(lines)
+
+
+def _row(score: Score) -> dict[str, Any]:
+    return {"bytes": score.num_bytes, "bits_per_byte": score.bits_per_byte}

@@ -1,0 +1,65 @@
+"""What `mblm info` tells: what is installed, compiled and missing."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import mblm
+
+OPTIONAL_PACKAGES = (
+    "mamba-ssm",
+    "causal-conv1d",
+    "huggingface_hub",
+    "Pillow",
+    "filelock",
+    "matplotlib",
+    "tensorboard",
+)
+
+
+def collect_facts() -> dict[str, Any]:
+    """What is installed, compiled and missing, by name."""
+    import torch
+
+    from mblm.utils.cuda import cuda_properties
+
+    build = mblm.build_info()
+    missing = build.pop("missing")
+    cuda = cuda_properties()
+    return {
+        "mblm": mblm.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": torch.get_num_threads(),
+        "native kernels": build,
+        "cuda": cuda.cuda_version,
+        "cuda devices": cuda.cuda_devices,
+        "packages": {name: _version_of(name) for name in OPTIONAL_PACKAGES},
+        "missing": missing,
+    }
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def format_facts(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """Facts as aligned lines; a nested dictionary is indented."""
+    width = max(map(len, facts)) + 2
+    lines = []
+    for name, value in facts.items():
+        name = name.replace("_", " ") if not indent else name
+        if isinstance(value, dict):
+            lines += [name, *format_facts(value, indent + "  ")]
+        elif isinstance(value, list):
+            for number, item in enumerate(value or ["none"]):
+                lines.append(f"{indent}{'' if number else name:{width}}{item}")
+        else:
+            if value is None or isinstance(value, bool):
+                value = {True: "yes", False: "no", None: "-"}[value]
+            lines.append(f"{indent}{name:{width}}{value}")
+    return lines

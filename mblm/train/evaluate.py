@@ -1,0 +1,115 @@
+"""How well a model predicts files: bits per byte, in memory that does not grow with the files."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mblm.model.config import MBLMReturnType
+from mblm.model.mblm import MBLM
+from mblm.utils.checks import check_integer
+
+
+@dataclass
+class Score:
+    """How well bytes are predicted.
+
+    Attributes:
+        num_bytes: How many bytes count: all but those equal to the model's padding, which a model
+            never learns to predict.
+        nats: The sum of their losses.
+    """
+
+    num_bytes: int = 0
+    nats: float = 0.0
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The mean loss in bits, None where no byte counts."""
+        return self.nats / self.num_bytes / math.log(2) if self.num_bytes else None
+
+
+def evaluate(
+    model: MBLM,
+    files: Sequence[Path],
+    *,
+    length: int | None = None,
+    batch_size: int = 8,
+    on_progress: Callable[[int], object] | None = None,
+) -> list[Score]:
+    """Score files of any length.
+
+    A file is cut into windows, the last of which may be shorter; a byte is predicted from the
+    bytes before it in its window. Files are mapped into memory, not read as a whole.
+
+    Args:
+        model: The model, in evaluation mode.
+        files: The files.
+        length: Bytes of a window. Default: the model's context.
+        batch_size: How many windows are looked at together. Default 8.
+        on_progress: Called with a number of bytes whenever so many more are done.
+
+    Returns:
+        One score per file.
+
+    Raises:
+        OSError: A file cannot be read; found before any is scored.
+        ValueError: No files, a length or batch size below 1, a length over what the model takes,
+            or a byte outside the model's vocabulary.
+    """
+    if not files:
+        raise ValueError("files: expected at least one file, got none")
+    length = model.context_size if length is None else check_integer("length", length)
+    if length < 1 or check_integer("batch_size", batch_size) < 1:
+        raise ValueError(f"length and batch_size must be at least 1, got {length} and {batch_size}")
+    if model.max_length is not None and length > model.max_length:
+        raise ValueError(f"length: {length} exceeds the model's context of {model.max_length}")
+    for file in files:
+        file.open("rb").close()
+    return [_score_file(model, file, length, batch_size, on_progress) for file in files]
+
+
+@torch.inference_mode()
+def _score_file(
+    model: MBLM,
+    file: Path,
+    length: int,
+    batch_size: int,
+    on_progress: Callable[[int], object] | None,
+) -> Score:
+    score = Score()
+    device = model.to_logits.weight.device
+    for windows in _windows(file, length, batch_size):
+        ids = windows.to(device).long()  # (B, L)
+        counts = ids != model.pad_token_id
+        score.nats += float(byte_losses(model, ids)[counts].double().sum())
+        score.num_bytes += int(counts.sum())
+        if on_progress is not None:
+            on_progress(ids.numel())
+    return score
+
+
+def _windows(file: Path, length: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """Batches of windows ``(B, length)``, uint8, then what is left ``(1, < length)``."""
+    if file.stat().st_size == 0:  # which cannot be mapped
+        return
+    data = np.memmap(file, mode="r", dtype=np.uint8)
+    whole = len(data) // length * length
+    for start in range(0, whole, batch_size * length):
+        stop = min(start + batch_size * length, whole)
+        yield torch.from_numpy(data[start:stop].copy()).view(-1, length)
+    if whole < len(data):
+        yield torch.from_numpy(data[whole:].copy())[None]
+
+
+def byte_losses(model: MBLM, ids: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every byte given those before it, ids ``(B, L) -> (B, L)``, in nats."""
+    # The first byte is predicted by the local start token, which has seen nothing.
+    start = model.start_token(model.num_stages - 1, ids.shape[0])[:, None]  # (B, 1, D_N)
+    first = model.to_logits(model.stage_models[-1](start))
+    later = model(ids, return_type=MBLMReturnType.LOGITS)[:, :-1]
+    logits = torch.cat([first, later], dim=1)  # (B, L, V)
+    return torch.nn.functional.cross_entropy(logits.mT.float(), ids, reduction="none")

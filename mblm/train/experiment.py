@@ -1,0 +1,159 @@
+"""An experiment: its YAML file, settings that replace fields of it, and what it resumes from."""
+
+import glob
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import RootModel, ValidationError
+
+from mblm.model.pretrained import RUN_CONFIG_FILE
+from mblm.train.core.interrupt import TrainingInterrupted
+from mblm.train.core.non_finite import NonFiniteLossError
+from mblm.train.core.training_state import find_latest_state, is_training_state
+from mblm.utils.io import load_yml
+
+if TYPE_CHECKING:
+    from mblm.train.mblm import TrainEntryConfig, TrainMaskedEntryConfig
+
+
+class _Fields(RootModel[dict[str, Any]]):
+    """The fields of a YAML file, not looked at."""
+
+
+def load_experiment(
+    file: Path, settings: Sequence[str] = (), resume: str | None = None
+) -> "TrainEntryConfig | TrainMaskedEntryConfig":
+    """Read an experiment.
+
+    Args:
+        file: The YAML file; one with ``params.mblm_config`` trains an encoder.
+        settings: Fields to replace, such as ``train.batch_size=4``; see `apply_setting`.
+        resume: What to resume from, as in `find_resume`. Default: what the file says.
+
+    Raises:
+        OSError: The file does not exist or cannot be read.
+        ValueError: The file or a setting is not valid, or there is nothing to resume from.
+    """
+    from mblm.train.mblm import TrainEntryConfig, TrainMaskedEntryConfig
+
+    fields = load_yml(file, _Fields).root
+    for setting in settings:
+        apply_setting(fields, setting)
+    is_masked = "mblm_config" in (fields.get("params") or {})
+    entry = TrainMaskedEntryConfig if is_masked else TrainEntryConfig
+    if resume is not None:
+        fields["resume"] = {**(fields.get("resume") or {}), "checkpoint_file": resume}
+    try:
+        config = entry.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if resume is not None:
+        assert config.resume is not None
+        found = find_resume(resume, Path(config.io.output_dir), config.io.name_model)
+        config.resume = config.resume.model_copy(update=found)
+    return config
+
+
+def train_experiment(config: "TrainEntryConfig | TrainMaskedEntryConfig") -> None:
+    """Train what the configuration describes, a decoder or an encoder.
+
+    Raises:
+        TrainingInterrupted: A signal stopped the run; the first worker says how to go on.
+        ValueError: The loss was NaN or infinite too often, besides what else may be wrong.
+    """
+    from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
+
+    try:
+        if isinstance(config, TrainMaskedEntryConfig):
+            train_encoder_mblm(config)
+        else:
+            train_mblm(config)
+    except NonFiniteLossError as error:  # of the data or of the learning rate, and no bug
+        raise ValueError(str(error)) from error
+    except TrainingInterrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mblm: {stopped}; go on with --resume latest", file=sys.stderr)
+        raise
+
+
+def apply_setting(fields: dict[str, Any], setting: str) -> None:
+    """Replace one field, ``path=value``.
+
+    Args:
+        fields: The fields of an experiment, changed in place.
+        setting: A dotted path, in which a number is the index of a list's item, and a value in
+            YAML. ``1e-3`` is a number too, other than in YAML.
+
+    Raises:
+        ValueError: No path or no value, or the path leads through what has no fields.
+    """
+    path, equals, text = setting.partition("=")
+    names = path.split(".")
+    if not equals or not all(names):
+        raise ValueError(f"--set: expected path=value, such as train.batch_size=4, got {setting!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {path}: {text!r} is no YAML value") from error
+    at: Any = fields
+    for depth, name in enumerate(names):
+        if isinstance(at, dict):
+            key: Any = name
+        elif isinstance(at, list) and name.isdecimal() and int(name) < len(at):
+            key = int(name)
+        else:
+            raise ValueError(f"--set {path}: {'.'.join(names[:depth])} has no field {name}")
+        if depth + 1 == len(names):
+            at[key] = _number_of(value)
+        elif isinstance(at, dict) and at.get(key) is None:
+            at[key] = {}
+        at = at[key]
+
+
+def _number_of(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any]:
+    """Fields of a `ResumeConfig`, from what a user says to resume from.
+
+    Args:
+        resume: ``"latest"``, the newest training state of the runs of that name; a run's folder
+            or its ``config.yaml``, its newest training state or, where it has none, the weights
+            and the place in the data that its configuration names; a training state; or a
+            ``.pth`` file, whose weights start anew.
+        output_dir: The folder of the runs.
+        name_model: The name that their folders begin with.
+
+    Raises:
+        FileNotFoundError: There is no such thing.
+        ValueError: There is nothing to resume from in it.
+    """
+    if resume == "latest":
+        runs = [run for run in output_dir.glob(f"{glob.escape(name_model)}_*") if run.is_dir()]
+        states = [state for run in runs if (state := find_latest_state(run)) is not None]
+        if not states:
+            raise ValueError(f"resume: no run {output_dir / name_model}_* with a training state")
+        return {"checkpoint_file": str(max(states, key=lambda state: state.stat().st_mtime_ns))}
+    path = Path(resume)
+    if not path.exists():
+        raise FileNotFoundError(f"resume: no file or folder {resume}")
+    if path.is_file() and path.suffix not in (".yaml", ".yml"):
+        return {"checkpoint_file": resume}
+    run = path if path.is_dir() else path.parent
+    if is_training_state(run):
+        return {"checkpoint_file": resume}
+    if (state := find_latest_state(run)) is not None:
+        return {"checkpoint_file": str(state)}
+    said = load_yml(run / RUN_CONFIG_FILE if path.is_dir() else path, _Fields).root.get("resume")
+    if not isinstance(said, dict) or not said.get("checkpoint_file"):
+        raise ValueError(f"resume: {resume} has neither a training state nor a checkpoint")
+    names = ("checkpoint_file", "next_epoch_index", "next_batch_index")
+    return {name: said[name] for name in names if name in said}

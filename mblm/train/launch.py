@@ -1,0 +1,106 @@
+"""Start the processes of a training run, on one machine or as one of several."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mblm.train.core.interrupt import EXIT_INTERRUPTED
+from mblm.train.experiment import load_experiment, train_experiment
+
+# Workers finish their step and save when they are told to stop; later they are killed.
+SECONDS_TO_STOP = 300
+
+
+def launch(
+    file: Path,
+    *,
+    settings: Sequence[str] = (),
+    resume: str | None = None,
+    nproc: int | None = None,
+    nnodes: int = 1,
+    node_rank: int | None = None,
+    rdzv_endpoint: str | None = None,
+) -> None:
+    """Train an experiment in this process, or with torchrun's launcher in several.
+
+    Args:
+        file: The experiment's YAML file.
+        settings: Fields to replace, as for `load_experiment`.
+        resume: What to resume from, as for `load_experiment`.
+        nproc: Processes on this machine. Default: the number of GPUs, or 1.
+        nnodes: Machines, each of which runs this with the same arguments. Default 1.
+        node_rank: Number of this machine, from 0. Default: given out as the machines arrive.
+        rdzv_endpoint: ``HOST:PORT`` on one of the machines, where they meet.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: An argument or the experiment is not valid.
+        SystemExit: A worker failed or the run was interrupted; with its exit status.
+    """
+    nproc = (torch.cuda.device_count() or 1) if nproc is None else nproc
+    if nproc < 1 or nnodes < 1:
+        raise ValueError(f"nproc and nnodes must be at least 1, got {nproc} and {nnodes}")
+    if nnodes > 1 and not rdzv_endpoint:
+        raise ValueError("rdzv_endpoint: several nodes need HOST:PORT of one of them")
+    if node_rank is not None and not 0 <= node_rank < nnodes:
+        raise ValueError(f"node_rank: expected 0 to {nnodes - 1}, got {node_rank}")
+
+    config = load_experiment(file, settings, resume)  # refuses before anything is started
+    if nproc == nnodes == 1:
+        train_experiment(config)
+        return
+    arguments = [str(file)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    if resume is not None:
+        assert config.resume is not None
+        # The latest of now: later it could be one that these workers write.
+        arguments += ["--resume", config.resume.checkpoint_file if resume == "latest" else resume]
+    _run_workers(arguments, nproc, nnodes, node_rank, rdzv_endpoint)
+
+
+def _run_workers(
+    arguments: list[str],
+    nproc: int,
+    nnodes: int,
+    node_rank: int | None,
+    rdzv_endpoint: str | None,
+) -> None:
+    """Run ``python -m mblm.train ARGUMENTS`` in every process and wait for all of them."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
+    config = LaunchConfig(
+        min_nodes=nnodes,
+        max_nodes=nnodes,
+        nproc_per_node=nproc,
+        # All machines of a run have the same id; on one machine, two runs must not meet.
+        run_id="mblm" if rdzv_endpoint else uuid.uuid4().hex,
+        rdzv_backend="c10d" if node_rank is None else "static",
+        rdzv_endpoint=rdzv_endpoint or "localhost:0",
+        rdzv_configs={} if node_rank is None else {"rank": node_rank},
+        max_restarts=0,
+    )
+    # It tells of a failed worker in pages; here that takes a line.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, sys.executable)("-m", "mblm.train", *arguments)
+    except SignalException:  # passed on to the workers, which have saved and ended since
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        status = failure.exitcode
+        if status != EXIT_INTERRUPTED:
+            said = (
+                failure.message["message"] if isinstance(failure.message, dict) else failure.message
+            )
+            print(f"mblm: error: rank {rank}: {said}", file=sys.stderr)
+        raise SystemExit(128 - status if status < 0 else status) from None

@@ -1,0 +1,123 @@
+"""Bits per byte of files: the sum is that of the model's loss, in windows of bounded memory."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mblm import MBLM
+from mblm.train.evaluate import Score, byte_losses, evaluate
+from tests.models import mamba, model, transformer
+
+PADDING = 256
+
+
+def bytes_model(**fields: object) -> MBLM:
+    defaults: dict[str, object] = {"seq_lens": [8, 4], "num_tokens": 257, "pad_token_id": PADDING}
+    return model(transformer(), **{**defaults, **fields}).eval()
+
+
+def write(path: Path, count: int, seed: int = 0) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    path.write_bytes(bytes(torch.randint(0, 256, (count,), generator=generator).tolist()))
+    return path
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 29, 32])
+@pytest.mark.parametrize("seq_lens", [[32], [8, 4], [2, 4, 4]], ids=str)
+@torch.inference_mode()
+def test_byte_losses_are_those_of_the_models_loss(seq_lens: list[int], length: int) -> None:
+    net = bytes_model(seq_lens=seq_lens)
+    ids = torch.randint(0, 256, (3, length))
+    losses = byte_losses(net, ids)
+    assert losses.shape == ids.shape
+    torch.testing.assert_close(losses.mean(), net(ids))
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100, 165])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_file_is_scored_window_by_window(tmp_path: Path, count: int, batch_size: int) -> None:
+    net = bytes_model()
+    file = write(tmp_path / "f", count)
+    ids = torch.tensor(list(file.read_bytes()))
+    done: list[int] = []
+    (score,) = evaluate(net, [file], batch_size=batch_size, on_progress=done.append)
+    with torch.inference_mode():
+        nats = sum(net(window[None]).item() * len(window) for window in ids.split(32))
+    assert score.num_bytes == sum(done) == count
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nats / count / math.log(2), rel=1e-5)
+
+
+def test_files_are_scored_one_by_one(tmp_path: Path) -> None:
+    net = bytes_model()
+    files = [write(tmp_path / str(n), 20 * n, seed=n) for n in range(3)]
+    together = evaluate(net, files)
+    assert together == [evaluate(net, [file])[0] for file in files]
+    assert together[0] == Score(0, 0.0) and together[0].bits_per_byte is None
+
+
+def test_an_untrained_model_needs_its_whole_vocabulary(tmp_path: Path) -> None:
+    net = bytes_model()
+    torch.nn.init.zeros_(net.to_logits.weight)
+    torch.nn.init.zeros_(net.to_logits.bias)
+    (score,) = evaluate(net, [write(tmp_path / "f", 100)])
+    assert score.bits_per_byte == pytest.approx(math.log2(257))
+
+
+def test_bytes_equal_to_the_padding_do_not_count(tmp_path: Path) -> None:
+    net = bytes_model(num_tokens=256, pad_token_id=0)
+    (tmp_path / "f").write_bytes(b"ab\0cd\0\0")
+    (score,) = evaluate(net, [tmp_path / "f"])
+    ids = torch.tensor([list(b"ab\0cd\0\0")])
+    assert score.num_bytes == 4
+    assert score.nats == pytest.approx(4 * net(ids).item(), rel=1e-5)
+
+
+def test_windows_may_be_longer_than_the_context_where_positions_allow(tmp_path: Path) -> None:
+    free = model(mamba(), transformer(), seq_lens=[8, 4], num_tokens=257, pad_token_id=PADDING)
+    file = write(tmp_path / "f", 200)
+    (score,) = evaluate(free.eval(), [file], length=100)
+    with torch.inference_mode():
+        nats = [
+            100 * free(torch.tensor([list(part)])).item()
+            for part in (file.read_bytes()[:100], file.read_bytes()[100:])
+        ]
+    assert score.nats == pytest.approx(sum(nats), rel=1e-5)
+    with pytest.raises(ValueError, match="length: 33 exceeds the model's context of 32"):
+        evaluate(bytes_model(), [file], length=33)
+
+
+@pytest.mark.parametrize("arguments", [{"length": 0}, {"batch_size": 0}, {"length": -1}])
+def test_refuses_sizes_below_one(tmp_path: Path, arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        evaluate(bytes_model(), [write(tmp_path / "f", 5)], **arguments)
+
+
+def test_refuses_missing_files_before_any_is_scored(tmp_path: Path) -> None:
+    done: list[int] = []
+    files = [write(tmp_path / "f", 50), tmp_path / "absent"]
+    with pytest.raises(FileNotFoundError):
+        evaluate(bytes_model(), files, on_progress=done.append)
+    assert not done
+    with pytest.raises(ValueError, match="at least one file"):
+        evaluate(bytes_model(), [])
+
+
+def test_refuses_bytes_outside_the_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"a\xff")
+    net = bytes_model(num_tokens=128, pad_token_id=127)
+    with pytest.raises(ValueError, match="token id 255 at position"):
+        evaluate(net, [tmp_path / "f"])
+
+
+def test_a_file_larger_than_memory_is_not_read_as_a_whole(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        file.truncate(2**40)
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(bytes_model(), [tmp_path / "f"], on_progress=stop)

@@ -1,0 +1,297 @@
+"""Start training: in one process, in several, on several nodes, by every command there is."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mblm.train.launch import launch
+from mblm.train.plot import read_curves
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+INTERRUPTED = 75
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name != "JOB_ID"},
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1",
+    "PYTHON": sys.executable,
+}
+BLOCK = {
+    "attn_head_dims": 8,
+    "attn_num_heads": 2,
+    "attn_use_rot_embs": True,
+    "pos_emb_type": "fixed",
+}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    """A tiny experiment on a file of text: 24 batches of 2 sequences of 16 bytes."""
+    (tmp_path / "text").write_bytes(b"The cat sat on the mat.\n" * 100)
+    config = {
+        "params": {
+            "input_seq_len": 16,
+            "num_tokens": 257,
+            "pad_token_id": 256,
+            "hidden_dims": [16, 16],
+            "num_layers": [1, 1],
+            "seq_lens": [4, 4],
+            "train_checkpoint_chunks": None,
+            "block": BLOCK,
+        },
+        "train": {
+            "target_elements": 24 * 2 * 16,
+            "target_elements_strategy": "sequence",
+            "batch_size": 2,
+            "shuffle_train": True,
+            "learning_rate": 0.01,
+            "gradient_accumulate_every": 1,
+            "max_eval_steps": 2,
+            "seed": 0,
+        },
+        "io": {
+            "name_model": "tiny",
+            "output_dir": str(tmp_path / "out"),
+            "dataset_dir": str(tmp_path / "text"),
+            "dataset_id": "bytes",
+            "num_models_to_save": 1,
+            "validate_amount": 2,
+            "log_train_loss_amount": 24,
+        },
+    }
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def the_run(experiment: Path) -> Path:
+    """The folder of the only run."""
+    (run,) = (experiment.parent / "out").glob("tiny_*")
+    return run
+
+
+def summary(run: Path) -> dict[str, object]:
+    said: dict[str, object] = yaml.safe_load((run / "config.yaml").read_text())["summary"]
+    return said
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command],
+        env=ENVIRONMENT | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def mblm_train(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "mblm", "train", *map(str, arguments)]
+
+
+# -- One process -----------------------------------------------------------------------------------
+
+
+def test_trains_in_this_process(experiment: Path) -> None:
+    launch(experiment, settings=["train.batch_size=4"], nproc=1)
+    folder = the_run(experiment)
+    assert summary(folder)["num_workers"] == 1
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["batch_size"] == 4
+    assert len(read_curves(folder).train) == 12
+    assert (folder / "tiny_top1.pth").is_file()
+
+
+def test_refuses_before_anything_is_written(experiment: Path) -> None:
+    for arguments, message in (
+        ({"settings": ["train.colour=1"]}, "train.colour"),
+        ({"settings": ["train.colour=1"], "nproc": 2}, "train.colour"),
+        ({"resume": "latest"}, "no run"),
+        ({"nproc": 0}, "nproc and nnodes must be at least 1"),
+        ({"nnodes": 2}, "rdzv_endpoint"),
+        ({"nnodes": 2, "node_rank": 2, "rdzv_endpoint": "a:1"}, "node_rank: expected 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launch(experiment, **arguments)  # type: ignore[arg-type]
+    assert not (experiment.parent / "out").exists()
+
+
+def test_a_masked_experiment_trains_an_encoder(experiment: Path) -> None:
+    (experiment.parent / "train").mkdir()
+    (experiment.parent / "validation").mkdir()
+    (experiment.parent / "test").mkdir()
+    for part in ("train", "validation", "test"):
+        (experiment.parent / part / "1.txt").write_text("The cat sat on the mat.\n" * 40)
+    fields = yaml.safe_load(experiment.read_text())
+    params = fields["params"]
+    length = params.pop("input_seq_len")
+    params["block"] = {**BLOCK, "block_type": "transformerEncoder"}
+    fields["params"] = {"input_seq_len": length, "mask_token_id": 255, "mblm_config": params}
+    fields["train"]["masking_proba"] = 0.2
+    fields["io"] |= {"dataset_id": "pg19masked", "dataset_dir": str(experiment.parent)}
+    experiment.write_text(yaml.safe_dump(fields))
+    launch(experiment, nproc=1)
+    assert read_curves(the_run(experiment)).valid
+
+
+# -- Several processes -----------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["mblm", "train", "CONFIG", "--nproc", "2"], id="mblm", marks=SLOW),
+        pytest.param(
+            ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "mblm.train", "CONFIG"],
+            id="torchrun",
+        ),
+        pytest.param(
+            ["bash", "scripts/train_mblm.sh", "-c", "CONFIG", "--nproc", "2"], id="script"
+        ),
+    ],
+)
+def test_two_processes_by_any_command(experiment: Path, command: list[str]) -> None:
+    programs = {"mblm": [sys.executable, "-m", "mblm"], "torchrun": TORCHRUN, "bash": ["bash"]}
+    words = [str(experiment) if word == "CONFIG" else word for word in command[1:]]
+    done = run(*programs[command[0]], *words, "--set", "train.gradient_clipping=0.5")
+    assert done.returncode == 0, done.stderr
+    folder = the_run(experiment)
+    assert summary(folder)["num_workers"] == 2
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written["train"]["gradient_clipping"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbered", [True, False])
+def test_two_nodes_that_meet(experiment: Path, numbered: bool) -> None:
+    meet = ["--nnodes", 2, "--rdzv-endpoint", f"localhost:{free_port()}"]
+    nodes = [
+        subprocess.Popen(
+            mblm_train(
+                experiment, "--nproc", 1, *meet, *(["--node-rank", rank] if numbered else [])
+            ),
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert summary(the_run(experiment))["num_workers"] == 2
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
+def test_a_failure_has_its_message_and_status(experiment: Path, processes: int) -> None:
+    absent = experiment.parent / "absent"
+    done = run(*mblm_train(experiment, "--nproc", processes, "--set", f"io.dataset_dir={absent}"))
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("mblm: error: ") and str(absent) in line for line in lines), lines
+    if processes == 1:
+        assert len(lines) == 1
+    else:  # which may lose one another before they come to their own error
+        assert lines[-1].startswith("mblm: error: rank ")
+
+
+def test_a_loss_that_is_not_finite_ends_in_a_line(experiment: Path) -> None:
+    settings = ["train.learning_rate=1e30", "train.max_non_finite_steps=2"]
+    with pytest.raises(ValueError, match="2 in a row"):
+        launch(experiment, settings=settings, nproc=1)
+
+
+# -- Stop and resume -------------------------------------------------------------------------------
+
+
+def losses_of(run: Path) -> list[tuple[float, float]]:
+    return read_curves(run).train
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
+def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
+    experiment: Path, processes: int
+) -> None:
+    options = ["--nproc", processes, "--set", f"io.output_dir={experiment.parent / 'whole'}"]
+    options += ["--set", "train.target_elements=6400"]
+    assert run(*mblm_train(experiment, *options)).returncode == 0
+    (whole,) = (experiment.parent / "whole").glob("tiny_*")
+
+    command = mblm_train(experiment, "--nproc", processes, *options[4:])
+    stopped = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        logs = list((experiment.parent / "out").glob("tiny_*/loss.csv"))
+        if logs and logs[0].read_text().count("\n") > 5:
+            break
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=120)[1]
+    assert "go on with --resume latest" in said and "Traceback" not in said
+    assert stopped.returncode == INTERRUPTED
+    interrupted = the_run(experiment)
+    assert len(losses_of(interrupted)) < len(losses_of(whole))
+
+    resumed = run(*command, "--resume", "latest")
+    assert resumed.returncode == 0, resumed.stderr
+    assert the_run(experiment) == interrupted
+    assert losses_of(interrupted) == losses_of(whole)
+    weights = [torch.load(r / "tiny_top1.pth", weights_only=True) for r in (interrupted, whole)]
+    assert weights[0]["LOSS"] == weights[1]["LOSS"]
+    for name, tensor in weights[0]["MODEL"].items():
+        assert torch.equal(tensor, weights[1]["MODEL"][name]), name
+
+
+def test_a_checkpoint_begins_another_run(experiment: Path) -> None:
+    launch(experiment, nproc=1)
+    first = the_run(experiment)
+    settings = [f"io.output_dir={experiment.parent / 'next'}"]
+    launch(experiment, settings=settings, resume=str(first / "tiny_top1.pth"), nproc=1)
+    (second,) = (experiment.parent / "next").glob("tiny_*")
+    assert "weights" in (second / "train.log").read_text()
+    assert read_curves(second).train[0][1] < read_curves(first).train[0][1]
+
+
+# -- The guide -------------------------------------------------------------------------------------
+
+
+def test_the_guides_dataset_in_two_processes(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "guide-train.md").read_text()
+    (program,) = [
+        code
+        for code in re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+        if 'register("mydataset")' in code
+    ]
+    (tmp_path / "train_my_mblm.py").write_text(program)
+    done = subprocess.run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "train_my_mblm.py"],
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "data" / "output").glob("my-model_*")
+    curves = read_curves(folder)
+    assert summary(folder)["num_workers"] == 2
+    assert curves.valid[-1][1] < curves.valid[0][1]

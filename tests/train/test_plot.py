@@ -1,0 +1,80 @@
+"""Curves of runs: what is read from loss.csv, what is refused, and that a picture comes out."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from mblm.train.plot import plot, read_curves
+
+HEADER = (
+    "gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg_grad_clipped"
+)
+NAT = 1 / math.log(2)
+
+
+def run(folder: Path, *rows: str) -> Path:
+    folder.mkdir()
+    (folder / "loss.csv").write_text("\n".join([HEADER, *rows, ""]))
+    return folder
+
+
+def row(kind: str, seen: int, loss: object, rank: int = 0, lr: float = 0.5) -> str:
+    return f"{rank},2026-01-01,{seen},{kind},0,1,1,{loss},{lr},0,0"
+
+
+def test_reads_bits_per_byte_and_learning_rates(tmp_path: Path) -> None:
+    folder = run(
+        tmp_path / "one",
+        row("train", 10, 2.0, lr=0.1),
+        row("valid", 10, 1.0, lr=-1),
+        row("train", 20, 1.0, lr=0.2),
+        row("test", -1, 1.0, lr=-1),
+    )
+    for given in (folder, folder / "loss.csv"):
+        curves = read_curves(given)
+        assert curves.name == "one"
+        assert curves.train == [(10, 2 * NAT), (20, NAT)]
+        assert curves.valid == [(10, NAT)]
+        assert curves.learning_rate == [(10, 0.1), (20, 0.2)]
+
+
+def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", row("train", 10, 2, rank=1), row("train", 10, 3, rank=0))
+    assert read_curves(folder).train == [(10, 2 * NAT)]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_draws_one_picture_of_several_runs(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [
+        run(tmp_path / "a", *(row("train", n, 1 / n) for n in range(1, 9)), row("valid", 8, 0.2)),
+        run(tmp_path / "b", row("valid", 5, 1.0)),
+    ]
+    plot(runs, tmp_path / f"out{suffix}")
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml"}
+    assert (tmp_path / f"out{suffix}").read_bytes().startswith(starts[suffix])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no column"),
+        ("a,b\n1,2\n", "no column elements_seen, gpu_rank, kind"),
+        (HEADER + "\n", "no losses yet"),
+        (f"{HEADER}\n{row('train', 1, 'much')}\n", "line 2: not a row of losses"),
+        (f"{HEADER}\n{row('train', 1, 1)}\n0,2026\n", "line 3: not a row of losses"),
+    ],
+    ids=["empty", "other table", "header alone", "no number", "cut off"],
+)
+def test_refuses_what_are_no_losses(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "loss.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_curves(tmp_path)
+
+
+def test_says_that_matplotlib_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install 'mblm\[plot\]'"):
+        plot([run(tmp_path / "a", row("train", 1, 1))], tmp_path / "out.png")
