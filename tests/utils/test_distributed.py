@@ -59,6 +59,16 @@ def test_gloo_is_the_default_without_cuda(torchrun, monkeypatch):
         assert not run_vars.is_cuda
 
 
+def test_without_torchrun_the_process_is_a_group_of_its_own(monkeypatch):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with process_group(backend="gloo") as run_vars:
+        assert run_vars == ElasticRunVars(local_rank=0, world_size=1, is_cuda=False, rank=0)
+        torch.distributed.all_reduce(total := torch.tensor(3))
+    assert total.item() == 3
+    assert not torch.distributed.is_initialized()
+
+
 def test_missing_variables_are_named(torchrun, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("WORLD_SIZE", "")

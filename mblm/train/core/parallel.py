@@ -269,7 +269,7 @@ def _broadcast(tensors: Iterable[torch.Tensor], workers: Workers) -> None:
 def _settle_buckets(ddp: DistributedDataParallel) -> None:
     """Let DDP arrange its buckets now instead of after the first step.
 
-    A bucket's arrangement decides in which order the workers' gradients are added up. If the
+    A bucket's arrangement decides in which order nccl adds up the gradients of many workers. If the
     first step after a resume used another than the same step of a run that went through, the two
     would differ in the last bit.
     """

@@ -61,9 +61,10 @@ class Model(nn.Module):
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
+        # Not in the order of their use, in which DDP would arrange them after the first step.
+        self.logits = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, NUM_TOKENS))
         self.embedding = nn.Embedding(NUM_TOKENS, 8)
         self.dropout = nn.Dropout(dropout)
-        self.logits = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, NUM_TOKENS))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         logits = self.logits(self.dropout(self.embedding(ids[:, :-1])))

@@ -90,6 +90,7 @@ def test_the_own_loader_skips_without_loading(tmp_path):
     state = find_latest_state(jobs.run_of(tmp_path))
     dataset = jobs.Ids()
     jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state)).train(dataset, jobs.Ids(10))
+    assert "has changed" not in (jobs.run_of(tmp_path) / "train.log").read_text()
     assert dataset.seen == [8 * sample for sample in range(36, 48)]
 
 
@@ -107,6 +108,8 @@ def test_a_finished_run_is_resumed_to_no_effect(tmp_path):
 def test_the_last_two_states_are_kept_and_an_older_one_drops_what_came_after(tmp_path):
     run = train_alone(jobs.Trainer, jobs.config(tmp_path))
     whole = jobs.losses(run)
+    jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(run)[1], learning_rate=1.0))
+    assert "train.learning_rate: 0.02 -> 1.0" in (run / "train.log").read_text()
     assert [state.name for state in list_states(run)] == ["step_00000008", "step_00000012"]
     jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(run)[0]))
     assert [state.name for state in list_states(run)] == ["step_00000008"]

@@ -138,7 +138,7 @@ def test_two_nodes_of_one_worker_see_different_bytes(tmp_path):
 @pytest.mark.parametrize(("workers", "strategy"), [(4, "ddp"), (2, "fsdp")])
 def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, workers, strategy):
     fields = {
-        "batches": 60,
+        "batches": 40,
         "workers": workers,
         "strategy": strategy,
         "dropout": 0.2,

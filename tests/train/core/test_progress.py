@@ -1,0 +1,56 @@
+"""Progress: lines without a terminal, a bar on one, and bits per byte of bytes."""
+
+import math
+
+import pytest
+import torch
+
+from mblm.train.core import progress
+from mblm.train.core.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_now_and_then_and_in_the_end(clock):
+    lines = []
+    with Progress(4, 60, unit="byte", bar=False, say=lines.append) as shown:
+        for _ in range(4):
+            clock[0] += 20
+            shown.update(torch.tensor(2 * math.log(2)))
+    assert lines == [
+        " 25% 2.000 bits per byte, 3 bytes/s, 60 s left",
+        " 75% 2.000 bits per byte, 3 bytes/s, 20 s left",
+        "100% 2.000 bits per byte, 3 bytes/s, 0 s left",
+    ]
+
+
+def test_other_elements_have_a_loss(clock):
+    lines = []
+    with Progress(1, 8, unit="element", bar=False, say=lines.append) as shown:
+        clock[0] += 2
+        shown.update(torch.tensor(1.5))
+    assert lines == ["100% loss 1.5000, 4 elements/s, 0 s left"]
+
+
+def test_a_bar(clock, capsys):
+    with Progress(2, 8, unit="byte", bar=True, say=pytest.fail) as shown:
+        clock[0] += 7200
+        shown.update(torch.tensor(math.log(2)))
+    assert "50% |" in (shown_text := capsys.readouterr().err)
+    assert "1.000 bits per byte, 0 bytes/s, 2.0 h left" in shown_text
+
+
+def test_a_loss_that_is_not_finite_is_forgotten(clock):
+    lines = []
+    with Progress(2, 8, unit="element", bar=False, say=lines.append) as shown:
+        for loss in (math.nan, 1.0):
+            clock[0] += 60
+            shown.update(torch.tensor(loss))
+    assert "loss nan" in lines[0]
+    assert "loss 1.0000" in lines[1]
