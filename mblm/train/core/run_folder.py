@@ -238,7 +238,7 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "io.tensorboard needs TensorBoard: pip install 'mblm[tensorboard]'"
         ) from error
     return SummaryWriter(str(folder))

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -217,3 +218,23 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         jobs.config(tmp_path, gradient_accumulate_every=0)
     with pytest.raises(ValueError, match="neither a checkpoint nor the folder"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=tmp_path / "none.pth"))
+
+
+def test_tensorboard_gets_the_losses_of_loss_csv(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(jobs.config(tmp_path, tensorboard=True))
+    run = jobs.run_of(tmp_path)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for kind in ("train", "valid"):
+        written = [(int(r["cum_batch"]), float(r["loss"])) for r in rows(run) if r["kind"] == kind]
+        shown = [(event.step, event.value) for event in events.Scalars(f"loss/{kind}")]
+        assert shown == [(step, pytest.approx(loss)) for step, loss in written]
+    assert len(events.Scalars("learning rate")) == 12
+
+
+def test_says_that_tensorboard_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"mblm\[tensorboard\]"):
+        train(jobs.config(tmp_path, tensorboard=True))
