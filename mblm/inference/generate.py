@@ -26,6 +26,7 @@ def generate(
     stop: Sequence[bytes] = (),
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    weights: str = "float32",
     enable_progress: bool = True,
 ) -> torch.Tensor:
     """Generate bytes after a prompt; must run under ``torch.inference_mode``.
@@ -44,6 +45,7 @@ def generate(
         seed: Draws from a generator of its own with this seed: the bytes are those that
             ``torch.manual_seed(seed)`` before the call gives.
         generator: The generator to draw from; not together with ``seed``.
+        weights: Type of the weights that compiled code reads; see `mblm.inference.session.Session`.
         enable_progress: Show a progress bar when there is no stream. Default True.
 
     Returns:
@@ -66,13 +68,13 @@ def generate(
         raise ValueError(f"prime: expected shape (L,), got {tuple(prime.shape)}")
     count = _check_count(model, len(prime), num_tokens)
 
-    session = Session(model)
+    session = Session(model, weights=weights)
     session.feed(prime)
     generated: list[int] = []
     with tqdm(
         total=count, unit="B", leave=False, disable=stream is not None or not enable_progress
     ) as bar:
-        for token in session.sample(count, sampler):
+        for token in session.sample(count, sampler, _ends(model, end_token_id, stops)):
             generated.append(int(token))
             bar.update()
             if not _write(stream, generated[-1]):
@@ -105,6 +107,17 @@ def _check_stops(stop: Sequence[bytes]) -> list[list[int]]:
     ):
         raise ValueError(f"stop: expected a list of byte strings that are not empty, got {stop!r}")
     return [list(item) for item in stop]
+
+
+def _ends(model: Any, end_token_id: int | None, stops: list[list[int]]) -> torch.Tensor | None:
+    """Bytes after which generation may end, ``(V,)`` bool; None if there are none."""
+    last = {stop[-1] for stop in stops} | ({end_token_id} if end_token_id is not None else set())
+    last = {token for token in last if 0 <= token < model.num_tokens}
+    if not last:
+        return None
+    ends = torch.zeros(model.num_tokens, dtype=torch.bool)
+    ends[list(last)] = True
+    return ends
 
 
 def _check_stream(stream: Any) -> None:

@@ -9,9 +9,14 @@ from mblm.utils.checks import check_number
 
 def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
     """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``."""
-    k = max(int((1 - thres) * logits.shape[-1]), 1)
+    k = count_kept(thres, logits.shape[-1])
     values, indices = torch.topk(logits, k)
     return torch.full_like(logits, float("-inf")).scatter_(-1, indices, values)
+
+
+def count_kept(thres: float, num_tokens: int) -> int:
+    """How many logits `top_k` keeps."""
+    return max(int((1 - thres) * num_tokens), 1)
 
 
 def top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
@@ -84,6 +89,10 @@ class Sampler:
         self.filter_thres = filter_thres
         self.top_p = top_p
         self.generator = generator
+
+    def count_kept(self, num_tokens: int) -> int:
+        """How many of the highest logits are kept, unless ``top_p`` decides."""
+        return count_kept(self.filter_thres, num_tokens)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Sample from logits ``(B, V)``: ids ``(B,)``."""

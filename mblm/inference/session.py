@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from mblm.inference.hierarchy_cache import DecodableHierarchy, HierarchyCache
+from mblm.inference.packing import WEIGHT_TYPES
 from mblm.inference.sampling import Sampler
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 
-_FORMAT = "mblm-session-1"
+_FORMAT = "mblm-session-2"
+# Bytes between two looks at what the user wants, such as to interrupt.
+_MAX_RUN = 32
 
 
 class Session:
@@ -25,18 +28,25 @@ class Session:
     Args:
         model: An `mblm.MBLM`.
         batch_size: Sequences decoded side by side, B. Default 1.
+        weights: What compiled code on a CPU reads the weights of linear layers as: ``"float32"``,
+            the model's own; ``"bfloat16"``; or ``"int8"`` with one scale per output row. The last
+            two are rounded once, here, and read faster for it. Single positions are taken in with
+            them; prompts, custom stages, and models of another dtype are not affected.
 
     Raises:
-        ValueError: ``batch_size`` below 1, or weights that are NaN or infinite.
+        ValueError: ``batch_size`` below 1, unknown ``weights``, or weights that are NaN or
+            infinite.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, batch_size: int = 1) -> None:
+    def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        if weights not in WEIGHT_TYPES:
+            raise ValueError(f"weights: expected one of {', '.join(WEIGHT_TYPES)}, got {weights!r}")
         check_finite_weights(model)
         self._model: DecodableHierarchy = model
-        self._cache = HierarchyCache(model, batch_size)
+        self._cache = HierarchyCache(model, batch_size, weights)
 
     @property
     def _device(self) -> torch.device:
@@ -119,17 +129,21 @@ class Session:
                 self._cache.feed(token[:, None])
         return ids
 
-    def sample(self, num_tokens: int, sampler: Sampler) -> Iterator[torch.Tensor]:
-        """Yield ``num_tokens`` sampled bytes, ids ``(B,)``, each taken in when the next is wanted.
+    def sample(
+        self, num_tokens: int, sampler: Sampler, ends: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield ``num_tokens`` sampled bytes, ids ``(B,)``, of which the last is not taken in.
 
-        So the last one is not taken in. Must run under ``torch.inference_mode``.
+        They come in runs of a patch at most, so that several may be taken in before the first is
+        yielded; a run ends after a byte of ``ends (V,)``, bool. Must run under
+        ``torch.inference_mode``.
         """
         token: torch.Tensor | None = None
-        for _ in range(num_tokens):
-            if token is not None:
-                self._cache.feed(token[:, None])
-            token = sampler(self._cache.logits())
-            yield token
+        while num_tokens > 0:
+            run = self._cache.run(token, min(num_tokens, _MAX_RUN), sampler, ends)
+            num_tokens -= run.shape[1]
+            for token in run.unbind(dim=1):
+                yield token
 
     def fork(self) -> "Session":
         """An independent copy that goes on from here."""

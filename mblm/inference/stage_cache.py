@@ -21,7 +21,16 @@ State = Any
 
 
 class StageCache(ABC):
-    """Decoding state of one stage for a batch of equally long sequences."""
+    """Decoding state of one stage for a batch of equally long sequences.
+
+    Attributes:
+        native: The stage in compiled code, ``torch.classes.mblm.Stage``, which then takes in single
+            positions; None where there is none. It works on the tensors of `native_state`.
+        position: Positions taken in, where the cache counts them.
+    """
+
+    native: Any = None
+    position: int = 0
 
     @abstractmethod
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,6 +39,23 @@ class StageCache(ABC):
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """Take in the next position: ``(B, D) -> (B, D)``."""
         return self.prefill(x[:, None])[:, 0]
+
+    def build_native(self, weights: str) -> Any:
+        """The stage in compiled code with weights of this type, or None."""
+        return None
+
+    def native_state(self, count: int) -> list[torch.Tensor]:
+        """What `native` works on, with room for ``count`` more positions."""
+        raise NotImplementedError
+
+    def runs_natively(self, dtype: torch.dtype) -> bool:
+        """Whether `native` takes in a position of this dtype here and now."""
+        return (
+            self.native is not None
+            and dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
 
     @abstractmethod
     def snapshot(self) -> State:
@@ -76,17 +102,24 @@ class ReplayCache(StageCache):
         self._inputs = state
 
 
-def allocate_cache(stage: nn.Module, batch_size: int, max_positions: int | None) -> StageCache:
+def allocate_cache(
+    stage: nn.Module, batch_size: int, max_positions: int | None, weights: str | None = None
+) -> StageCache:
     """Cache for decoding with ``stage``.
 
     Args:
         stage: The stage model.
         batch_size: Sequences decoded side by side.
         max_positions: Upper bound of the positions, start token included; None if there is none.
+        weights: Type of the weights that compiled code reads, where the stage has such code; None
+            builds none.
     """
     own: Any = getattr(stage, "allocate_cache", None)
     if own is not None:
-        return own(batch_size, max_positions)
+        cache: StageCache = own(batch_size, max_positions)
+        if weights is not None:
+            cache.native = cache.build_native(weights)
+        return cache
     if hasattr(stage, "forward_with_state"):
         return StatefulCache(stage)
     return ReplayCache(stage)

@@ -1,6 +1,6 @@
 """Token embeddings of the stages: one vector per byte, or one per patch of bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -45,9 +45,24 @@ class PatchTokenEmbedding(nn.Module):
             nn.Flatten(-2), nn.LayerNorm(flat_dim), Linear(flat_dim, dim), nn.LayerNorm(dim)
         )
 
-    def forward(self, ids: torch.Tensor, num_patches: int) -> torch.Tensor:
-        """Embed patches: ids ``(B, L)``, padded to ``num_patches`` -> ``(B, num_patches, D_n)``."""
-        _, flat_norm, project, norm = self._post
+    @property
+    def projection(self) -> Linear:
+        """The map of a patch's flattened embeddings to the stage's width."""
+        projection = self._post[2]
+        assert isinstance(projection, Linear)
+        return projection
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        num_patches: int,
+        project: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Embed patches: ids ``(B, L)``, padded to ``num_patches`` -> ``(B, num_patches, D_n)``.
+
+        ``project`` stands in for `projection`.
+        """
+        _, flat_norm, own, norm = self._post
         assert isinstance(flat_norm, nn.LayerNorm)
         flat = embed_patches(
             ids,
@@ -59,7 +74,7 @@ class PatchTokenEmbedding(nn.Module):
             pad_token_id=self.pad_token_id,
             eps=flat_norm.eps,
         )
-        return norm(project(flat))
+        return norm((project or own)(flat))
 
     def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings of bytes to those of patches: ``(..., R_n, D_N) -> (..., D_n)``."""

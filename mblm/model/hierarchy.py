@@ -19,6 +19,8 @@ from mblm.utils.checks import check_token_ids
 
 # A stage's token embeddings: (rows, P_n, D_n) and None, or a table (V, D_n) and ids (rows, P_n).
 StageTokens = tuple[torch.Tensor, torch.Tensor | None]
+# What may stand in for a linear layer.
+Projection = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Hierarchy(nn.Module):
@@ -105,9 +107,14 @@ class Hierarchy(nn.Module):
             return x + positions
         return x if rotation is None else rotate_pairs(x, rotation)
 
-    def embed_patches(self, stage: int, ids: torch.Tensor, num_patches: int) -> torch.Tensor:
-        """Token embeddings of an upper stage, ids ``(B, L)`` -> ``(B, num_patches, D_n)``."""
-        return self.token_embs_rev[self.num_stages - 1 - stage](ids, num_patches)
+    def embed_patches(
+        self, stage: int, ids: torch.Tensor, num_patches: int, project: Projection | None = None
+    ) -> torch.Tensor:
+        """Token embeddings of an upper stage, ids ``(B, L)`` -> ``(B, num_patches, D_n)``.
+
+        ``project`` stands in for the embedding's linear layer.
+        """
+        return self.token_embs_rev[self.num_stages - 1 - stage](ids, num_patches, project)
 
     @property
     def local_table(self) -> torch.Tensor:
@@ -115,9 +122,23 @@ class Hierarchy(nn.Module):
         table: torch.Tensor = self.token_embs_rev[0].embedding.weight  # type: ignore[union-attr,assignment]
         return table
 
-    def project_context(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
-        """Context for stage n + 1, ``(rows, S, D_n) -> (rows * S, P_{n+1}, D_{n+1})``."""
-        return self.to_next_stage_proj[stage](attended).flatten(0, 1)
+    def project_context(
+        self, stage: int, attended: torch.Tensor, project: Projection | None = None
+    ) -> torch.Tensor:
+        """Context for stage n + 1, ``(rows, S, D_n) -> (rows * S, P_{n+1}, D_{n+1})``.
+
+        ``project`` stands in for the linear layer.
+        """
+        projection: Any = self.to_next_stage_proj[stage]
+        if project is not None:
+            return projection[2](project(attended)).flatten(0, 1)
+        return projection(attended).flatten(0, 1)
+
+    def linears_of_patches(self, stage: int) -> tuple[nn.Linear, nn.Linear]:
+        """The linear layers of an upper stage's patch embedding and of its context."""
+        embedding: Any = self.token_embs_rev[self.num_stages - 1 - stage]
+        projection: Any = self.to_next_stage_proj[stage]
+        return embedding.projection, projection[1]
 
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""

@@ -7,6 +7,8 @@ import torch.nn.functional as F  # noqa: N812
 from mambapy.mamba import Mamba, MambaConfig
 from torch import Tensor, nn
 
+from mblm.inference.stage_cache import StageCache
+from mblm.model.mamba_cache import MambaCache
 from mblm.model.mamba_scans import mamba1_scan
 from mblm.ops.causal_conv import causal_conv
 from mblm.ops.linear_rows import linear
@@ -60,6 +62,10 @@ class Mamba1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D) causally, from the zero state."""
         return self._run(x, None, y_only=True)[0]
+
+    def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
+        """Decoding state: SSM states and the windows of the convolutions; see `StageCache`."""
+        return MambaCache(self)
 
     def forward_with_state(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Continue after the positions that ``state`` has seen.

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from mblm.inference.stage_cache import StageCache
 from mblm.model.linear import Linear
+from mblm.model.mamba_cache import MambaCache
 from mblm.model.mamba_scans import mamba2_scan
 from mblm.ops.causal_conv import causal_conv
 from mblm.ops.ssd import ssd_step
@@ -87,6 +89,10 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D) causally, from the zero state."""
         return self.forward_with_state(x, None)[0]
+
+    def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
+        """Decoding state: SSM states and the windows of the convolutions; see `StageCache`."""
+        return MambaCache(self)
 
     def forward_with_state(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Continue after the positions that ``state`` has seen.

@@ -10,7 +10,7 @@ from mblm.inference.session import Session
 from mblm.model.checks import check_same_shape
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
-from mblm.model.hierarchy import Hierarchy, StageTokens
+from mblm.model.hierarchy import Hierarchy, Projection, StageTokens
 from mblm.model.loss import cross_entropy
 from mblm.model.pretrained import PretrainedMixin
 from mblm.ops.assemble_stage import assemble_stage
@@ -107,6 +107,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         stop: Sequence[bytes] = (),
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        weights: str = "float32",
     ) -> torch.Tensor:
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`."""
         with torch.inference_mode():
@@ -123,12 +124,13 @@ class MBLM(Hierarchy, PretrainedMixin):
                 stop=stop,
                 seed=seed,
                 generator=generator,
+                weights=weights,
             )
         return ids.clone()  # of use outside of inference mode too, such as in a loss
 
-    def session(self, batch_size: int = 1) -> Session:
-        """Start incremental decoding of ``batch_size`` equally long sequences."""
-        return Session(self, batch_size)
+    def session(self, batch_size: int = 1, *, weights: str = "float32") -> Session:
+        """Start incremental decoding of ``batch_size`` equally long sequences; see `Session`."""
+        return Session(self, batch_size, weights=weights)
 
     # -- The pass over the stages ------------------------------------------------------------------
 
@@ -170,11 +172,13 @@ class MBLM(Hierarchy, PretrainedMixin):
         """A stage's start token, ``(batch_size, D_n)``."""
         return self.start_tokens[stage].expand(batch_size, -1)
 
-    def embed_tokens(self, stage: int, ids: torch.Tensor) -> torch.Tensor:
+    def embed_tokens(
+        self, stage: int, ids: torch.Tensor, project: Projection | None = None
+    ) -> torch.Tensor:
         """Token embeddings of whole patches of a stage, ids ``(B, S * R_n)`` -> ``(B, S, D_n)``."""
         if stage + 1 == self.num_stages:
             return nn.functional.embedding(ids, self.local_table)
-        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage])
+        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage], project)
 
     # -- Between the rows of the local stage and the bytes of a sequence ---------------------------
 

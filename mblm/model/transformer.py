@@ -97,6 +97,7 @@ class _Transformer(nn.Module):
             raise ValueError(
                 f"attn_head_dim: got {attn_head_dim}, rotary positions need an even width"
             )
+        self.num_heads, self.head_dim = attn_num_heads, attn_head_dim
         self.rotary_emb = RotaryEmbedding(attn_head_dim) if attn_use_rot_embs else None
         self.layers = nn.ModuleList()
         for _ in range(num_layers):

@@ -1,10 +1,11 @@
 """Decoding state of a Transformer stage: keys, values and the delayed halves of the shifts."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mblm.inference.stage_cache import StageCache, State
+from mblm.model.native_stages import native_transformer
 from mblm.model.transformer_layers import Rotary
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ _FIRST_CAPACITY = 64
 
 
 class TransformerCache(StageCache):
-    """Keys and values ``(B, H, capacity, d)`` per layer, grown by doubling as positions come."""
+    """Keys and values ``(layers, B, H, capacity, d)``, grown by doubling as positions come."""
 
     def __init__(
         self, stage: "TransformerDecoder", batch_size: int, max_positions: int | None
@@ -23,76 +24,103 @@ class TransformerCache(StageCache):
         self.batch_size = batch_size
         self.position = 0
         self._max_positions = max_positions
-        # Per layer: delayed half of attention's and of feed-forward's input, (B, D // 2).
-        self._delayed: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [
-            (None, None) for _ in stage.layers
-        ]
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self._keys: torch.Tensor | None = None  # allocated when their dtype is known
+        self._values: torch.Tensor | None = None
+        # Delayed half of attention's and of feed-forward's input, (layers, 2, B, D // 2).
+        self._delayed: torch.Tensor | None = None
         self._rotary: Rotary | None = None
         self._rotary_count = 0
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         first, count = self.position, x.shape[1]
         rotary = self._rotary_at(first, count)
-        delayed_from = x.shape[-1] - x.shape[-1] // 2
+        end = first + count
+        kept = x.shape[-1] - x.shape[-1] // 2
         for index, (attention, feed_forward) in enumerate(self.stage.layer_pairs()):
-            before_attention, before_feed_forward = self._delayed[index]
-            q, k, v = attention.project(x, rotary, before_attention)
-            keys, values = self._append(index, k, v)
-            last_attention = x[:, -1, delayed_from:].clone()
-            x = x + attention.attend(q, keys, values, is_causal=True)
-            last_feed_forward = x[:, -1, delayed_from:].clone()
-            x = x + feed_forward(x, before_feed_forward)
-            self._delayed[index] = (last_attention, last_feed_forward)
-        self.position = first + count
+            before = (None, None) if self._delayed is None or first == 0 else self._delayed[index]
+            q, k, v = attention.project(x, rotary, before[0])
+            keys, values, delayed = self._reserve(end, k.dtype, x)
+            keys[index, :, :, first:end] = k
+            values[index, :, :, first:end] = v
+            last = x[:, -1, kept:]
+            x = x + attention.attend(
+                q, keys[index, :, :, :end], values[index, :, :, :end], None, True
+            )
+            delayed[index, 0] = last
+            last = x[:, -1, kept:]
+            x = x + feed_forward(x, before[1])
+            delayed[index, 1] = last
+        self.position = end
         return self.stage.norm(x)
 
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.runs_natively(x.dtype):
+            return super().step(x)
+        y: torch.Tensor = self.native.step(x, self.native_state(1), self.position)
+        self.position += 1
+        return y
+
+    def build_native(self, weights: str) -> Any:
+        return native_transformer(self.stage, weights)
+
+    def native_state(self, count: int) -> list[torch.Tensor]:
+        end = self.position + count
+        weight = self.stage.norm.g
+        state = self._reserve(end, weight.dtype, weight)
+        if self.stage.rotary_emb is None:
+            return state
+        self._rotary_at(0, end)
+        assert self._rotary is not None
+        return [*state, *self._rotary]
+
     def snapshot(self) -> State:
+        if self._keys is None or self._values is None or self._delayed is None:
+            return None
         end = self.position
-        return (
-            [keys[:, :, :end].clone() for keys in self._keys],
-            [values[:, :, :end].clone() for values in self._values],
-            [
-                tuple(half.clone() for half in halves if half is not None)
-                for halves in self._delayed
-            ],
-        )
+        return [
+            self._keys[:, :, :, :end].clone(),
+            self._values[:, :, :, :end].clone(),
+            self._delayed.clone(),
+        ]
 
     def restore(self, state: State) -> None:
-        keys, values, delayed = state
-        self.position = keys[0].shape[2] if keys else 0
-        for index, (saved_keys, saved_values) in enumerate(zip(keys, values, strict=True)):
-            self._reserve(index, saved_keys, self.position)
-            self._keys[index][:, :, : self.position] = saved_keys
-            self._values[index][:, :, : self.position] = saved_values
-        self._delayed = [tuple(halves) or (None, None) for halves in delayed]
-
-    def _append(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``k`` and ``v (B, H, S, d)`` and return all keys and values so far."""
-        end = self.position + k.shape[2]
-        self._reserve(layer, k, end)
-        self._keys[layer][:, :, self.position : end] = k
-        self._values[layer][:, :, self.position : end] = v
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
-
-    def _reserve(self, layer: int, like: torch.Tensor, positions: int) -> None:
-        if layer == len(self._keys):
-            self._keys.append(like.new_empty(0))
-            self._values.append(like.new_empty(0))
-        old = self._keys[layer].shape[2] if self._keys[layer].ndim == 4 else 0
-        if positions <= old:
+        if state is None:
+            self.position = 0
             return
-        capacity = max(positions, 2 * old, _FIRST_CAPACITY)
-        if self._max_positions is not None:
-            capacity = max(positions, min(capacity, self._max_positions))
-        for buffers in (self._keys, self._values):
-            grown = like.new_empty(*like.shape[:2], capacity, like.shape[3])
-            if old:
-                grown[:, :, :old] = buffers[layer]
-            buffers[layer] = grown
+        keys, values, delayed = state
+        self.position = 0  # what is there need not be kept when buffers grow
+        own_keys, own_values, own_delayed = self._reserve(keys.shape[3], keys.dtype, delayed)
+        self.position = keys.shape[3]
+        own_keys[:, :, :, : self.position] = keys
+        own_values[:, :, :, : self.position] = values
+        own_delayed.copy_(delayed)
+
+    def _reserve(
+        self, positions: int, dtype: torch.dtype, like: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Keys and values with room for so many positions, and the delayed halves."""
+        if self._delayed is None:
+            layers, dim = len(self.stage.layers), self.stage.norm.g.shape[0]
+            self._delayed = like.new_zeros(layers, 2, self.batch_size, dim // 2)
+        capacity = 0 if self._keys is None else self._keys.shape[3]
+        if self._keys is None or positions > capacity:
+            capacity = max(positions, 2 * capacity, _FIRST_CAPACITY)
+            if self._max_positions is not None:
+                capacity = max(positions, min(capacity, self._max_positions))
+            self._keys = self._grown(self._keys, capacity, dtype, like)
+            self._values = self._grown(self._values, capacity, dtype, like)
+        assert self._values is not None
+        return [self._keys, self._values, self._delayed]
+
+    def _grown(
+        self, buffer: torch.Tensor | None, capacity: int, dtype: torch.dtype, like: torch.Tensor
+    ) -> torch.Tensor:
+        heads, head_dim = self.stage.num_heads, self.stage.head_dim
+        shape = (len(self.stage.layers), self.batch_size, heads, capacity, head_dim)
+        grown = like.new_empty(shape, dtype=dtype)
+        if buffer is not None:
+            grown[:, :, :, : self.position] = buffer[:, :, :, : self.position]
+        return grown
 
     def _rotary_at(self, first: int, count: int) -> Rotary | None:
         """Rotary positions, from a table that grows by doubling."""

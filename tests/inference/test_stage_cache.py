@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mblm.inference.stage_cache import ReplayCache, StageCache, StatefulCache, allocate_cache
+from mblm.model.mamba_cache import MambaCache
 from mblm.model.transformer_cache import TransformerCache
 from tests.models import LSTM, LSTMWithHook, mamba, transformer
 
@@ -15,6 +16,7 @@ STAGES: dict[str, Any] = {
     "transformer": lambda: transformer().to_model(8, 2),
     "transformer without rotary": lambda: transformer(attn_use_rot_embs=False).to_model(7, 1),
     "mamba1": lambda: mamba("mamba1").to_model(8, 2),
+    "mamba2": lambda: mamba("mamba2").to_model(8, 2),
     "lstm with hook": lambda: LSTMWithHook(8, 2),
     "lstm": lambda: LSTM(8, 2),
 }
@@ -98,4 +100,4 @@ def test_what_a_stage_offers_decides() -> None:
     assert type(allocate_cache(LSTMWithHook(4, 1), 1, None)) is StatefulCache
     assert type(allocate_cache(LSTM(4, 1), 1, None)) is ReplayCache
     assert type(allocate_cache(STAGES["transformer"](), 1, None)) is TransformerCache
-    assert type(allocate_cache(STAGES["mamba1"](), 1, None)) is StatefulCache
+    assert type(allocate_cache(STAGES["mamba1"](), 1, None)) is MambaCache

@@ -1,0 +1,101 @@
+// One position of a Mamba-2 stage: see mamba2_stage.h.
+#include "cpu/mamba2_stage.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/mamba_step.h"
+#include "cpu/rms_norm.h"
+
+namespace mblm::cpu {
+namespace {
+
+// Channels that a thread takes at a time in the loop over the convolution's.
+constexpr int64_t kChannels = 64;
+
+MBLM_CLONES void normalize(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  rms_norm(x, weight, n, eps, out);
+}
+
+// One head of one row, gated: x, gate and out (width), b and c (states), state (width, states).
+MBLM_CLONES void scan_head(const Mamba2Layer& layer, int64_t head, int64_t width, int64_t states,
+                           float dt, const float* x, const float* gate, const float* b,
+                           const float* c, float* state, float* out) {
+  const float step = softplus(dt + layer.dt_bias[head]);
+  const float decay = std::exp(step * layer.rates[head]);
+  for (int64_t i = 0; i < width; ++i) {
+    const float y = update_state(
+        state + i * states, [&](int64_t) MBLM_INLINE_LAMBDA { return decay; }, step * x[i], b, c,
+        states);
+    out[i] = (y + x[i] * layer.direct[head]) * silu(gate[i]);
+  }
+}
+
+}  // namespace
+
+int64_t Mamba2Stage::scratch_size(const State& state, int64_t threads) const {
+  const int64_t convolved = inner + 2 * states;
+  return state.rows * (inner + convolved + heads + convolved + inner) +
+         threads * (state.rows * std::max(dim, inner) / 16 * 16 + 32);
+}
+
+void Mamba2Stage::step(const Worker& worker, const State& state, float* x, float* block) const {
+  Team& team = worker.team;
+  const int64_t rows = state.rows, width = inner / heads;
+  const int64_t channels = inner + 2 * states, projected = inner + channels + heads;
+  float* both = block;                           // (rows, projected): gate, x B C, dt
+  float* convolved = both + rows * projected;    // (rows, channels): x, B and C
+  float* scanned = convolved + rows * channels;  // (rows, inner)
+  float* normed =
+      scanned + rows * inner + worker.index * (rows * std::max(dim, inner) / 16 * 16 + 32);
+
+  for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
+    const Mamba2Layer& layer = layers[index];
+    for (int64_t row = 0; row < rows; ++row) {
+      normalize(x + row * dim, layer.norm, dim, eps, normed + row * dim);
+    }
+    multiply(worker, 0, layer.in, normed, rows, both);
+    team.wait();
+
+    const int64_t parts = (channels + kChannels - 1) / kChannels;
+    team.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t row = item / parts, begin = item % parts * kChannels;
+        convolve_position(both + row * projected + inner, layer.conv, layer.conv_bias,
+                          state.window + (index * rows + row) * (taps - 1) * channels, channels,
+                          taps, convolved + row * channels, begin,
+                          std::min(begin + kChannels, channels));
+      }
+    });
+    team.wait();
+
+    team.share(0, rows * heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t row = item / heads, head = item % heads;
+        const float* projection = both + row * projected;
+        const float* mixed = convolved + row * channels;
+        scan_head(layer, head, width, states, projection[inner + channels + head],
+                  mixed + head * width, projection + head * width, mixed + inner,
+                  mixed + inner + states,
+                  state.ssm + ((index * rows + row) * heads + head) * width * states,
+                  scanned + row * inner + head * width);
+      }
+    });
+    team.wait();
+
+    for (int64_t row = 0; row < rows; ++row) {
+      normalize(scanned + row * inner, layer.gated_norm, inner, eps, normed + row * inner);
+    }
+    multiply(worker, 0, layer.out, normed, rows, x, Then::kStore, x);
+    team.wait();
+  }
+
+  if (worker.is_first()) {
+    for (int64_t row = 0; row < rows; ++row) {
+      normalize(x + row * dim, norm, dim, eps, x + row * dim);
+    }
+  }
+  team.wait();
+}
+
+}  // namespace mblm::cpu

@@ -1,0 +1,39 @@
+// A Mamba-2 stage in decoding: one position of every row.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/mamba1_stage.h"
+#include "cpu/matrix.h"
+
+namespace mblm::cpu {
+
+struct Mamba2Layer {
+  const float* norm;  // (dim)
+  Matrix in, out;
+  const float* conv;  // (inner + 2 states, taps)
+  const float* conv_bias;
+  const float* dt_bias;     // (heads)
+  const float* rates;       // (heads), -exp(A_log)
+  const float* direct;      // (heads), D
+  const float* gated_norm;  // (inner)
+};
+
+class Mamba2Stage {
+ public:
+  using State = MambaState;
+
+  int64_t dim = 0, inner = 0, states = 0, heads = 0, taps = 0;
+  float eps = 0;
+  std::vector<Mamba2Layer> layers;
+  const float* norm = nullptr;  // (dim)
+
+  // Floats of working memory that a call needs.
+  int64_t scratch_size(const State& state, int64_t threads) const;
+
+  // As TransformerStage::step.
+  void step(const Worker& worker, const State& state, float* x, float* scratch) const;
+};
+
+}  // namespace mblm::cpu

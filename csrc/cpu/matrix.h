@@ -1,0 +1,29 @@
+// A matrix of weights as decoding reads it, and its product with a few rows of activations.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/team.h"
+
+namespace mblm::cpu {
+
+enum class WeightType { kFloat32, kBFloat16, kInt8 };
+
+struct Matrix {
+  int64_t outputs = 0, inputs = 0;
+  WeightType type = WeightType::kFloat32;
+  const void* weight = nullptr;  // (outputs, inputs)
+  const float* scale = nullptr;  // (outputs), of int8 only
+  const float* bias = nullptr;   // (outputs), or null
+};
+
+// What becomes of a product.
+enum class Then { kStore, kGelu };
+
+// out (rows, outputs) = then(x (rows, inputs) @ weight.T + bias + residual), its columns shared by
+// the team in the given loop. residual (rows, outputs) is null or may be out. Every weight is read
+// once. A row is summed in the same order however many rows there are.
+void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const float* x,
+              int64_t rows, float* out, Then then = Then::kStore, const float* residual = nullptr);
+
+}  // namespace mblm::cpu

@@ -1,0 +1,79 @@
+// The threads that work on one decoding call together, in phases with a barrier after each.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mblm::cpu {
+
+// Shared by the threads of one call. A thread waits at a barrier by spinning, for the phases are
+// microseconds long; when that takes long, as with more threads than cores, it gives its core away.
+class Team {
+ public:
+  explicit Team(int64_t threads) : threads_(threads) {}
+
+  int64_t threads() const { return threads_; }
+
+  // Returns when every thread of the team has called it.
+  void wait() {
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      for (auto& next : next_) next.store(0, std::memory_order_relaxed);
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t turn = 0; phase_.load(std::memory_order_acquire) == phase; ++turn) {
+      if (turn < kTurnsBeforeYield) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  // Calls function(begin, end) for parts of [0, items), each taken by whichever thread is free.
+  // Several loops between two barriers have numbers of their own.
+  template <class Function>
+  void share(int64_t loop, int64_t items, int64_t part, Function function) {
+    if (threads_ == 1) {
+      if (items > 0) function(int64_t(0), items);
+      return;
+    }
+    for (;;) {
+      const int64_t begin = next_[loop].fetch_add(part, std::memory_order_relaxed);
+      if (begin >= items) return;
+      function(begin, std::min(begin + part, items));
+    }
+  }
+
+ private:
+  static constexpr int64_t kTurnsBeforeYield = 2000;
+
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+
+  const int64_t threads_;
+  std::atomic<int64_t> next_[2] = {};
+  alignas(64) std::atomic<int64_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+// One thread of a team.
+struct Worker {
+  Team& team;
+  int64_t index;
+
+  bool is_first() const { return index == 0; }
+};
+
+}  // namespace mblm::cpu

@@ -1,0 +1,196 @@
+// Tests of what decoding is made of: exp and erf, teams of threads, products with packed weights,
+// sampling.
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <thread>
+
+#include "check.h"
+#include "cpu/matrix.h"
+#include "cpu/matrix_kernels.h"
+#include "cpu/sampling.h"
+#include "cpu/vector_math.h"
+
+using namespace mblm;
+
+// Calls function(worker) on so many threads of a team.
+void with_team(int64_t threads, const std::function<void(const cpu::Worker&)>& function) {
+  cpu::Team team(threads);
+  std::vector<std::thread> others;
+  for (int64_t index = 1; index < threads; ++index) {
+    others.emplace_back([&team, &function, index] { function(cpu::Worker{team, index}); });
+  }
+  function(cpu::Worker{team, 0});
+  for (std::thread& other : others) other.join();
+}
+
+void exp_and_erf_are_within_a_few_units() {
+  for (double x = -87.3; x < 88.3; x += 0.00731) {
+    const double expected = std::exp(double(float(x)));
+    CHECK(std::fabs(cpu::vector_exp(float(x)) - expected) <= 3e-7 * expected);
+  }
+  CHECK(cpu::vector_exp(0.f) == 1.f);
+  CHECK(cpu::vector_exp(-100.f) == 0.f);
+  CHECK(cpu::vector_exp(-INFINITY) == 0.f);
+  CHECK(cpu::vector_exp(200.f) > 1e38f);
+  CHECK(std::isnan(cpu::vector_exp(NAN)));
+  for (double x = -6; x < 6; x += 0.00113) {
+    CHECK(std::fabs(cpu::vector_erf(float(x)) - std::erf(double(float(x)))) <= 5e-7);
+    const double gelu = 0.5 * x * (1 + std::erf(x / std::sqrt(2.)));
+    CHECK(std::fabs(cpu::gelu(float(x)) - gelu) <= 2e-6);
+    CHECK(test::close(cpu::silu(float(x)), x / (1 + std::exp(-x))));
+  }
+  CHECK(std::isnan(cpu::gelu(NAN)));
+}
+
+void a_team_shares_every_item_once_and_waits() {
+  for (const int64_t threads : {1, 2, 5}) {
+    std::vector<int64_t> first(1000), second(77);
+    std::atomic<int64_t> wrong{0};
+    with_team(threads, [&](const cpu::Worker& worker) {
+      for (int64_t round = 1; round <= 50; ++round) {
+        worker.team.share(0, 1000, 7, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) ++first[i];
+        });
+        worker.team.share(1, 77, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) ++second[i];
+        });
+        worker.team.wait();
+        for (const int64_t count : first) wrong += count != round;
+        for (const int64_t count : second) wrong += count != round;
+        worker.team.wait();
+      }
+    });
+    CHECK(wrong == 0);
+  }
+}
+
+template <class W>
+void check_product(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_t rows) {
+  test::Numbers numbers;
+  const auto x = numbers.vector<float>(rows * inputs), bias = numbers.vector<float>(outputs);
+  const auto residual = numbers.vector<float>(rows * outputs);
+  auto scale = numbers.vector<float>(outputs);
+  for (float& value : scale) value /= 127;
+  std::vector<W> weight(outputs * inputs);
+  for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
+  const bool scaled = type == cpu::WeightType::kInt8;
+  const cpu::Matrix matrix{outputs,    inputs, type, weight.data(), scaled ? scale.data() : nullptr,
+                           bias.data()};
+  std::vector<double> expected, activated;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < outputs; ++column) {
+      double sum = 0;
+      for (int64_t i = 0; i < inputs; ++i) {
+        sum += double(x[row * inputs + i]) * float(weight[column * inputs + i]);
+      }
+      const double value = sum * (scaled ? scale[column] : 1.f) + bias[column];
+      expected.push_back(value + residual[row * outputs + column]);
+      activated.push_back(0.5 * value * (1 + std::erf(value / std::sqrt(2.))));
+    }
+  }
+  std::vector<float> once;
+  for (const int64_t threads : {1, 3}) {
+    std::vector<float> out(rows * outputs), in_place = residual;
+    with_team(threads, [&](const cpu::Worker& worker) {
+      cpu::multiply(worker, 0, matrix, x.data(), rows, in_place.data(), cpu::Then::kStore,
+                    in_place.data());
+      cpu::multiply(worker, 1, matrix, x.data(), rows, out.data(), cpu::Then::kGelu);
+    });
+    CHECK(test::all_close(in_place, expected));
+    CHECK(test::all_close(out, activated));
+    if (once.empty()) once = out;
+    CHECK(out == once);
+    // One row alone has the same bits as beside others.
+    std::vector<float> last(outputs);
+    with_team(1, [&](const cpu::Worker& worker) {
+      cpu::multiply(worker, 0, matrix, x.data() + (rows - 1) * inputs, 1, last.data(),
+                    cpu::Then::kGelu);
+    });
+    CHECK(std::equal(last.begin(), last.end(), out.end() - outputs));
+  }
+}
+
+void multiplies_packed_weights() {
+  for (const int64_t inputs : {1, 31, 32, 100}) {
+    for (const int64_t outputs : {1, 17, 200}) {
+      for (const int64_t rows : {1, 2, 5, 16}) {
+        check_product<float>(cpu::WeightType::kFloat32, inputs, outputs, rows);
+        check_product<cpu::BFloat16>(cpu::WeightType::kBFloat16, inputs, outputs, rows);
+        check_product<int8_t>(cpu::WeightType::kInt8, inputs, outputs, rows);
+      }
+    }
+  }
+}
+
+template <class W>
+void check_dots(cpu::Dots dots, const char* name) {
+  test::Numbers numbers;
+  for (const int64_t n : {0, 1, 7, 31, 32, 63, 64, 100, 257}) {
+    const int64_t count = 5;
+    const auto x = numbers.vector<float>(n);
+    std::vector<W> weight(n * count);
+    for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
+    std::vector<float> sums(count, NAN);
+    dots(weight.data(), x.data(), n, sums.data(), count);
+    for (int64_t column = 0; column < count; ++column) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double term = double(x[i]) * float(weight[column * n + i]);
+        sum += term;
+        size += std::fabs(term);
+      }
+      const bool is_close = std::fabs(sums[column] - sum) <= 1e-6 * size;
+      if (!is_close) std::printf("%s, n = %ld\n", name, long(n));
+      CHECK(is_close);
+    }
+  }
+}
+
+void every_instruction_set_that_the_machine_has() {
+  for (const cpu::MatrixKernels& kernels : cpu::matrix_kernels()) {
+    std::printf("tested: %s\n", kernels.name);
+    check_dots<float>(kernels.float32, kernels.name);
+    check_dots<cpu::BFloat16>(kernels.bfloat16, kernels.name);
+    check_dots<int8_t>(kernels.int8, kernels.name);
+  }
+}
+
+void samples_what_the_filters_keep() {
+  std::vector<int64_t> order;
+  const std::vector<float> logits = {1, 5, 3, 5, -2}, even(5, 0.5f);
+  const auto draw = [&](cpu::Sampling sampling, const std::vector<float>& u) {
+    return cpu::sample(sampling, logits.data(), u.data(), 5, order);
+  };
+  CHECK(draw({1, 1, 0}, even) == 1);  // the lower id of two equals
+  CHECK(draw({1, 5, 0}, even) == 1);
+  // A draw close to one outweighs any logit, where the filter lets it.
+  const float high = std::nextafter(1.f, 0.f);
+  for (int64_t favored = 0; favored < 5; ++favored) {
+    std::vector<float> u(5, 0.f);
+    u[favored] = high;
+    CHECK(draw({1, 5, 0}, u) == favored);
+    CHECK(draw({100, 5, 0}, u) == favored);
+    CHECK(draw({1, 3, 0}, u) == (favored == 0 || favored == 4 ? 1 : favored));
+    CHECK(draw({1, 2, 0}, u) == (favored == 3 ? 3 : 1));
+    // The probabilities are about 0.47, 0.47, 0.06, 0.01 and 0.
+    CHECK(draw({1, 1, 0.4f}, u) == 1);
+    CHECK(draw({1, 1, 0.9f}, u) == (favored == 3 ? 3 : 1));
+    CHECK(draw({1, 1, 0.97f}, u) == (favored == 0 || favored == 4 ? 1 : favored));
+    CHECK(draw({1, 1, 1.f}, u) == favored);
+  }
+  const std::vector<float> broken = {1, NAN, 3, 5, NAN};
+  CHECK(cpu::sample({1, 1, 0}, broken.data(), even.data(), 5, order) == 1);
+  const std::vector<float> none(5, -INFINITY);
+  CHECK(cpu::sample({1, 5, 0}, none.data(), even.data(), 5, order) == 0);
+}
+
+int main() {
+  exp_and_erf_are_within_a_few_units();
+  a_team_shares_every_item_once_and_waits();
+  multiplies_packed_weights();
+  every_instruction_set_that_the_machine_has();
+  samples_what_the_filters_keep();
+  return test::result();
+}

@@ -1,0 +1,184 @@
+// Builds the stages from their lists of weights.
+#include "common.h"
+#include "stage.h"
+
+namespace mblm {
+
+using at::Tensor;
+
+namespace {
+
+void check_weight(const Tensor& tensor, at::IntArrayRef shape, size_t index) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous(), "weights[", index,
+                    "] must be contiguous and on the CPU");
+  bool fits = tensor.dim() == int64_t(shape.size());
+  for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
+    fits = shape[d] == -1 || tensor.size(d) == shape[d];
+  }
+  TORCH_CHECK_VALUE(fits, "weights[", index, "] must have shape ", shape, ", got ", tensor.sizes());
+}
+
+}  // namespace
+
+const Tensor& Weights::take() {
+  TORCH_CHECK_VALUE(next_ < tensors_.size(), "weights must hold more than ", tensors_.size(),
+                    " tensors");
+  return tensors_[next_++];
+}
+
+Tensor Weights::tensor(at::IntArrayRef shape) {
+  const Tensor& tensor = take();
+  check_weight(tensor, shape, next_ - 1);
+  check_type("weights", tensor, at::kFloat);
+  return tensor;
+}
+
+cpu::Matrix Weights::matrix(int64_t outputs, int64_t inputs) {
+  const Tensor& weight = take();
+  check_weight(weight, {outputs, inputs}, next_ - 1);
+  cpu::Matrix matrix;
+  matrix.outputs = weight.size(0);
+  matrix.inputs = weight.size(1);
+  matrix.weight = weight.const_data_ptr();
+  switch (weight.scalar_type()) {
+    case at::kFloat:
+      matrix.type = cpu::WeightType::kFloat32;
+      break;
+    case at::kBFloat16:
+      matrix.type = cpu::WeightType::kBFloat16;
+      break;
+    case at::kChar:
+      matrix.type = cpu::WeightType::kInt8;
+      break;
+    default:
+      TORCH_CHECK_TYPE(false, "weights[", next_ - 1, "] must be float32, bfloat16 or int8, got ",
+                       weight.scalar_type());
+  }
+  const auto optional = [&](bool is_needed) -> const float* {
+    const Tensor& values = take();
+    if (values.numel() == 0 && !is_needed) return nullptr;
+    check_weight(values, {matrix.outputs}, next_ - 1);
+    check_type("weights", values, at::kFloat);
+    return values.const_data_ptr<float>();
+  };
+  matrix.scale = optional(matrix.type == cpu::WeightType::kInt8);
+  matrix.bias = optional(false);
+  return matrix;
+}
+
+c10::intrusive_ptr<Stage> transformer_stage(const std::vector<Tensor>& weights, int64_t heads) {
+  auto result = c10::make_intrusive<Stage>();
+  result->weights = weights;
+  Weights list(result->weights);
+  cpu::TransformerStage stage;
+  stage.norm = [&] {
+    const Tensor norm = list.tensor({-1});
+    stage.dim = norm.size(0);
+    return norm.const_data_ptr<float>();
+  }();
+  stage.heads = heads;
+  while (!list.empty()) {
+    cpu::TransformerLayer layer{};
+    layer.attention_norm = list.vector(stage.dim);
+    layer.q = list.matrix(-1, stage.dim);
+    const int64_t width = layer.q.outputs;
+    TORCH_CHECK_VALUE(heads > 0 && width % heads == 0, "heads must divide ", width, ", got ",
+                      heads);
+    TORCH_CHECK_VALUE(stage.layers.empty() || width == heads * stage.head_dim,
+                      "weights: layers must have one width");
+    stage.head_dim = width / heads;
+    layer.kv = list.matrix(2 * width, stage.dim);
+    layer.out = list.matrix(stage.dim, width);
+    layer.feed_forward_norm = list.vector(stage.dim);
+    layer.expand = list.matrix(-1, stage.dim);
+    TORCH_CHECK_VALUE(
+        stage.layers.empty() || layer.expand.outputs == stage.layers[0].expand.outputs,
+        "weights: layers must have one inner width");
+    layer.contract = list.matrix(stage.dim, layer.expand.outputs);
+    stage.layers.push_back(layer);
+  }
+  result->stage = std::move(stage);
+  return result;
+}
+
+c10::intrusive_ptr<Stage> mamba1_stage(const std::vector<Tensor>& weights) {
+  auto result = c10::make_intrusive<Stage>();
+  result->weights = weights;
+  Weights list(result->weights);
+  cpu::Mamba1Stage stage;
+  while (!list.empty()) {
+    const bool is_first = stage.layers.empty();
+    cpu::Mamba1Layer layer{};
+    const Tensor norm = list.tensor({is_first ? -1 : stage.dim});
+    layer.norm = norm.const_data_ptr<float>();
+    layer.eps = *list.vector(1);
+    const Tensor rates = list.tensor({is_first ? -1 : stage.inner, is_first ? -1 : stage.states});
+    layer.rates = rates.const_data_ptr<float>();
+    const Tensor conv = list.tensor({rates.size(0), is_first ? -1 : stage.taps});
+    layer.conv = conv.const_data_ptr<float>();
+    if (is_first) {
+      stage.dim = norm.size(0);
+      stage.inner = rates.size(0);
+      stage.states = rates.size(1);
+      stage.taps = conv.size(1);
+      TORCH_CHECK_VALUE(stage.taps > 0, "weights: the convolution needs a tap");
+    }
+    layer.conv_bias = list.vector(stage.inner);
+    layer.direct = list.vector(stage.inner);
+    layer.in = list.matrix(2 * stage.inner, stage.dim);
+    layer.x = list.matrix(-1, stage.inner);
+    const int64_t rank = layer.x.outputs - 2 * stage.states;
+    TORCH_CHECK_VALUE(rank > 0 && (is_first || rank == stage.rank),
+                      "weights: layers must have one rank, which is positive, got ", rank);
+    stage.rank = rank;
+    layer.dt = list.matrix(stage.inner, rank);
+    layer.out = list.matrix(stage.dim, stage.inner);
+    stage.layers.push_back(layer);
+  }
+  result->stage = std::move(stage);
+  return result;
+}
+
+c10::intrusive_ptr<Stage> mamba2_stage(const std::vector<Tensor>& weights, double eps) {
+  auto result = c10::make_intrusive<Stage>();
+  result->weights = weights;
+  Weights list(result->weights);
+  cpu::Mamba2Stage stage;
+  const Tensor final_norm = list.tensor({-1});
+  stage.norm = final_norm.const_data_ptr<float>();
+  stage.dim = final_norm.size(0);
+  stage.eps = float(eps);
+  while (!list.empty()) {
+    const bool is_first = stage.layers.empty();
+    cpu::Mamba2Layer layer{};
+    layer.norm = list.vector(stage.dim);
+    const Tensor gated_norm = list.tensor({is_first ? -1 : stage.inner});
+    layer.gated_norm = gated_norm.const_data_ptr<float>();
+    const Tensor rates = list.tensor({is_first ? -1 : stage.heads});
+    layer.rates = rates.const_data_ptr<float>();
+    const Tensor conv = list.tensor({-1, is_first ? -1 : stage.taps});
+    layer.conv = conv.const_data_ptr<float>();
+    if (is_first) {
+      stage.inner = gated_norm.size(0);
+      stage.heads = rates.size(0);
+      stage.taps = conv.size(1);
+      stage.states = (conv.size(0) - stage.inner) / 2;
+      TORCH_CHECK_VALUE(stage.heads > 0 && stage.inner % stage.heads == 0 && stage.taps > 0,
+                        "weights: heads must divide the inner width, and there must be a tap");
+    }
+    TORCH_CHECK_VALUE(stage.states > 0 && conv.size(0) == stage.inner + 2 * stage.states,
+                      "weights: the convolution's channels must be the inner width and twice the "
+                      "states, got ",
+                      conv.size(0));
+    layer.conv_bias = list.vector(conv.size(0));
+    layer.dt_bias = list.vector(stage.heads);
+    layer.direct = list.vector(stage.heads);
+    layer.in = list.matrix(stage.inner + conv.size(0) + stage.heads, stage.dim);
+    layer.out = list.matrix(stage.dim, stage.inner);
+    stage.layers.push_back(layer);
+  }
+  result->stage = std::move(stage);
+  return result;
+}
+
+}  // namespace mblm

@@ -1,0 +1,1 @@
+"""The datasets that the trainer knows by name."""

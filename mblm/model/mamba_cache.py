@@ -1,0 +1,55 @@
+"""Decoding state of a Mamba stage: SSM states and the windows of the convolutions."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mblm.inference.stage_cache import StageCache, State
+from mblm.model.native_stages import native_mamba
+
+if TYPE_CHECKING:
+    from mblm.model.mamba1 import Mamba1
+    from mblm.model.mamba2 import Mamba2
+
+
+class MambaCache(StageCache):
+    """SSM states ``(layers, B, ..)`` and windows ``(layers, B, K - 1, D_conv)`` of all layers."""
+
+    def __init__(self, stage: "Mamba1 | Mamba2") -> None:
+        self.stage = stage
+        self._state: list[torch.Tensor] | None = None
+
+    def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        layers = None if self._state is None else tuple(zip(*self._state, strict=True))
+        y, layers = self.stage.forward_with_state(x, layers)
+        if self._state is None:
+            self._state = [torch.stack(parts) for parts in zip(*layers, strict=True)]
+        else:
+            for own, parts in zip(self._state, zip(*layers, strict=True), strict=True):
+                torch._foreach_copy_(list(own.unbind()), list(parts))
+        return y
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.runs_natively(x.dtype):
+            return super().step(x)
+        if self._state is None:
+            self.prefill(x[:, None, :][:, :0])  # the state before all positions
+        y: torch.Tensor = self.native.step(x, self._state, 0)
+        return y
+
+    def build_native(self, weights: str) -> Any:
+        return native_mamba(self.stage, weights)
+
+    def native_state(self, count: int) -> list[torch.Tensor]:
+        assert self._state is not None, "the start token comes first"
+        return self._state
+
+    def snapshot(self) -> State:
+        return None if self._state is None else [part.clone() for part in self._state]
+
+    def restore(self, state: State) -> None:
+        if state is None or self._state is None:
+            self._state = None if state is None else [part.clone() for part in state]
+            return
+        for own, saved in zip(self._state, state, strict=True):
+            own.copy_(saved)

@@ -1,0 +1,72 @@
+"""Packs the weights of built-in stage models for the compiled stages that decode on a CPU.
+
+A compiled stage (``torch.classes.mblm.Stage``) holds weights and no state: forks share it. It reads
+a float32 model's own weights. ``bfloat16`` and ``int8`` round the weights of linear layers, int8
+with one scale per output row; everything else, activations included, stays float32.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mblm.inference.packing import is_plain, pack_linear
+
+if TYPE_CHECKING:
+    from mblm.model.mamba1 import Mamba1
+    from mblm.model.mamba2 import Mamba2
+    from mblm.model.transformer import TransformerDecoder
+
+
+def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
+    """The compiled stage of a Transformer, or None where it has none."""
+    if not is_plain(stage):
+        return None
+    tensors: list[Tensor] = [stage.norm.g]
+    for attention, feed_forward in stage.layer_pairs():
+        parts: Any = feed_forward
+        norm, expand, _, _, contract = parts
+        tensors.append(attention.norm.g)
+        for linear in (attention.to_q, attention.to_kv, attention.to_out):
+            tensors += pack_linear(linear, weights)
+        tensors.append(norm.g)
+        tensors += [*pack_linear(expand, weights), *pack_linear(contract, weights)]
+    return torch.ops.mblm.transformer_stage(_detached(tensors), stage.num_heads)
+
+
+def native_mamba(stage: "Mamba1 | Mamba2", weights: str) -> Any:
+    """The compiled stage of a Mamba, or None where it has none."""
+    from mblm.model.mamba2 import Mamba2
+
+    if not is_plain(stage):
+        return None
+    return (_build_mamba2 if isinstance(stage, Mamba2) else _build_mamba1)(stage, weights)
+
+
+def _build_mamba1(stage: Any, weights: str) -> Any:
+    tensors: list[Tensor] = []
+    layer: Any
+    for layer in stage.layers:
+        mixer = layer.mixer
+        tensors += [layer.norm.weight, torch.tensor([layer.norm.eps])]
+        tensors += [-torch.exp(mixer.A_log), mixer.conv1d.weight.flatten(1), mixer.conv1d.bias]
+        tensors.append(mixer.D)
+        for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
+            tensors += pack_linear(linear, weights)
+    return torch.ops.mblm.mamba1_stage(_detached(tensors))
+
+
+def _build_mamba2(stage: Any, weights: str) -> Any:
+    tensors: list[Tensor] = [stage.norm_f.weight]
+    layer: Any
+    for layer in stage.layers:
+        mixer = layer.mixer
+        tensors += [layer.norm.weight, mixer.norm.weight, -torch.exp(mixer.A_log)]
+        tensors += [mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.dt_bias, mixer.D]
+        tensors += [*pack_linear(mixer.in_proj, weights), *pack_linear(mixer.out_proj, weights)]
+    return torch.ops.mblm.mamba2_stage(_detached(tensors), stage.norm_f.eps)
+
+
+def _detached(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.detach().contiguous() for tensor in tensors]

@@ -1,0 +1,86 @@
+"""Which files an entry means, and in which order."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mblm.data.find_files import find_files
+
+TREE = [
+    "b.txt",
+    "a.txt",
+    "a/z.txt",
+    "a/deep/y.md",
+    "a-b/x.txt",
+    "[odd].txt",
+    ".hidden.txt",
+    ".git/config",
+    "a/.cache/w.txt",
+]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in TREE:
+        file = tmp_path / "tree" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return tmp_path / "tree"
+
+
+def names(tree: Path, *entries: str) -> list[str]:
+    return [os.path.relpath(file, tree) for file in find_files(tree, entries).values()]
+
+
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        (["."], ["[odd].txt", "a/deep/y.md", "a/z.txt", "a-b/x.txt", "a.txt", "b.txt"]),
+        (["b.txt", "a.txt"], ["b.txt", "a.txt"]),
+        (["a"], ["a/deep/y.md", "a/z.txt"]),
+        (["*.txt"], ["[odd].txt", "a.txt", "b.txt"]),
+        (["**/*.md", "a"], ["a/deep/y.md", "a/z.txt"]),
+        (["a*/*.txt"], ["a/z.txt", "a-b/x.txt"]),
+        (["[odd].txt"], ["[odd].txt"]),
+        ([".hidden.txt", ".git"], [".hidden.txt", ".git/config"]),
+        (["a/../a.txt", "a.txt"], ["a.txt"]),
+    ],
+    ids=" ".join,
+)
+def test_entries(tree: Path, entries: list[str], found: list[str]) -> None:
+    assert names(tree, *entries) == found
+
+
+def test_absolute_entries_mean_themselves(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.txt").touch()
+    entries = [str(tmp_path / "elsewhere.txt"), str(tree / "a*" / "*.txt")]
+    assert names(tree, *entries) == ["../elsewhere.txt", "a/z.txt", "a-b/x.txt"]
+
+
+def test_links_count_once_and_loops_end(tree: Path) -> None:
+    (tree / "a" / "up").symlink_to(tree)
+    (tree / "c.txt").symlink_to("b.txt")
+    (tree / "broken.txt").symlink_to("nothing")
+    assert names(tree, ".").count("b.txt") == 1
+    assert "c.txt" not in names(tree, ".")
+    assert sorted(names(tree, "**/*.txt")) == [
+        "[odd].txt",
+        "a-b/x.txt",
+        "a.txt",
+        "a/z.txt",
+        "b.txt",
+    ]
+    assert names(tree, "c.txt", "b.txt") == ["c.txt"], "the name that comes first"
+
+
+def test_pipes_are_no_files(tree: Path) -> None:
+    os.mkfifo(tree / "a-b" / "pipe")
+    assert names(tree, "a-b") == ["a-b/x.txt"]
+
+
+@pytest.mark.parametrize("entry", ["nothing.txt", "*.nothing", "empty", "a.txt/b"])
+def test_an_entry_without_files_is_refused(tree: Path, entry: str) -> None:
+    (tree / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"files: '.*' is no file in .*tree' or holds none"):
+        find_files(tree, ["a.txt", entry])

@@ -1,0 +1,157 @@
+"""Many files read like one row of bytes, and only what is asked for is read."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mblm.data.mapped_bytes import MappedBytes
+
+
+def write(folder: Path, *contents: bytes) -> list[Path]:
+    files = [folder / str(index) for index in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    return files
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    contents=st.lists(st.binary(max_size=6), max_size=8),
+    separator=st.sampled_from([None, 7, 300]),
+    start=st.integers(0, 60),
+    length=st.integers(0, 60),
+)
+def test_reading_is_slicing_the_files_in_a_row(
+    tmp_path_factory: pytest.TempPathFactory,
+    contents: list[bytes],
+    separator: int | None,
+    start: int,
+    length: int,
+) -> None:
+    row: list[int] = []
+    for content in filter(None, contents):
+        row += [separator] * (separator is not None and row != []) + list(content)
+    data = MappedBytes(write(tmp_path_factory.mktemp("files"), *contents), separator)
+    assert (len(data), data.numel(), tuple(data.shape)) == (len(row), len(row), (len(row),))
+
+    start = min(start, len(row))
+    ids = data.read(start, start + length)
+    assert ids.tolist() == row[start : start + length]
+    assert ids.dtype == torch.int64
+
+
+def test_slices_are_those_of_a_tensor(tmp_path: Path) -> None:
+    data = MappedBytes(write(tmp_path, b"abc", b"", b"defgh"))
+    tensor = torch.tensor(list(b"abcdefgh"), dtype=torch.uint8)
+    for taken in (slice(None), slice(1, 5), slice(-3, None), slice(None, None, 3), slice(5, 2)):
+        assert torch.equal(data[taken], tensor[taken])
+    assert [int(data[index]) for index in (0, 3, -1)] == list(b"adh")
+    assert data.dtype == data[:2].dtype == torch.uint8
+
+
+def test_a_separator_above_255_needs_a_wider_dtype(tmp_path: Path) -> None:
+    data = MappedBytes(write(tmp_path, b"ab", b"c"), separator_id=300)
+    assert data[:].tolist() == [97, 98, 300, 99]
+    assert data.dtype == data[:].dtype == torch.int64
+
+
+@pytest.mark.parametrize("index", [3, -4])
+def test_an_index_outside_is_refused(tmp_path: Path, index: int) -> None:
+    with pytest.raises(IndexError, match=f"byte {index} of 3"):
+        MappedBytes(write(tmp_path, b"abc"))[index]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (4, 5)])
+def test_reading_outside_is_refused(tmp_path: Path, start: int, stop: int) -> None:
+    with pytest.raises(IndexError, match="of 3"):
+        MappedBytes(write(tmp_path, b"abc")).read(start, stop)
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MappedBytes, "MAX_OPEN", 3)
+    data = MappedBytes(write(tmp_path, *[bytes([index]) for index in range(20)]))
+    assert len(data._maps) == 0
+    for _ in range(2):
+        assert data[:].tolist() == list(range(20))
+        assert list(data._maps) == [17, 18, 19]
+    assert data[18:19].tolist() == [18]
+    assert list(data._maps) == [17, 19, 18], "the one used last is closed last"
+
+
+def test_it_is_sent_to_processes_without_its_maps(tmp_path: Path) -> None:
+    data = MappedBytes(write(tmp_path, b"ab", bytes(100_000)))
+    assert int(data[50_000]) == 0
+    sent = pickle.dumps(data)
+    assert len(sent) < 2000
+    assert pickle.loads(sent)[:3].tolist() == [97, 98, 0]
+
+
+def test_the_working_folder_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, b"abc")
+    monkeypatch.chdir(tmp_path)
+    data = MappedBytes([Path("0")])
+    monkeypatch.chdir("/")
+    assert data[:].tolist() == list(b"abc")
+
+
+def test_a_file_that_changed_its_size_is_refused(tmp_path: Path) -> None:
+    files = write(tmp_path, b"abc", b"def")
+    data = MappedBytes(files)
+    files[1].write_bytes(b"d")
+    assert data[:3].tolist() == list(b"abc")
+    with pytest.raises(ValueError, match="1' had 3 bytes and now has 1"):
+        data[3:]
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file .*nothing"):
+        MappedBytes([tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="is no file"):
+        MappedBytes([tmp_path])
+
+
+GIGABYTES = 6
+MEASURE = """
+import sys
+from mblm.data.types import ModelMode
+from mblm.data.dataset.pg19 import PG19
+from mblm.data.dataset.byte_files import ByteFiles
+
+def peak():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1])
+
+kind = {"PG19": PG19, "ByteFiles": ByteFiles}[sys.argv[1]]
+before = peak()
+data = kind(sys.argv[2], ModelMode.TRAIN, seq_len=8192, worker_id=0, num_workers=1)
+for index in range(0, len(data), len(data) // 50):
+    ids, _ = data[index]
+print(len(data), int(ids.sum()), peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["PG19", "ByteFiles"])
+def test_gigabytes_take_megabytes_of_memory(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "train" / "large.txt"
+    file.parent.mkdir()
+    with file.open("wb") as opened:
+        opened.truncate(GIGABYTES * 2**30)  # sparse: takes no room on the disk
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, kind, str(tmp_path)],
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    samples, total, kilobytes = map(int, done.stdout.split())
+    assert samples * 8192 > 0.8 * GIGABYTES * 2**30
+    assert total == 0
+    assert kilobytes < 64 * 1024

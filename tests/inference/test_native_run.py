@@ -1,0 +1,312 @@
+"""Compiled decoding against PyTorch's: the same logits and bytes, whatever comes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mblm import MBLM
+from mblm.inference.packing import pack_linear
+from mblm.inference.session import Session
+from mblm.inference.stage_cache import StageCache
+from mblm.ops import _native
+from tests.models import hierarchies, mamba, model, transformer
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+STAGES: dict[str, Any] = {
+    "transformer": lambda: transformer(attn_head_dims=32, attn_num_heads=3),
+    "transformer without rotary": lambda: transformer(
+        attn_head_dims=5, attn_use_rot_embs=False, pos_emb_type="rope"
+    ),
+    "mamba1": lambda: mamba("mamba1", d_state=20),
+    "mamba2": lambda: mamba("mamba2", d_state=20, d_conv=1),
+}
+
+needs_native = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is compiled")
+
+
+@contextmanager
+def in_pytorch() -> Iterator[None]:
+    """Sessions take PyTorch's way."""
+    with patch.object(StageCache, "runs_natively", lambda *_: False):
+        yield
+
+
+def wide(*names: str, batch: int = 1, seq_lens: list[int] | None = None) -> MBLM:
+    """Stages of two layers of width 40, so that lanes and their remainder are both used."""
+    blocks = [STAGES[name]() for name in names]
+    count = len(blocks)
+    return model(
+        *blocks,
+        seq_lens=seq_lens or [6, 5, 4][-count:],
+        hidden_dims=[40] * count,
+        num_layers=[2] * count,
+        num_tokens=67,
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("local", STAGES)
+@pytest.mark.parametrize("upper", STAGES)
+def test_every_stage_above_every_other(upper: str, local: str, batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    m = wide(upper, local, seq_lens=[5, 4])
+    prompt = torch.randint(0, 66, (batch, 6))
+    arguments = {"num_tokens": 13, "filter_thres": 0.5, "temperature": 0.8}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native, plain = Session(m, batch), Session(m, batch)
+        assert all(stage.cache.native is not None for stage in native._cache._stages)
+        native.feed(prompt)
+        got = native.generate(**arguments, generator=torch.Generator().manual_seed(1))
+        with in_pytorch():
+            plain.feed(prompt)
+            want = plain.generate(**arguments, generator=torch.Generator().manual_seed(1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, want)
+    torch.testing.assert_close(native.logits(), plain.logits(), **CLOSE)
+
+
+@needs_native
+@pytest.mark.parametrize("stage", STAGES)
+@torch.inference_mode()
+def test_more_threads_or_rows_change_no_bit(stage: str) -> None:
+    torch.manual_seed(0)
+    m = wide(stage, stage)
+    results = []
+    before = torch.get_num_threads()
+    for threads, rows in [(1, 1), (2, 1), (2, 8), (1, 3)]:
+        torch.set_num_threads(threads)
+        session = Session(m, rows).feed(torch.full((rows, 1), 5))
+        session.generate(17)  # the likeliest bytes
+        results.append(session.logits())
+    torch.set_num_threads(before)
+    for logits in results[1:]:
+        assert torch.equal(logits, results[0].expand_as(logits))
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> list[tuple[str, int]]:
+    """What a user may do with a session, in any order, each with a number."""
+    kinds = st.sampled_from(["feed", "generate", "sample", "fork", "file", "restart"])
+    return draw(st.lists(st.tuples(kinds, st.integers(0, 9)), min_size=1, max_size=8))
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(m=hierarchies(), schedule=schedules(), batch=st.integers(1, 3), top_p=st.booleans())
+def test_any_schedule(
+    m: MBLM, schedule: list[tuple[str, int]], batch: int, top_p: bool, tmp_path_factory: Any
+) -> None:
+    file: Path = tmp_path_factory.mktemp("sessions") / "s"
+    limit = m.max_length if m.max_length is not None else 40
+    sampling = {"top_p": 0.7} if top_p else {"filter_thres": 0.6}
+
+    def follow() -> list[torch.Tensor]:
+        session, seen = Session(m, batch), []
+        numbers = torch.Generator().manual_seed(7)
+        for kind, number in schedule:
+            count = min(number, limit - session.length)
+            if kind == "feed":
+                session.feed(torch.randint(0, 18, (batch, count), generator=numbers))
+            elif kind == "generate":
+                # The likeliest, for a draw may be within rounding of another.
+                seen.append(session.generate(count))
+            elif kind == "sample":
+                seen.append(session.fork().generate(count, **sampling, generator=numbers))
+            elif kind == "fork":
+                other, session = session, session.fork()
+                other.feed(torch.randint(0, 18, (batch, count), generator=numbers))
+            elif kind == "file":
+                session.save(file)
+                session = Session.load(file, m)
+            else:
+                session = Session(m, batch)
+            seen.append(session.logits())
+        return seen
+
+    got = follow()
+    with in_pytorch():
+        want = follow()
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@needs_native
+class TestWeights:
+    """Rounded weights: a session equals PyTorch's with a model of those weights."""
+
+    @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+    @pytest.mark.parametrize("stage", STAGES)
+    @torch.inference_mode()
+    def test_are_rounded_and_nothing_else(self, stage: str, weights: str) -> None:
+        torch.manual_seed(0)
+        m = wide(stage, stage)
+        rounded = wide(stage, stage)
+        rounded.load_state_dict(m.state_dict())
+        for part in rounded.modules():
+            if isinstance(part, torch.nn.Linear):
+                weight, scale, _ = pack_linear(part, weights)
+                scale = scale[:, None] if weights == "int8" else 1
+                part.weight.data = weight.float() * scale
+        session = Session(m, 2, weights=weights)
+        ids = session.generate(17)
+        with in_pytorch():
+            plain = Session(rounded, 2).feed(ids[:, :17])
+            close = plain.logits()
+        hidden = session._cache._stages[-1].output
+        torch.testing.assert_close(rounded.to_logits(hidden), close, **CLOSE)
+
+    def test_int8_is_within_half_a_step(self) -> None:
+        linear = torch.nn.Linear(33, 5, bias=False)
+        weight, scale, bias = pack_linear(linear, "int8")
+        assert weight.dtype == torch.int8 and bias.numel() == 0
+        error = (weight * scale[:, None] - linear.weight).abs()
+        assert (error <= scale[:, None] * 0.5001).all()
+
+    def test_a_row_of_zeros(self) -> None:
+        linear = torch.nn.Linear(3, 2)
+        linear.weight.data[0] = 0
+        weight, scale, _ = pack_linear(linear, "int8")
+        assert (weight[0] == 0).all() and scale.isfinite().all()
+
+    def test_are_chosen_where_generation_starts(self) -> None:
+        m = wide("transformer", "transformer")
+        for weights in ["float32", "bfloat16", "int8"]:
+            of_session = m.session(weights=weights).feed(b"!").generate(8)[0]
+            of_model = m.generate(torch.tensor([33]), num_tokens_to_generate=8, weights=weights)
+            assert torch.equal(of_session, of_model[1:])
+
+    def test_an_unknown_type_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"weights: expected one of float32, .* got 'int4'"):
+            Session(wide("transformer"), weights="int4")
+
+
+@needs_native
+class TestStandsAside:
+    """Where compiled code would compute something else, PyTorch runs."""
+
+    @staticmethod
+    def natives(m: MBLM) -> list[bool]:
+        return [s.cache.runs_natively(s.output.dtype) for s in Session(m)._cache._stages]
+
+    @pytest.fixture
+    def m(self) -> MBLM:
+        return wide("mamba1", "transformer")
+
+    @torch.inference_mode()
+    def test_for_a_part_that_was_replaced(self, m: MBLM) -> None:
+        assert self.natives(m) == [True, True]
+        m.stage_models[1].layers[0][1][2] = torch.nn.SiLU()
+        assert self.natives(m) == [True, False]
+
+    @torch.inference_mode()
+    def test_for_a_hook(self, m: MBLM) -> None:
+        m.stage_models[0].layers[0].mixer.in_proj.register_forward_hook(lambda *_: None)
+        assert self.natives(m) == [False, True]
+
+    @torch.inference_mode()
+    def test_for_a_subclass(self, m: MBLM) -> None:
+        class Other(type(m.stage_models[1])):  # type: ignore[misc]
+            pass
+
+        m.stage_models[1].__class__ = Other
+        assert self.natives(m) == [True, False]
+
+    @torch.inference_mode()
+    def test_for_another_dtype(self, m: MBLM) -> None:
+        assert self.natives(m.double()) == [False, False]
+
+    @torch.inference_mode()
+    def test_for_dropout_in_training(self) -> None:
+        m = model(transformer(ff_dropout=0.5), seq_lens=[4])
+        assert self.natives(m) == [True]
+        assert self.natives(m.train()) == [False]
+
+    @torch.inference_mode()
+    def test_under_autocast(self, m: MBLM) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert self.natives(m) == [False, False]
+
+
+@needs_native
+class TestRefuses:
+    """The compiled stage trusts nothing that it is given."""
+
+    @pytest.fixture
+    def stage(self) -> Any:
+        session = Session(wide("transformer", "mamba1"))
+        self.state = session._cache._stages[0].cache.native_state(1)
+        return session._cache._stages[0].cache.native
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.zeros(1, 41), r"x must have shape \[B >= 1, 40\], got \[1, 41\]"),
+            (torch.zeros(0, 40), "x must have shape"),
+            (torch.zeros(40), "x must have shape"),
+            (torch.zeros(2, 40), "keys must have shape"),
+        ],
+    )
+    def test_rows_that_do_not_fit(self, stage: Any, x: torch.Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            stage.step(x, self.state, 1)
+
+    def test_another_dtype(self, stage: Any) -> None:
+        with pytest.raises(TypeError, match="x must be Float, got Double"):
+            stage.step(torch.zeros(1, 40).double(), self.state, 1)
+
+    @pytest.mark.parametrize("position", [-1, 10**12, 2**63 - 1])
+    def test_a_position_without_room(self, stage: Any, position: int) -> None:
+        with pytest.raises(ValueError, match="state has room for"):
+            stage.step(torch.zeros(1, 40), self.state, position)
+
+    def test_a_state_of_another_stage(self, stage: Any) -> None:
+        with pytest.raises(ValueError, match="state must hold 3 or 5 tensors"):
+            stage.step(torch.zeros(1, 40), self.state[:2], 1)
+
+    def test_weights_of_another_shape(self) -> None:
+        with pytest.raises(ValueError, match=r"weights\[2\] must have shape"):
+            torch.ops.mblm.transformer_stage([torch.ones(8), torch.ones(8), torch.ones(9)], 2)
+        with pytest.raises(ValueError, match="more than 2 tensors"):
+            torch.ops.mblm.transformer_stage([torch.ones(8), torch.ones(8)], 2)
+        with pytest.raises(TypeError, match="float32, bfloat16 or int8"):
+            torch.ops.mblm.transformer_stage([torch.ones(8)] * 2 + [torch.ones(8, 8).half()], 2)
+
+
+@needs_native
+@torch.inference_mode()
+def test_sessions_in_several_python_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    m = wide("mamba2", "transformer")
+    want = [Session(m).feed(bytes([n])).generate(15).tolist() for n in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        got = pool.map(lambda n: Session(m).feed(bytes([n])).generate(15).tolist(), range(8))
+        assert list(got) == want
+
+
+@needs_native
+def test_a_seed_that_ends_early_has_drawn_for_its_bytes_alone() -> None:
+    """What is drawn afterwards is what the contract says."""
+    m = wide("transformer", "transformer")
+    arguments: dict[str, Any] = {"num_tokens_to_generate": 12, "filter_thres": 0.0}
+    torch.manual_seed(3)
+    everything = m.generate(**arguments)
+    torch.manual_seed(3)
+    some = m.generate(**arguments, end_of_gen_token_id=int(everything[2]))
+    rest = torch.rand(1)
+    torch.manual_seed(3)
+    for _ in some:
+        torch.zeros(1, 67).uniform_()
+    assert torch.equal(rest, torch.rand(1))
