@@ -185,7 +185,9 @@ def test_native_equals_reference(
         # Terms of a sum may cancel out: errors are relative to the largest result.
         scale = max(1.0, other.abs().max().item() if other.numel() else 0.0)
         bound = max(TOLERANCE[one.dtype], TOLERANCE[dtype] if weight_dtype is None else 2e-6)
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * scale, msg=name)
+        torch.testing.assert_close(
+            one, other, rtol=bound, atol=bound * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

@@ -163,7 +163,9 @@ def test_native_equals_reference(
         assert one.is_contiguous() and other.is_contiguous(), name
         bound = TOLERANCE[dtype]
         scale = max(1.0, other.abs().max().item() if other.numel() else 0.0)
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * scale, msg=name)
+        torch.testing.assert_close(
+            one, other, rtol=bound, atol=bound * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

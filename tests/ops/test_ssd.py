@@ -305,7 +305,9 @@ def test_native_equals_reference(
         # Terms of a sum may cancel out: errors are relative to the largest result.
         scale = other.abs().max().item() if other.numel() else 0.0
         bound = {torch.float64: 1e-11, torch.float32: 1e-5}.get(one.dtype, 1e-2)
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * scale, msg=name)
+        torch.testing.assert_close(
+            one, other, rtol=bound, atol=bound * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
