@@ -112,7 +112,6 @@ def _mix(
     scan_state, window = (None, None) if state is None else state
     inner, gate = _project(mixer.in_proj, x).chunk(2, dim=-1)  # (B, S, D_inner) each
     inner, window = causal_conv(inner, mixer.conv1d.weight, mixer.conv1d.bias, window)
-    inner = F.silu(inner)
 
     dtype = torch.promote_types(mixer.A_log.dtype, torch.float32)
     rates = -torch.exp(mixer.A_log.to(dtype))  # (D_inner, N)

@@ -165,7 +165,7 @@ class _Mixer(nn.Module):
         mixed, window = causal_conv(
             mixed, self.conv1d.weight, cast(Tensor, self.conv1d.bias), window
         )
-        inner, weight_in, weight_out = F.silu(mixed).split(
+        inner, weight_in, weight_out = mixed.split(
             [self.inner_dim, self.d_state, self.d_state], dim=-1
         )
         inner = inner.unflatten(-1, (self.num_heads, self.headdim))  # (B, S, H, P)

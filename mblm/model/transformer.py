@@ -164,14 +164,14 @@ class TransformerDecoder(_Transformer):
         def delayed() -> torch.Tensor:  # what the shift takes from the start token, (B, D // 2)
             return start[:, 0, start.shape[-1] - half :].expand(rows, -1)
 
-        first, later = self.rotary(0, 1), self.rotary(1, x.shape[1])
+        rotary = self.rotary(0, 1 + x.shape[1])
         for attention, feed_forward in self.layer_pairs():
-            q0, k0, v0 = attention.project(start, first)
-            q, k, v = attention.project(x, later, delayed())
-            keys = torch.cat((k0.expand(rows, -1, -1, -1), k), dim=2)
-            values = torch.cat((v0.expand(rows, -1, -1, -1), v), dim=2)
-            x = x + attention.attend(q, keys, values, is_causal=True)
-            start = start + attention.attend(q0, k0, v0)
+            _, k0, v0 = attention.heads(start)
+            q, k, v = attention.heads(x, delayed())
+            keys = torch.cat((k0.expand(rows, -1, -1, -1), k), dim=1)
+            values = torch.cat((v0.expand(rows, -1, -1, -1), v), dim=1)
+            x = x + attention.attend_short(q, keys, values, rotary)
+            start = start + attention.to_out(v0.flatten(-2))  # it attends to itself alone
             x = x + feed_forward(x, delayed())
             start = start + feed_forward(start)
         return torch.cat((self.norm(start).expand(rows, -1, -1), self.norm(x)), dim=1)

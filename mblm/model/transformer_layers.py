@@ -14,10 +14,11 @@ from torch import nn
 from mblm.model.linear import Linear
 from mblm.ops.linear_rows import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm
+from mblm.ops.short_attention import MAX_POSITIONS, short_attention
 
-# Up to this many positions, attention on a CPU is faster as plain batched products, and a start
+# Up to this many positions, attention on a CPU is faster without PyTorch's kernel, and a start
 # token that all rows share is worth computing once.
-SHORT = 64
+SHORT = MAX_POSITIONS
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (S, head width / 2) float32
 
@@ -92,17 +93,44 @@ class Attention(nn.Module):
         self.to_kv = Linear(dim, inner * 2, bias=False)
         self.to_out = Linear(inner, dim, bias=False)
 
-    def project(
-        self, x: torch.Tensor, rotary: Rotary | None, previous: torch.Tensor | None = None
+    def heads(
+        self, x: torch.Tensor, previous: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values ``(B, H, S, d)`` of ``x (B, S, D)``."""
+        """Queries, keys and values ``(B, S, H, d)`` of ``x (B, S, D)``, not rotated yet."""
         x = self.norm(x, shift=self.causal, previous=previous)
         # Keys and values apart: one tensor for both would stay in memory for the values' sake.
         to_k, to_v = self.to_kv.weight.chunk(2)
-        q, k, v = map(self._split_heads, (self.to_q(x), linear(x, to_k), linear(x, to_v)))
+        q, k, v = (
+            projected.unflatten(-1, (self.num_heads, -1))
+            for projected in (self.to_q(x), linear(x, to_k), linear(x, to_v))
+        )
+        return q, k, v
+
+    def project(
+        self, x: torch.Tensor, rotary: Rotary | None, previous: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values ``(B, H, S, d)`` of ``x (B, S, D)``, rotated."""
+        q, k, v = (heads.transpose(1, 2) for heads in self.heads(x, previous))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
+
+    def attend_short(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None
+    ) -> torch.Tensor:
+        """Causal attention of what `heads` gave, without dropout, and the output projection.
+
+        ``q (B, S, H, d)`` are the queries of the last S of the T positions of ``k`` and ``v``; T is
+        at most `SHORT`, and ``rotary`` holds T positions.
+        """
+        if q.device.type == "cpu":
+            return self.to_out(short_attention(q, k, v, rotary).flatten(-2))
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        if rotary is not None:
+            cos, sin = rotary
+            first = k.shape[2] - q.shape[2]
+            q, k = rotate(q, (cos[first:], sin[first:])), rotate(k, rotary)
+        return self.attend(q, k, v, is_causal=True)
 
     def attend(
         self,
@@ -119,9 +147,13 @@ class Attention(nn.Module):
         count, total = q.shape[2], k.shape[2]
         dropout = self.dropout if self.training else 0.0
         is_causal = is_causal and count > 1
+        short = count > 1 and total <= SHORT and q.device.type == "cpu"
+        if short and is_causal and not dropout:
+            out = short_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            return self.to_out(out.flatten(-2))
         if is_causal and count < total:
             mask, is_causal = _causal_bias(q, total), False
-        if count > 1 and total <= SHORT and q.device.type == "cpu":
+        if short:
             if is_causal:
                 mask = _causal_bias(q, total)
             out = _short_attention(q, k, v, mask, dropout)
@@ -133,10 +165,9 @@ class Attention(nn.Module):
         self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend within ``x (B, S, D)``; ``mask`` is added to the scores, an encoder's only."""
+        if self.causal and 1 < x.shape[1] <= SHORT and not (self.training and self.dropout):
+            return self.attend_short(*self.heads(x), rotary)
         return self.attend(*self.project(x, rotary), mask, is_causal=self.causal)
-
-    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def _causal_bias(q: torch.Tensor, total: int) -> torch.Tensor:

@@ -173,9 +173,9 @@ def _reference(
     starts = range(0, length, chunk_size)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     chunk_states = A.new_empty(rows, len(starts), channels, num_states)
-    final_state = (
-        A.new_zeros(rows, channels, num_states) if initial_state is None else initial_state.clone()
-    )
+    final_state = A.new_zeros(rows, channels, num_states)
+    if initial_state is not None:
+        final_state.copy_(initial_state)
     with torch.autocast(x.device.type, enabled=False):
         for r, c in _tiles(rows, channels, min(length, chunk_size) * num_states):
             state = final_state[r, c].clone()

@@ -174,7 +174,9 @@ def _reference(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     shape = (rows, heads, head_dim, num_states)
     chunk_states = A.new_empty(rows, len(starts), *shape[1:])
-    final_state = A.new_zeros(shape) if initial_state is None else initial_state.clone()
+    final_state = A.new_zeros(shape)
+    if initial_state is not None:
+        final_state.copy_(initial_state)
     with torch.autocast(x.device.type, enabled=False):
         for r in _row_groups(x, num_states, chunk_size):
             state = final_state[r].flatten(1, 2)  # (R, H·P, N)

@@ -1,30 +1,67 @@
-"""The causal convolution against torch's own, and its window."""
+"""The causal convolution: against torch's own, its window, gradients, native kernel, bad input."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from mblm.ops.causal_conv import causal_conv
+from mblm.ops import causal_conv as module
+from mblm.ops.causal_conv import causal_conv, causal_conv_reference
+
+OPERATOR = torch.ops.mblm.causal_conv
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", [OPERATOR, causal_conv_reference], ids=["operator", "reference"]
+)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def make_arguments(
+    rows: int,
+    length: int,
+    channels: int,
+    taps: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    weight_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and window."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight_dtype = weight_dtype or dtype
+    return (
+        draw(rows, length, channels).to(dtype),
+        draw(channels, 1, taps).to(weight_dtype),
+        draw(channels).to(weight_dtype),
+        draw(rows, taps - 1, channels).to(dtype),
+    )
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("length", [1, 2, 3, 9, 40])
 @pytest.mark.parametrize("taps", [1, 2, 4])
-def test_equals_a_padded_depthwise_convolution(length: int, taps: int) -> None:
-    x = torch.randn(2, length, 5, dtype=torch.float64)
-    weight = torch.randn(5, 1, taps, dtype=torch.float64)
-    bias = torch.randn(5, dtype=torch.float64)
+def test_equals_a_padded_depthwise_convolution(
+    implementation: Callable[..., tuple[Tensor, Tensor]], length: int, taps: int
+) -> None:
+    x, weight, bias, _ = make_arguments(2, length, 5, taps)
 
-    y, _ = causal_conv(x, weight, bias)
+    y, _ = implementation(x, weight, bias, None)
 
     padded = F.pad(x.transpose(1, 2), (taps - 1, 0))
-    torch.testing.assert_close(y, F.conv1d(padded, weight, bias, groups=5).transpose(1, 2))
+    expected = F.silu(F.conv1d(padded, weight, bias, groups=5))
+    torch.testing.assert_close(y, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("cuts", [[0, 7], [1] * 7, [2, 5], [6, 1], [3, 0, 4]])
 @pytest.mark.parametrize("taps", [1, 4])
 def test_pieces_equal_the_whole(cuts: list[int], taps: int) -> None:
-    x = torch.randn(2, 7, 5)
-    weight, bias = torch.randn(5, 1, taps), torch.randn(5)
+    x, weight, bias, _ = make_arguments(2, 7, 5, taps, dtype=torch.float32)
     whole, last_window = causal_conv(x, weight, bias)
 
     window, pieces = None, []
@@ -37,18 +74,169 @@ def test_pieces_equal_the_whole(cuts: list[int], taps: int) -> None:
 
 
 def test_the_window_holds_no_more_than_its_own_memory() -> None:
-    _, window = causal_conv(torch.randn(1, 1000, 5), torch.randn(5, 1, 4), torch.randn(5))
+    x, weight, bias, _ = make_arguments(1, 1000, 5, 4)
+    _, window = causal_conv(x, weight, bias)
     assert window.untyped_storage().nbytes() == window.numel() * window.element_size()
 
 
+def test_the_backward_pass_keeps_the_inputs_alone() -> None:
+    arguments = [tensor.requires_grad_() for tensor in make_arguments(1, 50, 5, 4)]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        causal_conv(*arguments)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in arguments}
+
+
 def test_keeps_the_dtype_of_the_activations() -> None:
-    x = torch.randn(1, 6, 5, dtype=torch.bfloat16)
-    y, window = causal_conv(x, torch.randn(5, 1, 4), torch.randn(5))
+    arguments = make_arguments(1, 6, 5, 4, dtype=torch.bfloat16, weight_dtype=torch.float32)
+    y, window = causal_conv(*arguments)
     assert (y.dtype, window.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
-def test_a_window_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"window must have shape \(1, 3, 5\), got \(1, 2, 5\)"):
-        causal_conv(
-            torch.zeros(1, 6, 5), torch.zeros(5, 1, 4), torch.zeros(5), torch.zeros(1, 2, 5)
+@pytest.mark.parametrize("length", [0, 1, 2, 5])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_gradients(length: int, taps: int) -> None:
+    arguments = [tensor.requires_grad_() for tensor in make_arguments(2, length, 3, taps)]
+    assert torch.autograd.gradcheck(causal_conv, arguments)
+    assert torch.autograd.gradcheck(causal_conv, arguments[:3])
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["y alone", "next window alone"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_gradient_of_one_output(output: int, length: int) -> None:
+    arguments = [tensor.requires_grad_() for tensor in make_arguments(2, length, 3, 4)]
+
+    def gradients(function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        loss = function(*arguments)[output].square().sum()
+        return torch.autograd.grad(loss, arguments, allow_unused=True, materialize_grads=True)
+
+    torch.testing.assert_close(gradients(causal_conv), gradients(causal_conv_reference))
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, weight, bias, _ = make_arguments(2, 3, 4, 2)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(causal_conv(x, weight, bias)[0].sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="causal_conv has no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("length", [0, 2, 5])
+def test_operator_contract(length: int) -> None:
+    arguments = make_arguments(2, length, 3, 4)
+    y, next_window = OPERATOR(*arguments)
+    backward = torch.ops.mblm.causal_conv_backward
+    torch.library.opcheck(backward, (y, next_window, *arguments))
+    torch.library.opcheck(backward, (y, None, *arguments[:3], None))
+    arguments = tuple(tensor.requires_grad_() for tensor in arguments)
+    torch.library.opcheck(OPERATOR, arguments)
+    torch.library.opcheck(OPERATOR, (*arguments[:3], None))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 3, 40]),
+    length=st.one_of(st.integers(0, 6), st.sampled_from([31, 32, 33, 70])),
+    channels=st.sampled_from([0, 1, 5, 64, 67]),
+    taps=st.integers(1, 6),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    weight_dtype=st.sampled_from([None, torch.float32]),
+    with_window=st.booleans(),
+    layout=st.sampled_from(["contiguous", "sliced", "transposed"]),
+)
+def test_native_equals_reference(
+    require_native: Callable[[str], None],
+    rows: int,
+    length: int,
+    channels: int,
+    taps: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    with_window: bool,
+    layout: str,
+) -> None:
+    require_native("causal_conv")
+    require_native("causal_conv_backward")
+    x, weight, bias, window = make_arguments(
+        rows, length, channels, taps, dtype=dtype, weight_dtype=weight_dtype
+    )
+    if layout == "sliced":
+        x, weight = F.pad(x, (1, 2))[..., 1:-2], weight.repeat_interleave(2, dim=2)[..., ::2]
+    elif layout == "transposed":
+        x, window = x.mT.contiguous().mT, window.mT.contiguous().mT
+    inputs = (x, weight, bias, window if with_window else None)
+    grads = torch.randn_like(x), torch.randn_like(window) if with_window else None
+
+    ours = (*OPERATOR(*inputs), *torch.ops.mblm.causal_conv_backward(*grads, *inputs))
+    theirs = (
+        *causal_conv_reference(*inputs),
+        *module.causal_conv_backward_reference(*grads, *inputs),
+    )
+
+    names = ["y", "next_window", "x", "weight", "bias", "window"]
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        assert one.is_contiguous(), name
+        # Terms of a sum may cancel out: errors are relative to the largest result.
+        scale = max(1.0, other.abs().max().item() if other.numel() else 0.0)
+        bound = max(TOLERANCE[one.dtype], TOLERANCE[dtype] if weight_dtype is None else 2e-6)
+        torch.testing.assert_close(
+            one, other, rtol=bound, atol=bound * scale, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    arguments = make_arguments(40, 70, 96, 4, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, next_window = OPERATOR(*arguments)
+            grads = torch.ops.mblm.causal_conv_backward(y, next_window, *arguments)
+            results.append((y, next_window, *grads))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 5)}, ValueError, r"x must have shape \[B, L, D\], got \[2, 5\]"),
+        ({"x": torch.zeros(2, 6, 5).long()}, TypeError, "x must be float16, bfloat16"),
+        ({"weight": torch.zeros(5, 4)}, ValueError, r"weight must have shape \[5, 1, K\]"),
+        ({"weight": torch.zeros(4, 1, 4)}, ValueError, r"weight must have shape \[5, 1, K\]"),
+        ({"weight": torch.zeros(5, 1, 0)}, ValueError, r"K >= 1, got \[5, 1, 0\]"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[5\], got \[4\]"),
+        ({"bias": torch.zeros(5).double()}, TypeError, "bias must have the dtype of weight"),
+        (
+            {"window": torch.zeros(2, 2, 5)},
+            ValueError,
+            r"window must have shape \[2, 3, 5\], got \[2, 2, 5\]",
+        ),
+        ({"window": torch.zeros(2, 3, 5).half()}, TypeError, "window must have the dtype of x"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused(
+    implementation: Callable[..., object],
+    change: dict[str, Tensor],
+    error: type[Exception],
+    message: str,
+) -> None:
+    arguments = {
+        "x": torch.zeros(2, 6, 5),
+        "weight": torch.zeros(5, 1, 4),
+        "bias": torch.zeros(5),
+        "window": torch.zeros(2, 3, 5),
+    } | change
+    with pytest.raises(error, match=message):
+        implementation(*arguments.values())

@@ -239,6 +239,111 @@ def test_strong_decay_and_large_steps_stay_finite() -> None:
     assert all(tensor.isfinite().all() for tensor in (y, *gradients))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 2, 35]),
+    length=st.integers(0, 12),
+    channels=st.sampled_from([0, 1, 5, 16, 37]),
+    num_states=st.sampled_from([1, 3, 8, 19]),
+    chunk_size=st.integers(1, 14),
+    dtypes=st.sampled_from(
+        [
+            (torch.float64, torch.float64),
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+            (torch.float32, torch.float64),
+        ]
+    ),
+    with_state=st.booleans(),
+    strided=st.booleans(),
+)
+def test_native_equals_reference(
+    require_native: Callable[[str], None],
+    rows: int,
+    length: int,
+    channels: int,
+    num_states: int,
+    chunk_size: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    with_state: bool,
+    strided: bool,
+) -> None:
+    require_native("selective_scan")
+    require_native("selective_scan_backward")
+    dtype, state_dtype = dtypes
+    arguments = make_arguments(
+        rows, length, channels, num_states, dtype=dtype, state_dtype=state_dtype
+    )
+    if strided:
+        arguments = {
+            name: torch.stack([t, t], dim=-1)[..., 0] if t.ndim < 2 else t.mT.contiguous().mT
+            for name, t in arguments.items()
+        }
+    initial_state = arguments.pop("initial_state")
+    inputs = tuple(arguments.values())
+    grad_y, grad_final_state = torch.randn_like(arguments["x"]), torch.randn_like(initial_state)
+
+    forward = (*inputs, initial_state if with_state else None, chunk_size)
+    ours = torch.ops.mblm.selective_scan(*forward)
+    theirs = module._reference(*forward)
+    backward = (grad_y, grad_final_state, *inputs, theirs[2], chunk_size)
+    ours = (*ours, *torch.ops.mblm.selective_scan_backward(*backward))
+    theirs = (*theirs, *module._backward_reference(*backward))
+
+    names = ["y", "final_state", "chunk_states", "x", "delta", "A", "B", "C", "D", "initial_state"]
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        assert one.is_contiguous(), name
+        # Terms of a sum may cancel out: errors are relative to the largest result.
+        scale = other.abs().max().item() if other.numel() else 0.0
+        bound = {torch.float64: 1e-11, torch.float32: 1e-5}.get(one.dtype, 1e-2)
+        torch.testing.assert_close(
+            one, other, rtol=bound, atol=bound * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    arguments = make_arguments(3, 70, 96, 16, dtype=torch.float32)
+    arguments = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs = selective_scan(**arguments)
+            loss = sum(output.square().sum() for output in outputs)
+            results.append((*outputs, *torch.autograd.grad(loss, list(arguments.values()))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 5)}, ValueError, r"x must be \(B, L, D\)"),
+        ({"A": torch.zeros(4, 2)}, ValueError, r"A must be \(3, N\)"),
+        ({"delta": torch.zeros(2, 4, 3)}, ValueError, "delta must have shape"),
+        ({"B": torch.zeros(2, 5, 2).double()}, TypeError, "B must be"),
+        ({"initial_state": torch.zeros(2, 3, 3)}, ValueError, "initial_state must have shape"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_native_operator_refuses_bad_arguments_itself(
+    require_native: Callable[[str], None],
+    change: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    require_native("selective_scan")
+    arguments = make_arguments(2, 5, 3, 2, dtype=torch.float32) | {"chunk_size": 4} | change
+    with pytest.raises(error, match=message):
+        torch.ops.mblm.selective_scan(*arguments.values())
+
+
 @pytest.mark.parametrize(
     ("name", "replacement", "error", "message"),
     [

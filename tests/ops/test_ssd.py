@@ -238,6 +238,120 @@ def test_step_equals_a_product_of_one_position(dtype: torch.dtype) -> None:
     torch.testing.assert_close(state, before, rtol=0, atol=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 2, 35]),
+    length=st.integers(0, 12),
+    heads=st.sampled_from([0, 1, 3]),
+    head_dim=st.sampled_from([1, 5, 8, 18]),
+    num_states=st.sampled_from([1, 3, 8, 19]),
+    chunk_size=st.integers(1, 14),
+    dtypes=st.sampled_from(
+        [
+            (torch.float64, torch.float64),
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+            (torch.float32, torch.float64),
+        ]
+    ),
+    with_state=st.booleans(),
+    layout=st.sampled_from(["contiguous", "part of a wider tensor", "channels first"]),
+)
+def test_native_equals_reference(
+    require_native: Callable[[str], None],
+    rows: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    num_states: int,
+    chunk_size: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    with_state: bool,
+    layout: str,
+) -> None:
+    require_native("ssd")
+    require_native("ssd_backward")
+    dtype, state_dtype = dtypes
+    arguments = make_arguments(
+        rows, length, heads, head_dim, num_states, dtype=dtype, state_dtype=state_dtype
+    )
+    if layout == "part of a wider tensor":  # as the convolution gives x, B and C
+        x, B, C = (arguments[name] for name in ("x", "B", "C"))  # noqa: N806
+        wide = torch.cat([x.flatten(2), B, C], dim=-1)
+        inner, arguments["B"], arguments["C"] = wide.split(
+            [heads * head_dim, num_states, num_states], dim=-1
+        )
+        arguments["x"] = inner.unflatten(-1, (heads, head_dim))
+    elif layout == "channels first":
+        arguments = {
+            name: t.mT.contiguous().mT if t.ndim > 1 else t for name, t in arguments.items()
+        }
+    initial_state = arguments.pop("initial_state")
+    inputs = tuple(arguments.values())
+    grad_y, grad_final_state = torch.randn_like(arguments["x"]), torch.randn_like(initial_state)
+
+    forward = (*inputs, initial_state if with_state else None, chunk_size)
+    ours = torch.ops.mblm.ssd(*forward)
+    theirs = module._reference(*forward)
+    backward = (grad_y, grad_final_state, *inputs, theirs[2], chunk_size)
+    ours = (*ours, *torch.ops.mblm.ssd_backward(*backward))
+    theirs = (*theirs, *module._backward_reference(*backward))
+
+    names = ["y", "final_state", "chunk_states", "x", "dt", "A", "B", "C", "D", "initial_state"]
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        assert one.is_contiguous(), name
+        # Terms of a sum may cancel out: errors are relative to the largest result.
+        scale = other.abs().max().item() if other.numel() else 0.0
+        bound = {torch.float64: 1e-11, torch.float32: 1e-5}.get(one.dtype, 1e-2)
+        torch.testing.assert_close(
+            one, other, rtol=bound, atol=bound * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    arguments = make_arguments(3, 70, 8, 16, 16, dtype=torch.float32)
+    arguments = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs = ssd(**arguments)
+            loss = sum(output.square().sum() for output in outputs)
+            results.append((*outputs, *torch.autograd.grad(loss, list(arguments.values()))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 5)}, ValueError, r"x must be \(B, L, H, P\)"),
+        ({"A": torch.zeros(4)}, ValueError, "A must have shape"),
+        ({"dt": torch.zeros(2, 4, 3)}, ValueError, "dt must have shape"),
+        ({"B": torch.zeros(2, 5)}, ValueError, r"B must be \(2, 5, N\)"),
+        ({"C": torch.zeros(2, 5, 4).double()}, TypeError, "C must be"),
+        ({"initial_state": torch.zeros(2, 3, 2, 3)}, ValueError, "initial_state must have shape"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_native_operator_refuses_bad_arguments_itself(
+    require_native: Callable[[str], None],
+    change: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    require_native("ssd")
+    arguments = make_arguments(2, 5, 3, 2, 4, dtype=torch.float32) | {"chunk_size": 4} | change
+    with pytest.raises(error, match=message):
+        torch.ops.mblm.ssd(*arguments.values())
+
+
 @pytest.mark.parametrize(
     ("name", "replacement", "error", "message"),
     [

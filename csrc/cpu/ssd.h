@@ -1,0 +1,59 @@
+// Mamba-2's state-space product (SSD), one chunk of positions, forward and backward.
+//
+// Per head h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t', y_t = h_t C_t + D x_t. T is float, double or
+// BFloat16; all but x, y and their gradients is in compute_t<T>.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernel.h"
+
+namespace mblm::cpu {
+
+// The number of states is padded with zeros to a multiple of this.
+constexpr int64_t kSsdStatesMultiple = 8;
+
+template <class T>
+struct SsdInput {
+  using C = compute_t<T>;
+  int64_t rows, length, heads, head_dim;
+  int64_t states, padded_states;  // N, and N rounded up
+  int64_t start, positions;       // the chunk
+  const T* x;                     // (rows, L, H, P), heads and channels contiguous
+  int64_t x_row_stride, x_position_stride;
+  const C* dt;          // (rows, L, H)
+  const C* rates;       // A: (H)
+  const C* weight_in;   // B: (rows, L, padded N)
+  const C* weight_out;  // C: (rows, L, padded N)
+  const C* direct;      // D: (H)
+  const C* scores;      // (rows, positions, positions): C_i B_j of the chunk
+};
+
+// Items [begin, end) of rows * heads. y is (rows, L, H, P); state (rows, H, P, N) is the state
+// before the chunk and becomes the one after.
+template <class T>
+void ssd(const SsdInput<T>& in, T* y, compute_t<T>* state, int64_t begin, int64_t end);
+
+template <class T>
+struct SsdGradients {
+  using C = compute_t<T>;
+  const T* y;       // (rows, L, H, P), contiguous, given
+  const C* before;  // (rows, H, P, N) at this stride of rows, the state before the chunk, given
+  int64_t before_row_stride;
+  C* state;       // (rows, H, P, N): of the state after the chunk, becomes that of the one before
+  T* x;           // (rows, L, H, P), set
+  C* dt;          // (rows, L, H), set
+  C* rates;       // (rows, H), added to
+  C* direct;      // (rows, H), added to
+  C* scores;      // (rows, positions, positions), added to
+  C* weight_in;   // (rows, positions, padded N), added to, the part not through the scores
+  C* weight_out;  // the same
+};
+
+// The gradients of one chunk, for heads [begin, end) of a row; chunks are to be taken from the last
+// to the first.
+template <class T>
+void ssd_backward(const SsdInput<T>& in, const SsdGradients<T>& grad, int64_t row, int64_t begin,
+                  int64_t end);
+
+}  // namespace mblm::cpu

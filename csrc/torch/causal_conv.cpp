@@ -1,0 +1,148 @@
+// Glue of causal_conv: checks, allocation, the CPU kernels' registration.
+#include "cpu/causal_conv.h"
+
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "common.h"
+
+namespace mblm {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void check(const Tensor& x, const Tensor& weight, const Tensor& bias,
+           const OptionalTensor& window) {
+  check_floating("x", x);
+  check_floating("weight", weight);
+  TORCH_CHECK_VALUE(x.dim() == 3, "x must have shape [B, L, D], got ", x.sizes());
+  const int64_t rows = x.size(0), channels = x.size(2);
+  TORCH_CHECK_VALUE(
+      weight.dim() == 3 && weight.size(0) == channels && weight.size(1) == 1 && weight.size(2) >= 1,
+      "weight must have shape [", channels, ", 1, K] with K >= 1, got ", weight.sizes());
+  check_shape("bias", bias, {channels});
+  check_like("bias", bias, "weight", weight);
+  if (window) {
+    check_shape("window", *window, {rows, weight.size(2) - 1, channels});
+    check_like("window", *window, "x", x);
+  }
+}
+
+// The tensors as the kernels want them.
+struct Inputs {
+  at::ScalarType type;
+  int64_t rows, length, channels, taps;
+  Tensor x, weight_bias;
+  OptionalTensor window;
+
+  Inputs(const Tensor& x_, const Tensor& weight, const Tensor& bias, const OptionalTensor& window_)
+      : type(kernel_type(x_.scalar_type())),
+        rows(x_.size(0)),
+        length(x_.size(1)),
+        channels(x_.size(2)),
+        taps(weight.size(2)),
+        x(with_unit_stride(x_.to(type))),
+        weight_bias(at::empty({taps + 1, channels}, x_.options().dtype(compute_type(type)))) {
+    weight_bias.narrow(0, 0, taps).copy_(weight.squeeze(1).t());
+    weight_bias[taps].copy_(bias);
+    if (window_) window = window_->to(type).contiguous();
+  }
+
+  template <class T>
+  cpu::CausalConvInput<T> kernel_input() const {
+    return {rows,        length,          channels,
+            taps,        data<T>(x),      x.stride(0),
+            x.stride(1), data<T>(window), data<cpu::compute_t<T>>(weight_bias)};
+  }
+};
+
+// The last inputs, of x and where it is short of the window before it.
+Tensor next_window(const Tensor& x, const OptionalTensor& window, int64_t positions) {
+  Tensor next = at::zeros({x.size(0), positions, x.size(2)}, x.options());
+  const int64_t from_x = std::min(positions, x.size(1));
+  next.narrow(1, positions - from_x, from_x).copy_(x.narrow(1, x.size(1) - from_x, from_x));
+  const int64_t kept = positions - from_x;
+  if (window) next.narrow(1, 0, kept).copy_(window->narrow(1, from_x, kept));
+  return next;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                   const OptionalTensor& window) {
+  check(x, weight, bias, window);
+  const Inputs in(x, weight, bias, window);
+  Tensor y = at::empty(x.sizes(), in.x.options());
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto input = in.kernel_input<T>();
+    T* to = mutable_data<T>(y);
+    parallel(in.rows * input.blocks() * input.tiles(),
+             std::min(in.length, cpu::kConvPositions) * cpu::kConvTile * in.taps,
+             [&](int64_t begin, int64_t end) { cpu::causal_conv(input, to, begin, end); });
+  });
+  return {y.to(x.scalar_type()), next_window(x, window, in.taps - 1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
+                                                    const OptionalTensor& grad_next_window,
+                                                    const Tensor& x, const Tensor& weight,
+                                                    const Tensor& bias,
+                                                    const OptionalTensor& window) {
+  check(x, weight, bias, window);
+  const Inputs in(x, weight, bias, window);
+  check_shape("grad_y", grad_y, x.sizes());
+  check_like("grad_y", grad_y, "x", x);
+  const Tensor from_y = grad_y.to(in.type).contiguous();
+  OptionalTensor from_window;
+  if (grad_next_window) {
+    check_shape("grad_next_window", *grad_next_window, {in.rows, in.taps - 1, in.channels});
+    check_like("grad_next_window", *grad_next_window, "x", x);
+    from_window = grad_next_window->to(in.type).contiguous();
+  }
+
+  Tensor grad_x = at::empty(x.sizes(), in.x.options());
+  Tensor grad_window = at::empty({in.rows, in.taps - 1, in.channels}, in.x.options());
+  Tensor sums;
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    const auto input = in.kernel_input<T>();
+    // The gradients of weight and bias are summed over groups of blocks, then over the groups, so
+    // that they are the same for any number of threads.
+    constexpr int64_t kGroups = 32;
+    const int64_t blocks = in.rows * input.blocks(), tiles = input.tiles();
+    const int64_t each = (blocks + kGroups - 1) / kGroups;
+    const int64_t groups = each > 0 ? (blocks + each - 1) / each : 0;
+    Tensor parts = at::empty({groups, in.taps + 1, in.channels}, in.weight_bias.options());
+    const cpu::CausalConvGradients<T> first{data<T>(from_y), data<T>(from_window),
+                                            mutable_data<T>(grad_x), mutable_data<T>(grad_window),
+                                            mutable_data<C>(parts)};
+    parallel(groups * tiles,
+             each * std::min(in.length, cpu::kConvPositions) * cpu::kConvTile * in.taps,
+             [&](int64_t begin, int64_t end) {
+               for (int64_t item = begin; item < end; ++item) {
+                 const int64_t group = item / tiles;
+                 auto grad = first;
+                 grad.weight_bias += group * parts.stride(0);
+                 cpu::causal_conv_backward(input, grad, item % tiles, group * each,
+                                           std::min((group + 1) * each, blocks));
+               }
+             });
+    sums = parts.sum(0);  // (K + 1, D)
+  });
+  const Tensor grad_weight = sums.narrow(0, 0, in.taps).t().unsqueeze(1);
+  return {grad_x.to(x.scalar_type()), grad_weight.to(weight.scalar_type()).contiguous(),
+          sums[in.taps].to(bias.scalar_type(), /*non_blocking=*/false, /*copy=*/true),
+          grad_window.to(x.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+  library.impl("causal_conv", forward);
+  library.impl("causal_conv_backward", backward);
+}
+
+}  // namespace mblm

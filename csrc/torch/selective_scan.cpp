@@ -1,0 +1,211 @@
+// Glue of selective_scan: checks, allocation, the CPU kernels' registration.
+#include "cpu/selective_scan.h"
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "common.h"
+
+namespace mblm {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void check(const Tensor& x, const Tensor& delta, const Tensor& rates, const Tensor& weight_in,
+           const Tensor& weight_out, const Tensor& direct, const OptionalTensor& initial_state,
+           int64_t chunk_size) {
+  check_floating("x", x);
+  TORCH_CHECK_VALUE(x.dim() == 3, "x must be (B, L, D), got shape ", x.sizes());
+  TORCH_CHECK_VALUE(rates.dim() == 2 && rates.size(0) == x.size(2), "A must be (", x.size(2),
+                    ", N) to go with x, got shape ", rates.sizes());
+  const at::ScalarType compute = rates.scalar_type();
+  TORCH_CHECK_TYPE(compute == at::kFloat || compute == at::kDouble,
+                   "A must be float32 or float64, got ", compute);
+  TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
+  const int64_t rows = x.size(0), length = x.size(1), channels = x.size(2), states = rates.size(1);
+  const auto expect = [](const char* name, const Tensor& tensor, at::IntArrayRef shape,
+                         at::ScalarType type) {
+    check_shape(name, tensor, shape);
+    check_type(name, tensor, type);
+  };
+  expect("delta", delta, x.sizes(), compute);
+  expect("B", weight_in, {rows, length, states}, x.scalar_type());
+  expect("C", weight_out, {rows, length, states}, x.scalar_type());
+  expect("D", direct, {channels}, compute);
+  if (initial_state) expect("initial_state", *initial_state, {rows, channels, states}, compute);
+}
+
+int64_t divide_up(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+// The tensors as the kernels want them.
+struct Inputs {
+  at::ScalarType compute, type;
+  int64_t rows, length, channels, states, padded_states, chunk_size, chunks;
+  Tensor x, delta, rates, weight_in, weight_out, direct;
+
+  Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& rates_, const Tensor& weight_in_,
+         const Tensor& weight_out_, const Tensor& direct_, int64_t chunk_size)
+      : compute(rates_.scalar_type()),
+        type(compute == at::kFloat && x_.scalar_type() == at::kBFloat16 ? at::kBFloat16 : compute),
+        rows(x_.size(0)),
+        length(x_.size(1)),
+        channels(x_.size(2)),
+        states(rates_.size(1)),
+        padded_states(divide_up(states, cpu::kScanStatesMultiple) * cpu::kScanStatesMultiple),
+        chunk_size(chunk_size),
+        chunks(divide_up(length, chunk_size)),
+        x(x_.to(type).contiguous()),
+        delta(delta_.contiguous()),
+        rates(padded(rates_)),
+        weight_in(padded(weight_in_)),
+        weight_out(padded(weight_out_)),
+        direct(direct_.contiguous()) {}
+
+  Tensor padded(const Tensor& tensor) const {
+    const Tensor whole = tensor.to(compute).contiguous();
+    return padded_states == states ? whole
+                                   : at::constant_pad_nd(whole, {0, padded_states - states});
+  }
+
+  template <class T>
+  cpu::SelectiveScanInput<T> kernel_input() const {
+    using C = cpu::compute_t<T>;
+    return {rows,
+            length,
+            channels,
+            states,
+            padded_states,
+            chunk_size,
+            data<T>(x),
+            data<C>(delta),
+            data<C>(rates),
+            data<C>(weight_in),
+            data<C>(weight_out),
+            data<C>(direct)};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& delta,
+                                           const Tensor& rates, const Tensor& weight_in,
+                                           const Tensor& weight_out, const Tensor& direct,
+                                           const OptionalTensor& initial_state,
+                                           int64_t chunk_size) {
+  check(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
+  const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
+  Tensor y = at::empty(x.sizes(), in.x.options());
+  Tensor state = at::zeros({in.rows, in.channels, in.states}, in.rates.options());
+  if (initial_state) state.copy_(*initial_state);
+  Tensor chunk_states = at::empty({in.rows, in.chunks, in.channels, in.states}, in.rates.options());
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    const auto input = in.kernel_input<T>();
+    T* to_y = mutable_data<T>(y);
+    C* to_state = mutable_data<C>(state);
+    C* to_chunk_states = mutable_data<C>(chunk_states);
+    parallel(in.rows * divide_up(in.channels, cpu::kScanTile),
+             cpu::kScanTile * in.length * in.padded_states, [&](int64_t begin, int64_t end) {
+               cpu::selective_scan(input, to_y, to_state, to_chunk_states, begin, end);
+             });
+  });
+  return {y.to(x.scalar_type()), state, chunk_states};
+}
+
+// How the work on one chunk is cut, whatever the number of threads: sums over rows are sums over
+// row blocks, and sums over channels are sums over groups of them.
+struct Cut {
+  int64_t row_blocks, rows_each, groups, channels_each;
+
+  explicit Cut(const Inputs& in) {
+    constexpr int64_t kItems = 32;
+    row_blocks = std::clamp<int64_t>(in.rows, 1, kItems);
+    rows_each = divide_up(in.rows, row_blocks);
+    const int64_t tiles = std::max<int64_t>(divide_up(in.channels, cpu::kScanTile), 1);
+    groups = std::min(divide_up(kItems, row_blocks), tiles);
+    channels_each = divide_up(tiles, groups) * cpu::kScanTile;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x, const Tensor& delta,
+    const Tensor& rates, const Tensor& weight_in, const Tensor& weight_out, const Tensor& direct,
+    const Tensor& chunk_states, int64_t chunk_size) {
+  check(x, delta, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
+  const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
+  check_shape("grad_y", grad_y, x.sizes());
+  check_like("grad_y", grad_y, "x", x);
+  check_shape("chunk_states", chunk_states, {in.rows, in.chunks, in.channels, in.states});
+  check_like("chunk_states", chunk_states, "A", rates);
+
+  const Cut cut(in);
+  const auto options = in.rates.options();
+  const Tensor from_y = grad_y.to(in.type).contiguous(), before = chunk_states.contiguous();
+  Tensor grad_state = at::empty({in.rows, in.channels, in.states}, options);
+  grad_state.copy_(grad_final_state);
+  Tensor grad_x = at::empty(x.sizes(), in.x.options());
+  Tensor grad_delta = at::empty(x.sizes(), options);
+  Tensor grad_weight_in = at::empty(weight_in.sizes(), weight_in.options());
+  Tensor grad_weight_out = at::empty(weight_in.sizes(), weight_in.options());
+  Tensor rates_parts = at::zeros({cut.row_blocks, in.channels, in.padded_states}, options);
+  Tensor direct_parts = at::zeros({cut.row_blocks, in.channels}, options);
+  for (int64_t chunk = in.chunks - 1; chunk >= 0; --chunk) {
+    const int64_t start = chunk * chunk_size;
+    const int64_t positions = std::min(chunk_size, in.length - start);
+    // Of weight_in and of weight_out.
+    Tensor parts = at::zeros({2, cut.groups, in.rows, positions, in.padded_states}, options);
+    dispatch(in.type, [&](auto zero) {
+      using T = decltype(zero);
+      using C = cpu::compute_t<T>;
+      const auto input = in.kernel_input<T>();
+      const cpu::SelectiveScanGradients<T> first{data<T>(from_y),
+                                                 mutable_data<C>(grad_state),
+                                                 mutable_data<T>(grad_x),
+                                                 mutable_data<C>(grad_delta),
+                                                 mutable_data<C>(rates_parts),
+                                                 mutable_data<C>(direct_parts),
+                                                 mutable_data<C>(parts),
+                                                 mutable_data<C>(parts) + parts.stride(0)};
+      parallel(cut.row_blocks * cut.groups,
+               cut.rows_each * cut.channels_each * positions * in.padded_states,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t block = item / cut.groups, group = item % cut.groups;
+                   const int64_t row = block * cut.rows_each, channel = group * cut.channels_each;
+                   auto grad = first;
+                   grad.rates += block * rates_parts.stride(0);
+                   grad.direct += block * direct_parts.stride(0);
+                   grad.weight_in += group * parts.stride(1);
+                   grad.weight_out += group * parts.stride(1);
+                   cpu::selective_scan_backward(input, data<C>(before), chunk, grad, row,
+                                                std::min(row + cut.rows_each, in.rows), channel,
+                                                std::min(channel + cut.channels_each, in.channels));
+                 }
+               });
+    });
+    const Tensor sums = parts.sum(1).narrow(-1, 0, in.states);
+    grad_weight_in.narrow(1, start, positions).copy_(sums[0]);
+    grad_weight_out.narrow(1, start, positions).copy_(sums[1]);
+  }
+  return {grad_x.to(x.scalar_type()),
+          grad_delta,
+          rates_parts.sum(0).narrow(-1, 0, in.states).contiguous(),
+          grad_weight_in.contiguous(),
+          grad_weight_out.contiguous(),
+          direct_parts.sum(0),
+          grad_state};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+  library.impl("selective_scan", forward);
+  library.impl("selective_scan_backward", backward);
+}
+
+}  // namespace mblm

@@ -1,0 +1,121 @@
+// Glue of short_attention: checks, allocation, the CPU kernels' registration.
+#include "cpu/short_attention.h"
+
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "common.h"
+
+namespace mblm {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxPositions = 64;
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
+           const OptionalTensor& sin) {
+  check_floating("q", q);
+  TORCH_CHECK_VALUE(q.dim() == 4, "q must have shape [B, S, H, d], got ", q.sizes());
+  const int64_t count = q.size(1), width = q.size(3);
+  TORCH_CHECK_VALUE(k.dim() == 4 && count <= k.size(1) && k.size(1) <= kMaxPositions,
+                    "k must have shape [B, T, H, d] with ", count, " <= T <= ", kMaxPositions,
+                    ", got ", k.sizes());
+  const int64_t total = k.size(1);
+  check_shape("k", k, {q.size(0), total, q.size(2), width});
+  check_like("k", k, "q", q);
+  check_shape("v", v, k.sizes());
+  check_like("v", v, "q", q);
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(),
+                    "cos and sin must be given both or not at all");
+  if (!cos) return;
+  TORCH_CHECK_VALUE(width % 2 == 0, "q must have an even width d for rotary positions, got ",
+                    width);
+  check_shape("cos", *cos, {total, width / 2});
+  check_type("cos", *cos, at::kFloat);
+  check_shape("sin", *sin, {total, width / 2});
+  check_type("sin", *sin, at::kFloat);
+}
+
+// The tensors as the kernels want them.
+struct Inputs {
+  at::ScalarType type;
+  Tensor q, k, v;
+  OptionalTensor cos, sin;
+
+  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptionalTensor& cos_,
+         const OptionalTensor& sin_)
+      : type(kernel_type(q_.scalar_type())),
+        q(with_unit_stride(q_.to(type))),
+        k(with_unit_stride(k_.to(type))),
+        v(with_unit_stride(v_.to(type))) {
+    if (cos_) cos = cos_->contiguous();
+    if (sin_) sin = sin_->contiguous();
+  }
+
+  template <class T>
+  static cpu::HeadsView<T> view(const Tensor& tensor) {
+    return {data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  }
+
+  template <class T>
+  cpu::ShortAttentionInput<T> kernel_input() const {
+    return {q.size(2),  q.size(3),  q.size(1),        k.size(1),       view<T>(q),
+            view<T>(k), view<T>(v), data<float>(cos), data<float>(sin)};
+  }
+
+  int64_t items() const { return q.size(0) * q.size(2); }
+  int64_t values_per_item() const {
+    return q.size(1) * k.size(1) * std::max<int64_t>(q.size(3), 1);
+  }
+};
+
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
+               const OptionalTensor& sin) {
+  check(q, k, v, cos, sin);
+  const Inputs in(q, k, v, cos, sin);
+  Tensor out = at::empty(q.sizes(), in.q.options());
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto input = in.kernel_input<T>();
+    T* to = mutable_data<T>(out);
+    parallel(in.items(), in.values_per_item(),
+             [&](int64_t begin, int64_t end) { cpu::short_attention(input, to, begin, end); });
+  });
+  return out.to(q.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const OptionalTensor& cos,
+                                            const OptionalTensor& sin) {
+  check(q, k, v, cos, sin);
+  check_shape("grad", grad, q.sizes());
+  check_like("grad", grad, "q", q);
+  const Inputs in(q, k, v, cos, sin);
+  const Tensor grad_out = with_unit_stride(grad.to(in.type));
+  Tensor grad_q = at::empty(q.sizes(), in.q.options());
+  Tensor grad_k = at::empty(k.sizes(), in.q.options());
+  Tensor grad_v = at::empty(v.sizes(), in.q.options());
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto input = in.kernel_input<T>();
+    const auto from = Inputs::view<T>(grad_out);
+    T *to_q = mutable_data<T>(grad_q), *to_k = mutable_data<T>(grad_k),
+      *to_v = mutable_data<T>(grad_v);
+    parallel(in.items(), in.values_per_item(), [&](int64_t begin, int64_t end) {
+      cpu::short_attention_backward(input, from, to_q, to_k, to_v, begin, end);
+    });
+  });
+  return {grad_q.to(q.scalar_type()), grad_k.to(q.scalar_type()), grad_v.to(q.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+  library.impl("short_attention", forward);
+  library.impl("short_attention_backward", backward);
+}
+
+}  // namespace mblm

@@ -1,0 +1,177 @@
+"""``short_attention``: rotary positions and causal attention of many short sequences."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mblm.ops._checks import (
+    check_device,
+    check_floating,
+    check_like,
+    check_shape,
+    compute_dtype,
+    no_second_derivative,
+)
+from mblm.ops._library import register_operator
+
+# The longest sequence that the operator takes: one head's work stays in a core's cache.
+MAX_POSITIONS = 64
+
+
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Rotate queries and keys, then attend causally, with the scale ``d**-0.5``.
+
+    The S queries are those of the last positions of the T keys: query ``i`` sees the keys up to
+    ``T - S + i``. Rotary positions as in RoFormer (Su et al., https://arxiv.org/abs/2104.09864,
+    section 3.2), with halves ``[-x2, x1]``. Computed in float32 (float64 for float64) and rounded
+    once. Differentiable in q, k and v; the backward pass computes the probabilities again.
+
+    Args:
+        q: (B, S, H, d), floating point, any strides.
+        k, v: (B, T, H, d) of q's dtype, ``S <= T <= 64``, any strides.
+        rotary: Cosines and sines of the T positions, (T, d / 2) float32 each; none if None.
+
+    Returns:
+        (B, S, H, d) of q's dtype, contiguous.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape or a device does not fit.
+    """
+    cos, sin = (None, None) if rotary is None else rotary
+    out: Tensor = torch.ops.mblm.short_attention(q, k, v, cos, sin)
+    return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    check_floating("q", q)
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape [B, S, H, d], got {list(q.shape)}")
+    rows, count, heads, width = q.shape
+    if k.dim() != 4 or not count <= k.shape[1] <= MAX_POSITIONS:
+        raise ValueError(
+            f"k must have shape [B, T, H, d] with {count} <= T <= {MAX_POSITIONS}, "
+            f"got {list(k.shape)}"
+        )
+    total = k.shape[1]
+    for name, tensor in (("k", k), ("v", v)):
+        check_shape(name, tensor, (rows, total, heads, width))
+        check_like(name, tensor, "q", q)
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given both or not at all")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is None:
+            continue
+        if width % 2:
+            raise ValueError(f"q must have an even width d for rotary positions, got {width}")
+        check_shape(name, table, (total, width // 2))
+        if table.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {table.dtype}")
+        check_device(name, table, "q", q)
+
+
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, *, back: bool = False) -> Tensor:
+    """Rotate (B, H, S, d) to the positions of the last S rows of the tables, or back."""
+    if cos is None or sin is None:
+        return x
+    cos, sin = (table[table.shape[0] - x.shape[2] :] for table in (cos, sin))
+    sin = -sin if back else sin
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(B, S, H, d) to (B, H, S, d), in the precision of the computation."""
+    return x.transpose(1, 2).to(compute_dtype(x.dtype))
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """Causal softmax of rotated queries and keys: (B, H, S, T)."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    return scores.masked_fill(later.triu_(k.shape[2] - q.shape[2] + 1), -torch.inf).softmax(-1)
+
+
+def _laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, S, d) to a contiguous (B, S, H, d)."""
+    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def short_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> Tensor:
+    """The specification of the native kernel."""
+    _check(q, k, v, cos, sin)
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys = _rotate(_by_head(q), cos, sin), _rotate(_by_head(k), cos, sin)
+        return _laid_out(_probabilities(queries, keys) @ _by_head(v), q.dtype)
+
+
+def short_attention_backward_reference(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    _check_backward(grad, q, k, v, cos, sin)
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys = _rotate(_by_head(q), cos, sin), _rotate(_by_head(k), cos, sin)
+        probabilities = _probabilities(queries, keys)
+        grad_out = _by_head(grad)
+        grad_v = probabilities.mT @ grad_out
+        grad_probabilities = grad_out @ _by_head(v).mT
+        along = (probabilities * grad_probabilities).sum(-1, keepdim=True)
+        grad_scores = probabilities * (grad_probabilities - along) * q.shape[-1] ** -0.5
+        grad_q = _rotate(grad_scores @ keys, cos, sin, back=True)
+        grad_k = _rotate(grad_scores.mT @ queries, cos, sin, back=True)
+        return (
+            _laid_out(grad_q, q.dtype),
+            _laid_out(grad_k, q.dtype),
+            _laid_out(grad_v, q.dtype),
+        )
+
+
+def _check_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> None:
+    _check(q, k, v, cos, sin)
+    check_shape("grad", grad, tuple(q.shape))
+    check_like("grad", grad, "q", q)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    _check(q, k, v, cos, sin)
+    return q.new_empty(q.shape)
+
+
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(grad, q, k, v, cos, sin)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.mblm.short_attention_backward(grad, *ctx.saved_tensors)
+    return *grads, None, None
+
+
+register_operator(
+    "short_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin) -> Tensor",
+    reference=short_attention_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register_operator(
+    "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, "
+    "Tensor? sin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    reference=short_attention_backward_reference,
+    fake=_backward_fake,
+    backward=no_second_derivative("short_attention"),
+)
