@@ -111,6 +111,7 @@ def _mix(
     """One mixer on (B, S, D): the convolved and scanned branch, gated by the other."""
     scan_state, window = (None, None) if state is None else state
     inner, gate = _project(mixer.in_proj, x).chunk(2, dim=-1)  # (B, S, D_inner) each
+    window = None if window is None else window.to(inner.dtype)  # autocast may have begun since
     inner, window = causal_conv(inner, mixer.conv1d.weight, mixer.conv1d.bias, window)
 
     dtype = torch.promote_types(mixer.A_log.dtype, torch.float32)

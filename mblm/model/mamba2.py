@@ -162,6 +162,7 @@ class _Mixer(nn.Module):
         gate, mixed, dt = self.in_proj(x).split(
             [self.inner_dim, self.conv1d.out_channels, self.num_heads], dim=-1
         )
+        window = None if window is None else window.to(mixed.dtype)  # autocast may have begun since
         mixed, window = causal_conv(
             mixed, self.conv1d.weight, cast(Tensor, self.conv1d.bias), window
         )

@@ -34,7 +34,7 @@ class MambaCache(StageCache):
             return super().step(x)
         if self._state is None:
             self.prefill(x[:, None, :][:, :0])  # the state before all positions
-        y: torch.Tensor = self.native.step(x, self._state, 0)
+        y: torch.Tensor = self.native.step(x, self.native_state(1), 0)
         return y
 
     def build_native(self, weights: str) -> Any:
@@ -42,6 +42,8 @@ class MambaCache(StageCache):
 
     def native_state(self, count: int) -> list[torch.Tensor]:
         assert self._state is not None, "the start token comes first"
+        # Under autocast windows were stored in half precision.
+        self._state = [part.float() for part in self._state]
         return self._state
 
     def snapshot(self) -> State:

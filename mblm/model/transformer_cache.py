@@ -37,8 +37,8 @@ class TransformerCache(StageCache):
         end = first + count
         kept = x.shape[-1] - x.shape[-1] // 2
         for index, (attention, feed_forward) in enumerate(self.stage.layer_pairs()):
-            before = (None, None) if self._delayed is None or first == 0 else self._delayed[index]
-            q, k, v = attention.project(x, rotary, before[0])
+            # What is stored has the dtype of when it was: autocast may have begun or ended since.
+            q, k, v = attention.project(x, rotary, self._delayed_half(index, 0, x))
             keys, values, delayed = self._reserve(end, k.dtype, x)
             keys[index, :, :, first:end] = k
             values[index, :, :, first:end] = v
@@ -48,7 +48,7 @@ class TransformerCache(StageCache):
             )
             delayed[index, 0] = last
             last = x[:, -1, kept:]
-            x = x + feed_forward(x, before[1])
+            x = x + feed_forward(x, self._delayed_half(index, 1, x))
             delayed[index, 1] = last
         self.position = end
         return self.stage.norm(x)
@@ -66,6 +66,8 @@ class TransformerCache(StageCache):
     def native_state(self, count: int) -> list[torch.Tensor]:
         end = self.position + count
         weight = self.stage.norm.g
+        if self._keys is not None and self._values is not None:  # stored under autocast
+            self._keys, self._values = self._keys.float(), self._values.float()
         state = self._reserve(end, weight.dtype, weight)
         if self.stage.rotary_emb is None:
             return state
@@ -94,6 +96,12 @@ class TransformerCache(StageCache):
         own_keys[:, :, :, : self.position] = keys
         own_values[:, :, :, : self.position] = values
         own_delayed.copy_(delayed)
+
+    def _delayed_half(self, layer: int, part: int, x: torch.Tensor) -> torch.Tensor | None:
+        """What a shift takes from the position before, ``(B, D // 2)``; None before the first."""
+        if self._delayed is None or self.position == 0:
+            return None
+        return self._delayed[layer, part].to(x.dtype)
 
     def _reserve(
         self, positions: int, dtype: torch.dtype, like: torch.Tensor

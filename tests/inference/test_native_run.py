@@ -239,6 +239,20 @@ class TestStandsAside:
             assert self.natives(m) == [False, False]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("stage", STAGES)
+def test_autocast_may_begin_and_end_while_a_session_lives(stage: str) -> None:
+    torch.manual_seed(0)
+    m = wide(stage, stage)
+    ids = torch.randint(0, 66, (1, 20))
+    session, plain = Session(m), Session(m)
+    for first in range(0, 20, 5):
+        with torch.autocast("cpu", torch.bfloat16, enabled=first % 10 == 5):
+            session.feed(ids[:, first : first + 4]).feed(ids[:, first + 4 : first + 5])
+    plain.feed(ids)
+    torch.testing.assert_close(session.logits(), plain.logits(), atol=0.1, rtol=0.1)
+
+
 @needs_native
 class TestRefuses:
     """The compiled stage trusts nothing that it is given."""
