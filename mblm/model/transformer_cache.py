@@ -43,9 +43,8 @@ class TransformerCache(StageCache):
             keys[index, :, :, first:end] = k
             values[index, :, :, first:end] = v
             last = x[:, -1, kept:]
-            x = x + attention.attend(
-                q, keys[index, :, :, :end], values[index, :, :, :end], None, True
-            )
+            k, v = (stored[index, :, :, :end].to(q.dtype) for stored in (keys, values))
+            x = x + attention.attend(q, k, v, is_causal=True)
             delayed[index, 0] = last
             last = x[:, -1, kept:]
             x = x + feed_forward(x, self._delayed_half(index, 1, x))

@@ -134,14 +134,15 @@ def test_an_encoder(tmp_path, fields, monkeypatch):
 
 def test_an_error_is_logged_and_raised(tmp_path, fields):
     fields["io"]["dataset_id"] = "nothing"
-    with pytest.raises(KeyError, match="registered as 'nothing'; there are bytes, clevr, pg19"):
+    with pytest.raises(KeyError, match="registered as 'nothing'; there are bytes, clevr, "):
         train_mblm(TrainEntryConfig.model_validate(fields))
     assert "'nothing'" in (tmp_path / "out" / "mblm.train.mblm.log").read_text()
     assert not torch.distributed.is_initialized()
 
 
 def test_the_registries():
-    assert sorted(dataset_registry) == ["bytes", "clevr", "pg19"]
+    # Other tests of this process may have registered theirs.
+    assert dataset_registry.keys() >= {"bytes", "clevr", "pg19"}
     assert sorted(masked_dataset_registry) == ["pg19masked"]
     registry = DatasetRegistry()
     assert registry.register("mine")(Masked) is Masked
