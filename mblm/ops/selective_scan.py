@@ -9,12 +9,12 @@ The state before each chunk is kept, so that the backward pass recomputes one ch
 # ruff: noqa: N803, N806
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mblm.ops._library import register_operator
+from mblm.ops._scans import backward_fake, check_tensors, gradient, setup_context
 
 # Entries of a (chunk, rows, channels, N) buffer held at a time; one tile has up to three of them.
 _TILE_ENTRIES = 2**21
@@ -111,20 +111,15 @@ def _check(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     rows, length, channels = x.shape
     num_states = A.shape[1]
-    expected = {
-        "delta": (delta, (rows, length, channels), A.dtype),
-        "B": (B, (rows, length, num_states), x.dtype),
-        "C": (C, (rows, length, num_states), x.dtype),
-        "D": (D, (channels,), A.dtype),
-        "initial_state": (initial_state, (rows, channels, num_states), A.dtype),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    check_tensors(
+        {
+            "delta": (delta, (rows, length, channels), A.dtype),
+            "B": (B, (rows, length, num_states), x.dtype),
+            "C": (C, (rows, length, num_states), x.dtype),
+            "D": (D, (channels,), A.dtype),
+            "initial_state": (initial_state, (rows, channels, num_states), A.dtype),
+        }
+    )
 
 
 def _tiles(rows: int, channels: int, entries: int) -> Iterator[tuple[slice, slice]]:
@@ -283,52 +278,14 @@ def _backward_reference(
     return grad_x, grad_delta, grad_A, grad_B.to(B.dtype), grad_C.to(C.dtype), grad_D, grad_state
 
 
-def _backward_fake(
-    grad_y: Tensor,
-    grad_final_state: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    chunk_states: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (x, delta, A, B, C, D, grad_final_state))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, delta, A, B, C, D, initial_state, chunk_size = inputs
-    ctx.save_for_backward(x, delta, A, B, C, D, output[2])
-    ctx.chunk_size = chunk_size
-    ctx.has_initial_state = initial_state is not None
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    x, delta, A, B, C, D, chunk_states = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = torch.zeros_like(x)
-    if grad_final_state is None:
-        grad_final_state = A.new_zeros(x.shape[0], *A.shape)
-    *grads, grad_initial_state = torch.ops.mblm.selective_scan_backward(
-        grad_y, grad_final_state, x, delta, A, B, C, D, chunk_states, ctx.chunk_size
-    )
-    return *grads, grad_initial_state if ctx.has_initial_state else None, None
-
-
 register_operator(
     "selective_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, "
     "Tensor? initial_state, int chunk_size) "
     "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
     reference=_reference,
     fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+    backward=gradient("selective_scan"),
+    setup_context=setup_context,
 )
 register_operator(
     "selective_scan_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor delta, "
@@ -336,5 +293,5 @@ register_operator(
     "-> (Tensor grad_x, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, "
     "Tensor grad_D, Tensor grad_initial_state)",
     reference=_backward_reference,
-    fake=_backward_fake,
+    fake=backward_fake,
 )

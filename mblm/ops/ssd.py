@@ -9,12 +9,13 @@ the backward pass recomputes each from the state before it.
 # ruff: noqa: N803, N806
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mblm.ops._library import register_operator
+from mblm.ops._scans import backward_fake, check_tensors, gradient, setup_context
 
 # Entries of the (rows, H, T, T) and (rows, H, P, N) buffers of one group of rows.
 _GROUP_ENTRIES = 2**21
@@ -104,21 +105,16 @@ def _check(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     num_states = B.shape[2]
-    expected = {
-        "dt": (dt, (rows, length, heads), A.dtype),
-        "A": (A, (heads,), A.dtype),
-        "B": (B, (rows, length, num_states), x.dtype),
-        "C": (C, (rows, length, num_states), x.dtype),
-        "D": (D, (heads,), A.dtype),
-        "initial_state": (initial_state, (rows, heads, head_dim, num_states), A.dtype),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    check_tensors(
+        {
+            "dt": (dt, (rows, length, heads), A.dtype),
+            "A": (A, (heads,), A.dtype),
+            "B": (B, (rows, length, num_states), x.dtype),
+            "C": (C, (rows, length, num_states), x.dtype),
+            "D": (D, (heads,), A.dtype),
+            "initial_state": (initial_state, (rows, heads, head_dim, num_states), A.dtype),
+        }
+    )
 
 
 class _Decays(NamedTuple):
@@ -302,51 +298,13 @@ def _backward_reference(
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_state
 
 
-def _backward_fake(
-    grad_y: Tensor,
-    grad_final_state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    chunk_states: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, D, grad_final_state))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, dt, A, B, C, D, initial_state, chunk_size = inputs
-    ctx.save_for_backward(x, dt, A, B, C, D, output[2])
-    ctx.chunk_size = chunk_size
-    ctx.has_initial_state = initial_state is not None
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, D, chunk_states = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = torch.zeros_like(x)
-    if grad_final_state is None:
-        grad_final_state = A.new_zeros(x.shape[0], *x.shape[2:], B.shape[2])
-    *grads, grad_initial_state = torch.ops.mblm.ssd_backward(
-        grad_y, grad_final_state, x, dt, A, B, C, D, chunk_states, ctx.chunk_size
-    )
-    return *grads, grad_initial_state if ctx.has_initial_state else None, None
-
-
 register_operator(
     "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, "
     "int chunk_size) -> (Tensor y, Tensor final_state, Tensor chunk_states)",
     reference=_reference,
     fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+    backward=gradient("ssd"),
+    setup_context=setup_context,
 )
 register_operator(
     "ssd_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor dt, Tensor A, "
@@ -354,5 +312,5 @@ register_operator(
     "-> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, "
     "Tensor grad_D, Tensor grad_initial_state)",
     reference=_backward_reference,
-    fake=_backward_fake,
+    fake=backward_fake,
 )
