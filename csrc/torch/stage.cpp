@@ -110,6 +110,42 @@ Tensor check_rows(const Tensor& x, int64_t dim) {
   return copy.copy_(x);
 }
 
+// What the local stage takes in for each of `steps` positions.
+cpu::LocalInput check_input(const Tensor& table, const std::optional<Tensor>& positions,
+                            const std::optional<Tensor>& rotation,
+                            const std::optional<Tensor>& context, int64_t rows, int64_t vocabulary,
+                            int64_t dim, int64_t steps) {
+  const auto check_steps = [&](const char* name, const Tensor& tensor, int64_t dims, int64_t axis) {
+    TORCH_CHECK_VALUE(tensor.dim() == dims && tensor.size(axis) >= steps, name,
+                      " must have a row for each of ", steps, " steps");
+  };
+  cpu::LocalInput input;
+  input.dim = dim;
+  input.table = check_state("table", table, {vocabulary, dim}).const_data_ptr<float>();
+  if (positions) {
+    check_steps("positions", *positions, 2, 0);
+    input.positions =
+        check_state("positions", *positions, {positions->size(0), dim}).const_data_ptr<float>();
+  }
+  if (rotation) {
+    check_steps("rotation", *rotation, 3, 0);
+    input.rotation =
+        check_state("rotation", *rotation, {rotation->size(0), dim / 2, 2}).const_data_ptr<float>();
+  }
+  if (context) {
+    check_steps("context", *context, 3, 1);
+    check_type("context", *context, at::kFloat);
+    TORCH_CHECK_VALUE(context->size(0) == rows && context->size(2) == dim &&
+                          context->stride(2) == 1 && context->stride(1) == dim &&
+                          context->device().is_cpu(),
+                      "context must be [", rows, ", S, ", dim, "], its positions contiguous, got ",
+                      context->sizes());
+    input.context = context->const_data_ptr<float>();
+    input.context_stride = context->stride(0);
+  }
+  return input;
+}
+
 }  // namespace
 
 Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
@@ -172,36 +208,15 @@ std::tuple<Tensor, Tensor, int64_t> Stage::run(
         const int64_t vocabulary = run.to_logits.outputs;
         run.sampling = {float(temperature), std::min(top_k, vocabulary), float(top_p)};
 
-        run.input.dim = dim;
-        run.input.table = check_state("table", table, {vocabulary, dim}).const_data_ptr<float>();
-        if (positions) {
-          TORCH_CHECK_VALUE(positions->dim() == 2 && positions->size(0) >= max_steps,
-                            "positions must have a row for each of ", max_steps, " steps");
-          run.input.positions = check_state("positions", *positions, {positions->size(0), dim})
-                                    .const_data_ptr<float>();
-        }
-        if (rotation) {
-          TORCH_CHECK_VALUE(rotation->dim() == 3 && rotation->size(0) >= max_steps,
-                            "rotation must have a row for each of ", max_steps, " steps");
-          run.input.rotation = check_state("rotation", *rotation, {rotation->size(0), dim / 2, 2})
-                                   .const_data_ptr<float>();
-        }
-        if (context) {
-          TORCH_CHECK_VALUE(context->dim() == 3 && context->size(1) >= max_steps,
-                            "context must have a row for each of ", max_steps, " steps");
-          check_type("context", *context, at::kFloat);
-          TORCH_CHECK_VALUE(context->size(0) == rows && context->size(2) == dim &&
-                                context->stride(2) == 1 && context->stride(1) == dim &&
-                                context->device().is_cpu(),
-                            "context must be [", rows, ", S, ", dim,
-                            "], its positions contiguous, got ", context->sizes());
-          run.input.context = context->const_data_ptr<float>();
-          run.input.context_stride = context->stride(0);
-        }
+        run.input =
+            check_input(table, positions, rotation, context, rows, vocabulary, dim, max_steps);
+        Tensor ending;  // kept alive while the run looks at it
         if (ends) {
           check_type("ends", *ends, at::kBool);
           check_shape("ends", *ends, {vocabulary});
-          run.ends = static_cast<const uint8_t*>(ends->contiguous().const_data_ptr());
+          TORCH_CHECK_VALUE(ends->device().is_cpu(), "ends must be on the CPU");
+          ending = ends->contiguous();
+          run.ends = static_cast<const uint8_t*>(ending.const_data_ptr());
         }
 
         auto bound = bind_state(model, state, rows, position, max_steps);

@@ -82,6 +82,7 @@ class HierarchyCache:
 
     Attributes:
         length: Bytes taken in so far, the same for every sequence.
+        weights: Type of the weights that compiled code reads.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class HierarchyCache:
     ) -> None:
         self.model = model
         self.batch_size = batch_size
-        self._weights = weights
+        self.weights = weights
         self._to_logits = (
             pack_linear(model.to_logits, weights) if is_plain(model.to_logits) else None
         )
@@ -103,10 +104,10 @@ class HierarchyCache:
         self._window = torch.empty(batch_size, 0, dtype=torch.long, device=device)
 
     def _pack_patch_linears(self, stage: int) -> tuple[Projection | None, Projection | None]:
-        if self._weights == "float32" or stage + 1 == len(self.model.seq_lens):
+        if self.weights == "float32" or stage + 1 == len(self.model.seq_lens):
             return None, None
         embed, context = (
-            partial(torch.ops.mblm.packed_linear, linear=pack_linear(linear, self._weights))
+            partial(torch.ops.mblm.packed_linear, linear=pack_linear(linear, self.weights))
             if is_plain(linear)
             else None
             for linear in self.model.linears_of_patches(stage)
@@ -118,7 +119,7 @@ class HierarchyCache:
         if stage > 0 or self.model.max_length is not None:
             limit = 1 + self.model.seq_lens[stage]
         model = self.model.stage_models[stage]
-        cache = allocate_cache(model, self.batch_size, limit, self._weights)
+        cache = allocate_cache(model, self.batch_size, limit, self.weights)
         start_output = cache.step(self.model.start_token(stage, self.batch_size))
         return _Stage(cache, cache.snapshot(), start_output, start_output)
 

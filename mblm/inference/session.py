@@ -42,8 +42,7 @@ class Session:
     def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-        if weights not in WEIGHT_TYPES:
-            raise ValueError(f"weights: expected one of {', '.join(WEIGHT_TYPES)}, got {weights!r}")
+        _check_weights(weights)
         check_finite_weights(model)
         self._model: DecodableHierarchy = model
         self._cache = HierarchyCache(model, batch_size, weights)
@@ -163,6 +162,7 @@ class Session:
         header = {
             "format": _FORMAT,
             "batch_size": str(self.batch_size),
+            "weights": self._cache.weights,
             "model": _fingerprint(self._model),
             "structure": json.dumps(structure),
         }
@@ -171,7 +171,7 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "Session":
-        """Resume a saved session with the same model.
+        """Resume a saved session with the same model, its weights read as they were.
 
         Raises:
             ValueError: Not a session, a damaged one, or one of another model; the message names
@@ -190,11 +190,12 @@ class Session:
         if header.get("model") != _fingerprint(model):
             raise ValueError(f"{path}: the session was saved with another model or other weights")
         try:
-            batch_size = int(header["batch_size"])
+            batch_size, weights = int(header["batch_size"]), header["weights"]
             state = _unflatten(json.loads(header["structure"]), tensors)
+            _check_weights(weights)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: a damaged session ({error!r})") from error
-        session = cls(model, batch_size)
+        session = cls(model, batch_size, weights=weights)
         try:
             with torch.inference_mode():
                 session._cache.restore(state)
@@ -209,6 +210,11 @@ class Session:
                 f"{self.length} bytes and {count} more exceed the context of {limit} bytes, which "
                 f"fixed positions of stage 1 limit"
             )
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHT_TYPES:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHT_TYPES)}, got {weights!r}")
 
 
 def _flatten(state: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -167,6 +167,15 @@ class TestWeights:
         hidden = session._cache._stages[-1].output
         torch.testing.assert_close(rounded.to_logits(hidden), close, **CLOSE)
 
+    def test_are_those_of_a_session_that_was_saved(self, tmp_path: Path) -> None:
+        m = wide("transformer", "mamba1")
+        session = Session(m, weights="int8").feed(b"!")
+        session.save(tmp_path / "s")
+        loaded = Session.load(tmp_path / "s", m)
+        session.generate(9)
+        loaded.generate(9)
+        assert torch.equal(loaded.logits(), session.logits())
+
     def test_int8_is_within_half_a_step(self) -> None:
         linear = torch.nn.Linear(33, 5, bias=False)
         weight, scale, bias = pack_linear(linear, "int8")

@@ -195,6 +195,11 @@ class TestFile:
         with pytest.raises(ValueError, match="damaged session"):
             Session.load(file, m)
 
+    def test_whose_weights_are_of_no_known_type(self, m: MBLM, file: Path) -> None:
+        self.change(file, weights="int4")
+        with pytest.raises(ValueError, match=r"damaged session .*weights: expected one of"):
+            Session.load(file, m)
+
     def test_of_a_model_whose_weights_changed(self, m: MBLM, file: Path) -> None:
         with torch.no_grad():
             m.to_logits.bias[0] += 1
