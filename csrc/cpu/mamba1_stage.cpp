@@ -34,6 +34,18 @@ MBLM_CLONES void scan(const Mamba1Layer& layer, int64_t states, const float* x, 
 
 }  // namespace
 
+void restart(const MambaRow& row, int64_t layers, int64_t ssm_size, int64_t window_size) {
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    std::copy_n(row.start_ssm + layer * row.ssm_stride, ssm_size, row.ssm + layer * row.ssm_stride);
+    std::copy_n(row.start_window + layer * row.window_stride, window_size,
+                row.window + layer * row.window_stride);
+  }
+}
+
+void Mamba1Stage::restart(MambaRow& row) const {
+  cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * inner);
+}
+
 int64_t Mamba1Stage::scratch_size(const State& state, int64_t threads) const {
   const int64_t rows = int64_t(state.rows.size());
   return rows * (2 * inner + 3 * inner + rank + 2 * states) + threads * (rows * dim / 16 * 16 + 32);

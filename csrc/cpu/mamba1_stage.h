@@ -23,6 +23,8 @@ struct MambaRow {
   float* ssm = nullptr;     // of the first layer, Mamba-1 (inner, states), Mamba-2 (.., P, states)
   float* window = nullptr;  // (taps - 1, channels of the convolution)
   int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
+  // The same after the start token; null if never needed.
+  const float *start_ssm = nullptr, *start_window = nullptr;
 
   void advance() {}
 };
@@ -30,6 +32,9 @@ struct MambaRow {
 struct MambaState {
   std::vector<MambaRow> rows;
 };
+
+// Goes back to the state after the start token; the sizes are those of a layer.
+void restart(const MambaRow& row, int64_t layers, int64_t ssm_size, int64_t window_size);
 
 class Mamba1Stage {
  public:
@@ -41,8 +46,9 @@ class Mamba1Stage {
   // Floats of working memory that a call needs.
   int64_t scratch_size(const State& state, int64_t threads) const;
 
-  // As TransformerStage::step.
+  // As TransformerStage's.
   void step(const Worker& worker, const State& state, float* x, float* scratch) const;
+  void restart(MambaRow& row) const;
 };
 
 }  // namespace mblm::cpu

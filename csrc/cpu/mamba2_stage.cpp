@@ -33,6 +33,10 @@ MBLM_CLONES void scan_head(const Mamba2Layer& layer, int64_t head, int64_t width
 
 }  // namespace
 
+void Mamba2Stage::restart(MambaRow& row) const {
+  cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * (inner + 2 * states));
+}
+
 int64_t Mamba2Stage::scratch_size(const State& state, int64_t threads) const {
   const int64_t convolved = inner + 2 * states;
   const int64_t rows = int64_t(state.rows.size());

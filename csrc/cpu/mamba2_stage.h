@@ -32,8 +32,9 @@ class Mamba2Stage {
   // Floats of working memory that a call needs.
   int64_t scratch_size(const State& state, int64_t threads) const;
 
-  // As TransformerStage::step.
+  // As TransformerStage's.
   void step(const Worker& worker, const State& state, float* x, float* scratch) const;
+  void restart(MambaRow& row) const;
 };
 
 }  // namespace mblm::cpu

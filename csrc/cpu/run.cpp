@@ -1,67 +1,245 @@
-// What a run does between the steps of its stage: see run.h.
+// What a run does around the steps of its stages: see run.h.
 #include "cpu/run.h"
 
+#include <algorithm>
+#include <cmath>
 #include <numeric>
 
-namespace mblm::cpu {
+#include "cpu/kernel.h"
 
-void LocalInput::embed(int64_t position, int64_t token, const float* context, float* out) const {
-  std::copy_n(table + token * dim, dim, out);
+namespace mblm::cpu {
+namespace {
+
+// out = (x - mean) / sqrt(variance + eps) * weight + bias; out may be x.
+MBLM_CLONES void normalize(const LayerNorm& norm, const float* x, int64_t n, float* out) {
+  const double mean =
+      sum_in_lanes(n, [&](int64_t i) MBLM_INLINE_LAMBDA { return double(x[i]); }) / double(n);
+  const double squares = sum_in_lanes(n, [&](int64_t i) MBLM_INLINE_LAMBDA {
+    const double centered = double(x[i]) - mean;
+    return centered * centered;
+  });
+  const float factor = float(1 / std::sqrt(squares / double(n) + double(norm.eps)));
+  const float middle = float(mean);
+  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - middle) * factor * norm.weight[i] + norm.bias[i];
+}
+
+void add(const float* values, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] += values[i];
+}
+
+}  // namespace
+
+void Positions::add(int64_t position, int64_t dim, float* x) const {
   if (rotation) {
     const float* angle = rotation + position * dim;
     for (int64_t i = 0; i + 1 < dim; i += 2) {
-      const float first = out[i], second = out[i + 1];
-      out[i] = first * angle[i] - second * angle[i + 1];
-      out[i + 1] = second * angle[i] + first * angle[i + 1];
+      const float first = x[i], second = x[i + 1];
+      x[i] = first * angle[i] - second * angle[i + 1];
+      x[i + 1] = second * angle[i] + first * angle[i + 1];
     }
   }
-  const auto add = [&](const float* values) {
-    for (int64_t i = 0; i < dim; ++i) out[i] += values[i];
-  };
-  if (positions) add(positions + position * dim);
-  if (context) add(context + position * dim);
+  if (fixed) cpu::add(fixed + position * dim, dim, x);
+}
+
+int64_t Run::scratch_size(int64_t threads) const {
+  int64_t largest = 0;
+  for (const RunStage& stage : stages) {
+    largest = std::max(largest, stage.model->scratch_size(threads));
+  }
+  return largest;
+}
+
+void Run::work(const Worker& worker, float* scratch) {
+  if (worker.is_first()) begin();
+  worker.team.wait();
+  for (bool is_pending = has_pending;; is_pending = true) {
+    if (active.empty()) {
+      if (waiting.empty()) return;
+      begin_patches(worker, scratch);
+    }
+    if (is_pending) local().model->step(worker, x_.data(), scratch);
+    multiply(worker, 0, to_logits, x_.data(), int64_t(active.size()), logits_.data());
+    worker.team.wait();
+    if (worker.is_first()) {
+      if (is_pending) {
+        local().model->advance();
+        for (const int64_t row : active) {
+          ++local().rows[row].position;
+          --rows[row].room;
+        }
+      }
+      sample_rows();
+      take_pending();
+    }
+    worker.team.wait();
+  }
 }
 
 void Run::begin() {
-  active.resize(rows.size());
-  std::iota(active.begin(), active.end(), 0);
-  x.resize(active.size() * input.dim);
-  logits.resize(active.size() * to_logits.outputs);
-  for (const int64_t row : active) {
-    std::copy_n(rows[row].x, input.dim, x.data() + row * input.dim);
+  logits_.resize(rows.size() * to_logits.outputs);
+  for (int64_t row = 0; row < int64_t(rows.size()); ++row) {
+    (has_pending && rows[row].room == 0 ? waiting : active).push_back(row);
   }
-}
-
-void Run::embed_rows() {
+  local().model->select(active);
+  x_.resize(active.size() * local().dim);
   for (size_t place = 0; place < active.size(); ++place) {
-    const RunRow& row = rows[active[place]];
-    input.embed(row.first + row.num_steps, row.pending, row.context, x.data() + place * input.dim);
+    std::copy_n(local().rows[active[place]].output, local().dim, x_.data() + place * local().dim);
+  }
+  if (has_pending) take_pending();
+}
+
+// Embeds the pending bytes of the active rows.
+void Run::take_pending() {
+  const RunStage& stage = local();
+  for (size_t place = 0; place < active.size(); ++place) {
+    RunRow& row = rows[active[place]];
+    const StageRow& of = stage.rows[active[place]];
+    float* x = x_.data() + place * stage.dim;
+    std::copy_n(stage.table + row.pending * stage.dim, stage.dim, x);
+    stage.positions.add(of.position, stage.dim, x);
+    if (of.context) add(of.context + of.position * stage.dim, stage.dim, x);
+    row.history.push_back(row.pending);
+    ++row.length;
   }
 }
 
-std::vector<int64_t> Run::sample_rows(bool has_stepped) {
-  const int64_t vocabulary = to_logits.outputs;
+// Samples a byte for every active row and lets go of those that have come to an end.
+void Run::sample_rows() {
+  const int64_t vocabulary = to_logits.outputs, dim = local().dim;
   bool ended = false;
   for (size_t place = 0; place < active.size(); ++place) {
     RunRow& row = rows[active[place]];
-    row.num_steps += has_stepped;
-    row.pending = sample(sampling, logits.data() + place * vocabulary,
-                         uniform(active[place], row.num_tokens), vocabulary, order);
+    row.pending = sample(sampling, logits_.data() + place * vocabulary,
+                         uniform(active[place], row.num_tokens), vocabulary, order_);
     row.ids[row.num_tokens++] = row.pending;
     ended = ended || (ends && ends[row.pending]);
   }
-  // From the last place on, so that those before keep theirs.
-  std::vector<int64_t> places;
-  for (int64_t place = int64_t(active.size()) - 1; place >= 0; --place) {
+  Rows going;
+  for (size_t place = 0; place < active.size(); ++place) {
     const RunRow& row = rows[active[place]];
-    if (!ended && row.num_tokens < row.max_tokens && row.num_steps < row.max_steps) continue;
-    const auto begin = x.begin() + place * input.dim, end = begin + input.dim;
-    std::copy(begin, end, row.x);
-    x.erase(begin, end);
-    active.erase(active.begin() + place);
-    places.push_back(place);
+    float* x = x_.data() + place * dim;
+    const bool wants_more = !ended && row.num_tokens < row.max_tokens;
+    if (wants_more && row.room > 0) {
+      std::copy_n(x, dim, x_.data() + going.size() * dim);
+      going.push_back(active[place]);
+      continue;
+    }
+    std::copy_n(x, dim, local().rows[active[place]].output);
+    if (wants_more && has_stages_above()) waiting.push_back(active[place]);
   }
-  return places;
+  if (ended) waiting.clear();
+  if (going.size() == active.size()) return;
+  active = going;
+  local().model->select(active);
+}
+
+void Run::begin_patches(const Worker& worker, float* scratch) {
+  for (size_t stage = 0; stage + 1 < stages.size(); ++stage) {
+    if (worker.is_first()) plan_ = plan(stage);
+    worker.team.wait();
+    if (!plan_.begin_anew.empty()) begin_anew(worker, stage, plan_.begin_anew);
+    if (!plan_.take_in.empty()) take_in(worker, stages[stage], plan_.take_in, scratch);
+    worker.team.wait();
+  }
+  begin_anew(worker, stages.size() - 1, waiting);
+  if (worker.is_first()) {
+    active.swap(waiting);
+    waiting.clear();
+    for (const int64_t row : active) rows[row].room = local().seq_len;
+    local().model->select(active);
+    x_.resize(active.size() * local().dim);
+    take_pending();
+  }
+  worker.team.wait();
+}
+
+Run::Plan Run::plan(size_t index) const {
+  const RunStage& stage = stages[index];
+  Plan plan;
+  for (const int64_t row : waiting) {
+    const int64_t length = rows[row].length;
+    if (index > 0 && length % (stage.patch_size * stage.seq_len) == 0) {
+      plan.begin_anew.push_back(row);
+    } else if (length > 0 && length % stage.patch_size == 0) {
+      plan.take_in.push_back(row);
+    }
+  }
+  return plan;
+}
+
+void Run::restart(RunStage& stage, const Rows& which) {
+  stage.model->restart(which);
+  for (const int64_t row : which) {
+    stage.rows[row].position = 0;
+    std::copy_n(stage.rows[row].start_output, stage.dim, stage.rows[row].output);
+  }
+}
+
+// Starts a sequence with the context that the stage above has for it.
+void Run::begin_anew(const Worker& worker, size_t index, const Rows& which) {
+  RunStage& stage = stages[index];
+  const RunStage& above = stages[index - 1];
+  const int64_t count = int64_t(which.size()), outputs = above.to_context.outputs;
+  if (worker.is_first()) {
+    inputs_.resize(count * above.dim);
+    upper_.resize(count * outputs);
+    for (int64_t place = 0; place < count; ++place) {
+      std::copy_n(above.rows[which[place]].output, above.dim, inputs_.data() + place * above.dim);
+    }
+    restart(stage, which);
+  }
+  worker.team.wait();
+  multiply(worker, 0, above.to_context, inputs_.data(), count, upper_.data());
+  worker.team.wait();
+  if (worker.is_first()) {
+    for (int64_t place = 0; place < count; ++place) {
+      std::copy_n(upper_.data() + place * outputs, outputs, stage.rows[which[place]].context);
+    }
+  }
+}
+
+// Normalized embeddings of the rows' last patches, flattened, into inputs_.
+void Run::embed_patches(const RunStage& stage, const Rows& which) {
+  const int64_t width = local().dim, flat = stage.patch_size * width;
+  inputs_.resize(which.size() * flat);
+  upper_.resize(which.size() * stage.dim);
+  for (size_t place = 0; place < which.size(); ++place) {
+    const std::vector<int64_t>& history = rows[which[place]].history;
+    const int64_t* ids = history.data() + history.size() - stage.patch_size;
+    float* to = inputs_.data() + place * flat;
+    for (int64_t i = 0; i < stage.patch_size; ++i) {
+      std::copy_n(stage.table + ids[i] * width, width, to + i * width);
+    }
+    normalize(stage.flat_norm, to, flat, to);
+  }
+}
+
+void Run::take_in(const Worker& worker, RunStage& stage, const Rows& which, float* scratch) {
+  const int64_t count = int64_t(which.size());
+  if (worker.is_first()) embed_patches(stage, which);
+  worker.team.wait();
+  multiply(worker, 0, stage.project, inputs_.data(), count, upper_.data());
+  worker.team.wait();
+  if (worker.is_first()) {
+    for (int64_t place = 0; place < count; ++place) {
+      const StageRow& row = stage.rows[which[place]];
+      float* x = upper_.data() + place * stage.dim;
+      normalize(stage.norm, x, stage.dim, x);
+      stage.positions.add(row.position, stage.dim, x);
+      if (row.context) add(row.context + row.position * stage.dim, stage.dim, x);
+    }
+    stage.model->select(which);
+  }
+  worker.team.wait();
+  stage.model->step(worker, upper_.data(), scratch);
+  if (worker.is_first()) {
+    stage.model->advance();
+    for (int64_t place = 0; place < count; ++place) {
+      StageRow& row = stage.rows[which[place]];
+      std::copy_n(upper_.data() + place * stage.dim, stage.dim, row.output);
+      ++row.position;
+    }
+  }
 }
 
 }  // namespace mblm::cpu

@@ -1,89 +1,118 @@
-// A run: bytes of the current patch, sampled one after another without leaving native code.
+// A run: bytes sampled one after another without leaving native code.
+//
+// Rows are sequences that run side by side, each at its own position of its own patch. A row whose
+// patch is complete waits until the others' are; then the stages above take in what is complete,
+// for all rows at once, and hand down new contexts. Without stages above, the row has come to its
+// end.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <vector>
 
+#include "cpu/bound_stage.h"
 #include "cpu/matrix.h"
 #include "cpu/sampling.h"
 
 namespace mblm::cpu {
 
-// What the local stage takes in for a byte: its embedding, with positions and context added.
-struct LocalInput {
+// Positions of a stage's tokens: fixed ones are added, a rotation turns pairs.
+struct Positions {
+  const float* fixed = nullptr;     // (positions, dim), or null
+  const float* rotation = nullptr;  // (positions, dim / 2, 2), cosines and sines, or null
+
+  void add(int64_t position, int64_t dim, float* x) const;
+};
+
+struct LayerNorm {
+  const float* weight;  // (n)
+  const float* bias;    // (n)
+  float eps;
+};
+
+// One row's sequence in one stage.
+struct StageRow {
+  int64_t position = 0;                 // tokens taken in since the start token
+  float* output = nullptr;              // (dim), of the last position
+  const float* start_output = nullptr;  // (dim), of the start token
+  float* context = nullptr;             // (positions, dim), or null
+};
+
+// A stage of the hierarchy: its model, and what lies between it and the next.
+struct RunStage {
   int64_t dim = 0;
-  const float* table = nullptr;      // (num_tokens, dim)
-  const float* positions = nullptr;  // (positions of a patch, dim), or null
-  const float* rotation = nullptr;   // (.., dim / 2, 2), cosine and sine of pairs, or null
+  int64_t seq_len = 0;     // positions of a sequence
+  int64_t patch_size = 1;  // bytes that a position stands for
+  BoundStage* model = nullptr;
+  const float* table = nullptr;  // (num_tokens, width of the local stage)
+  Positions positions;
+  // Of the stages above the local one alone:
+  LayerNorm flat_norm{};  // (patch_size * width)
+  Matrix project;
+  LayerNorm norm{};
+  Matrix to_context;
 
-  // context is (.., dim), or null.
-  void embed(int64_t position, int64_t token, const float* context, float* out) const;
+  std::vector<StageRow> rows;
 };
 
-// One of the sequences that run side by side, each at its own position of its own patch.
 struct RunRow {
-  int64_t first = 0;       // the position in its patch that it begins with
-  int64_t max_tokens = 0;  // how many bytes to sample
-  int64_t max_steps = 0;   // how many positions the patch has left
-  const float* context = nullptr;
-  float* x = nullptr;      // (dim), in: the last position's output; out: likewise
-  int64_t* ids = nullptr;  // (max_tokens), sampled
-  int64_t pending = 0;     // the byte to take in next
-
-  int64_t num_tokens = 0, num_steps = 0;  // out: bytes sampled, positions taken in
+  int64_t max_tokens = 0;        // how many bytes to sample
+  int64_t room = 0;              // how many positions the patch has left
+  int64_t length = 0;            // bytes taken in so far
+  std::vector<int64_t> history;  // the last of them
+  int64_t pending = 0;           // the byte to take in next
+  int64_t* ids = nullptr;        // (max_tokens), out
+  int64_t num_tokens = 0;        // out
 };
 
-// What a run does and where it got to. The first thread writes, between barriers.
-struct Run {
+class Run {
+ public:
+  std::vector<RunStage> stages;  // the local one last
   std::vector<RunRow> rows;
-  bool has_pending = false;  // in: whether there are bytes to take in
-  LocalInput input;
+  bool has_pending = false;  // whether there are bytes to take in at the beginning
   Matrix to_logits;
   Sampling sampling;
   const uint8_t* ends = nullptr;  // (num_tokens), 1 for bytes that end the run; or null
   // Uniform random numbers (num_tokens) for the n-th byte of a row.
   std::function<const float*(int64_t row, int64_t n)> uniform;
 
-  std::vector<int64_t> active;  // rows that go on
-  std::vector<float> x;         // (active, dim)
-  std::vector<float> logits;    // (active, num_tokens)
-  std::vector<int64_t> order;
+  // Floats of working memory.
+  int64_t scratch_size(int64_t threads) const;
 
-  // The functions below are the first thread's alone.
+  // All threads of the team call it.
+  void work(const Worker& worker, float* scratch);
+
+ private:
+  using Rows = std::vector<int64_t>;
+
+  // For one stage, what the first byte of a patch asks for.
+  struct Plan {
+    Rows begin_anew, take_in;
+  };
+
+  RunStage& local() { return stages.back(); }
+  const RunStage& local() const { return stages.back(); }
+  bool has_stages_above() const { return stages.size() > 1; }
+
+  // These are the first thread's alone.
   void begin();
-  // Counts the step, samples a byte for every active row from the logits and lets go of those that
-  // have come to their end, whose places in the state's rows it returns.
-  std::vector<int64_t> sample_rows(bool has_stepped);
-  // Embeds the pending bytes into x.
-  void embed_rows();
-};
+  Plan plan(size_t stage) const;
+  void sample_rows();
+  void take_pending();
+  void restart(RunStage& stage, const Rows& rows);
+  void embed_patches(const RunStage& stage, const Rows& rows);
 
-// All threads of the team call it.
-template <class Stage>
-void run_patch(const Worker& worker, const Stage& stage, typename Stage::State& state, Run& run,
-               float* scratch) {
-  if (worker.is_first()) {
-    run.begin();
-    if (run.has_pending) run.embed_rows();
-  }
-  worker.team.wait();
-  for (bool is_pending = run.has_pending; !run.active.empty(); is_pending = true) {
-    if (is_pending) stage.step(worker, state, run.x.data(), scratch);
-    multiply(worker, 0, run.to_logits, run.x.data(), int64_t(run.active.size()), run.logits.data());
-    worker.team.wait();
-    if (worker.is_first()) {
-      if (is_pending) {
-        for (auto& row : state.rows) row.advance();
-      }
-      for (const int64_t place : run.sample_rows(is_pending)) {
-        state.rows.erase(state.rows.begin() + place);
-      }
-      run.embed_rows();
-    }
-    worker.team.wait();
-  }
-}
+  // These are called by all threads.
+  void begin_patches(const Worker& worker, float* scratch);
+  void begin_anew(const Worker& worker, size_t stage, const Rows& rows);
+  void take_in(const Worker& worker, RunStage& stage, const Rows& rows, float* scratch);
+
+  Rows active, waiting;
+  Plan plan_;
+  std::vector<float> x_;       // (active, dim)
+  std::vector<float> logits_;  // (active, num_tokens)
+  std::vector<float> inputs_, upper_;
+  std::vector<int64_t> order_;
+};
 
 }  // namespace mblm::cpu

@@ -119,6 +119,14 @@ int64_t TransformerStage::scratch_size(const State& state, int64_t threads) cons
   return shared + threads * Scratch::per_thread(*this, rows, largest_capacity(state));
 }
 
+void TransformerStage::restart(TransformerRow& row) const {
+  row.position = 1;
+  for (int64_t part = 0; part < 2 * int64_t(layers.size()); ++part) {
+    std::copy_n(row.start_delayed + part * row.start_stride, dim / 2,
+                row.delayed + part * row.part_stride);
+  }
+}
+
 void TransformerStage::step(const Worker& worker, const State& state, float* x,
                             float* block) const {
   Team& team = worker.team;

@@ -25,6 +25,8 @@ struct TransformerRow {
   int64_t part_stride = 0;     // from there to the next shift's: there are two in a layer
   const float* cos = nullptr;  // (>= capacity, head_dim / 2), or null without rotary positions
   const float* sin = nullptr;
+  const float* start_delayed = nullptr;  // as delayed, after the start token; null if never needed
+  int64_t start_stride = 0;
 
   void advance() { ++position; }
 };
@@ -47,6 +49,9 @@ class TransformerStage {
   // Takes in x (rows, dim) and replaces it by the output. All threads of the team call it; the
   // output is complete when it returns. The caller then advances the rows.
   void step(const Worker& worker, const State& state, float* x, float* scratch) const;
+
+  // Goes back to the state after the start token, whose keys and values are still there.
+  void restart(TransformerRow& row) const;
 };
 
 }  // namespace mblm::cpu

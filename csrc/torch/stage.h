@@ -26,20 +26,6 @@ struct Stage : torch::CustomClassHolder {
   // the position of each.
   at::Tensor step(const at::Tensor& x, const std::vector<at::Tensor>& state,
                   const std::vector<int64_t>& positions) const;
-
-  // See Run in cpu/run.h. max_tokens, max_steps, cached (positions in the cache) and first are per
-  // cache, x (rows, dim), pending (rows), context (rows, positions, dim) and uniform (rows, most
-  // tokens, vocabulary) per row. Returns the sampled ids (rows, most tokens), the outputs of the
-  // last positions (rows, dim), and per cache how many bytes were sampled and positions taken in.
-  std::tuple<at::Tensor, at::Tensor, std::vector<int64_t>, std::vector<int64_t>> run(
-      const at::Tensor& x, const std::optional<at::Tensor>& pending,
-      const std::vector<int64_t>& max_tokens, const std::vector<int64_t>& max_steps,
-      const std::vector<at::Tensor>& state, const std::vector<int64_t>& cached,
-      const std::vector<int64_t>& first, const at::Tensor& table,
-      const std::optional<at::Tensor>& positions, const std::optional<at::Tensor>& rotation,
-      const std::optional<at::Tensor>& context, const PackedLinear& to_logits, double temperature,
-      int64_t top_k, double top_p, const std::optional<at::Generator>& generator,
-      const std::optional<at::Tensor>& uniform, const std::optional<at::Tensor>& ends) const;
 };
 
 // x (.., inputs) @ weight.T + bias: (.., outputs).

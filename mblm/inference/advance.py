@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import StageCache
 
 if TYPE_CHECKING:
@@ -18,6 +17,15 @@ if TYPE_CHECKING:
 # A prefill takes in at most this many positions, and this many embedding values, at a time.
 _CHUNK_POSITIONS = 1024
 _CHUNK_VALUES = 1 << 22
+
+
+def begin_local_patch(caches: Sequence["HierarchyCache"]) -> None:
+    """Where the byte appended last is the first of a patch, have the stages above catch up."""
+    last = len(caches[0].stages) - 1
+    for n in range(last):
+        begin_patch(caches, n)
+        catch_up(caches, n)
+    begin_patch(caches, last)
 
 
 def begin_patch(caches: Sequence["HierarchyCache"], n: int) -> None:
@@ -31,8 +39,9 @@ def begin_patch(caches: Sequence["HierarchyCache"], n: int) -> None:
     anew = [(cache, begin) for cache, begin in pairs if begin != cache.stages[n].begin]
     if not anew:
         return
-    above = _joined([cache.stages[n - 1].output for cache, _ in anew])
-    contexts = model.project_context(n - 1, above[:, None], caches[0].patch_linears[n - 1][1])
+    above = joined([cache.stages[n - 1].output for cache, _ in anew])
+    project = caches[0].project_context(n - 1)
+    contexts = model.project_context(n - 1, above[:, None], project)
     sizes = [cache.batch_size for cache, _ in anew]
     for (cache, begin), context in zip(anew, contexts.split(sizes), strict=True):
         cache.stages[n].restart(begin, context)
@@ -50,7 +59,7 @@ def catch_up(caches: Sequence["HierarchyCache"], n: int) -> None:
         and all(stage.cache.runs_natively(stage.output.dtype) for stage in stages)
     ):
         inputs = [_embed(cache, n, ids)[:, 0] for cache, ids in missing]
-        outputs = step_natively([stage.cache for stage in stages], _joined(inputs))
+        outputs = step_natively([stage.cache for stage in stages], joined(inputs))
         sizes = [cache.batch_size for cache, _ in missing]
         for stage, output in zip(stages, outputs.split(sizes), strict=True):
             stage.output = output
@@ -69,68 +78,8 @@ def step_natively(caches: Sequence[StageCache], x: torch.Tensor) -> torch.Tensor
     return y
 
 
-def run_local(
-    caches: Sequence["HierarchyCache"],
-    pending: torch.Tensor | None,
-    max_tokens: Sequence[int],
-    sampler: Sampler,
-    *,
-    uniform: torch.Tensor | None = None,
-    ends: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
-    """Run the compiled local stage, each cache at most to the end of its patch.
-
-    Args:
-        caches: Some of one model.
-        pending: The bytes that come first, ``(B,)`` int64 for all rows, appended already; or None.
-        max_tokens: How many bytes to sample, per cache, >= 1.
-        sampler: Draws them.
-        uniform: Its random numbers, ``(B, most, V)``. Default: drawn as bytes are sampled.
-        ends: ``(V,)`` bool: all end after such a byte.
-
-    Returns:
-        Per cache, the ids ``(rows, n)``, n >= 1. All but the last are taken in.
-    """
-    model = caches[0].model
-    n = len(model.seq_lens) - 1
-    stages = [cache.stages[n] for cache in caches]
-    first = [stage.position for stage in stages]
-    steps = [count - (pending is None) for count in max_tokens]
-    if n > 0 or model.max_length is not None:
-        room = (model.seq_lens[n] - position for position in first)
-        steps = [min(pair) for pair in zip(steps, room, strict=True)]
-    last = max(position + count for position, count in zip(first, steps, strict=True))
-    positions, rotation = model.positions(n, 0, last)
-    contexts = [stage.context for stage in stages if stage.context is not None]
-    ids, outputs, num_tokens, num_steps = stages[0].cache.native.run(
-        _joined([stage.output for stage in stages]),
-        pending,
-        list(max_tokens),
-        steps,
-        [t for stage, c in zip(stages, steps, strict=True) for t in stage.cache.native_state(c)],
-        [stage.cache.position for stage in stages],
-        first,
-        model.local_table,
-        positions,
-        rotation,
-        _joined(contexts) if contexts else None,
-        caches[0].packed_logits,
-        sampler.temperature,
-        sampler.count_kept(model.num_tokens),
-        sampler.top_p or 0.0,
-        sampler.generator,
-        uniform,
-        ends,
-    )
-    sizes = [cache.batch_size for cache in caches]
-    for stage, output, taken in zip(stages, outputs.split(sizes), num_steps, strict=True):
-        stage.output = output
-        stage.cache.position += taken
-        stage.position += taken
-    return [rows[:, :n] for rows, n in zip(ids.split(sizes), num_tokens, strict=True)]
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The rows of several caches, one after the other."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -138,7 +87,7 @@ def _embed(cache: "HierarchyCache", n: int, ids: torch.Tensor) -> torch.Tensor:
     """The next positions of stage n from the bytes of their patches, ``(B, S, D_n)``."""
     stage, model = cache.stages[n], cache.model
     is_step = ids.shape[1] == model.patch_sizes[n]
-    x = model.embed_tokens(n, ids, cache.patch_linears[n][0] if is_step else None)
+    x = model.embed_tokens(n, ids, cache.project_patch(n) if is_step else None)
     x = model.add_positions(n, x, stage.position)
     if stage.context is not None:
         x = x + stage.context[:, stage.position : stage.position + x.shape[1]]

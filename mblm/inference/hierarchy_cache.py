@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from mblm.inference.advance import begin_patch, catch_up, run_local
+from mblm.inference.advance import begin_patch, catch_up
+from mblm.inference.native_hierarchy import build_native
 from mblm.inference.packing import is_plain, pack_linear
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import StageCache, State, allocate_cache
@@ -52,7 +53,10 @@ class DecodableHierarchy(Protocol):
     def project_context(
         self, stage: int, attended: torch.Tensor, project: Projection | None = None
     ) -> torch.Tensor: ...
-    def linears_of_patches(self, stage: int) -> tuple[nn.Linear, nn.Linear]: ...
+    def parts_of_patches(
+        self, stage: int
+    ) -> tuple[nn.Embedding, nn.LayerNorm, nn.Linear, nn.LayerNorm, nn.Linear]: ...
+    def between_stages(self, first: int) -> list[nn.Module]: ...
 
 
 @dataclass
@@ -74,15 +78,6 @@ class _Stage:
         self.output, self.context = self.start_output, context
 
 
-def begin_local_patch(caches: Sequence["HierarchyCache"]) -> None:
-    """Where the byte appended last is the first of a patch, have the stages above catch up."""
-    last = len(caches[0].stages) - 1
-    for n in range(last):
-        begin_patch(caches, n)
-        catch_up(caches, n)
-    begin_patch(caches, last)
-
-
 class HierarchyCache:
     """Decoding state of a model for ``batch_size`` equally long sequences.
 
@@ -97,28 +92,35 @@ class HierarchyCache:
         self.model = model
         self.batch_size = batch_size
         self.weights = weights
-        self.packed_logits = (
-            pack_linear(model.to_logits, weights) if is_plain(model.to_logits) else None
-        )
+        self.packed_logits = pack_linear(model.to_logits, weights)
+        # Per upper stage, the linear layers of its patches and of its context.
+        self.packed_patches = [
+            tuple(pack_linear(linear, weights) for linear in model.parts_of_patches(n)[2::2])
+            for n in range(len(model.seq_lens) - 1)
+        ]
         self.length = 0
-        # Per stage, what stands in for the linear layers of its patches where one is taken in.
-        self.patch_linears = [self._pack_patch_linears(n) for n in range(len(model.seq_lens))]
         self.stages = [self._start(stage) for stage in range(len(model.seq_lens))]
         self.stages[0].restart(begin=0, context=None)
         # The bytes of the last patch of stage 1, which no stage above the local one has seen.
         device = model.to_logits.weight.device
-        self._window = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        self.window = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        self.native = build_native(self)
 
-    def _pack_patch_linears(self, stage: int) -> tuple[Projection | None, Projection | None]:
-        if self.weights == "float32" or stage + 1 == len(self.model.seq_lens):
-            return None, None
-        embed, context = (
-            partial(torch.ops.mblm.packed_linear, linear=pack_linear(linear, self.weights))
-            if is_plain(linear)
-            else None
-            for linear in self.model.linears_of_patches(stage)
-        )
-        return embed, context
+    def project_patch(self, n: int) -> Projection | None:
+        """What stands in for the linear layer of a patch of stage n where one is taken in."""
+        return self._packed(n, 0)
+
+    def project_context(self, n: int) -> Projection | None:
+        """What stands in for the linear layer of stage n's context where one is projected."""
+        return self._packed(n, 1)
+
+    def _packed(self, n: int, index: int) -> Projection | None:
+        is_upper = n + 1 < len(self.model.seq_lens)
+        if not is_upper or self.weights == "float32":
+            return None
+        if not is_plain(self.model.parts_of_patches(n)[2 + 2 * index]):
+            return None
+        return partial(torch.ops.mblm.packed_linear, linear=self.packed_patches[n][index])
 
     def _start(self, stage: int) -> _Stage:
         limit = None
@@ -158,51 +160,45 @@ class HierarchyCache:
         Returns:
             Ids ``(B, n)`` with n >= 1. All but the last are taken in.
         """
-        if not self.can_run(pending):
+        if self.native is None or not self.can_run(pending):
             if pending is not None:
                 self.feed(pending[:, None])
             return sampler(self.logits())[:, None]
-        if pending is not None:
-            self.append(pending[:, None])
-            begin_local_patch([self])
-        (ids,) = run_local([self], pending, [max_tokens], sampler, ends=ends)
-        self.append_run(ids)
+        (ids,) = self.native.run([self], pending, [max_tokens], sampler, ends=ends)
         return ids
 
     def can_run(self, pending: torch.Tensor | None) -> bool:
         """Whether compiled code samples what comes next."""
-        local = self.stages[-1]
         # Before the first byte, a start token gets context: see `empty_logits`.
         is_empty = self.length == 0 and pending is None
-        is_native = self.packed_logits is not None and local.cache.runs_natively(local.output.dtype)
-        return is_native and not is_empty
+        return self.native is not None and not is_empty and self.native.runs(self)
 
     def append_run(self, ids: torch.Tensor) -> None:
-        """Note the bytes that the local stage took in on its own: all of ``ids`` but the last."""
+        """Note the bytes that compiled code took in: all of ``ids`` but the last."""
         if ids.shape[1] > 1:
             self.append(ids[:, :-1])
         self._trim()
 
     def append(self, ids: torch.Tensor) -> None:
         """Note the next bytes, which no stage has taken in yet."""
-        self._window = torch.cat((self._window, ids), dim=1)
+        self.window = torch.cat((self.window, ids), dim=1)
         self.length += ids.shape[1]
 
     def _trim(self) -> None:
         """Forget the bytes before the last patch of stage 1."""
         span = self.model.patch_sizes[0]
         kept = self.length - (self.length - 1) // span * span
-        self._window = self._window[:, self._window.shape[1] - kept :].clone()
+        self.window = self.window[:, self.window.shape[1] - kept :].clone()
 
     def missing(self, n: int) -> torch.Tensor:
         """The bytes that stage n can take in and has not, of whole patches: ``(B, S * R_n)``."""
         stage, patch_size = self.stages[n], self.model.patch_sizes[n]
         is_local = n + 1 == len(self.stages)
         count = (self.length - 1 - stage.begin) // patch_size + is_local
-        window_begin = self.length - self._window.shape[1]
+        window_begin = self.length - self.window.shape[1]
         first_byte = stage.begin + stage.position * patch_size - window_begin
         end = first_byte + max(0, count - stage.position) * patch_size
-        return self._window[:, first_byte:end]
+        return self.window[:, first_byte:end]
 
     def logits(self) -> torch.Tensor:
         """Logits of the next byte, ``(B, V)``."""
@@ -232,7 +228,7 @@ class HierarchyCache:
     def _row(self, row: slice) -> "HierarchyCache":
         other = copy.copy(self)
         other.batch_size = 1
-        other._window = self._window[row].clone()
+        other.window = self.window[row].clone()
         other.stages = []
         for n, stage in enumerate(self.stages):
             cache = self._empty_cache(n, 1)
@@ -258,11 +254,11 @@ class HierarchyCache:
             [stage.cache.snapshot(), stage.begin, stage.position, stage.output, stage.context]
             for stage in self.stages
         ]
-        return [self.length, self._window, stages]
+        return [self.length, self.window, stages]
 
     def restore(self, state: State) -> None:
         """Go back to a snapshot, which stays intact."""
-        self.length, self._window, stages = state
+        self.length, self.window, stages = state
         for stage, saved in zip(self.stages, stages, strict=True):
             cache_state, begin, position, stage.output, stage.context = saved
             stage.begin, stage.position = operator.index(begin), operator.index(position)

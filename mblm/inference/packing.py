@@ -23,11 +23,20 @@ _PLAIN_PARTS = {
     "mblm.model.mamba2._Mixer",
     "mblm.model.linear.Linear",
     "torch.nn.modules.linear.Linear",
+    "mblm.model.embeddings.LocalTokenEmbedding",
+    "mblm.model.embeddings.PatchTokenEmbedding",
+    "mblm.model.utils.RoPE",
     "torch.nn.modules.conv.Conv1d",
     "torch.nn.modules.normalization.RMSNorm",
     "torch.nn.modules.activation.GELU",
     "torch.nn.modules.dropout.Dropout",
     "torch.nn.modules.container.ModuleList",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.flatten.Flatten",
+    "torch.nn.modules.flatten.Unflatten",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.normalization.LayerNorm",
+    "torch.nn.modules.sparse.Embedding",
 }
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from mblm.inference.advance import run_local
-from mblm.inference.hierarchy_cache import HierarchyCache, begin_local_patch
+from mblm.inference.hierarchy_cache import HierarchyCache
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import State
 
@@ -17,8 +16,8 @@ _CHUNK = 64
 class RaggedCache:
     """A `HierarchyCache` of one sequence each, of one model, that advance side by side.
 
-    A sequence whose patch is complete waits until the others' are, so that from then on all take in
-    positions of every stage together and the weights are read once for all.
+    In compiled code, a sequence whose patch is complete waits until the others' are, so that from
+    then on all take in positions of every stage together: the weights are read once for all.
     """
 
     def __init__(self, rows: Sequence[HierarchyCache]) -> None:
@@ -92,21 +91,15 @@ class RaggedCache:
         """Ids ``(1, n)`` of some sequences that all begin with a byte, or all without one."""
         rows = [self.rows[r] for r in group]
         given = [byte for byte in first if byte is not None]
-        if not rows[0].can_run(first[0]):
+        native = rows[0].native
+        if native is None or not rows[0].can_run(first[0]):
             (row,) = rows
             for byte in given:
                 row.feed(byte[:, None])
             return [sampler(row.logits(), uniform[0][:1])[:, None]]
-        for row, byte in zip(rows, given, strict=False):
-            row.append(byte[:, None])
-        if given:
-            begin_local_patch(rows)
         numbers = pad_sequence(list(uniform), batch_first=True).contiguous()
         pending = torch.cat(given) if given else None
-        runs = run_local(rows, pending, max_tokens, sampler, uniform=numbers)
-        for row, run in zip(rows, runs, strict=True):
-            row.append_run(run)
-        return runs
+        return native.run(rows, pending, max_tokens, sampler, uniform=numbers)
 
     def fork(self) -> "RaggedCache":
         """An independent copy."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 
 _FORMAT = "mblm-session-3"
-# Bytes between two looks at what the user wants, such as to interrupt.
-_MAX_RUN = 32
+# Compiled code samples a local patch of bytes at a time, at most so many, and twice as many while
+# that takes less than so many seconds: the user is to see bytes as they come and may interrupt.
+_FIRST_RUN = 32
+_MAX_RUN = 512
+_RUN_SECONDS = 0.02
 
 
 class Session:
@@ -174,16 +178,19 @@ class Session:
     ) -> Iterator[torch.Tensor]:
         """Yield ``num_tokens`` sampled bytes, ids ``(B,)``, of which the last is not taken in.
 
-        They come in runs of a patch at most, so that several may be taken in before the first is
-        yielded; a run ends after a byte of ``ends (V,)``, bool. Must run under
-        ``torch.inference_mode``.
+        They come in runs, so that several may be taken in before the first is yielded; a run ends
+        after a byte of ``ends (V,)``, bool. Must run under ``torch.inference_mode``.
         """
         if isinstance(self._cache, RaggedCache):
             yield from self._cache.sample(num_tokens, sampler)
             return
         token: torch.Tensor | None = None
+        size = min(self._model.seq_lens[-1], _FIRST_RUN)
         while num_tokens > 0:
-            run = self._cache.run(token, min(num_tokens, _MAX_RUN), sampler, ends)
+            begin = time.perf_counter()
+            run = self._cache.run(token, min(num_tokens, size), sampler, ends)
+            if time.perf_counter() - begin < _RUN_SECONDS:
+                size = min(2 * size, _MAX_RUN)
             num_tokens -= run.shape[1]
             for token in run.unbind(dim=1):
                 yield token

@@ -48,6 +48,10 @@ class StageCache(ABC):
         """What `native` works on, with room for ``count`` more positions."""
         raise NotImplementedError
 
+    def native_start(self, state: State) -> list[torch.Tensor]:
+        """What of a snapshot after the start token `native` copies to start anew."""
+        raise NotImplementedError
+
     def runs_natively(self, dtype: torch.dtype) -> bool:
         """Whether `native` takes in a position of this dtype here and now."""
         return (

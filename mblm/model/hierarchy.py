@@ -134,11 +134,20 @@ class Hierarchy(nn.Module):
             return projection[2](project(attended)).flatten(0, 1)
         return projection(attended).flatten(0, 1)
 
-    def linears_of_patches(self, stage: int) -> tuple[nn.Linear, nn.Linear]:
-        """The linear layers of an upper stage's patch embedding and of its context."""
+    def parts_of_patches(
+        self, stage: int
+    ) -> tuple[nn.Embedding, nn.LayerNorm, nn.Linear, nn.LayerNorm, nn.Linear]:
+        """What embeds an upper stage's patches, in order, and what projects its context."""
         embedding: Any = self.token_embs_rev[self.num_stages - 1 - stage]
+        _, flat_norm, project, norm = embedding._post
         projection: Any = self.to_next_stage_proj[stage]
-        return embedding.projection, projection[1]
+        return embedding.embedding, flat_norm, project, norm, projection[1]
+
+    def between_stages(self, first: int) -> list[nn.Module]:
+        """All that lies between the stages from ``first`` on, and around them."""
+        embeddings = self.token_embs_rev[: self.num_stages - first]
+        contexts = self.to_next_stage_proj[first:]
+        return [*embeddings, *contexts, *self.pos_embs[first:], self.to_logits]
 
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""

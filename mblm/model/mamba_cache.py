@@ -46,6 +46,9 @@ class MambaCache(StageCache):
         self._state = [part.float() for part in self._state]
         return self._state
 
+    def native_start(self, state: State) -> list[torch.Tensor]:
+        return [part.float().contiguous() for part in state]
+
     def rows_of_state(self, state: State, rows: slice) -> State:
         return None if state is None else [part[:, rows] for part in state]
 

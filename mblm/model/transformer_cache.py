@@ -73,6 +73,10 @@ class TransformerCache(StageCache):
         assert self._rotary is not None
         return [*state, *self._rotary]
 
+    def native_start(self, state: State) -> list[torch.Tensor]:
+        _, _, delayed = state  # keys and values of the start token stay where they are
+        return [delayed.float().contiguous()]
+
     def rows_of_state(self, state: State, rows: slice) -> State:
         if state is None:
             return None

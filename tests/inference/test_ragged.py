@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm import MBLM
+from mblm.inference.native_hierarchy import NativeHierarchy
 from mblm.inference.session import Session
 from tests.inference.test_native_run import STAGES, in_pytorch, needs_native, wide
 from tests.models import LSTMBlock, hierarchies, model, transformer
@@ -67,22 +68,19 @@ def test_rounded_weights(weights: str) -> None:
 
 
 @needs_native
-def test_weights_are_read_once_for_all() -> None:
-    """After the first patch, all sequences take their steps in the same calls."""
+def test_all_run_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     m = wide("transformer", "transformer", seq_lens=[30, 4])
     session = Session(m, 3).feed(prompts(1, 2, 7))
-    native = session._cache.rows[0].stages[0].cache.native
     calls: list[int] = []
+    run = NativeHierarchy.run
 
-    class Counting:
-        def step(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-            calls.append(len(x))
-            return native.step(x, *rest)
+    def counting(self: NativeHierarchy, caches: Any, *rest: Any, **options: Any) -> Any:
+        calls.append(len(caches))
+        return run(self, caches, *rest, **options)
 
-    for row in session._cache.rows:
-        row.stages[0].cache.native = Counting()
+    monkeypatch.setattr(NativeHierarchy, "run", counting)
     session.generate(12)
-    assert calls.count(3) >= 2 and sum(calls) == 3 * 3  # 12 bytes complete 3 patches each
+    assert calls == [3]
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,69 @@
+// A stage together with the states of its rows, whichever stage it is.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "cpu/team.h"
+
+namespace mblm::cpu {
+
+// The first thread alone selects, advances and restarts.
+class BoundStage {
+ public:
+  virtual ~BoundStage() = default;
+
+  // Floats of working memory for a step of all rows.
+  virtual int64_t scratch_size(int64_t threads) const = 0;
+  // Chooses the rows of the next steps.
+  virtual void select(const std::vector<int64_t>& rows) = 0;
+  // Takes in x (selected rows, dim) and replaces it by the output; all threads call it.
+  virtual void step(const Worker& worker, float* x, float* scratch) const = 0;
+  // After a step.
+  virtual void advance() = 0;
+  // Goes back to the state after the start token, of some rows; none is selected then.
+  virtual void restart(const std::vector<int64_t>& rows) = 0;
+};
+
+template <class Stage>
+class BoundStageOf : public BoundStage {
+ public:
+  BoundStageOf(const Stage& stage, typename Stage::State state)
+      : stage_(stage), all_(std::move(state)) {}
+
+  int64_t scratch_size(int64_t threads) const override {
+    return stage_.scratch_size(all_, threads);
+  }
+
+  void select(const std::vector<int64_t>& rows) override {
+    which_ = rows;
+    selected_.rows.clear();
+    for (const int64_t row : rows) selected_.rows.push_back(all_.rows[row]);
+  }
+
+  void step(const Worker& worker, float* x, float* scratch) const override {
+    stage_.step(worker, selected_, x, scratch);
+  }
+
+  void advance() override {
+    for (size_t i = 0; i < which_.size(); ++i) {
+      selected_.rows[i].advance();
+      all_.rows[which_[i]].advance();
+    }
+  }
+
+  void restart(const std::vector<int64_t>& rows) override {
+    for (const int64_t row : rows) stage_.restart(all_.rows[row]);
+    which_.clear();
+    selected_.rows.clear();
+  }
+
+ private:
+  const Stage& stage_;
+  typename Stage::State all_, selected_;
+  std::vector<int64_t> which_;
+};
+
+}  // namespace mblm::cpu

@@ -1,0 +1,33 @@
+// Runs a decoding call on the threads that torch has.
+#pragma once
+
+#include <optional>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/team.h"
+
+namespace mblm {
+
+// Calls function(worker) on every thread of a team; the caller's own is the first.
+template <class Function>
+void with_team(int64_t threads, Function function) {
+#ifdef _OPENMP
+  if (threads > 1 && !omp_in_parallel()) {
+    std::optional<cpu::Team> team;
+#pragma omp parallel num_threads(int(threads))
+    {
+#pragma omp single
+      team.emplace(omp_get_num_threads());
+      function(cpu::Worker{*team, omp_get_thread_num()});
+    }
+    return;
+  }
+#endif
+  cpu::Team team(1);
+  function(cpu::Worker{team, 0});
+}
+
+}  // namespace mblm

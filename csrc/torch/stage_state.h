@@ -1,0 +1,136 @@
+// Binds the tensors of decoding states, checked, to the rows that compiled stages work on.
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+#include "cpu/mamba1_stage.h"
+#include "cpu/mamba2_stage.h"
+#include "cpu/transformer_stage.h"
+
+namespace mblm {
+
+inline const at::Tensor& check_state(const char* name, const at::Tensor& tensor,
+                                     at::IntArrayRef shape) {
+  check_shape(name, tensor, shape);
+  check_type(name, tensor, at::kFloat);
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous(), name,
+                    " must be contiguous and on the CPU");
+  return tensor;
+}
+
+// The tensors of one cache, which holds one row or several at the same position.
+using Group = c10::ArrayRef<at::Tensor>;
+
+// keys, values, delayed; with rotary positions, cosines and sines; where the stage may start anew,
+// delayed after the start token.
+
+inline void bind(const cpu::TransformerStage& stage, Group group, int64_t first, int64_t count,
+                 cpu::TransformerState& state) {
+  const int64_t layers = int64_t(stage.layers.size());
+  TORCH_CHECK_VALUE(!group.empty() && group[0].dim() == 5, "keys must have five dimensions");
+  const int64_t rows = group[0].size(1), capacity = group[0].size(3), half = stage.dim / 2;
+  TORCH_CHECK_VALUE(first >= 0 && count <= capacity - first, "state has room for ", capacity,
+                    " positions, got ", first, " + ", count);
+  TORCH_CHECK_VALUE(group.size() >= 3 && group.size() <= 6, "state must hold 3 to 6 tensors, got ",
+                    group.size());
+  const std::vector<int64_t> cache = {layers, rows, stage.heads, capacity, stage.head_dim};
+  const int64_t of_row = stage.heads * capacity * stage.head_dim;
+  cpu::TransformerRow row;
+  row.position = first;
+  row.capacity = capacity;
+  row.keys = check_state("keys", group[0], cache).mutable_data_ptr<float>();
+  row.values = check_state("values", group[1], cache).mutable_data_ptr<float>();
+  row.layer_stride = rows * of_row;
+  row.delayed = check_state("delayed", group[2], {layers, 2, rows, half}).mutable_data_ptr<float>();
+  row.part_stride = rows * half;
+  if (group.size() % 2 == 0) {
+    row.start_delayed =
+        check_state("start", group.back(), {layers, 2, rows, half}).const_data_ptr<float>();
+    row.start_stride = row.part_stride;
+  }
+  if (group.size() >= 5) {
+    TORCH_CHECK_VALUE(stage.head_dim % 2 == 0, "rotary positions need an even width of heads");
+    TORCH_CHECK_VALUE(group[3].dim() == 2 && group[3].size(0) >= first + count,
+                      "cos must have a row for each of ", first + count, " positions, got ",
+                      group[3].sizes());
+    const std::vector<int64_t> angles = {group[3].size(0), stage.head_dim / 2};
+    row.cos = check_state("cos", group[3], angles).const_data_ptr<float>();
+    row.sin = check_state("sin", group[4], angles).const_data_ptr<float>();
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    state.rows.push_back(row);
+    row.keys += of_row;
+    row.values += of_row;
+    row.delayed += half;
+    if (row.start_delayed) row.start_delayed += half;
+  }
+}
+
+// ssm and window and, where the stage may start anew, the same after the start token. Those of one
+// row and layer have these dimensions.
+inline void bind(Group group, int64_t layers, std::vector<int64_t> ssm, std::vector<int64_t> window,
+                 cpu::MambaState& state) {
+  TORCH_CHECK_VALUE((group.size() == 2 || group.size() == 4) && group[0].dim() > 1,
+                    "state must hold 2 or 4 tensors with rows, got ", group.size());
+  const int64_t rows = group[0].size(1);
+  const auto bind_part = [&](const char* name, const at::Tensor& part, std::vector<int64_t> shape) {
+    shape.insert(shape.begin(), {layers, rows});
+    return check_state(name, part, shape).mutable_data_ptr<float>();
+  };
+  const int64_t of_ssm = c10::multiply_integers(ssm), of_window = c10::multiply_integers(window);
+  cpu::MambaRow row;
+  row.ssm = bind_part("ssm", group[0], ssm);
+  row.window = bind_part("window", group[1], window);
+  row.ssm_stride = rows * of_ssm;
+  row.window_stride = rows * of_window;
+  if (group.size() == 4) {
+    row.start_ssm = bind_part("start", group[2], ssm);
+    row.start_window = bind_part("start", group[3], window);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    state.rows.push_back(row);
+    row.ssm += of_ssm;
+    row.window += of_window;
+    if (row.start_ssm) {
+      row.start_ssm += of_ssm;
+      row.start_window += of_window;
+    }
+  }
+}
+
+inline void bind(const cpu::Mamba1Stage& stage, Group group, int64_t, int64_t,
+                 cpu::MambaState& state) {
+  bind(group, int64_t(stage.layers.size()), {stage.inner, stage.states},
+       {stage.taps - 1, stage.inner}, state);
+}
+
+inline void bind(const cpu::Mamba2Stage& stage, Group group, int64_t, int64_t,
+                 cpu::MambaState& state) {
+  bind(group, int64_t(stage.layers.size()), {stage.heads, stage.inner / stage.heads, stage.states},
+       {stage.taps - 1, stage.inner + 2 * stage.states}, state);
+}
+
+// Binds the rows of several caches, each with room for its count from its position on. `tensors`
+// holds those of one after the other. Returns how many rows each has.
+template <class AnyStage>
+std::vector<int64_t> bind_groups(const AnyStage& stage, Group tensors, at::IntArrayRef positions,
+                                 at::IntArrayRef counts, int64_t rows,
+                                 typename AnyStage::State& state) {
+  TORCH_CHECK_VALUE(!positions.empty() && tensors.size() % positions.size() == 0,
+                    "state must hold as many tensors for each of ", positions.size(),
+                    " caches, got ", tensors.size());
+  const size_t each = tensors.size() / positions.size();
+  std::vector<int64_t> sizes;
+  for (size_t group = 0; group < positions.size(); ++group) {
+    const size_t before = state.rows.size();
+    bind(stage, tensors.slice(group * each, each), positions[group], counts[group], state);
+    sizes.push_back(int64_t(state.rows.size() - before));
+  }
+  TORCH_CHECK_VALUE(int64_t(state.rows.size()) == rows,
+                    "x must have a row for each of the state's ", state.rows.size(), ", got ",
+                    rows);
+  return sizes;
+}
+
+}  // namespace mblm
