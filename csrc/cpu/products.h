@@ -7,57 +7,81 @@
 
 namespace mblm::cpu {
 
-// to (kRows, kVectors lanes) += a (kRows, depth) b (depth, kVectors lanes), in registers.
+// to (kRows, kVectors lanes) = keep * from + a (kRows, depth) b (depth, kVectors lanes), in
+// registers. from has to's strides and may be to; null stands for zeros.
 template <int kRows, int kVectors, class C>
-MBLM_INLINE void add_product_block(int64_t depth, const C* a, int64_t a_row, int64_t a_column,
-                                   const C* b, int64_t b_row, C* to, int64_t to_row) {
-  Lanes<C> sums[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(to + r * to_row + v * kLaneCount<C>);
+MBLM_INLINE void product_block(int64_t depth, const C* a, int64_t a_row, int64_t a_column,
+                               const C* b, int64_t b_row, C keep, const C* from, C* to,
+                               int64_t to_row) {
+  constexpr int64_t kLanes = kLaneCount<C>;
+  Lanes<C> sums[kRows][kVectors] = {};
+  if (from) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = keep * load(from + r * to_row + v * kLanes);
+    }
   }
   for (int64_t k = 0; k < depth; ++k) {
     for (int r = 0; r < kRows; ++r) {
       const C factor = a[r * a_row + k * a_column];
-      for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] += load(b + k * b_row + v * kLaneCount<C>) * factor;
-      }
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += load(b + k * b_row + v * kLanes) * factor;
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(to + r * to_row + v * kLaneCount<C>, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(to + r * to_row + v * kLanes, sums[r][v]);
   }
 }
 
 template <int kRows, class C>
-MBLM_INLINE void add_product_rows(int64_t columns, int64_t depth, const C* a, int64_t a_row,
-                                  int64_t a_column, const C* b, int64_t b_row, C* to,
-                                  int64_t to_row) {
+MBLM_INLINE void product_rows(int64_t columns, int64_t depth, const C* a, int64_t a_row,
+                              int64_t a_column, const C* b, int64_t b_row, C keep, const C* from,
+                              C* to, int64_t to_row) {
+  const auto at = [from](int64_t c) { return from ? from + c : nullptr; };
   int64_t c = 0;
   for (; c + 2 * kLaneCount<C> <= columns; c += 2 * kLaneCount<C>) {
-    add_product_block<kRows, 2>(depth, a, a_row, a_column, b + c, b_row, to + c, to_row);
+    product_block<kRows, 2>(depth, a, a_row, a_column, b + c, b_row, keep, at(c), to + c, to_row);
   }
   for (; c < columns; c += kLaneCount<C>) {
-    add_product_block<kRows, 1>(depth, a, a_row, a_column, b + c, b_row, to + c, to_row);
+    product_block<kRows, 1>(depth, a, a_row, a_column, b + c, b_row, keep, at(c), to + c, to_row);
   }
 }
 
 constexpr int64_t kProductRows = 4;
 
-// to (rows, columns) += a (rows, depth) b (depth, columns). a may have any strides; the rows of b
-// and of to are contiguous and columns is a multiple of the lanes.
+// to (rows, columns) = keep * from + a (rows, depth) b (depth, columns). a may have any strides;
+// the rows of b, from and to are contiguous and columns is a multiple of the lanes. from has to's
+// strides and may be to; null stands for zeros.
+template <class C>
+MBLM_INLINE void product(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row,
+                         int64_t a_column, const C* b, int64_t b_row, C keep, const C* from, C* to,
+                         int64_t to_row) {
+  const auto at = [=](int64_t r) { return from ? from + r * to_row : nullptr; };
+  int64_t r = 0;
+  for (; r + kProductRows <= rows; r += kProductRows) {
+    product_rows<kProductRows>(columns, depth, a + r * a_row, a_row, a_column, b, b_row, keep,
+                               at(r), to + r * to_row, to_row);
+  }
+  for (; r < rows; ++r) {
+    product_rows<1>(columns, depth, a + r * a_row, a_row, a_column, b, b_row, keep, at(r),
+                    to + r * to_row, to_row);
+  }
+}
+
+// to += a b.
 template <class C>
 MBLM_INLINE void add_product(int64_t rows, int64_t columns, int64_t depth, const C* a,
                              int64_t a_row, int64_t a_column, const C* b, int64_t b_row, C* to,
                              int64_t to_row) {
-  int64_t r = 0;
-  for (; r + kProductRows <= rows; r += kProductRows) {
-    add_product_rows<kProductRows>(columns, depth, a + r * a_row, a_row, a_column, b, b_row,
-                                   to + r * to_row, to_row);
-  }
-  for (; r < rows; ++r) {
-    add_product_rows<1>(columns, depth, a + r * a_row, a_row, a_column, b, b_row, to + r * to_row,
-                        to_row);
-  }
+  product(rows, columns, depth, a, a_row, a_column, b, b_row, C(1), static_cast<const C*>(to), to,
+          to_row);
+}
+
+// to = a b.
+template <class C>
+MBLM_INLINE void set_product(int64_t rows, int64_t columns, int64_t depth, const C* a,
+                             int64_t a_row, int64_t a_column, const C* b, int64_t b_row, C* to,
+                             int64_t to_row) {
+  product(rows, columns, depth, a, a_row, a_column, b, b_row, C(0), static_cast<const C*>(nullptr),
+          to, to_row);
 }
 
 // to (columns, rows) = from (rows, columns), transposed.

@@ -60,7 +60,7 @@ Tensor with_contiguous_heads(const Tensor& x) {
 struct Inputs {
   at::ScalarType compute, type;
   int64_t rows, length, heads, head_dim, states, padded_states, chunk_size, chunks;
-  Tensor x, dt, rates, weight_in, weight_out, direct;
+  Tensor x, dt, rates, weight_in, weight_out, direct;  // N padded
 
   Inputs(const Tensor& x_, const Tensor& dt_, const Tensor& rates_, const Tensor& weight_in_,
          const Tensor& weight_out_, const Tensor& direct_, int64_t chunk_size)
@@ -86,6 +86,10 @@ struct Inputs {
     return padded_states == states ? whole
                                    : at::constant_pad_nd(whole, {0, padded_states - states});
   }
+
+  Tensor unpadded(const Tensor& tensor) const {
+    return padded_states == states ? tensor : tensor.narrow(-1, 0, states).contiguous();
+  }
 };
 
 // One chunk of positions: where it lies, and its scores C_i B_j.
@@ -108,7 +112,6 @@ struct Chunk {
             in.length,
             in.heads,
             in.head_dim,
-            in.states,
             in.padded_states,
             start,
             positions,
@@ -135,25 +138,30 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
   check(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
   const WithoutAutocast guard(c10::autocast_dispatch_keyset);
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
-  const auto options = in.rates.options();
   Tensor y = at::empty(x.sizes(), in.x.options());
-  Tensor state = at::zeros({in.rows, in.heads, in.head_dim, in.states}, options);
-  if (initial_state) state.copy_(*initial_state);
-  Tensor chunk_states = at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
+  // The states before the chunks, each followed by the next chunk's or by the final ones.
+  Tensor chunk_states =
+      at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.padded_states}, in.rates.options());
+  Tensor state = at::empty({in.rows, in.heads, in.head_dim, in.padded_states}, in.rates.options());
+  Tensor first = in.chunks > 0 ? chunk_states.select(1, 0) : state;
+  initial_state ? first.copy_(in.padded(*initial_state)) : first.zero_();
   for (int64_t index = 0; index < in.chunks; ++index) {
-    chunk_states.select(1, index).copy_(state);
     const Chunk chunk(in, index);
+    const Tensor before = chunk_states.select(1, index);
+    Tensor after = index + 1 < in.chunks ? chunk_states.select(1, index + 1) : state;
     dispatch(in.type, [&](auto zero) {
       using T = decltype(zero);
+      using C = cpu::compute_t<T>;
       const auto input = chunk.kernel_input<T>(in);
       T* to_y = mutable_data<T>(y);
-      auto* to_state = mutable_data<cpu::compute_t<T>>(state);
+      const cpu::SsdStates<const C> from{data<C>(before), before.stride(0)};
+      const cpu::SsdStates<C> to{mutable_data<C>(after), after.stride(0)};
       parallel(in.rows * in.heads,
                in.head_dim * chunk.positions * (chunk.positions + in.padded_states),
-               [&](int64_t begin, int64_t end) { cpu::ssd(input, to_y, to_state, begin, end); });
+               [&](int64_t begin, int64_t end) { cpu::ssd(input, to_y, from, to, begin, end); });
     });
   }
-  return {y.to(x.scalar_type()), state, chunk_states};
+  return {y.to(x.scalar_type()), in.unpadded(state), in.unpadded(chunk_states)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -169,15 +177,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check_like("chunk_states", chunk_states, "A", rates);
 
   // Sums over heads are sums over groups of them, as many for any number of threads.
-  constexpr int64_t kItems = 32;
+  constexpr int64_t kItems = 8;
   const int64_t wanted = std::max<int64_t>(divide_up(kItems, std::max<int64_t>(in.rows, 1)), 1);
   const int64_t each = std::max<int64_t>(divide_up(in.heads, wanted), 1);
   const int64_t groups = divide_up(in.heads, each);
 
   const auto options = in.rates.options();
-  const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
-  Tensor grad_state = at::empty(grad_final_state.sizes(), options);
-  grad_state.copy_(grad_final_state);
+  const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = in.padded(chunk_states);
+  Tensor grad_state = at::empty({in.rows, in.heads, in.head_dim, in.padded_states}, options);
+  grad_state.copy_(in.padded(grad_final_state));
   Tensor grad_x = at::empty(x.sizes(), in.x.options());
   Tensor grad_dt = at::empty(dt.sizes(), options);
   Tensor grad_weight_in = at::empty(weight_in.sizes(), weight_in.options());
@@ -196,8 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       const auto input = chunk.kernel_input<T>(in);
       C* sums = mutable_data<C>(rates_and_direct);
       const cpu::SsdGradients<T> first{data<T>(from_y),
-                                       data<C>(before),
-                                       before.stride(0),
+                                       {data<C>(before), before.stride(0)},
                                        mutable_data<C>(grad_state),
                                        mutable_data<T>(grad_x),
                                        mutable_data<C>(grad_dt),
@@ -227,9 +234,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     grad_weight_out.narrow(1, chunk.start, positions).copy_(of_out.narrow(2, 0, in.states));
   }
   const Tensor sums = rates_and_direct.sum(1);
-  return {
-      grad_x.to(x.scalar_type()),   grad_dt,         sums[0].clone(), grad_weight_in.contiguous(),
-      grad_weight_out.contiguous(), sums[1].clone(), grad_state};
+  return {grad_x.to(x.scalar_type()),
+          grad_dt,
+          sums[0].clone(),
+          grad_weight_in.contiguous(),
+          grad_weight_out.contiguous(),
+          sums[1].clone(),
+          in.unpadded(grad_state)};
 }
 
 }  // namespace
