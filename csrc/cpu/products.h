@@ -84,15 +84,50 @@ MBLM_INLINE void set_product(int64_t rows, int64_t columns, int64_t depth, const
           to, to_row);
 }
 
+// to (8, 8) = from (8, 8), transposed in registers.
+MBLM_INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  FloatLanes in[8], pairs[8], fours[8];
+  for (int r = 0; r < 8; ++r) in[r] = load(from + r * from_row);
+  // Of two rows, their values in turns; then pairs of values; then halves.
+  for (int r = 0; r < 8; r += 2) {
+    pairs[r] = __builtin_shufflevector(in[r], in[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[r + 1] = __builtin_shufflevector(in[r], in[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int r = 0; r < 8; r += 4) {
+    for (int i = 0; i < 2; ++i) {
+      const FloatLanes &a = pairs[r + i], &b = pairs[r + i + 2];
+      fours[r + 2 * i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[r + 2 * i + 1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int r = 0; r < 4; ++r) {
+    const FloatLanes &a = fours[r], &b = fours[r + 4];
+    store(to + r * to_row, FloatLanes(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)));
+    store(to + (r + 4) * to_row,
+          FloatLanes(__builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)));
+  }
+}
+
+// The same of doubles, for tests and for models in double.
+MBLM_INLINE void transpose_block(const double* from, int64_t from_row, double* to, int64_t to_row) {
+  for (int64_t c = 0; c < 8; ++c) {
+    for (int64_t r = 0; r < 8; ++r) to[c * to_row + r] = from[r * from_row + c];
+  }
+}
+
 // to (columns, rows) = from (rows, columns), transposed.
 template <class C>
-MBLM_INLINE void transpose(int64_t rows, int64_t columns, const C* __restrict from,
-                           int64_t from_row, C* __restrict to, int64_t to_row) {
-  constexpr int64_t kBlock = 8;  // rows that are read together, one cache line of each
-  for (int64_t first = 0; first < rows; first += kBlock) {
-    const int64_t last = first + kBlock < rows ? first + kBlock : rows;
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t r = first; r < last; ++r) to[c * to_row + r] = from[r * from_row + c];
+MBLM_INLINE void transpose(int64_t rows, int64_t columns, const C* from, int64_t from_row, C* to,
+                           int64_t to_row) {
+  const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+  for (int64_t r = 0; r < whole_rows; r += 8) {
+    for (int64_t c = 0; c < whole_columns; c += 8) {
+      transpose_block(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
+      to[c * to_row + r] = from[r * from_row + c];
     }
   }
 }

@@ -12,7 +12,7 @@
 
 namespace mblm::cpu {
 
-constexpr int64_t kPad = 8;
+constexpr int64_t kPad = kSsdLanes;
 
 MBLM_INLINE int64_t padded(int64_t size) {
   return (size + kPad - 1) / kPad * kPad;
@@ -38,7 +38,7 @@ struct HeadBuffers {
   template <class T>
   explicit HeadBuffers(const SsdInput<T>& in)
       : width(padded(in.head_dim)),
-        span(padded(in.positions)),
+        span(in.padded_positions()),
         sums(span),
         step(in.positions),
         since(in.positions),
@@ -85,6 +85,20 @@ struct HeadBuffers {
 };
 
 template <class T>
+MBLM_INLINE void make_scores(const SsdInput<T>& in, compute_t<T>* scores, int64_t begin,
+                             int64_t end) {
+  using C = compute_t<T>;
+  const int64_t positions = in.positions, states = in.states, span = in.padded_positions();
+  std::vector<C> turned(states * span);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = (row * in.length + in.start) * states;
+    transpose(positions, states, in.weight_in + first, states, turned.data(), span);
+    set_product(positions, span, states, in.weight_out + first, states, int64_t(1), turned.data(),
+                span, scores + row * positions * span, span);
+  }
+}
+
+template <class T>
 MBLM_INLINE void forward(const SsdInput<T>& in, T* y, SsdStates<const compute_t<T>> before,
                          SsdStates<compute_t<T>> after, int64_t begin, int64_t end) {
   using C = compute_t<T>;
@@ -107,10 +121,12 @@ MBLM_INLINE void forward(const SsdInput<T>& in, T* y, SsdStates<const compute_t<
       scale(out.data() + t * width, own.since[t], width, out.data() + t * width);
     }
     // What earlier positions of the chunk give: the scores, decayed, times dt x.
-    const C* scores = in.scores + row * positions * positions;
+    const C* scores = in.scores + row * positions * span;
     for (int64_t i = 0; i < positions; ++i) {
-      C* __restrict mixing = own.pairs.data() + i * span;
-      for (int64_t j = 0; j <= i; ++j) mixing[j] *= scores[i * positions + j];
+      C* mixing = own.pairs.data() + i * span;
+      for (int64_t j = 0; j <= i; j += kLaneCount<C>) {
+        store(mixing + j, load(mixing + j) * load(scores + i * span + j));
+      }
     }
     for (int64_t i = 0; i < positions; i += kProductRows) {
       const int64_t stop = std::min(i + kProductRows, positions);
@@ -136,34 +152,39 @@ MBLM_INLINE C dot(const C* a, const C* b, int64_t n) {
 }
 
 // The pairs' part: from grad_mixing (T, padded T), the gradient of the decayed scores, to the
-// gradients of the scores and of the sums of dt A. Leaves the decayed scores in pairs.
+// gradients of the scores (set, or added to) and of the sums of dt A. Leaves the decayed scores in
+// pairs, and in grad_mixing the gradients of the differences of sums.
 template <class C>
 MBLM_INLINE void pairs_backward(int64_t positions, int64_t span, const C* scores, C* grad_mixing,
-                                C* pairs, C* grad_scores, double* __restrict grad_sums) {
+                                C* pairs, bool add, C* grad_scores, double* __restrict grad_sums) {
   for (int64_t i = 0; i < positions; ++i) {
-    C* __restrict through = grad_mixing + i * span;  // becomes the gradient of sums i - j
-    C* __restrict pair = pairs + i * span;
-    C* __restrict grad_score = grad_scores + i * positions;
-    const C* __restrict score = scores + i * positions;
-    for (int64_t j = 0; j <= i; ++j) {
-      const C decayed = through[j] * pair[j];
-      grad_score[j] += decayed;
-      pair[j] *= score[j];
-      through[j] = decayed * score[j];
+    const int64_t row = i * span;
+    for (int64_t j = row; j < row + span; j += kLaneCount<C>) {
+      if (j > row + i) {
+        if (!add) store(grad_scores + j, Lanes<C>{});
+        continue;
+      }
+      const Lanes<C> pair = load(pairs + j), score = load(scores + j);
+      const Lanes<C> decayed = load(grad_mixing + j) * pair;  // 0 after i
+      store(grad_scores + j, add ? load(grad_scores + j) + decayed : decayed);
+      store(pairs + j, pair * score);
+      store(grad_mixing + j, decayed * score);
     }
+    const C* __restrict through = grad_mixing + row;
     for (int64_t j = 0; j <= i; ++j) grad_sums[j] -= double(through[j]);
     grad_sums[i] +=
         sum_in_lanes(i + 1, [through](int64_t j) MBLM_INLINE_LAMBDA { return double(through[j]); });
   }
 }
 
-// to += from; the dot product of from and other. n is a multiple of the lanes.
+// to = from, or to += from; returns the dot product of from and other. n is a multiple of the
+// lanes.
 template <class C>
-MBLM_INLINE C add_and_dot(const C* from, const C* other, int64_t n, C* to) {
+MBLM_INLINE C move_and_dot(const C* from, const C* other, int64_t n, bool add, C* to) {
   Lanes<C> sums{};
   for (int64_t i = 0; i < n; i += kLaneCount<C>) {
     const Lanes<C> values = load(from + i);
-    store(to + i, load(to + i) + values);
+    store(to + i, add ? load(to + i) + values : values);
     sums += values * load(other + i);
   }
   return sum(sums);
@@ -186,6 +207,7 @@ MBLM_INLINE void backward(const SsdInput<T>& in, const SsdGradients<T>& grad, in
   const C* weight_out = in.weight_out + (row * in.length + in.start) * states;
   for (int64_t head = begin; head < end; ++head) {
     const int64_t item = row * in.heads + head;
+    const bool add = head > begin;
     const C* before = grad.before.data + row * grad.before.row_stride + head * head_dim * states;
     C* carry = grad.state + item * head_dim * states;
     own.read(in, row, head);
@@ -204,8 +226,8 @@ MBLM_INLINE void backward(const SsdInput<T>& in, const SsdGradients<T>& grad, in
       set_product(stop - i, padded(stop), width, grad_y.data() + i * width, width, int64_t(1),
                   scaled_turned.data(), span, grad_mixing.data() + i * span, span);
     }
-    pairs_backward(positions, span, in.scores + row * positions * positions, grad_mixing.data(),
-                   own.pairs.data(), grad.scores + row * positions * positions, grad_sums.data());
+    pairs_backward(positions, span, in.scores + row * positions * span, grad_mixing.data(),
+                   own.pairs.data(), add, grad.scores, grad_sums.data());
     for (int64_t j = 0; j < positions; j += kProductRows) {
       const int64_t count = std::min(kProductRows, positions - j);
       set_product(count, width, positions - j, own.pairs.data() + j * span + j, int64_t(1), span,
@@ -216,15 +238,14 @@ MBLM_INLINE void backward(const SsdInput<T>& in, const SsdGradients<T>& grad, in
     transpose(head_dim, states, carry, states, own.turned.data(), width);
     set_product(positions, width, states, weight_in, states, int64_t(1), own.turned.data(), width,
                 carried.data(), width);
-    add_product(positions, states, head_dim, own.arriving.data(), width, int64_t(1), carry, states,
-                grad.weight_in + row * positions * states, states);
+    product(positions, states, head_dim, own.arriving.data(), width, int64_t(1), carry, states,
+            C(1), add ? grad.weight_in : nullptr, grad.weight_in, states);
     // Out of the state before: y_i += since_i h C_i.
     set_product(positions, states, head_dim, leaving.data(), width, int64_t(1), before, states,
                 out_of.data(), states);
-    C* grad_out = grad.weight_out + row * positions * states;
     for (int64_t t = 0; t < positions; ++t) {
-      grad_sums[t] += double(add_and_dot(out_of.data() + t * states, weight_out + t * states,
-                                         states, grad_out + t * states));
+      grad_sums[t] += double(move_and_dot(out_of.data() + t * states, weight_out + t * states,
+                                          states, add, grad.weight_out + t * states));
     }
 
     // From the state after to the one before.
@@ -265,6 +286,32 @@ MBLM_INLINE void backward(const SsdInput<T>& in, const SsdGradients<T>& grad, in
   }
 }
 
+template <class C>
+MBLM_INLINE void add_groups(int64_t groups, int64_t each, C* sums) {
+  for (int64_t i = each; i < groups * each; i += kLaneCount<C>) {
+    C* const to = sums + i % each;
+    store(to, load(to) + load(sums + i));
+  }
+}
+
+template <class T>
+MBLM_INLINE void backward_weights(const SsdInput<T>& in, int64_t groups, compute_t<T>* scores,
+                                  compute_t<T>* weight_in, compute_t<T>* weight_out, T* grad_in,
+                                  T* grad_out, int64_t row) {
+  using C = compute_t<T>;
+  const int64_t positions = in.positions, states = in.states, span = in.padded_positions();
+  const int64_t first = (row * in.length + in.start) * states, count = positions * states;
+  add_groups(groups, positions * span, scores);
+  add_groups(groups, count, weight_in);
+  add_groups(groups, count, weight_out);
+  add_product(positions, states, positions, static_cast<const C*>(scores), int64_t(1), span,
+              in.weight_out + first, states, weight_in, states);
+  add_product(positions, states, positions, static_cast<const C*>(scores), span, int64_t(1),
+              in.weight_in + first, states, weight_out, states);
+  for (int64_t i = 0; i < count; ++i) grad_in[first + i] = T(weight_in[i]);
+  for (int64_t i = 0; i < count; ++i) grad_out[first + i] = T(weight_out[i]);
+}
+
 #define MBLM_INSTANTIATE(T)                                                                  \
   template <>                                                                                \
   MBLM_CLONES void ssd<T>(const SsdInput<T>& in, T* y, SsdStates<const compute_t<T>> before, \
@@ -275,6 +322,17 @@ MBLM_INLINE void backward(const SsdInput<T>& in, const SsdGradients<T>& grad, in
   MBLM_CLONES void ssd_backward<T>(const SsdInput<T>& in, const SsdGradients<T>& grad,       \
                                    int64_t row, int64_t begin, int64_t end) {                \
     backward(in, grad, row, begin, end);                                                     \
+  }                                                                                          \
+  template <>                                                                                \
+  MBLM_CLONES void ssd_scores<T>(const SsdInput<T>& in, compute_t<T>* scores, int64_t begin, \
+                                 int64_t end) {                                              \
+    make_scores(in, scores, begin, end);                                                     \
+  }                                                                                          \
+  template <>                                                                                \
+  MBLM_CLONES void ssd_backward_weights<T>(                                                  \
+      const SsdInput<T>& in, int64_t groups, compute_t<T>* scores, compute_t<T>* weight_in,  \
+      compute_t<T>* weight_out, T* grad_in, T* grad_out, int64_t row) {                      \
+    backward_weights(in, groups, scores, weight_in, weight_out, grad_in, grad_out, row);     \
   }
 MBLM_INSTANTIATE(float)
 MBLM_INSTANTIATE(double)

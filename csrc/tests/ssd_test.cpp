@@ -92,34 +92,27 @@ struct Case {
   // The chunk from position start on, with its scores.
   cpu::SsdInput<T> chunk(int64_t start, std::vector<C>& scores) const {
     const int64_t positions = std::min(s.chunk_size, s.length - start);
-    scores.assign(s.rows * positions * positions, C(0));
-    for (int64_t row = 0; row < s.rows; ++row) {
-      for (int64_t i = 0; i < positions; ++i) {
-        for (int64_t j = 0; j < positions; ++j) {
-          for (int64_t n = 0; n < s.states; ++n) {
-            scores[(row * positions + i) * positions + j] +=
-                weight_out[(row * s.length + start + i) * s.states + n] *
-                weight_in[(row * s.length + start + j) * s.states + n];
-          }
-        }
-      }
-    }
-    return {s.rows,
-            s.length,
-            s.heads,
-            s.head_dim,
-            s.states,
-            start,
-            positions,
-            x.data(),
-            s.length * position_stride(),
-            position_stride(),
-            dt.data(),
-            rates.data(),
-            weight_in.data(),
-            weight_out.data(),
-            direct.data(),
-            scores.data()};
+    cpu::SsdInput<T> in{s.rows,
+                        s.length,
+                        s.heads,
+                        s.head_dim,
+                        s.states,
+                        start,
+                        positions,
+                        x.data(),
+                        s.length * position_stride(),
+                        position_stride(),
+                        dt.data(),
+                        rates.data(),
+                        weight_in.data(),
+                        weight_out.data(),
+                        direct.data(),
+                        nullptr};
+    scores.resize(s.rows * positions * in.padded_positions());
+    cpu::ssd_scores(in, scores.data(), 0, s.rows / 2);
+    cpu::ssd_scores(in, scores.data(), s.rows / 2, s.rows);
+    in.scores = scores.data();
+    return in;
   }
 };
 
@@ -205,31 +198,29 @@ void forward_and_backward(const Case<T>& c) {
   std::vector<T> grad_x(y.size(), T(7.0f));
   std::vector<C> grad_state = c.grad_state, grad_dt(c.dt.size(), C(7));
   std::vector<C> grad_rates(rows * heads), grad_direct(rows * heads);
-  std::vector<C> grad_in(c.weight_in.size()), grad_out(c.weight_in.size());
+  std::vector<T> grad_in(c.weight_in.size()), grad_out(c.weight_in.size());
   for (int64_t chunk = int64_t(before.size()) - 1; chunk >= 0; --chunk) {
     const auto in = c.chunk(chunk * chunk_size, scores);
-    const int64_t T_ = in.positions, P = states;
-    std::vector<C> grad_scores(scores.size()), of_in(rows * T_ * P), of_out(of_in.size());
-    const cpu::SsdGradients<T> grad{c.grad_y.data(),    {before[chunk].data(), per_row},
-                                    grad_state.data(),  grad_x.data(),
-                                    grad_dt.data(),     grad_rates.data(),
-                                    grad_direct.data(), grad_scores.data(),
-                                    of_in.data(),       of_out.data()};
-    for (int64_t row = 0; row < rows; ++row) {
-      cpu::ssd_backward(in, grad, row, 0, heads / 2);
-      cpu::ssd_backward(in, grad, row, heads / 2, heads);
-      for (int64_t i = 0; i < T_; ++i) {
-        for (int64_t n = 0; n < P; ++n) {
-          const int64_t first = row * length + in.start, to = (first + i) * P + n;
-          grad_in[to] = of_in[(row * T_ + i) * P + n];
-          grad_out[to] = of_out[(row * T_ + i) * P + n];
-          for (int64_t j = 0; j < T_; ++j) {  // through the scores, as the caller does
-            const C* g = grad_scores.data() + row * T_ * T_;
-            grad_in[to] += g[j * T_ + i] * c.weight_out[(first + j) * P + n];
-            grad_out[to] += g[i * T_ + j] * c.weight_in[(first + j) * P + n];
-          }
-        }
+    const int64_t scores_each = in.positions * in.padded_positions(), each = in.positions * states;
+    const int64_t groups = std::min(heads, int64_t(2)), half = heads / 2;
+    for (int64_t row = 0; row < rows && groups > 0; ++row) {
+      std::vector<C> grad_scores(groups * scores_each, C(7)), of_in(groups * each, C(7));
+      std::vector<C> of_out = of_in;
+      for (int64_t group = 0; group < groups; ++group) {
+        const cpu::SsdGradients<T> grad{c.grad_y.data(),
+                                        {before[chunk].data(), per_row},
+                                        grad_state.data(),
+                                        grad_x.data(),
+                                        grad_dt.data(),
+                                        grad_rates.data(),
+                                        grad_direct.data(),
+                                        grad_scores.data() + group * scores_each,
+                                        of_in.data() + group * each,
+                                        of_out.data() + group * each};
+        cpu::ssd_backward(in, grad, row, group * half, group + 1 < groups ? half : heads);
       }
+      cpu::ssd_backward_weights(in, groups, grad_scores.data(), of_in.data(), of_out.data(),
+                                grad_in.data(), grad_out.data(), row);
     }
   }
   CHECK(test::all_close(grad_x, expected.grad_x));
