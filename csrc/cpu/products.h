@@ -21,9 +21,11 @@ MBLM_INLINE void product_block(int64_t depth, const C* a, int64_t a_row, int64_t
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
+    Lanes<C> row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_row + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const C factor = a[r * a_row + k * a_column];
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += load(b + k * b_row + v * kLanes) * factor;
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += row[v] * factor;
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -31,21 +33,30 @@ MBLM_INLINE void product_block(int64_t depth, const C* a, int64_t a_row, int64_t
   }
 }
 
-template <int kRows, class C>
-MBLM_INLINE void product_rows(int64_t columns, int64_t depth, const C* a, int64_t a_row,
-                              int64_t a_column, const C* b, int64_t b_row, C keep, const C* from,
-                              C* to, int64_t to_row) {
-  const auto at = [from](int64_t c) { return from ? from + c : nullptr; };
-  int64_t c = 0;
-  for (; c + 2 * kLaneCount<C> <= columns; c += 2 * kLaneCount<C>) {
-    product_block<kRows, 2>(depth, a, a_row, a_column, b + c, b_row, keep, at(c), to + c, to_row);
+// As many blocks of rows from the first on as fit; returns the first row that is left.
+template <int kRows, int kVectors, class C>
+MBLM_INLINE int64_t product_rows(int64_t first, int64_t rows, int64_t depth, const C* a,
+                                 int64_t a_row, int64_t a_column, const C* b, int64_t b_row, C keep,
+                                 const C* from, C* to, int64_t to_row) {
+  for (; first + kRows <= rows; first += kRows) {
+    product_block<kRows, kVectors>(depth, a + first * a_row, a_row, a_column, b, b_row, keep,
+                                   from ? from + first * to_row : nullptr, to + first * to_row,
+                                   to_row);
   }
-  for (; c < columns; c += kLaneCount<C>) {
-    product_block<kRows, 1>(depth, a, a_row, a_column, b + c, b_row, keep, at(c), to + c, to_row);
-  }
+  return first;
 }
 
-constexpr int64_t kProductRows = 4;
+// All rows of kVectors lanes of columns; the columns of b stay in the nearest cache meanwhile.
+template <int kVectors, class C>
+MBLM_INLINE void product_columns(int64_t rows, int64_t depth, const C* a, int64_t a_row,
+                                 int64_t a_column, const C* b, int64_t b_row, C keep, const C* from,
+                                 C* to, int64_t to_row) {
+  int64_t r = product_rows<6, kVectors>(0, rows, depth, a, a_row, a_column, b, b_row, keep, from,
+                                        to, to_row);
+  r = product_rows<4, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to,
+                                to_row);
+  product_rows<1, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to, to_row);
+}
 
 // to (rows, columns) = keep * from + a (rows, depth) b (depth, columns). a may have any strides;
 // the rows of b, from and to are contiguous and columns is a multiple of the lanes. from has to's
@@ -54,17 +65,18 @@ template <class C>
 MBLM_INLINE void product(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row,
                          int64_t a_column, const C* b, int64_t b_row, C keep, const C* from, C* to,
                          int64_t to_row) {
-  const auto at = [=](int64_t r) { return from ? from + r * to_row : nullptr; };
-  int64_t r = 0;
-  for (; r + kProductRows <= rows; r += kProductRows) {
-    product_rows<kProductRows>(columns, depth, a + r * a_row, a_row, a_column, b, b_row, keep,
-                               at(r), to + r * to_row, to_row);
+  const auto at = [from](int64_t c) { return from ? from + c : nullptr; };
+  int64_t c = 0;
+  for (; c + 2 * kLaneCount<C> <= columns; c += 2 * kLaneCount<C>) {
+    product_columns<2>(rows, depth, a, a_row, a_column, b + c, b_row, keep, at(c), to + c, to_row);
   }
-  for (; r < rows; ++r) {
-    product_rows<1>(columns, depth, a + r * a_row, a_row, a_column, b, b_row, keep, at(r),
-                    to + r * to_row, to_row);
+  for (; c < columns; c += kLaneCount<C>) {
+    product_columns<1>(rows, depth, a, a_row, a_column, b + c, b_row, keep, at(c), to + c, to_row);
   }
 }
+
+// Rows to take at a time where a triangle is cut into products.
+constexpr int64_t kProductRows = 4;
 
 // to += a b.
 template <class C>
@@ -84,7 +96,17 @@ MBLM_INLINE void set_product(int64_t rows, int64_t columns, int64_t depth, const
           to, to_row);
 }
 
-// to (8, 8) = from (8, 8), transposed in registers.
+// to (8, 8) = from (8, 8), transposed.
+template <class C>
+MBLM_INLINE void transpose_block(const C* from, int64_t from_row, C* to, int64_t to_row) {
+  for (int64_t c = 0; c < 8; ++c) {
+    for (int64_t r = 0; r < 8; ++r) to[c * to_row + r] = from[r * from_row + c];
+  }
+}
+
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+// to (8, 8) = from (8, 8), transposed in registers, where the compiler can say so.
 MBLM_INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
   FloatLanes in[8], pairs[8], fours[8];
   for (int r = 0; r < 8; ++r) in[r] = load(from + r * from_row);
@@ -107,13 +129,8 @@ MBLM_INLINE void transpose_block(const float* from, int64_t from_row, float* to,
           FloatLanes(__builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)));
   }
 }
-
-// The same of doubles, for tests and for models in double.
-MBLM_INLINE void transpose_block(const double* from, int64_t from_row, double* to, int64_t to_row) {
-  for (int64_t c = 0; c < 8; ++c) {
-    for (int64_t r = 0; r < 8; ++r) to[c * to_row + r] = from[r * from_row + c];
-  }
-}
+#endif
+#endif
 
 // to (columns, rows) = from (rows, columns), transposed.
 template <class C>

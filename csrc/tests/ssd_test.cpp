@@ -11,9 +11,9 @@ using namespace mblm;
 
 void products_and_transposes() {
   test::Numbers numbers;
-  for (const int64_t rows : {0, 1, 4, 7}) {
+  for (const int64_t rows : {0, 1, 4, 7, 17}) {
     for (const int64_t columns : {8, 16, 24}) {
-      for (const int64_t depth : {0, 1, 5}) {
+      for (const int64_t depth : {0, 1, 5, 16}) {
         const auto a = numbers.vector<float>(rows * depth),
                    b = numbers.vector<float>(depth * columns);
         auto got = numbers.vector<float>(rows * columns), other = got;
