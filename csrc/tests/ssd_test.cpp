@@ -11,9 +11,9 @@ using namespace mblm;
 
 void products_and_transposes() {
   test::Numbers numbers;
-  for (const int64_t rows : {0, 1, 4, 7}) {
+  for (const int64_t rows : {0, 1, 4, 7, 17}) {
     for (const int64_t columns : {8, 16, 24}) {
-      for (const int64_t depth : {0, 1, 5}) {
+      for (const int64_t depth : {0, 1, 5, 16}) {
         const auto a = numbers.vector<float>(rows * depth),
                    b = numbers.vector<float>(depth * columns);
         auto got = numbers.vector<float>(rows * columns), other = got;
@@ -33,6 +33,24 @@ void products_and_transposes() {
         cpu::add_product(rows, columns, depth, turned.data(), int64_t(1), rows, b.data(), columns,
                          other.data(), columns);
         CHECK(other == got);
+
+        // Starting from nothing, and from something else scaled.
+        const auto from = got;
+        for (double& value : expected) value = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < columns; ++c) {
+            for (int64_t k = 0; k < depth; ++k) {
+              expected[r * columns + c] += double(a[r * depth + k]) * double(b[k * columns + c]);
+            }
+          }
+        }
+        cpu::set_product(rows, columns, depth, a.data(), depth, int64_t(1), b.data(), columns,
+                         got.data(), columns);
+        CHECK(test::all_close(got, expected));
+        for (size_t i = 0; i < from.size(); ++i) expected[i] += 0.5 * double(from[i]);
+        cpu::product(rows, columns, depth, a.data(), depth, int64_t(1), b.data(), columns, 0.5f,
+                     from.data(), got.data(), columns);
+        CHECK(test::all_close(got, expected));
       }
     }
   }
@@ -46,14 +64,12 @@ template <class T>
 struct Case {
   using C = cpu::compute_t<T>;
   Sizes s;
-  int64_t padded, gap = 3;
+  int64_t gap = 3;
   std::vector<T> x, grad_y;
   std::vector<C> dt, rates, weight_in, weight_out, direct, initial, grad_state;
 
   explicit Case(Sizes sizes) : s(sizes) {
     test::Numbers numbers;
-    padded = (s.states + cpu::kSsdStatesMultiple - 1) / cpu::kSsdStatesMultiple *
-             cpu::kSsdStatesMultiple;
     x = numbers.vector<T>(s.rows * s.length * position_stride());
     grad_y = numbers.vector<T>(s.rows * s.length * s.heads * s.head_dim);
     dt = numbers.vector<C>(s.rows * s.length * s.heads);
@@ -63,13 +79,8 @@ struct Case {
     direct = numbers.vector<C>(s.heads);
     initial = numbers.vector<C>(s.rows * s.heads * s.head_dim * s.states);
     grad_state = numbers.vector<C>(initial.size());
-    weight_in.resize(s.rows * s.length * padded);
-    weight_out.resize(weight_in.size());
-    for (size_t i = 0; i < weight_in.size(); ++i) {
-      if (int64_t(i) % padded >= s.states) continue;
-      weight_in[i] = C(numbers.next());
-      weight_out[i] = C(numbers.next());
-    }
+    weight_in = numbers.vector<C>(s.rows * s.length * s.states);
+    weight_out = numbers.vector<C>(weight_in.size());
   }
 
   int64_t position_stride() const { return s.heads * s.head_dim + gap; }
@@ -81,35 +92,27 @@ struct Case {
   // The chunk from position start on, with its scores.
   cpu::SsdInput<T> chunk(int64_t start, std::vector<C>& scores) const {
     const int64_t positions = std::min(s.chunk_size, s.length - start);
-    scores.assign(s.rows * positions * positions, C(0));
-    for (int64_t row = 0; row < s.rows; ++row) {
-      for (int64_t i = 0; i < positions; ++i) {
-        for (int64_t j = 0; j < positions; ++j) {
-          for (int64_t n = 0; n < padded; ++n) {
-            scores[(row * positions + i) * positions + j] +=
-                weight_out[(row * s.length + start + i) * padded + n] *
-                weight_in[(row * s.length + start + j) * padded + n];
-          }
-        }
-      }
-    }
-    return {s.rows,
-            s.length,
-            s.heads,
-            s.head_dim,
-            s.states,
-            padded,
-            start,
-            positions,
-            x.data(),
-            s.length * position_stride(),
-            position_stride(),
-            dt.data(),
-            rates.data(),
-            weight_in.data(),
-            weight_out.data(),
-            direct.data(),
-            scores.data()};
+    cpu::SsdInput<T> in{s.rows,
+                        s.length,
+                        s.heads,
+                        s.head_dim,
+                        s.states,
+                        start,
+                        positions,
+                        x.data(),
+                        s.length * position_stride(),
+                        position_stride(),
+                        dt.data(),
+                        rates.data(),
+                        weight_in.data(),
+                        weight_out.data(),
+                        direct.data(),
+                        nullptr};
+    scores.resize(s.rows * positions * in.padded_positions());
+    cpu::ssd_scores(in, scores.data(), 0, s.rows / 2);
+    cpu::ssd_scores(in, scores.data(), s.rows / 2, s.rows);
+    in.scores = scores.data();
+    return in;
   }
 };
 
@@ -143,15 +146,15 @@ Expected plain(const Case<T>& c) {
       const int64_t position = row * length + t;
       const double step = double(c.dt[position * heads + head]), x = c.x_at(row, t, channel);
       h[t + 1] =
-          std::exp(step * rate) * h[t] + step * x * double(c.weight_in[position * c.padded + n]);
+          std::exp(step * rate) * h[t] + step * x * double(c.weight_in[position * states + n]);
       double& y = e.y[position * heads * head_dim + channel];
-      y += double(c.weight_out[position * c.padded + n]) * h[t + 1];
+      y += double(c.weight_out[position * states + n]) * h[t + 1];
       if (first_state) y += direct * x;
     }
     e.state[i] = h[length];
     double g = double(c.grad_state[i]);
     for (int64_t t = length - 1; t >= 0; --t) {
-      const int64_t position = row * length + t, weight = position * c.padded + n;
+      const int64_t position = row * length + t, weight = position * states + n;
       const int64_t at = position * heads * head_dim + channel;
       const double step = double(c.dt[position * heads + head]), x = c.x_at(row, t, channel);
       const double out = double(c.grad_y[at]);
@@ -176,6 +179,7 @@ void forward_and_backward(const Case<T>& c) {
   using C = cpu::compute_t<T>;
   const auto [rows, length, heads, head_dim, states, chunk_size] = c.s;
   const Expected expected = plain(c);
+  const int64_t per_row = heads * head_dim * states;
   std::vector<C> scores, state = c.initial;
   std::vector<std::vector<C>> before;  // each chunk
   std::vector<T> y(c.grad_y.size(), T(7.0f));
@@ -183,8 +187,10 @@ void forward_and_backward(const Case<T>& c) {
     before.push_back(state);
     const auto in = c.chunk(start, scores);
     const int64_t items = rows * heads;  // in two ranges, as two threads would
-    cpu::ssd(in, y.data(), state.data(), 0, items / 2);
-    cpu::ssd(in, y.data(), state.data(), items / 2, items);
+    const cpu::SsdStates<const C> from{before.back().data(), per_row};
+    const cpu::SsdStates<C> to{state.data(), per_row};
+    cpu::ssd(in, y.data(), from, to, 0, items / 2);
+    cpu::ssd(in, y.data(), from, to, items / 2, items);
   }
   CHECK(test::all_close(y, expected.y));
   CHECK(test::all_close(state, expected.state));
@@ -192,31 +198,29 @@ void forward_and_backward(const Case<T>& c) {
   std::vector<T> grad_x(y.size(), T(7.0f));
   std::vector<C> grad_state = c.grad_state, grad_dt(c.dt.size(), C(7));
   std::vector<C> grad_rates(rows * heads), grad_direct(rows * heads);
-  std::vector<C> grad_in(c.weight_in.size()), grad_out(c.weight_in.size());
+  std::vector<T> grad_in(c.weight_in.size()), grad_out(c.weight_in.size());
   for (int64_t chunk = int64_t(before.size()) - 1; chunk >= 0; --chunk) {
     const auto in = c.chunk(chunk * chunk_size, scores);
-    const int64_t T_ = in.positions, P = c.padded;
-    std::vector<C> grad_scores(scores.size()), of_in(rows * T_ * P), of_out(of_in.size());
-    const cpu::SsdGradients<T> grad{
-        c.grad_y.data(),   before[chunk].data(), heads * head_dim * states,
-        grad_state.data(), grad_x.data(),        grad_dt.data(),
-        grad_rates.data(), grad_direct.data(),   grad_scores.data(),
-        of_in.data(),      of_out.data()};
-    for (int64_t row = 0; row < rows; ++row) {
-      cpu::ssd_backward(in, grad, row, 0, heads / 2);
-      cpu::ssd_backward(in, grad, row, heads / 2, heads);
-      for (int64_t i = 0; i < T_; ++i) {
-        for (int64_t n = 0; n < P; ++n) {
-          const int64_t first = row * length + in.start, to = (first + i) * P + n;
-          grad_in[to] = of_in[(row * T_ + i) * P + n];
-          grad_out[to] = of_out[(row * T_ + i) * P + n];
-          for (int64_t j = 0; j < T_; ++j) {  // through the scores, as the caller does
-            const C* g = grad_scores.data() + row * T_ * T_;
-            grad_in[to] += g[j * T_ + i] * c.weight_out[(first + j) * P + n];
-            grad_out[to] += g[i * T_ + j] * c.weight_in[(first + j) * P + n];
-          }
-        }
+    const int64_t scores_each = in.positions * in.padded_positions(), each = in.positions * states;
+    const int64_t groups = std::min(heads, int64_t(2)), half = heads / 2;
+    for (int64_t row = 0; row < rows && groups > 0; ++row) {
+      std::vector<C> grad_scores(groups * scores_each, C(7)), of_in(groups * each, C(7));
+      std::vector<C> of_out = of_in;
+      for (int64_t group = 0; group < groups; ++group) {
+        const cpu::SsdGradients<T> grad{c.grad_y.data(),
+                                        {before[chunk].data(), per_row},
+                                        grad_state.data(),
+                                        grad_x.data(),
+                                        grad_dt.data(),
+                                        grad_rates.data(),
+                                        grad_direct.data(),
+                                        grad_scores.data() + group * scores_each,
+                                        of_in.data() + group * each,
+                                        of_out.data() + group * each};
+        cpu::ssd_backward(in, grad, row, group * half, group + 1 < groups ? half : heads);
       }
+      cpu::ssd_backward_weights(in, groups, grad_scores.data(), of_in.data(), of_out.data(),
+                                grad_in.data(), grad_out.data(), row);
     }
   }
   CHECK(test::all_close(grad_x, expected.grad_x));
@@ -234,7 +238,7 @@ void all_sizes() {
     for (const int64_t length : {0, 1, 5, 9, 14}) {
       for (const int64_t heads : {0, 1, 3}) {
         for (const int64_t head_dim : {1, 8, 11}) {
-          for (const int64_t states : {1, 8, 13}) {
+          for (const int64_t states : {8, 16}) {
             forward_and_backward(Case<T>({rows, length, heads, head_dim, states, 5}));
           }
         }

@@ -1,11 +1,8 @@
 // Glue of ssd: checks, allocation, the CPU kernels' registration.
 #include "cpu/ssd.h"
 
-#include <ATen/ops/baddbmm.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -60,7 +57,7 @@ Tensor with_contiguous_heads(const Tensor& x) {
 struct Inputs {
   at::ScalarType compute, type;
   int64_t rows, length, heads, head_dim, states, padded_states, chunk_size, chunks;
-  Tensor x, dt, rates, weight_in, weight_out, direct;
+  Tensor x, dt, rates, weight_in, weight_out, direct;  // N padded
 
   Inputs(const Tensor& x_, const Tensor& dt_, const Tensor& rates_, const Tensor& weight_in_,
          const Tensor& weight_out_, const Tensor& direct_, int64_t chunk_size)
@@ -71,7 +68,7 @@ struct Inputs {
         heads(x_.size(2)),
         head_dim(x_.size(3)),
         states(weight_in_.size(2)),
-        padded_states(divide_up(states, cpu::kSsdStatesMultiple) * cpu::kSsdStatesMultiple),
+        padded_states(divide_up(states, cpu::kSsdLanes) * cpu::kSsdLanes),
         chunk_size(chunk_size),
         chunks(divide_up(length, chunk_size)),
         x(with_contiguous_heads(x_.to(type))),
@@ -86,46 +83,46 @@ struct Inputs {
     return padded_states == states ? whole
                                    : at::constant_pad_nd(whole, {0, padded_states - states});
   }
-};
 
-// One chunk of positions: where it lies, and its scores C_i B_j.
-struct Chunk {
-  int64_t start, positions;
-  Tensor weight_in, weight_out;  // (rows, positions, padded N)
-  Tensor scores;                 // (rows, positions, positions)
+  Tensor unpadded(const Tensor& tensor) const {
+    return padded_states == states ? tensor : tensor.narrow(-1, 0, states).contiguous();
+  }
 
-  Chunk(const Inputs& in, int64_t index)
-      : start(index * in.chunk_size),
-        positions(std::min(in.chunk_size, in.length - start)),
-        weight_in(in.weight_in.narrow(1, start, positions)),
-        weight_out(in.weight_out.narrow(1, start, positions)),
-        scores(at::bmm(weight_out, weight_in.transpose(1, 2)).contiguous()) {}
-
-  template <class T>
-  cpu::SsdInput<T> kernel_input(const Inputs& in) const {
-    using C = cpu::compute_t<T>;
-    return {in.rows,
-            in.length,
-            in.heads,
-            in.head_dim,
-            in.states,
-            in.padded_states,
-            start,
-            positions,
-            data<T>(in.x),
-            in.x.stride(0),
-            in.x.stride(1),
-            data<C>(in.dt),
-            data<C>(in.rates),
-            data<C>(in.weight_in),
-            data<C>(in.weight_out),
-            data<C>(in.direct),
-            data<C>(scores)};
+  // For the scores of any one chunk, and for so many times what is as large.
+  Tensor zero_scores(int64_t times) const {
+    const int64_t span = std::min(chunk_size, length);
+    return at::zeros({times, span, divide_up(span, cpu::kSsdLanes) * cpu::kSsdLanes},
+                     rates.options());
   }
 };
 
-// Autocast would lower the precision of the products here.
-using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
+// One chunk of positions, whose scores it makes.
+template <class T>
+cpu::SsdInput<T> chunk_input(const Inputs& in, int64_t index, Tensor& scores) {
+  using C = cpu::compute_t<T>;
+  const int64_t start = index * in.chunk_size;
+  cpu::SsdInput<T> input{in.rows,
+                         in.length,
+                         in.heads,
+                         in.head_dim,
+                         in.padded_states,
+                         start,
+                         std::min(in.chunk_size, in.length - start),
+                         data<T>(in.x),
+                         in.x.stride(0),
+                         in.x.stride(1),
+                         data<C>(in.dt),
+                         data<C>(in.rates),
+                         data<C>(in.weight_in),
+                         data<C>(in.weight_out),
+                         data<C>(in.direct),
+                         nullptr};
+  C* to = mutable_data<C>(scores);
+  parallel(in.rows, input.positions * input.positions * in.padded_states,
+           [&](int64_t begin, int64_t end) { cpu::ssd_scores(input, to, begin, end); });
+  input.scores = to;
+  return input;
+}
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, const Tensor& rates,
                                            const Tensor& weight_in, const Tensor& weight_out,
@@ -133,27 +130,31 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
                                            const OptionalTensor& initial_state,
                                            int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
-  const WithoutAutocast guard(c10::autocast_dispatch_keyset);
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
-  const auto options = in.rates.options();
   Tensor y = at::empty(x.sizes(), in.x.options());
-  Tensor state = at::zeros({in.rows, in.heads, in.head_dim, in.states}, options);
-  if (initial_state) state.copy_(*initial_state);
-  Tensor chunk_states = at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
+  // The states before the chunks, each followed by the next chunk's or by the final ones.
+  Tensor chunk_states =
+      at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.padded_states}, in.rates.options());
+  Tensor state = at::empty({in.rows, in.heads, in.head_dim, in.padded_states}, in.rates.options());
+  Tensor first = in.chunks > 0 ? chunk_states.select(1, 0) : state;
+  initial_state ? first.copy_(in.padded(*initial_state)) : first.zero_();
+  Tensor scores = in.zero_scores(in.rows);
   for (int64_t index = 0; index < in.chunks; ++index) {
-    chunk_states.select(1, index).copy_(state);
-    const Chunk chunk(in, index);
+    const Tensor before = chunk_states.select(1, index);
+    Tensor after = index + 1 < in.chunks ? chunk_states.select(1, index + 1) : state;
     dispatch(in.type, [&](auto zero) {
       using T = decltype(zero);
-      const auto input = chunk.kernel_input<T>(in);
+      using C = cpu::compute_t<T>;
+      const auto input = chunk_input<T>(in, index, scores);
       T* to_y = mutable_data<T>(y);
-      auto* to_state = mutable_data<cpu::compute_t<T>>(state);
+      const cpu::SsdStates<const C> from{data<C>(before), before.stride(0)};
+      const cpu::SsdStates<C> to{mutable_data<C>(after), after.stride(0)};
       parallel(in.rows * in.heads,
-               in.head_dim * chunk.positions * (chunk.positions + in.padded_states),
-               [&](int64_t begin, int64_t end) { cpu::ssd(input, to_y, to_state, begin, end); });
+               in.head_dim * input.positions * (input.positions + in.padded_states),
+               [&](int64_t begin, int64_t end) { cpu::ssd(input, to_y, from, to, begin, end); });
     });
   }
-  return {y.to(x.scalar_type()), state, chunk_states};
+  return {y.to(x.scalar_type()), in.unpadded(state), in.unpadded(chunk_states)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -161,7 +162,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& rates, const Tensor& weight_in, const Tensor& weight_out, const Tensor& direct,
     const Tensor& chunk_states, int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
-  const WithoutAutocast guard(c10::autocast_dispatch_keyset);
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
   check_shape("grad_y", grad_y, x.sizes());
   check_like("grad_y", grad_y, "x", x);
@@ -169,67 +169,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check_like("chunk_states", chunk_states, "A", rates);
 
   // Sums over heads are sums over groups of them, as many for any number of threads.
-  constexpr int64_t kItems = 32;
+  constexpr int64_t kItems = 8;
   const int64_t wanted = std::max<int64_t>(divide_up(kItems, std::max<int64_t>(in.rows, 1)), 1);
   const int64_t each = std::max<int64_t>(divide_up(in.heads, wanted), 1);
-  const int64_t groups = divide_up(in.heads, each);
+  const int64_t groups = std::max<int64_t>(divide_up(in.heads, each), 1);
 
   const auto options = in.rates.options();
-  const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
-  Tensor grad_state = at::empty(grad_final_state.sizes(), options);
-  grad_state.copy_(grad_final_state);
+  const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = in.padded(chunk_states);
+  Tensor grad_state = at::empty({in.rows, in.heads, in.head_dim, in.padded_states}, options);
+  grad_state.copy_(in.padded(grad_final_state));
   Tensor grad_x = at::empty(x.sizes(), in.x.options());
   Tensor grad_dt = at::empty(dt.sizes(), options);
-  Tensor grad_weight_in = at::empty(weight_in.sizes(), weight_in.options());
-  Tensor grad_weight_out = at::empty(weight_in.sizes(), weight_in.options());
+  Tensor grad_weight_in = at::empty(in.weight_in.sizes(), in.x.options());
+  Tensor grad_weight_out = at::empty(in.weight_in.sizes(), in.x.options());
   Tensor rates_and_direct = at::zeros({2, in.rows, in.heads}, options);
+  // What the groups of heads give to the scores, to weight_in and to weight_out.
+  Tensor scores = in.zero_scores(in.rows), grad_scores = in.zero_scores(in.rows * groups);
+  Tensor weights = at::zeros({2, in.rows * groups, scores.size(1), in.padded_states}, options);
   for (int64_t index = in.chunks - 1; index >= 0; --index) {
-    const Chunk chunk(in, index);
-    const int64_t positions = chunk.positions;
-    Tensor scores = at::zeros({groups, in.rows, positions, positions}, options);
-    // Of weight_in and of weight_out, what does not go through the scores.
-    Tensor weights = at::zeros({2, groups, in.rows, positions, in.padded_states}, options);
     const Tensor before = states_before.select(1, index);
     dispatch(in.type, [&](auto zero) {
       using T = decltype(zero);
       using C = cpu::compute_t<T>;
-      const auto input = chunk.kernel_input<T>(in);
+      const auto input = chunk_input<T>(in, index, scores);
+      const int64_t positions = input.positions;
+      const int64_t scores_each = positions * input.padded_positions();
+      const int64_t weights_each = positions * in.padded_states;
       C* sums = mutable_data<C>(rates_and_direct);
       const cpu::SsdGradients<T> first{data<T>(from_y),
-                                       data<C>(before),
-                                       before.stride(0),
+                                       {data<C>(before), before.stride(0)},
                                        mutable_data<C>(grad_state),
                                        mutable_data<T>(grad_x),
                                        mutable_data<C>(grad_dt),
                                        sums,
                                        sums + in.rows * in.heads,
-                                       mutable_data<C>(scores),
+                                       mutable_data<C>(grad_scores),
                                        mutable_data<C>(weights),
                                        mutable_data<C>(weights) + weights.stride(0)};
       parallel(in.rows * groups, each * in.head_dim * positions * (positions + in.padded_states),
                [&](int64_t begin, int64_t end) {
                  for (int64_t item = begin; item < end; ++item) {
-                   const int64_t row = item / groups, group = item % groups;
+                   const int64_t group = item % groups;
                    auto grad = first;
-                   grad.scores += group * scores.stride(0);
-                   grad.weight_in += group * weights.stride(1);
-                   grad.weight_out += group * weights.stride(1);
-                   cpu::ssd_backward(input, grad, row, group * each,
+                   grad.scores += item * scores_each;
+                   grad.weight_in += item * weights_each;
+                   grad.weight_out += item * weights_each;
+                   cpu::ssd_backward(input, grad, item / groups, group * each,
                                      std::min((group + 1) * each, in.heads));
                  }
                });
+      T* to_in = mutable_data<T>(grad_weight_in);
+      T* to_out = mutable_data<T>(grad_weight_out);
+      parallel(in.rows, positions * positions * in.padded_states, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          cpu::ssd_backward_weights(input, groups, first.scores + row * groups * scores_each,
+                                    first.weight_in + row * groups * weights_each,
+                                    first.weight_out + row * groups * weights_each, to_in, to_out,
+                                    row);
+        }
+      });
     });
-    const Tensor grad_scores = scores.sum(0), direct_parts = weights.sum(1);
-    const Tensor of_in =
-        at::baddbmm(direct_parts[0], grad_scores.transpose(1, 2), chunk.weight_out);
-    const Tensor of_out = at::baddbmm(direct_parts[1], grad_scores, chunk.weight_in);
-    grad_weight_in.narrow(1, chunk.start, positions).copy_(of_in.narrow(2, 0, in.states));
-    grad_weight_out.narrow(1, chunk.start, positions).copy_(of_out.narrow(2, 0, in.states));
   }
   const Tensor sums = rates_and_direct.sum(1);
-  return {
-      grad_x.to(x.scalar_type()),   grad_dt,         sums[0].clone(), grad_weight_in.contiguous(),
-      grad_weight_out.contiguous(), sums[1].clone(), grad_state};
+  return {grad_x.to(x.scalar_type()),
+          grad_dt,
+          sums[0].clone(),
+          in.unpadded(grad_weight_in.to(x.scalar_type())),
+          in.unpadded(grad_weight_out.to(x.scalar_type())),
+          sums[1].clone(),
+          in.unpadded(grad_state)};
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ from mblm.model.linear import Linear
 from mblm.model.mamba_cache import MambaCache
 from mblm.model.mamba_scans import mamba2_scan
 from mblm.ops.causal_conv import causal_conv
+from mblm.ops.gated_rms_norm import gated_rms_norm
 from mblm.ops.ssd import ssd_step
 
 LayerState = tuple[Tensor, Tensor]  # SSM state (B, H, P, N), conv window (B, K - 1, D_conv)
@@ -116,13 +117,15 @@ class Mamba2(nn.Module):
         for index, module in enumerate(self.layers):
             layer = cast(_Layer, module)
             out, layer_state = layer.mixer(
-                _norm(layer.norm, x), None if state is None else state[index]
+                gated_rms_norm(x, layer.norm.weight, eps=_NORM_EPS),
+                None if state is None else state[index],
             )
             if index == last:
                 out = F.dropout(out, self.dropout, self.training)
             x = out + x
             states.append(layer_state)
-        return _norm(self.norm_f, x).to(x.dtype), tuple(states)
+        out = gated_rms_norm(x, self.norm_f.weight, eps=_NORM_EPS)
+        return out.to(x.dtype), tuple(states)
 
 
 class _Layer(nn.Module):
@@ -157,7 +160,7 @@ class _Mixer(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """(B, S, D) and a state to (B, S, D) and the next state."""
-        rows, length, _ = x.shape
+        length = x.shape[1]
         scan_state, window = (None, None) if state is None else state
         gate, mixed, dt = self.in_proj(x).split(
             [self.inner_dim, self.conv1d.out_channels, self.num_heads], dim=-1
@@ -182,10 +185,5 @@ class _Mixer(nn.Module):
             )
         else:
             y, scan_state = mamba2_scan(inner, dt, rates, weight_in, weight_out, direct, scan_state)
-        gated = y.reshape(rows, length, self.inner_dim) * F.silu(gate)
-        return self.out_proj(_norm(self.norm, gated)), (scan_state, window)
-
-
-def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm in the precision of its weight: activations may be lower under autocast."""
-    return cast(Tensor, norm(x.to(norm.weight.dtype)))
+        normed = gated_rms_norm(y.reshape(gate.shape), self.norm.weight, gate, eps=_NORM_EPS)
+        return self.out_proj(normed), (scan_state, window)
