@@ -35,13 +35,13 @@ MBLM_CLONES void scan(const Mamba1Layer& layer, int64_t states, const float* x, 
 }  // namespace
 
 int64_t Mamba1Stage::scratch_size(const State& state, int64_t threads) const {
-  return state.rows * (2 * inner + 3 * inner + rank + 2 * states) +
-         threads * (state.rows * dim / 16 * 16 + 32);
+  const int64_t rows = int64_t(state.rows.size());
+  return rows * (2 * inner + 3 * inner + rank + 2 * states) + threads * (rows * dim / 16 * 16 + 32);
 }
 
 void Mamba1Stage::step(const Worker& worker, const State& state, float* x, float* block) const {
   Team& team = worker.team;
-  const int64_t rows = state.rows, projected = rank + 2 * states;
+  const int64_t rows = int64_t(state.rows.size()), projected = rank + 2 * states;
   float* both = block;                           // (rows, 2 inner): the scanned branch and the gate
   float* convolved = both + rows * 2 * inner;    // (rows, inner)
   float* parameters = convolved + rows * inner;  // (rows, rank + 2 states): dt, B and C
@@ -69,7 +69,7 @@ void Mamba1Stage::step(const Worker& worker, const State& state, float* x, float
 
     for_channels([&](int64_t row, int64_t begin, int64_t end) {
       convolve_position(both + row * 2 * inner, layer.conv, layer.conv_bias,
-                        state.window + (index * rows + row) * (taps - 1) * inner, inner, taps,
+                        state.rows[row].window + index * state.rows[row].window_stride, inner, taps,
                         convolved + row * inner, begin, end);
     });
     team.wait();
@@ -86,8 +86,8 @@ void Mamba1Stage::step(const Worker& worker, const State& state, float* x, float
     for_channels([&](int64_t row, int64_t begin, int64_t end) {
       const float* b = parameters + row * projected + rank;
       scan(layer, states, convolved + row * inner, both + row * 2 * inner + inner, dt + row * inner,
-           b, b + states, state.ssm + (index * rows + row) * inner * states, scanned + row * inner,
-           begin, end);
+           b, b + states, state.rows[row].ssm + index * state.rows[row].ssm_stride,
+           scanned + row * inner, begin, end);
     });
     team.wait();
 

@@ -18,11 +18,17 @@ struct Mamba1Layer {
   const float* direct;  // (inner), D
 };
 
+// State of one of the rows that decode side by side.
+struct MambaRow {
+  float* ssm = nullptr;     // of the first layer, Mamba-1 (inner, states), Mamba-2 (.., P, states)
+  float* window = nullptr;  // (taps - 1, channels of the convolution)
+  int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
+
+  void advance() {}
+};
+
 struct MambaState {
-  int64_t rows = 0;
-  float* ssm = nullptr;     // Mamba-1 (layers, rows, inner, states), Mamba-2 (.., heads, P, states)
-  float* window = nullptr;  // (layers, rows, taps - 1, channels of the convolution)
-  int64_t* positions = nullptr;  // not looked at
+  std::vector<MambaRow> rows;
 };
 
 class Mamba1Stage {

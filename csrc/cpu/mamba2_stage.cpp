@@ -35,13 +35,14 @@ MBLM_CLONES void scan_head(const Mamba2Layer& layer, int64_t head, int64_t width
 
 int64_t Mamba2Stage::scratch_size(const State& state, int64_t threads) const {
   const int64_t convolved = inner + 2 * states;
-  return state.rows * (inner + convolved + heads + convolved + inner) +
-         threads * (state.rows * std::max(dim, inner) / 16 * 16 + 32);
+  const int64_t rows = int64_t(state.rows.size());
+  return rows * (inner + convolved + heads + convolved + inner) +
+         threads * (rows * std::max(dim, inner) / 16 * 16 + 32);
 }
 
 void Mamba2Stage::step(const Worker& worker, const State& state, float* x, float* block) const {
   Team& team = worker.team;
-  const int64_t rows = state.rows, width = inner / heads;
+  const int64_t rows = int64_t(state.rows.size()), width = inner / heads;
   const int64_t channels = inner + 2 * states, projected = inner + channels + heads;
   float* both = block;                           // (rows, projected): gate, x B C, dt
   float* convolved = both + rows * projected;    // (rows, channels): x, B and C
@@ -62,7 +63,7 @@ void Mamba2Stage::step(const Worker& worker, const State& state, float* x, float
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
         convolve_position(both + row * projected + inner, layer.conv, layer.conv_bias,
-                          state.window + (index * rows + row) * (taps - 1) * channels, channels,
+                          state.rows[row].window + index * state.rows[row].window_stride, channels,
                           taps, convolved + row * channels, begin,
                           std::min(begin + kChannels, channels));
       }
@@ -77,7 +78,7 @@ void Mamba2Stage::step(const Worker& worker, const State& state, float* x, float
         scan_head(layer, head, width, states, projection[inner + channels + head],
                   mixed + head * width, projection + head * width, mixed + inner,
                   mixed + inner + states,
-                  state.ssm + ((index * rows + row) * heads + head) * width * states,
+                  state.rows[row].ssm + index * state.rows[row].ssm_stride + head * width * states,
                   scanned + row * inner + head * width);
       }
     });

@@ -1,9 +1,15 @@
-// The inner loop of matrix.h with AVX-512: see matrix_kernels.h.
+// The inner loop of matrix.h with AVX-512 and, where there are, BF16 and VNNI instructions: see
+// matrix_kernels.h.
 #include "cpu/matrix_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#ifndef MBLM_EMULATED  // A test defines it and what stands in for the instructions.
 #include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
 
 #include "cpu/bfloat16.h"
 
@@ -13,49 +19,138 @@
 namespace mblm::cpu {
 namespace {
 
-#define MBLM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#ifdef MBLM_EMULATED
+#define MBLM_TARGET(FEATURES)
+#else
+#define MBLM_TARGET(FEATURES) __attribute__((target(FEATURES)))
+#endif
+#define MBLM_AVX512 MBLM_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
+#define MBLM_VNNI MBLM_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")
+#define MBLM_BF16 MBLM_TARGET("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
 
-MBLM_AVX512 inline __m512 load(const float* p) {
-  return _mm512_loadu_ps(p);
+// How far ahead of the multiplications rounded weights are asked for; see matrix_avx2.cpp.
+constexpr int64_t kAhead = 1024;
+
+template <class T>
+MBLM_AVX512 inline __m512i load(const T* p) {
+  return _mm512_loadu_si512(p);
 }
 
-MBLM_AVX512 inline __m512 load(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+template <class T>
+MBLM_AVX512 inline void ask_for(const T* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
 }
 
-MBLM_AVX512 inline __m512 load(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+MBLM_AVX512 inline float sum(__m512 v) {
+  float lanes[16];
+  _mm512_storeu_ps(lanes, v);
+  for (int64_t half = 8; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
-template <class W>
-MBLM_AVX512 void dots(const void* weights, const float* x, int64_t n, float* sums, int64_t count) {
-  const W* weight = static_cast<const W*>(weights);
-  for (int64_t column = 0; column < count; ++column, weight += n) {
-    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+MBLM_AVX512 inline int64_t sum(__m512i v) {
+  int32_t lanes[16];
+  _mm512_storeu_si512(lanes, v);
+  int64_t total = 0;
+  for (const int32_t lane : lanes) total += lane;
+  return total;
+}
+
+MBLM_AVX512 void dots_of_float(const void* weights, const float* x, int64_t n, float* sums,
+                               int64_t count) {
+  const float* weight = static_cast<const float*>(weights);
+  for (int64_t row = 0; row < count; ++row, weight += n) {
+    __m512 a = _mm512_setzero_ps(), b = a;
     int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-      a = _mm512_fmadd_ps(load(weight + i), load(x + i), a);
-      b = _mm512_fmadd_ps(load(weight + i + 16), load(x + i + 16), b);
-      c = _mm512_fmadd_ps(load(weight + i + 32), load(x + i + 32), c);
-      d = _mm512_fmadd_ps(load(weight + i + 48), load(x + i + 48), d);
+    for (; i + 32 <= n; i += 32) {
+      a = _mm512_fmadd_ps(_mm512_loadu_ps(weight + i), _mm512_loadu_ps(x + i), a);
+      b = _mm512_fmadd_ps(_mm512_loadu_ps(weight + i + 16), _mm512_loadu_ps(x + i + 16), b);
     }
     float rest = 0;
-    for (; i < n; ++i) rest += x[i] * float(weight[i]);
-    const __m512 all = _mm512_add_ps(_mm512_add_ps(a, c), _mm512_add_ps(b, d));
-    sums[column] = _mm512_reduce_add_ps(all) + rest;
+    for (; i < n; ++i) rest += x[i] * weight[i];
+    sums[row] = sum(_mm512_add_ps(a, b)) + rest;
   }
 }
+
+// x as the sum of two bfloat16, which together have 16 bits of it: all the upper ones, then all
+// the lower ones.
+MBLM_BF16 void split_in_two(const float* x, int64_t n, float* prepared) {
+  BFloat16* upper = reinterpret_cast<BFloat16*>(prepared + kPreparedHeader);
+  BFloat16* lower = upper + n;
+  for (int64_t i = 0; i < n; ++i) {
+    upper[i] = BFloat16(x[i]);
+    // Of an infinity there is nothing left, not even NaN.
+    const float left = x[i] - float(upper[i]);
+    lower[i] = BFloat16(std::isnan(left) && !std::isnan(x[i]) ? 0.f : left);
+  }
+}
+
+MBLM_BF16 void dots_of_bfloat16(const void* weights, const float* prepared, int64_t n, float* sums,
+                                int64_t count) {
+  const BFloat16* upper = reinterpret_cast<const BFloat16*>(prepared + kPreparedHeader);
+  const BFloat16* lower = upper + n;
+  const BFloat16* weight = static_cast<const BFloat16*>(weights);
+  for (int64_t row = 0; row < count; ++row, weight += n) {
+    __m512 a = _mm512_setzero_ps(), b = a;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      ask_for(weight + i);
+      const __m512bh pairs = (__m512bh)load(weight + i);
+      a = _mm512_dpbf16_ps(a, pairs, (__m512bh)load(upper + i));
+      b = _mm512_dpbf16_ps(b, pairs, (__m512bh)load(lower + i));
+    }
+    float rest = 0;
+    for (; i < n; ++i) rest += (float(upper[i]) + float(lower[i])) * float(weight[i]);
+    sums[row] = sum(_mm512_add_ps(a, b)) + rest;
+  }
+}
+
+MBLM_VNNI void dots_of_int8(const void* weights, const float* prepared, int64_t n, float* sums,
+                            int64_t count) {
+  // Each of sixteen sums takes two products of 32 columns.
+  constexpr int64_t kColumns = kColumnsPerInt32 * 16;
+  const int16_t* x = int16_values(prepared);
+  const int8_t* weight = static_cast<const int8_t*>(weights);
+  for (int64_t row = 0; row < count; ++row, weight += n) {
+    int64_t total = 0, i = 0;
+    while (i + 32 <= n) {
+      const int64_t end = std::min(i + kColumns, n);
+      __m512i products = _mm512_setzero_si512();
+      for (; i + 32 <= end; i += 32) {
+        ask_for(weight + i);
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + i));
+        products = _mm512_dpwssd_epi32(products, _mm512_cvtepi8_epi16(bytes), load(x + i));
+      }
+      total += sum(products);
+    }
+    for (; i < n; ++i) total += int32_t(x[i]) * weight[i];
+    sums[row] = float(total) * prepared[0];
+  }
+}
+
+constexpr Kernel kFloat32 = {nullptr, dots_of_float};
+constexpr Kernel kBFloat16 = {split_in_two, dots_of_bfloat16};
+constexpr Kernel kInt8 = {round_to_int16, dots_of_int8};
 
 }  // namespace
 
+#ifndef MBLM_EMULATED
 void add_avx512_kernels(std::vector<MatrixKernels>& kernels) {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    kernels.push_back({"AVX-512", dots<float>, dots<BFloat16>, dots<int8_t>});
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))) {
+    return;
   }
+  // Without instructions for them, rounded weights are no quicker in wider registers.
+  MatrixKernels best = kernels.front();
+  best.name = "AVX-512";
+  best.float32 = kFloat32;
+  if (__builtin_cpu_supports("avx512bf16")) best.bfloat16 = kBFloat16;
+  if (__builtin_cpu_supports("avx512vnni")) best.int8 = kInt8;
+  kernels.insert(kernels.begin(), best);
 }
+#endif
 
 }  // namespace mblm::cpu
 

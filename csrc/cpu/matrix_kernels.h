@@ -8,19 +8,38 @@
 
 namespace mblm::cpu {
 
-// sums[i] = x . weight[i] for rows i < count of a weight (.., n) of the kernel's type.
-using Dots = void (*)(const void* weight, const float* x, int64_t n, float* sums, int64_t count);
+// Floats before the values of a prepared row, so that these keep to cache lines.
+constexpr int64_t kPreparedHeader = 16;
+
+// How a kernel multiplies weights of one type.
+struct Kernel {
+  // Writes x (n) as `dots` wants it, into kPreparedHeader + n floats; null if it wants x itself.
+  void (*prepare)(const float* x, int64_t n, float* prepared);
+  // sums[i] = x . weight[i] for rows i < count of a weight (.., n) of the kernel's type.
+  void (*dots)(const void* weight, const float* x, int64_t n, float* sums, int64_t count);
+};
 
 struct MatrixKernels {
   const char* name;
-  Dots float32, bfloat16, int8;
+  Kernel float32, bfloat16, int8;
 };
 
 // Those that run on this machine, the best first; the last is for every machine.
 const std::vector<MatrixKernels>& matrix_kernels();
 
-// Adds its kernels if the machine has the instructions.
-void add_avx512_kernels(std::vector<MatrixKernels>& kernels);
+// Puts its kernels in front of the others if the machine has the instructions.
 void add_avx2_kernels(std::vector<MatrixKernels>& kernels);
+void add_avx512_kernels(std::vector<MatrixKernels>& kernels);
+
+// What an int8 weight is multiplied with: x rounded to 16 bits, its scale in front. Sums of their
+// products are integers, the same in whatever order: no instruction set has numbers of its own.
+void round_to_int16(const float* x, int64_t n, float* prepared);
+
+inline const int16_t* int16_values(const float* prepared) {
+  return reinterpret_cast<const int16_t*>(prepared + kPreparedHeader);
+}
+
+// A sum of 32 bits holds the products of so many columns: 127 * 32767 * 512 < 2^31.
+constexpr int64_t kColumnsPerInt32 = 512;
 
 }  // namespace mblm::cpu

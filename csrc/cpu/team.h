@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -72,6 +73,7 @@ class Team {
 struct Worker {
   Team& team;
   int64_t index;
+  mutable std::vector<float> prepared = {};  // what products keep of their inputs; see matrix.cpp
 
   bool is_first() const { return index == 0; }
 };

@@ -105,65 +105,74 @@ struct Scratch {
   }
 };
 
+int64_t largest_capacity(const TransformerState& state) {
+  int64_t largest = 0;
+  for (const TransformerRow& row : state.rows) largest = std::max(largest, row.capacity);
+  return largest;
+}
+
 }  // namespace
 
 int64_t TransformerStage::scratch_size(const State& state, int64_t threads) const {
-  const int64_t shared = state.rows * (4 * heads * head_dim + dim + Scratch::inner_width(*this));
-  return shared + threads * Scratch::per_thread(*this, state.rows, state.capacity);
+  const int64_t rows = int64_t(state.rows.size());
+  const int64_t shared = rows * (4 * heads * head_dim + dim + Scratch::inner_width(*this));
+  return shared + threads * Scratch::per_thread(*this, rows, largest_capacity(state));
 }
 
 void TransformerStage::step(const Worker& worker, const State& state, float* x,
                             float* block) const {
   Team& team = worker.team;
-  const int64_t rows = state.rows, width = heads * head_dim, half = dim / 2;
-  const Scratch s(*this, rows, state.capacity, worker.index, block);
+  const int64_t rows = int64_t(state.rows.size()), width = heads * head_dim, half = dim / 2;
+  const Scratch s(*this, rows, largest_capacity(state), worker.index, block);
 
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
-  const auto normalize = [&](const float* input, const float* delayed, const float* weight) {
+  // A part is one of the shifts, two in a layer.
+  const auto normalize = [&](const float* input, int64_t part, const float* weight) {
     for (int64_t row = 0; row < rows; ++row) {
-      shifted_norm(input + row * dim, delayed ? delayed + row * half : nullptr, weight, dim,
+      const TransformerRow& of = state.rows[row];
+      shifted_norm(input + row * dim, of.delayed + part * of.part_stride, weight, dim,
                    s.normed + row * dim);
     }
   };
-  const auto delay = [&](const float* input, float* delayed) {
+  const auto delay = [&](const float* input, int64_t part) {
     for (int64_t row = 0; row < rows; ++row) {
-      std::copy_n(input + row * dim + dim - half, half, delayed + row * half);
+      const TransformerRow& of = state.rows[row];
+      std::copy_n(input + row * dim + dim - half, half, of.delayed + part * of.part_stride);
     }
   };
 
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const TransformerLayer& layer = layers[index];
-    float* delayed = state.delayed + index * 2 * rows * half;
-    normalize(x, delayed, layer.attention_norm);
+    normalize(x, 2 * index, layer.attention_norm);
     multiply(worker, 0, layer.q, s.normed, rows, s.q);
     multiply(worker, 1, layer.kv, s.normed, rows, s.kv);
     team.wait();
 
     team.share(0, rows * heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t row = item / heads, head = item % heads, position = state.positions[row];
-        const int64_t cache = ((index * rows + row) * heads + head) * state.capacity * head_dim;
-        const int64_t angle = position * (head_dim / 2);
+        const int64_t row = item / heads, head = item % heads;
+        const TransformerRow& of = state.rows[row];
+        const int64_t cache = index * of.layer_stride + head * of.capacity * head_dim;
+        const int64_t angle = of.position * (head_dim / 2);
         const float* key = s.kv + row * 2 * width + head * head_dim;
-        attend({head_dim, position, s.q + row * width + head * head_dim, key, key + width,
-                state.cos ? state.cos + angle : nullptr, state.cos ? state.sin + angle : nullptr,
-                state.keys + cache, state.values + cache, s.query, s.scores,
+        attend({head_dim, of.position, s.q + row * width + head * head_dim, key, key + width,
+                of.cos ? of.cos + angle : nullptr, of.cos ? of.sin + angle : nullptr,
+                of.keys + cache, of.values + cache, s.query, s.scores,
                 s.attended + row * width + head * head_dim});
       }
     });
-    if (worker.is_first()) delay(x, delayed);
+    if (worker.is_first()) delay(x, 2 * index);
     team.wait();
 
     multiply(worker, 0, layer.out, s.attended, rows, s.middle, Then::kStore, x);
     team.wait();
 
-    delayed += rows * half;
-    normalize(s.middle, delayed, layer.feed_forward_norm);
+    normalize(s.middle, 2 * index + 1, layer.feed_forward_norm);
     multiply(worker, 0, layer.expand, s.normed, rows, s.inner, Then::kGelu);
     team.wait();
 
     multiply(worker, 0, layer.contract, s.inner, rows, x, Then::kStore, s.middle);
-    if (worker.is_first()) delay(s.middle, delayed);
+    if (worker.is_first()) delay(s.middle, 2 * index + 1);
     team.wait();
   }
 

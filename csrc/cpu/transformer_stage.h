@@ -15,15 +15,22 @@ struct TransformerLayer {
   Matrix expand, contract;
 };
 
-// State of rows that decode side by side, each at a position of its own.
-struct TransformerState {
-  int64_t rows = 0, capacity = 0;
-  float* keys = nullptr;       // (layers, rows, heads, capacity, head_dim)
-  float* values = nullptr;     // the same
-  float* delayed = nullptr;    // (layers, 2, rows, dim / 2), what the shifts delay
-  const float* cos = nullptr;  // (capacity, head_dim / 2), or null without rotary positions
+// State of one of the rows that decode side by side, each at a position of its own.
+struct TransformerRow {
+  int64_t position = 0;  // the next one
+  int64_t capacity = 0;
+  float *keys = nullptr, *values = nullptr;  // (heads, capacity, head_dim), of the first layer
+  int64_t layer_stride = 0;                  // from there to the next layer's
+  float* delayed = nullptr;    // (dim / 2), what the shift before the first attention delays
+  int64_t part_stride = 0;     // from there to the next shift's: there are two in a layer
+  const float* cos = nullptr;  // (>= capacity, head_dim / 2), or null without rotary positions
   const float* sin = nullptr;
-  int64_t* positions = nullptr;  // (rows), of the next position; the caller counts them up
+
+  void advance() { ++position; }
+};
+
+struct TransformerState {
+  std::vector<TransformerRow> rows;
 };
 
 class TransformerStage {
@@ -38,7 +45,7 @@ class TransformerStage {
   int64_t scratch_size(const State& state, int64_t threads) const;
 
   // Takes in x (rows, dim) and replaces it by the output. All threads of the team call it; the
-  // output is complete when it returns.
+  // output is complete when it returns. The caller then advances the rows.
   void step(const Worker& worker, const State& state, float* x, float* scratch) const;
 };
 

@@ -21,19 +21,25 @@ struct Stage : torch::CustomClassHolder {
   std::vector<at::Tensor> weights;  // kept alive
   std::variant<cpu::TransformerStage, cpu::Mamba1Stage, cpu::Mamba2Stage> stage;
 
-  // One position of every row, x (rows, dim) -> (rows, dim); the state is written to.
+  // One position of every row, x (rows, dim) -> (rows, dim). The rows are those of one cache or
+  // of several: `state` holds the tensors of one after the other, which are written to, `positions`
+  // the position of each.
   at::Tensor step(const at::Tensor& x, const std::vector<at::Tensor>& state,
-                  int64_t position) const;
+                  const std::vector<int64_t>& positions) const;
 
-  // See Run in cpu/run.h. Returns the sampled ids (rows, <= max_tokens), the output of the last
-  // position taken in (rows, dim), and how many positions were.
-  std::tuple<at::Tensor, at::Tensor, int64_t> run(
-      const at::Tensor& x, const std::optional<at::Tensor>& pending, int64_t max_tokens,
-      int64_t max_steps, const std::vector<at::Tensor>& state, int64_t position,
-      const at::Tensor& table, const std::optional<at::Tensor>& positions,
-      const std::optional<at::Tensor>& rotation, const std::optional<at::Tensor>& context,
-      const PackedLinear& to_logits, double temperature, int64_t top_k, double top_p,
-      const std::optional<at::Generator>& generator, const std::optional<at::Tensor>& ends) const;
+  // See Run in cpu/run.h. max_tokens, max_steps, cached (positions in the cache) and first are per
+  // cache, x (rows, dim), pending (rows), context (rows, positions, dim) and uniform (rows, most
+  // tokens, vocabulary) per row. Returns the sampled ids (rows, most tokens), the outputs of the
+  // last positions (rows, dim), and per cache how many bytes were sampled and positions taken in.
+  std::tuple<at::Tensor, at::Tensor, std::vector<int64_t>, std::vector<int64_t>> run(
+      const at::Tensor& x, const std::optional<at::Tensor>& pending,
+      const std::vector<int64_t>& max_tokens, const std::vector<int64_t>& max_steps,
+      const std::vector<at::Tensor>& state, const std::vector<int64_t>& cached,
+      const std::vector<int64_t>& first, const at::Tensor& table,
+      const std::optional<at::Tensor>& positions, const std::optional<at::Tensor>& rotation,
+      const std::optional<at::Tensor>& context, const PackedLinear& to_logits, double temperature,
+      int64_t top_k, double top_p, const std::optional<at::Generator>& generator,
+      const std::optional<at::Tensor>& uniform, const std::optional<at::Tensor>& ends) const;
 };
 
 // x (.., inputs) @ weight.T + bias: (.., outputs).

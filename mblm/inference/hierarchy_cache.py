@@ -16,13 +16,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from mblm.inference.advance import begin_patch, catch_up, run_local
 from mblm.inference.packing import is_plain, pack_linear
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import StageCache, State, allocate_cache
-
-# A prefill takes in at most this many positions, and this many embedding values, at a time.
-_CHUNK_POSITIONS = 1024
-_CHUNK_VALUES = 1 << 22
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
@@ -77,6 +74,15 @@ class _Stage:
         self.output, self.context = self.start_output, context
 
 
+def begin_local_patch(caches: Sequence["HierarchyCache"]) -> None:
+    """Where the byte appended last is the first of a patch, have the stages above catch up."""
+    last = len(caches[0].stages) - 1
+    for n in range(last):
+        begin_patch(caches, n)
+        catch_up(caches, n)
+    begin_patch(caches, last)
+
+
 class HierarchyCache:
     """Decoding state of a model for ``batch_size`` equally long sequences.
 
@@ -91,14 +97,14 @@ class HierarchyCache:
         self.model = model
         self.batch_size = batch_size
         self.weights = weights
-        self._to_logits = (
+        self.packed_logits = (
             pack_linear(model.to_logits, weights) if is_plain(model.to_logits) else None
         )
         self.length = 0
         # Per stage, what stands in for the linear layers of its patches where one is taken in.
-        self._patch_linears = [self._pack_patch_linears(n) for n in range(len(model.seq_lens))]
-        self._stages = [self._start(stage) for stage in range(len(model.seq_lens))]
-        self._stages[0].restart(begin=0, context=None)
+        self.patch_linears = [self._pack_patch_linears(n) for n in range(len(model.seq_lens))]
+        self.stages = [self._start(stage) for stage in range(len(model.seq_lens))]
+        self.stages[0].restart(begin=0, context=None)
         # The bytes of the last patch of stage 1, which no stage above the local one has seen.
         device = model.to_logits.weight.device
         self._window = torch.empty(batch_size, 0, dtype=torch.long, device=device)
@@ -128,10 +134,10 @@ class HierarchyCache:
 
         Memory beyond the caches does not grow with L.
         """
-        self._append(ids)
-        for n in range(len(self._stages)):
-            self._begin_patch(n)
-            self._catch_up(n)
+        self.append(ids)
+        for n in range(len(self.stages)):
+            begin_patch([self], n)
+            catch_up([self], n)
         self._trim()
 
     def run(
@@ -152,65 +158,33 @@ class HierarchyCache:
         Returns:
             Ids ``(B, n)`` with n >= 1. All but the last are taken in.
         """
-        local = self._stages[-1]
-        # Before the first byte, a start token gets context: see `empty_logits`.
-        is_empty = self.length == 0 and pending is None
-        is_native = self._to_logits is not None and local.cache.runs_natively(local.output.dtype)
-        if is_empty or not is_native:
+        if not self.can_run(pending):
             if pending is not None:
                 self.feed(pending[:, None])
             return sampler(self.logits())[:, None]
         if pending is not None:
-            self._append(pending[:, None])
-            for n in range(len(self._stages) - 1):
-                self._begin_patch(n)
-                self._catch_up(n)
-            self._begin_patch(len(self._stages) - 1)
-        ids = self._run_local(pending, max_tokens, sampler, ends)
+            self.append(pending[:, None])
+            begin_local_patch([self])
+        (ids,) = run_local([self], pending, [max_tokens], sampler, ends=ends)
+        self.append_run(ids)
+        return ids
+
+    def can_run(self, pending: torch.Tensor | None) -> bool:
+        """Whether compiled code samples what comes next."""
+        local = self.stages[-1]
+        # Before the first byte, a start token gets context: see `empty_logits`.
+        is_empty = self.length == 0 and pending is None
+        is_native = self.packed_logits is not None and local.cache.runs_natively(local.output.dtype)
+        return is_native and not is_empty
+
+    def append_run(self, ids: torch.Tensor) -> None:
+        """Note the bytes that the local stage took in on its own: all of ``ids`` but the last."""
         if ids.shape[1] > 1:
-            self._append(ids[:, :-1])
-        if pending is not None or ids.shape[1] > 1:
-            self._trim()
-        return ids
+            self.append(ids[:, :-1])
+        self._trim()
 
-    def _run_local(
-        self,
-        pending: torch.Tensor | None,
-        max_tokens: int,
-        sampler: Sampler,
-        ends: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run the compiled local stage; see `run`."""
-        n = len(self._stages) - 1
-        local, first = self._stages[n], self._stages[n].position
-        steps = max_tokens - (pending is None)
-        if n > 0 or self.model.max_length is not None:
-            steps = min(steps, self.model.seq_lens[n] - first)
-        positions, rotation = self.model.positions(n, first, steps)
-        context = None if local.context is None else local.context[:, first:]
-        ids, local.output, taken = local.cache.native.run(
-            local.output,
-            pending,
-            max_tokens,
-            steps,
-            local.cache.native_state(steps),
-            local.cache.position,
-            self.model.local_table,
-            positions,
-            rotation,
-            context,
-            self._to_logits,
-            sampler.temperature,
-            sampler.count_kept(self.model.num_tokens),
-            sampler.top_p or 0.0,
-            sampler.generator,
-            ends,
-        )
-        local.cache.position += taken
-        local.position += taken
-        return ids
-
-    def _append(self, ids: torch.Tensor) -> None:
+    def append(self, ids: torch.Tensor) -> None:
+        """Note the next bytes, which no stage has taken in yet."""
         self._window = torch.cat((self._window, ids), dim=1)
         self.length += ids.shape[1]
 
@@ -220,77 +194,76 @@ class HierarchyCache:
         kept = self.length - (self.length - 1) // span * span
         self._window = self._window[:, self._window.shape[1] - kept :].clone()
 
-    def _begin_patch(self, n: int) -> None:
-        """Start stage n anew if the last byte is the first of a patch of the stage above."""
-        if n == 0:
-            return
-        stage = self._stages[n]
-        span = self.model.patch_sizes[n] * self.model.seq_lens[n]
-        begin = (self.length - 1) // span * span
-        if begin != stage.begin:
-            above = self._stages[n - 1].output
-            project = self._patch_linears[n - 1][1]
-            stage.restart(begin, self.model.project_context(n - 1, above[:, None], project))
-
-    def _catch_up(self, n: int) -> None:
-        """Take in what stage n has not seen: every byte, or the patches before the last byte's."""
-        stage, patch_size = self._stages[n], self.model.patch_sizes[n]
-        is_local = n + 1 == len(self._stages)
+    def missing(self, n: int) -> torch.Tensor:
+        """The bytes that stage n can take in and has not, of whole patches: ``(B, S * R_n)``."""
+        stage, patch_size = self.stages[n], self.model.patch_sizes[n]
+        is_local = n + 1 == len(self.stages)
         count = (self.length - 1 - stage.begin) // patch_size + is_local
-        if count > stage.position:
-            window_begin = self.length - self._window.shape[1]
-            first_byte = stage.begin + stage.position * patch_size - window_begin
-            end = first_byte + (count - stage.position) * patch_size
-            self._take_in(n, self._window[:, first_byte:end])
-
-    def _take_in(self, n: int, ids: torch.Tensor) -> None:
-        """Advance stage n over the patches of ``ids (B, S * R_n)``, in bounded chunks."""
-        stage, patch_size = self._stages[n], self.model.patch_sizes[n]
-        values = self.batch_size * patch_size * self.model.hidden_dims[-1]
-        chunk = max(1, min(_CHUNK_POSITIONS, _CHUNK_VALUES // values))
-        for part in ids.split(chunk * patch_size, dim=1):
-            is_step = part.shape[1] == patch_size
-            x = self.model.embed_tokens(n, part, self._patch_linears[n][0] if is_step else None)
-            count = x.shape[1]
-            x = self.model.add_positions(n, x, stage.position)
-            if stage.context is not None:
-                x = x + stage.context[:, stage.position : stage.position + count]
-            if count == 1:
-                stage.output = stage.cache.step(x[:, 0])
-            else:
-                stage.output = stage.cache.prefill(x)[:, -1].clone()
-            stage.position += count
+        window_begin = self.length - self._window.shape[1]
+        first_byte = stage.begin + stage.position * patch_size - window_begin
+        end = first_byte + max(0, count - stage.position) * patch_size
+        return self._window[:, first_byte:end]
 
     def logits(self) -> torch.Tensor:
         """Logits of the next byte, ``(B, V)``."""
         if self.length == 0:
             return self.model.empty_logits(self.batch_size)[:, 0]
-        return self.model.to_logits(self._stages[-1].output)
+        return self.model.to_logits(self.stages[-1].output)
 
     def fork(self) -> "HierarchyCache":
         """An independent copy; what never changes is shared."""
         other = copy.copy(self)
-        other._stages = []
-        for n, stage in enumerate(self._stages):
+        other.stages = []
+        for n, stage in enumerate(self.stages):
             twin = copy.copy(stage)
-            twin.cache = allocate_cache(self.model.stage_models[n], self.batch_size, None)
-            twin.cache.native = stage.cache.native
+            twin.cache = self._empty_cache(n, self.batch_size)
             twin.cache.restore(stage.cache.snapshot())
-            other._stages.append(twin)
+            other.stages.append(twin)
         return other
+
+    def split(self) -> list["HierarchyCache"]:
+        """Independent copies of one sequence each.
+
+        Raises:
+            ValueError: A custom stage's state cannot be split.
+        """
+        return [self._row(slice(row, row + 1)) for row in range(self.batch_size)]
+
+    def _row(self, row: slice) -> "HierarchyCache":
+        other = copy.copy(self)
+        other.batch_size = 1
+        other._window = self._window[row].clone()
+        other.stages = []
+        for n, stage in enumerate(self.stages):
+            cache = self._empty_cache(n, 1)
+            start_state = stage.cache.rows_of_state(stage.start_state, row)
+            cache.restore(stage.cache.rows_of_state(stage.cache.snapshot(), row))
+            context = None if stage.context is None else stage.context[row].clone()
+            start_output, output = stage.start_output[row].clone(), stage.output[row].clone()
+            other.stages.append(
+                _Stage(
+                    cache, start_state, start_output, output, stage.begin, stage.position, context
+                )
+            )
+        return other
+
+    def _empty_cache(self, n: int, batch_size: int) -> StageCache:
+        cache = allocate_cache(self.model.stage_models[n], batch_size, None)
+        cache.native = self.stages[n].cache.native
+        return cache
 
     def snapshot(self) -> State:
         """Everything that changes, as a nest of lists with tensors and integers as leaves."""
         stages = [
             [stage.cache.snapshot(), stage.begin, stage.position, stage.output, stage.context]
-            for stage in self._stages
+            for stage in self.stages
         ]
         return [self.length, self._window, stages]
 
     def restore(self, state: State) -> None:
         """Go back to a snapshot, which stays intact."""
         self.length, self._window, stages = state
-        for stage, saved in zip(self._stages, stages, strict=True):
+        for stage, saved in zip(self.stages, stages, strict=True):
             cache_state, begin, position, stage.output, stage.context = saved
             stage.begin, stage.position = operator.index(begin), operator.index(position)
             stage.cache.restore(cache_state)

@@ -34,7 +34,8 @@ _PLAIN_PARTS = {
 def pack_linear(linear: nn.Linear, weights: str) -> list[Tensor]:
     """Weight ``(N, K)`` of the type asked for, int8's scales ``(N,)``, bias ``(N,)``.
 
-    What there is not is an empty tensor. A float32 weight is the layer's own.
+    What there is not is an empty tensor. A float32 weight is the layer's own. What int8 weights are
+    multiplied with is rounded to 16 bits, one scale per row, so that sums of integers are exact.
     """
     weight, none = linear.weight.detach(), torch.empty(0)
     bias = none if linear.bias is None else linear.bias.detach()

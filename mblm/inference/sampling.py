@@ -41,9 +41,12 @@ def gumbel_sample(
 
     ``u`` is drawn from the default generator of the logits' device, or from ``generator``.
     """
-    noise = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
-    gumbel = -_log(-_log(noise))
-    return (logits / temperature + gumbel).argmax(dim=dim)
+    uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
+    return _add_gumbel(logits / temperature, uniform).argmax(dim=dim)
+
+
+def _add_gumbel(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    return logits - _log(-_log(uniform))
 
 
 def _log(x: torch.Tensor) -> torch.Tensor:
@@ -94,10 +97,12 @@ class Sampler:
         """How many of the highest logits are kept, unless ``top_p`` decides."""
         return count_kept(self.filter_thres, num_tokens)
 
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Sample from logits ``(B, V)``: ids ``(B,)``."""
+    def __call__(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        """Sample from logits ``(B, V)``: ids ``(B,)``. ``uniform (B, V)`` replaces the drawing."""
         if self.top_p is None:
             kept = top_k(logits, self.filter_thres)
         else:
             kept = top_p(logits, self.top_p, self.temperature)
+        if uniform is not None:
+            return _add_gumbel(kept / self.temperature, uniform).argmax(dim=-1)
         return gumbel_sample(kept, self.temperature, generator=self.generator)

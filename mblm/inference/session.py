@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,18 @@ import torch
 
 from mblm.inference.hierarchy_cache import DecodableHierarchy, HierarchyCache
 from mblm.inference.packing import WEIGHT_TYPES
+from mblm.inference.ragged_cache import RaggedCache
 from mblm.inference.sampling import Sampler
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 
-_FORMAT = "mblm-session-2"
+_FORMAT = "mblm-session-3"
 # Bytes between two looks at what the user wants, such as to interrupt.
 _MAX_RUN = 32
 
 
 class Session:
-    """Incremental decoding of one or more equally long sequences.
+    """Incremental decoding of one or more sequences, of equal or of different lengths.
 
     The weights of the model must not change while a session lives. Dropout is as the model's mode
     says: call ``model.eval()`` first.
@@ -45,7 +46,8 @@ class Session:
         _check_weights(weights)
         check_finite_weights(model)
         self._model: DecodableHierarchy = model
-        self._cache = HierarchyCache(model, batch_size, weights)
+        self._weights = weights
+        self._cache: HierarchyCache | RaggedCache = HierarchyCache(model, batch_size, weights)
 
     @property
     def _device(self) -> torch.device:
@@ -53,34 +55,64 @@ class Session:
 
     @property
     def length(self) -> int:
-        """Bytes taken in so far."""
-        return self._cache.length
+        """Bytes taken in so far, by the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Bytes taken in so far, per sequence."""
+        if isinstance(self._cache, RaggedCache):
+            return self._cache.lengths
+        return [self._cache.length] * self._cache.batch_size
 
     @property
     def batch_size(self) -> int:
         """Sequences decoded side by side."""
-        return self._cache.batch_size
+        return len(self.lengths)
 
     @torch.inference_mode()
-    def feed(self, ids: torch.Tensor | bytes) -> "Session":
+    def feed(self, ids: torch.Tensor | bytes | Sequence[torch.Tensor | bytes]) -> "Session":
         """Take in the next bytes; returns the session.
 
         Args:
             ids: Token ids ``(B, L)``, or ``(L,)`` for a batch of one, of any integer dtype; or
-                bytes, for a batch of one. L = 0 does nothing.
+                bytes, for a batch of one; or a list of B such ``(L,)`` or bytes, of different
+                lengths. L = 0 does nothing.
 
         Raises:
             TypeError: Not integers.
-            ValueError: A bad shape, an id outside the vocabulary, or more bytes than the context.
-                The session is as before.
+            ValueError: A bad shape, an id outside the vocabulary, more bytes than the context, or
+                different lengths after a beginning in common with a custom stage model whose state
+                cannot be split. The session is as before.
         """
-        if isinstance(ids, (bytes, bytearray, memoryview)):
-            ids = (
-                torch.frombuffer(bytearray(ids), dtype=torch.uint8)
-                if ids
-                else torch.empty(0).long()
-            )
-        ids = check_token_ids("ids", ids, self._model.num_tokens)
+        rows = self._check_fed(ids)
+        self._check_room([len(row) for row in rows])
+        is_equal = len({len(row) for row in rows}) == 1
+        if is_equal and isinstance(self._cache, HierarchyCache):
+            if len(rows[0]):
+                self._cache.feed(torch.stack(rows).to(self._device))
+        else:
+            self._split().feed([row.to(self._device) for row in rows])
+        return self
+
+    def _check_fed(self, ids: Any) -> list[torch.Tensor]:
+        """One tensor ``(L,)`` for each sequence."""
+        num_tokens = self._model.num_tokens
+        if isinstance(ids, (list, tuple)):
+            if len(ids) != self.batch_size:
+                raise ValueError(
+                    f"ids: expected a list of {self.batch_size}, the session's batch, got "
+                    f"{len(ids)}"
+                )
+            rows = [
+                check_token_ids(f"ids[{index}]", _as_tensor(row), num_tokens)
+                for index, row in enumerate(ids)
+            ]
+            for index, row in enumerate(rows):
+                if row.ndim != 1:
+                    raise ValueError(f"ids[{index}]: expected shape (L,), got {tuple(row.shape)}")
+            return rows
+        ids = check_token_ids("ids", _as_tensor(ids), num_tokens)
         if ids.ndim == 1 and self.batch_size == 1:
             ids = ids[None]
         if ids.ndim != 2 or ids.shape[0] != self.batch_size:
@@ -88,10 +120,19 @@ class Session:
                 f"ids: expected shape ({self.batch_size}, L) for the session's batch of "
                 f"{self.batch_size}, got {tuple(ids.shape)}"
             )
-        self._check_room(ids.shape[1])
-        if ids.shape[1]:
-            self._cache.feed(ids.to(self._device))
-        return self
+        return list(ids.unbind())
+
+    def _split(self) -> RaggedCache:
+        """From here on, the sequences may be of different lengths."""
+        if isinstance(self._cache, RaggedCache):
+            return self._cache
+        if self._cache.length:
+            rows = self._cache.split()
+        else:  # a custom stage's state need not be split
+            one = HierarchyCache(self._model, 1, self._weights)
+            rows = [one, *(one.fork() for _ in range(1, self.batch_size))]
+        self._cache = RaggedCache(rows)
+        return self._cache
 
     @torch.inference_mode()
     def logits(self) -> torch.Tensor:
@@ -119,13 +160,13 @@ class Session:
         num_tokens = check_integer("num_tokens", num_tokens)
         if num_tokens < 0:
             raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens}")
-        self._check_room(num_tokens)
+        self._check_room([num_tokens] * self.batch_size)
         ids = torch.empty(self.batch_size, num_tokens, dtype=torch.long, device=self._device)
         with torch.inference_mode():
             for position, token in enumerate(self.sample(num_tokens, sampler)):
                 ids[:, position] = token
             if num_tokens:
-                self._cache.feed(token[:, None])
+                self.feed(token[:, None])
         return ids
 
     def sample(
@@ -137,6 +178,9 @@ class Session:
         yielded; a run ends after a byte of ``ends (V,)``, bool. Must run under
         ``torch.inference_mode``.
         """
+        if isinstance(self._cache, RaggedCache):
+            yield from self._cache.sample(num_tokens, sampler)
+            return
         token: torch.Tensor | None = None
         while num_tokens > 0:
             run = self._cache.run(token, min(num_tokens, _MAX_RUN), sampler, ends)
@@ -147,7 +191,7 @@ class Session:
     def fork(self) -> "Session":
         """An independent copy that goes on from here."""
         other = object.__new__(Session)
-        other._model = self._model
+        other._model, other._weights = self._model, self._weights
         with torch.inference_mode():
             other._cache = self._cache.fork()
         return other
@@ -162,7 +206,8 @@ class Session:
         header = {
             "format": _FORMAT,
             "batch_size": str(self.batch_size),
-            "weights": self._cache.weights,
+            "weights": self._weights,
+            "is_ragged": str(isinstance(self._cache, RaggedCache)),
             "model": _fingerprint(self._model),
             "structure": json.dumps(structure),
         }
@@ -191,6 +236,7 @@ class Session:
             raise ValueError(f"{path}: the session was saved with another model or other weights")
         try:
             batch_size, weights = int(header["batch_size"]), header["weights"]
+            is_ragged = header["is_ragged"] == "True"
             state = _unflatten(json.loads(header["structure"]), tensors)
             _check_weights(weights)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -198,18 +244,27 @@ class Session:
         session = cls(model, batch_size, weights=weights)
         try:
             with torch.inference_mode():
+                if is_ragged:
+                    session._split()
                 session._cache.restore(state)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: a damaged session ({error!r})") from error
         return session
 
-    def _check_room(self, count: int) -> None:
+    def _check_room(self, counts: Sequence[int]) -> None:
         limit = self._model.max_length
-        if limit is not None and self.length + count > limit:
-            raise ValueError(
-                f"{self.length} bytes and {count} more exceed the context of {limit} bytes, which "
-                f"fixed positions of stage 1 limit"
-            )
+        for length, count in zip(self.lengths, counts, strict=True):
+            if limit is not None and length + count > limit:
+                raise ValueError(
+                    f"{length} bytes and {count} more exceed the context of {limit} bytes, which "
+                    f"fixed positions of stage 1 limit"
+                )
+
+
+def _as_tensor(ids: Any) -> Any:
+    if not isinstance(ids, (bytes, bytearray, memoryview)):
+        return ids
+    return torch.frombuffer(bytearray(ids), dtype=torch.uint8) if ids else torch.empty(0).long()
 
 
 def _check_weights(weights: str) -> None:

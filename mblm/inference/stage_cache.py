@@ -57,6 +57,17 @@ class StageCache(ABC):
             and not torch.is_autocast_enabled("cpu")
         )
 
+    def rows_of_state(self, state: State, rows: slice) -> State:
+        """A snapshot of some of the sequences alone.
+
+        Raises:
+            ValueError: The state is not known to have sequences that could be told apart.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} does not tell sequences apart, so that after their first "
+            "bytes they cannot become different in length"
+        )
+
     @abstractmethod
     def snapshot(self) -> State:
         """The state so far, independent of what the cache does later."""
@@ -94,6 +105,9 @@ class ReplayCache(StageCache):
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         self._inputs = x if self._inputs is None else torch.cat((self._inputs, x), dim=1)
         return self._stage(self._inputs)[:, -x.shape[1] :]
+
+    def rows_of_state(self, state: State, rows: slice) -> State:
+        return None if state is None else state[rows]
 
     def snapshot(self) -> State:
         return self._inputs

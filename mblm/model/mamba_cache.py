@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mblm.inference.advance import step_natively
 from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_mamba
 
@@ -34,8 +35,7 @@ class MambaCache(StageCache):
             return super().step(x)
         if self._state is None:
             self.prefill(x[:, None, :][:, :0])  # the state before all positions
-        y: torch.Tensor = self.native.step(x, self.native_state(1), 0)
-        return y
+        return step_natively([self], x)
 
     def build_native(self, weights: str) -> Any:
         return native_mamba(self.stage, weights)
@@ -45,6 +45,9 @@ class MambaCache(StageCache):
         # Under autocast windows were stored in half precision.
         self._state = [part.float() for part in self._state]
         return self._state
+
+    def rows_of_state(self, state: State, rows: slice) -> State:
+        return None if state is None else [part[:, rows] for part in state]
 
     def snapshot(self) -> State:
         return None if self._state is None else [part.clone() for part in self._state]

@@ -129,7 +129,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         return ids.clone()  # of use outside of inference mode too, such as in a loss
 
     def session(self, batch_size: int = 1, *, weights: str = "float32") -> Session:
-        """Start incremental decoding of ``batch_size`` equally long sequences; see `Session`."""
+        """Start incremental decoding of ``batch_size`` sequences; see `Session`."""
         return Session(self, batch_size, weights=weights)
 
     # -- The pass over the stages ------------------------------------------------------------------

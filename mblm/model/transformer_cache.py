@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mblm.inference.advance import step_natively
 from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_transformer
 from mblm.model.transformer_layers import Rotary
@@ -55,9 +56,7 @@ class TransformerCache(StageCache):
     def step(self, x: torch.Tensor) -> torch.Tensor:
         if not self.runs_natively(x.dtype):
             return super().step(x)
-        y: torch.Tensor = self.native.step(x, self.native_state(1), self.position)
-        self.position += 1
-        return y
+        return step_natively([self], x)
 
     def build_native(self, weights: str) -> Any:
         return native_transformer(self.stage, weights)
@@ -73,6 +72,12 @@ class TransformerCache(StageCache):
         self._rotary_at(0, end)
         assert self._rotary is not None
         return [*state, *self._rotary]
+
+    def rows_of_state(self, state: State, rows: slice) -> State:
+        if state is None:
+            return None
+        keys, values, delayed = state
+        return [keys[:, rows], values[:, rows], delayed[:, :, rows]]
 
     def snapshot(self) -> State:
         if self._keys is None or self._values is None or self._delayed is None:

@@ -65,7 +65,7 @@ def test_every_stage_above_every_other(upper: str, local: str, batch: int, threa
     torch.set_num_threads(threads)
     try:
         native, plain = Session(m, batch), Session(m, batch)
-        assert all(stage.cache.native is not None for stage in native._cache._stages)
+        assert all(stage.cache.native is not None for stage in native._cache.stages)
         native.feed(prompt)
         got = native.generate(**arguments, generator=torch.Generator().manual_seed(1))
         with in_pytorch():
@@ -164,7 +164,7 @@ class TestWeights:
         with in_pytorch():
             plain = Session(rounded, 2).feed(ids[:, :17])
             close = plain.logits()
-        hidden = session._cache._stages[-1].output
+        hidden = session._cache.stages[-1].output
         torch.testing.assert_close(rounded.to_logits(hidden), close, **CLOSE)
 
     def test_are_those_of_a_session_that_was_saved(self, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ class TestStandsAside:
 
     @staticmethod
     def natives(m: MBLM) -> list[bool]:
-        return [s.cache.runs_natively(s.output.dtype) for s in Session(m)._cache._stages]
+        return [s.cache.runs_natively(s.output.dtype) for s in Session(m)._cache.stages]
 
     @pytest.fixture
     def m(self) -> MBLM:
@@ -269,8 +269,8 @@ class TestRefuses:
     @pytest.fixture
     def stage(self) -> Any:
         session = Session(wide("transformer", "mamba1"))
-        self.state = session._cache._stages[0].cache.native_state(1)
-        return session._cache._stages[0].cache.native
+        self.state = session._cache.stages[0].cache.native_state(1)
+        return session._cache.stages[0].cache.native
 
     @pytest.mark.parametrize(
         ("x", "message"),
@@ -278,25 +278,25 @@ class TestRefuses:
             (torch.zeros(1, 41), r"x must have shape \[B >= 1, 40\], got \[1, 41\]"),
             (torch.zeros(0, 40), "x must have shape"),
             (torch.zeros(40), "x must have shape"),
-            (torch.zeros(2, 40), "keys must have shape"),
+            (torch.zeros(2, 40), "x must have a row for each of the state's 1, got 2"),
         ],
     )
     def test_rows_that_do_not_fit(self, stage: Any, x: torch.Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            stage.step(x, self.state, 1)
+            stage.step(x, self.state, [1])
 
     def test_another_dtype(self, stage: Any) -> None:
         with pytest.raises(TypeError, match="x must be Float, got Double"):
-            stage.step(torch.zeros(1, 40).double(), self.state, 1)
+            stage.step(torch.zeros(1, 40).double(), self.state, [1])
 
     @pytest.mark.parametrize("position", [-1, 10**12, 2**63 - 1])
     def test_a_position_without_room(self, stage: Any, position: int) -> None:
         with pytest.raises(ValueError, match="state has room for"):
-            stage.step(torch.zeros(1, 40), self.state, position)
+            stage.step(torch.zeros(1, 40), self.state, [position])
 
     def test_a_state_of_another_stage(self, stage: Any) -> None:
         with pytest.raises(ValueError, match="state must hold 3 or 5 tensors"):
-            stage.step(torch.zeros(1, 40), self.state[:2], 1)
+            stage.step(torch.zeros(1, 40), self.state[:2], [1])
 
     def test_weights_of_another_shape(self) -> None:
         with pytest.raises(ValueError, match=r"weights\[2\] must have shape"):

@@ -147,7 +147,7 @@ class TestBadInput:
             (torch.tensor([19]), ValueError, r"token id 19 at position \(0,\) .* num_tokens = 19"),
             (torch.tensor([-1]), ValueError, r"token id -1"),
             (torch.tensor([1.0]), TypeError, r"torch.float32"),
-            ([1], TypeError, r"list"),
+            ([1], TypeError, r"ids\[0\]: expected a tensor of token ids, got int"),
             (torch.zeros(2, 1).long(), ValueError, r"expected shape \(1, L\)"),
             (torch.zeros(1, 1, 1).long(), ValueError, r"expected shape \(1, L\)"),
             (torch.zeros(6).long(), ValueError, r"context of 6 bytes"),

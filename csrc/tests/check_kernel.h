@@ -1,0 +1,65 @@
+// Checks of the inner loops of products with packed weights, whatever instructions they use.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "cpu/matrix_kernels.h"
+
+namespace mblm::test {
+
+// Error of a sum of products relative to the sum of their sizes: int8 weights are multiplied with
+// numbers of 16 bits, bfloat16 ones maybe with two of 8.
+template <class W>
+inline constexpr double kDotTolerance = sizeof(W) == 1   ? 2e-5
+                                        : sizeof(W) == 2 ? 1e-5
+                                                         : 1e-6;
+
+template <class W>
+void check_dots(const cpu::Kernel& kernel, const char* name) {
+  Numbers numbers;
+  for (const int64_t n : {0, 1, 7, 31, 32, 63, 64, 100, 257, 9000}) {
+    const int64_t count = 5;
+    const auto x = numbers.vector<float>(n);
+    std::vector<W> weight(n * count);
+    for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
+    std::vector<float> sums(count, NAN), prepared(cpu::kPreparedHeader + n);
+    if (kernel.prepare) kernel.prepare(x.data(), n, prepared.data());
+    kernel.dots(weight.data(), kernel.prepare ? prepared.data() : x.data(), n, sums.data(), count);
+    for (int64_t column = 0; column < count; ++column) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double term = double(x[i]) * float(weight[column * n + i]);
+        sum += term;
+        size += std::fabs(term);
+      }
+      const bool is_close = std::fabs(sums[column] - sum) <= kDotTolerance<W> * size;
+      if (!is_close) std::printf("%s, n = %ld\n", name, long(n));
+      CHECK(is_close);
+    }
+  }
+}
+
+// The largest sums there are do not overflow, and broken numbers stay broken.
+inline void check_extremes_of_int8(const cpu::Kernel& kernel) {
+  const int64_t n = 20000;
+  const std::vector<int8_t> weight(n, -127);
+  std::vector<float> prepared(cpu::kPreparedHeader + n);
+  const auto dot = [&](const std::vector<float>& x) {
+    float sum = 0;
+    kernel.prepare(x.data(), n, prepared.data());
+    kernel.dots(weight.data(), prepared.data(), n, &sum, 1);
+    return sum;
+  };
+  CHECK(close(dot(std::vector<float>(n, 3.f)), -3. * 127 * n));
+  CHECK(dot(std::vector<float>(n, 0.f)) == 0);
+  CHECK(std::fabs(dot(std::vector<float>(n, 1e-43f))) < 1e-30);
+  for (const float bad : {INFINITY, -INFINITY, float(NAN)}) {
+    std::vector<float> x(n, 1.f);
+    x[n - 1] = bad;
+    CHECK(std::isnan(dot(x)));
+  }
+}
+
+}  // namespace mblm::test
