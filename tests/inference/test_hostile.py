@@ -24,10 +24,11 @@ def run(dim: int = 8, vocabulary: int = 6, **given: Any) -> Any:
     arguments: dict[str, Any] = {
         "x": torch.ones(1, dim),
         "pending": torch.zeros(1, dtype=torch.long),
-        "max_tokens": 4,
-        "max_steps": 4,
+        "max_tokens": [4],
+        "max_steps": [4],
         "state": [keys, values, torch.zeros(1, 2, 1, dim // 2), angles, angles],
-        "position": 1,
+        "cached": [1],
+        "first": [0],
         "table": torch.ones(vocabulary, dim),
         "positions": None,
         "rotation": None,
@@ -37,25 +38,31 @@ def run(dim: int = 8, vocabulary: int = 6, **given: Any) -> Any:
         "top_k": 1,
         "top_p": 0.0,
         "generator": None,
+        "uniform": None,
         "ends": None,
     }
     return native_transformer(stage, "float32").run(*{**arguments, **given}.values())
 
 
 def test_a_run_that_fits() -> None:
-    ids, x, taken = run()
-    assert (ids.shape, x.shape, taken) == ((1, 4), (1, 8), 4)
+    ids, x, num_tokens, num_steps = run()
+    assert (ids.shape, x.shape, num_tokens, num_steps) == ((1, 4), (1, 8), [4], [4])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         pytest.param({"x": torch.ones(1, 7)}, "x must have shape", id="width"),
-        pytest.param({"position": 2}, "room for 5 positions", id="past the cache"),
-        pytest.param({"position": -1}, "room for 5 positions", id="before the cache"),
-        pytest.param({"max_steps": 2**63 - 1}, "room for 5 positions", id="overflow"),
-        pytest.param({"max_steps": 0}, "max_steps", id="no steps"),
-        pytest.param({"max_tokens": 0}, "max_tokens", id="no tokens"),
+        pytest.param({"cached": [2]}, "room for 5 positions", id="past the cache"),
+        pytest.param({"cached": [-1]}, "room for 5 positions", id="before the cache"),
+        pytest.param({"cached": [1, 1]}, "for each of 2 caches", id="more caches"),
+        pytest.param({"cached": []}, "for each of 0 caches", id="no cache"),
+        pytest.param({"first": [-1]}, "first must be a position", id="before the patch"),
+        pytest.param({"first": [2**63 - 1]}, "first must be a position", id="overflow"),
+        pytest.param({"max_steps": [2**63 - 1]}, "room for 5 positions", id="steps"),
+        pytest.param({"max_steps": [0]}, "max_steps", id="no steps"),
+        pytest.param({"max_tokens": [0]}, "max_tokens", id="no tokens"),
+        pytest.param({"uniform": torch.rand(1, 3, 6)}, "uniform must have shape", id="uniform"),
         pytest.param({"pending": torch.tensor([6])}, "ids must lie", id="id too high"),
         pytest.param({"pending": torch.tensor([-1])}, "ids must lie", id="id below 0"),
         pytest.param({"pending": torch.tensor([1, 2])}, "pending", id="id of no row"),
@@ -66,7 +73,7 @@ def test_a_run_that_fits() -> None:
         pytest.param({"temperature": float("nan")}, "temperature", id="temperature"),
         pytest.param({"ends": torch.ones(5, dtype=torch.bool)}, "ends", id="ends"),
         pytest.param({"table": torch.ones(5, 8)}, "table must have shape", id="table"),
-        pytest.param({"context": torch.ones(1, 3, 8)}, "context must have a row", id="context"),
+        pytest.param({"context": torch.ones(1, 3, 8)}, "context must be", id="context"),
         pytest.param({"context": torch.ones(1, 8, 4).mT}, "context must be", id="turned context"),
         pytest.param(
             {"vocabulary": 0, "pending": None}, "to_logits", id="empty vocabulary", marks=TO_DO
