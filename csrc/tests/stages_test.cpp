@@ -122,9 +122,17 @@ void add_row(Weights& zeros, cpu::MambaState& state) {
       {zeros.vector(kLayers * ssm, 0), zeros.vector(kLayers * window, 0), ssm, window});
 }
 
-// The bytes that each row samples, from position `row` of its patch on.
+// What a run leaves of a row.
+struct Left {
+  std::vector<int64_t> ids;
+  std::vector<float> x;
+
+  bool operator==(const Left&) const = default;
+};
+
+// Each row samples bytes from its first position in its patch to the patch's end.
 template <class Stage>
-std::vector<std::vector<int64_t>> sample_bytes(const std::vector<int64_t>& rows, int64_t threads) {
+std::vector<Left> sample_bytes(const std::vector<int64_t>& firsts, int64_t threads) {
   Weights weights, zeros;
   const Stage stage = make_stage(weights, Stage());
   cpu::Run run;
@@ -139,17 +147,17 @@ std::vector<std::vector<int64_t>> sample_bytes(const std::vector<int64_t>& rows,
   for (float& number : uniform) number += 0.5f;
   run.uniform = [&](int64_t, int64_t n) { return uniform.data() + n * kVocabulary; };
   typename Stage::State state;
-  std::vector<std::vector<int64_t>> ids;
-  std::vector<float> x(rows.size() * kDim);
-  for (size_t i = 0; i < rows.size(); ++i) {
+  std::vector<Left> left(firsts.size());
+  for (size_t i = 0; i < firsts.size(); ++i) {
     add_row(zeros, state);
-    ids.emplace_back(kRoom - rows[i]);
+    left[i].ids.resize(kRoom - firsts[i]);
+    left[i].x.resize(kDim);
     cpu::RunRow row;
-    row.first = rows[i];
-    row.max_tokens = row.max_steps = kRoom - rows[i];
-    row.x = x.data() + i * kDim;
-    row.ids = ids.back().data();
-    row.pending = rows[i];
+    row.first = firsts[i];
+    row.max_tokens = row.max_steps = kRoom - firsts[i];
+    row.x = left[i].x.data();
+    row.ids = left[i].ids.data();
+    row.pending = firsts[i];
     run.rows.push_back(row);
   }
   std::vector<float> scratch(stage.scratch_size(state, threads));
@@ -161,17 +169,17 @@ std::vector<std::vector<int64_t>> sample_bytes(const std::vector<int64_t>& rows,
   for (int64_t index = 1; index < threads; ++index) others.emplace_back(work, index);
   work(0);
   for (std::thread& other : others) other.join();
-  return ids;
+  return left;
 }
 
 template <class Stage>
 void a_team_and_neighbors_change_no_bit() {
-  const std::vector<int64_t> rows = {0, 3, 1};
-  const auto together = sample_bytes<Stage>(rows, 1);
-  for (const int64_t threads : {2, 3}) CHECK(sample_bytes<Stage>(rows, threads) == together);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    CHECK(sample_bytes<Stage>({rows[i]}, 1)[0] == together[i]);
-    CHECK(sample_bytes<Stage>({rows[i]}, 3)[0] == together[i]);
+  const std::vector<int64_t> firsts = {0, 3, 1};
+  const auto together = sample_bytes<Stage>(firsts, 1);
+  for (const int64_t threads : {2, 3}) CHECK(sample_bytes<Stage>(firsts, threads) == together);
+  for (size_t i = 0; i < firsts.size(); ++i) {
+    CHECK(sample_bytes<Stage>({firsts[i]}, 1)[0] == together[i]);
+    CHECK(sample_bytes<Stage>({firsts[i]}, 3)[0] == together[i]);
   }
 }
 
