@@ -16,8 +16,8 @@ CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all install_cpu install_cuda install_mamba lint format check_format \
-        check_types clean clean_venv
+.PHONY: help demo test test-all sanitize install_cpu install_cuda install_mamba lint format \
+        check_format check_types clean clean_venv
 
 help: ## List the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,9 @@ test: $(VENV)/installed-test ## Run the tests, slow ones aside
 
 test-all: $(VENV)/installed-test ## Run all tests
 	$(PYTEST) -m ''
+
+sanitize: $(VENV)/installed-test ## Run decoding under sanitizers: address, undefined behavior, threads
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON="$(abspath $(BIN))/python" scripts/sanitize.sh
 
 install_cpu: $(VENV)/torch ## Install into $(VENV), compiled for the CPU
 	MBLM_BUILD=cpu $(PIP) install -e .

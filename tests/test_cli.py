@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -120,6 +120,25 @@ def test_writes_the_bytes_of_generate(
     result = run("generate", saved, "--prompt", "ab", "--seed", 1, "--bytes", COUNT, *flags)
     assert (result.status, result.out) == (0, expected(bytes_model, b"ab", **arguments))
     assert "bytes/s" in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_weights_are_read_as_asked(
+    run: Run, saved: Path, bytes_model: MBLM, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    arguments = ["generate", saved, "--seed", 1, "--bytes", COUNT]
+    if weights != "float32":  # the default
+        arguments += ["--weights", weights]
+    whole = expected(bytes_model, weights=weights)
+    asked, generate = [], MBLM.generate
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["weights"])
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(MBLM, "generate", spy)
+    assert run(*arguments).out == whole
+    assert asked == [weights]
 
 
 def test_stops_after_any_stop_text(run: Run, saved: Path) -> None:
@@ -239,6 +258,7 @@ def test_an_interrupt_ends_quietly(saved: Path) -> None:
         (["--filter-thres", "1.5"], "filter_thres: expected a number in [0, 1], got 1.5"),
         (["--top-p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--stop", ""], "stop"),
+        (["--weights", "int4"], "weights: expected one of float32, bfloat16, int8, got 'int4'"),
         (["--device", "abacus"], "--device: abacus cannot be used"),
         (["--device", "meta"], "--device: meta cannot be used"),
         (["--prompt-file", "absent.txt"], "absent.txt: No such file"),

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -100,6 +101,7 @@ cpu::Positions bind_positions(const Tensor& fixed, const Tensor& rotation, int64
   if (is_given(rotation)) {
     TORCH_CHECK_VALUE(rotation.size(0) >= count, "rotation must have a row for each of ", count,
                       " positions, got ", rotation.sizes());
+    TORCH_CHECK_VALUE(dim % 2 == 0, "rotation needs an even width, got ", dim);
     positions.rotation =
         check_state("rotation", rotation, {rotation.size(0), dim / 2, 2}).const_data_ptr<float>();
   }
@@ -133,6 +135,7 @@ c10::intrusive_ptr<Hierarchy> hierarchy(const std::vector<c10::intrusive_ptr<Sta
   const int64_t width = result->parts.back().dim;
   const Tensor table = list.tensor({-1, width});
   result->parts.back().table = table.const_data_ptr<float>();
+  TORCH_CHECK_VALUE(table.size(0) > 0, "weights[0] must have a row for each token");
   result->to_logits = list.matrix(table.size(0), width);
   for (size_t n = 0; n + 1 < stages.size(); ++n) {
     cpu::RunStage& part = result->parts[n];
@@ -191,7 +194,10 @@ Hierarchy::run(const std::vector<Tensor>& state, const std::vector<int64_t>& cac
   run.stages = parts;
   run.to_logits = to_logits;
   const int64_t vocabulary = to_logits.outputs;
-  run.sampling = {float(temperature), std::min(top_k, vocabulary), float(top_p)};
+  // Too small a number for a float keeps the likeliest, as 0 would not.
+  const float least = std::numeric_limits<float>::min();
+  run.sampling = {float(temperature), std::min(top_k, vocabulary),
+                  top_p > 0 ? std::max(float(top_p), least) : 0.f};
   run.has_pending = pending.has_value();
   TORCH_CHECK_VALUE(outputs[0].dim() == 2, "outputs[0] must have shape [B, D], got ",
                     outputs[0].sizes());
@@ -305,6 +311,7 @@ Hierarchy::run(const std::vector<Tensor>& state, const std::vector<int64_t>& cac
   if (pending) {
     check_type("pending", *pending, at::kLong);
     check_shape("pending", *pending, {rows});
+    TORCH_CHECK_VALUE(pending->device().is_cpu(), "pending must be on the CPU");
     next = pending->contiguous();
     check_ids_range(next, vocabulary);
   }

@@ -38,7 +38,7 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   Tensor out = at::empty(shape, rows.options());
   with_team(at::get_num_threads(), [&](const cpu::Worker& worker) {
     cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(),
-                  matrix.inputs ? rows.numel() / matrix.inputs : 0,
+                  matrix.outputs ? out.numel() / matrix.outputs : 0,
                   static_cast<float*>(out.data_ptr()));
   });
   return out;

@@ -27,6 +27,7 @@ def top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Ten
     ordered, indices = torch.sort(logits / temperature, descending=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
+    p = max(p, torch.finfo(logits.dtype).tiny)  # with 0, the likeliest would go too
     drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, indices, before >= p)
     return logits.masked_fill(drop, float("-inf"))
 

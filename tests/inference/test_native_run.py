@@ -165,7 +165,9 @@ class TestWeights:
             plain = Session(rounded, 2).feed(ids[:, :17])
             close = plain.logits()
         hidden = session._cache.stages[-1].output
-        torch.testing.assert_close(rounded.to_logits(hidden), close, **CLOSE)
+        # int8 weights are multiplied with numbers of 16 bits.
+        tolerance = {"atol": 2e-4, "rtol": 1e-3} if weights == "int8" else CLOSE
+        torch.testing.assert_close(rounded.to_logits(hidden), close, **tolerance)
 
     def test_are_those_of_a_session_that_was_saved(self, tmp_path: Path) -> None:
         m = wide("transformer", "mamba1")

@@ -1,0 +1,229 @@
+// Tests of runs with every stage, two of them one above the other: a team of threads gives the bits
+// of one thread, and rows that run side by side those of rows alone. Under the thread sanitizer,
+// that no barrier is missing.
+#include <algorithm>
+#include <deque>
+#include <thread>
+
+#include "check.h"
+#include "cpu/mamba1_stage.h"
+#include "cpu/mamba2_stage.h"
+#include "cpu/run.h"
+#include "cpu/transformer_stage.h"
+
+using namespace mblm;
+
+constexpr int64_t kDim = 24, kInner = 72, kHeads = 3, kHeadDim = 8, kStates = 20, kTaps = 3;
+constexpr int64_t kRank = 2, kLayers = 2, kVocabulary = 50, kPatch = 5, kPatches = 4;
+
+// Random weights that live as long as the stages that point to them.
+class Weights {
+ public:
+  float* vector(int64_t size, double scale = 1) {
+    auto& values = kept_.emplace_back(numbers_.vector<float>(size));
+    for (float& value : values) value = float(value * scale);
+    return values.data();
+  }
+
+  cpu::Matrix matrix(int64_t outputs, int64_t inputs) {
+    cpu::Matrix matrix;
+    matrix.outputs = outputs;
+    matrix.inputs = inputs;
+    matrix.weight = vector(outputs * inputs, 0.3);
+    matrix.bias = vector(outputs);
+    return matrix;
+  }
+
+ private:
+  test::Numbers numbers_;
+  std::deque<std::vector<float>> kept_;
+};
+
+cpu::TransformerStage make_stage(Weights& weights, const cpu::TransformerStage&) {
+  cpu::TransformerStage stage;
+  stage.dim = kDim;
+  stage.heads = kHeads;
+  stage.head_dim = kHeadDim;
+  stage.norm = weights.vector(kDim);
+  const int64_t width = kHeads * kHeadDim;
+  for (int64_t layer = 0; layer < kLayers; ++layer) {
+    stage.layers.push_back({weights.vector(kDim), weights.matrix(width, kDim),
+                            weights.matrix(2 * width, kDim), weights.matrix(kDim, width),
+                            weights.vector(kDim), weights.matrix(kInner, kDim),
+                            weights.matrix(kDim, kInner)});
+  }
+  return stage;
+}
+
+cpu::Mamba1Stage make_stage(Weights& weights, const cpu::Mamba1Stage&) {
+  cpu::Mamba1Stage stage;
+  stage.dim = kDim;
+  stage.inner = kInner;
+  stage.states = kStates;
+  stage.rank = kRank;
+  stage.taps = kTaps;
+  for (int64_t index = 0; index < kLayers; ++index) {
+    cpu::Mamba1Layer layer{};
+    layer.norm = weights.vector(kDim);
+    layer.eps = 1e-5f;
+    layer.in = weights.matrix(2 * kInner, kDim);
+    layer.x = weights.matrix(kRank + 2 * kStates, kInner);
+    layer.dt = weights.matrix(kInner, kRank);
+    layer.out = weights.matrix(kDim, kInner);
+    layer.conv = weights.vector(kInner * kTaps);
+    layer.conv_bias = weights.vector(kInner);
+    layer.rates = weights.vector(kInner * kStates, 0.1);
+    layer.direct = weights.vector(kInner);
+    stage.layers.push_back(layer);
+  }
+  return stage;
+}
+
+cpu::Mamba2Stage make_stage(Weights& weights, const cpu::Mamba2Stage&) {
+  cpu::Mamba2Stage stage;
+  stage.dim = kDim;
+  stage.inner = kInner;
+  stage.states = kStates;
+  stage.heads = kHeads;
+  stage.taps = kTaps;
+  stage.eps = 1e-5f;
+  stage.norm = weights.vector(kDim);
+  const int64_t channels = kInner + 2 * kStates;
+  for (int64_t index = 0; index < kLayers; ++index) {
+    cpu::Mamba2Layer layer{};
+    layer.norm = weights.vector(kDim);
+    layer.in = weights.matrix(kInner + channels + kHeads, kDim);
+    layer.out = weights.matrix(kDim, kInner);
+    layer.conv = weights.vector(channels * kTaps);
+    layer.conv_bias = weights.vector(channels);
+    layer.dt_bias = weights.vector(kHeads);
+    layer.rates = weights.vector(kHeads, 0.1);
+    layer.direct = weights.vector(kHeads);
+    layer.gated_norm = weights.vector(kInner);
+    stage.layers.push_back(layer);
+  }
+  return stage;
+}
+
+// A row's empty cache, cut from zeros.
+void add_row(Weights& zeros, cpu::TransformerState& state) {
+  const int64_t capacity = 1 + std::max(kPatch, kPatches);
+  const int64_t of_layer = kHeads * capacity * kHeadDim;
+  cpu::TransformerRow row;
+  row.capacity = capacity;
+  row.position = 1;
+  row.keys = zeros.vector(kLayers * of_layer, 0);
+  row.values = zeros.vector(kLayers * of_layer, 0);
+  row.layer_stride = of_layer;
+  row.delayed = zeros.vector(kLayers * kDim, 0);
+  row.part_stride = row.start_stride = kDim / 2;
+  row.start_delayed = zeros.vector(kLayers * kDim, 0);
+  state.rows.push_back(row);
+}
+
+void add_row(Weights& zeros, cpu::MambaState& state) {
+  const int64_t ssm = kInner * kStates, window = (kTaps - 1) * (kInner + 2 * kStates);
+  state.rows.push_back({zeros.vector(kLayers * ssm, 0), zeros.vector(kLayers * window, 0), ssm,
+                        window, zeros.vector(kLayers * ssm, 0), zeros.vector(kLayers * window, 0)});
+}
+
+// What a run leaves of a row.
+struct Left {
+  std::vector<int64_t> ids;
+  std::vector<float> outputs[2];
+
+  bool operator==(const Left&) const = default;
+};
+
+// A byte's worth of what two stages of one kind need: the upper one embeds patches.
+cpu::RunStage make_part(Weights& weights, Weights& zeros, bool is_upper, size_t rows) {
+  cpu::RunStage part;
+  part.dim = kDim;
+  part.seq_len = is_upper ? kPatches : kPatch;
+  part.patch_size = is_upper ? kPatch : 1;
+  part.table = weights.vector(kVocabulary * kDim);
+  part.positions.fixed = weights.vector(part.seq_len * kDim);
+  if (is_upper) {
+    part.flat_norm = {weights.vector(kPatch * kDim), weights.vector(kPatch * kDim), 1e-5f};
+    part.project = weights.matrix(kDim, kPatch * kDim);
+    part.norm = {weights.vector(kDim), weights.vector(kDim), 1e-5f};
+    part.to_context = weights.matrix(kPatch * kDim, kDim);
+  }
+  const float* start_output = weights.vector(kDim);
+  for (size_t row = 0; row < rows; ++row) {
+    float* output = zeros.vector(kDim, 0);
+    std::copy_n(start_output, kDim, output);
+    part.rows.push_back(
+        {0, output, start_output, is_upper ? nullptr : zeros.vector(kPatch * kDim, 0)});
+  }
+  return part;
+}
+
+// Each row begins with a byte of its own and samples as many more as are asked for.
+template <class Stage>
+std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
+                               const std::vector<int64_t>& counts, int64_t threads) {
+  Weights weights, zeros;
+  const Stage upper = make_stage(weights, Stage()), local = make_stage(weights, Stage());
+  const size_t rows = pending.size();
+  typename Stage::State states[2];
+  for (size_t row = 0; row < rows; ++row) {
+    for (auto& state : states) add_row(zeros, state);
+  }
+  cpu::BoundStageOf<Stage> bound_upper(upper, states[0]), bound_local(local, states[1]);
+  cpu::Run run;
+  run.stages = {make_part(weights, zeros, true, rows), make_part(weights, zeros, false, rows)};
+  run.stages[0].model = &bound_upper;
+  run.stages[1].model = &bound_local;
+  run.to_logits = weights.matrix(kVocabulary, kDim);
+  run.sampling.top_k = 5;
+  run.has_pending = true;
+  const int64_t most = kPatch * kPatches;
+  std::vector<float> uniform(most * kVocabulary);
+  for (size_t i = 0; i < uniform.size(); ++i) uniform[i] = float((i * 37) % 101 + 1) / 103;
+  run.uniform = [&](int64_t, int64_t n) { return uniform.data() + n * kVocabulary; };
+  std::vector<Left> left(rows);
+  for (size_t i = 0; i < rows; ++i) {
+    left[i].ids.resize(counts[i]);
+    cpu::RunRow row;
+    row.max_tokens = counts[i];
+    row.ids = left[i].ids.data();
+    row.pending = pending[i];
+    run.rows.push_back(row);
+  }
+  std::vector<float> scratch(run.scratch_size(threads));
+  cpu::Team team(threads);
+  std::vector<std::thread> others;
+  const auto work = [&](int64_t index) { run.work(cpu::Worker{team, index}, scratch.data()); };
+  for (int64_t index = 1; index < threads; ++index) others.emplace_back(work, index);
+  work(0);
+  for (std::thread& other : others) other.join();
+  for (size_t i = 0; i < rows; ++i) {
+    CHECK(run.rows[i].num_tokens == counts[i]);
+    for (int64_t n : {0, 1}) {
+      const float* output = run.stages[n].rows[i].output;
+      left[i].outputs[n].assign(output, output + kDim);
+    }
+  }
+  return left;
+}
+
+template <class Stage>
+void a_team_and_neighbors_change_no_bit() {
+  const std::vector<int64_t> pending = {0, 3, 1}, counts = {17, 4, 11};
+  const auto together = sample_bytes<Stage>(pending, counts, 1);
+  for (const int64_t threads : {2, 3}) {
+    CHECK(sample_bytes<Stage>(pending, counts, threads) == together);
+  }
+  for (size_t i = 0; i < pending.size(); ++i) {
+    CHECK(sample_bytes<Stage>({pending[i]}, {counts[i]}, 1)[0] == together[i]);
+    CHECK(sample_bytes<Stage>({pending[i]}, {counts[i]}, 3)[0] == together[i]);
+  }
+}
+
+int main() {
+  a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
+  a_team_and_neighbors_change_no_bit<cpu::Mamba1Stage>();
+  a_team_and_neighbors_change_no_bit<cpu::Mamba2Stage>();
+  return test::result();
+}

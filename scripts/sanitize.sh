@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Runs decoding under sanitizers: thread for the C++ tests of decoding, address and undefined
+# behavior for all C++ tests and the Python tests of decoding.
+#
+#   bash scripts/sanitize.sh [arguments of pytest instead of the tests of decoding]
+#
+# PYTHON is the interpreter that has torch and pytest, python by default; MAX_JOBS is how many
+# files are compiled at a time. All is built in build/sanitize: what is installed stays as it is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$("${PYTHON:-python}" -c 'import sys; print(sys.executable)')
+out=$PWD/build/sanitize
+
+build() { # folder, sanitizers, targets
+  # -O1 compiles quickly and optimizes fewer accesses away than what is shipped.
+  cmake -S . -B "$out/$1" -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 -DMBLM_BUILD_TESTS=ON \
+    -DMBLM_SANITIZE="$2" -DPython_EXECUTABLE="$python"
+  cmake --build "$out/$1" --parallel "${MAX_JOBS:-$(nproc)}" --target "${@:3}"
+}
+
+build thread thread decode_test stages_test
+ctest --test-dir "$out/thread" --output-on-failure --no-tests=error -R '^(decode|stages)_test$'
+
+build address address,undefined all
+ctest --test-dir "$out/address" --output-on-failure --no-tests=error
+
+# A package loads the library beside its own files, so this library gets a copy of the package.
+rm -rf "$out/package"
+mkdir "$out/package"
+cp -r mblm tests pyproject.toml "$out/package"
+cp "$out/address/_C.so" "$out/package/mblm"
+"$python" - >"$out/package/mblm/_build.json" <<'END'
+import json, torch
+print(json.dumps({"torch": str(torch.__version__), "mode": "cpu", "cuda_architectures": None}))
+END
+
+# The interpreter is not sanitized: the sanitizer is loaded before it, and the C++ library too, for
+# the sanitizer looks up `throw` when it starts. Leaks are not looked for: what Python and torch
+# keep until the process ends would be taken for leaks.
+compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$out/address/CMakeCache.txt")
+runtimes="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)"
+if [ $# -eq 0 ]; then
+  set -- tests/inference tests/model/test_golden.py tests/ops/test_linear_rows.py \
+    --deselect tests/model/test_golden.py::test_all_of_this_without_native_kernels
+fi
+cd "$out/package"
+LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 MBLM_NATIVE=require "$python" -m pytest "$@"
