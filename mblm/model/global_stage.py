@@ -16,6 +16,7 @@ def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) 
     as a whole.
     """
     if hasattr(model, "forward_with_state") and not inputs:
+        _gather_for_segments(model)
         outputs, state = [], None
         for part in x.split(segment, dim=1):
             out, state = checkpoint(model.forward_with_state, part, state, use_reentrant=False)
@@ -26,6 +27,15 @@ def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) 
     else:
         out = checkpoint(model, x, *inputs, use_reentrant=False)
     return out
+
+
+def _gather_for_segments(model: nn.Module) -> None:
+    """Where FSDP shards the stage, have it gather the weights for this method as for a call."""
+    if getattr(model, "_is_fsdp_managed_module", False):
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if isinstance(model, FSDPModule) and "forward_with_state" not in vars(model):
+            register_fsdp_forward_method(model, "forward_with_state")
 
 
 def saved_on_host() -> contextlib.AbstractContextManager[Any]:
