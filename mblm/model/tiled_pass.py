@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mblm.model.loss import losses_per_byte, sum_and_count
-from mblm.model.tiles import SumAndCount, map_over_tiles, sum_over_tiles
+from mblm.model.tiles import GradientSums, SumAndCount, map_over_tiles, sum_over_tiles
 
 if TYPE_CHECKING:
     from mblm.model.hierarchy import Hierarchy
@@ -25,7 +25,8 @@ class TiledPass:
 
     Args:
         model: The hierarchy.
-        tile: Positions of a stage in a tile; at least one row of the stage.
+        tile: Positions of the local stage in a tile; at least one row. Upper stages' tiles hold a
+            quarter as many.
         ignored_id: The target that does not count in a loss.
     """
 
@@ -34,7 +35,7 @@ class TiledPass:
         self.tile = tile
         self.ignored_id = ignored_id
         self.local = model.num_stages - 1
-        self._parameters = [_trained_below(model, stage) for stage in range(model.num_stages)]
+        self._gradients = GradientSums(_parameters_below_global(model))
         self._recompute = _gradients_are_watched(model)
 
     def loss(
@@ -73,7 +74,7 @@ class TiledPass:
         if len(rows) <= size:
             return tile(rows, *per_byte)  # type: ignore[arg-type]
         return sum_over_tiles(
-            tile, size, rows, per_byte, self._parameters[stage], recompute=self._recompute
+            tile, size, rows, per_byte, self._gradients, recompute=self._recompute
         )
 
     def loss_of_logits(
@@ -86,7 +87,10 @@ class TiledPass:
 
         rows = [None if t is None else t.reshape(-1) for t in (targets, weights)]
         # Kept gradients would be one more tensor like the logits.
-        return sum_over_tiles(tile, self.tile, logits.flatten(0, -2), rows, (), recompute=True)
+        no_parameters = GradientSums(())
+        return sum_over_tiles(
+            tile, self.tile, logits.flatten(0, -2), rows, no_parameters, recompute=True
+        )
 
     def outputs(
         self,
@@ -113,29 +117,31 @@ class TiledPass:
         return map_over_tiles(tile, self._size(stage), rows, *per_byte)
 
     def _size(self, stage: int) -> int:
-        """How many positions of a stage a tile holds, so that there are ``tile`` of the next."""
+        """How many positions of a stage have what is below them in one tile."""
         if stage == self.local:
             return self.tile
-        return max(1, self.tile // self.model.seq_lens[stage + 1])
+        # Tiles of upper stages stay in memory while those within them are computed, and have only
+        # a patch's share of the work: they are smaller.
+        below = self.tile if stage + 1 == self.local else self.tile // 4
+        return max(1, below // self.model.seq_lens[stage + 1])
 
     def _by_position(self, stage: int, per_byte: Tensor | None) -> Tensor | None:
         """``(rows, S * R_n)`` to ``(rows * S, R_n)``."""
         return None if per_byte is None else per_byte.reshape(-1, self.model.patch_sizes[stage])
 
 
-def _trained_below(model: "Hierarchy", stage: int) -> list[nn.Parameter]:
-    """The parameters that what hangs on a position of a stage is computed with."""
-    below = slice(stage + 1, None)
+def _parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
+    """The parameters that what hangs on a position of the most global stage is computed with."""
     modules: list[nn.Module] = [
-        *model.to_next_stage_proj[stage:],
-        *model.token_embs_rev[: model.num_stages - 1 - stage],
-        *model.pos_embs[below],
-        *model.stage_models[below],
+        *model.to_next_stage_proj,
+        *model.token_embs_rev[:-1],
+        *model.pos_embs[1:],
+        *model.stage_models[1:],
         model.to_logits,
     ]
-    parameters = [p for module in modules for p in module.parameters()]
-    parameters += getattr(model, "start_tokens", [])[below]
-    return [p for p in dict.fromkeys(parameters) if p.requires_grad]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters += getattr(model, "start_tokens", [])[1:]
+    return list(dict.fromkeys(parameters))
 
 
 def _gradients_are_watched(model: "Hierarchy") -> bool:

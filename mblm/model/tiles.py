@@ -1,6 +1,7 @@
 """Functions of many rows, computed a tile of rows at a time: memory follows the tile."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +14,51 @@ SumAndCount = tuple[Tensor, Tensor]
 Rows = tuple[Tensor | None, ...]
 
 
+class GradientSums:
+    """Gradients of parameters, added up over tiles and over the tiles within them.
+
+    Args:
+        parameters: All that a computation uses and that gets a gradient, but its rows.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.is_adding = False
+        self._sums: list[Tensor] = []
+        self._used: list[bool] = []
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """While the outermost sum over tiles is computed."""
+        # Before the tiles' memory, not between; half precision would lose the small additions.
+        self._sums = [_wide_zeros(p) for p in self.parameters]
+        self._used = [False] * len(self._sums)
+        self.is_adding = True
+        try:
+            yield
+        finally:
+            self.is_adding = False
+            self._sums = []
+
+    def add(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add gradients of all parameters, None for 0."""
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._sums[index] += gradient
+                self._used[index] = True
+
+    def sums(self) -> list[Tensor | None]:
+        """The sums, None for a parameter that none was added for."""
+        return [s if used else None for s, used in zip(self._sums, self._used, strict=True)]
+
+
 @torch.compiler.disable
 def sum_over_tiles(
     function: Callable[..., SumAndCount],
     size: int,
     rows: Tensor,
     others: Sequence[Tensor | None],
-    parameters: Sequence[Tensor],
+    sums: GradientSums,
     *,
     recompute: bool = False,
 ) -> SumAndCount:
@@ -29,12 +68,15 @@ def sum_over_tiles(
     the factor by which the sum enters the loss, and the backward pass has only to multiply. Nothing
     is computed twice, and no activation outlives its tile.
 
+    ``function`` may sum over smaller tiles in turn, with the same ``sums``, as long as what comes
+    out enters its own sum as it is.
+
     Args:
         function: Gives the sum, differentiable, and the count of a tile.
         size: Rows of a tile, at least 1.
         rows: ``(S, ..)``, differentiable.
         others: ``(S, ..)`` each, or None; they get no gradient.
-        parameters: All else that ``function`` computes with and that gets a gradient.
+        sums: Knows the parameters that ``function`` computes with.
         recompute: Compute each tile again in the backward pass instead. This suits parameters that
             only an ordinary backward pass may touch, takes a third longer, and keeps the graphs of
             all tiles, though not their activations.
@@ -43,21 +85,22 @@ def sum_over_tiles(
         The sum, float32 (or float64), and the count, both scalars.
 
     Raises:
-        ValueError: ``function`` uses a tensor that needs a gradient and is not in ``parameters``.
+        ValueError: ``function`` uses a tensor that needs a gradient and is no known parameter.
     """
-    inputs = (rows, *parameters)
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+    if not torch.is_grad_enabled() or not (rows.requires_grad or sums.parameters):
         return _add(function(*tile) for tile in _tiles(size, rows, *others))
     if recompute:
         return _add(
             checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, rows, *others)
         )
-    total, count = _SumWithGradients.apply(function, size, others, *inputs)
-    return total, count
+    if sums.is_adding:  # the outermost sum passes the parameters' gradients on
+        return _sum_with_gradients(function, size, others, sums, rows)
+    with sums.adding():
+        return _sum_with_gradients(function, size, others, sums, rows, *sums.parameters)
 
 
 class _SumWithGradients(torch.autograd.Function):
-    """The sum over tiles, and with it the gradients of rows and parameters."""
+    """The sum over tiles, and with it the gradients of rows and, if given, of parameters."""
 
     @staticmethod
     def forward(
@@ -65,13 +108,11 @@ class _SumWithGradients(torch.autograd.Function):
         function: Callable[..., SumAndCount],
         size: int,
         others: Sequence[Tensor | None],
+        sums: GradientSums,
         rows: Tensor,
         *parameters: Tensor,
     ) -> SumAndCount:
-        needed = [tensor for tensor in parameters if tensor.requires_grad]
-        # Half precision would lose the small additions.
-        sums: list[Tensor | None] = [None] * len(needed)
-        of_rows = torch.empty_like(rows) if rows.requires_grad else None
+        of_rows = torch.zeros_like(rows) if rows.requires_grad else None
         results = []
         for first in range(0, len(rows), size):
             tile = slice(first, first + size)
@@ -79,23 +120,18 @@ class _SumWithGradients(torch.autograd.Function):
                 leaf = rows[tile].detach().requires_grad_(of_rows is not None)
                 total, count = function(leaf, *_cut(tile, others))
             results.append((total.detach(), count))
-            wanted = [leaf, *needed] if of_rows is not None else needed
             if not total.requires_grad:
-                gradients: list[Tensor | None] = [None] * len(wanted)
-            else:
-                if first == 0:
-                    _check_leaves(total, wanted)
-                with torch.autocast(rows.device.type, enabled=False):
-                    gradients = [*torch.autograd.grad(total, wanted, allow_unused=True)]
-            if of_rows is not None:
-                of_tile, *gradients = gradients
-                of_rows[tile] = 0 if of_tile is None else of_tile
-            for index, gradient in enumerate(gradients):
-                if gradient is not None:
-                    before = sums[index]
-                    sums[index] = _wide(gradient) if before is None else before.add_(gradient)
-        ctx.gradients = iter(sums if of_rows is None else [of_rows, *sums])
-        ctx.inputs = [(tensor.requires_grad, tensor.dtype) for tensor in (rows, *parameters)]
+                continue
+            inputs = sums.parameters if of_rows is None else [*sums.parameters, leaf]
+            if first == 0:
+                _check_leaves(total, inputs)
+            with torch.autocast(rows.device.type, enabled=False):
+                gradients = [*torch.autograd.grad(total, inputs, allow_unused=True)]
+            if of_rows is not None and (of_tile := gradients.pop()) is not None:
+                of_rows[tile] = of_tile
+            sums.add(gradients)
+        ctx.gradients = [of_rows, *(sums.sums() if parameters else ())]
+        ctx.dtypes = [tensor.dtype for tensor in (rows, *parameters)]
         total, count = _add(results)
         ctx.mark_non_differentiable(count)
         return total, count
@@ -109,11 +145,14 @@ class _SumWithGradients(torch.autograd.Function):
                 "in the first; compute the loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        scaled: list[Tensor | None] = []
-        for is_needed, dtype in ctx.inputs:
-            gradient = next(gradients) if is_needed else None
-            scaled.append(None if gradient is None else gradient.mul_(grad).to(dtype))
-        return None, None, None, *scaled
+        scaled = (
+            None if gradient is None else gradient.mul_(grad).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return None, None, None, None, *scaled
+
+
+_sum_with_gradients: Callable[..., SumAndCount] = _SumWithGradients.apply
 
 
 def map_over_tiles(function: Callable[..., Tensor], size: int, *rows: Tensor | None) -> Tensor:
@@ -164,9 +203,8 @@ def _add(results: Any) -> SumAndCount:
     return torch.stack(totals).sum(), torch.stack(counts).sum()
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """A copy of its own, in which many sums can be added up."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+def _wide_zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_leaves(total: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -69,7 +69,7 @@ def three() -> MBLM:
 
 
 @given(m=hierarchies(), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_loss_and_gradients_are_those_without_tiles(m: MBLM, data: st.DataObject) -> None:
     """1 to 4 stages of mixed blocks, ragged lengths, padding, weights, any tile."""
     m = m.double().train()
@@ -91,7 +91,7 @@ def test_loss_and_gradients_are_those_without_tiles(m: MBLM, data: st.DataObject
 
 
 @given(m=hierarchies(), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_outputs_are_those_without_tiles(m: MBLM, data: st.DataObject) -> None:
     m = m.double()
     other = tiled(m, data.draw(st.integers(1, 20), label="tile"))

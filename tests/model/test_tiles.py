@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mblm.model.tiles import map_over_tiles, sum_over_tiles
+from mblm.model.tiles import GradientSums, map_over_tiles, sum_over_tiles
 
 SIZES = [1, 2, 3, 6, 7, 100]
 
@@ -27,8 +26,8 @@ class Net(nn.Module):
         return losses.sum(), losses.count_nonzero()
 
     def sum(self, size: int, rows: Tensor, *others: Tensor | None, **how: Any) -> Tensor:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        total, count = sum_over_tiles(self, size, rows, others, parameters, **how)
+        sums = GradientSums(self.parameters())
+        total, count = sum_over_tiles(self, size, rows, others, sums, **how)
         assert not count.requires_grad
         return total / count
 
@@ -86,7 +85,7 @@ def test_tiles_that_need_no_gradient_do_not_disturb_others(net: Net) -> None:
         return rows.sum(), rows.count_nonzero()
 
     rows = torch.tensor([[-1.0], [2.0]], requires_grad=True)
-    sum_over_tiles(function, 1, rows, (), ())[0].backward()
+    sum_over_tiles(function, 1, rows, (), GradientSums(()))[0].backward()
     assert rows.grad is not None and rows.grad.tolist() == [[0], [1]]
 
 
@@ -105,7 +104,7 @@ def test_many_small_gradients_add_up_in_half_precision() -> None:
         losses = rows * weight
         return losses.sum(dtype=torch.float32), losses.count_nonzero()
 
-    total, count = sum_over_tiles(function, 1, rows, (), [weight])
+    total, count = sum_over_tiles(function, 1, rows, (), GradientSums([weight]))
     total.backward()
     assert (total.item(), count.item()) == (2000, 2000)
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
@@ -123,7 +122,7 @@ def test_a_second_backward_pass_is_refused(net: Net) -> None:
 def test_a_tensor_whose_gradient_would_be_lost_is_refused(net: Net) -> None:
     rows, _ = rows_and_weights()
     with pytest.raises(ValueError, match=r"tensor \(3, 4\) .* none of the model's parameters"):
-        sum_over_tiles(net, 2, rows, (), [net.linear.bias])
+        sum_over_tiles(net, 2, rows, (), GradientSums([net.linear.bias]))
 
 
 class TestMap:
@@ -160,24 +159,47 @@ def test_dropout_is_the_same_when_it_is_computed_again() -> None:
         kept.append(dropped.detach())
         return dropped.sum(), dropped.count_nonzero()
 
-    total, _ = sum_over_tiles(function, 16, rows, (), (), recompute=True)
+    total, _ = sum_over_tiles(function, 16, rows, (), GradientSums(()), recompute=True)
     (gradient,) = torch.autograd.grad(total, rows)
     assert torch.equal(gradient, torch.cat(kept[:4]))
 
 
-def test_tiles_within_tiles(net: Net) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("outer_size", "inner_size"), [(3, 1), (2, 2), (7, 3), (1, 1)])
+def test_tiles_within_tiles(net: Net, outer_size: int, inner_size: int, recompute: bool) -> None:
     rows, weights = rows_and_weights()
     inner = copy.deepcopy(net)
+    sums = GradientSums([*net.parameters(), *inner.parameters()])
+
+    def above(rows: Tensor) -> Tensor:
+        return rows + rows * net.linear.weight[0] + inner.linear.weight[0]  # used inside, too
 
     def function(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        above = rows + rows * net.linear.weight[0]
-        return sum_over_tiles(inner, 1, above, (weights,), [*inner.parameters()])
+        others = (weights,)
+        return sum_over_tiles(inner, inner_size, above(rows), others, sums, recompute=recompute)
 
-    parameters = [*net.parameters(), *inner.parameters()]
-    total, _ = sum_over_tiles(function, 3, rows, (weights,), parameters)
-    total.backward()
     used = [rows, net.linear.weight, *inner.linear.parameters()]
-    actual = [tensor.grad for tensor in used]
-    above = rows + rows * net.linear.weight[0]
-    expected = torch.autograd.grad(checkpoint(inner, above, weights, use_reentrant=False)[0], used)
-    torch.testing.assert_close(actual, [*expected])
+    expected = torch.autograd.grad(inner(above(rows), weights)[0] * 3, used)
+    for _ in range(2):
+        total, count = sum_over_tiles(
+            function, outer_size, rows, (weights,), sums, recompute=recompute
+        )
+        actual = torch.autograd.grad(total * 3, used)
+        torch.testing.assert_close(actual, expected)
+        assert count == weights.count_nonzero()
+
+
+def test_a_failure_leaves_no_gradients_behind(net: Net) -> None:
+    rows, weights = rows_and_weights()
+    sums = GradientSums(net.parameters())
+
+    def failing(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if weights[0] == 2:
+            raise KeyboardInterrupt
+        return net(rows, weights)
+
+    with pytest.raises(KeyboardInterrupt):
+        sum_over_tiles(failing, 2, rows, (weights,), sums)
+    total, _ = sum_over_tiles(net, 2, rows, (weights,), sums)
+    expected = torch.autograd.grad(net(rows, weights)[0], net.linear.weight)
+    torch.testing.assert_close(torch.autograd.grad(total, net.linear.weight), expected)
