@@ -125,7 +125,7 @@ class _SumWithGradients(torch.autograd.Function):
             inputs = sums.parameters if of_rows is None else [*sums.parameters, leaf]
             if first == 0:
                 _check_leaves(total, inputs)
-            with torch.autocast(rows.device.type, enabled=False):
+            with _without_autocast(rows.device.type):
                 gradients = [*torch.autograd.grad(total, inputs, allow_unused=True)]
             if of_rows is not None and (of_tile := gradients.pop()) is not None:
                 of_rows[tile] = of_tile
@@ -201,6 +201,13 @@ def _add(results: Any) -> SumAndCount:
     # All at once: one after the other would lose the digits that a long sum has no room for.
     totals, counts = zip(*results, strict=True)
     return torch.stack(totals).sum(), torch.stack(counts).sum()
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """What a backward pass runs in."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _wide_zeros(tensor: Tensor) -> Tensor:
