@@ -218,7 +218,7 @@ def main() -> None:
     options.add_argument("part", nargs="?", choices=parts, default="memory")
     options.add_argument("--bytes", type=int, default=131_072, help="bytes of a sequence")
     options.add_argument("--width", type=int, default=256, help="width of all stages")
-    options.add_argument("--tile", type=int, default=256, help="positions of a tile")
+    options.add_argument("--tile", type=int, default=512, help="positions of a tile")
     options.add_argument(
         "--chunks", type=int, nargs=2, default=[10, 20], help="the reference's checkpoint chunks"
     )

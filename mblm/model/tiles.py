@@ -1,13 +1,15 @@
 """Functions of many rows, computed a tile of rows at a time: memory follows the tile."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+T = TypeVar("T")
 # What a tile adds to a loss: the sum of its entries and how many of them are not zero.
 SumAndCount = tuple[Tensor, Tensor]
 # Tensors of which each holds a row for every row of the computation.
@@ -52,7 +54,6 @@ class GradientSums:
         return [s if used else None for s, used in zip(self._sums, self._used, strict=True)]
 
 
-@torch.compiler.disable
 def sum_over_tiles(
     function: Callable[..., SumAndCount],
     size: int,
@@ -164,15 +165,8 @@ def map_over_tiles(function: Callable[..., Tensor], size: int, *rows: Tensor | N
     count = _length(rows)
     if count <= size:
         return function(*rows)
-    return _map(function, size, count, rows)
-
-
-@torch.compiler.disable
-def _map(function: Callable[..., Tensor], size: int, count: int, rows: Rows) -> Tensor:
     if torch.is_grad_enabled():
-        return torch.cat(
-            [checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, *rows)]
-        )
+        return _not_compiled(_recomputed_map)(function, size, rows)
     out = torch.empty(0)
     for number, tile in enumerate(_tiles(size, *rows)):
         result = function(*tile)
@@ -182,6 +176,18 @@ def _map(function: Callable[..., Tensor], size: int, count: int, rows: Rows) -> 
         first = number * size * per_row
         out[first : first + len(result)] = result
     return out
+
+
+def _recomputed_map(function: Callable[..., Tensor], size: int, rows: Rows) -> Tensor:
+    parts = [checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, *rows)]
+    return torch.cat(parts)
+
+
+@functools.cache
+def _not_compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """Leave a function's loop to Python under `torch.compile`, which would unroll it."""
+    disabled: Callable[..., T] = torch.compiler.disable(function)  # imports the compiler: not early
+    return disabled
 
 
 def _tiles(size: int, *rows: Tensor | None) -> Iterator[Rows]:
