@@ -16,8 +16,8 @@ from mblm.model.config import MBLMModelConfig
 from mblm.model.embeddings import build_token_embeddings, migrate_embedding_keys
 from mblm.model.global_stage import run_recomputed, saved_on_host
 from mblm.model.linear import Linear
-from mblm.model.tiled_pass import INFERENCE_TILE
-from mblm.model.tiles import map_over_tiles
+from mblm.model.tiled_pass import INFERENCE_TILE, gradients_are_watched
+from mblm.model.tiles import GradientSums, map_over_tiles, map_with_sums
 from mblm.model.utils import RoPE, rotate_pairs
 from mblm.utils.checks import check_token_ids
 
@@ -222,11 +222,17 @@ class Hierarchy(nn.Module):
         if self.num_stages == 1:
             return self.local_table, padded_ids
         patch_size = self.patch_sizes[0]
-        embedded = map_over_tiles(
-            lambda ids: self.embed_patches(0, ids, 1).squeeze(1),
-            max(1, _BYTES_PER_TILE_POSITION * tile // patch_size),
-            padded_ids.reshape(-1, patch_size),
-        )
+        rows = padded_ids.reshape(-1, patch_size)
+        size = max(1, _BYTES_PER_TILE_POSITION * tile // patch_size)
+
+        def embed(ids: torch.Tensor) -> torch.Tensor:
+            return self.embed_patches(0, ids, 1).squeeze(1)
+
+        if gradients_are_watched(self):
+            embedded = map_over_tiles(embed, size, rows)
+        else:
+            sums = GradientSums(self.token_embs_rev[-1].parameters())
+            embedded = map_with_sums(embed, size, rows, sums)
         return embedded.unflatten(0, (len(padded_ids), -1)), None
 
     def _tile_tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:

@@ -36,7 +36,7 @@ class TiledPass:
         self.ignored_id = ignored_id
         self.local = model.num_stages - 1
         self._gradients = GradientSums(_parameters_below_global(model))
-        self._recompute = _gradients_are_watched(model)
+        self._recompute = gradients_are_watched(model)
 
     def loss(
         self,
@@ -144,7 +144,7 @@ def _parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
     return list(dict.fromkeys(parameters))
 
 
-def _gradients_are_watched(model: "Hierarchy") -> bool:
+def gradients_are_watched(model: "Hierarchy") -> bool:
     """Whether gradients may reach the parameters by an ordinary backward pass only.
 
     So with FSDP, which gathers a stage's weights for its passes; with replicas of DataParallel,

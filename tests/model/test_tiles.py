@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mblm.model.tiles import GradientSums, map_over_tiles, sum_over_tiles
+from mblm.model.tiles import GradientSums, map_over_tiles, map_with_sums, sum_over_tiles
 
 SIZES = [1, 2, 3, 6, 7, 100]
 
@@ -144,6 +144,37 @@ class TestMap:
             torch.testing.assert_close(
                 actual, torch.autograd.grad(expected.square().sum(), rows)[0]
             )
+
+
+class TestMapWithSums:
+    @pytest.mark.parametrize("size", SIZES)
+    def test_is_that_without_tiles(self, net: Net, size: int) -> None:
+        rows = torch.randn(7, 4).double()
+        sums = GradientSums(net.parameters())
+        weights = [*net.linear.parameters()]
+        for _ in range(2):
+            out = map_with_sums(net.linear, size, rows, sums)
+            torch.testing.assert_close(out, net.linear(rows))
+            actual = torch.autograd.grad(
+                out.square().sum(), [*weights, net.unused], allow_unused=True
+            )
+            expected = torch.autograd.grad(net.linear(rows).square().sum(), weights)
+            torch.testing.assert_close(actual[:2], expected)
+            assert actual[2] is None
+
+    def test_is_recomputed_under_the_autocast_it_was_computed_under(self) -> None:
+        linear, rows, dtypes = nn.Linear(4, 3), torch.randn(7, 4), []
+
+        def function(rows: Tensor) -> Tensor:
+            out = linear(rows)
+            dtypes.append(out.dtype)
+            return out
+
+        with torch.autocast("cpu", torch.bfloat16):
+            out = map_with_sums(function, 4, rows, GradientSums(linear.parameters()))
+        out.float().square().sum().backward()
+        assert dtypes == [torch.bfloat16] * 4
+        assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
 
 
 def test_dropout_is_the_same_when_it_is_computed_again() -> None:
