@@ -231,7 +231,7 @@ class Hierarchy(nn.Module):
         if gradients_are_watched(self):
             embedded = map_over_tiles(embed, size, rows)
         else:
-            sums = GradientSums(self.token_embs_rev[-1].parameters())
+            sums = GradientSums(list(self.token_embs_rev[-1].parameters()))
             embedded = map_with_sums(embed, size, rows, sums)
         return embedded.unflatten(0, (len(padded_ids), -1)), None
 

@@ -16,6 +16,11 @@ SumAndCount = tuple[Tensor, Tensor]
 Rows = tuple[Tensor | None, ...]
 
 
+# Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
+# `torch.compiler.disable`, it imports the compiler, but no sooner than it is called.
+_not_compiled: Any = torch._disable_dynamo
+
+
 class GradientSums:
     """Gradients of parameters, added up over tiles and over the tiles within them.
 
@@ -90,6 +95,19 @@ def sum_over_tiles(
     """
     if not torch.is_grad_enabled() or not (rows.requires_grad or sums.parameters):
         return _add(function(*tile) for tile in _tiles(size, rows, *others))
+    return _sum(function, size, rows, others, sums, recompute)
+
+
+@_not_compiled
+def _sum(
+    function: Callable[..., SumAndCount],
+    size: int,
+    rows: Tensor,
+    others: Sequence[Tensor | None],
+    sums: GradientSums,
+    recompute: bool,
+) -> SumAndCount:
+    """`sum_over_tiles` where gradients are needed."""
     if recompute:
         return _add(
             checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, rows, *others)
@@ -166,7 +184,7 @@ def map_over_tiles(function: Callable[..., Tensor], size: int, *rows: Tensor | N
     if count <= size:
         return function(*rows)
     if torch.is_grad_enabled():
-        return _not_compiled(_recomputed_map)(function, size, rows)
+        return _recomputed_map(function, size, rows)
     out = torch.empty(0)
     for number, tile in enumerate(_tiles(size, *rows)):
         result = function(*tile)
@@ -187,7 +205,7 @@ def map_with_sums(
     """
     if len(rows) <= size or not torch.is_grad_enabled() or not sums.parameters:
         return map_over_tiles(function, size, rows)
-    return _not_compiled(_MapWithSums.apply)(function, size, sums, rows, *sums.parameters)
+    return _map_with_sums(function, size, sums, rows, *sums.parameters)
 
 
 class _MapWithSums(torch.autograd.Function):
@@ -224,16 +242,16 @@ class _MapWithSums(torch.autograd.Function):
         return None, None, None, None, *of_parameters
 
 
+@_not_compiled
+def _map_with_sums(*arguments: Any) -> Tensor:
+    out: Tensor = _MapWithSums.apply(*arguments)
+    return out
+
+
+@_not_compiled
 def _recomputed_map(function: Callable[..., Tensor], size: int, rows: Rows) -> Tensor:
     parts = [checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, *rows)]
     return torch.cat(parts)
-
-
-@functools.cache
-def _not_compiled(function: Callable[..., T]) -> Callable[..., T]:
-    """Leave a function's loop to Python under `torch.compile`, which would unroll it."""
-    disabled: Callable[..., T] = torch.compiler.disable(function)  # imports the compiler: not early
-    return disabled
 
 
 def _tiles(size: int, *rows: Tensor | None) -> Iterator[Rows]:
