@@ -3,13 +3,12 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-T = TypeVar("T")
 # What a tile adds to a loss: the sum of its entries and how many of them are not zero.
 SumAndCount = tuple[Tensor, Tensor]
 # Tensors of which each holds a row for every row of the computation.
