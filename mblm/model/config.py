@@ -12,8 +12,10 @@ from pydantic import (
     PositiveInt,
     SerializationInfo,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -63,6 +65,15 @@ class MBLMModelConfig(BaseModel):
         train_checkpoint_chunks: For stages 2 .. N, in how many chunks of its batch a stage runs,
             each recomputed in the backward pass. None keeps all activations.
         block: One block for all stages, or a list with one block per stage.
+        tile: Positions of a stage that are held at once below the most global stage, while a loss
+            or its gradient is computed. What a training step keeps of a sequence is then the most
+            global stage's activations, L / R_1 positions; the same loss and gradients to rounding,
+            in about the same time. None, the default, keeps the activations of all stages.
+        checkpoint_global: Whether the most global stage is computed again in the backward pass, in
+            layers (Transformers) or segments of ``tile`` positions (stages with a state), so that
+            only their inputs are kept. Costs one more forward pass of that stage. Default False.
+        offload: Whether what the most global stage keeps for the backward pass goes to the host's
+            memory. Costs the transfers. Default False.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -74,6 +85,9 @@ class MBLMModelConfig(BaseModel):
     seq_lens: Sequence[PositiveInt]
     train_checkpoint_chunks: list[PositiveInt] | None
     block: SerializeAsAny[StageBlock] | Sequence[SerializeAsAny[StageBlock]]
+    tile: PositiveInt | None = None
+    checkpoint_global: bool = False
+    offload: bool = False
 
     @field_validator("block", mode="before")
     @classmethod
@@ -121,6 +135,15 @@ class MBLMModelConfig(BaseModel):
         if isinstance(block, StageBlock):
             return block.model_dump(mode=info.mode)
         return [item.model_dump(mode=info.mode) for item in block]
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that the published package does not know are dumped only where they are set."""
+        fields: dict[str, Any] = dump(self)
+        for name in ("tile", "checkpoint_global", "offload"):
+            if fields.get(name) == MBLMModelConfig.model_fields[name].default:
+                fields.pop(name, None)
+        return fields
 
     def stage_blocks(self) -> Sequence[StageBlock]:
         """The blocks, one per stage."""

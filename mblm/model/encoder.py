@@ -11,6 +11,7 @@ from mblm.model.config import MaskReduceStrat, MBLMEncoderModelConfig, MBLMRetur
 from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy
 from mblm.model.pretrained import PretrainedMixin
+from mblm.model.tiled_pass import TiledPass
 from mblm.utils.checks import check_token_ids
 
 _IGNORED_LABEL = -100
@@ -99,29 +100,59 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         mask = torch.ones_like(ids, dtype=torch.bool)
         if attention_mask is not None:
             mask = attention_mask.flatten(1)
+        targets = None
+        if labels is not None and with_loss:
+            targets = self._targets(labels.flatten(1), mask)
+        weights = None if loss_mask is None else loss_mask.flatten(1)
+        tile = self.tile_for(ids.numel())
+        if tile is not None:
+            return self._forward_in_tiles(tile, nested_ids, mask, targets, weights, return_type)
         attended = self._attend(self._tokens_of_ids(ids), mask)
         hidden = attended.reshape(ids.shape[0], -1, attended.shape[-1])[:, : ids.shape[1]]
         if return_type == MBLMReturnType.HIDDEN_STATE:
             return hidden.reshape(*nested_ids.shape, -1)
         logits = self.to_logits(hidden)
         nested_logits = logits.reshape(*nested_ids.shape, -1)
-        if labels is None or not with_loss:
+        if targets is None:
             return nested_logits
-        loss = self._loss(logits, labels.flatten(1), mask, loss_mask)
+        loss = cross_entropy(logits, targets, weights, _IGNORED_LABEL)
         return loss if return_type == MBLMReturnType.LOSS else (loss, nested_logits)
 
-    def _loss(
+    def _forward_in_tiles(
         self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
+        tile: int,
+        nested_ids: torch.Tensor,
         mask: torch.Tensor,
-        loss_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+        targets: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        return_type: MBLMReturnType,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """`forward` of checked ids; ``mask``, ``targets`` and ``weights`` are flat."""
+        ids = nested_ids.flatten(1)
+        padded, mask = self._pad(ids, self.pad_token_id), self._pad(mask, False)
+        tiles = TiledPass(self, tile, _IGNORED_LABEL)
+        attended = self._attend_global(padded, mask, tile)
+        if targets is not None:
+            targets = self._pad(targets, _IGNORED_LABEL)
+            weights = None if weights is None else self._pad(weights, 0)
+            if return_type == MBLMReturnType.LOSS:
+                return self.mean_loss(*tiles.loss(attended, padded, targets, mask, weights))
+
+        def head(local: torch.Tensor) -> torch.Tensor:
+            return local if return_type == MBLMReturnType.HIDDEN_STATE else self.to_logits(local)
+
+        outputs = tiles.outputs(head, attended, padded, mask)  # (rows, P_N, D_N or V)
+        per_byte = outputs.reshape(*padded.shape, -1)[:, : ids.shape[1]]
+        nested = per_byte.reshape(*nested_ids.shape, -1)
+        if targets is None:
+            return nested
+        return self.mean_loss(*tiles.loss_of_logits(outputs, targets, weights)), nested
+
+    def _targets(self, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Labels of the bytes that count, of the others one that does not."""
         counted = mask & (labels != _IGNORED_LABEL)
         check_token_ids("labels", torch.where(counted, labels, 0), self.num_tokens)
-        targets = labels.long().masked_fill(~counted, _IGNORED_LABEL)
-        weights = None if loss_mask is None else loss_mask.flatten(1)
-        return cross_entropy(logits, targets, weights, _IGNORED_LABEL)
+        return labels.long().masked_fill(~counted, _IGNORED_LABEL)
 
     def _hidden_of_embeddings(
         self,
@@ -141,27 +172,50 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
 
     def _attend(self, tokens: Callable[[int], StageTokens], mask: torch.Tensor) -> torch.Tensor:
         """Run all stages; ``mask (B, L)``. Returns the local stage's output (rows, P_N, D_N)."""
+        mask = self._pad(mask, False)
         context, attended = None, torch.empty(0)
         for stage in range(self.num_stages):
-            embeddings, ids = tokens(stage)
-            x = (
-                embeddings
-                if ids is None
-                else nn.functional.embedding(ids, embeddings, self.pad_token_id)
-            )
-            x = self.add_positions(stage, x)
-            if context is not None:
-                x = x + context
-            attended = self.run_stage(stage, x, self._mask_at(stage, mask, x.shape[1]))
+            attended = self._run_stage(stage, tokens(stage), context, mask)
             if stage + 1 < self.num_stages:
                 context = self.project_context(stage, attended)
         return attended
 
+    def _run_stage(
+        self, stage: int, tokens: StageTokens, context: torch.Tensor | None, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Output of a stage ``(rows, P_n, D_n)``; ``mask`` is that of the rows' bytes."""
+        embeddings, ids = tokens
+        x = (
+            embeddings
+            if ids is None
+            else nn.functional.embedding(ids, embeddings, self.pad_token_id)
+        )
+        x = self.add_positions(stage, x)
+        if context is not None:
+            x = x + context
+        return self.run_stage(stage, x, self._mask_at(stage, mask, x.shape[1]))
+
+    def _attend_global(
+        self, padded_ids: torch.Tensor, mask: torch.Tensor, tile: int
+    ) -> torch.Tensor:
+        """Output of stage 1 for ids and mask ``(B, S * R_1)``: ``(B, S, D_1)``."""
+        return self._run_stage(0, self._global_tokens(padded_ids, tile), None, mask)
+
+    def attend(
+        self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Hierarchy.attend`; the mask is needed."""
+        assert mask is not None
+        context = self.project_context(stage - 1, above[None])
+        return self._run_stage(stage, self._tile_tokens(stage, ids), context, mask)
+
+    def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+        """See `Hierarchy.below_positions`: all."""
+        return attended
+
     def _mask_at(self, stage: int, mask: torch.Tensor, seq_len: int) -> torch.Tensor:
-        """The mask of a stage's rows ``(rows, seq_len)``, from that of the bytes ``(B, L)``."""
-        padding = -mask.shape[1] % self.patch_sizes[0]
-        mask = nn.functional.pad(mask, (0, padding), value=False)
-        of_bytes = mask.view(-1, seq_len, self.patch_sizes[stage])
+        """The mask of a stage's rows ``(rows, seq_len)``, from that of all of their bytes."""
+        of_bytes = mask.reshape(-1, seq_len, self.patch_sizes[stage])
         if self.reduce_strat == MaskReduceStrat.ANY:
             return of_bytes.any(-1)
         return of_bytes.all(-1)

@@ -1,5 +1,6 @@
 """The hierarchy that decoder and encoder share: parameters, nesting, embeddings, contexts."""
 
+import contextlib
 import functools
 import math
 import warnings
@@ -13,7 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from mblm.model.checks import check_embeddings, check_hierarchy_shape
 from mblm.model.config import MBLMModelConfig
 from mblm.model.embeddings import build_token_embeddings, migrate_embedding_keys
+from mblm.model.global_stage import run_recomputed, saved_on_host
 from mblm.model.linear import Linear
+from mblm.model.tiled_pass import INFERENCE_TILE, gradients_are_watched
+from mblm.model.tiles import GradientSums, map_over_tiles, map_with_sums
 from mblm.model.utils import RoPE, rotate_pairs
 from mblm.utils.checks import check_token_ids
 
@@ -21,6 +25,10 @@ from mblm.utils.checks import check_token_ids
 StageTokens = tuple[torch.Tensor, torch.Tensor | None]
 # What may stand in for a linear layer.
 Projection = Callable[[torch.Tensor], torch.Tensor]
+
+# Bytes whose embeddings are held at once for the most global stage, per position of a tile: it has
+# one linear layer where a stage has many.
+_BYTES_PER_TILE_POSITION = 16
 
 
 class Hierarchy(nn.Module):
@@ -152,6 +160,8 @@ class Hierarchy(nn.Module):
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""
         model: Any = self.stage_models[stage]
+        if stage == 0 and (self.config.checkpoint_global or self.config.offload):
+            return self._run_global_stage(x, *inputs)
         chunks = self.checkpoint_chunks[stage]
         if getattr(model, "takes_shared_start", False):  # the rows begin with the start token
             model = functools.partial(model, shared_start=True)
@@ -166,6 +176,86 @@ class Hierarchy(nn.Module):
                 outputs.append(model(*part))
         return torch.cat(outputs)
 
+    def _run_global_stage(self, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Run the most global stage's model, and keep its activations as configured."""
+        model: Any = self.stage_models[0]
+        if not torch.is_grad_enabled():
+            return model(x, *inputs)
+        with saved_on_host() if self.config.offload else contextlib.nullcontext():
+            if not self.config.checkpoint_global:
+                return model(x, *inputs)
+            segment = self.config.tile or INFERENCE_TILE
+            return run_recomputed(model, x, *inputs, segment=segment)
+
+    # -- Long sequences ----------------------------------------------------------------------------
+
+    def attend(
+        self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run a stage below positions of the stage above it.
+
+        Args:
+            stage: The stage's index, not 0.
+            above: Output of the stage above at these positions, ``(rows, D_{n-1})``.
+            ids: The ids of the positions' bytes, ``(rows, P_n * R_n)``.
+            mask: Which of these bytes are attended to, for stages that take a mask.
+
+        Returns:
+            The stage's output ``(rows, S, D_n)``.
+        """
+        raise NotImplementedError
+
+    def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+        """What lies below a stage's output ``(rows, S, D_n)``: ``(rows, positions, D_n)``.
+
+        It is the context of the stage below, or the bytes whose logits the last stage gives.
+        """
+        raise NotImplementedError
+
+    def tile_for(self, num_bytes: int) -> int | None:
+        """Positions of a tile in a pass over so many bytes, None for a pass without tiles."""
+        tile = self.config.tile
+        if tile is None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            tile = INFERENCE_TILE
+        return None if tile is None or num_bytes <= tile else tile
+
+    def mean_loss(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """The mean of so many losses from their sum; 0, with a gradient, if there are none."""
+        return (total / count.clamp(min=1)).to(self.to_logits.weight.dtype)
+
+    def _global_tokens(self, padded_ids: torch.Tensor, tile: int) -> StageTokens:
+        """Token embeddings of stage 1, ids ``(B, S * R_1)``.
+
+        The embeddings of bytes exist for some patches at a time, also in the backward pass.
+        """
+        if self.num_stages == 1:
+            return self.local_table, padded_ids
+        patch_size = self.patch_sizes[0]
+        rows = padded_ids.reshape(-1, patch_size)
+        size = max(1, _BYTES_PER_TILE_POSITION * tile // patch_size)
+
+        def embed(ids: torch.Tensor) -> torch.Tensor:
+            return self.embed_patches(0, ids, 1).squeeze(1)
+
+        if gradients_are_watched(self):
+            embedded = map_over_tiles(embed, size, rows)
+        else:
+            sums = GradientSums(list(self.token_embs_rev[-1].parameters()))
+            embedded = map_with_sums(embed, size, rows, sums)
+        return embedded.unflatten(0, (len(padded_ids), -1)), None
+
+    def _tile_tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
+        """Token embeddings of rows of a stage, ids ``(rows, P_n * R_n)``."""
+        if stage + 1 == self.num_stages:
+            return self.local_table, ids
+        return self.embed_patches(stage, ids, self.seq_lens[stage]), None
+
+    def _pad(self, per_byte: torch.Tensor, value: float) -> torch.Tensor:
+        """Pad ``(B, L)`` on the right to whole patches of stage 1."""
+        return nn.functional.pad(
+            per_byte, (0, -per_byte.shape[1] % self.patch_sizes[0]), value=value
+        )
+
     # -- Inputs ------------------------------------------------------------------------------------
 
     def _check_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -175,12 +265,11 @@ class Hierarchy(nn.Module):
 
     def _tokens_of_ids(self, ids: torch.Tensor) -> Callable[[int], StageTokens]:
         """Token embeddings per stage of flat ids ``(B, L)``, padded to whole patches of stage 1."""
-        padding = -ids.shape[1] % self.patch_sizes[0]
-        num_bytes = ids.shape[1] + padding
+        num_bytes = ids.shape[1] + -ids.shape[1] % self.patch_sizes[0]
 
         def tokens(stage: int) -> StageTokens:
             if stage + 1 == self.num_stages:
-                padded = nn.functional.pad(ids, (0, padding), value=self.pad_token_id)
+                padded = self._pad(ids, self.pad_token_id)
                 rows = ids.shape[0] if stage == 0 else -1
                 seq_len = num_bytes if stage == 0 else self.seq_lens[stage]
                 return self.local_table, padded.view(rows, seq_len)

@@ -4,6 +4,25 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 
+def losses_per_byte(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, ignored_id: int
+) -> torch.Tensor:
+    """Losses, flattened, of ``logits (.., V)`` for ``targets (..)``.
+
+    Each is 0 where the target is ``ignored_id``, and is multiplied by ``weights (..)`` if given.
+    """
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=ignored_id, reduction="none"
+    )
+    return losses if weights is None else losses * weights.flatten().to(losses.dtype)
+
+
+def sum_and_count(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, at least in float32, and the number of the entries that are not zero."""
+    dtype = torch.promote_types(losses.dtype, torch.float32)
+    return losses.sum(dtype=dtype), losses.count_nonzero()
+
+
 def mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
     """Mean of the entries that are not zero; 0, with a gradient, if there are none."""
     return losses.sum() / losses.count_nonzero().clamp(min=1)
@@ -12,14 +31,8 @@ def mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, ignored_id: int
 ) -> torch.Tensor:
-    """Loss of ``logits (.., V)`` for ``targets (..)``.
+    """The mean of the losses of ``logits (.., V)`` for ``targets (..)`` that are not zero.
 
-    Each entry is 0 where the target is ``ignored_id``, and is multiplied by ``weights (..)`` if
-    given; the result is the mean of the entries that are not zero.
+    The arguments are those of `losses_per_byte`.
     """
-    losses = F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=ignored_id, reduction="none"
-    )
-    if weights is not None:
-        losses = losses * weights.flatten().to(losses.dtype)
-    return mean_of_nonzero(losses)
+    return mean_of_nonzero(losses_per_byte(logits, targets, weights, ignored_id))

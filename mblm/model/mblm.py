@@ -11,8 +11,9 @@ from mblm.model.checks import check_same_shape
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
 from mblm.model.hierarchy import Hierarchy, Projection, StageTokens
-from mblm.model.loss import cross_entropy
+from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
 from mblm.model.pretrained import PretrainedMixin
+from mblm.model.tiled_pass import INFERENCE_TILE, TiledPass
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
 
@@ -78,9 +79,12 @@ class MBLM(Hierarchy, PretrainedMixin):
         if ids.shape[1] == 0:
             return self.empty_logits(ids.shape[0])
 
+        tile = self.tile_for(ids.numel())
+        if tile is not None:
+            return self._forward_in_tiles(tile, nested_ids, return_type, loss_mask)
         attended = self._attend(self._tokens_of_ids(ids))
         if return_type == MBLMReturnType.HIDDEN_STATE:
-            return self._unpatch(attended, nested_ids)
+            return self._unpatch(attended[:, 1:], nested_ids)
         logits = self.to_logits(attended)  # (rows, 1 + P_N, V)
         if return_type == MBLMReturnType.LOGITS:
             return self._logits_like(logits, nested_ids)
@@ -92,6 +96,23 @@ class MBLM(Hierarchy, PretrainedMixin):
         if return_type == MBLMReturnType.LOSS:
             return loss
         return loss, self._logits_like(logits, nested_ids)
+
+    def loss_sum(
+        self, input_ids: torch.Tensor, loss_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the bytes' losses and how many are not zero, computed in tiles.
+
+        ``forward`` returns their quotient. The arguments are those of `forward`, with at least one
+        byte; without a configured tile, the tiles are of a size that suits inference.
+        """
+        nested_ids = self._check_ids(input_ids)
+        check_same_shape("loss_mask", loss_mask, nested_ids)
+        if nested_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: expected at least one byte, got {tuple(nested_ids.shape)}"
+            )
+        weights = None if loss_mask is None else loss_mask.flatten(1)
+        return self._loss_sum(self.config.tile or INFERENCE_TILE, nested_ids.flatten(1), weights)
 
     def generate(
         self,
@@ -134,26 +155,111 @@ class MBLM(Hierarchy, PretrainedMixin):
 
     # -- The pass over the stages ------------------------------------------------------------------
 
+    def _run_stage(
+        self, stage: int, tokens: StageTokens, context: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output ``a_0 .. a_P`` of a stage, ``(rows, 1 + P_n, D_n)``."""
+        embeddings, ids = tokens
+        seq_len = (embeddings if ids is None else ids).shape[1]
+        positions, rotation = self.positions(stage, 0, seq_len)
+        x = assemble_stage(
+            self.start_tokens[stage],
+            embeddings,
+            ids,
+            positions,
+            rotation,
+            context,
+            padding_idx=self.pad_token_id,
+        )
+        return self.run_stage(stage, x)
+
     def _attend(self, tokens: Callable[[int], StageTokens]) -> torch.Tensor:
         """Run all stages; returns the local stage's ``a_0 .. a_P``, ``(rows, 1 + P_N, D_N)``."""
         context = None
         for stage in range(self.num_stages):
-            embeddings, ids = tokens(stage)
-            seq_len = (embeddings if ids is None else ids).shape[1]
-            positions, rotation = self.positions(stage, 0, seq_len)
-            x = assemble_stage(
-                self.start_tokens[stage],
-                embeddings,
-                ids,
-                positions,
-                rotation,
-                context,
-                padding_idx=self.pad_token_id,
-            )
-            attended = self.run_stage(stage, x)
+            attended = self._run_stage(stage, tokens(stage), context)
             if stage + 1 < self.num_stages:  # a_P of a patch is for nobody
                 context = self.project_context(stage, attended[:, :-1])
         return attended
+
+    # -- The same in tiles -------------------------------------------------------------------------
+
+    def _forward_in_tiles(
+        self,
+        tile: int,
+        nested_ids: torch.Tensor,
+        return_type: MBLMReturnType,
+        loss_mask: torch.Tensor | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """`forward` of checked ids, at least one."""
+        ids = nested_ids.flatten(1)
+        weights = None if loss_mask is None else loss_mask.flatten(1)
+        if return_type == MBLMReturnType.LOSS:
+            return self.mean_loss(*self._loss_sum(tile, ids, weights))
+        padded = self._pad(ids, self.pad_token_id)
+        tiles = TiledPass(self, tile, self.pad_token_id)
+        attended = self._attend_global(padded, tile)
+        if return_type == MBLMReturnType.HIDDEN_STATE:
+            hidden = tiles.outputs(lambda local: local[:, 1:], attended, padded)
+            return self._unpatch(hidden, nested_ids)
+
+        first = 0 if nested_ids.ndim > 2 else 1  # nested logits keep the start rows
+        rows = tiles.outputs(lambda local: self.to_logits(local[:, first:]), attended, padded)
+        logits = rows if first else rows[:, 1:]  # (rows, P_N, V)
+        nested = self._unpatch(rows, nested_ids) if first else self._nest(rows, nested_ids)
+        if return_type == MBLMReturnType.LOGITS:
+            return nested
+        total, count = tiles.loss_of_logits(logits, *self._shift(ids, weights))
+        first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
+        return self.mean_loss(total + first_total, count + first_count), nested
+
+    def _loss_sum(
+        self, tile: int, ids: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`loss_sum` of checked ids and weights ``(B, L)``."""
+        tiles = TiledPass(self, tile, self.pad_token_id)
+        padded = self._pad(ids, self.pad_token_id)
+        targets, later_weights = self._shift(ids, weights)
+        total, count = tiles.loss(
+            self._attend_global(padded, tiles.tile), padded, targets, weights=later_weights
+        )
+        first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
+        return first_total + total, first_count + count
+
+    def _attend_global(self, padded_ids: torch.Tensor, tile: int) -> torch.Tensor:
+        """Output of stage 1 for ids ``(B, S * R_1)``: ``(B, 1 + S, D_1)``."""
+        return self._run_stage(0, self._global_tokens(padded_ids, tile), None)
+
+    def attend(
+        self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Hierarchy.attend`; the output begins with the start position, S is 1 + P_n."""
+        context = self.project_context(stage - 1, above[None])
+        return self._run_stage(stage, self._tile_tokens(stage, ids), context)
+
+    def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+        """See `Hierarchy.below_positions`: ``a_j`` has seen what is before patch j."""
+        return attended[:, :-1] if stage + 1 < self.num_stages else attended[:, 1:]
+
+    def _shift(
+        self, ids: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the logits of each byte predict, and its weight: ``(B, L) -> (B, S * R_1)``."""
+
+        def shift(per_byte: torch.Tensor, fill: float) -> torch.Tensor:
+            later = nn.functional.pad(per_byte[:, 1:], (0, 1), value=fill)
+            return self._pad(later, fill)
+
+        return shift(ids, self.pad_token_id), None if weights is None else shift(weights, 0)
+
+    def _losses_of_first(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Losses of the first bytes of ``ids (B, L)``, which the local start token predicts."""
+        start = self.start_token(self.num_stages - 1, len(ids))[:, None]
+        logits = self.to_logits(self.stage_models[-1](start))  # (B, 1, V)
+        weights = None if weights is None else weights[:, :1]
+        return losses_per_byte(logits, ids[:, :1], weights, self.pad_token_id)
+
+    # -- Generation --------------------------------------------------------------------------------
 
     def empty_logits(self, batch_size: int) -> torch.Tensor:
         """Logits of the first byte, when there is none yet: ``(batch_size, 1, V)``.
@@ -183,16 +289,20 @@ class MBLM(Hierarchy, PretrainedMixin):
     # -- Between the rows of the local stage and the bytes of a sequence ---------------------------
 
     def _unpatch(self, local: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Local rows ``(rows, 1 + P_N, X)`` to one row per byte of ``ids``, start rows dropped."""
+        """Local rows ``(rows, P_N, X)`` to one row per byte of ``ids``."""
         if ids.ndim > 2:
-            return local[:, 1:].reshape(*ids.shape, -1)
-        return local[:, 1:].reshape(ids.shape[0], -1, local.shape[-1])[:, : ids.shape[1]]
+            return local.reshape(*ids.shape, -1)
+        return local.reshape(ids.shape[0], -1, local.shape[-1])[:, : ids.shape[1]]
+
+    def _nest(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``(rows, 1 + P_N, V)``, with the start rows, nested as ``ids``."""
+        return logits.view(*ids.shape[:-1], *logits.shape[-2:])
 
     def _logits_like(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Logits per byte of flat ids, or nested with the start rows."""
+        """Logits ``(rows, 1 + P_N, V)`` per byte of flat ids, or nested with the start rows."""
         if ids.ndim > 2:
-            return logits.view(*ids.shape[:-1], *logits.shape[-2:])
-        return self._unpatch(logits, ids)
+            return self._nest(logits, ids)
+        return self._unpatch(logits[:, 1:], ids)
 
     def _arrange(
         self, per_byte: torch.Tensor, local_shape: torch.Size, fill: float

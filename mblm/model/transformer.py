@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mblm.inference.stage_cache import StageCache
 from mblm.model.block import StageBlock
@@ -78,6 +79,7 @@ class _Transformer(nn.Module):
     """Layers of attention and feed-forward, and a final norm."""
 
     causal: bool
+    takes_recompute_layers = True  # the hierarchy may ask for it
 
     def __init__(
         self,
@@ -123,11 +125,17 @@ class _Transformer(nn.Module):
         layers: Any = self.layers
         yield from layers
 
-    def _run_layers(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _run_layers(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, recompute: bool = False
+    ) -> torch.Tensor:
         rotary = self.rotary(0, x.shape[-2])
-        for attention, feed_forward in self.layer_pairs():
+
+        def run(attention: Attention, feed_forward: FeedForward, x: torch.Tensor) -> torch.Tensor:
             x = x + attention(x, rotary, bias)
-            x = x + feed_forward(x)
+            return x + feed_forward(x)
+
+        for layer in self.layer_pairs():
+            x = checkpoint(run, *layer, x, use_reentrant=False) if recompute else run(*layer, x)
         return self.norm(x)
 
 
@@ -137,18 +145,27 @@ class TransformerDecoder(_Transformer):
     causal = True
     takes_shared_start = True  # the hierarchy may say so of its rows
 
-    def forward(self, input_ids: torch.Tensor, *, shared_start: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        shared_start: bool = False,
+        recompute_layers: bool = False,
+    ) -> torch.Tensor:
         """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally.
 
         Args:
             input_ids: Embeddings ``(B, S, D)``.
             shared_start: All rows begin with the same vector, as those of a hierarchy do with the
                 start token: where that pays, what becomes of it is computed once.
+            recompute_layers: Keep the layers' inputs only, and compute each layer again in the
+                backward pass.
         """
         rows, count, _ = input_ids.shape
+        shared_start = shared_start and not recompute_layers
         if shared_start and rows > 1 and 1 < count <= SHORT and not self._drops():
             return self._run_after_shared_start(input_ids[:1, :1], input_ids[:, 1:])
-        return self._run_layers(input_ids)
+        return self._run_layers(input_ids, recompute=recompute_layers)
 
     def _drops(self) -> bool:
         """Whether dropout makes rows differ that begin alike."""
@@ -187,20 +204,27 @@ class TransformerEncoder(_Transformer):
     causal = False
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        recompute_layers: bool = False,
     ) -> torch.Tensor:
         """Map embeddings ``(B, S, D)`` to ``(B, S, D)``.
 
         Args:
             input_ids: Embeddings ``(B, S, D)``.
             attention_mask: Which positions are attended to, bool ``(B, S)``, True = attend.
+            recompute_layers: Keep the layers' inputs only, and compute each layer again in the
+                backward pass.
         """
         if attention_mask is None:
-            return self._run_layers(input_ids)
+            return self._run_layers(input_ids, recompute=recompute_layers)
         device_type = input_ids.device.type
         dtype = input_ids.dtype
         has_autocast = torch.amp.is_autocast_available(device_type)
         if has_autocast and torch.is_autocast_enabled(device_type):
             # Which would round the bias to minus infinity.
             dtype = torch.get_autocast_dtype(device_type)
-        return self._run_layers(input_ids, attention_bias(attention_mask, dtype))
+        bias = attention_bias(attention_mask, dtype)
+        return self._run_layers(input_ids, bias, recompute=recompute_layers)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mblm.model.config import MBLMReturnType
 from mblm.model.mblm import MBLM
 from mblm.utils.checks import check_integer
 
@@ -43,7 +42,8 @@ def evaluate(
     """Score files of any length.
 
     A file is cut into windows, the last of which may be shorter; a byte is predicted from the
-    bytes before it in its window. Files are mapped into memory, not read as a whole.
+    bytes before it in its window. Files are mapped into memory, not read as a whole; of a window,
+    only the most global stage's positions are held at once.
 
     Args:
         model: The model, in evaluation mode.
@@ -85,7 +85,7 @@ def _score_file(
     for windows in _windows(file, length, batch_size):
         ids = windows.to(device).long()  # (B, L)
         counts = ids != model.pad_token_id
-        score.nats += float(byte_losses(model, ids)[counts].double().sum())
+        score.nats += float(model.loss_sum(ids)[0])
         score.num_bytes += int(counts.sum())
         if on_progress is not None:
             on_progress(ids.numel())
@@ -103,13 +103,3 @@ def _windows(file: Path, length: int, batch_size: int) -> Iterator[torch.Tensor]
         yield torch.from_numpy(data[start:stop].copy()).view(-1, length)
     if whole < len(data):
         yield torch.from_numpy(data[whole:].copy())[None]
-
-
-def byte_losses(model: MBLM, ids: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every byte given those before it, ids ``(B, L) -> (B, L)``, in nats."""
-    # The first byte is predicted by the local start token, which has seen nothing.
-    start = model.start_token(model.num_stages - 1, ids.shape[0])[:, None]  # (B, 1, D_N)
-    first = model.to_logits(model.stage_models[-1](start))
-    later = model(ids, return_type=MBLMReturnType.LOGITS)[:, :-1]
-    logits = torch.cat([first, later], dim=1)  # (B, L, V)
-    return torch.nn.functional.cross_entropy(logits.mT.float(), ids, reduction="none")

@@ -192,18 +192,25 @@ def _around_stage(model: Hierarchy, stage: int) -> list[nn.Module | nn.Parameter
 
 def _activation_bytes(model: MBLM | MBLMEncoder, batch_size: int, seq_len: int) -> int:
     """Bytes of what a forward pass keeps, counted storage by storage."""
-    chunks = model.checkpoint_chunks
+    config, chunks = model.config, model.checkpoint_chunks
+    plain = {"tile": None, "checkpoint_global": False, "offload": False}
+    model.config = config.model_copy(update=plain)
     model.checkpoint_chunks = [None] * model.num_stages
     kept = _Kept(model)
     ids = torch.zeros(batch_size, seq_len, dtype=torch.long, device="meta")
     labels = {} if isinstance(model, MBLM) else {"labels": ids}
     with kept.counted(), _FlashAttention():
         loss = model.train()(ids, return_type=MBLMReturnType.LOSS, **labels)
-    model.checkpoint_chunks = chunks
+    model.config, model.checkpoint_chunks = config, chunks
     del loss  # which kept what was counted alive
 
-    total, one_chunk = kept.outside, 0
-    for stage, count in enumerate(chunks):
+    of_global = (kept.inputs_outputs if config.checkpoint_global else kept.inside)[0]
+    if config.tile is not None and config.tile < ids.numel():
+        # Of what lies below the most global stage, a tile at a time.
+        below = kept.outside + sum(kept.inside[1:])
+        return of_global + below * config.tile // ids.numel()
+    total, one_chunk = kept.outside + of_global, 0
+    for stage, count in enumerate(chunks[1:], start=1):
         if count is None:
             total += kept.inside[stage]
         else:

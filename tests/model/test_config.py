@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -77,6 +77,33 @@ class TestRoundTrip:
         dumped = dumped if isinstance(dumped, list) else [dumped]
         for given, fields in zip(blocks, dumped, strict=True):
             assert fields == given.model_dump() and "block_type" in fields
+
+
+class TestSettingsOfLongSequences:
+    """Beyond the published package's, which reads a configuration that sets none of them."""
+
+    SET: ClassVar[dict[str, Any]] = {"tile": 512, "checkpoint_global": True, "offload": True}
+
+    def test_are_dumped_where_they_are_set(self) -> None:
+        assert config().model_dump().keys() == FIELDS.keys()
+        assert json.loads(config().model_dump_json()).keys() == FIELDS.keys()
+        dumped = config(**self.SET).model_dump()
+        assert dumped == {**config().model_dump(), **self.SET}
+        assert "tile" not in config(**self.SET).model_dump(exclude={"tile"})
+
+    @pytest.mark.parametrize("name", SET)
+    def test_round_trip(self, name: str, tmp_path: Path) -> None:
+        before = config(**{name: self.SET[name]})
+        assert MBLMModelConfig.model_validate(before.model_dump()) == before
+        assert MBLMModelConfig.model_validate_json(before.model_dump_json()) == before
+        assert load_yml(dump_yml(tmp_path / "c", before), MBLMModelConfig) == before
+        encoder = MBLMEncoderModelConfig(mask_token_id=1, mblm_config=before)
+        assert MBLMEncoderModelConfig.model_validate(encoder.model_dump()) == encoder
+
+    @pytest.mark.parametrize("fields", [{"tile": 0}, {"tile": 1.5}, {"offload": "cpu"}], ids=str)
+    def test_bad_ones_are_named(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(ValidationError, match=next(iter(fields))):
+            config(**fields)
 
 
 def test_a_registered_custom_block_round_trips(registered_lstm: type[StageBlock]) -> None:

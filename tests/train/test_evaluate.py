@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from mblm import MBLM
-from mblm.train.evaluate import Score, byte_losses, evaluate
+from mblm.model.tiled_pass import INFERENCE_TILE
+from mblm.train.evaluate import Score, evaluate
 from tests.models import mamba, model, transformer
+from tests.ops.largest_tensor import LargestTensor
 
 PADDING = 256
 
@@ -22,17 +24,6 @@ def write(path: Path, count: int, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
     path.write_bytes(bytes(torch.randint(0, 256, (count,), generator=generator).tolist()))
     return path
-
-
-@pytest.mark.parametrize("length", [1, 3, 4, 29, 32])
-@pytest.mark.parametrize("seq_lens", [[32], [8, 4], [2, 4, 4]], ids=str)
-@torch.inference_mode()
-def test_byte_losses_are_those_of_the_models_loss(seq_lens: list[int], length: int) -> None:
-    net = bytes_model(seq_lens=seq_lens)
-    ids = torch.randint(0, 256, (3, length))
-    losses = byte_losses(net, ids)
-    assert losses.shape == ids.shape
-    torch.testing.assert_close(losses.mean(), net(ids))
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100, 165])
@@ -121,3 +112,18 @@ def test_a_file_larger_than_memory_is_not_read_as_a_whole(tmp_path: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(bytes_model(), [tmp_path / "f"], on_progress=stop)
+
+
+def test_a_long_window_is_looked_at_in_tiles(tmp_path: Path) -> None:
+    net = model(mamba(), transformer(pos_emb_type=None), seq_lens=[64, 64], num_tokens=257).eval()
+    length = 5 * INFERENCE_TILE
+    file = write(tmp_path / "f", length)
+    with LargestTensor() as largest:
+        (score,) = evaluate(net, [file], length=length)
+    assert largest.entries < length * 257 / 4, "no logits of a whole window"
+    with torch.inference_mode():
+        ids = torch.tensor([list(file.read_bytes())])
+        whole = net._attend(net._tokens_of_ids(ids))
+        logits = net.to_logits(whole)[:, 1:].flatten(0, 1)[: length - 1]
+        nats = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    assert score.nats == pytest.approx(float(nats), rel=1e-3)

@@ -81,6 +81,18 @@ def test_chunks_keep_less() -> None:
     assert chunked.activation_bytes < plain.activation_bytes / 3
 
 
+def test_tiles_keep_the_most_global_stage_and_a_tile() -> None:
+    long = {"seq_lens": [64, 8], "num_layers": [1, 8]}
+    plain, tiled, less = (
+        overview(config(transformer(), transformer(), **fields, **long)).activation_bytes
+        for fields in ({}, {"tile": 64}, {"tile": 64, "checkpoint_global": True})
+    )
+    assert less < tiled < plain / 3
+    assert (
+        overview(config(transformer(), transformer(), tile=512, **long)).activation_bytes == plain
+    )
+
+
 def test_long_attention_keeps_no_matrix_of_weights() -> None:
     one = {"hidden_dims": [8], "num_layers": [1], "seq_lens": [16384]}
     facts = overview(config(transformer(), **one))

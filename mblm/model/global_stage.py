@@ -1,0 +1,61 @@
+"""How the most global stage keeps its activations: recomputed, or in the host's memory."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) -> Tensor:
+    """Run a stage model on ``(B, S, D)``, to be computed again piece by piece in the backward pass.
+
+    A stage with a state (``forward_with_state``) goes in segments of positions, of which the inputs
+    and the states are kept; a Transformer layer by layer, of which the inputs are kept; any other
+    as a whole.
+    """
+    if hasattr(model, "forward_with_state") and not inputs:
+        _gather_for_segments(model)
+        outputs, state = [], None
+        for part in x.split(segment, dim=1):
+            out, state = checkpoint(model.forward_with_state, part, state, use_reentrant=False)
+            outputs.append(out)
+        return torch.cat(outputs, dim=1)
+    if getattr(model, "takes_recompute_layers", False):
+        out = model(x, *inputs, recompute_layers=True)
+    else:
+        out = checkpoint(model, x, *inputs, use_reentrant=False)
+    return out
+
+
+def _gather_for_segments(model: nn.Module) -> None:
+    """Where FSDP shards the stage, have it gather the weights for this method as for a call."""
+    if getattr(model, "_is_fsdp_managed_module", False):
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if isinstance(model, FSDPModule) and "forward_with_state" not in vars(model):
+            register_fsdp_forward_method(model, "forward_with_state")
+
+
+def saved_on_host() -> contextlib.AbstractContextManager[Any]:
+    """Keep what is saved for the backward pass in the host's memory; weights stay where they are.
+
+    On a GPU, the copies are pinned and made beside the computation.
+    """
+
+    def pack(tensor: Tensor) -> Any:
+        if isinstance(tensor, nn.Parameter) or not tensor.numel():
+            return tensor
+        pinned = tensor.device.type == "cuda"
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        host.copy_(tensor, non_blocking=pinned)
+        return tensor.device, host
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=host.is_pinned())
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,156 @@
+"""A pass over long sequences in which only the most global stage holds all of its positions.
+
+What hangs on a position of a stage, its context and the stages below, depends on no other position
+of that stage. So the stages below run on tiles of positions, tiles within tiles where there are
+three stages or more, down to the logits and the loss.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mblm.model.loss import losses_per_byte, sum_and_count
+from mblm.model.tiles import GradientSums, SumAndCount, map_over_tiles, sum_over_tiles
+
+if TYPE_CHECKING:
+    from mblm.model.hierarchy import Hierarchy
+
+# Positions of a tile where no gradient is needed and no tile is configured: enough for full speed.
+INFERENCE_TILE = 8192
+
+
+class TiledPass:
+    """The stages below the most global one, in tiles.
+
+    Args:
+        model: The hierarchy.
+        tile: Positions of the local stage in a tile; at least one row. Upper stages' tiles hold a
+            quarter as many.
+        ignored_id: The target that does not count in a loss.
+    """
+
+    def __init__(self, model: "Hierarchy", tile: int, ignored_id: int) -> None:
+        self.model = model
+        self.tile = tile
+        self.ignored_id = ignored_id
+        self.local = model.num_stages - 1
+        self._gradients = GradientSums(_parameters_below_global(model))
+        self._recompute = gradients_are_watched(model)
+
+    def loss(
+        self,
+        attended: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        stage: int = 0,
+    ) -> SumAndCount:
+        """Sum and count of the bytes' losses that are not zero.
+
+        Args:
+            attended: Output of the stage's model, ``(rows, S, D_n)``, with the start position.
+            ids: Token ids ``(rows, S' * R_n)``, S' the positions without the start.
+            targets: The ids that the bytes' logits predict, of the same shape.
+            mask: Which bytes are attended to, for stages that take a mask.
+            weights: Weight of each byte's loss. Default: 1.
+            stage: The stage's index. Default: the most global one's.
+        """
+        rows = self.model.below_positions(stage, attended).flatten(0, 1)  # (rows * S', D_n)
+        per_byte = [self._by_position(stage, t) for t in (ids, targets, mask, weights)]
+
+        def tile(
+            above: Tensor, ids: Tensor, targets: Tensor, mask: Tensor | None, weights: Tensor | None
+        ) -> SumAndCount:
+            if stage == self.local:
+                logits = self.model.to_logits(above)  # (S, V)
+                return sum_and_count(losses_per_byte(logits, targets, weights, self.ignored_id))
+            below = self.model.attend(stage + 1, above, ids, mask)
+            return self.loss(below, ids, targets, mask, weights, stage=stage + 1)
+
+        size = self._size(stage)
+        if len(rows) <= size:
+            return tile(rows, *per_byte)  # type: ignore[arg-type]
+        return sum_over_tiles(
+            tile, size, rows, per_byte, self._gradients, recompute=self._recompute
+        )
+
+    def loss_of_logits(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None = None
+    ) -> SumAndCount:
+        """The same from logits ``(.., V)``, targets and weights ``(..)``."""
+
+        def tile(logits: Tensor, targets: Tensor, weights: Tensor | None) -> SumAndCount:
+            return sum_and_count(losses_per_byte(logits, targets, weights, self.ignored_id))
+
+        rows = [None if t is None else t.reshape(-1) for t in (targets, weights)]
+        # Kept gradients would be one more tensor like the logits.
+        no_parameters = GradientSums(())
+        return sum_over_tiles(
+            tile, self.tile, logits.flatten(0, -2), rows, no_parameters, recompute=True
+        )
+
+    def outputs(
+        self,
+        head: Callable[[Tensor], Tensor],
+        attended: Tensor,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        stage: int = 0,
+    ) -> Tensor:
+        """``head`` of the local stage's output ``(rows, S, D_N)``, for all of its rows.
+
+        The other arguments are those of `loss`.
+        """
+        if stage == self.local:
+            return head(attended)
+        rows = self.model.below_positions(stage, attended).flatten(0, 1)
+
+        def tile(above: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+            below = self.model.attend(stage + 1, above, ids, mask)
+            return self.outputs(head, below, ids, mask, stage=stage + 1)
+
+        per_byte = [self._by_position(stage, t) for t in (ids, mask)]
+        return map_over_tiles(tile, self._size(stage), rows, *per_byte)
+
+    def _size(self, stage: int) -> int:
+        """How many positions of a stage have what is below them in one tile."""
+        if stage == self.local:
+            return self.tile
+        # Tiles of upper stages stay in memory while those within them are computed, and have only
+        # a patch's share of the work: they are smaller.
+        below = self.tile if stage + 1 == self.local else self.tile // 4
+        return max(1, below // self.model.seq_lens[stage + 1])
+
+    def _by_position(self, stage: int, per_byte: Tensor | None) -> Tensor | None:
+        """``(rows, S * R_n)`` to ``(rows * S, R_n)``."""
+        return None if per_byte is None else per_byte.reshape(-1, self.model.patch_sizes[stage])
+
+
+def _parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
+    """The parameters that what hangs on a position of the most global stage is computed with."""
+    modules: list[nn.Module] = [
+        *model.to_next_stage_proj,
+        *model.token_embs_rev[:-1],
+        *model.pos_embs[1:],
+        *model.stage_models[1:],
+        model.to_logits,
+    ]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters += getattr(model, "start_tokens", [])[1:]
+    return list(dict.fromkeys(parameters))
+
+
+def gradients_are_watched(model: "Hierarchy") -> bool:
+    """Whether gradients may reach the parameters by an ordinary backward pass only.
+
+    So with FSDP, which gathers a stage's weights for its passes; with replicas of DataParallel,
+    whose weights are no parameters; and with hooks on gradients, to be called once.
+    """
+    return any(
+        getattr(module, "_is_fsdp_managed_module", False) or getattr(module, "_is_replica", False)
+        for module in model.modules()
+    ) or any(parameter._backward_hooks for parameter in model.parameters())

@@ -1,0 +1,311 @@
+"""Functions of many rows, computed a tile of rows at a time: memory follows the tile."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# What a tile adds to a loss: the sum of its entries and how many of them are not zero.
+SumAndCount = tuple[Tensor, Tensor]
+# Tensors of which each holds a row for every row of the computation.
+Rows = tuple[Tensor | None, ...]
+
+
+# Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
+# `torch.compiler.disable`, it imports the compiler, but no sooner than it is called.
+_not_compiled: Any = torch._disable_dynamo
+
+
+class GradientSums:
+    """Gradients of parameters, added up over tiles and over the tiles within them.
+
+    Args:
+        parameters: All that a computation uses and that gets a gradient, but its rows.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.is_adding = False
+        self._sums: list[Tensor] = []
+        self._used: list[bool] = []
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """While the outermost sum over tiles is computed."""
+        # Before the tiles' memory, not between; half precision would lose the small additions.
+        self._sums = [_wide_zeros(p) for p in self.parameters]
+        self._used = [False] * len(self._sums)
+        self.is_adding = True
+        try:
+            yield
+        finally:
+            self.is_adding = False
+            self._sums = []
+
+    def add(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add gradients of all parameters, None for 0."""
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._sums[index] += gradient
+                self._used[index] = True
+
+    def sums(self) -> list[Tensor | None]:
+        """The sums, None for a parameter that none was added for."""
+        return [s if used else None for s, used in zip(self._sums, self._used, strict=True)]
+
+
+def sum_over_tiles(
+    function: Callable[..., SumAndCount],
+    size: int,
+    rows: Tensor,
+    others: Sequence[Tensor | None],
+    sums: GradientSums,
+    *,
+    recompute: bool = False,
+) -> SumAndCount:
+    """Sum of ``function(rows, *others)`` over tiles of ``size`` rows.
+
+    Where gradients are needed, a tile's are computed as soon as its sum is: they are known up to
+    the factor by which the sum enters the loss, and the backward pass has only to multiply. Nothing
+    is computed twice, and no activation outlives its tile.
+
+    ``function`` may sum over smaller tiles in turn, with the same ``sums``, as long as what comes
+    out enters its own sum as it is.
+
+    Args:
+        function: Gives the sum, differentiable, and the count of a tile.
+        size: Rows of a tile, at least 1.
+        rows: ``(S, ..)``, differentiable.
+        others: ``(S, ..)`` each, or None; they get no gradient.
+        sums: Knows the parameters that ``function`` computes with.
+        recompute: Compute each tile again in the backward pass instead. This suits parameters that
+            only an ordinary backward pass may touch, takes a third longer, and keeps the graphs of
+            all tiles, though not their activations.
+
+    Returns:
+        The sum, float32 (or float64), and the count, both scalars.
+
+    Raises:
+        ValueError: ``function`` uses a tensor that needs a gradient and is no known parameter.
+    """
+    if not torch.is_grad_enabled() or not (rows.requires_grad or sums.parameters):
+        return _add(function(*tile) for tile in _tiles(size, rows, *others))
+    return _sum(function, size, rows, others, sums, recompute)
+
+
+@_not_compiled
+def _sum(
+    function: Callable[..., SumAndCount],
+    size: int,
+    rows: Tensor,
+    others: Sequence[Tensor | None],
+    sums: GradientSums,
+    recompute: bool,
+) -> SumAndCount:
+    """`sum_over_tiles` where gradients are needed."""
+    if recompute:
+        return _add(
+            checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, rows, *others)
+        )
+    if sums.is_adding:  # the outermost sum passes the parameters' gradients on
+        return _sum_with_gradients(function, size, others, sums, rows)
+    with sums.adding():
+        return _sum_with_gradients(function, size, others, sums, rows, *sums.parameters)
+
+
+class _SumWithGradients(torch.autograd.Function):
+    """The sum over tiles, and with it the gradients of rows and, if given, of parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[..., SumAndCount],
+        size: int,
+        others: Sequence[Tensor | None],
+        sums: GradientSums,
+        rows: Tensor,
+        *parameters: Tensor,
+    ) -> SumAndCount:
+        of_rows = torch.zeros_like(rows) if rows.requires_grad else None
+        results = []
+        for first in range(0, len(rows), size):
+            tile = slice(first, first + size)
+            with torch.enable_grad():
+                leaf = rows[tile].detach().requires_grad_(of_rows is not None)
+                total, count = function(leaf, *_cut(tile, others))
+            results.append((total.detach(), count))
+            if not total.requires_grad:
+                continue
+            inputs = sums.parameters if of_rows is None else [*sums.parameters, leaf]
+            if first == 0:
+                _check_leaves(total, inputs)
+            with _without_autocast(rows.device.type):
+                gradients = [*torch.autograd.grad(total, inputs, allow_unused=True)]
+            if of_rows is not None and (of_tile := gradients.pop()) is not None:
+                of_rows[tile] = of_tile
+            sums.add(gradients)
+        ctx.gradients = [of_rows, *(sums.sums() if parameters else ())]
+        ctx.dtypes = [tensor.dtype for tensor in (rows, *parameters)]
+        total, count = _add(results)
+        ctx.mark_non_differentiable(count)
+        return total, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "a loss computed in tiles has one backward pass: its gradients were handed over "
+                "in the first; compute the loss again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (
+            None if gradient is None else gradient.mul_(grad).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return None, None, None, None, *scaled
+
+
+_sum_with_gradients: Callable[..., SumAndCount] = _SumWithGradients.apply
+
+
+def map_over_tiles(function: Callable[..., Tensor], size: int, *rows: Tensor | None) -> Tensor:
+    """``function(*rows)`` by tiles of ``size`` rows, one after the other along the first dimension.
+
+    Each tile is computed again in the backward pass, where there will be one. Without gradients
+    nothing is made beyond the result and what a tile needs.
+    """
+    count = _length(rows)
+    if count <= size:
+        return function(*rows)
+    if torch.is_grad_enabled():
+        return _recomputed_map(function, size, rows)
+    out = torch.empty(0)
+    for number, tile in enumerate(_tiles(size, *rows)):
+        result = function(*tile)
+        if number == 0:
+            per_row = len(result) // size
+            out = result.new_empty(count * per_row, *result.shape[1:])
+        first = number * size * per_row
+        out[first : first + len(result)] = result
+    return out
+
+
+def map_with_sums(
+    function: Callable[[Tensor], Tensor], size: int, rows: Tensor, sums: GradientSums
+) -> Tensor:
+    """`map_over_tiles` of rows that get no gradient, by a function without random numbers.
+
+    The tiles' gradients are added up in one place, where `map_over_tiles` would hold three.
+    """
+    if len(rows) <= size or not torch.is_grad_enabled() or not sums.parameters:
+        return map_over_tiles(function, size, rows)
+    return _map_with_sums(function, size, sums, rows, *sums.parameters)
+
+
+class _MapWithSums(torch.autograd.Function):
+    """The map, computed again in the backward pass for the gradients of the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[[Tensor], Tensor],
+        size: int,
+        sums: GradientSums,
+        rows: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.computation = function, size, sums, _autocast_of(rows.device.type)
+        ctx.save_for_backward(rows)
+        return map_over_tiles(function, size, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        function, size, sums, autocast = ctx.computation
+        (rows,) = ctx.saved_tensors
+        with sums.adding():
+            for tile, of_tile in zip(rows.split(size), grad.split(size), strict=True):
+                with torch.enable_grad(), autocast():
+                    out = function(tile)
+                sums.add(torch.autograd.grad(out, sums.parameters, of_tile, allow_unused=True))
+            gradients = sums.sums()
+        of_parameters = (
+            None if gradient is None else gradient.to(parameter.dtype)
+            for gradient, parameter in zip(gradients, sums.parameters, strict=True)
+        )
+        return None, None, None, None, *of_parameters
+
+
+@_not_compiled
+def _map_with_sums(*arguments: Any) -> Tensor:
+    out: Tensor = _MapWithSums.apply(*arguments)
+    return out
+
+
+@_not_compiled
+def _recomputed_map(function: Callable[..., Tensor], size: int, rows: Rows) -> Tensor:
+    parts = [checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, *rows)]
+    return torch.cat(parts)
+
+
+def _tiles(size: int, *rows: Tensor | None) -> Iterator[Rows]:
+    for first in range(0, _length(rows), size):
+        yield _cut(slice(first, first + size), rows)
+
+
+def _cut(tile: slice, rows: Sequence[Tensor | None]) -> Rows:
+    return tuple(None if tensor is None else tensor[tile] for tensor in rows)
+
+
+def _length(rows: Rows) -> int:
+    return next(len(tensor) for tensor in rows if tensor is not None)
+
+
+def _add(results: Any) -> SumAndCount:
+    # All at once: one after the other would lose the digits that a long sum has no room for.
+    totals, counts = zip(*results, strict=True)
+    return torch.stack(totals).sum(), torch.stack(counts).sum()
+
+
+def _autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The autocast there is now, to be entered again."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext
+    dtype = torch.get_autocast_dtype(device_type)
+    enabled = torch.is_autocast_enabled(device_type)
+    return functools.partial(torch.autocast, device_type, dtype, enabled)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """What a backward pass runs in."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _wide_zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_leaves(total: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Refuse a graph that leads to tensors whose gradients would be lost."""
+    known = {id(tensor) for tensor in inputs}
+    nodes, seen = [total.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise ValueError(
+                f"a stage uses a tensor {tuple(leaf.shape)} that needs a gradient and is none of "
+                "the model's parameters, which a loss computed in tiles cannot give it; register "
+                "it as a parameter, or set tile to None"
+            )
+        nodes.extend(parent for parent, _ in node.next_functions)

@@ -1,0 +1,73 @@
+"""The most global stage recomputed piece by piece, and activations kept in the host's memory."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mblm import TransformerEncoderBlock
+from mblm.model.block import StageBlock
+from mblm.model.global_stage import run_recomputed, saved_on_host
+from tests.models import LSTMBlock, mamba, transformer
+
+BLOCKS: dict[str, StageBlock] = {
+    "transformer": transformer(),
+    "transformer, dropout": transformer(ff_dropout=0.5, attn_dropout=0.5),
+    "encoder": TransformerEncoderBlock(**transformer().model_dump(exclude={"block_type"})),
+    "mamba1": mamba("mamba1"),
+    "mamba2": mamba("mamba2"),
+    "lstm": LSTMBlock(),
+    "lstm with hook": LSTMBlock(with_hook=True),
+}
+
+
+def stage_and_input(name: str) -> tuple[Any, Tensor]:
+    stage = BLOCKS[name].to_model(8, 2).double().train()
+    return stage, torch.randn(2, 11, 8).double().requires_grad_()
+
+
+@pytest.mark.parametrize("segment", [1, 4, 11, 100])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_recomputed_is_the_same(name: str, segment: int) -> None:
+    stage, x = stage_and_input(name)
+    inputs = (torch.arange(11).expand(2, 11) < 7,) if name == "encoder" else ()
+    weights = torch.randn(2, 11, 8).double()
+    results = []
+    for run in (stage, lambda *xs: run_recomputed(stage, *xs, segment=segment)):
+        torch.manual_seed(1)
+        out = run(x, *inputs)
+        results.append((out, torch.autograd.grad((out * weights).sum(), [x, *stage.parameters()])))
+    torch.testing.assert_close(results[1], results[0], atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba2"])
+def test_offloaded_is_the_same(name: str) -> None:
+    stage, x = stage_and_input(name)
+    expected = torch.autograd.grad(stage(x).square().sum(), [x, *stage.parameters()])
+    with saved_on_host():
+        out = run_recomputed(copy.deepcopy(stage), x, segment=4)
+        loss = stage(x).square().sum()
+    torch.testing.assert_close(out, stage(x))
+    actual = torch.autograd.grad(loss, [x, *stage.parameters()])
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-7)
+
+
+def test_what_is_offloaded_is_a_copy_and_weights_are_not() -> None:
+    weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(3, 4, requires_grad=True)
+    with saved_on_host():
+        out = (x * 2).matmul(weight)  # keeps x * 2 and the weight
+    saved = out.grad_fn._saved_self, out.grad_fn._saved_mat2
+    assert saved[1] is weight or saved[1].data_ptr() == weight.data_ptr()
+    with torch.no_grad():
+        x.zero_()  # what was kept is neither x nor a view of it
+    (gradient,) = torch.autograd.grad(out.sum(), weight)
+    torch.testing.assert_close(gradient, saved[0].sum(0)[:, None].expand(4, 4))
+
+
+def test_an_empty_tensor_can_be_kept() -> None:
+    x = torch.randn(0, 4, requires_grad=True)
+    with saved_on_host():
+        out = x.exp()
+    assert torch.autograd.grad(out.sum(), x)[0].shape == (0, 4)

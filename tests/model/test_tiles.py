@@ -1,0 +1,236 @@
+"""Sums and maps over tiles: equal to those without, gradients included; memory; what is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mblm.model.tiles import GradientSums, map_over_tiles, map_with_sums, sum_over_tiles
+
+SIZES = [1, 2, 3, 6, 7, 100]
+
+
+class Net(nn.Module):
+    """Squares of a linear map, weighted; entries that are 0 do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, rows: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        losses = self.linear(rows).square().sum(-1)
+        losses = losses if weights is None else losses * weights
+        return losses.sum(), losses.count_nonzero()
+
+    def sum(self, size: int, rows: Tensor, *others: Tensor | None, **how: Any) -> Tensor:
+        sums = GradientSums(self.parameters())
+        total, count = sum_over_tiles(self, size, rows, others, sums, **how)
+        assert not count.requires_grad
+        return total / count
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net().double()
+
+
+def rows_and_weights() -> tuple[Tensor, Tensor]:
+    return torch.randn(7, 4).double().requires_grad_(), torch.tensor([1, 0, 2, 1, 0, 0, 3.0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sum_and_its_gradients_are_those_without_tiles(
+    net: Net, size: int, recompute: bool
+) -> None:
+    rows, weights = rows_and_weights()
+    total, count = net(rows, weights)
+    expected = torch.autograd.grad(total / count, [rows, *net.linear.parameters()])
+    loss = net.sum(size, rows, weights, recompute=recompute)
+    torch.testing.assert_close(loss, total / count)
+    loss.backward()
+    actual = [rows.grad, *(p.grad for p in net.linear.parameters())]
+    torch.testing.assert_close(actual, [*expected])
+    assert net.unused.grad is None
+
+
+def test_gradients_add_up_over_backward_passes(net: Net) -> None:
+    rows, weights = rows_and_weights()
+    for _ in range(2):
+        (net.sum(2, rows, weights) * 3).backward()
+    expected = torch.autograd.grad(net.sum(100, rows, weights) * 6, net.linear.weight)[0]
+    torch.testing.assert_close(net.linear.weight.grad, expected)
+
+
+@pytest.mark.parametrize("what", ["rows", "weights"])
+def test_what_is_frozen_gets_no_gradient(net: Net, what: str) -> None:
+    rows, weights = rows_and_weights()
+    if what == "rows":
+        rows = rows.detach()
+    else:
+        net.requires_grad_(False)
+    net.sum(2, rows, weights).backward()
+    assert (rows.grad is None) == (what == "rows")
+    assert (net.linear.weight.grad is None) == (what == "weights")
+
+
+def test_tiles_that_need_no_gradient_do_not_disturb_others(net: Net) -> None:
+    """A function may leave a tile without a graph, such as one of padding alone."""
+
+    def function(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows if rows.sum() > 0 else rows.detach()
+        return rows.sum(), rows.count_nonzero()
+
+    rows = torch.tensor([[-1.0], [2.0]], requires_grad=True)
+    sum_over_tiles(function, 1, rows, (), GradientSums(()))[0].backward()
+    assert rows.grad is not None and rows.grad.tolist() == [[0], [1]]
+
+
+@torch.no_grad()
+def test_without_gradients_nothing_is_kept(net: Net) -> None:
+    rows, weights = rows_and_weights()
+    assert not net.sum(2, rows, weights).requires_grad
+
+
+def test_many_small_gradients_add_up_in_half_precision() -> None:
+    """A sum kept in bfloat16 would stop at 256 ones."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    rows = torch.ones(2000, 1, dtype=torch.bfloat16)
+
+    def function(rows: Tensor) -> tuple[Tensor, Tensor]:
+        losses = rows * weight
+        return losses.sum(dtype=torch.float32), losses.count_nonzero()
+
+    total, count = sum_over_tiles(function, 1, rows, (), GradientSums([weight]))
+    total.backward()
+    assert (total.item(), count.item()) == (2000, 2000)
+    assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
+    assert weight.grad.item() == 2000
+
+
+def test_a_second_backward_pass_is_refused(net: Net) -> None:
+    rows, weights = rows_and_weights()
+    loss = net.sum(2, rows, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_a_tensor_whose_gradient_would_be_lost_is_refused(net: Net) -> None:
+    rows, _ = rows_and_weights()
+    with pytest.raises(ValueError, match=r"tensor \(3, 4\) .* none of the model's parameters"):
+        sum_over_tiles(net, 2, rows, (), GradientSums([net.linear.bias]))
+
+
+class TestMap:
+    @pytest.mark.parametrize("with_gradients", [True, False])
+    @pytest.mark.parametrize("size", SIZES)
+    def test_is_that_without_tiles(self, net: Net, size: int, with_gradients: bool) -> None:
+        rows, weights = rows_and_weights()
+
+        def function(rows: Tensor, weights: Tensor) -> Tensor:  # two rows of each
+            return (net.linear(rows) * weights[:, None]).repeat_interleave(2, dim=0)
+
+        with torch.set_grad_enabled(with_gradients):
+            out = map_over_tiles(function, size, rows, weights)
+        expected = function(rows, weights)
+        torch.testing.assert_close(out, expected)
+        assert out.requires_grad == with_gradients
+        if with_gradients:
+            (actual,) = torch.autograd.grad(out.square().sum(), rows)
+            torch.testing.assert_close(
+                actual, torch.autograd.grad(expected.square().sum(), rows)[0]
+            )
+
+
+class TestMapWithSums:
+    @pytest.mark.parametrize("size", SIZES)
+    def test_is_that_without_tiles(self, net: Net, size: int) -> None:
+        rows = torch.randn(7, 4).double()
+        sums = GradientSums(net.parameters())
+        weights = [*net.linear.parameters()]
+        for _ in range(2):
+            out = map_with_sums(net.linear, size, rows, sums)
+            torch.testing.assert_close(out, net.linear(rows))
+            actual = torch.autograd.grad(
+                out.square().sum(), [*weights, net.unused], allow_unused=True
+            )
+            expected = torch.autograd.grad(net.linear(rows).square().sum(), weights)
+            torch.testing.assert_close(actual[:2], expected)
+            assert actual[2] is None
+
+    def test_is_recomputed_under_the_autocast_it_was_computed_under(self) -> None:
+        linear, rows, dtypes = nn.Linear(4, 3), torch.randn(7, 4), []
+
+        def function(rows: Tensor) -> Tensor:
+            out = linear(rows)
+            dtypes.append(out.dtype)
+            return out
+
+        with torch.autocast("cpu", torch.bfloat16):
+            out = map_with_sums(function, 4, rows, GradientSums(linear.parameters()))
+        out.float().square().sum().backward()
+        assert dtypes == [torch.bfloat16] * 4
+        assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+
+
+def test_dropout_is_the_same_when_it_is_computed_again() -> None:
+    """Of each tile's own random numbers, in `map_over_tiles` and where sums are recomputed."""
+    rows = torch.ones(64, 8, requires_grad=True)
+    out = map_over_tiles(lambda x: nn.functional.dropout(x, 0.5), 16, rows)
+    (gradient,) = torch.autograd.grad(out.sum(), rows)
+    assert torch.equal(gradient, out.detach())
+    kept = []
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        dropped = nn.functional.dropout(x, 0.5)
+        kept.append(dropped.detach())
+        return dropped.sum(), dropped.count_nonzero()
+
+    total, _ = sum_over_tiles(function, 16, rows, (), GradientSums(()), recompute=True)
+    (gradient,) = torch.autograd.grad(total, rows)
+    assert torch.equal(gradient, torch.cat(kept[:4]))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("outer_size", "inner_size"), [(3, 1), (2, 2), (7, 3), (1, 1)])
+def test_tiles_within_tiles(net: Net, outer_size: int, inner_size: int, recompute: bool) -> None:
+    rows, weights = rows_and_weights()
+    inner = copy.deepcopy(net)
+    sums = GradientSums([*net.parameters(), *inner.parameters()])
+
+    def above(rows: Tensor) -> Tensor:
+        return rows + rows * net.linear.weight[0] + inner.linear.weight[0]  # used inside, too
+
+    def function(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        others = (weights,)
+        return sum_over_tiles(inner, inner_size, above(rows), others, sums, recompute=recompute)
+
+    used = [rows, net.linear.weight, *inner.linear.parameters()]
+    expected = torch.autograd.grad(inner(above(rows), weights)[0] * 3, used)
+    for _ in range(2):
+        total, count = sum_over_tiles(
+            function, outer_size, rows, (weights,), sums, recompute=recompute
+        )
+        actual = torch.autograd.grad(total * 3, used)
+        torch.testing.assert_close(actual, expected)
+        assert count == weights.count_nonzero()
+
+
+def test_a_failure_leaves_no_gradients_behind(net: Net) -> None:
+    rows, weights = rows_and_weights()
+    sums = GradientSums(net.parameters())
+
+    def failing(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if weights[0] == 2:
+            raise KeyboardInterrupt
+        return net(rows, weights)
+
+    with pytest.raises(KeyboardInterrupt):
+        sum_over_tiles(failing, 2, rows, (weights,), sums)
+    total, _ = sum_over_tiles(net, 2, rows, (weights,), sums)
+    expected = torch.autograd.grad(net(rows, weights)[0], net.linear.weight)
+    torch.testing.assert_close(torch.autograd.grad(total, net.linear.weight), expected)
