@@ -1,9 +1,11 @@
-// What the operators' glue shares: checks in the references' words, dtypes, data pointers, threads.
+// What the operators' glue shares: checks in the references' words, dtypes, data pointers, threads,
+// and where a GPU's kernels are compiled in, launching and registering them.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/accumulate.h>
 
 #include <algorithm>
@@ -12,8 +14,56 @@
 
 #include "cpu/bfloat16.h"
 #include "cpu/ids.h"
+#include "cuda/stream.h"
+
+#ifdef MBLM_CUDA
+// Of torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which spares the glue
+// CUDA's headers.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 namespace mblm {
+
+#ifdef MBLM_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+// Calls launcher(stream) with the current stream of a GPU and throws the error that it returns.
+// Only where `if constexpr (kCuda)` holds: elsewhere there is no launcher to link.
+template <class Launcher>
+void launch(const c10::Device& device, Launcher launcher) {
+  cuda::Stream stream = nullptr;
+#ifdef MBLM_CUDA
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0,
+              "no CUDA stream on ", device);
+#endif
+  const cuda::Error error = launcher(stream);
+  TORCH_CHECK(!error, "a CUDA kernel could not be launched on ", device, ": ", error);
+}
+
+// Registers what add(library) adds, for all devices that kernels are compiled for.
+#define MBLM_REGISTER_CPU(add) \
+  TORCH_LIBRARY_IMPL(mblm, CPU, library) { add(library); }
+#ifdef MBLM_CUDA
+#define MBLM_REGISTER(add) \
+  MBLM_REGISTER_CPU(add)   \
+  TORCH_LIBRARY_IMPL(mblm, CUDA, library) { add(library); }
+#else
+#define MBLM_REGISTER(add) MBLM_REGISTER_CPU(add)
+#endif
+
+inline void check_device(const char* name, const at::Tensor& tensor, const char* other_name,
+                         const at::Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, " must be on the device of ",
+                    other_name, ", ", other.device(), ", got ", tensor.device());
+}
+
+inline void check_device(const char* name, const std::optional<at::Tensor>& tensor,
+                         const char* other_name, const at::Tensor& other) {
+  if (tensor) check_device(name, *tensor, other_name, other);
+}
 
 inline void check_floating(const char* name, const at::Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
@@ -31,6 +81,7 @@ inline void check_like(const char* name, const at::Tensor& tensor, const char* o
                        const at::Tensor& other) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
                    other_name, ", ", other.scalar_type(), ", got ", tensor.scalar_type());
+  check_device(name, tensor, other_name, other);
 }
 
 inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
