@@ -17,6 +17,13 @@
 
 #define MBLM_DEVICE __device__ __forceinline__
 
+// Before a loop whose turns load independently: several loads are in flight at once.
+#ifdef __CUDACC__
+#define MBLM_UNROLL _Pragma("unroll 4")
+#else
+#define MBLM_UNROLL _Pragma("GCC unroll 4")
+#endif
+
 namespace mblm::cuda {
 
 using cpu::BFloat16;
@@ -92,10 +99,10 @@ MBLM_DEVICE T rounded(compute_t<T> x) {
   return Rounded<T>::of(x);
 }
 
-// N elements next to each other; where N elements are a multiple of 16 bytes, at an address that is
-// one too, they are loaded and stored 16 bytes at once.
+// N elements next to each other. Multiples of 16 bytes, at addresses that are multiples too, are
+// loaded and stored 16 bytes at once.
 template <class T, int N>
-struct alignas(16) Pack {
+struct alignas(N * sizeof(T) % 16 == 0 ? 16 : alignof(T)) Pack {
   T values[N];
 };
 template <class T>
@@ -103,18 +110,27 @@ constexpr int kPackSize = int(16 / sizeof(T));
 
 template <int N, class T>
 MBLM_DEVICE Pack<T, N> load_pack(const T* from) {
-  static_assert(N * sizeof(T) % 16 == 0);
+  static_assert(N == 1 || N * sizeof(T) % 16 == 0);
   return *reinterpret_cast<const Pack<T, N>*>(from);
 }
 template <int N, class T>
 MBLM_DEVICE void store_pack(T* to, const Pack<T, N>& pack) {
-  static_assert(N * sizeof(T) % 16 == 0);
+  static_assert(N == 1 || N * sizeof(T) % 16 == 0);
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
 // Whether packs can be loaded from an address; null is never loaded from.
 inline bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// Where one thread per item will do: a thread's first item and the distance to its next.
+constexpr int kThreads = 256;
+MBLM_DEVICE int64_t first_item() {
+  return int64_t(blockIdx.x) * kThreads + threadIdx.x;
+}
+MBLM_DEVICE int64_t item_stride() {
+  return int64_t(gridDim.x) * kThreads;
 }
 
 // The same sum in every lane of a warp.

@@ -8,6 +8,7 @@
 // with NaNs, so that nothing rests on what it held before.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -23,6 +24,8 @@
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
+#elif !defined(_FORTIFY_SOURCE)  // which takes jumps between stacks for errors
+#define MBLM_QUICK_SWITCH
 #endif
 
 #define MBLM_CUDA_EMULATION
@@ -32,10 +35,6 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
-#endif
 
 #include "cuda/stream.h"
 
@@ -48,155 +47,160 @@ struct Index {
 // In which order a block's threads run between barriers.
 inline bool falling_order = false;
 
-// The threads of one block, each on a stack of its own.
-class Block {
- public:
-  explicit Block(int threads) : threads_(threads) {
-    while (int(stacks_.size()) < threads) stacks_.push_back(std::make_unique_for_overwrite<Stack>());
-    for (int i = 0; i < threads; ++i) threads_[i].stack = stacks_[i]->bytes;
-  }
+// A thread's stack and where it stands on it. Fibers outlive blocks and serve one after the other.
+struct Fiber {
+  static constexpr size_t kStackSize = 128 * 1024;
+  enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
 
-  // Runs body() in every thread, to its end.
-  void run(const std::function<void()>& body);
+  alignas(16) char stack[kStackSize];
+  ucontext_t context;
+  jmp_buf point;
+  bool started = false;
+  State state = State::kDone;
+  uint64_t handed_over = 0;
+  void* fake_stack = nullptr;
+};
+
+inline Index thread_index, block_index, block_dimension, grid_dimension;
+inline unsigned char* shared = nullptr;
+
+// Runs the threads of one block at a time.
+class Scheduler {
+ public:
+  // Runs body() in so many threads, to its end.
+  void run(int threads, const std::function<void()>& body) {
+    while (int(fibers_.size()) < threads) {
+      fibers_.push_back(std::make_unique<Fiber>());
+      Fiber& fiber = *fibers_.back();
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack;
+      fiber.context.uc_stack.ss_size = Fiber::kStackSize;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Scheduler::fiber_main, 0);
+    }
+    threads_ = threads;
+    body_ = &body;
+    for (int i = 0; i < threads; ++i) fibers_[i]->state = State::kReady;
+    for (;;) {
+      bool progress = false, all_done = true;
+      for (int i = 0; i < threads; ++i) {
+        running_ = falling_order ? threads - 1 - i : i;
+        if (current().state != State::kReady) continue;
+        thread_index.x = unsigned(running_);
+        to_thread(current());
+        progress = true;
+      }
+      for (int i = 0; i < threads; ++i) all_done &= fibers_[i]->state == State::kDone;
+      if (all_done) return;
+      for (int warp = 0; warp < threads; warp += 32) {
+        progress |= release(warp, std::min(warp + 32, threads), State::kAtWarpBarrier);
+      }
+      progress |= release(0, threads, State::kAtBlockBarrier);
+      if (!progress) fail("threads wait at different barriers");
+    }
+  }
 
   // Called from a thread: wait for all threads of the block, or of the warp.
   void wait(bool for_block) {
     current().state = for_block ? State::kAtBlockBarrier : State::kAtWarpBarrier;
-    to_scheduler(false);
+    to_scheduler(current());
   }
 
-  // Called from a thread: what `lane` of its warp hands over in the same call.
+  // Called from a thread: what a lane of its warp hands over in the same call.
   template <class T>
   T exchange(T value, int lane) {
-    static_assert(sizeof(T) <= sizeof(current().handed_over));
+    static_assert(sizeof(T) <= sizeof(Fiber::handed_over));
     std::memcpy(&current().handed_over, &value, sizeof(T));
     wait(false);
     const int from = running_ / 32 * 32 + lane;
-    if (lane < 0 || lane >= 32 || from >= int(threads_.size())) fail("a shuffle from no lane");
-    std::memcpy(&value, &threads_[from].handed_over, sizeof(T));
+    if (lane < 0 || lane >= 32 || from >= threads_) fail("a shuffle from no lane");
+    std::memcpy(&value, &fibers_[from]->handed_over, sizeof(T));
     wait(false);
     return value;
   }
 
   int running() const { return running_; }
 
-  static inline Block* current_block = nullptr;
-
  private:
-  static constexpr size_t kStackSize = 128 * 1024;
-  enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
-  struct Stack {
-    alignas(16) char bytes[kStackSize];
-  };
-  struct Thread {
-    char* stack;
-    ucontext_t context;
-    State state = State::kReady;
-    uint64_t handed_over = 0;
-    void* fake_stack = nullptr;
-  };
+  using State = Fiber::State;
 
   [[noreturn]] static void fail(const char* what) {
     std::printf("emulated CUDA kernel: %s\n", what);
     std::abort();
   }
 
-  Thread& current() { return threads_[running_]; }
+  Fiber& current() { return *fibers_[running_]; }
 
-  static void start() {
-    Block* block = current_block;
-    block->arrived(nullptr);
-    (*block->body_)();
-    block->current().state = State::kDone;
-    block->to_scheduler(true);
-  }
+  static void fiber_main();
 
   // Frees the threads [begin, end) if all that are not done wait at this barrier.
-  bool release(size_t begin, size_t end, State barrier) {
+  bool release(int begin, int end, State barrier) {
     bool any = false;
-    for (size_t i = begin; i < end; ++i) {
-      if (threads_[i].state == barrier) any = true;
-      else if (threads_[i].state != State::kDone) return false;
+    for (int i = begin; i < end; ++i) {
+      if (fibers_[i]->state != barrier && fibers_[i]->state != State::kDone) return false;
+      any |= fibers_[i]->state == barrier;
     }
-    for (size_t i = begin; i < end; ++i) {
-      if (threads_[i].state == barrier) threads_[i].state = State::kReady;
+    for (int i = begin; i < end; ++i) {
+      if (fibers_[i]->state == barrier) fibers_[i]->state = State::kReady;
     }
     return any;
   }
 
+#ifdef MBLM_QUICK_SWITCH
+  // Without the system calls that save and restore signal masks.
+  void to_thread(Fiber& fiber) {
+    if (_setjmp(point_)) return;
+    if (fiber.started) _longjmp(fiber.point, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+  void to_scheduler(Fiber& fiber) {
+    if (!_setjmp(fiber.point)) _longjmp(point_, 1);
+  }
+  void arrived(Fiber&) {}
+#else
   // The address sanitizer wants to know of every change of stacks.
-  void to_thread();
-  void to_scheduler(bool for_good);
-  void arrived(void* fake_stack) {
-    (void)fake_stack;
+  void to_thread(Fiber& fiber) {
 #ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack_, &scheduler_stack_size_);
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, Fiber::kStackSize);
+#endif
+    swapcontext(&context_, &fiber.context);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
   }
+  void to_scheduler(Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&fiber.fake_stack, stack_, stack_size_);
+#endif
+    swapcontext(&fiber.context, &context_);
+    arrived(fiber);
+  }
+  void arrived([[maybe_unused]] Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, &stack_, &stack_size_);
+#endif
+  }
+#endif
 
-  static inline std::vector<std::unique_ptr<Stack>> stacks_;  // of all blocks, one after the other
-  std::vector<Thread> threads_;
-  ucontext_t scheduler_;
-  int running_ = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  int threads_ = 0, running_ = 0;
   const std::function<void()>* body_ = nullptr;
-  const void* scheduler_stack_ = nullptr;
-  size_t scheduler_stack_size_ = 0;
+  ucontext_t context_;
+  jmp_buf point_;
+  const void* stack_ = nullptr;
+  size_t stack_size_ = 0;
 };
 
-inline Index thread_index, block_index, block_dimension, grid_dimension;
-inline unsigned char* shared = nullptr;
+inline Scheduler scheduler;
 
-inline void Block::to_thread() {
-  thread_index.x = unsigned(running_);
-#ifdef __SANITIZE_ADDRESS__
-  void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, current().stack, kStackSize);
-#endif
-  swapcontext(&scheduler_, &current().context);
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
-}
-
-inline void Block::to_scheduler(bool for_good) {
-  Thread& thread = current();
-  (void)for_good;
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &thread.fake_stack, scheduler_stack_,
-                                 scheduler_stack_size_);
-#endif
-  swapcontext(&thread.context, &scheduler_);
-  arrived(thread.fake_stack);
-}
-
-inline void Block::run(const std::function<void()>& body) {
-  current_block = this;
-  body_ = &body;
-  for (Thread& thread : threads_) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack;
-    thread.context.uc_stack.ss_size = kStackSize;
-    thread.context.uc_link = nullptr;
-    thread.state = State::kReady;
-    makecontext(&thread.context, &Block::start, 0);
-  }
-  const size_t count = threads_.size();
+inline void Scheduler::fiber_main() {
+  scheduler.arrived(scheduler.current());
   for (;;) {
-    bool progress = false, all_done = true;
-    for (size_t i = 0; i < count; ++i) {
-      running_ = int(falling_order ? count - 1 - i : i);
-      if (current().state == State::kReady) {
-        to_thread();
-        progress = true;
-      }
-    }
-    for (const Thread& thread : threads_) all_done = all_done && thread.state == State::kDone;
-    if (all_done) return;
-    for (size_t warp = 0; warp < count; warp += 32) {
-      progress |= release(warp, std::min(warp + 32, count), State::kAtWarpBarrier);
-    }
-    progress |= release(0, count, State::kAtBlockBarrier);
-    if (!progress) fail("threads wait at different barriers");
+    (*scheduler.body_)();
+    scheduler.current().state = State::kDone;
+    scheduler.to_scheduler(scheduler.current());
   }
 }
 
@@ -208,22 +212,22 @@ inline void Block::run(const std::function<void()>& body) {
 #define gridDim (mblm::cuda::emulation::grid_dimension)
 
 inline void __syncthreads() {
-  mblm::cuda::emulation::Block::current_block->wait(true);
+  mblm::cuda::emulation::scheduler.wait(true);
 }
 
 inline void __syncwarp() {
-  mblm::cuda::emulation::Block::current_block->wait(false);
+  mblm::cuda::emulation::scheduler.wait(false);
 }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return mblm::cuda::emulation::Block::current_block->exchange(value, lane);
+  return mblm::cuda::emulation::scheduler.exchange(value, lane);
 }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  auto* block = mblm::cuda::emulation::Block::current_block;
-  return block->exchange(value, block->running() % 32 ^ mask);
+  auto& scheduler = mblm::cuda::emulation::scheduler;
+  return scheduler.exchange(value, scheduler.running() % 32 ^ mask);
 }
 
 inline float __uint_as_float(uint32_t bits) {
@@ -247,13 +251,12 @@ Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   std::vector<unsigned char> shared(shared_bytes);
   emulation::grid_dimension.x = unsigned(std::min(blocks, kMaxBlocks));
   emulation::block_dimension.x = unsigned(threads);
-  emulation::Block block(threads);
   const std::function<void()> body = [&] { kernel(static_cast<Parameters>(args)...); };
   for (unsigned i = 0; i < emulation::grid_dimension.x; ++i) {
     std::fill(shared.begin(), shared.end(), 0xff);
     emulation::shared = shared.data();
     emulation::block_index.x = i;
-    block.run(body);
+    emulation::scheduler.run(threads, body);
   }
   return nullptr;
 }
