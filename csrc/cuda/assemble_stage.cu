@@ -2,7 +2,6 @@
 //
 // A thread takes N channels of a vector, a pack or a single one.
 #include "cuda/assemble_stage.h"
-
 #include "cuda/groups.cuh"
 #include "cuda/kernel.cuh"
 
@@ -51,9 +50,9 @@ __global__ void __launch_bounds__(kThreads)
     if (in.ids && (id < 0 || id >= num_embeddings)) {
       for (int k = 0; k < N; ++k) sum.values[k] = C(NAN);
     } else {
-      const T* from = in.embeddings + (in.ids ? id * in.embeddings_row_stride
-                                              : row * in.embeddings_row_stride +
-                                                    p * in.embeddings_position_stride);
+      const T* from = in.embeddings +
+                      (in.ids ? id * in.embeddings_row_stride
+                              : row * in.embeddings_row_stride + p * in.embeddings_position_stride);
       if (in.rotation) {
         sum = rotated<N>(from, in.rotation + p * in.width, first, C(1));
       } else {
@@ -82,8 +81,7 @@ struct GradTerms {
     const int64_t row = quotient(i, in.length), p = i - row * in.length;
     const T* grad = in.grad + (row * (1 + in.length) + 1 + p) * in.width;
     if (in.rotation) {
-      const auto turned =
-          rotated<N>(grad, in.rotation + p * in.width, first, compute_t<T>(-1));
+      const auto turned = rotated<N>(grad, in.rotation + p * in.width, first, compute_t<T>(-1));
       for (int k = 0; k < N; ++k) sums[k] += turned.values[k];
     } else {
       add_vector<N>(grad, first, sums);

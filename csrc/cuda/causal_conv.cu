@@ -1,10 +1,9 @@
 // Short depthwise causal convolution and SiLU: see causal_conv.h.
 //
 // A thread takes one channel and walks along a block of positions with the last K inputs at hand.
-#include "cuda/causal_conv.h"
-
 #include <algorithm>
 
+#include "cuda/causal_conv.h"
 #include "cuda/kernel.cuh"
 
 namespace mblm::cuda {
@@ -127,8 +126,7 @@ __global__ void __launch_bounds__(kConvThreads)
         if (e < first) continue;
         C sum = 0;
         if (grad.next_window && e >= in.length) {
-          sum = value_of(
-              grad.next_window[(row * before + e - in.length) * in.channels + channel]);
+          sum = value_of(grad.next_window[(row * before + e - in.length) * in.channels + channel]);
         }
         for (int64_t k = 0; k < taps; ++k) sum += weight[k] * grads[before - k];
         T* to = e < before ? grad.window + (row * before + e) * in.channels
@@ -177,11 +175,11 @@ Error causal_conv_backward(const CausalConvInput<T>& in, const CausalConvGradien
                 in, grad, in.blocks(), parts);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                   \
-  template Error causal_conv<T>(const CausalConvInput<T>&, T*, Stream);                       \
-  template int64_t causal_conv_parts<T>(const CausalConvInput<T>&);                           \
-  template Error causal_conv_backward<T>(const CausalConvInput<T>&,                           \
-                                         const CausalConvGradients<T>&, Stream)
+#define MBLM_INSTANTIATE(T)                                                                        \
+  template Error causal_conv<T>(const CausalConvInput<T>&, T*, Stream);                            \
+  template int64_t causal_conv_parts<T>(const CausalConvInput<T>&);                                \
+  template Error causal_conv_backward<T>(const CausalConvInput<T>&, const CausalConvGradients<T>&, \
+                                         Stream)
 MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
 #undef MBLM_INSTANTIATE
 

@@ -1,8 +1,7 @@
 // Patches of token ids embedded and normalized: see embed_patches.h.
-#include "cuda/embed_patches.h"
-
 #include <algorithm>
 
+#include "cuda/embed_patches.h"
 #include "cuda/groups.cuh"
 #include "cuda/kernel.cuh"
 
@@ -97,10 +96,9 @@ __global__ void __launch_bounds__(kThreads)
     const Pack<T, N> b = load_pack<N>(bias + r * in.width + first);
     Pack<T, N> result;
     for (int k = 0; k < N; ++k) {
-      result.values[k] =
-          rounded<T>((value_of(x.values[k]) - mean[patch]) * inverse_std[patch] *
-                         value_of(w.values[k]) +
-                     value_of(b.values[k]));
+      result.values[k] = rounded<T>((value_of(x.values[k]) - mean[patch]) * inverse_std[patch] *
+                                        value_of(w.values[k]) +
+                                    value_of(b.values[k]));
     }
     store_pack(out + vector * in.width + first, result);
   }
@@ -141,9 +139,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The gradients of weight and bias: a thread takes a column in one part of the patches.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    affine(EmbedPatchesGrad<T> in, int64_t all_patches, int64_t parts,
-           compute_t<T>* grad_weight_bias) {
+__global__ void __launch_bounds__(kThreads) affine(EmbedPatchesGrad<T> in, int64_t all_patches,
+                                                   int64_t parts, compute_t<T>* grad_weight_bias) {
   using C = compute_t<T>;
   const int64_t patch_width = in.patch_size * in.width;
   const int64_t each = (all_patches + parts - 1) / parts;
@@ -157,8 +154,7 @@ __global__ void __launch_bounds__(kThreads)
       const C g = value_of(in.grad[i * patch_width + c]), center = in.mean[i];
       const int64_t id = is_valid(center) ? id_at(in, i, r) : 0;
       bias_sum += g;
-      weight_sum +=
-          g * ((value_of(in.table[id * in.width + column]) - center) * in.inverse_std[i]);
+      weight_sum += g * ((value_of(in.table[id * in.width + column]) - center) * in.inverse_std[i]);
     }
     C* to = grad_weight_bias + part * 2 * patch_width;
     to[c] = weight_sum;
@@ -199,20 +195,20 @@ Error embed_patches(const EmbedPatchesInput<T>& in, int64_t all_patches, int64_t
                     const T* bias, double eps, Moments* row_moments, compute_t<T>* mean,
                     compute_t<T>* inverse_std, T* out, Stream stream) {
   constexpr int N = kPackSize<T>;
-  if (const Error error = launch(moments_of_rows<T>, divide_up(num_embeddings, kWarps), kThreads,
-                                 0, stream, in, num_embeddings, row_moments)) {
+  if (const Error error = launch(moments_of_rows<T>, divide_up(num_embeddings, kWarps), kThreads, 0,
+                                 stream, in, num_embeddings, row_moments)) {
     return error;
   }
-  if (const Error error = launch(moments_of_patches<T>, divide_up(all_patches, kWarps), kThreads,
-                                 0, stream, in, all_patches, num_embeddings, row_moments, eps,
-                                 mean, inverse_std)) {
+  if (const Error error =
+          launch(moments_of_patches<T>, divide_up(all_patches, kWarps), kThreads, 0, stream, in,
+                 all_patches, num_embeddings, row_moments, eps, mean, inverse_std)) {
     return error;
   }
   const bool packed = in.width % N == 0 && is_aligned(in.table) && is_aligned(in.weight) &&
                       is_aligned(bias) && is_aligned(out);
   const int64_t items = all_patches * in.patch_size * in.width / (packed ? N : 1);
-  return launch(packed ? normalize<T, N> : normalize<T, 1>, divide_up(items, kThreads), kThreads,
-                0, stream, in, all_patches, num_embeddings, mean, inverse_std, bias, out);
+  return launch(packed ? normalize<T, N> : normalize<T, 1>, divide_up(items, kThreads), kThreads, 0,
+                stream, in, all_patches, num_embeddings, mean, inverse_std, bias, out);
 }
 
 int64_t embed_patches_parts(int64_t all_patches) {
@@ -229,9 +225,8 @@ Error embed_patches_backward(const EmbedPatchesGrad<T>& in, int64_t all_patches,
     return error;
   }
   const int64_t parts = embed_patches_parts(all_patches);
-  if (const Error error =
-          launch(affine<T>, divide_up(parts * in.patch_size * in.width, kThreads), kThreads, 0,
-                 stream, in, all_patches, parts, grad_weight_bias)) {
+  if (const Error error = launch(affine<T>, divide_up(parts * in.patch_size * in.width, kThreads),
+                                 kThreads, 0, stream, in, all_patches, parts, grad_weight_bias)) {
     return error;
   }
   const bool packed = in.width % kPackSize<T> == 0 && is_aligned(in.table) &&
@@ -240,10 +235,10 @@ Error embed_patches_backward(const EmbedPatchesGrad<T>& in, int64_t all_patches,
                     grad_table, stream);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                       \
-  template Error embed_patches<T>(const EmbedPatchesInput<T>&, int64_t, int64_t, const T*,        \
-                                  double, Moments*, compute_t<T>*, compute_t<T>*, T*, Stream);    \
-  template Error embed_patches_backward<T>(const EmbedPatchesGrad<T>&, int64_t, const Groups&,    \
+#define MBLM_INSTANTIATE(T)                                                                        \
+  template Error embed_patches<T>(const EmbedPatchesInput<T>&, int64_t, int64_t, const T*, double, \
+                                  Moments*, compute_t<T>*, compute_t<T>*, T*, Stream);             \
+  template Error embed_patches_backward<T>(const EmbedPatchesGrad<T>&, int64_t, const Groups&,     \
                                            PatchTerms*, compute_t<T>*, T*, compute_t<T>*, Stream)
 MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
 #undef MBLM_INSTANTIATE

@@ -1,6 +1,6 @@
-// Patches of token ids embedded and normalized on a GPU: the mathematics and the inputs are those of
-// cpu/embed_patches.h. An id outside [0, num_embeddings) gives NaNs in its patch, and no gradient to
-// the table.
+// Patches of token ids embedded and normalized on a GPU: the mathematics and the inputs are those
+// of cpu/embed_patches.h. An id outside [0, num_embeddings) gives NaNs in its patch, and no
+// gradient to the table.
 #pragma once
 
 #include "cpu/embed_patches.h"

@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// table (num_ids, width): the sums over each id's pieces, zeros for one id. A block takes 32 columns
-// of an id, its warps every eighth piece.
+// table (num_ids, width): the sums over each id's pieces, zeros for one id. A block takes 32
+// columns of an id, its warps every eighth piece.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_ids(Groups groups, int64_t width, int64_t zero_id, const compute_t<T>* sums, T* table) {

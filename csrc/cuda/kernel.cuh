@@ -23,6 +23,12 @@
 #else
 #define MBLM_UNROLL _Pragma("GCC unroll 4")
 #endif
+// Before a loop of few turns over arrays that are to stay in registers.
+#ifdef __CUDACC__
+#define MBLM_UNROLL_ALL _Pragma("unroll")
+#else
+#define MBLM_UNROLL_ALL
+#endif
 
 namespace mblm::cuda {
 

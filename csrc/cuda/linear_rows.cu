@@ -2,9 +2,8 @@
 //
 // A warp takes an output of up to kRows rows. Lane l holds the packs l, l + 32, ... of the inputs,
 // whether they can be loaded at once or not, so that a row is summed in one order.
-#include "cuda/linear_rows.h"
-
 #include "cuda/kernel.cuh"
+#include "cuda/linear_rows.h"
 
 namespace mblm::cuda {
 namespace {
@@ -37,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t column = warp; column < in.outputs; column += int64_t(gridDim.x) * kWarps) {
     const T* weight = in.weight + column * in.inputs;
     C sums[kRows] = {};
-MBLM_UNROLL
+    MBLM_UNROLL
     for (int64_t first = lane * N; first < in.inputs; first += kWarp * N) {
       const Pack<T, N> w = read<kAligned, N>(weight, in.inputs, first);
       for (int r = 0; r < kRows; ++r) {
@@ -65,8 +64,8 @@ Error launch_rows(const LinearRowsInput<T>& in, T* out, Stream stream) {
     return launch(columns<T, 1, kAligned>, blocks, kThreads, 0, stream, in, int64_t(0), out);
   }
   for (int64_t row = 0; row < in.rows; row += kRows) {
-    if (const Error error = launch(columns<T, kRows, kAligned>, blocks, kThreads, 0, stream, in,
-                                   row, out)) {
+    if (const Error error =
+            launch(columns<T, kRows, kAligned>, blocks, kThreads, 0, stream, in, row, out)) {
       return error;
     }
   }

@@ -2,11 +2,10 @@
 //
 // A warp takes a position. Lane l holds the packs l, l + 32, ... of its channels, whether they can
 // be loaded at once or not: the order of a sum does not depend on how the inputs lie in memory.
-#include "cuda/shift_rms_norm.h"
-
 #include <algorithm>
 
 #include "cuda/kernel.cuh"
+#include "cuda/shift_rms_norm.h"
 
 namespace mblm::cuda {
 namespace {
@@ -223,10 +222,10 @@ Error shift_rms_norm_backward(const ShiftRmsNormInput<T>& in, int64_t positions,
                 grad_weight);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                       \
-  template Error shift_rms_norm<T>(const ShiftRmsNormInput<T>&, int64_t, T*, compute_t<T>*,       \
-                                   Stream);                                                       \
-  template Error shift_rms_norm_backward<T>(const ShiftRmsNormInput<T>&, int64_t, const T*,       \
+#define MBLM_INSTANTIATE(T)                                                                 \
+  template Error shift_rms_norm<T>(const ShiftRmsNormInput<T>&, int64_t, T*, compute_t<T>*, \
+                                   Stream);                                                 \
+  template Error shift_rms_norm_backward<T>(const ShiftRmsNormInput<T>&, int64_t, const T*, \
                                             const compute_t<T>*, T*, T*, compute_t<T>*, Stream)
 MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
 #undef MBLM_INSTANTIATE

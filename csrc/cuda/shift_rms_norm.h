@@ -15,8 +15,8 @@ Error shift_rms_norm(const cpu::ShiftRmsNormInput<T>& in, int64_t positions, T* 
 // In how many parts the gradient of the weight is given for so many positions.
 int64_t shift_rms_norm_parts(int64_t positions);
 
-// grad and grad_x are (rows, S, D), contiguous; grad_previous is (rows, D / 2), contiguous, or null.
-// The sum of grad_weight (parts, D) over its parts is the gradient of the weight.
+// grad and grad_x are (rows, S, D), contiguous; grad_previous is (rows, D / 2), contiguous, or
+// null. The sum of grad_weight (parts, D) over its parts is the gradient of the weight.
 template <class T>
 Error shift_rms_norm_backward(const cpu::ShiftRmsNormInput<T>& in, int64_t positions, const T* grad,
                               const cpu::compute_t<T>* inverse_norm, T* grad_x, T* grad_previous,

@@ -3,12 +3,11 @@
 // A block takes one head of one row at a time. The S x T probabilities are kept in shared memory;
 // queries, keys and values pass through it in slices of some of their channels, so that any width
 // fits. A slice holds pairs of channels (c, c + half), which a rotation keeps together.
-#include "cuda/short_attention.h"
-
 #include <algorithm>
 #include <cmath>
 
 #include "cuda/kernel.cuh"
+#include "cuda/short_attention.h"
 
 namespace mblm::cuda {
 namespace {
@@ -81,8 +80,8 @@ struct Head {
   }
 
   // The gradient of what read() read, from that of what it gave, to (B, count, H, d).
-  MBLM_DEVICE void write(const C* from, int count, int64_t pair, const float* cos,
-                         const float* sin, int position, C factor, T* to) const {
+  MBLM_DEVICE void write(const C* from, int count, int64_t pair, const float* cos, const float* sin,
+                         int position, C factor, T* to) const {
     for (int item = threadIdx.x; item < count * kPairs; item += blockDim.x) {
       const int i = item / kPairs, p = item % kPairs;
       const int64_t first = pair + p, second = half + first;
@@ -246,8 +245,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 // As many threads as there are products, within bounds.
 int threads_for(int64_t queries, int64_t keys) {
   constexpr int64_t kMinThreads = 64;
-  return int(std::clamp<int64_t>(divide_up(queries * keys / 2, kWarp) * kWarp, kMinThreads,
-                                 kMaxThreads));
+  return int(
+      std::clamp<int64_t>(divide_up(queries * keys / 2, kWarp) * kWarp, kMinThreads, kMaxThreads));
 }
 
 template <class T>
@@ -279,9 +278,9 @@ Error short_attention_backward(const ShortAttentionInput<T>& in, int64_t items,
                 stream, in, items, scale_of(in), grad, grad_q, grad_k, grad_v);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                  \
-  template Error short_attention<T>(const ShortAttentionInput<T>&, int64_t, T*, Stream);     \
-  template Error short_attention_backward<T>(const ShortAttentionInput<T>&, int64_t,         \
+#define MBLM_INSTANTIATE(T)                                                              \
+  template Error short_attention<T>(const ShortAttentionInput<T>&, int64_t, T*, Stream); \
+  template Error short_attention_backward<T>(const ShortAttentionInput<T>&, int64_t,     \
                                              const HeadsView<T>&, T*, T*, T*, Stream)
 MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
 #undef MBLM_INSTANTIATE

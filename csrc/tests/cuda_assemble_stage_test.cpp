@@ -18,8 +18,7 @@ void equals_cpu(int64_t rows, int64_t length, int64_t width, const Options& opti
   test::Numbers numbers;
   const int64_t stride = width + options.padding, vectors = rows * (1 + length);
   const auto start = numbers.vector<T>(width);
-  const auto embeddings =
-      numbers.vector<T>((options.with_ids ? kIds : rows * length) * stride);
+  const auto embeddings = numbers.vector<T>((options.with_ids ? kIds : rows * length) * stride);
   auto ids = numbers.ids(rows * length, kIds);
   const auto positions = numbers.vector<T>(length * width);
   const auto rotation = numbers.vector<C>(length * width);
@@ -98,8 +97,8 @@ void all_options() {
 void ids_outside_give_nan() {
   const std::vector<float> start(4, 1.0f), table(8, 1.0f);
   const std::vector<int64_t> ids = {-1, 1, 2, int64_t(1) << 62};
-  const cpu::AssembleStageInput<float> in = {4, 4, start.data(), table.data(), 4, 0,
-                                             ids.data(), nullptr, nullptr, nullptr, 0, 0};
+  const cpu::AssembleStageInput<float> in = {4,          4,       start.data(), table.data(), 4, 0,
+                                             ids.data(), nullptr, nullptr,      nullptr,      0, 0};
   std::vector<float> out(20);
   CHECK(!cuda::assemble_stage(in, 1, 2, out.data(), nullptr));
   for (int64_t c = 0; c < 4; ++c) {

@@ -38,10 +38,9 @@ void equals_cpu(int64_t rows, int64_t length, int64_t channels, int64_t taps, bo
   std::vector<C> grad_weight(weight_bias.size());
   const T* next = with_window ? grad_next.data() : nullptr;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    cpu::causal_conv_backward<T>(in,
-                                 {grad_y.data(), next, grad_x.data(), grad_window.data(),
-                                  grad_weight.data()},
-                                 tile, 0, rows * in.blocks());
+    cpu::causal_conv_backward<T>(
+        in, {grad_y.data(), next, grad_x.data(), grad_window.data(), grad_weight.data()}, tile, 0,
+        rows * in.blocks());
   }
   const auto [got_x, got_window, parts] = test::in_both_orders([&] {
     auto x = test::unwritten<T>(values), window = test::unwritten<T>(grad_window.size());

@@ -16,8 +16,8 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// What run(), which launches kernels and gives a tuple of vectors, gives: the same bits in whichever
-// order the threads run.
+// What run(), which launches kernels and gives a tuple of vectors, gives: the same bits in
+// whichever order the threads run.
 template <class Run>
 auto in_both_orders(Run run) {
   cuda::emulation::falling_order = false;

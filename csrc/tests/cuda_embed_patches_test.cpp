@@ -80,8 +80,8 @@ void all_sizes() {
   equals_cpu<T>(0, 3, 1, 3, 4);
   equals_cpu<T>(2, 0, 0, 3, 4);
   equals_cpu<T>(2, 0, 1, 3, 4);
-  equals_cpu<T>(1, 70, 2, 35, 8);    // patches longer than a warp
-  equals_cpu<T>(100, 36, 9, 4, 8);   // several pieces of an id, several parts of the patches
+  equals_cpu<T>(1, 70, 2, 35, 8);   // patches longer than a warp
+  equals_cpu<T>(100, 36, 9, 4, 8);  // several pieces of an id, several parts of the patches
 }
 
 // An id outside the table reads nothing; its patch alone is not a number.
@@ -89,8 +89,8 @@ void ids_outside_give_nan() {
   const std::vector<float> table(4, 1.0f), weight(4, 1.0f);
   for (const int64_t outside : {int64_t(-1), int64_t(2), int64_t(1) << 62}) {
     const std::vector<int64_t> ids = {0, outside, 1, 1};
-    const cpu::EmbedPatchesInput<float> in = {4, 2, 2, 2, 0, ids.data(), table.data(),
-                                              weight.data()};
+    const cpu::EmbedPatchesInput<float> in = {
+        4, 2, 2, 2, 0, ids.data(), table.data(), weight.data()};
     std::vector<cpu::Moments> moments(2);
     std::vector<float> mean(2), inverse_std(2), out(8);
     CHECK(!cuda::embed_patches(in, 2, 2, weight.data(), kEps, moments.data(), mean.data(),

@@ -16,8 +16,7 @@ struct GroupedIds {
     cpu::group_by_id(ids.data(), int64_t(ids.size()), num_ids, offsets.data(), order.data());
     for (int64_t v = 0; v < num_ids; ++v) {
       const int64_t count = offsets[v + 1] - offsets[v];
-      pieces[v + 1] =
-          pieces[v] + (count + cuda::kPiecePositions - 1) / cuda::kPiecePositions;
+      pieces[v + 1] = pieces[v] + (count + cuda::kPiecePositions - 1) / cuda::kPiecePositions;
     }
   }
 

@@ -29,8 +29,8 @@ void equals_cpu(int64_t rows, int64_t inputs, int64_t outputs, bool with_bias) {
     for (const T* alone : places) {
       CHECK(!cuda::linear_rows({1, inputs, outputs, alone, weight.data(), in.bias}, one.data(),
                                nullptr));
-      CHECK(test::same_bits(one, std::vector<T>(got.begin() + row * outputs,
-                                                got.begin() + (row + 1) * outputs)));
+      CHECK(test::same_bits(
+          one, std::vector<T>(got.begin() + row * outputs, got.begin() + (row + 1) * outputs)));
     }
   }
 }

@@ -22,11 +22,16 @@ struct Case {
     previous = numbers.vector<T>(rows * (width / 2));
     grad = numbers.vector<T>(rows * length * width);
     weight = numbers.vector<C>(width);
-    in = {length,         width,
-          x.data(),       row_stride,
-          position_stride, weight.data(),
-          with_previous ? previous.data() : nullptr, width / 2,
-          shift,          1e-8};
+    in = {length,
+          width,
+          x.data(),
+          row_stride,
+          position_stride,
+          weight.data(),
+          with_previous ? previous.data() : nullptr,
+          width / 2,
+          shift,
+          1e-8};
   }
 };
 
@@ -81,8 +86,9 @@ void all_sizes() {
       }
     }
   }
-  equals_cpu(Case<T>(9, 17, 48, true, true, 0));     // several parts of several positions
-  equals_cpu(Case<T>(1, 3, 12800, true, true, 0));   // sums of the weight's gradient in no shared memory
+  equals_cpu(Case<T>(9, 17, 48, true, true, 0));  // several parts of several positions
+  equals_cpu(
+      Case<T>(1, 3, 12800, true, true, 0));  // sums of the weight's gradient in no shared memory
 }
 
 // A row gives the same bits however its inputs lie in memory.

@@ -22,9 +22,14 @@ void equals_cpu(int64_t rows, int64_t queries, int64_t keys, int64_t heads, int6
   const auto grad = numbers.vector<T>(items * queries * width);
   const auto cos = numbers.vector<float>(keys * (width / 2));
   const auto sin = numbers.vector<float>(keys * (width / 2));
-  const cpu::ShortAttentionInput<T> in = {heads,         width,         queries,
-                                          keys,          view(q, queries), view(k, keys),
-                                          view(v, keys), rotary ? cos.data() : nullptr,
+  const cpu::ShortAttentionInput<T> in = {heads,
+                                          width,
+                                          queries,
+                                          keys,
+                                          view(q, queries),
+                                          view(k, keys),
+                                          view(v, keys),
+                                          rotary ? cos.data() : nullptr,
                                           rotary ? sin.data() : nullptr};
   std::vector<T> out(q.size()), grad_q(q.size()), grad_k(k.size()), grad_v(v.size());
   cpu::short_attention(in, out.data(), 0, items);

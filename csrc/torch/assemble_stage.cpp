@@ -149,8 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
           Tensor scratch = groups.sums(width, grad.options().dtype(compute_type(type)));
           launch(grad.device(), [&](cuda::Stream stream) {
             return cuda::assemble_stage_table(in, groups.groups(), padding_idx,
-                                              mutable_data<cpu::compute_t<T>>(scratch), to,
-                                              stream);
+                                              mutable_data<cpu::compute_t<T>>(scratch), to, stream);
           });
         } else if (rotation) {
           launch(grad.device(), [&](cuda::Stream stream) {

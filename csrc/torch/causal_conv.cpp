@@ -84,9 +84,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     T* to = mutable_data<T>(y);
     if constexpr (kCuda) {
       if (x.is_cuda()) {
-        return launch(x.device(), [&](cuda::Stream stream) {
-          return cuda::causal_conv(input, to, stream);
-        });
+        return launch(x.device(),
+                      [&](cuda::Stream stream) { return cuda::causal_conv(input, to, stream); });
       }
     }
     parallel(in.rows * input.blocks() * input.tiles(),
@@ -125,10 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
       if (x.is_cuda()) {
         Tensor parts = at::empty({cuda::causal_conv_parts(input), in.taps + 1, in.channels},
                                  in.weight_bias.options());
-        const cpu::CausalConvGradients<T> grad{data<T>(from_y), data<T>(from_window),
-                                               mutable_data<T>(grad_x),
-                                               mutable_data<T>(grad_window),
-                                               mutable_data<C>(parts)};
+        const cpu::CausalConvGradients<T> grad{
+            data<T>(from_y), data<T>(from_window), mutable_data<T>(grad_x),
+            mutable_data<T>(grad_window), mutable_data<C>(parts)};
         launch(x.device(), [&](cuda::Stream stream) {
           return cuda::causal_conv_backward(input, grad, stream);
         });

@@ -44,12 +44,16 @@ void launch(const c10::Device& device, Launcher launcher) {
 }
 
 // Registers what add(library) adds, for all devices that kernels are compiled for.
-#define MBLM_REGISTER_CPU(add) \
-  TORCH_LIBRARY_IMPL(mblm, CPU, library) { add(library); }
+#define MBLM_REGISTER_CPU(add)             \
+  TORCH_LIBRARY_IMPL(mblm, CPU, library) { \
+    add(library);                          \
+  }
 #ifdef MBLM_CUDA
-#define MBLM_REGISTER(add) \
-  MBLM_REGISTER_CPU(add)   \
-  TORCH_LIBRARY_IMPL(mblm, CUDA, library) { add(library); }
+#define MBLM_REGISTER(add)                  \
+  MBLM_REGISTER_CPU(add)                    \
+  TORCH_LIBRARY_IMPL(mblm, CUDA, library) { \
+    add(library);                           \
+  }
 #else
 #define MBLM_REGISTER(add) MBLM_REGISTER_CPU(add)
 #endif

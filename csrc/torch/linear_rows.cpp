@@ -34,9 +34,8 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
     T* to = mutable_data<T>(out);
     if constexpr (kCuda) {
       if (x.is_cuda()) {
-        return launch(x.device(), [&](cuda::Stream stream) {
-          return cuda::linear_rows(input, to, stream);
-        });
+        return launch(x.device(),
+                      [&](cuda::Stream stream) { return cuda::linear_rows(input, to, stream); });
       }
     }
     parallel(weight.size(0), x.size(1),

@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     T* to_previous = previous ? mutable_data<T>(grad_previous) : nullptr;
     if constexpr (kCuda) {
       if (x.is_cuda()) {
-        Tensor parts = at::empty({cuda::shift_rms_norm_parts(positions), in.width},
-                                 in.weight.options());
+        Tensor parts =
+            at::empty({cuda::shift_rms_norm_parts(positions), in.width}, in.weight.options());
         launch(x.device(), [&](cuda::Stream stream) {
           return cuda::shift_rms_norm_backward(input, positions, data<T>(grad_in),
                                                data<C>(inverse_in), to_x, to_previous,
