@@ -11,16 +11,16 @@ template <class C>
 class Tile {
  public:
   static constexpr int kSize = 64, kThreads = 256, kOwn = 4, kNeighbors = kSize / kOwn;
-  static constexpr int kDepth = 16;              // of a slice
-  static constexpr int kRow = kSize + kOwn;      // of a slice in shared memory
+  static constexpr int kDepth = 16;          // of a slice
+  static constexpr int kRow = kSize + kOwn;  // of a slice in shared memory
   static constexpr size_t kSharedBytes = 2 * kDepth * kRow * sizeof(C);
 
   MBLM_DEVICE static int row() { return threadIdx.x / kNeighbors * kOwn; }
   MBLM_DEVICE static int column() { return threadIdx.x % kNeighbors * kOwn; }
 
   // The sums += a b over k of [begin, end): a(i, k) and b(k, j) give entries of the tile, zeros
-  // beyond the matrices. Neighbors in i, or in j, lie next to each other in memory if the template's
-  // arguments say so, else neighbors in k do. The whole block must take part.
+  // beyond the matrices. Neighbors in i, or in j, lie next to each other in memory if the
+  // template's arguments say so, else neighbors in k do. The whole block must take part.
   template <bool kNextRows, bool kNextColumns, class A, class B>
   MBLM_DEVICE void add(int64_t begin, int64_t end, A a, B b) {
     C* const left = shared_memory<C>();

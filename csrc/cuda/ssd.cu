@@ -4,10 +4,9 @@
 //   y_i = exp(s_i) h C_i + sum over j <= i of exp(s_i - s_j) (C_i B_j) scaled_j + D x_i,
 //   state after = exp(s_last) h + sum over j of exp(s_last - s_j) scaled_j B_j'.
 // Everything is a product of matrices but the walk from chunk to chunk, which is short.
-#include "cuda/ssd.h"
-
 #include "cuda/kernel.cuh"
 #include "cuda/product.cuh"
+#include "cuda/ssd.h"
 
 namespace mblm::cuda {
 namespace {
@@ -46,8 +45,8 @@ struct Chunk {
   }
 
   MBLM_DEVICE C x(int64_t t, int64_t p) const {
-    return value_of(in.x[row * in.x_row_stride + (start + t) * in.x_position_stride +
-                         head * in.head_dim + p]);
+    return value_of(
+        in.x[row * in.x_row_stride + (start + t) * in.x_position_stride + head * in.head_dim + p]);
   }
   // Of a contiguous (rows, L, H, P).
   MBLM_DEVICE C value(const T* values, int64_t t, int64_t p) const {
@@ -272,9 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       });
       tile.template add<true, true>(
           row, own.positions,
-          [&](int j, int64_t i) {
-            return row + j <= i ? own.mixing(i, row + j) : C(0);
-          },
+          [&](int j, int64_t i) { return row + j <= i ? own.mixing(i, row + j) : C(0); },
           [&](int64_t i, int p) {
             return column + p < in.head_dim ? own.value(grad.y, i, column + p) : C(0);
           });
@@ -313,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// What goes through the decay of the state over a whole chunk: exp(s_last) dh h. A warp takes a head
-// of a chunk.
+// What goes through the decay of the state over a whole chunk: exp(s_last) dh h. A warp takes a
+// head of a chunk.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gradients_of_totals(SsdInput<T> in, SsdGradients<T> grad) {
@@ -363,8 +360,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Of the scores, for j <= i: the sum over the heads of exp(s_i - s_j) dy_i scaled_j. Items are tiles
-// of chunks.
+// Of the scores, for j <= i: the sum over the heads of exp(s_i - s_j) dy_i scaled_j. Items are
+// tiles of chunks.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gradients_of_scores(SsdInput<T> in, int64_t items, SsdGradients<T> grad) {
@@ -403,8 +400,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Of B or C: through the scores, and through the states. Items are tiles of (positions, N) of chunks,
-// of B and of C.
+// Of B or C: through the scores, and through the states. Items are tiles of (positions, N) of
+// chunks, of B and of C.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gradients_of_weights(SsdInput<T> in, int64_t items, SsdGradients<T> grad) {
@@ -418,8 +415,7 @@ __global__ void __launch_bounds__(kThreads)
     const Chunk<T> own(in, unit, 0);
     if (row >= own.positions) continue;
     const C* const others = is_in ? in.weight_out : in.weight_in;
-    const C* const states = (is_in ? grad.carries : grad.chunk_states) +
-                            unit * per_row * in.states;
+    const C* const states = (is_in ? grad.carries : grad.chunk_states) + unit * per_row * in.states;
     Tile<C> tile;
     tile.template add<false, true>(
         0, own.positions,
@@ -454,8 +450,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A kernel whose blocks take tiles.
 template <class C, class... Parameters, class... Arguments>
-Error launch_tiles(void (*kernel)(Parameters...), int64_t items, Stream stream,
-                   Arguments... args) {
+Error launch_tiles(void (*kernel)(Parameters...), int64_t items, Stream stream, Arguments... args) {
   return launch(kernel, items, Tile<C>::kThreads, Tile<C>::kSharedBytes, stream, args...);
 }
 
@@ -465,8 +460,8 @@ Error states_of_chunks(const SsdInput<T>& in, const T* grad_y, compute_t<T>* par
                        compute_t<T>* state, Stream stream) {
   using C = compute_t<T>;
   const int64_t units = in.rows * in.chunks, tiles = divide_up(in.chunk_size, kTile);
-  if (const Error error = launch(sums_of_chunks<T>, divide_up(units * in.heads, kThreads),
-                                 kThreads, 0, stream, in)) {
+  if (const Error error = launch(sums_of_chunks<T>, divide_up(units * in.heads, kThreads), kThreads,
+                                 0, stream, in)) {
     return error;
   }
   const int64_t pairs = units * tiles * tiles;
@@ -479,9 +474,8 @@ Error states_of_chunks(const SsdInput<T>& in, const T* grad_y, compute_t<T>* par
           launch_tiles<C>(parts_of_chunks<T>, items, stream, in, items, grad_y, parts)) {
     return error;
   }
-  return launch(join_chunks<T>,
-                divide_up(in.rows * in.heads * in.head_dim * in.states, kThreads), kThreads, 0,
-                stream, in, grad_y != nullptr, parts, state);
+  return launch(join_chunks<T>, divide_up(in.rows * in.heads * in.head_dim * in.states, kThreads),
+                kThreads, 0, stream, in, grad_y != nullptr, parts, state);
 }
 
 }  // namespace
@@ -519,16 +513,15 @@ Error ssd_backward(const SsdInput<T>& in, const SsdGradients<T>& grad, Stream st
     return error;
   }
   const int64_t pairs = units * tiles * tiles;
-  if (const Error error =
-          launch_tiles<C>(gradients_of_scores<T>, pairs, stream, in, pairs, grad)) {
+  if (const Error error = launch_tiles<C>(gradients_of_scores<T>, pairs, stream, in, pairs, grad)) {
     return error;
   }
   const int64_t items = units * tiles * divide_up(in.states, kTile) * 2;
   return launch_tiles<C>(gradients_of_weights<T>, items, stream, in, items, grad);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                  \
-  template Error ssd<T>(const SsdInput<T>&, T*, compute_t<T>*, compute_t<T>*, Stream);       \
+#define MBLM_INSTANTIATE(T)                                                            \
+  template Error ssd<T>(const SsdInput<T>&, T*, compute_t<T>*, compute_t<T>*, Stream); \
   template Error ssd_backward<T>(const SsdInput<T>&, const SsdGradients<T>&, Stream)
 MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
 #undef MBLM_INSTANTIATE

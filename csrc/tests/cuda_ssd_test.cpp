@@ -44,7 +44,8 @@ template <class T>
 struct Results {
   using C = cpu::compute_t<T>;
   std::vector<T> y, grad_x;
-  std::vector<C> state, chunk_states, grad_dt, grad_rates, grad_direct, grad_in, grad_out, grad_state;
+  std::vector<C> state, chunk_states, grad_dt, grad_rates, grad_direct, grad_in, grad_out,
+      grad_state;
 };
 
 // What the CPU's kernels give, chunk by chunk.
@@ -78,10 +79,23 @@ Results<T> on_cpu(const Case<T>& given) {
                      weight(given.weight_in, row, start + i % positions, n);
       }
     }
-    return cpu::SsdInput<T>{rows, length, heads, head_dim, states, padded, start, positions,
-                            given.x.data(), length * heads * head_dim, heads * head_dim,
-                            given.dt.data(), given.rates.data(), given.weight_in.data(),
-                            given.weight_out.data(), given.direct.data(), scores.data()};
+    return cpu::SsdInput<T>{rows,
+                            length,
+                            heads,
+                            head_dim,
+                            states,
+                            padded,
+                            start,
+                            positions,
+                            given.x.data(),
+                            length * heads * head_dim,
+                            heads * head_dim,
+                            given.dt.data(),
+                            given.rates.data(),
+                            given.weight_in.data(),
+                            given.weight_out.data(),
+                            given.direct.data(),
+                            scores.data()};
   };
   std::vector<C> scores;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -99,12 +113,12 @@ Results<T> on_cpu(const Case<T>& given) {
     std::vector<C> grad_scores(scores.size());
     std::vector<C> weights_in(rows * positions * padded), weights_out(weights_in.size());
     for (int64_t row = 0; row < rows; ++row) {
-      cpu::ssd_backward<T>(in,
-                           {given.grad_y.data(), out.chunk_states.data() + chunk * row_states,
-                            chunks * row_states, out.grad_state.data(), out.grad_x.data(),
-                            out.grad_dt.data(), grad_rates.data(), grad_direct.data(),
-                            grad_scores.data(), weights_in.data(), weights_out.data()},
-                           row, 0, heads);
+      cpu::ssd_backward<T>(
+          in,
+          {given.grad_y.data(), out.chunk_states.data() + chunk * row_states, chunks * row_states,
+           out.grad_state.data(), out.grad_x.data(), out.grad_dt.data(), grad_rates.data(),
+           grad_direct.data(), grad_scores.data(), weights_in.data(), weights_out.data()},
+          row, 0, heads);
     }
     for (int64_t i = 0; i < rows * positions * states; ++i) {
       const int64_t row = i / states / positions, t = i / states % positions, n = i % states;
@@ -138,11 +152,24 @@ void equals_cpu(const Sizes& sizes) {
   const int64_t chunks = sizes.chunks(), units = rows * chunks, values = rows * length * heads;
   std::vector<double> sums(values);
   std::vector<C> scores(units * chunk_size * chunk_size);
-  const cuda::SsdInput<T> in = {rows, length, heads, head_dim, states, sizes.padded(), chunk_size,
-                                chunks, given.x.data(), length * heads * head_dim,
-                                heads * head_dim, given.dt.data(), given.rates.data(),
-                                given.weight_in.data(), given.weight_out.data(),
-                                given.direct.data(), sums.data(), scores.data()};
+  const cuda::SsdInput<T> in = {rows,
+                                length,
+                                heads,
+                                head_dim,
+                                states,
+                                sizes.padded(),
+                                chunk_size,
+                                chunks,
+                                given.x.data(),
+                                length * heads * head_dim,
+                                heads * head_dim,
+                                given.dt.data(),
+                                given.rates.data(),
+                                given.weight_in.data(),
+                                given.weight_out.data(),
+                                given.direct.data(),
+                                sums.data(),
+                                scores.data()};
   const auto scratch_is_unwritten = [&] {
     std::fill(sums.begin(), sums.end(), 7.0);
     std::fill(scores.begin(), scores.end(), C(7));
@@ -193,8 +220,8 @@ void all_sizes() {
   equals_cpu<T>({2, 21, 3, 5, 9, 8});
   equals_cpu<T>({1, 9, 2, 16, 16, 64});
   equals_cpu<T>({1, 1, 1, 1, 1, 1});
-  equals_cpu<T>({1, 70, 2, 3, 4, 70});    // two tiles of positions
-  equals_cpu<T>({1, 5, 1, 70, 66, 4});    // two tiles of channels and of states
+  equals_cpu<T>({1, 70, 2, 3, 4, 70});  // two tiles of positions
+  equals_cpu<T>({1, 5, 1, 70, 66, 4});  // two tiles of channels and of states
   equals_cpu<T>({0, 5, 2, 3, 4, 4});
   equals_cpu<T>({2, 0, 2, 3, 4, 4});
   equals_cpu<T>({2, 5, 0, 3, 4, 4});

@@ -1,9 +1,11 @@
-// Glue of ssd: checks, allocation, the CPU kernels' registration.
+// Glue of ssd: checks, allocation, the kernels' registration.
 #include "cpu/ssd.h"
 
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -11,6 +13,7 @@
 #include <tuple>
 
 #include "common.h"
+#include "cuda/ssd.h"
 
 namespace mblm {
 namespace {
@@ -31,10 +34,12 @@ void check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor&
                     weight_in.sizes());
   TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
   const int64_t states = weight_in.size(2);
-  const auto expect = [](const char* name, const Tensor& tensor, at::IntArrayRef shape,
-                         at::ScalarType type) {
+  check_device("A", rates, "x", x);
+  const auto expect = [&x](const char* name, const Tensor& tensor, at::IntArrayRef shape,
+                           at::ScalarType type) {
     check_shape(name, tensor, shape);
     check_type(name, tensor, type);
+    check_device(name, tensor, "x", x);
   };
   expect("dt", dt, {rows, length, heads}, compute);
   expect("A", rates, {heads}, compute);
@@ -124,6 +129,92 @@ struct Chunk {
   }
 };
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+#ifdef MBLM_CUDA
+// The inputs of a GPU's kernels, with their scratch; chunks are no longer than the sequences.
+struct DeviceInputs {
+  const Inputs& in;
+  int64_t chunk_size;
+  Tensor sums, scores;
+
+  explicit DeviceInputs(const Inputs& in)
+      : in(in),
+        chunk_size(std::min(in.chunk_size, std::max<int64_t>(in.length, 1))),
+        sums(at::empty({in.rows, in.length, in.heads}, in.rates.options().dtype(at::kDouble))),
+        scores(at::empty({in.rows, in.chunks, chunk_size, chunk_size}, in.rates.options())) {}
+
+  template <class T>
+  cuda::SsdInput<T> kernel_input() {
+    using C = cpu::compute_t<T>;
+    return {in.rows,
+            in.length,
+            in.heads,
+            in.head_dim,
+            in.states,
+            in.padded_states,
+            chunk_size,
+            in.chunks,
+            data<T>(in.x),
+            in.x.stride(0),
+            in.x.stride(1),
+            data<C>(in.dt),
+            data<C>(in.rates),
+            data<C>(in.weight_in),
+            data<C>(in.weight_out),
+            data<C>(in.direct),
+            mutable_data<double>(sums),
+            mutable_data<C>(scores)};
+  }
+};
+
+void forward_on_device(const Inputs& in, Tensor& y, Tensor& state, Tensor& chunk_states) {
+  DeviceInputs own(in);
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    launch(in.x.device(), [&](cuda::Stream stream) {
+      return cuda::ssd(own.kernel_input<T>(), mutable_data<T>(y), mutable_data<C>(state),
+                       mutable_data<C>(chunk_states), stream);
+    });
+  });
+}
+
+Gradients backward_on_device(const Inputs& in, const Tensor& from_y, const Tensor& states_before,
+                             Tensor grad_state, at::ScalarType x_type, at::ScalarType weight_type) {
+  DeviceInputs own(in);
+  const auto options = in.rates.options();
+  Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
+  Tensor grad_dt = at::empty_like(in.dt);
+  Tensor grad_in = at::empty({in.rows, in.length, in.states}, options);
+  Tensor grad_out = at::empty_like(grad_in);
+  Tensor rates = at::empty({in.rows, in.chunks, in.heads}, options);
+  Tensor direct = at::empty_like(rates);
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    Tensor carries = at::empty_like(states_before), scores = at::empty_like(own.scores);
+    Tensor terms = at::empty({4, in.rows, in.length, in.heads}, options);
+    const cuda::SsdGradients<T> grad{
+        data<C>(states_before),   data<T>(from_y),          mutable_data<C>(grad_state),
+        mutable_data<T>(grad_x),  mutable_data<C>(grad_dt), mutable_data<C>(rates),
+        mutable_data<C>(direct),  mutable_data<C>(grad_in), mutable_data<C>(grad_out),
+        mutable_data<C>(carries), mutable_data<C>(scores),  mutable_data<C>(terms)};
+    launch(in.x.device(), [&](cuda::Stream stream) {
+      return cuda::ssd_backward(own.kernel_input<T>(), grad, stream);
+    });
+  });
+  const at::IntArrayRef rows_and_chunks{0, 1};
+  return {grad_x.to(x_type),
+          grad_dt,
+          rates.sum(rows_and_chunks),
+          grad_in.to(weight_type),
+          grad_out.to(weight_type),
+          direct.sum(rows_and_chunks),
+          grad_state};
+}
+#endif
+
 // Autocast would lower the precision of the products here.
 using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
@@ -134,12 +225,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
                                            int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
   const WithoutAutocast guard(c10::autocast_dispatch_keyset);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
   const auto options = in.rates.options();
   Tensor y = at::empty(x.sizes(), in.x.options());
   Tensor state = at::zeros({in.rows, in.heads, in.head_dim, in.states}, options);
   if (initial_state) state.copy_(*initial_state);
   Tensor chunk_states = at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
+#ifdef MBLM_CUDA
+  if (x.is_cuda()) {
+    forward_on_device(in, y, state, chunk_states);
+    return {y.to(x.scalar_type()), state, chunk_states};
+  }
+#endif
   for (int64_t index = 0; index < in.chunks; ++index) {
     chunk_states.select(1, index).copy_(state);
     const Chunk chunk(in, index);
@@ -156,17 +254,29 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
   return {y.to(x.scalar_type()), state, chunk_states};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x, const Tensor& dt,
-    const Tensor& rates, const Tensor& weight_in, const Tensor& weight_out, const Tensor& direct,
-    const Tensor& chunk_states, int64_t chunk_size) {
+Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x,
+                   const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
+                   const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
+                   int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
   const WithoutAutocast guard(c10::autocast_dispatch_keyset);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
   check_shape("grad_y", grad_y, x.sizes());
   check_like("grad_y", grad_y, "x", x);
   check_shape("chunk_states", chunk_states, {in.rows, in.chunks, in.heads, in.head_dim, in.states});
   check_like("chunk_states", chunk_states, "A", rates);
+
+  const auto options = in.rates.options();
+  const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
+  Tensor grad_state = at::empty(grad_final_state.sizes(), options);
+  grad_state.copy_(grad_final_state);
+#ifdef MBLM_CUDA
+  if (x.is_cuda()) {
+    return backward_on_device(in, from_y, states_before, grad_state, x.scalar_type(),
+                              weight_in.scalar_type());
+  }
+#endif
 
   // Sums over heads are sums over groups of them, as many for any number of threads.
   constexpr int64_t kItems = 32;
@@ -174,10 +284,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t each = std::max<int64_t>(divide_up(in.heads, wanted), 1);
   const int64_t groups = divide_up(in.heads, each);
 
-  const auto options = in.rates.options();
-  const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
-  Tensor grad_state = at::empty(grad_final_state.sizes(), options);
-  grad_state.copy_(grad_final_state);
   Tensor grad_x = at::empty(x.sizes(), in.x.options());
   Tensor grad_dt = at::empty(dt.sizes(), options);
   Tensor grad_weight_in = at::empty(weight_in.sizes(), weight_in.options());
@@ -232,11 +338,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       grad_weight_out.contiguous(), sums[1].clone(), grad_state};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("ssd", forward);
   library.impl("ssd_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm
