@@ -1,7 +1,6 @@
 // Glue of assemble_stage: checks, allocation, the kernels' registration.
 #include "cpu/assemble_stage.h"
 
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -91,7 +90,7 @@ Tensor forward(const Tensor& start_token, const Tensor& embeddings, const Option
                                            context ? context_in->stride(1) : 0};
     T* to = mutable_data<T>(out);
     if constexpr (kCuda) {
-      if (out.is_cuda()) {
+      if (on_gpu(out)) {
         return launch(out.device(), [&](cuda::Stream stream) {
           return cuda::assemble_stage(in, rows, embeddings.size(0), to, stream);
         });
@@ -142,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
                                           data<cpu::compute_t<T>>(rotation_in)};
     T* to = mutable_data<T>(grad_embeddings);
     if constexpr (kCuda) {
-      if (grad.is_cuda()) {
+      if (on_gpu(grad)) {
         sums = grad_in.narrow(1, 0, 1 + used).sum(0);
         if (ids) {
           const GroupsOnDevice groups(*ids_in, num_embeddings);

@@ -1,7 +1,6 @@
 // Glue of causal_conv: checks, allocation, the kernels' registration.
 #include "cpu/causal_conv.h"
 
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -83,7 +82,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(y);
     if constexpr (kCuda) {
-      if (x.is_cuda()) {
+      if (on_gpu(x)) {
         return launch(x.device(),
                       [&](cuda::Stream stream) { return cuda::causal_conv(input, to, stream); });
       }
@@ -121,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
     using C = cpu::compute_t<T>;
     const auto input = in.kernel_input<T>();
     if constexpr (kCuda) {
-      if (x.is_cuda()) {
+      if (on_gpu(x)) {
         Tensor parts = at::empty({cuda::causal_conv_parts(input), in.taps + 1, in.channels},
                                  in.weight_bias.options());
         const cpu::CausalConvGradients<T> grad{

@@ -16,7 +16,7 @@
 #include "cpu/ids.h"
 #include "cuda/stream.h"
 
-#ifdef MBLM_CUDA
+#if defined(MBLM_CUDA) && !defined(MBLM_CUDA_EMULATED)
 // Of torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which spares the glue
 // CUDA's headers.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -30,12 +30,21 @@ constexpr bool kCuda = true;
 constexpr bool kCuda = false;
 #endif
 
+// Whether a tensor is for the CUDA kernels: in a build that emulates them, every one is.
+inline bool on_gpu(const at::Tensor& tensor) {
+#ifdef MBLM_CUDA_EMULATED
+  return tensor.is_cpu();
+#else
+  return tensor.is_cuda();
+#endif
+}
+
 // Calls launcher(stream) with the current stream of a GPU and throws the error that it returns.
 // Only where `if constexpr (kCuda)` holds: elsewhere there is no launcher to link.
 template <class Launcher>
-void launch(const c10::Device& device, Launcher launcher) {
+void launch([[maybe_unused]] const c10::Device& device, Launcher launcher) {
   cuda::Stream stream = nullptr;
-#ifdef MBLM_CUDA
+#if defined(MBLM_CUDA) && !defined(MBLM_CUDA_EMULATED)
   TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0,
               "no CUDA stream on ", device);
 #endif
@@ -101,7 +110,7 @@ inline void check_ids_type(const at::Tensor& ids) {
 // ids are contiguous. On a GPU nobody waits for what they are: the kernels give NaNs for those
 // outside.
 inline void check_ids_range(const at::Tensor& ids, int64_t num_embeddings) {
-  if (ids.is_cuda()) return;
+  if (on_gpu(ids)) return;
   const int64_t* data = ids.const_data_ptr<int64_t>();
   const int64_t index = cpu::first_id_outside(data, ids.numel(), num_embeddings);
   TORCH_CHECK_VALUE(index < 0, "ids must lie in [0, ", num_embeddings, "), got ", data[index],

@@ -1,7 +1,6 @@
 // Glue of embed_patches: checks, allocation, the kernels' registration.
 #include "cpu/embed_patches.h"
 
-#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -94,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& ids, const Tensor& tabl
     C* to_std = mutable_data<C>(inverse_std);
     T* to = mutable_data<T>(out);
     if constexpr (kCuda) {
-      if (table.is_cuda()) {
+      if (on_gpu(table)) {
         Tensor scratch = at::empty({in.num_embeddings, 2}, out.options().dtype(at::kDouble));
         return launch(table.device(), [&](cuda::Stream stream) {
           return cuda::embed_patches(input, patches, in.num_embeddings, data<T>(bias_in), eps,
@@ -153,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
                                             data<C>(mean_in), data<C>(inverse_in)};
     T* to_table = mutable_data<T>(grad_table);
     if constexpr (kCuda) {
-      if (table.is_cuda()) {
+      if (on_gpu(table)) {
         const GroupsOnDevice groups(in.ids, in.num_embeddings);
         const auto options = in.table.options().dtype(compute_type(in.type));
         Tensor terms = at::empty({patches, 2}, options.dtype(at::kDouble));

@@ -33,7 +33,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
                                         data<T>(rows), data<T>(matrix), data<T>(offset)};
     T* to = mutable_data<T>(out);
     if constexpr (kCuda) {
-      if (x.is_cuda()) {
+      if (on_gpu(x)) {
         return launch(x.device(),
                       [&](cuda::Stream stream) { return cuda::linear_rows(input, to, stream); });
       }

@@ -1,10 +1,8 @@
 // Glue of selective_scan: checks, allocation, the kernels' registration.
 #include "cpu/selective_scan.h"
 
-#include <ATen/ops/clone.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -38,7 +36,7 @@ void check(const Tensor& x, const Tensor& delta, const Tensor& rates, const Tens
     check_device(name, tensor, "x", x);
   };
   check_device("A", rates, "x", x);
-  TORCH_CHECK_VALUE(!x.is_cuda() || states <= cuda::kScanMaxStates, "A must have at most ",
+  TORCH_CHECK_VALUE(!on_gpu(x) || states <= cuda::kScanMaxStates, "A must have at most ",
                     cuda::kScanMaxStates, " states per channel on a GPU, got ", states);
   expect("delta", delta, x.sizes(), compute);
   expect("B", weight_in, {rows, length, states}, x.scalar_type());
@@ -80,7 +78,7 @@ struct Inputs {
     if (padded_states > states) return at::constant_pad_nd(whole, {0, padded_states - states});
     // A GPU's kernels load 16 bytes at once, which a new tensor's address allows for.
     const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
-    return x.is_cuda() && !aligned ? whole.clone() : whole;
+    return on_gpu(x) && !aligned ? whole.clone() : whole;
   }
 
   template <class T>
@@ -121,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& delta,
     C* to_state = mutable_data<C>(state);
     C* to_chunk_states = mutable_data<C>(chunk_states);
     if constexpr (kCuda) {
-      if (x.is_cuda()) {
+      if (on_gpu(x)) {
         Tensor sums = at::empty({in.rows, in.chunks, in.channels}, in.rates.options());
         return launch(x.device(), [&](cuda::Stream stream) {
           return cuda::selective_scan(input, to_y, to_state, to_chunk_states, mutable_data<C>(sums),
@@ -217,7 +215,7 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const T
   Tensor grad_state = at::empty({in.rows, in.channels, in.states}, options);
   grad_state.copy_(grad_final_state);
 #ifdef MBLM_CUDA
-  if (x.is_cuda()) {
+  if (on_gpu(x)) {
     return backward_on_device(in, from_y, before, grad_state, x.scalar_type(),
                               weight_in.scalar_type());
   }

@@ -2,7 +2,6 @@
 #include "cpu/shift_rms_norm.h"
 
 #include <ATen/ops/result_type.h>
-#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -89,7 +88,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
     T* to = mutable_data<T>(out);
     auto* inverse = mutable_data<cpu::compute_t<T>>(inverse_norm);
     if constexpr (kCuda) {
-      if (x.is_cuda()) {
+      if (on_gpu(x)) {
         return launch(x.device(), [&](cuda::Stream stream) {
           return cuda::shift_rms_norm(input, in.rows * in.length, to, inverse, stream);
         });
@@ -130,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     T* to_x = mutable_data<T>(grad_x);
     T* to_previous = previous ? mutable_data<T>(grad_previous) : nullptr;
     if constexpr (kCuda) {
-      if (x.is_cuda()) {
+      if (on_gpu(x)) {
         Tensor parts =
             at::empty({cuda::shift_rms_norm_parts(positions), in.width}, in.weight.options());
         launch(x.device(), [&](cuda::Stream stream) {

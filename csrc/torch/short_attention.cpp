@@ -86,7 +86,7 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(out);
     if constexpr (kCuda) {
-      if (q.is_cuda()) {
+      if (on_gpu(q)) {
         return launch(q.device(), [&](cuda::Stream stream) {
           return cuda::short_attention(input, in.items(), to, stream);
         });
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
     T *to_q = mutable_data<T>(grad_q), *to_k = mutable_data<T>(grad_k),
       *to_v = mutable_data<T>(grad_v);
     if constexpr (kCuda) {
-      if (q.is_cuda()) {
+      if (on_gpu(q)) {
         return launch(q.device(), [&](cuda::Stream stream) {
           return cuda::short_attention_backward(input, in.items(), from, to_q, to_k, to_v, stream);
         });

@@ -5,7 +5,6 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -233,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
   if (initial_state) state.copy_(*initial_state);
   Tensor chunk_states = at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
 #ifdef MBLM_CUDA
-  if (x.is_cuda()) {
+  if (on_gpu(x)) {
     forward_on_device(in, y, state, chunk_states);
     return {y.to(x.scalar_type()), state, chunk_states};
   }
@@ -272,7 +271,7 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const T
   Tensor grad_state = at::empty(grad_final_state.sizes(), options);
   grad_state.copy_(grad_final_state);
 #ifdef MBLM_CUDA
-  if (x.is_cuda()) {
+  if (on_gpu(x)) {
     return backward_on_device(in, from_y, states_before, grad_state, x.scalar_type(),
                               weight_in.scalar_type());
   }

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
 KERNELS = sorted(CSRC.glob("cuda/*.cu"))
 GLUE = sorted(path for path in CSRC.glob("torch/*.cpp") if "MBLM_REGISTER(" in path.read_text())
 NVCC = shutil.which("nvcc") or shutil.which(
@@ -101,3 +103,34 @@ def test_glue_compiles_without_cuda(path: Path) -> None:
     command += ["-isystem", str(include / "torch" / "csrc" / "api" / "include"), str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+RUN_WITH_LIBRARY = """
+import sys, pytest, torch
+import mblm
+torch.ops.load_library(sys.argv[1])
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CXX and shutil.which("cmake")), reason="no C++ compiler, or no cmake")
+def test_glue_passes_the_operators_tests_with_emulated_kernels(tmp_path: Path) -> None:
+    """The glue of a GPU and its kernels, built to take tensors on the CPU, in the parity tests."""
+    options = {
+        "MBLM_CUDA_EMULATED": "ON",
+        "MBLM_TORCH_ROOT": Path(torch.__file__).parent,
+        "MBLM_TORCH_CXX11_ABI": int(torch._C._GLIBCXX_USE_CXX11_ABI),
+    }
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    tests = ["tests/ops", "-k", "test_native_equals_reference or float64_on_the_cpu or one_order"]
+    commands = [
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *defines],
+        ["cmake", "--build", str(tmp_path), "--parallel", "2", "--target", "_C"],
+        [sys.executable, "-c", RUN_WITH_LIBRARY, str(tmp_path / "_C.so"), "-q", *tests],
+    ]
+    for command in commands:
+        environment = {**os.environ, "MBLM_NATIVE": "0"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
