@@ -53,7 +53,7 @@ MBLM_DEVICE compute_t<T> entry(const CausalConvInput<T>& in, int64_t row, int64_
 
 // kTaps is 0 for a number that the compiler does not know.
 template <class T, int kTaps>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, 1)
     forward(CausalConvInput<T> in, int64_t blocks, T* y) {
   using C = compute_t<T>;
   const int64_t taps = kTaps ? kTaps : in.taps, items = in.rows * blocks * in.channels;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kConvThreads)
 
 // A thread takes a channel in one part of the blocks of positions.
 template <class T, int kTaps>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, 1)
     backward(CausalConvInput<T> in, CausalConvGradients<T> grad, int64_t blocks, int64_t parts) {
   using C = compute_t<T>;
   const int64_t taps = kTaps ? kTaps : in.taps, before = taps - 1, units = in.rows * blocks;

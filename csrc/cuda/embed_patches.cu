@@ -139,8 +139,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // The gradients of weight and bias: a thread takes a column in one part of the patches.
 template <class T>
-__global__ void __launch_bounds__(kThreads) affine(EmbedPatchesGrad<T> in, int64_t all_patches,
-                                                   int64_t parts, compute_t<T>* grad_weight_bias) {
+__global__ void __launch_bounds__(kThreads, 1)
+    affine(EmbedPatchesGrad<T> in, int64_t all_patches, int64_t parts,
+           compute_t<T>* grad_weight_bias) {
   using C = compute_t<T>;
   const int64_t patch_width = in.patch_size * in.width;
   const int64_t each = (all_patches + parts - 1) / parts;

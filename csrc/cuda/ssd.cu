@@ -178,8 +178,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// y without the direct path, rows `row` and columns `column` onwards.
-template <class T>
+// y without the direct path, rows `row` and columns `column` onwards; with what a position takes
+// from itself or without.
+template <bool kFromItself, class T>
 MBLM_DEVICE Tile<compute_t<T>> outputs(const Chunk<T>& own, const compute_t<T>* chunk_states,
                                        int64_t row, int64_t column) {
   using C = compute_t<T>;
@@ -200,7 +201,7 @@ MBLM_DEVICE Tile<compute_t<T>> outputs(const Chunk<T>& own, const compute_t<T>* 
   tile.template add<false, true>(
       0, last,
       [&](int i, int64_t j) {
-        const bool counts = row + i < own.positions && j <= row + i;
+        const bool counts = row + i < own.positions && j < row + i + (kFromItself ? 1 : 0);
         return counts ? own.mixing(row + i, j) : C(0);
       },
       [&](int64_t j, int p) {
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t head = take(unit, in.heads);
     const Chunk<T> own(in, unit, head);
     if (row >= own.positions) continue;
-    Tile<C> tile = outputs(own, chunk_states, row, column);
+    Tile<C> tile = outputs<true>(own, chunk_states, row, column);
     tile.for_each([&](int i, int j, C& sum) {
       const int64_t t = row + i, p = column + j;
       if (t < own.positions && p < in.head_dim) {
@@ -236,8 +237,9 @@ __global__ void __launch_bounds__(kThreads)
 // are (4, rows, L, H). Items are tiles of positions of heads of chunks.
 //
 // As s_i is in the exponent of all of y_i but the direct path, and -s_j in that of all that
-// scaled_j gives, the gradient of s_t is dy_t (y_t - D x_t) - scaled_t dscaled_t; that of s_last is
-// the sum of scaled_t times what dscaled_t has from the state after, and exp(s_last) dh h.
+// scaled_j gives, the gradient of s_t is dy_t (y_t - D x_t) - scaled_t dscaled_t, in both of which
+// what a position takes from itself is left out: it would cancel. That of s_last is the sum of
+// scaled_t times what dscaled_t has from the state after, and exp(s_last) dh h.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     gradients_of_positions(SsdInput<T> in, int64_t items, SsdGradients<T> grad) {
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Chunk<T> own(in, unit, head);
     if (row >= own.positions) continue;
     const C direct = in.direct[head];
-    C of_sums[kOwn] = {}, into[kOwn] = {}, of_dt[kOwn] = {}, of_direct[kOwn] = {};
+    double of_sums[kOwn] = {}, into[kOwn] = {}, of_dt[kOwn] = {}, of_direct[kOwn] = {};
     for (int64_t column = 0; column < in.head_dim; column += kTile) {
       // Of scaled: what the state after has from it, then what later positions have.
       Tile<C> tile;
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       });
       tile.template add<true, true>(
           row, own.positions,
-          [&](int j, int64_t i) { return row + j <= i ? own.mixing(i, row + j) : C(0); },
+          [&](int j, int64_t i) { return row + j < i ? own.mixing(i, row + j) : C(0); },
           [&](int64_t i, int p) {
             return column + p < in.head_dim ? own.value(grad.y, i, column + p) : C(0);
           });
@@ -279,12 +281,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t t = row + i, p = column + j;
         if (t >= own.positions || p >= in.head_dim) return;
         const C out = own.value(grad.y, t, p), input = own.x(t, p), step = in.dt[own.at(t)];
-        of_sums[i % kOwn] -= sum * step * input;
+        of_sums[i % kOwn] -= own.scaled(t, p) * sum;
+        sum += in.scores[own.pair(t, t)] * out;
         of_dt[i % kOwn] += sum * input;
         of_direct[i % kOwn] += out * input;
         grad.x[own.at(t) * in.head_dim + p] = rounded<T>(sum * step + direct * out);
       });
-      Tile<C> given = outputs(own, grad.chunk_states, row, column);
+      Tile<C> given = outputs<false>(own, grad.chunk_states, row, column);
       given.for_each([&](int i, int j, C& sum) {
         const int64_t t = row + i, p = column + j;
         if (t < own.positions && p < in.head_dim) {
@@ -346,14 +349,14 @@ __global__ void __launch_bounds__(kThreads)
     double of_rate = double(grad.rates[item]), of_rates = 0, of_direct = 0;
     MBLM_UNROLL
     for (int64_t t = 0; t < own.positions; ++t) {
-      of_rate += double(grad.terms[values + own.at(t)]);
-      of_direct += double(grad.terms[3 * values + own.at(t)]);
+      of_rate += grad.terms[values + own.at(t)];
+      of_direct += grad.terms[3 * values + own.at(t)];
     }
     MBLM_UNROLL
     for (int64_t t = own.positions - 1; t >= 0; --t) {
-      of_rate += double(grad.terms[own.at(t)]);
+      of_rate += grad.terms[own.at(t)];
       of_rates += of_rate * double(in.dt[own.at(t)]);
-      grad.dt[own.at(t)] = C(of_rate) * in.rates[head] + grad.terms[2 * values + own.at(t)];
+      grad.dt[own.at(t)] = C(of_rate * double(in.rates[head]) + grad.terms[2 * values + own.at(t)]);
     }
     grad.rates[item] = C(of_rates);
     grad.direct[item] = C(of_direct);

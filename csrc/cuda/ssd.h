@@ -44,7 +44,7 @@ struct SsdGradients {
   C* weight_out;          // the same
   C* carries;             // scratch, (rows, chunks, H, P, N)
   C* scores;              // scratch, (rows, chunks, chunk_size, chunk_size)
-  C* terms;               // scratch, (4, rows, L, H)
+  double* terms;          // scratch, (4, rows, L, H)
 };
 
 template <class T>

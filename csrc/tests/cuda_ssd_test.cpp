@@ -192,7 +192,8 @@ void equals_cpu(const Sizes& sizes) {
     auto rates = test::unwritten<C>(units * heads), direct = rates;
     auto weight_in = test::unwritten<C>(rows * length * states), weight_out = weight_in;
     auto carries = test::unwritten<C>(expected.chunk_states.size());
-    auto grad_scores = test::unwritten<C>(scores.size()), terms = test::unwritten<C>(4 * values);
+    auto grad_scores = test::unwritten<C>(scores.size());
+    auto terms = test::unwritten<double>(4 * values);
     CHECK(!cuda::ssd_backward<T>(
         in,
         {expected.chunk_states.data(), given.grad_y.data(), state.data(), x.data(), dt.data(),

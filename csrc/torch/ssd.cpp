@@ -9,6 +9,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "common.h"
@@ -193,17 +194,17 @@ Gradients backward_on_device(const Inputs& in, const Tensor& from_y, const Tenso
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
     Tensor carries = at::empty_like(states_before), scores = at::empty_like(own.scores);
-    Tensor terms = at::empty({4, in.rows, in.length, in.heads}, options);
+    Tensor terms = at::empty({4, in.rows, in.length, in.heads}, own.sums.options());
     const cuda::SsdGradients<T> grad{
         data<C>(states_before),   data<T>(from_y),          mutable_data<C>(grad_state),
         mutable_data<T>(grad_x),  mutable_data<C>(grad_dt), mutable_data<C>(rates),
         mutable_data<C>(direct),  mutable_data<C>(grad_in), mutable_data<C>(grad_out),
-        mutable_data<C>(carries), mutable_data<C>(scores),  mutable_data<C>(terms)};
+        mutable_data<C>(carries), mutable_data<C>(scores),  mutable_data<double>(terms)};
     launch(in.x.device(), [&](cuda::Stream stream) {
       return cuda::ssd_backward(own.kernel_input<T>(), grad, stream);
     });
   });
-  const at::IntArrayRef rows_and_chunks{0, 1};
+  constexpr std::array<int64_t, 2> rows_and_chunks = {0, 1};
   return {grad_x.to(x_type),
           grad_dt,
           rates.sum(rows_and_chunks),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.ops.causal_conv import causal_conv
@@ -166,6 +167,32 @@ def test_two_runs_give_the_same_bits(device: str, make: Callable[[], Case]) -> N
     inputs, fixed = tensors_of(case, device, torch.float32)
     once, again = results(case, inputs, fixed), results(case, inputs, fixed)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the calls of this package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mblm":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@DEVICES
+@CASES
+def test_operator_contract(device: str, make: Callable[[], Case]) -> None:
+    """What is given has the shapes, dtypes and strides that were promised to compilers."""
+    case = make()
+    inputs, fixed = tensors_of(case, device, torch.bfloat16)
+    with Calls() as recorded:
+        results(case, inputs, fixed)
+    assert recorded.calls
+    for operator, arguments in recorded.calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @DEVICES
