@@ -37,10 +37,10 @@ void equals_cpu(int64_t rows, int64_t inputs, int64_t outputs, bool with_bias) {
 
 template <class T>
 void all_sizes() {
-  for (const int64_t rows : {0, 1, 2, 8, 11}) {
-    for (const int64_t inputs : {0, 1, 37, 64, 520}) {
+  for (const int64_t rows : {0, 1, 11}) {
+    for (const int64_t inputs : {0, 37, 520}) {
       equals_cpu<T>(rows, inputs, 5, false);
-      equals_cpu<T>(rows, inputs, 50, true);
+      equals_cpu<T>(rows, inputs, 41, true);
     }
   }
   equals_cpu<T>(2, 16, 0, true);

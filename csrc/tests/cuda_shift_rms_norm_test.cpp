@@ -77,7 +77,7 @@ template <class T>
 void all_sizes() {
   for (const int64_t rows : {0, 2}) {
     for (const int64_t length : {0, 1, 5}) {
-      for (const int64_t width : {1, 37, 64, 640}) {
+      for (const int64_t width : {1, 37, 640}) {
         for (const int64_t padding : {0, 5}) {
           equals_cpu(Case<T>(rows, length, width, false, false, padding));
           equals_cpu(Case<T>(rows, length, width, true, false, padding));
