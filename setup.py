@@ -6,7 +6,8 @@ Environment:
         says so.
     MBLM_TORCH_PYTHON: Python interpreter of the environment whose torch to compile against, where
         it cannot be found from the build.
-    CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST: as for torch's own extensions.
+    CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST: as for torch's own extensions; GPU architectures are
+        8.0 and 9.0, and newer ones through PTX, where none are named.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 LIBRARY, RECORD = "_C.so", "_build.json"
 
 
@@ -114,20 +116,33 @@ def cuda_architectures(torch_list: str) -> str:
     )
 
 
+def nvcc() -> str | None:
+    """Path of CUDA's compiler: on PATH, beside the interpreter, or in CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME")
+    return tool("nvcc") or (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None)
+
+
 def compile_library(mode: str) -> tuple[Path, dict[str, Any]]:
     """Build the library; returns its path and what to record of it."""
     if mode == "none":
         raise NotCompiledError("MBLM_BUILD=none was set when it was installed")
-    cuda_kernels = any(ROOT.glob("csrc/cuda/*.cu"))
-    if mode == "cuda" and not cuda_kernels:
-        raise NotCompiledError("there are no CUDA kernels in this version")
     facts = torch_facts()
+    if mode:
+        return compile_for(mode, facts)
+    if facts["cuda"] and nvcc():
+        try:
+            return compile_for("cuda", facts)
+        except NotCompiledError as why:
+            print(framed(f"mblm is compiled WITHOUT its CUDA kernels.\n{why}"), file=sys.stderr)
+    return compile_for("cpu", facts)
+
+
+def compile_for(mode: str, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Build the library with the kernels of the CPU, or of CUDA too."""
     cxx = compiler()
     cmake, ninja = tool("cmake"), tool("ninja")
     if not cmake:
         raise NotCompiledError("cmake was not found: `pip install cmake ninja`")
-    if not mode:
-        mode = "cuda" if cuda_kernels and facts["cuda"] and tool("nvcc") else "cpu"
     options = {
         "MBLM_TORCH_ROOT": facts["root"],
         "MBLM_TORCH_CXX11_ABI": facts["cxx11_abi"],
@@ -137,8 +152,14 @@ def compile_library(mode: str) -> tuple[Path, dict[str, Any]]:
     if mode == "cuda":
         if not facts["cuda"]:
             raise NotCompiledError(f"torch {facts['version']} was built without CUDA")
-        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        architectures = cuda_architectures(wanted) or "all-major"
+        cuda_compiler = nvcc()
+        if not cuda_compiler:
+            raise NotCompiledError(
+                "nvcc was not found: install the CUDA toolkit, and set CUDA_HOME or PATH to it"
+            )
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
+        architectures = cuda_architectures(wanted)
+        options["CMAKE_CUDA_COMPILER"] = cuda_compiler
         options["MBLM_CUDA_ARCHITECTURES"] = architectures
     # A folder for each set of settings, kept: what has not changed is not compiled again.
     key = hashlib.sha256(repr((cxx, bool(ninja), options)).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-// Glue of assemble_stage: checks, allocation, the CPU kernel's registration.
+// Glue of assemble_stage: checks, allocation, the kernels' registration.
 #include "cpu/assemble_stage.h"
 
 #include <ATen/ops/zeros.h>
@@ -8,6 +8,8 @@
 
 #include "common.h"
 #include "cpu/sum_rows.h"
+#include "cuda/assemble_stage.h"
+#include "groups.h"
 
 namespace mblm {
 namespace {
@@ -35,6 +37,7 @@ Tensor forward(const Tensor& start_token, const Tensor& embeddings, const Option
   check_floating("embeddings", embeddings);
   if (ids) {
     check_ids_type(*ids);
+    check_device("ids", ids, "embeddings", embeddings);
     TORCH_CHECK_VALUE(embeddings.dim() == 2,
                       "embeddings must have shape [V, D] where ids are given, got ",
                       embeddings.sizes());
@@ -53,10 +56,12 @@ Tensor forward(const Tensor& start_token, const Tensor& embeddings, const Option
         "positions must have shape [>= ", length, ", ", width, "], got ", positions->sizes());
   }
   if (rotation) check_rotation(*rotation, length, width);
+  check_device("rotation", rotation, "embeddings", embeddings);
   if (context) {
     check_like("context", *context, "embeddings", embeddings);
     check_shape("context", *context, {rows, length, width});
   }
+  const c10::DeviceGuard device(embeddings.device());
   const OptionalTensor ids_in = contiguous(ids, at::kLong);
   if (ids) check_ids_range(*ids_in, embeddings.size(0));
 
@@ -84,6 +89,13 @@ Tensor forward(const Tensor& start_token, const Tensor& embeddings, const Option
                                            context ? context_in->stride(0) : 0,
                                            context ? context_in->stride(1) : 0};
     T* to = mutable_data<T>(out);
+    if constexpr (kCuda) {
+      if (on_gpu(out)) {
+        return launch(out.device(), [&](cuda::Stream stream) {
+          return cuda::assemble_stage(in, rows, embeddings.size(0), to, stream);
+        });
+      }
+    }
     parallel(rows * (1 + length), width,
              [&](int64_t begin, int64_t end) { cpu::assemble_stage(in, to, begin, end); });
   });
@@ -101,10 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
     check_ids_type(*ids);
     check_shape("ids", *ids, {rows, length});
   }
+  check_device("ids", ids, "grad", grad);
   if (rotation) check_rotation(*rotation, length, width);
+  check_device("rotation", rotation, "grad", grad);
   TORCH_CHECK_VALUE(num_positions >= 0, "num_positions must not be negative, got ", num_positions);
   TORCH_CHECK_VALUE(!ids || num_embeddings >= 0, "num_embeddings must not be negative, got ",
                     num_embeddings);
+  const c10::DeviceGuard device(grad.device());
   const OptionalTensor ids_in = contiguous(ids, at::kLong);
   if (ids) check_ids_range(*ids_in, num_embeddings);
 
@@ -124,11 +139,29 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
     using T = decltype(zero);
     const cpu::AssembleStageGrad<T> in = {length, width, data<T>(grad_in),
                                           data<cpu::compute_t<T>>(rotation_in)};
+    T* to = mutable_data<T>(grad_embeddings);
+    if constexpr (kCuda) {
+      if (on_gpu(grad)) {
+        sums = grad_in.narrow(1, 0, 1 + used).sum(0);
+        if (ids) {
+          const GroupsOnDevice groups(*ids_in, num_embeddings);
+          Tensor scratch = groups.sums(width, grad.options().dtype(compute_type(type)));
+          launch(grad.device(), [&](cuda::Stream stream) {
+            return cuda::assemble_stage_table(in, groups.groups(), padding_idx,
+                                              mutable_data<cpu::compute_t<T>>(scratch), to, stream);
+          });
+        } else if (rotation) {
+          launch(grad.device(), [&](cuda::Stream stream) {
+            return cuda::assemble_stage_unrotate(in, rows, to, stream);
+          });
+        }
+        return;
+      }
+    }
     T* to_sums = mutable_data<T>(sums);
     parallel_columns((1 + used) * width, rows, [&](int64_t begin, int64_t end) {
       cpu::sum_rows<T>(in.grad, rows, (1 + length) * width, to_sums, begin, end);
     });
-    T* to = mutable_data<T>(grad_embeddings);
     if (ids) {
       const GroupedIds groups(*ids_in, num_embeddings);
       parallel_columns(width, rows * length + num_embeddings, [&](int64_t begin, int64_t end) {
@@ -147,11 +180,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
           grad_embeddings.to(grad.scalar_type()), grad_positions};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("assemble_stage", forward);
   library.impl("assemble_stage_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,4 +1,4 @@
-// Glue of causal_conv: checks, allocation, the CPU kernels' registration.
+// Glue of causal_conv: checks, allocation, the kernels' registration.
 #include "cpu/causal_conv.h"
 
 #include <ATen/ops/zeros.h>
@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common.h"
+#include "cuda/causal_conv.h"
 
 namespace mblm {
 namespace {
@@ -23,6 +24,7 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias,
   TORCH_CHECK_VALUE(
       weight.dim() == 3 && weight.size(0) == channels && weight.size(1) == 1 && weight.size(2) >= 1,
       "weight must have shape [", channels, ", 1, K] with K >= 1, got ", weight.sizes());
+  check_device("weight", weight, "x", x);
   check_shape("bias", bias, {channels});
   check_like("bias", bias, "weight", weight);
   if (window) {
@@ -72,12 +74,19 @@ Tensor next_window(const Tensor& x, const OptionalTensor& window, int64_t positi
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                    const OptionalTensor& window) {
   check(x, weight, bias, window);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, bias, window);
   Tensor y = at::empty(x.sizes(), in.x.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(y);
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        return launch(x.device(),
+                      [&](cuda::Stream stream) { return cuda::causal_conv(input, to, stream); });
+      }
+    }
     parallel(in.rows * input.blocks() * input.tiles(),
              std::min(in.length, cpu::kConvPositions) * cpu::kConvTile * in.taps,
              [&](int64_t begin, int64_t end) { cpu::causal_conv(input, to, begin, end); });
@@ -91,6 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
                                                     const Tensor& bias,
                                                     const OptionalTensor& window) {
   check(x, weight, bias, window);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, bias, window);
   check_shape("grad_y", grad_y, x.sizes());
   check_like("grad_y", grad_y, "x", x);
@@ -109,6 +119,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
     const auto input = in.kernel_input<T>();
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        Tensor parts = at::empty({cuda::causal_conv_parts(input), in.taps + 1, in.channels},
+                                 in.weight_bias.options());
+        const cpu::CausalConvGradients<T> grad{
+            data<T>(from_y), data<T>(from_window), mutable_data<T>(grad_x),
+            mutable_data<T>(grad_window), mutable_data<C>(parts)};
+        launch(x.device(), [&](cuda::Stream stream) {
+          return cuda::causal_conv_backward(input, grad, stream);
+        });
+        sums = parts.sum(0);
+        return;
+      }
+    }
     // The gradients of weight and bias are summed over groups of blocks, then over the groups, so
     // that they are the same for any number of threads.
     constexpr int64_t kGroups = 32;
@@ -138,11 +162,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
           grad_window.to(x.scalar_type())};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("causal_conv", forward);
   library.impl("causal_conv_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,9 +1,11 @@
-// What the operators' glue shares: checks in the references' words, dtypes, data pointers, threads.
+// What the operators' glue shares: checks in the references' words, dtypes, data pointers, threads,
+// and where a GPU's kernels are compiled in, launching and registering them.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/accumulate.h>
 
 #include <algorithm>
@@ -12,8 +14,69 @@
 
 #include "cpu/bfloat16.h"
 #include "cpu/ids.h"
+#include "cuda/stream.h"
+
+#if defined(MBLM_CUDA) && !defined(MBLM_CUDA_EMULATED)
+// Of torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which spares the glue
+// CUDA's headers.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 namespace mblm {
+
+#ifdef MBLM_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+// Whether a tensor is for the CUDA kernels: in a build that emulates them, every one is.
+inline bool on_gpu(const at::Tensor& tensor) {
+#ifdef MBLM_CUDA_EMULATED
+  return tensor.is_cpu();
+#else
+  return tensor.is_cuda();
+#endif
+}
+
+// Calls launcher(stream) with the current stream of a GPU and throws the error that it returns.
+// Only where `if constexpr (kCuda)` holds: elsewhere there is no launcher to link.
+template <class Launcher>
+void launch([[maybe_unused]] const c10::Device& device, Launcher launcher) {
+  cuda::Stream stream = nullptr;
+#if defined(MBLM_CUDA) && !defined(MBLM_CUDA_EMULATED)
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0,
+              "no CUDA stream on ", device);
+#endif
+  const cuda::Error error = launcher(stream);
+  TORCH_CHECK(!error, "a CUDA kernel could not be launched on ", device, ": ", error);
+}
+
+// Registers what add(library) adds, for all devices that kernels are compiled for.
+#define MBLM_REGISTER_CPU(add)             \
+  TORCH_LIBRARY_IMPL(mblm, CPU, library) { \
+    add(library);                          \
+  }
+#ifdef MBLM_CUDA
+#define MBLM_REGISTER(add)                  \
+  MBLM_REGISTER_CPU(add)                    \
+  TORCH_LIBRARY_IMPL(mblm, CUDA, library) { \
+    add(library);                           \
+  }
+#else
+#define MBLM_REGISTER(add) MBLM_REGISTER_CPU(add)
+#endif
+
+inline void check_device(const char* name, const at::Tensor& tensor, const char* other_name,
+                         const at::Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, " must be on the device of ",
+                    other_name, ", ", other.device(), ", got ", tensor.device());
+}
+
+inline void check_device(const char* name, const std::optional<at::Tensor>& tensor,
+                         const char* other_name, const at::Tensor& other) {
+  if (tensor) check_device(name, *tensor, other_name, other);
+}
 
 inline void check_floating(const char* name, const at::Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
@@ -31,6 +94,7 @@ inline void check_like(const char* name, const at::Tensor& tensor, const char* o
                        const at::Tensor& other) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
                    other_name, ", ", other.scalar_type(), ", got ", tensor.scalar_type());
+  check_device(name, tensor, other_name, other);
 }
 
 inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
@@ -43,8 +107,10 @@ inline void check_ids_type(const at::Tensor& ids) {
   TORCH_CHECK_VALUE(ids.dim() == 2, "ids must have two dimensions, got ", ids.sizes());
 }
 
-// ids are contiguous.
+// ids are contiguous. On a GPU nobody waits for what they are: the kernels give NaNs for those
+// outside.
 inline void check_ids_range(const at::Tensor& ids, int64_t num_embeddings) {
+  if (on_gpu(ids)) return;
   const int64_t* data = ids.const_data_ptr<int64_t>();
   const int64_t index = cpu::first_id_outside(data, ids.numel(), num_embeddings);
   TORCH_CHECK_VALUE(index < 0, "ids must lie in [0, ", num_embeddings, "), got ", data[index],

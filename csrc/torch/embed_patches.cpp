@@ -1,4 +1,4 @@
-// Glue of embed_patches: checks, allocation, the CPU kernel's registration.
+// Glue of embed_patches: checks, allocation, the kernels' registration.
 #include "cpu/embed_patches.h"
 
 #include <torch/library.h>
@@ -6,6 +6,8 @@
 #include <tuple>
 
 #include "common.h"
+#include "cuda/embed_patches.h"
+#include "groups.h"
 
 namespace mblm {
 namespace {
@@ -16,6 +18,7 @@ void check_sizes(const Tensor& ids, const Tensor& table, const Tensor& weight, i
                  int64_t patch_size, int64_t pad_token_id) {
   check_ids_type(ids);
   check_floating("table", table);
+  check_device("ids", ids, "table", table);
   TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) >= 1,
                     "table must have shape [V, D] with D >= 1, got ", table.sizes());
   TORCH_CHECK_VALUE(patch_size >= 1, "patch_size must be at least 1, got ", patch_size);
@@ -73,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& ids, const Tensor& tabl
   check_like("bias", bias, "table", table);
   check_shape("bias", bias, {patch_size * table.size(1)});
   TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
+  const c10::DeviceGuard device(table.device());
   const Inputs in(ids, table, weight, num_patches, patch_size, pad_token_id);
   const Tensor bias_in = bias.to(in.type).contiguous();
 
@@ -88,6 +92,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& ids, const Tensor& tabl
     C* to_mean = mutable_data<C>(mean);
     C* to_std = mutable_data<C>(inverse_std);
     T* to = mutable_data<T>(out);
+    if constexpr (kCuda) {
+      if (on_gpu(table)) {
+        Tensor scratch = at::empty({in.num_embeddings, 2}, out.options().dtype(at::kDouble));
+        return launch(table.device(), [&](cuda::Stream stream) {
+          return cuda::embed_patches(input, patches, in.num_embeddings, data<T>(bias_in), eps,
+                                     mutable_data<cpu::Moments>(scratch), to_mean, to_std, to,
+                                     stream);
+        });
+      }
+    }
     std::vector<cpu::Moments> row_moments;
     if (patches * patch_size > in.num_embeddings) {
       row_moments.resize(in.num_embeddings);
@@ -120,6 +134,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
   check_type("mean", mean, compute_type(table.scalar_type()));
   check_type("inverse_std", inverse_std, compute_type(table.scalar_type()));
 
+  check_device("mean", mean, "table", table);
+  check_device("inverse_std", inverse_std, "table", table);
+
+  const c10::DeviceGuard device(table.device());
   const Inputs in(ids, table, weight, mean.size(1), patch_size, pad_token_id);
   const Tensor grad_in = grad.to(in.type).contiguous();
   const Tensor mean_in = mean.contiguous(), inverse_in = inverse_std.contiguous();
@@ -132,6 +150,25 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
     using C = cpu::compute_t<T>;
     const cpu::EmbedPatchesGrad<T> input = {in.kernel_input<T>(), data<T>(grad_in),
                                             data<C>(mean_in), data<C>(inverse_in)};
+    T* to_table = mutable_data<T>(grad_table);
+    if constexpr (kCuda) {
+      if (on_gpu(table)) {
+        const GroupsOnDevice groups(in.ids, in.num_embeddings);
+        const auto options = in.table.options().dtype(compute_type(in.type));
+        Tensor terms = at::empty({patches, 2}, options.dtype(at::kDouble));
+        Tensor sums = groups.sums(in.width, options);
+        Tensor parts = at::empty({cuda::embed_patches_parts(patches), 2, patch_width}, options);
+        launch(table.device(), [&](cuda::Stream stream) {
+          return cuda::embed_patches_backward(
+              input, patches, groups.groups(), mutable_data<cpu::PatchTerms>(terms),
+              mutable_data<C>(sums), to_table, mutable_data<C>(parts), stream);
+        });
+        const Tensor weight_bias = parts.sum(0).to(in.type);
+        grad_weight = weight_bias[0].clone();
+        grad_bias = weight_bias[1].clone();
+        return;
+      }
+    }
     std::vector<cpu::PatchTerms> terms(patches);
     parallel(patches, patch_width, [&](int64_t begin, int64_t end) {
       cpu::embed_patches_terms(input, terms.data(), begin, end);
@@ -142,7 +179,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
       cpu::embed_patches_affine(input, patches, to_weight, to_bias, begin, end);
     });
     const GroupedIds groups(in.ids, in.num_embeddings);
-    T* to_table = mutable_data<T>(grad_table);
     parallel_columns(in.width, in.ids.numel() + in.num_embeddings, [&](int64_t begin, int64_t end) {
       cpu::embed_patches_table(input, terms.data(), groups.offsets.data(), groups.order.data(),
                                in.num_embeddings, to_table, begin, end);
@@ -152,11 +188,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
           grad_bias.to(weight.scalar_type())};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("embed_patches", forward);
   library.impl("embed_patches_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,9 +1,10 @@
-// Glue of linear_rows: checks, allocation, the CPU kernel's registration.
+// Glue of linear_rows: checks, allocation, the kernels' registration.
 #include "cpu/linear_rows.h"
 
 #include <torch/library.h>
 
 #include "common.h"
+#include "cuda/linear_rows.h"
 
 namespace mblm {
 namespace {
@@ -20,6 +21,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
     check_shape("bias", *bias, {weight.size(0)});
     check_like("bias", *bias, "x", x);
   }
+  const c10::DeviceGuard device(x.device());
   const at::ScalarType type = kernel_type(x.scalar_type());
   const Tensor rows = x.to(type).contiguous(), matrix = weight.to(type).contiguous();
   std::optional<Tensor> offset;
@@ -30,16 +32,24 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
     const cpu::LinearRowsInput<T> input{x.size(0),     x.size(1),       weight.size(0),
                                         data<T>(rows), data<T>(matrix), data<T>(offset)};
     T* to = mutable_data<T>(out);
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        return launch(x.device(),
+                      [&](cuda::Stream stream) { return cuda::linear_rows(input, to, stream); });
+      }
+    }
     parallel(weight.size(0), x.size(1),
              [&](int64_t begin, int64_t end) { cpu::linear_rows(input, to, begin, end); });
   });
   return out.to(x.scalar_type());
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("linear_rows", linear_rows);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

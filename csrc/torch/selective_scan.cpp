@@ -1,13 +1,15 @@
-// Glue of selective_scan: checks, allocation, the CPU kernels' registration.
+// Glue of selective_scan: checks, allocation, the kernels' registration.
 #include "cpu/selective_scan.h"
 
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "common.h"
+#include "cuda/selective_scan.h"
 
 namespace mblm {
 namespace {
@@ -27,11 +29,15 @@ void check(const Tensor& x, const Tensor& delta, const Tensor& rates, const Tens
                    "A must be float32 or float64, got ", compute);
   TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
   const int64_t rows = x.size(0), length = x.size(1), channels = x.size(2), states = rates.size(1);
-  const auto expect = [](const char* name, const Tensor& tensor, at::IntArrayRef shape,
-                         at::ScalarType type) {
+  const auto expect = [&x](const char* name, const Tensor& tensor, at::IntArrayRef shape,
+                           at::ScalarType type) {
     check_shape(name, tensor, shape);
     check_type(name, tensor, type);
+    check_device(name, tensor, "x", x);
   };
+  check_device("A", rates, "x", x);
+  TORCH_CHECK_VALUE(!on_gpu(x) || states <= cuda::kScanMaxStates, "A must have at most ",
+                    cuda::kScanMaxStates, " states per channel on a GPU, got ", states);
   expect("delta", delta, x.sizes(), compute);
   expect("B", weight_in, {rows, length, states}, x.scalar_type());
   expect("C", weight_out, {rows, length, states}, x.scalar_type());
@@ -69,8 +75,10 @@ struct Inputs {
 
   Tensor padded(const Tensor& tensor) const {
     const Tensor whole = tensor.to(compute).contiguous();
-    return padded_states == states ? whole
-                                   : at::constant_pad_nd(whole, {0, padded_states - states});
+    if (padded_states > states) return at::constant_pad_nd(whole, {0, padded_states - states});
+    // A GPU's kernels load 16 bytes at once, which a new tensor's address allows for.
+    const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
+    return on_gpu(x) && !aligned ? whole.clone() : whole;
   }
 
   template <class T>
@@ -97,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& delta,
                                            const OptionalTensor& initial_state,
                                            int64_t chunk_size) {
   check(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
   Tensor y = at::empty(x.sizes(), in.x.options());
   Tensor state = at::zeros({in.rows, in.channels, in.states}, in.rates.options());
@@ -109,6 +118,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& delta,
     T* to_y = mutable_data<T>(y);
     C* to_state = mutable_data<C>(state);
     C* to_chunk_states = mutable_data<C>(chunk_states);
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        Tensor sums = at::empty({in.rows, in.chunks, in.channels}, in.rates.options());
+        return launch(x.device(), [&](cuda::Stream stream) {
+          return cuda::selective_scan(input, to_y, to_state, to_chunk_states, mutable_data<C>(sums),
+                                      stream);
+        });
+      }
+    }
     parallel(in.rows * divide_up(in.channels, cpu::kScanTile),
              cpu::kScanTile * in.length * in.padded_states, [&](int64_t begin, int64_t end) {
                cpu::selective_scan(input, to_y, to_state, to_chunk_states, begin, end);
@@ -116,6 +134,53 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& delta,
   });
   return {y.to(x.scalar_type()), state, chunk_states};
 }
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+#ifdef MBLM_CUDA
+// The gradients on a GPU, of all chunks at once.
+Gradients backward_on_device(const Inputs& in, const Tensor& from_y, const Tensor& before,
+                             Tensor grad_state, at::ScalarType x_type, at::ScalarType weight_type) {
+  const auto options = in.rates.options();
+  const int64_t parts = cuda::selective_scan_parts(in.channels, in.padded_states);
+  Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
+  Tensor grad_delta = at::empty(in.x.sizes(), options);
+  Tensor rates_parts = at::empty({in.rows, in.chunks, in.channels, in.padded_states}, options);
+  Tensor direct_parts = at::empty({in.rows, in.chunks, in.channels}, options);
+  Tensor in_parts = at::empty({parts, in.rows, in.length, in.padded_states}, options);
+  Tensor out_parts = at::empty_like(in_parts);
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    const auto input = in.kernel_input<T>();
+    Tensor carries = at::empty_like(before);
+    Tensor sums = at::empty_like(direct_parts);
+    Tensor kept = at::empty({cuda::selective_scan_kept(input)}, options);
+    const cuda::SelectiveScanGradients<T> grad{data<C>(before),
+                                               data<T>(from_y),
+                                               mutable_data<C>(grad_state),
+                                               mutable_data<T>(grad_x),
+                                               mutable_data<C>(grad_delta),
+                                               mutable_data<C>(rates_parts),
+                                               mutable_data<C>(direct_parts),
+                                               mutable_data<C>(in_parts),
+                                               mutable_data<C>(out_parts),
+                                               mutable_data<C>(carries),
+                                               mutable_data<C>(sums),
+                                               mutable_data<C>(kept)};
+    launch(in.x.device(),
+           [&](cuda::Stream stream) { return cuda::selective_scan_backward(input, grad, stream); });
+  });
+  const auto of_states = [&](const Tensor& tensor) { return tensor.narrow(-1, 0, in.states); };
+  return {grad_x.to(x_type),
+          grad_delta,
+          of_states(rates_parts.sum(at::IntArrayRef{0, 1})).contiguous(),
+          of_states(in_parts.sum(0)).to(weight_type).contiguous(),
+          of_states(out_parts.sum(0)).to(weight_type).contiguous(),
+          direct_parts.sum(at::IntArrayRef{0, 1}),
+          grad_state};
+}
+#endif
 
 // How the work on one chunk is cut, whatever the number of threads: sums over rows are sums over
 // row blocks, and sums over channels are sums over groups of them.
@@ -132,11 +197,12 @@ struct Cut {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x, const Tensor& delta,
-    const Tensor& rates, const Tensor& weight_in, const Tensor& weight_out, const Tensor& direct,
-    const Tensor& chunk_states, int64_t chunk_size) {
+Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x,
+                   const Tensor& delta, const Tensor& rates, const Tensor& weight_in,
+                   const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
+                   int64_t chunk_size) {
   check(x, delta, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
   check_shape("grad_y", grad_y, x.sizes());
   check_like("grad_y", grad_y, "x", x);
@@ -148,6 +214,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor from_y = grad_y.to(in.type).contiguous(), before = chunk_states.contiguous();
   Tensor grad_state = at::empty({in.rows, in.channels, in.states}, options);
   grad_state.copy_(grad_final_state);
+#ifdef MBLM_CUDA
+  if (on_gpu(x)) {
+    return backward_on_device(in, from_y, before, grad_state, x.scalar_type(),
+                              weight_in.scalar_type());
+  }
+#endif
   Tensor grad_x = at::empty(x.sizes(), in.x.options());
   Tensor grad_delta = at::empty(x.sizes(), options);
   Tensor grad_weight_in = at::empty(weight_in.sizes(), weight_in.options());
@@ -201,11 +273,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           grad_state};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("selective_scan", forward);
   library.impl("selective_scan_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,4 +1,4 @@
-// Glue of shift_rms_norm: checks, allocation, the CPU kernel's registration.
+// Glue of shift_rms_norm: checks, allocation, the kernels' registration.
 #include "cpu/shift_rms_norm.h"
 
 #include <ATen/ops/result_type.h>
@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "cpu/sum_rows.h"
+#include "cuda/shift_rms_norm.h"
 
 namespace mblm {
 namespace {
@@ -22,6 +23,7 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& previous
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) >= 1,
                     "x must have shape [..., S, D] with D >= 1, got ", x.sizes());
   check_shape("weight", weight, {x.size(-1)});
+  check_device("weight", weight, "x", x);
   TORCH_CHECK_VALUE(eps > 0, "eps must be positive, got ", eps);
   if (previous) {
     TORCH_CHECK_VALUE(shift, "previous must be None where shift is False");
@@ -75,6 +77,7 @@ struct Inputs {
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
                                    const OptionalTensor& previous, bool shift, double eps) {
   check(x, weight, previous, shift, eps);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, previous, shift, eps);
   Tensor out = at::empty(x.sizes(), x.options().dtype(in.type));
   Tensor inverse_norm =
@@ -84,6 +87,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(out);
     auto* inverse = mutable_data<cpu::compute_t<T>>(inverse_norm);
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        return launch(x.device(), [&](cuda::Stream stream) {
+          return cuda::shift_rms_norm(input, in.rows * in.length, to, inverse, stream);
+        });
+      }
+    }
     parallel(in.rows * in.length, in.width, [&](int64_t begin, int64_t end) {
       cpu::shift_rms_norm(input, to, inverse, begin, end);
     });
@@ -95,24 +105,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             const Tensor& weight, const OptionalTensor& previous,
                                             const Tensor& inverse_norm, bool shift, double eps) {
   check(x, weight, previous, shift, eps);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, previous, shift, eps);
   check_shape("grad", grad, x.sizes());
   check_shape("inverse_norm", inverse_norm, x.sizes().slice(0, x.dim() - 1));
   check_type("grad", grad, in.out_type);
   check_type("inverse_norm", inverse_norm, compute_type(in.out_type));
+  check_device("grad", grad, "x", x);
+  check_device("inverse_norm", inverse_norm, "x", x);
 
-  // The weight's gradient is summed over blocks of positions, then over the blocks, so that it is
-  // the same for any number of threads.
-  constexpr int64_t kBlock = 64;
   const int64_t positions = in.rows * in.length;
-  const int64_t blocks = (positions + kBlock - 1) / kBlock;
   const Tensor grad_in = grad.to(in.type).contiguous();
   const Tensor inverse_in = inverse_norm.contiguous();
   Tensor grad_x = at::empty(x.sizes(), x.options().dtype(in.type));
   Tensor grad_previous = at::empty({0}, grad_x.options());
   if (previous) grad_previous = at::empty(previous->sizes(), grad_x.options());
   if (previous && positions == 0) grad_previous.zero_();
-  Tensor partial = at::empty({blocks, in.width}, in.weight.options());
   Tensor grad_weight = at::empty({in.width}, in.weight.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
@@ -120,6 +128,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     const auto input = in.kernel_input<T>();
     T* to_x = mutable_data<T>(grad_x);
     T* to_previous = previous ? mutable_data<T>(grad_previous) : nullptr;
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        Tensor parts =
+            at::empty({cuda::shift_rms_norm_parts(positions), in.width}, in.weight.options());
+        launch(x.device(), [&](cuda::Stream stream) {
+          return cuda::shift_rms_norm_backward(input, positions, data<T>(grad_in),
+                                               data<C>(inverse_in), to_x, to_previous,
+                                               mutable_data<C>(parts), stream);
+        });
+        grad_weight = parts.sum(0);
+        return;
+      }
+    }
+    // The weight's gradient is summed over blocks of positions, then over the blocks, so that it
+    // is the same for any number of threads.
+    constexpr int64_t kBlock = 64;
+    const int64_t blocks = (positions + kBlock - 1) / kBlock;
+    Tensor partial = at::empty({blocks, in.width}, in.weight.options());
     C* sums = mutable_data<C>(partial);
     parallel(blocks, kBlock * in.width, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -137,11 +163,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
           grad_previous.to(x.scalar_type())};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("shift_rms_norm", forward);
   library.impl("shift_rms_norm_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,4 +1,4 @@
-// Glue of short_attention: checks, allocation, the CPU kernels' registration.
+// Glue of short_attention: checks, allocation, the kernels' registration.
 #include "cpu/short_attention.h"
 
 #include <torch/library.h>
@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common.h"
+#include "cuda/short_attention.h"
 
 namespace mblm {
 namespace {
@@ -30,6 +31,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTens
   check_like("v", v, "q", q);
   TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(),
                     "cos and sin must be given both or not at all");
+  check_device("cos", cos, "q", q);
+  check_device("sin", sin, "q", q);
   if (!cos) return;
   TORCH_CHECK_VALUE(width % 2 == 0, "q must have an even width d for rotary positions, got ",
                     width);
@@ -75,12 +78,20 @@ struct Inputs {
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
                const OptionalTensor& sin) {
   check(q, k, v, cos, sin);
+  const c10::DeviceGuard device(q.device());
   const Inputs in(q, k, v, cos, sin);
   Tensor out = at::empty(q.sizes(), in.q.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(out);
+    if constexpr (kCuda) {
+      if (on_gpu(q)) {
+        return launch(q.device(), [&](cuda::Stream stream) {
+          return cuda::short_attention(input, in.items(), to, stream);
+        });
+      }
+    }
     parallel(in.items(), in.values_per_item(),
              [&](int64_t begin, int64_t end) { cpu::short_attention(input, to, begin, end); });
   });
@@ -93,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   check(q, k, v, cos, sin);
   check_shape("grad", grad, q.sizes());
   check_like("grad", grad, "q", q);
+  const c10::DeviceGuard device(q.device());
   const Inputs in(q, k, v, cos, sin);
   const Tensor grad_out = with_unit_stride(grad.to(in.type));
   Tensor grad_q = at::empty(q.sizes(), in.q.options());
@@ -104,6 +116,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
     const auto from = Inputs::view<T>(grad_out);
     T *to_q = mutable_data<T>(grad_q), *to_k = mutable_data<T>(grad_k),
       *to_v = mutable_data<T>(grad_v);
+    if constexpr (kCuda) {
+      if (on_gpu(q)) {
+        return launch(q.device(), [&](cuda::Stream stream) {
+          return cuda::short_attention_backward(input, in.items(), from, to_q, to_k, to_v, stream);
+        });
+      }
+    }
     parallel(in.items(), in.values_per_item(), [&](int64_t begin, int64_t end) {
       cpu::short_attention_backward(input, from, to_q, to_k, to_v, begin, end);
     });
@@ -111,11 +130,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   return {grad_q.to(q.scalar_type()), grad_k.to(q.scalar_type()), grad_v.to(q.scalar_type())};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("short_attention", forward);
   library.impl("short_attention_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

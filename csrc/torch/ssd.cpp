@@ -1,13 +1,16 @@
-// Glue of ssd: checks, allocation, the CPU kernels' registration.
+// Glue of ssd: checks, allocation, the kernels' registration.
 #include "cpu/ssd.h"
 
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "common.h"
+#include "cuda/ssd.h"
 
 namespace mblm {
 namespace {
@@ -28,10 +31,12 @@ void check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor&
                     weight_in.sizes());
   TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
   const int64_t states = weight_in.size(2);
-  const auto expect = [](const char* name, const Tensor& tensor, at::IntArrayRef shape,
-                         at::ScalarType type) {
+  check_device("A", rates, "x", x);
+  const auto expect = [&x](const char* name, const Tensor& tensor, at::IntArrayRef shape,
+                           at::ScalarType type) {
     check_shape(name, tensor, shape);
     check_type(name, tensor, type);
+    check_device(name, tensor, "x", x);
   };
   expect("dt", dt, {rows, length, heads}, compute);
   expect("A", rates, {heads}, compute);
@@ -96,6 +101,99 @@ struct Inputs {
   }
 };
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+#ifdef MBLM_CUDA
+// The inputs of a GPU's kernels, with their scratch; chunks are no longer than the sequences.
+struct DeviceInputs {
+  const Inputs& in;
+  int64_t chunk_size;
+  Tensor sums, scores;
+
+  explicit DeviceInputs(const Inputs& in)
+      : in(in),
+        chunk_size(std::min(in.chunk_size, std::max<int64_t>(in.length, 1))),
+        sums(at::empty({in.rows, in.length, in.heads}, in.rates.options().dtype(at::kDouble))),
+        scores(at::empty({in.rows, in.chunks, chunk_size, chunk_size}, in.rates.options())) {}
+
+  template <class T>
+  cuda::SsdInput<T> kernel_input() {
+    using C = cpu::compute_t<T>;
+    return {in.rows,
+            in.length,
+            in.heads,
+            in.head_dim,
+            in.states,
+            in.padded_states,
+            chunk_size,
+            in.chunks,
+            data<T>(in.x),
+            in.x.stride(0),
+            in.x.stride(1),
+            data<C>(in.dt),
+            data<C>(in.rates),
+            data<C>(in.weight_in),
+            data<C>(in.weight_out),
+            data<C>(in.direct),
+            mutable_data<double>(sums),
+            mutable_data<C>(scores)};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> forward_on_device(const Inputs& in,
+                                                     const OptionalTensor& initial_state,
+                                                     at::ScalarType type) {
+  const auto options = in.rates.options();
+  Tensor y = at::empty(in.x.sizes(), in.x.options());
+  Tensor state = at::zeros({in.rows, in.heads, in.head_dim, in.states}, options);
+  if (initial_state) state.copy_(*initial_state);
+  Tensor chunk_states = at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
+  DeviceInputs own(in);
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    launch(in.x.device(), [&](cuda::Stream stream) {
+      return cuda::ssd(own.kernel_input<T>(), mutable_data<T>(y), mutable_data<C>(state),
+                       mutable_data<C>(chunk_states), stream);
+    });
+  });
+  return {y.to(type), state, chunk_states};
+}
+
+Gradients backward_on_device(const Inputs& in, const Tensor& grad_y, const Tensor& grad_final_state,
+                             const Tensor& chunk_states, at::ScalarType type) {
+  const auto options = in.rates.options();
+  const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
+  Tensor grad_state = at::empty(grad_final_state.sizes(), options);
+  grad_state.copy_(grad_final_state);
+  DeviceInputs own(in);
+  Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
+  Tensor grad_dt = at::empty_like(in.dt);
+  Tensor grad_in = at::empty({in.rows, in.length, in.states}, options);
+  Tensor grad_out = at::empty_like(grad_in);
+  Tensor rates = at::empty({in.rows, in.chunks, in.heads}, options);
+  Tensor direct = at::empty_like(rates);
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    Tensor carries = at::empty_like(states_before), scores = at::empty_like(own.scores);
+    Tensor terms = at::empty({4, in.rows, in.length, in.heads}, own.sums.options());
+    const cuda::SsdGradients<T> grad{
+        data<C>(states_before),   data<T>(from_y),          mutable_data<C>(grad_state),
+        mutable_data<T>(grad_x),  mutable_data<C>(grad_dt), mutable_data<C>(rates),
+        mutable_data<C>(direct),  mutable_data<C>(grad_in), mutable_data<C>(grad_out),
+        mutable_data<C>(carries), mutable_data<C>(scores),  mutable_data<double>(terms)};
+    launch(in.x.device(), [&](cuda::Stream stream) {
+      return cuda::ssd_backward(own.kernel_input<T>(), grad, stream);
+    });
+  });
+  constexpr std::array<int64_t, 2> rows_and_chunks = {0, 1};
+  return {grad_x.to(type),  grad_dt,           rates.sum(rows_and_chunks),
+          grad_in.to(type), grad_out.to(type), direct.sum(rows_and_chunks),
+          grad_state};
+}
+#endif
+
 // One chunk of positions, whose scores it makes.
 template <class T>
 cpu::SsdInput<T> chunk_input(const Inputs& in, int64_t index, Tensor& scores) {
@@ -130,7 +228,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
                                            const OptionalTensor& initial_state,
                                            int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
+#ifdef MBLM_CUDA
+  if (on_gpu(x)) return forward_on_device(in, initial_state, x.scalar_type());
+#endif
   Tensor y = at::empty(x.sizes(), in.x.options());
   // The states before the chunks, each followed by the next chunk's or by the final ones.
   Tensor chunk_states =
@@ -157,16 +259,23 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
   return {y.to(x.scalar_type()), in.unpadded(state), in.unpadded(chunk_states)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x, const Tensor& dt,
-    const Tensor& rates, const Tensor& weight_in, const Tensor& weight_out, const Tensor& direct,
-    const Tensor& chunk_states, int64_t chunk_size) {
+Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x,
+                   const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
+                   const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
+                   int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
   check_shape("grad_y", grad_y, x.sizes());
   check_like("grad_y", grad_y, "x", x);
   check_shape("chunk_states", chunk_states, {in.rows, in.chunks, in.heads, in.head_dim, in.states});
   check_like("chunk_states", chunk_states, "A", rates);
+
+#ifdef MBLM_CUDA
+  if (on_gpu(x)) {
+    return backward_on_device(in, grad_y, grad_final_state, chunk_states, x.scalar_type());
+  }
+#endif
 
   // Sums over heads are sums over groups of them, as many for any number of threads.
   constexpr int64_t kItems = 8;
@@ -240,11 +349,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           in.unpadded(grad_state)};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("ssd", forward);
   library.impl("ssd_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,0 +1,226 @@
+"""The CUDA kernels against plain PyTorch on the same GPU: each operator, and a training step.
+
+Two processes take the same measurements, one with the kernels and one with MBLM_NATIVE=0. Times
+are medians of several batches of runs, after a warm-up that is not counted. The training step is
+that of the published 2D configuration (360M, Mamba-2 over a Transformer, bfloat16): forward,
+backward and AdamW's update.
+
+    python benchmarks/gpu.py [--json FILE] [--quick]
+
+--quick takes tiny sizes, on the CPU where there is no GPU: to try this script.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from side_by_side import run_worker, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def seconds(call: Callable[[], Any], device: str, runs: int, repeats: int) -> float:
+    """Median time of one call."""
+    import torch
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    times = []
+    for _ in range(1 + runs):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait()
+        times.append((time.perf_counter() - begin) / repeats)
+    return median(times[1:])
+
+
+def operators(
+    device: str, quick: bool
+) -> dict[str, tuple[Callable[..., Any], list[Any], list[Any]]]:
+    """What is measured, by name: a function, its differentiable tensors, its other arguments."""
+    import torch
+    from torch import Tensor
+
+    from mblm.ops.assemble_stage import assemble_stage
+    from mblm.ops.causal_conv import causal_conv
+    from mblm.ops.embed_patches import embed_patches
+    from mblm.ops.selective_scan import selective_scan
+    from mblm.ops.shift_rms_norm import shift_rms_norm
+    from mblm.ops.short_attention import short_attention
+    from mblm.ops.ssd import ssd
+
+    rows, batch, length, width = (8, 1, 64, 64) if quick else (16384, 4, 4096, 1024)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def positive(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device) / 8
+
+    ids = torch.randint(256, (4 * rows, 8), device=device)
+    turns = normal(9, 32, dtype=torch.float32)
+    heads = width // 64
+    return {
+        "shift_rms_norm": (shift_rms_norm, [normal(rows, 9, width), normal(width)], []),
+        "assemble_stage": (
+            lambda start, table, positions, context, ids: assemble_stage(
+                start, table, ids, positions, None, context
+            ),
+            [normal(width), normal(257, width), normal(8, width), normal(4 * rows, 8, width)],
+            [ids],
+        ),
+        "embed_patches": (
+            lambda table, weight, bias, ids: embed_patches(
+                ids, table, weight, bias, num_patches=rows // 4, patch_size=8, pad_token_id=256
+            ),
+            [normal(257, width // 8), normal(width), normal(width)],
+            [ids.view(16, -1)],
+        ),
+        "short_attention": (
+            lambda q, k, v, cos, sin: short_attention(q, k, v, (cos, sin)),
+            [normal(rows, 9, heads, 64) for _ in range(3)],
+            [turns.cos(), turns.sin()],
+        ),
+        "causal_conv": (
+            causal_conv,
+            [normal(batch, length, width), normal(width, 1, 4), normal(width)],
+            [],
+        ),
+        "selective_scan": (
+            selective_scan,
+            [
+                normal(batch, length, width),
+                positive(batch, length, width),
+                -positive(width, 16),
+                normal(batch, length, 16),
+                normal(batch, length, 16),
+                positive(width),
+            ],
+            [],
+        ),
+        "ssd": (
+            ssd,
+            [
+                normal(batch, length, heads, 64),
+                positive(batch, length, heads),
+                -positive(heads),
+                normal(batch, length, 128),
+                normal(batch, length, 128),
+                positive(heads),
+            ],
+            [],
+        ),
+    }
+
+
+def measure_operators(device: str, quick: bool) -> dict[str, float]:
+    """Milliseconds of each operator's forward pass, and of its forward and backward pass."""
+    import torch
+
+    runs, repeats = (1, 1) if quick else (5, 5)
+    figures = {}
+    for name, (function, tensors, others) in operators(device, quick).items():
+        with torch.no_grad():
+            forward = seconds(
+                lambda f=function, a=(*tensors, *others): f(*a), device, runs, repeats
+            )
+        inputs = [tensor.requires_grad_() for tensor in tensors]
+        given = function(*inputs, *others)
+        outputs = [given] if isinstance(given, torch.Tensor) else list(given)
+        weightings = [torch.ones_like(out) for out in outputs]
+        del given, outputs
+
+        def both(function=function, inputs=inputs, others=others, weightings=weightings):  # type: ignore[no-untyped-def]
+            given = function(*inputs, *others)
+            outputs = [given] if isinstance(given, torch.Tensor) else list(given)
+            torch.autograd.grad(outputs, inputs, weightings)
+
+        figures[f"{name}, forward"] = forward * 1e3
+        figures[f"{name}, forward and backward"] = seconds(both, device, runs, repeats) * 1e3
+    return figures
+
+
+def measure_step(device: str, quick: bool) -> dict[str, float]:
+    """Milliseconds and peak memory in MB of a training step."""
+    import torch
+    import yaml
+
+    from mblm import MBLM, MBLMModelConfig
+
+    params = yaml.safe_load((ROOT / "configs" / "pg19_2d_st.yaml").read_text())["params"]
+    length = params.pop("input_seq_len")
+    if quick:
+        length, params["num_layers"], params["hidden_dims"] = 256, [1, 1], [64, 64]
+    torch.manual_seed(0)
+    model = MBLM(MBLMModelConfig(**params)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(0, 256, (1 if quick else 2, length), device=device)
+
+    def step() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = model(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    figures = {"training step": seconds(step, device, *((1, 1) if quick else (5, 1))) * 1e3}
+    if device == "cuda":
+        figures["peak memory of a training step, MB"] = torch.cuda.max_memory_allocated() / 2**20
+    return figures
+
+
+def work(job: dict[str, Any]) -> dict[str, float]:
+    os.environ["MBLM_NATIVE"] = job["native"]
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    figures = measure_operators(device, job["quick"])
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return {**figures, **measure_step(device, job["quick"])}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--json", type=Path, help="write all figures to this file")
+    options.add_argument("--quick", action="store_true", help="tiny sizes, to try this script")
+    options.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
+    if arguments.worker:
+        print(json.dumps(work(json.loads(arguments.worker))))
+        return
+    import torch
+
+    if not torch.cuda.is_available() and not arguments.quick:
+        sys.exit("no GPU: only --quick runs on the CPU")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, torch {torch.__version__}; milliseconds unless said otherwise")
+    kernels, plain = (
+        run_worker(sys.executable, __file__, {"native": native, "quick": arguments.quick})
+        for native in ("require", "0")
+    )
+    print(f"{'':44} {'kernels':>10} {'PyTorch':>10} {'ratio':>7}")
+    for name, ours in kernels.items():
+        print(f"{name:44} {ours:10.3f} {plain[name]:10.3f} {plain[name] / ours:7.2f}")
+    write_json(
+        arguments.json,
+        {"device": device, "torch": torch.__version__, "kernels": kernels, "plain": plain},
+    )
+
+
+if __name__ == "__main__":
+    main()

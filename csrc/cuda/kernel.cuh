@@ -1,0 +1,163 @@
+// What the CUDA kernels share: launches, element types, packs of 16 bytes, sums over a warp.
+//
+// A kernel works on independent items that its blocks or warps take in strides of the grid, so that
+// any number of items fits. No result depends on the grid, nothing is added up by atomics: results
+// are the same from run to run. Without nvcc, tests/cuda_emulation.h stands in for CUDA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernel.h"
+#include "cuda/stream.h"
+
+#if !defined(__CUDACC__) && !defined(MBLM_CUDA_EMULATION)
+#error "CUDA sources are compiled by nvcc, or after tests/cuda_emulation.h"
+#endif
+
+#define MBLM_DEVICE __device__ __forceinline__
+
+// Before a loop whose turns load independently: several loads are in flight at once.
+#ifdef __CUDACC__
+#define MBLM_UNROLL _Pragma("unroll 4")
+#else
+#define MBLM_UNROLL _Pragma("GCC unroll 4")
+#endif
+// Before a loop of few turns over arrays that are to stay in registers.
+#ifdef __CUDACC__
+#define MBLM_UNROLL_ALL _Pragma("unroll")
+#else
+#define MBLM_UNROLL_ALL
+#endif
+
+namespace mblm::cuda {
+
+using cpu::BFloat16;
+using cpu::compute_t;
+
+constexpr int kWarp = 32;
+
+#ifdef __CUDACC__
+// Queues kernel(args...) on `blocks` blocks, at most 2^31 - 1 of them; none is no launch.
+template <class... Parameters, class... Arguments>
+Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+             Stream stream, Arguments... args) {
+  if (blocks <= 0) return nullptr;
+  constexpr int64_t kMaxBlocks = 0x7fffffff;
+  constexpr size_t kSharedAtHand = 48 * 1024;  // more than that must be asked for
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kSharedAtHand) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    kernel<<<unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks), threads, shared_bytes,
+             static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(args)...);
+    error = cudaGetLastError();
+  } else {
+    cudaGetLastError();  // not to be found by someone else
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// The block's dynamic shared memory.
+template <class T>
+MBLM_DEVICE T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char mblm_shared_memory[];
+  return reinterpret_cast<T*>(mblm_shared_memory);
+}
+#endif
+
+inline int64_t divide_up(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+// An element as what is computed in.
+MBLM_DEVICE float value_of(float x) {
+  return x;
+}
+MBLM_DEVICE double value_of(double x) {
+  return x;
+}
+MBLM_DEVICE float value_of(BFloat16 x) {
+  return __uint_as_float(uint32_t(x.bits) << 16);
+}
+
+// What is computed in as an element, rounded once.
+template <class T>
+struct Rounded {
+  MBLM_DEVICE static T of(compute_t<T> x) { return x; }
+};
+template <>
+struct Rounded<BFloat16> {
+  MBLM_DEVICE static BFloat16 of(float x) {
+#ifdef __CUDA_ARCH__
+    BFloat16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    return result;
+#else
+    return BFloat16(x);
+#endif
+  }
+};
+template <class T>
+MBLM_DEVICE T rounded(compute_t<T> x) {
+  return Rounded<T>::of(x);
+}
+
+// N elements next to each other. Multiples of 16 bytes, at addresses that are multiples too, are
+// loaded and stored 16 bytes at once.
+template <class T, int N>
+struct alignas(N * sizeof(T) % 16 == 0 ? 16 : alignof(T)) Pack {
+  T values[N];
+};
+template <class T>
+constexpr int kPackSize = int(16 / sizeof(T));
+
+template <int N, class T>
+MBLM_DEVICE Pack<T, N> load_pack(const T* from) {
+  static_assert(N == 1 || N * sizeof(T) % 16 == 0);
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <int N, class T>
+MBLM_DEVICE void store_pack(T* to, const Pack<T, N>& pack) {
+  static_assert(N == 1 || N * sizeof(T) % 16 == 0);
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+// Whether packs can be loaded from an address; null is never loaded from.
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// Where one thread per item will do: a thread's first item and the distance to its next.
+constexpr int kThreads = 256;
+MBLM_DEVICE int64_t first_item() {
+  return int64_t(blockIdx.x) * kThreads + threadIdx.x;
+}
+MBLM_DEVICE int64_t item_stride() {
+  return int64_t(gridDim.x) * kThreads;
+}
+
+// The same sum in every lane of a warp.
+template <class C>
+MBLM_DEVICE C warp_sum(C value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
+// a / b for a >= 0, b > 0; in 32 bits where that will do, which is several times faster.
+MBLM_DEVICE int64_t quotient(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return int64_t(uint32_t(a) / uint32_t(b));
+  return a / b;
+}
+
+}  // namespace mblm::cuda
+
+// Instantiates a launcher, a macro of one type, for every element type.
+#define MBLM_FOR_EACH_TYPE(instantiate) \
+  instantiate(float);                   \
+  instantiate(double);                  \
+  instantiate(mblm::cpu::BFloat16);

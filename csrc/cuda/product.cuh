@@ -1,0 +1,63 @@
+// Matrix products in tiles, whose operands are computed as they are read.
+#pragma once
+
+#include "cuda/kernel.cuh"
+
+namespace mblm::cuda {
+
+// 64 x 64 sums in the registers of a block of 256 threads, 4 x 4 of them in each. A thread's are
+// rows row() to row() + 3 and columns column() to column() + 3; sixteen neighbors share their rows.
+template <class C>
+class Tile {
+ public:
+  static constexpr int kSize = 64, kThreads = 256, kOwn = 4, kNeighbors = kSize / kOwn;
+  static constexpr int kDepth = 16;          // of a slice
+  static constexpr int kRow = kSize + kOwn;  // of a slice in shared memory
+  static constexpr size_t kSharedBytes = 2 * kDepth * kRow * sizeof(C);
+
+  MBLM_DEVICE static int row() { return threadIdx.x / kNeighbors * kOwn; }
+  MBLM_DEVICE static int column() { return threadIdx.x % kNeighbors * kOwn; }
+
+  // The sums += a b over k of [begin, end): a(i, k) and b(k, j) give entries of the tile, zeros
+  // beyond the matrices. Neighbors in i, or in j, lie next to each other in memory if the
+  // template's arguments say so, else neighbors in k do. The whole block must take part.
+  template <bool kNextRows, bool kNextColumns, class A, class B>
+  MBLM_DEVICE void add(int64_t begin, int64_t end, A a, B b) {
+    C* const left = shared_memory<C>();
+    C* const right = left + kDepth * kRow;
+    for (int64_t first = begin; first < end; first += kDepth) {
+      for (int entry = threadIdx.x; entry < kSize * kDepth; entry += kThreads) {
+        const int i = kNextRows ? entry % kSize : entry / kDepth;
+        const int k = kNextRows ? entry / kSize : entry % kDepth;
+        left[k * kRow + i] = first + k < end ? a(i, first + k) : C(0);
+      }
+      for (int entry = threadIdx.x; entry < kSize * kDepth; entry += kThreads) {
+        const int j = kNextColumns ? entry % kSize : entry / kDepth;
+        const int k = kNextColumns ? entry / kSize : entry % kDepth;
+        right[k * kRow + j] = first + k < end ? b(first + k, j) : C(0);
+      }
+      __syncthreads();
+      for (int k = 0; k < kDepth; ++k) {
+        const Pack<C, kOwn> x = load_pack<kOwn>(left + k * kRow + row());
+        const Pack<C, kOwn> y = load_pack<kOwn>(right + k * kRow + column());
+        for (int i = 0; i < kOwn; ++i) {
+          for (int j = 0; j < kOwn; ++j) sums_[i][j] += x.values[i] * y.values[j];
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // function(i, j, sum) for this thread's entries of the tile; sum may be changed.
+  template <class Function>
+  MBLM_DEVICE void for_each(Function function) {
+    for (int i = 0; i < kOwn; ++i) {
+      for (int j = 0; j < kOwn; ++j) function(row() + i, column() + j, sums_[i][j]);
+    }
+  }
+
+ private:
+  C sums_[kOwn][kOwn] = {};
+};
+
+}  // namespace mblm::cuda

@@ -1,0 +1,318 @@
+"""Every operator on every device: against float64 on the CPU, and what only a GPU can get wrong."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mblm.ops.assemble_stage import assemble_stage
+from mblm.ops.causal_conv import causal_conv
+from mblm.ops.embed_patches import embed_patches
+from mblm.ops.linear_rows import MAX_ROWS
+from mblm.ops.selective_scan import selective_scan
+from mblm.ops.shift_rms_norm import shift_rms_norm
+from mblm.ops.short_attention import short_attention
+from mblm.ops.ssd import ssd
+
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+NUM_IDS = 40
+
+
+class Case(NamedTuple):
+    """A call of an operator: a function of its tensors, and the tensors in float64 on the CPU."""
+
+    function: Callable[..., Any]
+    rounded: Sequence[Tensor]  # of the dtype that is asked for
+    exact: Sequence[Tensor] = ()  # of the dtype that is computed in
+    fixed: Sequence[Tensor | None] = ()  # ids and tables that are what they are
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def make_shift_rms_norm(rows: int = 3, length: int = 9, width: int = 96) -> Case:
+    x = normal(length, rows, width).transpose(0, 1)
+    return Case(shift_rms_norm, [x, normal(width), normal(rows, width // 2)])
+
+
+def make_assemble_stage() -> Case:
+    ids = torch.randint(NUM_IDS, (30, 8))
+    turns = normal(9, 24)
+    rotation = torch.stack((turns.cos(), turns.sin()), dim=-1).float()
+    return Case(
+        lambda start, table, positions, context, ids, rotation: assemble_stage(
+            start, table, ids, positions, rotation, context, padding_idx=3
+        ),
+        [normal(48), normal(NUM_IDS, 48), normal(8, 48), normal(30, 8, 48)],
+        fixed=[ids, rotation],
+    )
+
+
+def make_assemble_stage_of_embeddings() -> Case:
+    return Case(assemble_stage, [normal(37), normal(5, 3, 37)])
+
+
+def make_embed_patches() -> Case:
+    ids = torch.randint(NUM_IDS, (3, 38))
+    return Case(
+        lambda table, weight, bias, ids: embed_patches(
+            ids, table, weight, bias, num_patches=10, patch_size=4, pad_token_id=2
+        ),
+        [normal(NUM_IDS, 24), normal(96), normal(96)],
+        fixed=[ids],
+    )
+
+
+def make_short_attention() -> Case:
+    angles = normal(17, 32)
+    return Case(
+        lambda q, k, v, cos, sin: short_attention(q, k, v, (cos, sin)),
+        [normal(20, 9, 3, 64), normal(20, 17, 3, 64), normal(20, 17, 3, 64)],
+        fixed=[angles.cos().float(), angles.sin().float()],
+    )
+
+
+def make_causal_conv() -> Case:
+    return Case(
+        causal_conv, [normal(2, 70, 130), normal(130, 1, 4), normal(130), normal(2, 3, 130)]
+    )
+
+
+def make_selective_scan() -> Case:
+    x, steps = normal(2, 150, 70), normal(2, 150, 70).abs() / 4
+    return Case(
+        lambda x, B, C, delta, A, D, state: selective_scan(  # noqa: N803
+            x, delta, -A.abs(), B, C, D, state
+        ),
+        [x, normal(2, 150, 16), normal(2, 150, 16)],
+        [steps, normal(70, 16), normal(70), normal(2, 70, 16)],
+    )
+
+
+def make_ssd() -> Case:
+    x, steps = normal(2, 150, 3, 20), normal(2, 150, 3).abs() / 4
+    return Case(
+        lambda x, B, C, dt, A, D, state: ssd(x, dt, -A.abs(), B, C, D, state),  # noqa: N803
+        [x, normal(2, 150, 24), normal(2, 150, 24)],
+        [steps, normal(3), normal(3), normal(2, 3, 20, 24)],
+    )
+
+
+MAKERS = {
+    maker.__name__.removeprefix("make_"): maker
+    for maker in (
+        make_shift_rms_norm,
+        make_assemble_stage,
+        make_assemble_stage_of_embeddings,
+        make_embed_patches,
+        make_short_attention,
+        make_causal_conv,
+        make_selective_scan,
+        make_ssd,
+    )
+}
+CASES = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+
+def tensors_of(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Any]]:
+    """The differentiable tensors on the device, rounded once from float64, and the others."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = [t.to(device, dtype) for t in case.rounded] + [t.to(device, exact) for t in case.exact]
+    fixed = [t if t is None else t.to(device) for t in case.fixed]
+    return [t.detach().requires_grad_() for t in inputs], fixed
+
+
+def results(case: Case, inputs: Sequence[Tensor], fixed: Sequence[Any]) -> list[Tensor]:
+    """What the call gives, and the gradients of a weighting of it."""
+    given = case.function(*inputs, *fixed)
+    outputs = [given] if isinstance(given, Tensor) else list(given)
+    weightings = [
+        torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out).to(out.dtype)
+        for out in outputs
+    ]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, weightings)]
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@CASES
+def test_equals_float64_on_the_cpu(
+    device: str, dtype: torch.dtype, make: Callable[[], Case]
+) -> None:
+    case = make()
+    inputs, fixed = tensors_of(case, device, dtype)
+    ours = results(case, inputs, fixed)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    theirs = results(case, exact, [None if t is None else t.cpu() for t in fixed])
+    for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert one.device.type == device and one.isfinite().all()
+        bound = TOLERANCE[dtype] * max(1.0, other.abs().max().item())
+        error = (one.cpu().double() - other).abs().max().item()
+        assert error <= bound, f"result {index} is off by {error}, {bound} is allowed"
+
+
+@DEVICES
+@CASES
+def test_two_runs_give_the_same_bits(device: str, make: Callable[[], Case]) -> None:
+    case = make()
+    inputs, fixed = tensors_of(case, device, torch.float32)
+    once, again = results(case, inputs, fixed), results(case, inputs, fixed)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the calls of this package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mblm":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@DEVICES
+@CASES
+def test_operator_contract(device: str, make: Callable[[], Case]) -> None:
+    """What is given has the shapes, dtypes and strides that were promised to compilers."""
+    case = make()
+    inputs, fixed = tensors_of(case, device, torch.bfloat16)
+    with Calls() as recorded:
+        results(case, inputs, fixed)
+    assert recorded.calls
+    for operator, arguments in recorded.calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@DEVICES
+@pytest.mark.parametrize("rows", [1, 2, MAX_ROWS, MAX_ROWS + 3])
+def test_linear_rows_sums_a_row_in_one_order(device: str, rows: int) -> None:
+    shapes = ((rows, 300), (50, 300), (50,))
+    x, weight, bias = (normal(*shape).float().to(device) for shape in shapes)
+    out = torch.ops.mblm.linear_rows(x, weight, bias)
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
+    if torch._C._dispatch_has_kernel_for_dispatch_key("mblm::linear_rows", x.device.type.upper()):
+        for row in range(rows):
+            alone = torch.ops.mblm.linear_rows(x[row : row + 1], weight, bias)
+            assert torch.equal(alone[0], out[row])
+
+
+class TestGpu:
+    """What makes sense on a GPU only."""
+
+    pytestmark = ON_GPU
+
+    @pytest.mark.parametrize("name", sorted(MAKERS.keys() - {"assemble_stage_of_embeddings"}))
+    def test_kernels_are_compiled(self, name: str) -> None:
+        for operator in (name, f"{name}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mblm::{operator}", "CUDA")
+
+    @CASES
+    def test_gradcheck(self, make: Callable[[], Case]) -> None:
+        case = make()
+        inputs, fixed = tensors_of(case, "cuda", torch.float64)
+        assert torch.autograd.gradcheck(
+            lambda *tensors: case.function(*tensors, *fixed), inputs, fast_mode=True
+        )
+
+    @CASES
+    def test_any_stream(self, make: Callable[[], Case]) -> None:
+        """Work on a stream waits for what came before on it, and for nothing else."""
+        case = make()
+        inputs, fixed = tensors_of(case, "cuda", torch.float32)
+        expected = results(case, inputs, fixed)
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        got = []
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)
+                late = [t.detach().mul(1.0).requires_grad_() for t in inputs]
+                got.append(results(case, late, fixed))
+        torch.cuda.synchronize()
+        for one in got:
+            assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
+
+    @CASES
+    def test_graph_capture(self, make: Callable[[], Case]) -> None:
+        """Forward and backward pass are captured, and replayed with other values."""
+        case = make()
+        inputs, fixed = tensors_of(case, "cuda", torch.float32)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            results(case, inputs, fixed)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = results(case, inputs, fixed)
+        with torch.no_grad():
+            for tensor in inputs:
+                tensor.mul_(0.5)
+        graph.replay()
+        expected = results(case, inputs, fixed)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+    @pytest.mark.parametrize("outside", [-1, NUM_IDS, 1 << 62])
+    def test_ids_outside_the_table_give_nan(self, outside: int) -> None:
+        ids = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
+        ids[1, 2] = outside
+        table = torch.ones(NUM_IDS, 8, device="cuda", requires_grad=True)
+        out = assemble_stage(torch.ones(8, device="cuda"), table, ids)
+        assert out[1, 3].isnan().all() and out.isnan().sum() == 8
+        patches = embed_patches(
+            ids,
+            table,
+            torch.ones(16, device="cuda"),
+            torch.ones(16, device="cuda"),
+            num_patches=2,
+            patch_size=2,
+            pad_token_id=0,
+        )
+        assert patches[1, 1].isnan().all() and patches.isnan().sum() == 16
+        (out.sum() + patches.sum()).backward()
+        torch.cuda.synchronize()
+
+    def test_tensors_on_two_devices_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="weight must be on the device of x, cuda"):
+            shift_rms_norm(torch.zeros(2, 3, 4, device="cuda"), torch.zeros(4))
+
+    @pytest.mark.parametrize("operator", ["shift_rms_norm", "assemble_stage", "causal_conv"])
+    def test_more_than_two_to_the_31_values(self, operator: str) -> None:
+        """The last row of a very large tensor gives what it gives alone."""
+        length, width = 64, 4096
+        rows = 2**31 // (length * width) + 3
+        if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+            pytest.skip("needs 30 GiB of GPU memory")
+        x = torch.zeros(rows, length, width, device="cuda", dtype=torch.bfloat16)
+        x[-1] = torch.randn(length, width, device="cuda")
+
+        def call(x: Tensor) -> Tensor:
+            vector = torch.linspace(-1, 1, width, device="cuda", dtype=x.dtype)
+            if operator == "shift_rms_norm":
+                return shift_rms_norm(x, vector)
+            if operator == "assemble_stage":
+                return assemble_stage(vector, x)
+            return causal_conv(x, vector[:, None, None].expand(-1, 1, 4), vector)[0]
+
+        alone = x[-1:].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(call(alone).square().sum(), alone)
+        x.requires_grad_()
+        out = call(x)
+        assert torch.equal(out[-1], call(alone)[0])
+        weighting = torch.zeros_like(out)
+        weighting[-1] = 2 * out[-1]
+        (grad,) = torch.autograd.grad(out, x, weighting)
+        torch.testing.assert_close(grad[-1:], expected)
