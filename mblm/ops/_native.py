@@ -107,7 +107,7 @@ def _missing(info: dict[str, Any]) -> list[str]:
     elif not info["openmp"]:
         missing.append(f"several threads in native kernels: with g++ (CXX=g++), {REBUILD}")
     if torch.version.cuda and info["mode"] != "cuda":
-        missing.append("native CUDA kernels: this version has none; PyTorch's are used")
+        missing.append(f"native CUDA kernels: with the CUDA toolkit installed, {REBUILD}")
     if torch.version.cuda and importlib.util.find_spec("mamba_ssm") is None:
         missing.append("mamba_ssm's CUDA kernels: `pip install mamba-ssm causal-conv1d`")
     return missing
