@@ -15,8 +15,8 @@
 namespace mblm::cpu {
 namespace {
 
-// Bytes of weights that a thread takes at a time: long streams, and yet even shares.
-constexpr int64_t kPartBytes = 1 << 16;
+// Bytes of weights that a thread takes at a time: as long streams as leave even shares.
+constexpr int64_t kFewestPartBytes = 1 << 16, kMostPartBytes = 1 << 19, kPartsPerThread = 2;
 // Bytes of weights that stay in the first cache while all rows are multiplied with them.
 constexpr int64_t kBlockBytes = 1 << 14;
 constexpr int64_t kMaxBlock = 64;
@@ -116,7 +116,9 @@ void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const fl
     x = prepare_rows(worker, kernel, x, rows, inputs);
   }
   // At least 16 columns, so that threads do not write to one cache line.
-  const int64_t part = std::max<int64_t>(16, kPartBytes / std::max<int64_t>(bytes, 1) / 16 * 16);
+  const int64_t part_bytes = std::clamp(outputs * bytes / (kPartsPerThread * worker.team.threads()),
+                                        kFewestPartBytes, kMostPartBytes);
+  const int64_t part = std::max<int64_t>(16, part_bytes / std::max<int64_t>(bytes, 1) / 16 * 16);
   const int64_t block =
       rows == 1 ? kMaxBlock
                 : std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), 4, kMaxBlock);
