@@ -45,13 +45,6 @@ class PatchTokenEmbedding(nn.Module):
             nn.Flatten(-2), nn.LayerNorm(flat_dim), Linear(flat_dim, dim), nn.LayerNorm(dim)
         )
 
-    @property
-    def projection(self) -> Linear:
-        """The map of a patch's flattened embeddings to the stage's width."""
-        projection = self._post[2]
-        assert isinstance(projection, Linear)
-        return projection
-
     def forward(
         self,
         ids: torch.Tensor,
@@ -60,7 +53,7 @@ class PatchTokenEmbedding(nn.Module):
     ) -> torch.Tensor:
         """Embed patches: ids ``(B, L)``, padded to ``num_patches`` -> ``(B, num_patches, D_n)``.
 
-        ``project`` stands in for `projection`.
+        ``project`` stands in for the linear layer.
         """
         _, flat_norm, own, norm = self._post
         assert isinstance(flat_norm, nn.LayerNorm)
