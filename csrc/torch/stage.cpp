@@ -1,9 +1,10 @@
-// Glue of single steps of a compiled stage and of packed linear layers, and the registration of
+// Glue of a compiled stage's next positions and of packed linear layers, and the registration of
 // what decodes.
 #include "stage.h"
 
 #include <torch/library.h>
 
+#include <memory>
 #include <type_traits>
 
 #include "common.h"
@@ -16,10 +17,10 @@ namespace {
 
 using at::Tensor;
 
-Tensor check_rows(const Tensor& x, int64_t dim) {
+Tensor copy_of_input(const Tensor& x, int64_t dim) {
   check_type("x", x, at::kFloat);
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) == dim,
-                    "x must have shape [B >= 1, ", dim, "], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) > 0 && x.size(1) > 0 && x.size(2) == dim,
+                    "x must have shape [B >= 1, S >= 1, ", dim, "], got ", x.sizes());
   TORCH_CHECK_VALUE(x.device().is_cpu(), "x must be on the CPU");
   Tensor copy = at::empty(x.sizes(), x.options());
   return copy.copy_(x);
@@ -44,19 +45,20 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   return out;
 }
 
-Tensor Stage::step(const Tensor& x, const std::vector<Tensor>& state,
-                   const std::vector<int64_t>& positions) const {
+Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
+                      const std::vector<int64_t>& positions) const {
   return std::visit(
       [&](const auto& model) {
-        Tensor out = check_rows(x, model.dim);
+        Tensor out = copy_of_input(x, model.dim);
+        const int64_t rows = out.size(0), count = out.size(1), threads = at::get_num_threads();
         typename std::decay_t<decltype(model)>::State bound;
-        bind_groups(model, state, positions, std::vector<int64_t>(positions.size(), 1), out.size(0),
-                    bound);
-        const int64_t threads = at::get_num_threads();
-        std::vector<float> scratch(model.scratch_size(bound, threads));
+        const std::vector<int64_t> counts(positions.size(), count);
+        bind_groups(model, state, positions, counts, rows, bound);
+        const int64_t floats = model.scratch_size(bound, count, threads);
+        const auto scratch = std::make_unique_for_overwrite<float[]>(floats);
         float* values = out.mutable_data_ptr<float>();
         with_team(threads, [&](const cpu::Worker& worker) {
-          model.step(worker, bound, values, scratch.data());
+          model.prefill(worker, bound, count, values, scratch.get());
         });
         return out;
       },
@@ -66,7 +68,7 @@ Tensor Stage::step(const Tensor& x, const std::vector<Tensor>& state,
 }  // namespace mblm
 
 TORCH_LIBRARY_FRAGMENT(mblm, library) {
-  library.class_<mblm::Stage>("Stage").def("step", &mblm::Stage::step);
+  library.class_<mblm::Stage>("Stage").def("prefill", &mblm::Stage::prefill);
   library.class_<mblm::Hierarchy>("Hierarchy").def("run", &mblm::Hierarchy::run);
   library.def("packed_linear(Tensor x, Tensor[] linear) -> Tensor", &mblm::packed_linear);
   library.def(

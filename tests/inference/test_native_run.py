@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm import MBLM
+from mblm.inference import hierarchy_cache
 from mblm.inference.packing import pack_linear
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import StageCache
@@ -34,7 +35,10 @@ needs_native = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is co
 @contextmanager
 def in_pytorch() -> Iterator[None]:
     """Sessions take PyTorch's way."""
-    with patch.object(StageCache, "runs_natively", lambda *_: False):
+    with (
+        patch.object(StageCache, "runs_natively", lambda *_: False),
+        patch.object(hierarchy_cache, "computes_natively", lambda *_: False),
+    ):
         yield
 
 
@@ -277,28 +281,30 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("x", "message"),
         [
-            (torch.zeros(1, 41), r"x must have shape \[B >= 1, 40\], got \[1, 41\]"),
-            (torch.zeros(0, 40), "x must have shape"),
-            (torch.zeros(40), "x must have shape"),
-            (torch.zeros(2, 40), "x must have a row for each of the state's 1, got 2"),
+            (torch.zeros(1, 1, 41), r"x must have shape \[B >= 1, S >= 1, 40\], got \[1, 1, 41\]"),
+            (torch.zeros(0, 1, 40), "x must have shape"),
+            (torch.zeros(1, 0, 40), "x must have shape"),
+            (torch.zeros(1, 40), "x must have shape"),
+            (torch.zeros(2, 1, 40), "x must have a row for each of the state's 1, got 2"),
+            (torch.zeros(1, 64, 40), r"state has room for \d+ positions, got 1 \+ 64"),
         ],
     )
     def test_rows_that_do_not_fit(self, stage: Any, x: torch.Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            stage.step(x, self.state, [1])
+            stage.prefill(x, self.state, [1])
 
     def test_another_dtype(self, stage: Any) -> None:
         with pytest.raises(TypeError, match="x must be Float, got Double"):
-            stage.step(torch.zeros(1, 40).double(), self.state, [1])
+            stage.prefill(torch.zeros(1, 1, 40).double(), self.state, [1])
 
     @pytest.mark.parametrize("position", [-1, 10**12, 2**63 - 1])
     def test_a_position_without_room(self, stage: Any, position: int) -> None:
         with pytest.raises(ValueError, match="state has room for"):
-            stage.step(torch.zeros(1, 40), self.state, [position])
+            stage.prefill(torch.zeros(1, 1, 40), self.state, [position])
 
     def test_a_state_of_another_stage(self, stage: Any) -> None:
         with pytest.raises(ValueError, match="state must hold 3 to 6 tensors"):
-            stage.step(torch.zeros(1, 40), self.state[:2], [1])
+            stage.prefill(torch.zeros(1, 1, 40), self.state[:2], [1])
 
     def test_weights_of_another_shape(self) -> None:
         with pytest.raises(ValueError, match=r"weights\[2\] must have shape"):
