@@ -15,6 +15,7 @@ class BoundStage {
  public:
   virtual ~BoundStage() = default;
 
+  virtual int64_t weights() const = 0;
   // Floats of working memory for a step of all rows.
   virtual int64_t scratch_size(int64_t threads) const = 0;
   // Chooses the rows of the next steps.
@@ -32,6 +33,8 @@ class BoundStageOf : public BoundStage {
  public:
   BoundStageOf(const Stage& stage, typename Stage::State state)
       : stage_(stage), all_(std::move(state)) {}
+
+  int64_t weights() const override { return stage_.weights(); }
 
   int64_t scratch_size(int64_t threads) const override {
     return stage_.scratch_size(all_, 1, threads);

@@ -51,6 +51,14 @@ void Mamba1Stage::restart(MambaRow& row) const {
   cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * inner);
 }
 
+int64_t Mamba1Stage::weights() const {
+  int64_t count = 0;
+  for (const Mamba1Layer& layer : layers) {
+    count += layer.in.weights() + layer.x.weights() + layer.dt.weights() + layer.out.weights();
+  }
+  return count;
+}
+
 int64_t Mamba1Stage::scratch_size(const State& state, int64_t count, int64_t threads) const {
   const int64_t positions = int64_t(state.rows.size()) * count;
   return positions * (2 * inner + 3 * inner + rank + 2 * states) +

@@ -44,6 +44,7 @@ class Mamba1Stage {
   std::vector<Mamba1Layer> layers;
 
   // As TransformerStage's.
+  int64_t weights() const;
   int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
   void prefill(const Worker& worker, const State& state, int64_t count, float* x,
                float* scratch) const;

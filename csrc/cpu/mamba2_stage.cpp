@@ -42,6 +42,14 @@ void Mamba2Stage::restart(MambaRow& row) const {
   cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * (inner + 2 * states));
 }
 
+int64_t Mamba2Stage::weights() const {
+  int64_t count = 0;
+  for (const Mamba2Layer& layer : layers) {
+    count += layer.in.weights() + layer.out.weights();
+  }
+  return count;
+}
+
 int64_t Mamba2Stage::scratch_size(const State& state, int64_t count, int64_t threads) const {
   const int64_t convolved = inner + 2 * states;
   const int64_t positions = int64_t(state.rows.size()) * count;

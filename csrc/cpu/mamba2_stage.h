@@ -30,6 +30,7 @@ class Mamba2Stage {
   const float* norm = nullptr;  // (dim)
 
   // As TransformerStage's.
+  int64_t weights() const;
   int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
   void prefill(const Worker& worker, const State& state, int64_t count, float* x,
                float* scratch) const;

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cpu/dot.h"
+#include "cpu/attention.h"
 #include "cpu/kernel.h"
 #include "cpu/rms_norm.h"
 #include "cpu/vector_math.h"
@@ -82,30 +82,17 @@ MBLM_CLONES void attend(const Head& head) {
 
   const float scale = 1.f / std::sqrt(float(dim));
   for_keys(head, [&](int64_t i, int64_t begin, int64_t end) MBLM_INLINE_LAMBDA {
-    float* scores = head.scores + i * head.capacity;
-    for (int64_t j = begin; j < end; ++j) {
-      scores[j] = dot<float>(head.queries + i * dim, head.keys + j * dim, dim) * scale;
-    }
+    multiply_keys(head.queries + i * dim, head.keys + begin * dim, end - begin, dim, scale,
+                  head.scores + i * head.capacity + begin);
   });
   float factors[kQueries];
   for (int64_t i = 0; i < head.count; ++i) {
-    float* scores = head.scores + i * head.capacity;
-    const int64_t seen = head.first + i + 1;
-    float highest = -INFINITY;
-    for (int64_t j = 0; j < seen; ++j) highest = std::max(highest, scores[j]);
-    for (int64_t j = 0; j < seen; ++j) scores[j] = vector_exp(scores[j] - highest);
-    double sum = 0;
-    for (int64_t j = 0; j < seen; ++j) sum += scores[j];
-    factors[i] = float(1 / sum);
+    factors[i] = exponentials(head.scores + i * head.capacity, head.first + i + 1);
     std::fill_n(head.out + i * head.q_stride, dim, 0.f);
   }
   for_keys(head, [&](int64_t i, int64_t begin, int64_t end) MBLM_INLINE_LAMBDA {
-    float* out = head.out + i * head.q_stride;
-    for (int64_t j = begin; j < end; ++j) {
-      const float* value = head.values + j * dim;
-      const float weight = head.scores[i * head.capacity + j];
-      for (int64_t c = 0; c < dim; ++c) out[c] += weight * value[c];
-    }
+    add_values(head.scores + i * head.capacity + begin, head.values + begin * dim, end - begin, dim,
+               head.out + i * head.q_stride);
   });
   for (int64_t i = 0; i < head.count; ++i) {
     float* out = head.out + i * head.q_stride;
@@ -146,6 +133,15 @@ int64_t per_thread(const TransformerStage& stage, const TransformerState& state,
 }
 
 }  // namespace
+
+int64_t TransformerStage::weights() const {
+  int64_t count = 0;
+  for (const TransformerLayer& layer : layers) {
+    count += layer.q.weights() + layer.kv.weights() + layer.out.weights() + layer.expand.weights() +
+             layer.contract.weights();
+  }
+  return count;
+}
 
 int64_t TransformerStage::scratch_size(const State& state, int64_t count, int64_t threads) const {
   const int64_t positions = int64_t(state.rows.size()) * count;

@@ -43,6 +43,9 @@ class TransformerStage {
   std::vector<TransformerLayer> layers;
   const float* norm = nullptr;  // (dim)
 
+  // Weights of the matrices, with each of which a position is multiplied.
+  int64_t weights() const;
+
   // Floats of working memory that a call with so many positions of every row needs.
   int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
 

@@ -258,7 +258,7 @@ void BoundRun::bind_cache_rows(size_t cache, const Tensor& pending) {
 }
 
 void BoundRun::work() {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = threads_for(run_.products());
   std::vector<float> scratch(run_.scratch_size(threads));
   with_team(threads, [&](const cpu::Worker& worker) { run_.work(worker, scratch.data()); });
   numbers_->rethrow();

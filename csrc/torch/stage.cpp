@@ -37,9 +37,9 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = matrix.outputs;
   Tensor out = at::empty(shape, rows.options());
-  with_team(at::get_num_threads(), [&](const cpu::Worker& worker) {
-    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(),
-                  matrix.outputs ? out.numel() / matrix.outputs : 0,
+  const int64_t count = matrix.outputs ? out.numel() / matrix.outputs : 0;
+  with_team(threads_for(count * matrix.weights()), [&](const cpu::Worker& worker) {
+    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(), count,
                   static_cast<float*>(out.data_ptr()));
   });
   return out;
@@ -50,7 +50,8 @@ Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
   return std::visit(
       [&](const auto& model) {
         Tensor out = copy_of_input(x, model.dim);
-        const int64_t rows = out.size(0), count = out.size(1), threads = at::get_num_threads();
+        const int64_t rows = out.size(0), count = out.size(1);
+        const int64_t threads = threads_for(rows * count * model.weights());
         typename std::decay_t<decltype(model)>::State bound;
         const std::vector<int64_t> counts(positions.size(), count);
         bind_groups(model, state, positions, counts, rows, bound);
