@@ -19,8 +19,10 @@ from torch import nn
 # A nest of tuples, lists and None with tensors as leaves.
 State = Any
 
-# Compiled code takes in up to so many positions of all sequences at a time, PyTorch more.
-NATIVE_POSITIONS = 64
+# Compiled code takes in up to so many positions of all sequences at a time. Beyond that, PyTorch's
+# products are faster: from 20 to 60 positions on, as stage, width and type of weights have it
+# (benchmarks/feed.py).
+NATIVE_POSITIONS = 24
 
 
 def computes_natively(dtype: torch.dtype) -> bool:

@@ -19,7 +19,8 @@ from tests.models import LSTMBlock, mamba, model, transformer
 
 pytestmark = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is compiled")
 
-PIECES = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+# Three sequences of the longest piece are few enough for compiled code.
+PIECES = st.lists(st.integers(1, NATIVE_POSITIONS // 3), min_size=1, max_size=5)
 
 
 def leaves(state: Any) -> list[torch.Tensor]:
@@ -60,6 +61,19 @@ def test_a_piece_has_the_bits_of_its_steps(
     torch.set_num_threads(before)
     assert torch.equal(got, expected)
     assert same_bits(one.snapshot(), other.snapshot())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@torch.inference_mode()
+def test_a_long_sequence_has_them_too(stage: str) -> None:
+    """Attention looks at blocks of positions and of keys; some end within a piece."""
+    torch.manual_seed(0)
+    m = wide(stage)
+    x = torch.randn(1, 150, 40)
+    one, other = (allocate_cache(m.stage_models[0], 1, None, "float32") for _ in range(2))
+    got = torch.cat([other.prefill(piece) for piece in x.split(NATIVE_POSITIONS, dim=1)], dim=1)
+    assert torch.equal(got, steps(one, x))
+    torch.testing.assert_close(got, m.stage_models[0](x), **CLOSE)
 
 
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
