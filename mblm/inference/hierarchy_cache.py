@@ -204,7 +204,10 @@ class HierarchyCache:
         """Logits of the next byte, ``(B, V)``."""
         if self.length == 0:
             return self.model.empty_logits(self.batch_size)[:, 0]
-        return self.model.to_logits(self.stages[-1].output)
+        output = self.stages[-1].output
+        if computes_natively(output.dtype) and is_plain(self.model.to_logits):
+            return torch.ops.mblm.packed_linear(output, self.packed_logits)
+        return self.model.to_logits(output)
 
     def fork(self) -> "HierarchyCache":
         """An independent copy; what never changes is shared."""

@@ -45,14 +45,15 @@ def steps(cache: StageCache, x: torch.Tensor) -> torch.Tensor:
     rows=st.integers(1, 3),
     weights=st.sampled_from(WEIGHT_TYPES),
     threads=st.integers(1, 3),
+    width=st.sampled_from([40, 360]),
 )
 @torch.inference_mode()
 def test_a_piece_has_the_bits_of_its_steps(
-    stage: str, pieces: list[int], rows: int, weights: str, threads: int
+    stage: str, pieces: list[int], rows: int, weights: str, threads: int, width: int
 ) -> None:
     torch.manual_seed(0)
-    m = wide(stage)
-    x = torch.randn(rows, sum(pieces), 40)
+    m = wide(stage, width=width)
+    x = torch.randn(rows, sum(pieces), width)
     one, other = (allocate_cache(m.stage_models[0], rows, None, weights) for _ in range(2))
     expected = steps(one, x)
     before = torch.get_num_threads()
