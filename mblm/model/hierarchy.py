@@ -232,15 +232,19 @@ class Hierarchy(nn.Module):
             return self.local_table, padded_ids
         patch_size = self.patch_sizes[0]
         rows = padded_ids.reshape(-1, patch_size)
-        size = max(1, _BYTES_PER_TILE_POSITION * tile // patch_size)
+        layer = self.parts_of_patches(0)[2]
+        # A tile reads the layer's weight, which is large where patches are: a few patches at least.
+        # Their embeddings take 1/32 of its memory.
+        fewest = max(1, self.hidden_dims[0] // 32)
+        size = max(fewest, _BYTES_PER_TILE_POSITION * tile // patch_size)
+        sums = GradientSums(self.token_embs_rev[-1].parameters())
 
         def embed(ids: torch.Tensor) -> torch.Tensor:
-            return self.embed_patches(0, ids, 1).squeeze(1)
+            return self.embed_patches(0, ids, 1, functools.partial(sums.linear, layer)).squeeze(1)
 
         if gradients_are_watched(self):
             embedded = map_over_tiles(embed, size, rows)
         else:
-            sums = GradientSums(list(self.token_embs_rev[-1].parameters()))
             embedded = map_with_sums(embed, size, rows, sums)
         return embedded.unflatten(0, (len(padded_ids), -1)), None
 
