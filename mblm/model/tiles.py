@@ -19,7 +19,7 @@ Rows = tuple[Tensor | None, ...]
 
 # Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
 # `torch.compiler.disable`, it imports the compiler, but no sooner than it is called.
-_not_compiled: Any = torch._disable_dynamo
+not_compiled: Any = torch._disable_dynamo
 
 
 class GradientSums:
@@ -184,7 +184,7 @@ def sum_over_tiles(
     return _sum(function, size, rows, others, sums, recompute)
 
 
-@_not_compiled
+@not_compiled
 def _sum(
     function: Callable[..., SumAndCount],
     size: int,
@@ -312,28 +312,40 @@ class _MapWithSums(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        function, size, sums, autocast = ctx.computation
         (rows,) = ctx.saved_tensors
-        with sums.adding():
-            for tile, of_tile in zip(rows.split(size), grad.split(size), strict=True):
-                with torch.enable_grad(), autocast():
-                    out = function(tile)
-                sums.add_gradients(out, of_tile)
-            gradients = sums.sums()
-        of_parameters = (
-            None if gradient is None else gradient.to(parameter.dtype)
-            for gradient, parameter in zip(gradients, sums.parameters, strict=True)
-        )
-        return None, None, None, None, *of_parameters
+        function, size, sums, autocast = ctx.computation
+        gradients = gradients_of_map(function, size, rows, sums, grad, autocast)
+        return None, None, None, None, *gradients
 
 
-@_not_compiled
+def gradients_of_map(
+    function: Callable[[Tensor], Tensor],
+    size: int,
+    rows: Tensor,
+    sums: GradientSums,
+    grad: Tensor,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> list[Tensor | None]:
+    """The parameters' gradients of `map_with_sums`, given that of its result."""
+    with sums.adding():
+        for tile, of_tile in zip(rows.split(size), grad.split(size), strict=True):
+            with torch.enable_grad(), autocast():
+                out = function(tile)
+            sums.add_gradients(out, of_tile)
+        gradients = sums.sums()
+    return [
+        None if gradient is None else gradient.to(parameter.dtype)
+        for gradient, parameter in zip(gradients, sums.parameters, strict=True)
+    ]
+
+
+@not_compiled
 def _map_with_sums(*arguments: Any) -> Tensor:
     out: Tensor = _MapWithSums.apply(*arguments)
     return out
 
 
-@_not_compiled
+@not_compiled
 def _recomputed_map(function: Callable[..., Tensor], size: int, rows: Rows) -> Tensor:
     parts = [checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, *rows)]
     return torch.cat(parts)
