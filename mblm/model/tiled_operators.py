@@ -98,6 +98,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 def _as_outside(device_type: str, autocast: torch.dtype | None, gradients: bool) -> Iterator[None]:
     """Record gradients, if asked to, under the autocast given, within an operator."""
     with contextlib.ExitStack() as stack:
+        # PyTorch runs an operator's kernel with these left out.
         for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
             key = getattr(torch._C.DispatchKey, name)
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))

@@ -53,8 +53,8 @@ class GradientSums:
     ) -> tuple[Tensor | None, ...]:
         """Run a backward pass from ``out`` and add what reaches the parameters.
 
-        A gradient is added as soon as it is known, so that of no two parameters there is one beside
-        the sums.
+        A parameter's gradient is added as soon as it is known and let go: beside the sums there is
+        one at a time.
 
         Args:
             out: What a tile gives.
