@@ -180,7 +180,8 @@ def sum_over_tiles(
         ValueError: ``function`` uses a tensor that needs a gradient and is no known parameter.
     """
     if not torch.is_grad_enabled() or not (rows.requires_grad or sums.parameters):
-        return _add(function(*tile) for tile in _tiles(size, rows, *others))
+        tiles = _tiles(size, rows, *others)
+        return _add_detached((function(*tile) for tile in tiles), -(-len(rows) // size))
     return _sum(function, size, rows, others, sums, recompute)
 
 
@@ -218,25 +219,27 @@ class _SumWithGradients(torch.autograd.Function):
         *parameters: Tensor,
     ) -> SumAndCount:
         of_rows = torch.zeros_like(rows) if rows.requires_grad else None
-        results = []
-        for first in range(0, len(rows), size):
-            tile = slice(first, first + size)
-            with torch.enable_grad():
-                leaf = rows[tile].detach().requires_grad_(of_rows is not None)
-                total, count = function(leaf, *_cut(tile, others))
-            results.append((total.detach(), count))
-            if not total.requires_grad:
-                continue
-            inputs = [] if of_rows is None else [leaf]
-            if first == 0:
-                _check_leaves(total, [*sums.parameters, *inputs])
-            with _without_autocast(rows.device.type):
-                of_tile = sums.add_gradients(total, inputs=inputs)
-            if of_rows is not None and of_tile[0] is not None:
-                of_rows[tile] = of_tile[0]
+
+        def results() -> Iterator[SumAndCount]:
+            for first in range(0, len(rows), size):
+                tile = slice(first, first + size)
+                with torch.enable_grad():
+                    leaf = rows[tile].detach().requires_grad_(of_rows is not None)
+                    total, count = function(leaf, *_cut(tile, others))
+                yield total.detach(), count
+                if not total.requires_grad:
+                    continue
+                inputs = [] if of_rows is None else [leaf]
+                if first == 0:
+                    _check_leaves(total, [*sums.parameters, *inputs])
+                with _without_autocast(rows.device.type):
+                    of_tile = sums.add_gradients(total, inputs=inputs)
+                if of_rows is not None and of_tile[0] is not None:
+                    of_rows[tile] = of_tile[0]
+
+        total, count = _add_detached(results(), -(-len(rows) // size))
         ctx.gradients = [of_rows, *(sums.sums() if parameters else ())]
         ctx.dtypes = [tensor.dtype for tensor in (rows, *parameters)]
-        total, count = _add(results)
         ctx.mark_non_differentiable(count)
         return total, count
 
@@ -368,6 +371,20 @@ def _add(results: Any) -> SumAndCount:
     # All at once: one after the other would lose the digits that a long sum has no room for.
     totals, counts = zip(*results, strict=True)
     return torch.stack(totals).sum(), torch.stack(counts).sum()
+
+
+def _add_detached(results: Iterable[SumAndCount], length: int) -> SumAndCount:
+    """`_add` of so many results without gradients.
+
+    Nothing small of a tile outlives it, or malloc puts that between the large blocks that are freed
+    around it, and the next tile's do not fit there: memory would grow with every tile.
+    """
+    totals, counts = torch.empty(0), torch.empty(0)
+    for index, (total, count) in enumerate(results):
+        if index == 0:
+            totals, counts = total.new_empty(length), count.new_empty(length)
+        totals[index], counts[index] = total, count
+    return totals.sum(), counts.sum()
 
 
 def _autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
