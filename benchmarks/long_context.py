@@ -1,22 +1,34 @@
-"""Training steps on long sequences: time and peak memory, in tiles, without, and the reference's.
+"""Long sequences: time and peak memory of steps in tiles, without, of the reference's; evaluation.
 
 The published 3D shape, 9 / 8 / 8 layers of reduced width, CPU, float32. A step is forward,
 backward and Adam's update, in a process of its own that has taken a step on one patch before. Peak
 memory is the process's largest resident set, less what it was after the imports. What a sequence
-costs, per byte of it, is the peak less what no sequence changes: what was resident before the step
-(libraries, weights, Adam's two moments) and the gradients.
+costs, per byte of it, is told in two ways: the peak less what no sequence changes (what was
+resident before the step, which is libraries, weights and Adam's two moments, and the gradients);
+and the slope, the difference of two peaks over the difference of the lengths, where one of them is
+a quarter of the other.
+
+With `--mapped`, glibc maps every block of 128 KiB or more and gives it back when it is freed. By
+default it raises that limit to 32 MiB as such blocks are freed, and what it then takes from its
+heap stays resident: the largest resident set tells more of malloc than of the tensors.
 
     python benchmarks/long_context.py memory         # against the reference, 131,072 bytes
     python benchmarks/long_context.py shape          # the same with seq_lens [.., 200, 25]
     python benchmarks/long_context.py time           # tiles against none, and the reference
     python benchmarks/long_context.py curve          # 64 KiB to 5 MB, Mamba-2 on top, draws docs/
     python benchmarks/long_context.py longest --bytes 5_000_000   # one step, Mamba-2 on top
+    python benchmarks/long_context.py longest --bytes 5_000_000 --top transformer
+    python benchmarks/long_context.py eval --bytes 10_000_000 --width 64   # `mblm eval` of a file
 
 Each part adds its figures to the file given by `--json`.
 """
 
+import contextlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -49,7 +61,7 @@ def build(job: dict[str, Any]) -> Any:
             num_tokens=257,
             pad_token_id=256,
             hidden_dims=[width] * 3,
-            num_layers=LAYERS,
+            num_layers=job["layers"],
             seq_lens=[max(8192, -(-job["bytes"] // (middle * local))), middle, local],
             block=[top, transformer, transformer],
             **job["settings"],
@@ -99,9 +111,53 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def memory_mib(name: str) -> float:
-    """This process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def evaluate_file(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and peak memory in MiB of one `mblm eval`, the interpreter and libraries included."""
+    threads = str(job["threads"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build({**job, "bytes": job["window"]}).save_pretrained(folder / "model")
+        with (folder / "bytes").open("wb") as file:
+            for first in range(0, job["bytes"], 2**20):
+                file.write(os.urandom(min(2**20, job["bytes"] - first)))
+        window = ["--length", str(job["window"]), "--batch-size", "1", "--json"]
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mblm", "eval", folder / "model", folder / "bytes", *window],
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        pid, peak = 0, 0.0
+        while (
+            not pid
+        ):  # the usage's largest resident set would be this process's where it is larger
+            time.sleep(0.1)
+            with contextlib.suppress(OSError, StopIteration):
+                peak = memory_mib("VmHWM", process.pid)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        scores = json.loads(process.stdout.read())
+        process.returncode = os.waitstatus_to_exitcode(status)
+    result = {
+        **{key: job[key] for key in ("threads", "width", "layers", "bytes", "window")},
+        "wall_s": time.perf_counter() - begin,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_mib": peak,
+        "bits_per_byte": scores["bits_per_byte"],
+    }
+    print(
+        f"mblm eval: {job['bytes']:,} bytes in windows of {job['window']:,}, "
+        f"{result['wall_s']:.0f} s ({result['cpu_s'] / job['bytes'] * 1e6:.0f} us of CPU a byte), "
+        f"peak {result['peak_mib']:.0f} MiB, {result['bits_per_byte']:.4f} bits per byte",
+        flush=True,
+    )
+    return result
+
+
+def memory_mib(name: str, process: int | str = "self") -> float:
+    """A process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
@@ -127,6 +183,7 @@ class Runs:
         return {
             "threads": self.arguments.threads,
             "width": self.arguments.width,
+            "layers": self.arguments.layers,
             "bytes": self.arguments.bytes,
             "steps": self.arguments.runs,
             "inner": inner,
@@ -147,15 +204,38 @@ class Runs:
         return show(f"reference {chunks}", run_worker(python, __file__, job))
 
     def memory(self, inner: list[int]) -> dict[str, Any]:
-        ours = self.ours("in tiles", self.tiled("transformer", inner))
-        theirs = self.reference(inner)
+        """Of the sequence and of a quarter of it."""
+        whole = self.arguments.bytes
+        results: dict[str, Any] = {}
+        for self.arguments.bytes in (whole // 4, whole):
+            ours = self.ours("in tiles", self.tiled("transformer", inner))
+            theirs = self.reference(inner)
+            results[f"{self.arguments.bytes} bytes"] = {"in tiles": ours, "reference": theirs}
+        first = results[f"{whole // 4} bytes"]
+        slope = {
+            name: (result["peak_mib"] - first[name]["peak_mib"]) * 1024 / (whole - whole // 4)
+            for name, result in (("in tiles", ours), ("reference", theirs))
+        }
         key = "sequence_kib_per_byte"
         print(
             f"the sequence takes 1/{theirs[key] / ours[key]:.1f} of the reference's memory, all "
-            f"that the step takes 1/{theirs['peak_mib'] / ours['peak_mib']:.1f}; "
+            f"that the step takes 1/{theirs['peak_mib'] / ours['peak_mib']:.1f}; one more byte "
+            f"{slope['in tiles']:.3f} KiB against {slope['reference']:.2f}; "
             f"{sum(ours['cpu_s']) / sum(theirs['cpu_s']):.2f} of its CPU time"
         )
-        return {"in tiles": ours, "reference": theirs}
+        return {**results, "slope_kib_per_byte": slope}
+
+    def longest(self) -> dict[str, Any]:
+        return self.ours("in tiles", self.tiled(self.arguments.top, [16, 8]))
+
+    def evaluation(self) -> list[dict[str, Any]]:
+        """`mblm eval` of files of random bytes, in windows of the context and in one window."""
+        context, results = 2**20, []
+        for count in sorted({self.arguments.bytes // 10, self.arguments.bytes}):
+            for window in sorted({context, max(context, count)}):
+                job = {**self.job("mamba2", [16, 8]), "bytes": count, "window": window}
+                results.append(evaluate_file(job))
+        return results
 
     def time(self) -> dict[str, Any]:
         inner = [16, 8]
@@ -214,16 +294,29 @@ def plot(points: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     options = parser(__doc__)
-    parts = ["memory", "shape", "time", "curve", "longest"]
+    parts = ["memory", "shape", "time", "curve", "longest", "eval"]
     options.add_argument("part", nargs="?", choices=parts, default="memory")
     options.add_argument("--bytes", type=int, default=131_072, help="bytes of a sequence")
     options.add_argument("--width", type=int, default=256, help="width of all stages")
+    options.add_argument(
+        "--layers", type=int, nargs=3, default=LAYERS, help="layers of the three stages"
+    )
+    options.add_argument(
+        "--top", choices=["mamba2", "transformer"], default="mamba2", help="stage 1 of `longest`"
+    )
     options.add_argument("--tile", type=int, default=512, help="positions of a tile")
     options.add_argument(
         "--chunks", type=int, nargs=2, default=[10, 20], help="the reference's checkpoint chunks"
     )
+    options.add_argument(
+        "--mapped",
+        action="store_true",
+        help="have glibc map large blocks, not take them from heaps",
+    )
     options.set_defaults(runs=1)
     arguments = options.parse_args()
+    if arguments.mapped:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # of the processes started from here
     if arguments.worker:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
@@ -237,11 +330,17 @@ def main() -> None:
         "shape": lambda: runs.memory([200, 25]),
         "time": runs.time,
         "curve": runs.curve,
-        "longest": lambda: runs.ours("in tiles", runs.tiled("mamba2", [16, 8])),
+        "longest": runs.longest,
+        "eval": runs.evaluation,
     }[arguments.part]()
     if arguments.part == "curve":
         PLOT.write_text(plot(results))
-    figures[arguments.part] = {"machine": machine_line(arguments.threads), "results": results}
+    part = arguments.part
+    if part == "longest":
+        part = f"longest, {arguments.top}"
+    if arguments.mapped:
+        part = f"{part}, mapped"
+    figures[part] = {"machine": machine_line(arguments.threads), "results": results}
     write_json(arguments.json, figures)
 
 

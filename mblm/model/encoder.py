@@ -11,6 +11,7 @@ from mblm.model.config import MaskReduceStrat, MBLMEncoderModelConfig, MBLMRetur
 from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy
 from mblm.model.pretrained import PretrainedMixin
+from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import TiledPass
 from mblm.utils.checks import check_token_ids
 
@@ -130,13 +131,18 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         """`forward` of checked ids; ``mask``, ``targets`` and ``weights`` are flat."""
         ids = nested_ids.flatten(1)
         padded, mask = self._pad(ids, self.pad_token_id), self._pad(mask, False)
-        tiles = TiledPass(self, tile, _IGNORED_LABEL)
         attended = self._attend_global(padded, mask, tile)
         if targets is not None:
             targets = self._pad(targets, _IGNORED_LABEL)
             weights = None if weights is None else self._pad(weights, 0)
             if return_type == MBLMReturnType.LOSS:
-                return self.mean_loss(*tiles.loss(attended, padded, targets, mask, weights))
+                return self.mean_loss(
+                    *loss_in_tiles(
+                        self, tile, _IGNORED_LABEL, attended, padded, targets, mask, weights
+                    )
+                )
+
+        tiles = TiledPass(self, tile, _IGNORED_LABEL)
 
         def head(local: torch.Tensor) -> torch.Tensor:
             return local if return_type == MBLMReturnType.HIDDEN_STATE else self.to_logits(local)

@@ -41,7 +41,7 @@ def _gather_for_segments(model: nn.Module) -> None:
 def saved_on_host() -> contextlib.AbstractContextManager[Any]:
     """Keep what is saved for the backward pass in the host's memory; weights stay where they are.
 
-    On a GPU, the copies are pinned and made beside the computation.
+    On a GPU, the copies are in pinned memory, and the host does not wait for them.
     """
 
     def pack(tensor: Tensor) -> Any:

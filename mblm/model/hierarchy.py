@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mblm.model import tiled_operators
 from mblm.model.checks import check_embeddings, check_hierarchy_shape
 from mblm.model.config import MBLMModelConfig
 from mblm.model.embeddings import build_token_embeddings, migrate_embedding_keys
@@ -38,6 +39,7 @@ class Hierarchy(nn.Module):
         config: The configuration the hierarchy was built from.
         seq_lens: P_1 .. P_N.
         patch_sizes: R_1 .. R_N, the bytes that one position of a stage covers; R_N is 1.
+        number: What operators that take no models find this one by.
     """
 
     def __init__(self, config: MBLMModelConfig, *, start_tokens: bool) -> None:
@@ -80,6 +82,11 @@ class Hierarchy(nn.Module):
             self.to_next_stage_proj.append(projection)
         self.to_logits = Linear(self.hidden_dims[-1], config.num_tokens)
         self.register_load_state_dict_pre_hook(_migrate_before_load)
+        self.number = tiled_operators.number_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = tiled_operators.number_of(self)  # copies have one of their own
 
     # -- What the stages are made of -------------------------------------------------------------
 
@@ -230,19 +237,33 @@ class Hierarchy(nn.Module):
         """
         if self.num_stages == 1:
             return self.local_table, padded_ids
-        patch_size = self.patch_sizes[0]
-        rows = padded_ids.reshape(-1, patch_size)
-        size = max(1, _BYTES_PER_TILE_POSITION * tile // patch_size)
-
-        def embed(ids: torch.Tensor) -> torch.Tensor:
-            return self.embed_patches(0, ids, 1).squeeze(1)
-
+        if tiled_operators.suit(self):
+            return tiled_operators.global_tokens(self, padded_ids, tile), None
+        embed, size, rows, sums = self.global_embedding(padded_ids, tile)
         if gradients_are_watched(self):
             embedded = map_over_tiles(embed, size, rows)
         else:
-            sums = GradientSums(list(self.token_embs_rev[-1].parameters()))
             embedded = map_with_sums(embed, size, rows, sums)
         return embedded.unflatten(0, (len(padded_ids), -1)), None
+
+    def global_embedding(
+        self, padded_ids: torch.Tensor, tile: int
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], int, torch.Tensor, GradientSums]:
+        """What `map_with_sums` takes to embed patches of stage 1, ids ``(B, S * R_1)``.
+
+        It maps rows of ids ``(B * S, R_1)`` to ``(B * S, D_1)``.
+        """
+        patch_size, layer = self.patch_sizes[0], self.parts_of_patches(0)[2]
+        # A tile reads the layer's weight, which is large where patches are: a few patches at least.
+        # Their embeddings take 1/32 of its memory.
+        fewest = max(1, self.hidden_dims[0] // 32)
+        size = max(fewest, _BYTES_PER_TILE_POSITION * tile // patch_size)
+        sums = GradientSums(list(self.token_embs_rev[-1].parameters()))
+
+        def embed(ids: torch.Tensor) -> torch.Tensor:
+            return self.embed_patches(0, ids, 1, functools.partial(sums.linear, layer)).squeeze(1)
+
+        return embed, size, padded_ids.reshape(-1, patch_size), sums
 
     def _tile_tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
         """Token embeddings of rows of a stage, ids ``(rows, P_n * R_n)``."""

@@ -13,6 +13,7 @@ from mblm.model.encoder import MBLMEncoder
 from mblm.model.hierarchy import Hierarchy, Projection, StageTokens
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
 from mblm.model.pretrained import PretrainedMixin
+from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import INFERENCE_TILE, TiledPass
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
@@ -217,11 +218,11 @@ class MBLM(Hierarchy, PretrainedMixin):
         self, tile: int, ids: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`loss_sum` of checked ids and weights ``(B, L)``."""
-        tiles = TiledPass(self, tile, self.pad_token_id)
         padded = self._pad(ids, self.pad_token_id)
         targets, later_weights = self._shift(ids, weights)
-        total, count = tiles.loss(
-            self._attend_global(padded, tiles.tile), padded, targets, weights=later_weights
+        attended = self._attend_global(padded, tile)
+        total, count = loss_in_tiles(
+            self, tile, self.pad_token_id, attended, padded, targets, weights=later_weights
         )
         first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
         return first_total + total, first_count + count

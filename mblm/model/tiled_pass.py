@@ -35,7 +35,7 @@ class TiledPass:
         self.tile = tile
         self.ignored_id = ignored_id
         self.local = model.num_stages - 1
-        self._gradients = GradientSums(_parameters_below_global(model))
+        self._gradients = GradientSums(parameters_below_global(model))
         self._recompute = gradients_are_watched(model)
 
     def loss(
@@ -130,7 +130,7 @@ class TiledPass:
         return None if per_byte is None else per_byte.reshape(-1, self.model.patch_sizes[stage])
 
 
-def _parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
+def parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
     """The parameters that what hangs on a position of the most global stage is computed with."""
     modules: list[nn.Module] = [
         *model.to_next_stage_proj,

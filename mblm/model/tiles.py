@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mblm.model.linear import Linear
 
 # What a tile adds to a loss: the sum of its entries and how many of them are not zero.
 SumAndCount = tuple[Tensor, Tensor]
@@ -17,7 +19,7 @@ Rows = tuple[Tensor | None, ...]
 
 # Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
 # `torch.compiler.disable`, it imports the compiler, but no sooner than it is called.
-_not_compiled: Any = torch._disable_dynamo
+not_compiled: Any = torch._disable_dynamo
 
 
 class GradientSums:
@@ -46,16 +48,101 @@ class GradientSums:
             self.is_adding = False
             self._sums = []
 
-    def add(self, gradients: Iterable[Tensor | None]) -> None:
-        """Add gradients of all parameters, None for 0."""
-        for index, gradient in enumerate(gradients):
-            if gradient is not None:
-                self._sums[index] += gradient
-                self._used[index] = True
+    def add_gradients(
+        self, out: Tensor, of_out: Tensor | None = None, inputs: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, ...]:
+        """Run a backward pass from ``out`` and add what reaches the parameters.
+
+        A parameter's gradient is added as soon as it is known and let go: beside the sums there is
+        one at a time.
+
+        Args:
+            out: What a tile gives.
+            of_out: The gradient of ``out``, of its shape. Default: 1, of a scalar.
+            inputs: Leaves that are no parameters.
+
+        Returns:
+            The gradients of ``inputs``, None for one that ``out`` does not depend on.
+        """
+        hooks = [
+            parameter.register_hook(functools.partial(self._take, index))
+            for index, parameter in enumerate(self.parameters)
+        ]
+        try:
+            leaves = [*self.parameters, *inputs]
+            gradients = torch.autograd.grad(out, leaves, of_out, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return gradients[len(self.parameters) :]
+
+    def _take(self, index: int, gradient: Tensor | None) -> Tensor | None:
+        """Add a parameter's gradient and leave one without memory in its place."""
+        if gradient is None:
+            return None
+        self._sums[index] += gradient
+        self._used[index] = True
+        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """``layer(x)``; while sums are being added, the layer's gradients are not made first.
+
+        This suits a layer whose weight is large beside ``x``. A layer of another type than
+        `Linear`, or whose weights are computed from others, is called as it is.
+        """
+        out: Tensor
+        weights = [w for w in (layer.weight, layer.bias) if w is not None and w.requires_grad]
+        if (
+            self.is_adding
+            and torch.is_grad_enabled()
+            and type(layer) is Linear
+            and all(self._index(weight) is not None for weight in weights)
+        ):
+            out = _LinearIntoSums.apply(x, layer.weight, layer.bias, self)
+        else:
+            out = layer(x)
+        return out
+
+    def sum_for(self, parameter: Tensor | None) -> Tensor | None:
+        """The sum that a parameter's gradient is added to, None where it gets none."""
+        index = self._index(parameter)
+        if index is None:
+            return None
+        self._used[index] = True
+        return self._sums[index]
+
+    def _index(self, parameter: Tensor | None) -> int | None:
+        return next((n for n, known in enumerate(self.parameters) if known is parameter), None)
 
     def sums(self) -> list[Tensor | None]:
         """The sums, None for a parameter that none was added for."""
         return [s if used else None for s, used in zip(self._sums, self._used, strict=True)]
+
+
+class _LinearIntoSums(torch.autograd.Function):
+    """A linear layer that adds the gradients of weight and bias to their sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: GradientSums
+    ) -> Tensor:
+        ctx.sums, ctx.weight, ctx.bias = sums, weight, bias
+        ctx.save_for_backward(x)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors  # (.., K); the weight is (N, K)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (grad @ ctx.weight.to(grad.dtype)).to(x.dtype)
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        if (of_weight := ctx.sums.sum_for(ctx.weight)) is not None:
+            of_weight.addmm_(grad.to(of_weight.dtype).T, x.to(of_weight.dtype))
+        if (of_bias := ctx.sums.sum_for(ctx.bias)) is not None:
+            of_bias += grad.sum(0, dtype=of_bias.dtype)
+        return of_x, None, None, None
 
 
 def sum_over_tiles(
@@ -93,11 +180,12 @@ def sum_over_tiles(
         ValueError: ``function`` uses a tensor that needs a gradient and is no known parameter.
     """
     if not torch.is_grad_enabled() or not (rows.requires_grad or sums.parameters):
-        return _add(function(*tile) for tile in _tiles(size, rows, *others))
+        tiles = _tiles(size, rows, *others)
+        return _add_detached((function(*tile) for tile in tiles), -(-len(rows) // size))
     return _sum(function, size, rows, others, sums, recompute)
 
 
-@_not_compiled
+@not_compiled
 def _sum(
     function: Callable[..., SumAndCount],
     size: int,
@@ -131,26 +219,27 @@ class _SumWithGradients(torch.autograd.Function):
         *parameters: Tensor,
     ) -> SumAndCount:
         of_rows = torch.zeros_like(rows) if rows.requires_grad else None
-        results = []
-        for first in range(0, len(rows), size):
-            tile = slice(first, first + size)
-            with torch.enable_grad():
-                leaf = rows[tile].detach().requires_grad_(of_rows is not None)
-                total, count = function(leaf, *_cut(tile, others))
-            results.append((total.detach(), count))
-            if not total.requires_grad:
-                continue
-            inputs = sums.parameters if of_rows is None else [*sums.parameters, leaf]
-            if first == 0:
-                _check_leaves(total, inputs)
-            with _without_autocast(rows.device.type):
-                gradients = [*torch.autograd.grad(total, inputs, allow_unused=True)]
-            if of_rows is not None and (of_tile := gradients.pop()) is not None:
-                of_rows[tile] = of_tile
-            sums.add(gradients)
+
+        def results() -> Iterator[SumAndCount]:
+            for first in range(0, len(rows), size):
+                tile = slice(first, first + size)
+                with torch.enable_grad():
+                    leaf = rows[tile].detach().requires_grad_(of_rows is not None)
+                    total, count = function(leaf, *_cut(tile, others))
+                yield total.detach(), count
+                if not total.requires_grad:
+                    continue
+                inputs = [] if of_rows is None else [leaf]
+                if first == 0:
+                    _check_leaves(total, [*sums.parameters, *inputs])
+                with _without_autocast(rows.device.type):
+                    of_tile = sums.add_gradients(total, inputs=inputs)
+                if of_rows is not None and of_tile[0] is not None:
+                    of_rows[tile] = of_tile[0]
+
+        total, count = _add_detached(results(), -(-len(rows) // size))
         ctx.gradients = [of_rows, *(sums.sums() if parameters else ())]
         ctx.dtypes = [tensor.dtype for tensor in (rows, *parameters)]
-        total, count = _add(results)
         ctx.mark_non_differentiable(count)
         return total, count
 
@@ -226,28 +315,40 @@ class _MapWithSums(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        function, size, sums, autocast = ctx.computation
         (rows,) = ctx.saved_tensors
-        with sums.adding():
-            for tile, of_tile in zip(rows.split(size), grad.split(size), strict=True):
-                with torch.enable_grad(), autocast():
-                    out = function(tile)
-                sums.add(torch.autograd.grad(out, sums.parameters, of_tile, allow_unused=True))
-            gradients = sums.sums()
-        of_parameters = (
-            None if gradient is None else gradient.to(parameter.dtype)
-            for gradient, parameter in zip(gradients, sums.parameters, strict=True)
-        )
-        return None, None, None, None, *of_parameters
+        function, size, sums, autocast = ctx.computation
+        gradients = gradients_of_map(function, size, rows, sums, grad, autocast)
+        return None, None, None, None, *gradients
 
 
-@_not_compiled
+def gradients_of_map(
+    function: Callable[[Tensor], Tensor],
+    size: int,
+    rows: Tensor,
+    sums: GradientSums,
+    grad: Tensor,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> list[Tensor | None]:
+    """The parameters' gradients of `map_with_sums`, given that of its result."""
+    with sums.adding():
+        for tile, of_tile in zip(rows.split(size), grad.split(size), strict=True):
+            with torch.enable_grad(), autocast():
+                out = function(tile)
+            sums.add_gradients(out, of_tile)
+        gradients = sums.sums()
+    return [
+        None if gradient is None else gradient.to(parameter.dtype)
+        for gradient, parameter in zip(gradients, sums.parameters, strict=True)
+    ]
+
+
+@not_compiled
 def _map_with_sums(*arguments: Any) -> Tensor:
     out: Tensor = _MapWithSums.apply(*arguments)
     return out
 
 
-@_not_compiled
+@not_compiled
 def _recomputed_map(function: Callable[..., Tensor], size: int, rows: Rows) -> Tensor:
     parts = [checkpoint(function, *tile, use_reentrant=False) for tile in _tiles(size, *rows)]
     return torch.cat(parts)
@@ -270,6 +371,20 @@ def _add(results: Any) -> SumAndCount:
     # All at once: one after the other would lose the digits that a long sum has no room for.
     totals, counts = zip(*results, strict=True)
     return torch.stack(totals).sum(), torch.stack(counts).sum()
+
+
+def _add_detached(results: Iterable[SumAndCount], length: int) -> SumAndCount:
+    """`_add` of so many results without gradients.
+
+    Nothing small of a tile outlives it, or malloc puts that between the large blocks that are freed
+    around it, and the next tile's do not fit there: memory would grow with every tile.
+    """
+    totals, counts = torch.empty(0), torch.empty(0)
+    for index, (total, count) in enumerate(results):
+        if index == 0:
+            totals, counts = total.new_empty(length), count.new_empty(length)
+        totals[index], counts[index] = total, count
+    return totals.sum(), counts.sum()
 
 
 def _autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -1,5 +1,6 @@
 """The most global stage recomputed piece by piece, and activations kept in the host's memory."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -71,3 +72,26 @@ def test_an_empty_tensor_can_be_kept() -> None:
     with saved_on_host():
         out = x.exp()
     assert torch.autograd.grad(out.sum(), x)[0].shape == (0, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["transformer", "mamba2"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_offloaded_from_a_gpu(name: str, recomputed: bool) -> None:
+    """The same gradients, and between the passes little of the GPU's memory."""
+    stage = BLOCKS[name].to_model(64, 6).cuda().train()
+    x = torch.randn(1, 4096, 64, device="cuda", requires_grad=True)
+    held, results = [], []
+    for offload in (False, True):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with saved_on_host() if offload else contextlib.nullcontext():
+            out = run_recomputed(stage, x, segment=256) if recomputed else stage(x)
+            loss = out.square().sum()
+        del out
+        held.append(torch.cuda.memory_allocated() - before)
+        results.append(torch.autograd.grad(loss, [x, *stage.parameters()]))
+        del loss
+    assert held[1] < 0.5 * held[0]
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)

@@ -34,7 +34,7 @@ PAD = 18  # of the models below, whose vocabulary is 19
 Model = MBLM | MBLMEncoder
 
 
-def tiled(m: Model, tile: int = 4, **fields: Any) -> Any:
+def tiled(m: Model, tile: int | None = 4, **fields: Any) -> Any:
     """A copy of a model that computes in tiles."""
     m = copy.deepcopy(m)
     m.config = m.config.model_copy(update={"tile": tile, **fields})
@@ -413,6 +413,41 @@ class TestMemory:
         other = tiled(three, offload=True)
         ids = draw_ids(2, 50)
         assert_same_gradients(three, other, [three(ids), other(ids)], rtol=0, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """Tiles, recomputation and the host's memory: the gradients of a plain pass, in less memory."""
+    torch.manual_seed(0)
+    upper = mamba("mamba2", d_state=16, headdim=16)
+    local = transformer(attn_head_dims=16, attn_num_heads=4)
+    plain = model(
+        upper, local, local, seq_lens=[64, 16, 8], hidden_dims=[64] * 3, num_layers=[2] * 3
+    )
+    plain = plain.cuda().train()
+    ids = draw_ids(1, 64 * 128).cuda()
+    wanted = gradients(plain, plain(ids))
+    peaks = {}
+    for name, fields in {
+        "whole": {},
+        "tiles": {"tile": 256},
+        "all": {"tile": 256, "checkpoint_global": True, "offload": True},
+    }.items():
+        m = tiled(plain, **{"tile": None, **fields})
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            loss = m(ids)
+        actual = gradients(m, loss)
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+        for key, gradient in wanted.items():
+            if gradient is not None and gradient.any():
+                error = (actual[key] - gradient).norm() / gradient.norm()
+                assert error < (1e-3 if dtype == torch.float32 else 0.1), f"{name}, {key}: {error}"
+    assert peaks["tiles"] < 0.3 * peaks["whole"] and peaks["all"] <= peaks["tiles"]
 
 
 def test_without_a_tile_a_training_step_is_what_it_was(three: MBLM) -> None:

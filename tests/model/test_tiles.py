@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mblm.model.linear import Linear
 from mblm.model.tiles import GradientSums, map_over_tiles, map_with_sums, sum_over_tiles
+from tests.model.peak_memory import peak_bytes
 
 SIZES = [1, 2, 3, 6, 7, 100]
 
@@ -175,6 +177,78 @@ class TestMapWithSums:
         out.float().square().sum().backward()
         assert dtypes == [torch.bfloat16] * 4
         assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+
+
+class TestLinearIntoSums:
+    """A layer's gradients are added to the sums where they are computed."""
+
+    @pytest.mark.parametrize("frozen", ["nothing", "weight", "bias", "input"])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_gradients_are_those_of_the_layer(self, bias: bool, frozen: str) -> None:
+        embed, layer = nn.Embedding(5, 4).double(), Linear(4, 3, bias=bias).double()
+        embed.weight.requires_grad_(frozen != "input")
+        layer.weight.requires_grad_(frozen != "weight")
+        if layer.bias is not None:
+            layer.bias.requires_grad_(frozen != "bias")
+        parameters = [*embed.parameters(), *layer.parameters()]
+        sums, rows = GradientSums(parameters), torch.randint(5, (7, 2))
+        out = map_with_sums(lambda tile: sums.linear(layer, embed(tile)), 3, rows, sums)
+        expected = layer(embed(rows))
+        torch.testing.assert_close(out, expected)
+        trained = [p for p in parameters if p.requires_grad]
+        actual = torch.autograd.grad(out.square().sum(), trained)
+        torch.testing.assert_close(actual, torch.autograd.grad(expected.square().sum(), trained))
+
+    @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+    def test_half_precision(self, how: str) -> None:
+        layer, rows = Linear(16, 8), torch.randn(64, 16)
+        (expected,) = torch.autograd.grad(layer(rows).square().sum(), layer.weight)
+        if how == "bfloat16":
+            layer, rows = layer.bfloat16(), rows.bfloat16()
+        sums = GradientSums(layer.parameters())
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            out = map_with_sums(lambda tile: sums.linear(layer, tile), 5, rows, sums)
+        assert out.dtype == torch.bfloat16
+        (actual,) = torch.autograd.grad(out.float().square().sum(), layer.weight)
+        assert actual.dtype == layer.weight.dtype
+        assert (actual.float() - expected).norm() < 0.02 * expected.norm()
+
+    def test_a_parametrized_layer_is_called_as_it_is(self) -> None:
+        layer, rows = nn.utils.parametrizations.weight_norm(Linear(4, 3).double()), torch.eye(4)
+        weights = [*layer.parameters()]
+        sums = GradientSums(weights)
+        out = map_with_sums(lambda tile: sums.linear(layer, tile), 2, rows.double(), sums)
+        actual = torch.autograd.grad(out.square().sum(), weights)
+        expected = torch.autograd.grad(layer(rows.double()).square().sum(), weights)
+        torch.testing.assert_close(actual, expected)
+
+
+class TestMemoryOfGradients:
+    """In bytes: the sums, and little else."""
+
+    SIZE, LAYERS = 256, 6
+    WEIGHT = 4 * SIZE * SIZE
+
+    def test_of_many_weights(self) -> None:
+        layers = nn.Sequential(*[nn.Linear(self.SIZE, self.SIZE) for _ in range(self.LAYERS)])
+        rows = torch.randn(8, self.SIZE)
+
+        def function(rows: Tensor) -> tuple[Tensor, Tensor]:
+            out = layers(rows)
+            return out.sum(), out.count_nonzero()
+
+        sums = GradientSums(layers.parameters())
+        peak = peak_bytes(lambda: sum_over_tiles(function, 2, rows, (), sums)[0].backward())
+        assert self.LAYERS * self.WEIGHT < peak < (self.LAYERS + 2) * self.WEIGHT
+
+    def test_of_one_large_weight(self) -> None:
+        layer, rows = Linear(self.SIZE, self.SIZE), torch.randn(8, self.SIZE)
+        sums = GradientSums(layer.parameters())
+
+        def step() -> None:
+            map_with_sums(lambda tile: sums.linear(layer, tile), 2, rows, sums).sum().backward()
+
+        assert self.WEIGHT < peak_bytes(step) < 1.5 * self.WEIGHT
 
 
 def test_dropout_is_the_same_when_it_is_computed_again() -> None:
