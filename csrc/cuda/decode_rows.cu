@@ -72,15 +72,15 @@ __global__ void __launch_bounds__(kThreads) embed(ByteEmbedding in) {
     __syncthreads();
     if (position < 0 || position >= place.limit) continue;  // there is no room
     if (threadIdx.x == 0) {
-      const int64_t length = in.history.lengths[row];
-      in.history.ids[row * in.history.size + length % in.history.size] = id;
-      in.history.lengths[row] = length + 1;
+      const int64_t next = in.history.next[row], size = in.history.size;
+      if (next >= 0 && next < size) in.history.ids[row * size + next] = id;
+      in.history.next[row] = next + 1 < size ? next + 1 : 0;
       place.positions[row] = position + 1;
     }
+    const float* const embedding = is_id(id, in.num_tokens) ? in.table + id * place.dim : nullptr;
+    MBLM_UNROLL_TWICE
     for (int64_t i = threadIdx.x; i < place.dim; i += kThreads) {
-      const auto value = [&](int64_t i) {
-        return is_id(id, in.num_tokens) ? in.table[id * place.dim + i] : 0;
-      };
+      const auto value = [&](int64_t i) { return embedding ? embedding[i] : 0; };
       place.x[row * place.dim + i] = placed(place, row, position, i, value);
     }
   }
@@ -91,13 +91,15 @@ __global__ void __launch_bounds__(kThreads) gather(PatchGathering in) {
   float* const shared = shared_memory<float>();
   wait_for_inputs();
   for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
-    const int64_t size = in.history.size;
-    const int64_t first = (in.history.lengths[row] - in.patch_size) % size;
+    const int64_t size = in.history.size, next = in.history.next[row];
+    const int64_t first = (next == 0 ? size : next) - in.patch_size;
     if (first < 0 || first + in.patch_size > size) continue;  // no patch is complete
-    const int64_t* ids = in.history.ids + row * size;
+    const int64_t* ids = in.history.ids + row * size + first;
+    const uint32_t width = uint32_t(in.width);
     const auto value = [&](int64_t i) {
-      const int64_t byte = quotient(i, in.width), id = ids[first + byte];
-      return is_id(id, in.num_tokens) ? in.table[id * in.width + i - byte * in.width] : 0;
+      const uint32_t byte = uint32_t(i) / width;
+      const int64_t id = ids[byte];
+      return is_id(id, in.num_tokens) ? in.table[id * width + i - byte * width] : 0;
     };
     const int64_t count = in.patch_size * in.width;
     const Moments of = moments(count, in.norm.eps, shared, value);

@@ -26,11 +26,11 @@ struct Place {
   float* x = nullptr;               // (rows, dim), out
 };
 
-// The bytes of the last patch of the first stage, and how many there were in all.
+// The bytes of the last patch of the first stage.
 struct History {
   int64_t* ids = nullptr;  // (rows, size), byte n at n % size
   int64_t size = 1;
-  int64_t* lengths = nullptr;  // (rows), bytes so far
+  int64_t* next = nullptr;  // (rows), where the next byte comes to lie
 };
 
 struct ByteEmbedding {

@@ -121,6 +121,10 @@ c10::intrusive_ptr<Hierarchy> hierarchy(const std::vector<c10::intrusive_ptr<Sta
   result->stages = stages;
   result->weights = weights;
   result->parts.resize(stages.size());
+  for (const auto& stage : stages) {
+    TORCH_CHECK_VALUE(!weights.empty() && stage->weights.front().device() == weights[0].device(),
+                      "stages must be on the weights' device");
+  }
   int64_t patch_size = 1;
   for (size_t n = stages.size(); n-- > 0;) {
     TORCH_CHECK_VALUE(seq_lens[n] > 0 && seq_lens[n] <= INT64_MAX / patch_size,
@@ -166,6 +170,7 @@ Hierarchy::run(const std::vector<Tensor>& state, const std::vector<int64_t>& cac
                double temperature, int64_t top_k, double top_p,
                const std::optional<at::Generator>& generator, const std::optional<Tensor>& uniform,
                const std::optional<Tensor>& ends) const {
+  TORCH_CHECK_VALUE(weights.front().device().is_cpu(), "weights must be on the CPU");
   const size_t caches = lengths.size(), count = stages.size();
   TORCH_CHECK_VALUE(caches > 0, "lengths must not be empty");
   check_count("max_tokens", max_tokens.size(), caches);

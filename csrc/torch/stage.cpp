@@ -2,12 +2,16 @@
 // what decodes.
 #include "stage.h"
 
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <type_traits>
 
 #include "common.h"
+#include "cuda/decode_product.h"
+#include "cuda/stage_step.h"
 #include "decoding_team.h"
+#include "device_run.h"
 #include "hierarchy.h"
 #include "stage_state.h"
 
@@ -16,29 +20,67 @@ namespace {
 
 using at::Tensor;
 
-Tensor check_rows(const Tensor& x, int64_t dim) {
+// A copy of x, which must be where the weights are.
+Tensor check_rows(const Tensor& x, int64_t dim, const c10::Device& device) {
   check_type("x", x, at::kFloat);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) == dim,
                     "x must have shape [B >= 1, ", dim, "], got ", x.sizes());
-  TORCH_CHECK_VALUE(x.device().is_cpu(), "x must be on the CPU");
+  TORCH_CHECK_VALUE(x.device() == device, "x must be on ", device, ", got ", x.device());
   Tensor copy = at::empty(x.sizes(), x.options());
   return copy.copy_(x);
+}
+
+// Several caches are stepped one after the other: their rows lie apart.
+template <class Model>
+void step_on_gpu(const Model& model, const typename Model::State& state,
+                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& positions,
+                 Tensor& x) {
+  const c10::DeviceGuard device(x.device());
+  int64_t first = 0;
+  for (size_t cache = 0; cache < sizes.size(); first += sizes[cache++]) {
+    const int64_t rows = sizes[cache];
+    const Tensor at = at::full({rows}, positions[cache], x.options().dtype(at::kLong));
+    Tensor workspace = at::empty({cuda::workspace_size(model, rows)}, x.options());
+    cuda::StageStep step;
+    step.rows = rows;
+    step.positions = at.const_data_ptr<int64_t>();
+    step.limit = positions[cache] + 1;
+    step.x = x.mutable_data_ptr<float>() + first * model.dim;
+    step.workspace = workspace.mutable_data_ptr<float>();
+    launch(x.device(),
+           [&](cuda::Stream stream) { return cuda::step(model, state.rows[first], step, stream); });
+  }
 }
 
 }  // namespace
 
 Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   check_type("x", x, at::kFloat);
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.device().is_cpu(), "x must be on the CPU, and no scalar");
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must be no scalar");
+  TORCH_CHECK_VALUE(!linear.empty() && x.device() == linear[0].device(),
+                    "x must be on the weight's device, got ", x.device());
   Weights list(linear);
   const cpu::Matrix matrix = list.matrix(-1, x.size(-1));
   const Tensor rows = x.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = matrix.outputs;
   Tensor out = at::empty(shape, rows.options());
+  if (matrix.outputs == 0) return out;
+  if constexpr (kCuda) {
+    if (on_gpu(x)) {
+      cuda::Product product;
+      product.rows = out.numel() / matrix.outputs;
+      product.x = rows.const_data_ptr<float>();
+      product.x_stride = matrix.inputs;
+      product.matrix = matrix;
+      product.out = out.mutable_data_ptr<float>();
+      const c10::DeviceGuard device(x.device());
+      launch(x.device(), [&](cuda::Stream stream) { return cuda::multiply(product, stream); });
+      return out;
+    }
+  }
   with_team(at::get_num_threads(), [&](const cpu::Worker& worker) {
-    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(),
-                  matrix.outputs ? out.numel() / matrix.outputs : 0,
+    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(), out.numel() / matrix.outputs,
                   static_cast<float*>(out.data_ptr()));
   });
   return out;
@@ -48,10 +90,18 @@ Tensor Stage::step(const Tensor& x, const std::vector<Tensor>& state,
                    const std::vector<int64_t>& positions) const {
   return std::visit(
       [&](const auto& model) {
-        Tensor out = check_rows(x, model.dim);
+        const c10::Device device = weights.front().device();
+        Tensor out = check_rows(x, model.dim, device);
         typename std::decay_t<decltype(model)>::State bound;
-        bind_groups(model, state, positions, std::vector<int64_t>(positions.size(), 1), out.size(0),
-                    bound);
+        const std::vector<int64_t> sizes =
+            bind_groups(model, state, positions, std::vector<int64_t>(positions.size(), 1),
+                        out.size(0), bound, device);
+        if constexpr (kCuda) {
+          if (on_gpu(out)) {
+            step_on_gpu(model, bound, sizes, positions, out);
+            return out;
+          }
+        }
         const int64_t threads = at::get_num_threads();
         std::vector<float> scratch(model.scratch_size(bound, threads));
         float* values = out.mutable_data_ptr<float>();
@@ -77,6 +127,20 @@ TORCH_LIBRARY_FRAGMENT(mblm, library) {
       "hierarchy(__torch__.torch.classes.mblm.Stage[] stages, int[] seq_lens, Tensor[] weights, "
       "float[] eps) -> __torch__.torch.classes.mblm.Hierarchy",
       &mblm::hierarchy);
+#ifdef MBLM_CUDA
+  library.class_<mblm::DeviceRun>("DeviceRun")
+      .def("embed_byte", &mblm::DeviceRun::embed_byte)
+      .def("step_and_sample", &mblm::DeviceRun::step_and_sample)
+      .def("sample", &mblm::DeviceRun::sample)
+      .def("take_patch", &mblm::DeviceRun::take_patch)
+      .def("begin_anew", &mblm::DeviceRun::begin_anew);
+  library.def(
+      "device_run(__torch__.torch.classes.mblm.Hierarchy hierarchy, Tensor[] tensors, int[] "
+      "counts, int[] limits) -> __torch__.torch.classes.mblm.DeviceRun",
+      &mblm::device_run);
+#endif
+  library.def("device_kind() -> str", &mblm::device_kind);
+  library.def("set_dependent_launches(bool value) -> ()", &mblm::set_dependent_launches);
   library.def("mamba1_stage(Tensor[] weights) -> __torch__.torch.classes.mblm.Stage",
               &mblm::mamba1_stage);
   library.def("mamba2_stage(Tensor[] weights, float eps) -> __torch__.torch.classes.mblm.Stage",

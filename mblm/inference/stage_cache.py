@@ -59,6 +59,7 @@ class StageCache(ABC):
             and dtype == torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled("cuda")
         )
 
     def rows_of_state(self, state: State, rows: slice) -> State:
