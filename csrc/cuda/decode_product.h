@@ -27,7 +27,9 @@ struct Convolution {
 struct Product {
   int64_t rows = 0;
   const int* halted = nullptr;  // where it is not 0, nothing is written
-  bool is_dependent = true;     // launch_dependent, as all but the first kernel of a unit are
+  // launch_dependent: not where weights were written by what is just ahead, or streams come
+  // together
+  bool is_dependent = true;
 
   const float* x = nullptr;  // (rows, inputs)
   int64_t x_stride = 0;      // from a row to the next

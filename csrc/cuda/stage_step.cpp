@@ -77,6 +77,7 @@ Error step(const cpu::TransformerStage& stage, const cpu::TransformerRow& state,
     heads.delayed = delayed[0];
     heads.second = layer.kv;
     heads.out_second = kv;
+    heads.is_dependent = index > 0 || in.is_dependent;
     launches.add(multiply, heads);
 
     CachedAttention attention;
@@ -126,6 +127,7 @@ Error step(const cpu::Mamba1Stage& stage, const cpu::MambaRow& state, const Stag
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::Mamba1Layer& layer = stage.layers[index];
     Product both_branches = product_of(in, layer.in, in.x, stage.dim, both);
+    both_branches.is_dependent = index > 0 || in.is_dependent;
     both_branches.norm = {layer.norm, layer.eps, false};
     both_branches.convolution = {
         0,          stage.inner,     stage.taps,
@@ -170,6 +172,7 @@ Error step(const cpu::Mamba2Stage& stage, const cpu::MambaRow& state, const Stag
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::Mamba2Layer& layer = stage.layers[index];
     Product all = product_of(in, layer.in, in.x, stage.dim, both);
+    all.is_dependent = index > 0 || in.is_dependent;
     all.norm = {layer.norm, stage.eps, false};
     all.convolution = {inner,      channels,        stage.taps,
                        layer.conv, layer.conv_bias, state.window + index * state.window_stride};

@@ -73,14 +73,14 @@ void products() {
     }
     // Chunks, several and not complete, and norms over them; more columns than rows of blocks.
     for (const int64_t inputs : {2304, 4100}) a_product_equals_that_of_the_cpu(type, 2, inputs, 9);
-    a_product_equals_that_of_the_cpu(type, 9, 1040, 32 * 64);
   }
+  a_product_equals_that_of_the_cpu(test::WeightType::kBFloat16, 9, 1040, 32 * 64);
 }
 
 // The sum of squares of many rows and of one is the same: so are the bits.
-void a_norm_over_several_chunks(test::WeightType type) {
-  Store store(type);
-  const int64_t rows = 9, inputs = 2562, outputs = 32 * 64;
+void a_norm_over_several_chunks() {
+  Store store;
+  const int64_t rows = 9, inputs = 1282, outputs = 32 * 64;
   const cpu::Matrix matrix = store.matrix(outputs, inputs);
   std::vector<float> together(rows * outputs), alone(outputs), expected(outputs);
   cuda::Product product;
@@ -100,7 +100,7 @@ void a_norm_over_several_chunks(test::WeightType type) {
   }
   cpu::multiply(worker(), 0, matrix, normed.data(), 1, expected.data());
   CHECK(test::relative_error(together.data() + (rows - 1) * outputs, expected.data(), outputs) <
-        test::tolerance(type));
+        test::tolerance(test::WeightType::kFloat32));
   product.rows = 1;
   product.x = last;
   product.out = alone.data();
@@ -111,7 +111,7 @@ void a_norm_over_several_chunks(test::WeightType type) {
 // Some positions in a row, of a stage on both devices from the same state.
 template <class Stage>
 void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const test::Sizes& sizes) {
-  constexpr int64_t kSteps = 4, kCapacity = 6;
+  constexpr int64_t kSteps = 3, kCapacity = 6;
   Store weights(type);
   Stage stage;
   test::fill(weights, sizes, stage);
@@ -136,7 +136,7 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     for (int64_t n = 0; n < kSteps; ++n) {
       const std::vector<int64_t> positions(rows, 1 + n);
       CHECK(!cuda::step(stage, state.rows[0],
-                        {rows, nullptr, positions.data(), kCapacity,
+                        {rows, true, nullptr, positions.data(), kCapacity,
                          outputs.data() + n * rows * sizes.dim, workspace.data()},
                         nullptr));
     }
@@ -152,13 +152,11 @@ void steps() {
   const test::Sizes sizes = {24, 72, 3, 8, 20, 3, 2, 2}, odd = {13, 21, 3, 6, 7, 1, 3, 1},
                     wide = {32, 96, 1, 96, 40, 4, 35, 1};
   for (const auto type : test::kWeightTypes) {
-    for (const int64_t rows : {1, 3}) {
-      steps_equal_those_of_the_cpu<Stage>(type, rows, sizes);
-      steps_equal_those_of_the_cpu<Stage>(type, rows, odd);
-    }
-    steps_equal_those_of_the_cpu<Stage>(type, 2, wide);
+    steps_equal_those_of_the_cpu<Stage>(type, 1, sizes);
+    steps_equal_those_of_the_cpu<Stage>(type, 3, odd);
   }
-  steps_equal_those_of_the_cpu<Stage>(test::WeightType::kFloat32, 17, sizes);
+  steps_equal_those_of_the_cpu<Stage>(test::WeightType::kBFloat16, 2, wide);
+  steps_equal_those_of_the_cpu<Stage>(test::WeightType::kFloat32, 17, odd);
 }
 
 // Attention to more positions than the warps take at once, against sums in double.
@@ -296,7 +294,7 @@ void a_byte_may_end_the_run() {
 
 int main() {
   products();
-  for (const auto type : test::kWeightTypes) a_norm_over_several_chunks(type);
+  a_norm_over_several_chunks();
   steps<cpu::TransformerStage>();
   steps<cpu::Mamba1Stage>();
   steps<cpu::Mamba2Stage>();

@@ -43,6 +43,7 @@ void step_on_gpu(const Model& model, const typename Model::State& state,
     Tensor workspace = at::empty({cuda::workspace_size(model, rows)}, x.options());
     cuda::StageStep step;
     step.rows = rows;
+    step.is_dependent = false;  // the weights may just have been packed
     step.positions = at.const_data_ptr<int64_t>();
     step.limit = positions[cache] + 1;
     step.x = x.mutable_data_ptr<float>() + first * model.dim;
@@ -69,6 +70,7 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   if constexpr (kCuda) {
     if (on_gpu(x)) {
       cuda::Product product;
+      product.is_dependent = false;  // the weights may just have been packed
       product.rows = out.numel() / matrix.outputs;
       product.x = rows.const_data_ptr<float>();
       product.x_stride = matrix.inputs;

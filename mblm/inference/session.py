@@ -167,10 +167,11 @@ class Session:
         self._check_room([num_tokens] * self.batch_size)
         with torch.inference_mode():
             tokens = list(self.sample(num_tokens, sampler))
-            if not tokens:
-                return torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)
-            self.feed(tokens[-1][:, None])
-            return torch.stack(tokens, dim=1).to(self._device)
+            if tokens:
+                self.feed(tokens[-1][:, None])
+        if not tokens:
+            return torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)
+        return torch.stack(tokens, dim=1).to(self._device)
 
     def sample(
         self, num_tokens: int, sampler: Sampler, ends: torch.Tensor | None = None

@@ -256,8 +256,8 @@ class TestRefuses:
 
     def test_tensors_that_do_not_fit(self, bound: Any) -> None:
         native = Session(bound.model)._cache.device_run._native.compiled  # type: ignore[union-attr]
-        tensors = [bound.flags, bound.settings, bound.ends]
-        with pytest.raises(ValueError, match="tensors must hold more than 3"):
+        tensors = [bound.flags, bound.settings, bound.ends, bound.next]
+        with pytest.raises(ValueError, match="tensors must hold more than 4"):
             torch.ops.mblm.device_run(native, tensors, [2, 4], [64, 3])
         with pytest.raises(ValueError, match=r"settings must have shape \[3\], got \[2\]"):
             torch.ops.mblm.device_run(
