@@ -86,16 +86,34 @@ def clock(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def reading(size: int) -> Callable[[], float]:
+    """A function that reads a buffer of so many bytes and returns the seconds that it takes."""
+    columns = 1024
+    rows = max(1, size // 4 // columns // 2) * 2
+    matrix, little = torch.ones(rows, columns), torch.ones(2, 8)
+
+    def ways(matrix: torch.Tensor) -> list[Callable[[], Any]]:
+        upper, lower = matrix.flatten().chunk(2)
+        vector = torch.ones(matrix.shape[1])
+        return [matrix.sum, lambda: torch.dot(upper, lower), lambda: torch.mv(matrix, vector)]
+
+    def read() -> float:
+        # What a call costs beside the reading is not the memory's.
+        pairs = zip(ways(matrix), ways(little), strict=True)
+        seconds = [median(clock(all_) - clock(few) for _ in range(5)) for all_, few in pairs]
+        return min(seconds) * size / (4 * matrix.numel())
+
+    return read
+
+
 def measure(model: MBLM, weights: str, runs: int, count: int) -> dict[str, Any]:
     """Seconds per byte and of the floor, alternating, and the bytes read."""
     session = Session(model, weights=weights).feed(bytes(64))
     session.generate(count)
-    buffer, little = torch.ones(bytes_read(model, weights) // 4), torch.ones(16)
+    read = reading(bytes_read(model, weights))
     ours, floors = [], []
     for _ in range(runs):
-        # What a call costs beside the reading is not the memory's.
-        reads = [clock(buffer.sum) - clock(little.sum) for _ in range(5)]
-        floors.append(median(reads))
+        floors.append(read())
         ours.append(clock(lambda: session.generate(count)) / count)
     return {"seconds": ours, "floor": floors, "bytes": bytes_read(model, weights)}
 

@@ -5,8 +5,9 @@ cache; with this package's fused kernels, launched one by one; as CUDA graphs; a
 begin while the ones before them end. All are in one process, on the same weights, for one sequence
 and for 64.
 
-The floor is the time to read the weights that a byte needs (see decode.py) at the bandwidth of a sum
-over a large buffer, measured in the same run. Times are medians of several runs after a warm-up.
+The floor is the time to read the weights that a byte needs (see decode.py) at the bandwidth of a
+sum over a large buffer, measured in the same run. Times are medians of several runs, after one that
+is not counted.
 
     python benchmarks/gpu_decode.py [--json FILE] [--quick]
 

@@ -2,7 +2,7 @@
 
 Ours is the quickstart model, and one with a local stage of 35 layers; theirs is a Llama of the same
 width and about as many weights per token, random as ours. Batch 1, the same threads, run in turns.
-The bandwidth is that of a sum over a buffer of as many bytes, measured beside each pair of runs.
+The bandwidth is that of a buffer of as many bytes, measured beside each pair of runs.
 llama.cpp comes as `llama-cpp-python`, in an environment of its own:
 
     python -m venv build/peer && build/peer/bin/pip install llama-cpp-python gguf

@@ -15,6 +15,7 @@ class BoundStage {
  public:
   virtual ~BoundStage() = default;
 
+  virtual int64_t weights() const = 0;
   // Floats of working memory for a step of all rows.
   virtual int64_t scratch_size(int64_t threads) const = 0;
   // Chooses the rows of the next steps.
@@ -33,8 +34,10 @@ class BoundStageOf : public BoundStage {
   BoundStageOf(const Stage& stage, typename Stage::State state)
       : stage_(stage), all_(std::move(state)) {}
 
+  int64_t weights() const override { return stage_.weights(); }
+
   int64_t scratch_size(int64_t threads) const override {
-    return stage_.scratch_size(all_, threads);
+    return stage_.scratch_size(all_, 1, threads);
   }
 
   void select(const std::vector<int64_t>& rows) override {
@@ -44,13 +47,13 @@ class BoundStageOf : public BoundStage {
   }
 
   void step(const Worker& worker, float* x, float* scratch) const override {
-    stage_.step(worker, selected_, x, scratch);
+    stage_.prefill(worker, selected_, 1, x, scratch);
   }
 
   void advance() override {
     for (size_t i = 0; i < which_.size(); ++i) {
-      selected_.rows[i].advance();
-      all_.rows[which_[i]].advance();
+      selected_.rows[i].advance(1);
+      all_.rows[which_[i]].advance(1);
     }
   }
 

@@ -1,4 +1,4 @@
-// One position of a Mamba-1 stage: see mamba1_stage.h.
+// The next positions of a Mamba-1 stage: see mamba1_stage.h.
 #include "cpu/mamba1_stage.h"
 
 #include <algorithm>
@@ -32,6 +32,11 @@ MBLM_CLONES void scan(const Mamba1Layer& layer, int64_t states, const float* x, 
   }
 }
 
+// Floats of a thread's own values of all positions, and a cache line more: threads write apart.
+int64_t per_thread(int64_t positions, int64_t dim, int64_t rank) {
+  return positions * std::max(dim, rank) / 16 * 16 + 32;
+}
+
 }  // namespace
 
 void restart(const MambaRow& row, int64_t layers, int64_t ssm_size, int64_t window_size) {
@@ -46,64 +51,79 @@ void Mamba1Stage::restart(MambaRow& row) const {
   cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * inner);
 }
 
-int64_t Mamba1Stage::scratch_size(const State& state, int64_t threads) const {
-  const int64_t rows = int64_t(state.rows.size());
-  return rows * (2 * inner + 3 * inner + rank + 2 * states) + threads * (rows * dim / 16 * 16 + 32);
+int64_t Mamba1Stage::weights() const {
+  int64_t count = 0;
+  for (const Mamba1Layer& layer : layers) {
+    count += layer.in.weights() + layer.x.weights() + layer.dt.weights() + layer.out.weights();
+  }
+  return count;
 }
 
-void Mamba1Stage::step(const Worker& worker, const State& state, float* x, float* block) const {
-  Team& team = worker.team;
-  const int64_t rows = int64_t(state.rows.size()), projected = rank + 2 * states;
-  float* both = block;                           // (rows, 2 inner): the scanned branch and the gate
-  float* convolved = both + rows * 2 * inner;    // (rows, inner)
-  float* parameters = convolved + rows * inner;  // (rows, rank + 2 states): dt, B and C
-  float* dt = parameters + rows * projected;     // (rows, inner)
-  float* scanned = dt + rows * inner;            // (rows, inner)
-  float* normed = scanned + rows * inner + worker.index * (rows * dim / 16 * 16 + 32);
+int64_t Mamba1Stage::scratch_size(const State& state, int64_t count, int64_t threads) const {
+  const int64_t positions = int64_t(state.rows.size()) * count;
+  return positions * (2 * inner + 3 * inner + rank + 2 * states) +
+         threads * per_thread(positions, dim, rank);
+}
 
+void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
+                          float* block) const {
+  Team& team = worker.team;
+  const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
+  const int64_t projected = rank + 2 * states;
+  float* both = block;  // (positions, 2 inner): the scanned branch and the gate
+  float* convolved = both + positions * 2 * inner;    // (positions, inner)
+  float* parameters = convolved + positions * inner;  // (positions, rank + 2 states): dt, B and C
+  float* dt = parameters + positions * projected;     // (positions, inner)
+  float* scanned = dt + positions * inner;            // (positions, inner)
+  // Every thread's own, (positions, dim or rank).
+  float* own = scanned + positions * inner + worker.index * per_thread(positions, dim, rank);
+
+  // Calls function(row, at, begin, end) for each position of a row in turn, `at` among all
+  // positions, and a part of its channels.
   const auto for_channels = [&](auto function) {
     const int64_t parts = (inner + kChannels - 1) / kChannels;
     team.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
-        const int64_t begin = item % parts * kChannels;
-        function(item / parts, begin, std::min(begin + kChannels, inner));
+        const int64_t row = item / parts, begin = item % parts * kChannels;
+        for (int64_t at = row * count; at < (row + 1) * count; ++at) {
+          function(state.rows[row], at, begin, std::min(begin + kChannels, inner));
+        }
       }
     });
   };
 
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const Mamba1Layer& layer = layers[index];
-    for (int64_t row = 0; row < rows; ++row) {
-      normalize(x + row * dim, layer.norm, dim, layer.eps, normed + row * dim);
+    for (int64_t at = 0; at < positions; ++at) {
+      normalize(x + at * dim, layer.norm, dim, layer.eps, own + at * dim);
     }
-    multiply(worker, 0, layer.in, normed, rows, both);
+    multiply(worker, 0, layer.in, own, positions, both);
     team.wait();
 
-    for_channels([&](int64_t row, int64_t begin, int64_t end) {
-      convolve_position(both + row * 2 * inner, layer.conv, layer.conv_bias,
-                        state.rows[row].window + index * state.rows[row].window_stride, inner, taps,
-                        convolved + row * inner, begin, end);
+    for_channels([&](const MambaRow& row, int64_t at, int64_t begin, int64_t end) {
+      convolve_position(both + at * 2 * inner, layer.conv, layer.conv_bias,
+                        row.window + index * row.window_stride, inner, taps, convolved + at * inner,
+                        begin, end);
     });
     team.wait();
 
-    multiply(worker, 0, layer.x, convolved, rows, parameters);
+    multiply(worker, 0, layer.x, convolved, positions, parameters);
     team.wait();
 
-    // dt's matrix takes the first values of a row of parameters: one row at a time.
-    for (int64_t row = 0; row < rows; ++row) {
-      multiply(worker, row % 2, layer.dt, parameters + row * projected, 1, dt + row * inner);
-      if (row % 2 || row + 1 == rows) team.wait();
+    for (int64_t at = 0; at < positions; ++at) {
+      std::copy_n(parameters + at * projected, rank, own + at * rank);
     }
+    multiply(worker, 0, layer.dt, own, positions, dt);
+    team.wait();
 
-    for_channels([&](int64_t row, int64_t begin, int64_t end) {
-      const float* b = parameters + row * projected + rank;
-      scan(layer, states, convolved + row * inner, both + row * 2 * inner + inner, dt + row * inner,
-           b, b + states, state.rows[row].ssm + index * state.rows[row].ssm_stride,
-           scanned + row * inner, begin, end);
+    for_channels([&](const MambaRow& row, int64_t at, int64_t begin, int64_t end) {
+      const float* b = parameters + at * projected + rank;
+      scan(layer, states, convolved + at * inner, both + at * 2 * inner + inner, dt + at * inner, b,
+           b + states, row.ssm + index * row.ssm_stride, scanned + at * inner, begin, end);
     });
     team.wait();
 
-    multiply(worker, 0, layer.out, scanned, rows, x, Then::kStore, x);
+    multiply(worker, 0, layer.out, scanned, positions, x, Then::kStore, x);
     team.wait();
   }
 }

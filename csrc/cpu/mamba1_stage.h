@@ -1,4 +1,4 @@
-// A Mamba-1 stage in decoding: one position of every row.
+// A Mamba-1 stage in decoding: the next positions of every row.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct MambaRow {
   // The same after the start token; null if never needed.
   const float *start_ssm = nullptr, *start_window = nullptr;
 
-  void advance() {}
+  void advance(int64_t) {}
 };
 
 struct MambaState {
@@ -43,11 +43,11 @@ class Mamba1Stage {
   int64_t dim = 0, inner = 0, states = 0, rank = 0, taps = 0;
   std::vector<Mamba1Layer> layers;
 
-  // Floats of working memory that a call needs.
-  int64_t scratch_size(const State& state, int64_t threads) const;
-
   // As TransformerStage's.
-  void step(const Worker& worker, const State& state, float* x, float* scratch) const;
+  int64_t weights() const;
+  int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
+  void prefill(const Worker& worker, const State& state, int64_t count, float* x,
+               float* scratch) const;
   void restart(MambaRow& row) const;
 };
 

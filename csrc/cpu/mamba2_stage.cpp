@@ -1,4 +1,4 @@
-// One position of a Mamba-2 stage: see mamba2_stage.h.
+// The next positions of a Mamba-2 stage: see mamba2_stage.h.
 #include "cpu/mamba2_stage.h"
 
 #include <algorithm>
@@ -31,45 +31,62 @@ MBLM_CLONES void scan_head(const Mamba2Layer& layer, int64_t head, int64_t width
   }
 }
 
+// Floats of a thread's own values of all positions, and a cache line more: threads write apart.
+int64_t per_thread(int64_t positions, int64_t dim, int64_t inner) {
+  return positions * std::max(dim, inner) / 16 * 16 + 32;
+}
+
 }  // namespace
 
 void Mamba2Stage::restart(MambaRow& row) const {
   cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * (inner + 2 * states));
 }
 
-int64_t Mamba2Stage::scratch_size(const State& state, int64_t threads) const {
-  const int64_t convolved = inner + 2 * states;
-  const int64_t rows = int64_t(state.rows.size());
-  return rows * (inner + convolved + heads + convolved + inner) +
-         threads * (rows * std::max(dim, inner) / 16 * 16 + 32);
+int64_t Mamba2Stage::weights() const {
+  int64_t count = 0;
+  for (const Mamba2Layer& layer : layers) {
+    count += layer.in.weights() + layer.out.weights();
+  }
+  return count;
 }
 
-void Mamba2Stage::step(const Worker& worker, const State& state, float* x, float* block) const {
+int64_t Mamba2Stage::scratch_size(const State& state, int64_t count, int64_t threads) const {
+  const int64_t convolved = inner + 2 * states;
+  const int64_t positions = int64_t(state.rows.size()) * count;
+  return positions * (inner + convolved + heads + convolved + inner) +
+         threads * per_thread(positions, dim, inner);
+}
+
+void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
+                          float* block) const {
   Team& team = worker.team;
-  const int64_t rows = int64_t(state.rows.size()), width = inner / heads;
+  const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
+  const int64_t width = inner / heads;
   const int64_t channels = inner + 2 * states, projected = inner + channels + heads;
-  float* both = block;                           // (rows, projected): gate, x B C, dt
-  float* convolved = both + rows * projected;    // (rows, channels): x, B and C
-  float* scanned = convolved + rows * channels;  // (rows, inner)
-  float* normed =
-      scanned + rows * inner + worker.index * (rows * std::max(dim, inner) / 16 * 16 + 32);
+  float* both = block;                                // (positions, projected): gate, x B C, dt
+  float* convolved = both + positions * projected;    // (positions, channels): x, B and C
+  float* scanned = convolved + positions * channels;  // (positions, inner)
+  // Every thread's own, (positions, dim or inner).
+  float* normed = scanned + positions * inner + worker.index * per_thread(positions, dim, inner);
 
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const Mamba2Layer& layer = layers[index];
-    for (int64_t row = 0; row < rows; ++row) {
-      normalize(x + row * dim, layer.norm, dim, eps, normed + row * dim);
+    for (int64_t at = 0; at < positions; ++at) {
+      normalize(x + at * dim, layer.norm, dim, eps, normed + at * dim);
     }
-    multiply(worker, 0, layer.in, normed, rows, both);
+    multiply(worker, 0, layer.in, normed, positions, both);
     team.wait();
 
     const int64_t parts = (channels + kChannels - 1) / kChannels;
     team.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
-        convolve_position(both + row * projected + inner, layer.conv, layer.conv_bias,
-                          state.rows[row].window + index * state.rows[row].window_stride, channels,
-                          taps, convolved + row * channels, begin,
-                          std::min(begin + kChannels, channels));
+        float* window = state.rows[row].window + index * state.rows[row].window_stride;
+        for (int64_t at = row * count; at < (row + 1) * count; ++at) {
+          convolve_position(both + at * projected + inner, layer.conv, layer.conv_bias, window,
+                            channels, taps, convolved + at * channels, begin,
+                            std::min(begin + kChannels, channels));
+        }
       }
     });
     team.wait();
@@ -77,27 +94,29 @@ void Mamba2Stage::step(const Worker& worker, const State& state, float* x, float
     team.share(0, rows * heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / heads, head = item % heads;
-        const float* projection = both + row * projected;
-        const float* mixed = convolved + row * channels;
-        scan_head(layer, head, width, states, projection[inner + channels + head],
-                  mixed + head * width, projection + head * width, mixed + inner,
-                  mixed + inner + states,
-                  state.rows[row].ssm + index * state.rows[row].ssm_stride + head * width * states,
-                  scanned + row * inner + head * width);
+        float* ssm = state.rows[row].ssm + index * state.rows[row].ssm_stride;
+        for (int64_t at = row * count; at < (row + 1) * count; ++at) {
+          const float* projection = both + at * projected;
+          const float* mixed = convolved + at * channels;
+          scan_head(layer, head, width, states, projection[inner + channels + head],
+                    mixed + head * width, projection + head * width, mixed + inner,
+                    mixed + inner + states, ssm + head * width * states,
+                    scanned + at * inner + head * width);
+        }
       }
     });
     team.wait();
 
-    for (int64_t row = 0; row < rows; ++row) {
-      normalize(scanned + row * inner, layer.gated_norm, inner, eps, normed + row * inner);
+    for (int64_t at = 0; at < positions; ++at) {
+      normalize(scanned + at * inner, layer.gated_norm, inner, eps, normed + at * inner);
     }
-    multiply(worker, 0, layer.out, normed, rows, x, Then::kStore, x);
+    multiply(worker, 0, layer.out, normed, positions, x, Then::kStore, x);
     team.wait();
   }
 
   if (worker.is_first()) {
-    for (int64_t row = 0; row < rows; ++row) {
-      normalize(x + row * dim, norm, dim, eps, x + row * dim);
+    for (int64_t at = 0; at < positions; ++at) {
+      normalize(x + at * dim, norm, dim, eps, x + at * dim);
     }
   }
   team.wait();

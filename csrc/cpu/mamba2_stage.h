@@ -1,4 +1,4 @@
-// A Mamba-2 stage in decoding: one position of every row.
+// A Mamba-2 stage in decoding: the next positions of every row.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,11 @@ class Mamba2Stage {
   std::vector<Mamba2Layer> layers;
   const float* norm = nullptr;  // (dim)
 
-  // Floats of working memory that a call needs.
-  int64_t scratch_size(const State& state, int64_t threads) const;
-
   // As TransformerStage's.
-  void step(const Worker& worker, const State& state, float* x, float* scratch) const;
+  int64_t weights() const;
+  int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
+  void prefill(const Worker& worker, const State& state, int64_t count, float* x,
+               float* scratch) const;
   void restart(MambaRow& row) const;
 };
 

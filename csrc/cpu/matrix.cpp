@@ -21,18 +21,26 @@ constexpr int64_t kFewestPartBytes = 1 << 16, kMostPartBytes = 1 << 19, kPartsPe
 constexpr int64_t kBlockBytes = 1 << 14;
 constexpr int64_t kMaxBlock = 64;
 
-template <class W>
-void dots(const void* weight, const float* x, int64_t n, float* sums, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] = dot<float>(x, static_cast<const W*>(weight) + i * n, n);
+// Calls dot(row of weights) for the rows of all streams.
+template <class W, class Dot>
+void for_rows(const void* weights, int64_t apart, int64_t n, float* sums, int64_t count, Dot dot) {
+  const W* weight = static_cast<const W*>(weights);
+  for (int64_t k = 0; k < kStreams; ++k) {
+    for (int64_t i = 0; i < count; ++i) sums[k * count + i] = dot(weight + (k * apart + i) * n);
   }
 }
 
-void dots_of_int8(const void* weights, const float* prepared, int64_t n, float* sums,
+template <class W>
+void dots(const void* weights, int64_t apart, const float* x, int64_t n, float* sums,
+          int64_t count) {
+  for_rows<W>(weights, apart, n, sums, count,
+              [&](const W* weight) { return dot<float>(x, weight, n); });
+}
+
+void dots_of_int8(const void* weights, int64_t apart, const float* prepared, int64_t n, float* sums,
                   int64_t count) {
   const int16_t* x = int16_values(prepared);
-  const int8_t* weight = static_cast<const int8_t*>(weights);
-  for (int64_t row = 0; row < count; ++row, weight += n) {
+  for_rows<int8_t>(weights, apart, n, sums, count, [&](const int8_t* weight) {
     int64_t sum = 0;
     for (int64_t begin = 0; begin < n; begin += kColumnsPerInt32) {
       const int64_t end = std::min(begin + kColumnsPerInt32, n);
@@ -40,12 +48,23 @@ void dots_of_int8(const void* weights, const float* prepared, int64_t n, float* 
       for (int64_t i = begin; i < end; ++i) part += int32_t(x[i]) * weight[i];
       sum += part;
     }
-    sums[row] = float(sum) * prepared[0];
-  }
+    return float(sum) * prepared[0];
+  });
 }
 
 MBLM_CLONES void apply_gelu(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = gelu(values[i]);
+}
+
+// out[first + i] = sums[i], scaled, with bias and residual (outputs) added, for i < count.
+void finish(const Matrix& matrix, const float* sums, int64_t first, int64_t count, float* out,
+            const float* residual) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t column = first + i;
+    float value = matrix.scale ? sums[i] * matrix.scale[column] : sums[i];
+    if (matrix.bias) value += matrix.bias[column];
+    out[column] = residual ? value + residual[column] : value;
+  }
 }
 
 int64_t bytes_of(WeightType type) {
@@ -109,35 +128,43 @@ void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const fl
               int64_t rows, float* out, Then then, const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
-  const int64_t bytes = inputs * bytes_of(matrix.type);
+  const int64_t bytes = inputs * bytes_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
   int64_t stride = inputs;
   if (kernel.prepare) {
     stride = kPreparedHeader + inputs;
     x = prepare_rows(worker, kernel, x, rows, inputs);
   }
+  const int64_t block =
+      rows == 1 ? kMaxBlock : std::clamp<int64_t>(kBlockBytes / kStreams / divisor, 1, kMaxBlock);
+
+  // Columns [first, first + count) and as many, `apart` from them, for each further stream.
+  const auto multiply_columns = [&](int64_t first, int64_t count, int64_t streams, int64_t apart) {
+    float sums[kStreams * kMaxBlock];
+    for (const int64_t end = first + count; first < end; first += block) {
+      const int64_t columns = std::min(block, end - first);
+      const char* weight = static_cast<const char*>(matrix.weight) + first * bytes;
+      for (int64_t row = 0; row < rows; ++row) {
+        kernel.dots(weight, apart, x + row * stride, inputs, sums, columns);
+        for (int64_t k = 0; k < streams; ++k) {
+          finish(matrix, sums + k * columns, first + k * apart, columns, out + row * outputs,
+                 residual ? residual + row * outputs : nullptr);
+        }
+      }
+    }
+  };
+
   // At least 16 columns, so that threads do not write to one cache line.
   const int64_t part_bytes = std::clamp(outputs * bytes / (kPartsPerThread * worker.team.threads()),
                                         kFewestPartBytes, kMostPartBytes);
-  const int64_t part = std::max<int64_t>(16, part_bytes / std::max<int64_t>(bytes, 1) / 16 * 16);
-  const int64_t block =
-      rows == 1 ? kMaxBlock
-                : std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), 4, kMaxBlock);
+  const int64_t part = std::max<int64_t>(16, part_bytes / divisor / 16 * 16);
   worker.team.share(loop, outputs, part, [&](int64_t begin, int64_t end) {
-    float sums[kMaxBlock];
-    for (int64_t first = begin; first < end; first += block) {
-      const int64_t count = std::min(block, end - first);
-      const char* weight = static_cast<const char*>(matrix.weight) + first * bytes;
-      for (int64_t row = 0; row < rows; ++row) {
-        kernel.dots(weight, x + row * stride, inputs, sums, count);
-        float* to = out + row * outputs + first;
-        const float* added = residual ? residual + row * outputs + first : nullptr;
-        for (int64_t i = 0; i < count; ++i) {
-          float value = matrix.scale ? sums[i] * matrix.scale[first + i] : sums[i];
-          if (matrix.bias) value += matrix.bias[first + i];
-          to[i] = added ? value + added[i] : value;
-        }
-        if (then == Then::kGelu) apply_gelu(to, count);
-      }
+    const int64_t apart = (end - begin) / kStreams;
+    multiply_columns(begin, apart, kStreams, apart);
+    for (int64_t column = begin + kStreams * apart; column < end; ++column) {
+      multiply_columns(column, 1, 1, 0);
+    }
+    for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {
+      apply_gelu(out + row * outputs + begin, end - begin);
     }
   });
 }

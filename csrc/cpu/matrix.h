@@ -15,6 +15,8 @@ struct Matrix {
   const void* weight = nullptr;  // (outputs, inputs)
   const float* scale = nullptr;  // (outputs), of int8 only
   const float* bias = nullptr;   // (outputs), or null
+
+  int64_t weights() const { return outputs * inputs; }
 };
 
 // What becomes of a product.

@@ -14,10 +14,6 @@ namespace {
 
 #define MBLM_AVX2 __attribute__((target("avx2,fma")))
 
-// How far ahead of the multiplications rounded weights are asked for. Reading them takes so little
-// time that the machine's own prefetching would not keep up; float32 is better without.
-constexpr int64_t kAhead = 1024;
-
 MBLM_AVX2 inline float sum(__m256 v) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
@@ -36,24 +32,27 @@ MBLM_AVX2 inline __m256i load(const T* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-MBLM_AVX2 void dots_of_float(const void* weights, const float* x, int64_t n, float* sums,
-                             int64_t count) {
+MBLM_AVX2 void dots_of_float(const void* weights, int64_t apart, const float* x, int64_t n,
+                             float* sums, int64_t count) {
   const float* weight = static_cast<const float*>(weights);
-  const auto multiply = [&](int64_t i, __m256 sum) __attribute__((target("avx2,fma"))) {
-    return _mm256_fmadd_ps(_mm256_loadu_ps(weight + i), _mm256_loadu_ps(x + i), sum);
-  };
   for (int64_t row = 0; row < count; ++row, weight += n) {
-    __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
+    __m256 a[kStreams], b[kStreams];
+    for (int64_t k = 0; k < kStreams; ++k) a[k] = b[k] = _mm256_setzero_ps();
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-      a = multiply(i, a);
-      b = multiply(i + 8, b);
-      c = multiply(i + 16, c);
-      d = multiply(i + 24, d);
+    for (; i + 16 <= n; i += 16) {
+      const __m256 first = _mm256_loadu_ps(x + i), second = _mm256_loadu_ps(x + i + 8);
+      for (int64_t k = 0; k < kStreams; ++k) {
+        const float* w = weight + k * apart * n + i;
+        a[k] = _mm256_fmadd_ps(_mm256_loadu_ps(w), first, a[k]);
+        b[k] = _mm256_fmadd_ps(_mm256_loadu_ps(w + 8), second, b[k]);
+      }
     }
-    float rest = 0;
-    for (; i < n; ++i) rest += x[i] * weight[i];
-    sums[row] = sum(_mm256_add_ps(_mm256_add_ps(a, c), _mm256_add_ps(b, d))) + rest;
+    for (int64_t k = 0; k < kStreams; ++k) {
+      const float* w = weight + k * apart * n;
+      float rest = 0;
+      for (int64_t j = i; j < n; ++j) rest += x[j] * w[j];
+      sums[k * count + row] = sum(_mm256_add_ps(a[k], b[k])) + rest;
+    }
   }
 }
 
@@ -71,65 +70,62 @@ MBLM_AVX2 void part_even_and_odd(const float* x, int64_t n, float* prepared) {
   std::copy_n(x + i, n - i, to + i);
 }
 
-MBLM_AVX2 void dots_of_bfloat16(const void* weights, const float* prepared, int64_t n, float* sums,
-                                int64_t count) {
+MBLM_AVX2 void dots_of_bfloat16(const void* weights, int64_t apart, const float* prepared,
+                                int64_t n, float* sums, int64_t count) {
   const float* x = prepared + kPreparedHeader;
   const BFloat16* weight = static_cast<const BFloat16*>(weights);
   const __m256i upper = _mm256_set1_epi32(int32_t(0xffff0000u));
   for (int64_t row = 0; row < count; ++row, weight += n) {
-    __m256 even[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, odd[2] = {even[0], even[0]};
-    const auto multiply = [&](int64_t i, int k) __attribute__((target("avx2,fma"))) {
-      const __m256i pair = load(weight + i);
-      even[k] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)),
-                                _mm256_loadu_ps(x + i), even[k]);
-      odd[k] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(pair, upper)),
-                               _mm256_loadu_ps(x + i + 8), odd[k]);
-    };
+    __m256 even[kStreams], odd[kStreams];
+    for (int64_t k = 0; k < kStreams; ++k) even[k] = odd[k] = _mm256_setzero_ps();
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-      _mm_prefetch(reinterpret_cast<const char*>(weight + i) + kAhead, _MM_HINT_T0);
-      multiply(i, 0);
-      multiply(i + 16, 1);
+    for (; i + 16 <= n; i += 16) {
+      const __m256 first = _mm256_loadu_ps(x + i), second = _mm256_loadu_ps(x + i + 8);
+      for (int64_t k = 0; k < kStreams; ++k) {
+        const __m256i pairs = load(weight + k * apart * n + i);
+        even[k] =
+            _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), first, even[k]);
+        odd[k] =
+            _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(pairs, upper)), second, odd[k]);
+      }
     }
-    if (i + 16 <= n) {
-      multiply(i, 0);
-      i += 16;
+    for (int64_t k = 0; k < kStreams; ++k) {
+      const BFloat16* w = weight + k * apart * n;
+      float rest = 0;
+      for (int64_t j = i; j < n; ++j) rest += x[j] * float(w[j]);
+      sums[k * count + row] = sum(_mm256_add_ps(even[k], odd[k])) + rest;
     }
-    float rest = 0;
-    for (; i < n; ++i) rest += x[i] * float(weight[i]);
-    sums[row] =
-        sum(_mm256_add_ps(_mm256_add_ps(even[0], odd[0]), _mm256_add_ps(even[1], odd[1]))) + rest;
   }
 }
 
-MBLM_AVX2 void dots_of_int8(const void* weights, const float* prepared, int64_t n, float* sums,
-                            int64_t count) {
+MBLM_AVX2 void dots_of_int8(const void* weights, int64_t apart, const float* prepared, int64_t n,
+                            float* sums, int64_t count) {
   // Each of eight sums takes two products of sixteen columns.
   constexpr int64_t kColumns = kColumnsPerInt32 * 8;
   const int16_t* x = int16_values(prepared);
   const int8_t* weight = static_cast<const int8_t*>(weights);
   for (int64_t row = 0; row < count; ++row, weight += n) {
-    int64_t total = 0, i = 0;
+    int64_t totals[kStreams] = {}, i = 0;
     while (i + 16 <= n) {
       const int64_t end = std::min(i + kColumns, n);
-      __m256i products = _mm256_setzero_si256();
-      const auto multiply = [&](int64_t at) __attribute__((target("avx2,fma"))) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + at));
-        const __m256i pairs = _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), load(x + at));
-        products = _mm256_add_epi32(products, pairs);
-      };
-      for (; i + 64 <= end; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(weight + i) + kAhead, _MM_HINT_T0);
-        multiply(i);
-        multiply(i + 16);
-        multiply(i + 32);
-        multiply(i + 48);
+      __m256i products[kStreams];
+      for (int64_t k = 0; k < kStreams; ++k) products[k] = _mm256_setzero_si256();
+      for (; i + 16 <= end; i += 16) {
+        const __m256i values = load(x + i);
+        for (int64_t k = 0; k < kStreams; ++k) {
+          const __m128i bytes =
+              _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + k * apart * n + i));
+          products[k] =
+              _mm256_add_epi32(products[k], _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), values));
+        }
       }
-      for (; i + 16 <= end; i += 16) multiply(i);
-      total += sum(products);
+      for (int64_t k = 0; k < kStreams; ++k) totals[k] += sum(products[k]);
     }
-    for (; i < n; ++i) total += int32_t(x[i]) * weight[i];
-    sums[row] = float(total) * prepared[0];
+    for (int64_t k = 0; k < kStreams; ++k) {
+      const int8_t* w = weight + k * apart * n;
+      for (int64_t j = i; j < n; ++j) totals[k] += int32_t(x[j]) * w[j];
+      sums[k * count + row] = float(totals[k]) * prepared[0];
+    }
   }
 }
 

@@ -28,17 +28,9 @@ namespace {
 #define MBLM_VNNI MBLM_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")
 #define MBLM_BF16 MBLM_TARGET("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
 
-// How far ahead of the multiplications rounded weights are asked for; see matrix_avx2.cpp.
-constexpr int64_t kAhead = 1024;
-
 template <class T>
 MBLM_AVX512 inline __m512i load(const T* p) {
   return _mm512_loadu_si512(p);
-}
-
-template <class T>
-MBLM_AVX512 inline void ask_for(const T* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
 }
 
 MBLM_AVX512 inline float sum(__m512 v) {
@@ -58,19 +50,27 @@ MBLM_AVX512 inline int64_t sum(__m512i v) {
   return total;
 }
 
-MBLM_AVX512 void dots_of_float(const void* weights, const float* x, int64_t n, float* sums,
-                               int64_t count) {
+MBLM_AVX512 void dots_of_float(const void* weights, int64_t apart, const float* x, int64_t n,
+                               float* sums, int64_t count) {
   const float* weight = static_cast<const float*>(weights);
   for (int64_t row = 0; row < count; ++row, weight += n) {
-    __m512 a = _mm512_setzero_ps(), b = a;
+    __m512 a[kStreams], b[kStreams];
+    for (int64_t k = 0; k < kStreams; ++k) a[k] = b[k] = _mm512_setzero_ps();
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-      a = _mm512_fmadd_ps(_mm512_loadu_ps(weight + i), _mm512_loadu_ps(x + i), a);
-      b = _mm512_fmadd_ps(_mm512_loadu_ps(weight + i + 16), _mm512_loadu_ps(x + i + 16), b);
+      const __m512 first = _mm512_loadu_ps(x + i), second = _mm512_loadu_ps(x + i + 16);
+      for (int64_t k = 0; k < kStreams; ++k) {
+        const float* w = weight + k * apart * n + i;
+        a[k] = _mm512_fmadd_ps(_mm512_loadu_ps(w), first, a[k]);
+        b[k] = _mm512_fmadd_ps(_mm512_loadu_ps(w + 16), second, b[k]);
+      }
     }
-    float rest = 0;
-    for (; i < n; ++i) rest += x[i] * weight[i];
-    sums[row] = sum(_mm512_add_ps(a, b)) + rest;
+    for (int64_t k = 0; k < kStreams; ++k) {
+      const float* w = weight + k * apart * n;
+      float rest = 0;
+      for (int64_t j = i; j < n; ++j) rest += x[j] * w[j];
+      sums[k * count + row] = sum(_mm512_add_ps(a[k], b[k])) + rest;
+    }
   }
 }
 
@@ -87,46 +87,59 @@ MBLM_BF16 void split_in_two(const float* x, int64_t n, float* prepared) {
   }
 }
 
-MBLM_BF16 void dots_of_bfloat16(const void* weights, const float* prepared, int64_t n, float* sums,
-                                int64_t count) {
+MBLM_BF16 void dots_of_bfloat16(const void* weights, int64_t apart, const float* prepared,
+                                int64_t n, float* sums, int64_t count) {
   const BFloat16* upper = reinterpret_cast<const BFloat16*>(prepared + kPreparedHeader);
   const BFloat16* lower = upper + n;
   const BFloat16* weight = static_cast<const BFloat16*>(weights);
   for (int64_t row = 0; row < count; ++row, weight += n) {
-    __m512 a = _mm512_setzero_ps(), b = a;
+    __m512 a[kStreams], b[kStreams];
+    for (int64_t k = 0; k < kStreams; ++k) a[k] = b[k] = _mm512_setzero_ps();
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-      ask_for(weight + i);
-      const __m512bh pairs = (__m512bh)load(weight + i);
-      a = _mm512_dpbf16_ps(a, pairs, (__m512bh)load(upper + i));
-      b = _mm512_dpbf16_ps(b, pairs, (__m512bh)load(lower + i));
+      const __m512bh first = (__m512bh)load(upper + i), second = (__m512bh)load(lower + i);
+      for (int64_t k = 0; k < kStreams; ++k) {
+        const __m512bh pairs = (__m512bh)load(weight + k * apart * n + i);
+        a[k] = _mm512_dpbf16_ps(a[k], pairs, first);
+        b[k] = _mm512_dpbf16_ps(b[k], pairs, second);
+      }
     }
-    float rest = 0;
-    for (; i < n; ++i) rest += (float(upper[i]) + float(lower[i])) * float(weight[i]);
-    sums[row] = sum(_mm512_add_ps(a, b)) + rest;
+    for (int64_t k = 0; k < kStreams; ++k) {
+      const BFloat16* w = weight + k * apart * n;
+      float rest = 0;
+      for (int64_t j = i; j < n; ++j) rest += (float(upper[j]) + float(lower[j])) * float(w[j]);
+      sums[k * count + row] = sum(_mm512_add_ps(a[k], b[k])) + rest;
+    }
   }
 }
 
-MBLM_VNNI void dots_of_int8(const void* weights, const float* prepared, int64_t n, float* sums,
-                            int64_t count) {
+MBLM_VNNI void dots_of_int8(const void* weights, int64_t apart, const float* prepared, int64_t n,
+                            float* sums, int64_t count) {
   // Each of sixteen sums takes two products of 32 columns.
   constexpr int64_t kColumns = kColumnsPerInt32 * 16;
   const int16_t* x = int16_values(prepared);
   const int8_t* weight = static_cast<const int8_t*>(weights);
   for (int64_t row = 0; row < count; ++row, weight += n) {
-    int64_t total = 0, i = 0;
+    int64_t totals[kStreams] = {}, i = 0;
     while (i + 32 <= n) {
       const int64_t end = std::min(i + kColumns, n);
-      __m512i products = _mm512_setzero_si512();
+      __m512i products[kStreams];
+      for (int64_t k = 0; k < kStreams; ++k) products[k] = _mm512_setzero_si512();
       for (; i + 32 <= end; i += 32) {
-        ask_for(weight + i);
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + i));
-        products = _mm512_dpwssd_epi32(products, _mm512_cvtepi8_epi16(bytes), load(x + i));
+        const __m512i values = load(x + i);
+        for (int64_t k = 0; k < kStreams; ++k) {
+          const __m256i bytes =
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + k * apart * n + i));
+          products[k] = _mm512_dpwssd_epi32(products[k], _mm512_cvtepi8_epi16(bytes), values);
+        }
       }
-      total += sum(products);
+      for (int64_t k = 0; k < kStreams; ++k) totals[k] += sum(products[k]);
     }
-    for (; i < n; ++i) total += int32_t(x[i]) * weight[i];
-    sums[row] = float(total) * prepared[0];
+    for (int64_t k = 0; k < kStreams; ++k) {
+      const int8_t* w = weight + k * apart * n;
+      for (int64_t j = i; j < n; ++j) totals[k] += int32_t(x[j]) * w[j];
+      sums[k * count + row] = float(totals[k]) * prepared[0];
+    }
   }
 }
 

@@ -11,12 +11,18 @@ namespace mblm::cpu {
 // Floats before the values of a prepared row, so that these keep to cache lines.
 constexpr int64_t kPreparedHeader = 16;
 
+// Rows of weights that are read side by side, far from each other: a core asks the memory for more
+// at a time than it does for one stream of consecutive addresses.
+constexpr int64_t kStreams = 4;
+
 // How a kernel multiplies weights of one type.
 struct Kernel {
   // Writes x (n) as `dots` wants it, into kPreparedHeader + n floats; null if it wants x itself.
   void (*prepare)(const float* x, int64_t n, float* prepared);
-  // sums[i] = x . weight[i] for rows i < count of a weight (.., n) of the kernel's type.
-  void (*dots)(const void* weight, const float* x, int64_t n, float* sums, int64_t count);
+  // sums[k * count + i] = x . weight[k * apart + i] for each stream k and i < count, where weight
+  // (.., n) is of the kernel's type.
+  void (*dots)(const void* weight, int64_t apart, const float* x, int64_t n, float* sums,
+               int64_t count);
 };
 
 struct MatrixKernels {

@@ -41,6 +41,10 @@ void Positions::add(int64_t position, int64_t dim, float* x) const {
   if (fixed) cpu::add(fixed + position * dim, dim, x);
 }
 
+int64_t Run::products() const {
+  return int64_t(rows.size()) * (local().model->weights() + to_logits.weights());
+}
+
 int64_t Run::scratch_size(int64_t threads) const {
   int64_t largest = 0;
   for (const RunStage& stage : stages) {

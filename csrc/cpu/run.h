@@ -76,6 +76,8 @@ class Run {
   // Uniform random numbers (num_tokens) for the n-th byte of a row.
   std::function<const float*(int64_t row, int64_t n)> uniform;
 
+  // Products of weights and values that a byte of every row takes.
+  int64_t products() const;
   // Floats of working memory.
   int64_t scratch_size(int64_t threads) const;
 

@@ -1,9 +1,9 @@
-// One position of a Transformer stage: see transformer_stage.h.
+// The next positions of a Transformer stage: see transformer_stage.h.
 #include "cpu/transformer_stage.h"
 
 #include <cmath>
 
-#include "cpu/dot.h"
+#include "cpu/attention.h"
 #include "cpu/kernel.h"
 #include "cpu/rms_norm.h"
 #include "cpu/vector_math.h"
@@ -36,87 +36,117 @@ MBLM_INLINE void rotate(const float* x, const float* cos, const float* sin, int6
   }
 }
 
-// What one head of one row works on.
+// What one head of one row works on: some positions in a row, at most kQueries.
 struct Head {
-  int64_t dim, position;
-  const float *q, *k, *v;       // (dim), of this position
-  const float *cos, *sin;       // (dim / 2), or null
-  float *keys, *values;         // (capacity, dim)
-  float *query, *scores, *out;  // working memory (dim), (position + 1); the result (dim)
+  int64_t dim, first, count, capacity;
+  const float *q, *k, *v;   // of the first position, (dim)
+  int64_t q_stride;         // from there to the next position's, also of out
+  int64_t kv_stride;        // the same of k and v
+  const float *cos, *sin;   // of the first position, (count, dim / 2), or null
+  float *keys, *values;     // (capacity, dim)
+  float *queries, *scores;  // working memory (count, dim), (count, capacity)
+  float* out;
 };
 
-// Appends this position's key and value and attends to all positions so far.
-MBLM_CLONES void attend(const Head& head) {
-  const int64_t dim = head.dim, count = head.position + 1;
-  float* key = head.keys + head.position * dim;
-  const float* query = head.q;
-  if (head.cos) {
-    rotate(head.q, head.cos, head.sin, dim / 2, head.query);
-    rotate(head.k, head.cos, head.sin, dim / 2, key);
-    query = head.query;
-  } else {
-    std::copy_n(head.k, dim, key);
-  }
-  std::copy_n(head.v, dim, head.values + head.position * dim);
+constexpr int64_t kQueries = 16;
+// Keys or values that stay in the first cache while all positions look at them.
+constexpr int64_t kKeys = 64;
 
-  const float scale = 1.f / std::sqrt(float(dim));
-  float highest = -INFINITY;
-  for (int64_t i = 0; i < count; ++i) {
-    head.scores[i] = dot<float>(query, head.keys + i * dim, dim) * scale;
-    highest = std::max(highest, head.scores[i]);
+// Calls function(position, begin, end) for all keys that each position sees, in their order.
+template <class Function>
+MBLM_INLINE void for_keys(const Head& head, Function function) {
+  for (int64_t begin = 0; begin < head.first + head.count; begin += kKeys) {
+    for (int64_t i = 0; i < head.count; ++i) {
+      function(i, begin, std::min(begin + kKeys, head.first + i + 1));
+    }
   }
-  for (int64_t i = 0; i < count; ++i) head.scores[i] = vector_exp(head.scores[i] - highest);
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += head.scores[i];
-  for (int64_t c = 0; c < dim; ++c) head.out[c] = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float* value = head.values + i * dim;
-    const float weight = head.scores[i];
-    for (int64_t c = 0; c < dim; ++c) head.out[c] += weight * value[c];
-  }
-  const float factor = float(1 / sum);
-  for (int64_t c = 0; c < dim; ++c) head.out[c] *= factor;
 }
 
-// Working memory of one call, cut from one block; what is per thread comes last.
-struct Scratch {
-  float *q, *kv, *attended, *middle, *inner, *normed, *query, *scores;
+// Appends the positions' keys and values; each attends to all positions up to itself. What a
+// position computes does not depend on how many there are.
+MBLM_CLONES void attend(const Head& head) {
+  const int64_t dim = head.dim;
+  for (int64_t i = 0; i < head.count; ++i) {
+    const float *q = head.q + i * head.q_stride, *k = head.k + i * head.kv_stride;
+    float *query = head.queries + i * dim, *key = head.keys + (head.first + i) * dim;
+    if (head.cos) {
+      const int64_t angle = i * (dim / 2);
+      rotate(q, head.cos + angle, head.sin + angle, dim / 2, query);
+      rotate(k, head.cos + angle, head.sin + angle, dim / 2, key);
+    } else {
+      std::copy_n(q, dim, query);
+      std::copy_n(k, dim, key);
+    }
+    std::copy_n(head.v + i * head.kv_stride, dim, head.values + (head.first + i) * dim);
+  }
 
-  Scratch(const TransformerStage& stage, int64_t rows, int64_t capacity, int64_t thread,
+  const float scale = 1.f / std::sqrt(float(dim));
+  for_keys(head, [&](int64_t i, int64_t begin, int64_t end) MBLM_INLINE_LAMBDA {
+    multiply_keys(head.queries + i * dim, head.keys + begin * dim, end - begin, dim, scale,
+                  head.scores + i * head.capacity + begin);
+  });
+  float factors[kQueries];
+  for (int64_t i = 0; i < head.count; ++i) {
+    factors[i] = exponentials(head.scores + i * head.capacity, head.first + i + 1);
+    std::fill_n(head.out + i * head.q_stride, dim, 0.f);
+  }
+  for_keys(head, [&](int64_t i, int64_t begin, int64_t end) MBLM_INLINE_LAMBDA {
+    add_values(head.scores + i * head.capacity + begin, head.values + begin * dim, end - begin, dim,
+               head.out + i * head.q_stride);
+  });
+  for (int64_t i = 0; i < head.count; ++i) {
+    float* out = head.out + i * head.q_stride;
+    for (int64_t c = 0; c < dim; ++c) out[c] *= factors[i];
+  }
+}
+
+// Working memory of a call, cut from one block; what is per thread comes last.
+struct Scratch {
+  float *q, *kv, *attended, *middle, *inner, *normed, *queries, *scores;
+
+  Scratch(const TransformerStage& stage, int64_t positions, int64_t of_thread, int64_t thread,
           float* block) {
     const int64_t width = stage.heads * stage.head_dim;
     q = block;
-    kv = q + rows * width;
-    attended = kv + rows * 2 * width;
-    middle = attended + rows * width;
-    inner = middle + rows * stage.dim;
-    normed = inner + rows * inner_width(stage) + thread * per_thread(stage, rows, capacity);
-    query = normed + rows * stage.dim;
-    scores = query + stage.head_dim;
+    kv = q + positions * width;
+    attended = kv + positions * 2 * width;
+    middle = attended + positions * width;
+    inner = middle + positions * stage.dim;
+    normed = inner + positions * inner_width(stage) + thread * of_thread;
+    queries = normed + positions * stage.dim;
+    scores = queries + kQueries * stage.head_dim;
   }
 
   static int64_t inner_width(const TransformerStage& stage) {
     return stage.layers.empty() ? 0 : stage.layers[0].expand.outputs;
   }
-
-  // A multiple of a cache line's 16 floats and one line more: threads write apart.
-  static int64_t per_thread(const TransformerStage& stage, int64_t rows, int64_t capacity) {
-    return (rows * stage.dim + stage.head_dim + capacity) / 16 * 16 + 32;
-  }
 };
 
-int64_t largest_capacity(const TransformerState& state) {
-  int64_t largest = 0;
-  for (const TransformerRow& row : state.rows) largest = std::max(largest, row.capacity);
-  return largest;
+// Floats of each thread: a multiple of a cache line's 16 and one line more, so that threads write
+// apart.
+int64_t per_thread(const TransformerStage& stage, const TransformerState& state, int64_t count) {
+  int64_t capacity = 0;
+  for (const TransformerRow& row : state.rows) capacity = std::max(capacity, row.capacity);
+  const int64_t positions = int64_t(state.rows.size()) * count;
+  const int64_t attention = kQueries * stage.head_dim + std::min(count, kQueries) * capacity;
+  return (positions * stage.dim + attention) / 16 * 16 + 32;
 }
 
 }  // namespace
 
-int64_t TransformerStage::scratch_size(const State& state, int64_t threads) const {
-  const int64_t rows = int64_t(state.rows.size());
-  const int64_t shared = rows * (4 * heads * head_dim + dim + Scratch::inner_width(*this));
-  return shared + threads * Scratch::per_thread(*this, rows, largest_capacity(state));
+int64_t TransformerStage::weights() const {
+  int64_t count = 0;
+  for (const TransformerLayer& layer : layers) {
+    count += layer.q.weights() + layer.kv.weights() + layer.out.weights() + layer.expand.weights() +
+             layer.contract.weights();
+  }
+  return count;
+}
+
+int64_t TransformerStage::scratch_size(const State& state, int64_t count, int64_t threads) const {
+  const int64_t positions = int64_t(state.rows.size()) * count;
+  const int64_t shared = positions * (4 * heads * head_dim + dim + Scratch::inner_width(*this));
+  return shared + threads * per_thread(*this, state, count);
 }
 
 void TransformerStage::restart(TransformerRow& row) const {
@@ -127,33 +157,36 @@ void TransformerStage::restart(TransformerRow& row) const {
   }
 }
 
-void TransformerStage::step(const Worker& worker, const State& state, float* x,
-                            float* block) const {
+void TransformerStage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
+                               float* block) const {
   Team& team = worker.team;
-  const int64_t rows = int64_t(state.rows.size()), width = heads * head_dim, half = dim / 2;
-  const Scratch s(*this, rows, largest_capacity(state), worker.index, block);
+  const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
+  const int64_t width = heads * head_dim, kept = dim - dim / 2;
+  const Scratch s(*this, positions, per_thread(*this, state, count), worker.index, block);
 
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
-  // A part is one of the shifts, two in a layer.
+  // A part is one of the shifts, two in a layer. It delays the halves of the positions before.
   const auto normalize = [&](const float* input, int64_t part, const float* weight) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const TransformerRow& of = state.rows[row];
-      shifted_norm(input + row * dim, of.delayed + part * of.part_stride, weight, dim,
-                   s.normed + row * dim);
+    for (int64_t at = 0; at < positions; ++at) {
+      const TransformerRow& row = state.rows[at / count];
+      const float* delayed =
+          at % count > 0 ? input + (at - 1) * dim + kept : row.delayed + part * row.part_stride;
+      shifted_norm(input + at * dim, delayed, weight, dim, s.normed + at * dim);
     }
   };
   const auto delay = [&](const float* input, int64_t part) {
     for (int64_t row = 0; row < rows; ++row) {
+      const float* last = input + (row * count + count - 1) * dim;
       const TransformerRow& of = state.rows[row];
-      std::copy_n(input + row * dim + dim - half, half, of.delayed + part * of.part_stride);
+      std::copy_n(last + kept, dim - kept, of.delayed + part * of.part_stride);
     }
   };
 
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const TransformerLayer& layer = layers[index];
     normalize(x, 2 * index, layer.attention_norm);
-    multiply(worker, 0, layer.q, s.normed, rows, s.q);
-    multiply(worker, 1, layer.kv, s.normed, rows, s.kv);
+    multiply(worker, 0, layer.q, s.normed, positions, s.q);
+    multiply(worker, 1, layer.kv, s.normed, positions, s.kv);
     team.wait();
 
     team.share(0, rows * heads, 1, [&](int64_t begin, int64_t end) {
@@ -161,32 +194,47 @@ void TransformerStage::step(const Worker& worker, const State& state, float* x,
         const int64_t row = item / heads, head = item % heads;
         const TransformerRow& of = state.rows[row];
         const int64_t cache = index * of.layer_stride + head * of.capacity * head_dim;
-        const int64_t angle = of.position * (head_dim / 2);
-        const float* key = s.kv + row * 2 * width + head * head_dim;
-        attend({head_dim, of.position, s.q + row * width + head * head_dim, key, key + width,
-                of.cos ? of.cos + angle : nullptr, of.cos ? of.sin + angle : nullptr,
-                of.keys + cache, of.values + cache, s.query, s.scores,
-                s.attended + row * width + head * head_dim});
+        for (int64_t i = 0; i < count; i += kQueries) {
+          const int64_t at = row * count + i, position = of.position + i;
+          const int64_t angle = position * (head_dim / 2), column = head * head_dim;
+          const float* key = s.kv + at * 2 * width + column;
+          attend({.dim = head_dim,
+                  .first = position,
+                  .count = std::min(kQueries, count - i),
+                  .capacity = of.capacity,
+                  .q = s.q + at * width + column,
+                  .k = key,
+                  .v = key + width,
+                  .q_stride = width,
+                  .kv_stride = 2 * width,
+                  .cos = of.cos ? of.cos + angle : nullptr,
+                  .sin = of.cos ? of.sin + angle : nullptr,
+                  .keys = of.keys + cache,
+                  .values = of.values + cache,
+                  .queries = s.queries,
+                  .scores = s.scores,
+                  .out = s.attended + at * width + column});
+        }
       }
     });
     if (worker.is_first()) delay(x, 2 * index);
     team.wait();
 
-    multiply(worker, 0, layer.out, s.attended, rows, s.middle, Then::kStore, x);
+    multiply(worker, 0, layer.out, s.attended, positions, s.middle, Then::kStore, x);
     team.wait();
 
     normalize(s.middle, 2 * index + 1, layer.feed_forward_norm);
-    multiply(worker, 0, layer.expand, s.normed, rows, s.inner, Then::kGelu);
+    multiply(worker, 0, layer.expand, s.normed, positions, s.inner, Then::kGelu);
     team.wait();
 
-    multiply(worker, 0, layer.contract, s.inner, rows, x, Then::kStore, s.middle);
+    multiply(worker, 0, layer.contract, s.inner, positions, x, Then::kStore, s.middle);
     if (worker.is_first()) delay(s.middle, 2 * index + 1);
     team.wait();
   }
 
   if (worker.is_first()) {
-    for (int64_t row = 0; row < rows; ++row) {
-      shifted_norm(x + row * dim, nullptr, norm, dim, x + row * dim);
+    for (int64_t at = 0; at < positions; ++at) {
+      shifted_norm(x + at * dim, nullptr, norm, dim, x + at * dim);
     }
   }
   team.wait();

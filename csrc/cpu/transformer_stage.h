@@ -1,4 +1,4 @@
-// A Transformer stage in decoding: one position of every row.
+// A Transformer stage in decoding: the next positions of every row.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ struct TransformerRow {
   const float* start_delayed = nullptr;  // as delayed, after the start token; null if never needed
   int64_t start_stride = 0;
 
-  void advance() { ++position; }
+  void advance(int64_t count) { position += count; }
 };
 
 struct TransformerState {
@@ -43,12 +43,17 @@ class TransformerStage {
   std::vector<TransformerLayer> layers;
   const float* norm = nullptr;  // (dim)
 
-  // Floats of working memory that a call needs.
-  int64_t scratch_size(const State& state, int64_t threads) const;
+  // Weights of the matrices, with each of which a position is multiplied.
+  int64_t weights() const;
 
-  // Takes in x (rows, dim) and replaces it by the output. All threads of the team call it; the
-  // output is complete when it returns. The caller then advances the rows.
-  void step(const Worker& worker, const State& state, float* x, float* scratch) const;
+  // Floats of working memory that a call with so many positions of every row needs.
+  int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
+
+  // Takes in x (rows, count, dim) and replaces it by the output. All threads of the team call it;
+  // the output is complete when it returns. The caller then advances the rows. Several positions
+  // have the bits of as many calls with one; they read the weights once.
+  void prefill(const Worker& worker, const State& state, int64_t count, float* x,
+               float* scratch) const;
 
   // Goes back to the state after the start token, whose keys and values are still there.
   void restart(TransformerRow& row) const;

@@ -1,10 +1,10 @@
 // Causal shift fused with RMSNorm: see shift_rms_norm.h.
 //
-// A warp takes a position. Lane l holds the packs l, l + 32, ... of its channels, whether they can
-// be loaded at once or not: the order of a sum does not depend on how the inputs lie in memory.
+// A warp takes a position.
 #include <algorithm>
 
 #include "cuda/kernel.cuh"
+#include "cuda/rows.cuh"
 #include "cuda/shift_rms_norm.h"
 
 namespace mblm::cuda {
@@ -54,12 +54,6 @@ MBLM_DEVICE Pack<T, N> read_shifted(const Halves<T>& s, int64_t kept, int64_t wi
   return pack;
 }
 
-// The same of a contiguous row of channels.
-template <bool kAligned, int N, class T>
-MBLM_DEVICE Pack<T, N> read_row(const T* row, int64_t width, int64_t first) {
-  return read_shifted<kAligned, N>(Halves<T>{row, nullptr}, width, width, first);
-}
-
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kWarps* kWarp)
     forward(ShiftRmsNormInput<T> in, int64_t positions, T* out, compute_t<T>* inverse_norm) {
@@ -79,7 +73,6 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const C inverse = C(1) / (norm < eps ? eps : norm);  // NaN stays NaN
     if (lane == 0) inverse_norm[i] = inverse;
 
-    T* to = out + i * in.width;
     for (int64_t first = lane * N; first < in.width; first += kWarp * N) {
       const Pack<T, N> pack = read_shifted<kAligned, N>(s, kept, in.width, first);
       const Pack<C, N> weight = read_row<kAligned, N>(in.weight, in.width, first);
@@ -87,11 +80,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
       for (int k = 0; k < N; ++k) {
         result.values[k] = rounded<T>(value_of(pack.values[k]) * inverse * weight.values[k]);
       }
-      if constexpr (kAligned) {
-        store_pack(to + first, result);
-      } else {
-        for (int k = 0; k < N && first + k < in.width; ++k) to[first + k] = result.values[k];
-      }
+      write_row<kAligned>(out + i * in.width, in.width, first, result);
     }
   }
 }

@@ -121,10 +121,10 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     Store store;
     auto state = test::make_state(store, stage, rows, kCapacity);
     std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
-    std::vector<float> scratch(stage.scratch_size(state, 1));
+    std::vector<float> scratch(stage.scratch_size(state, 1, 1));
     for (int64_t n = 0; n < kSteps; ++n) {
-      stage.step(worker(), state, outputs.data() + n * rows * sizes.dim, scratch.data());
-      for (auto& row : state.rows) row.advance();
+      stage.prefill(worker(), state, 1, outputs.data() + n * rows * sizes.dim, scratch.data());
+      for (auto& row : state.rows) row.advance(1);
     }
     return outputs;
   }();

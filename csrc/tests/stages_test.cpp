@@ -1,6 +1,6 @@
-// Tests of runs with every stage, two of them one above the other: a team of threads gives the bits
-// of one thread, and rows that run side by side those of rows alone. Under the thread sanitizer,
-// that no barrier is missing.
+// Tests of every stage: several positions have the bits of one after the other. And of runs with
+// two of them, one above the other: a team of threads gives the bits of one thread, and rows that
+// run side by side those of rows alone. Under the thread sanitizer, that no barrier is missing.
 #include <algorithm>
 #include <deque>
 #include <thread>
@@ -105,6 +105,18 @@ cpu::Mamba2Stage make_stage(Weights& weights, const cpu::Mamba2Stage&) {
   return stage;
 }
 
+// Calls function(worker) on so many threads of a team.
+template <class Function>
+void on_team(int64_t threads, Function function) {
+  cpu::Team team(threads);
+  std::vector<std::thread> others;
+  for (int64_t index = 1; index < threads; ++index) {
+    others.emplace_back([&team, &function, index] { function(cpu::Worker{team, index}); });
+  }
+  function(cpu::Worker{team, 0});
+  for (std::thread& other : others) other.join();
+}
+
 // A row's empty cache, cut from zeros.
 void add_row(Weights& zeros, cpu::TransformerState& state) {
   const int64_t capacity = 1 + std::max(kPatch, kPatches);
@@ -192,12 +204,7 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
     run.rows.push_back(row);
   }
   std::vector<float> scratch(run.scratch_size(threads));
-  cpu::Team team(threads);
-  std::vector<std::thread> others;
-  const auto work = [&](int64_t index) { run.work(cpu::Worker{team, index}, scratch.data()); };
-  for (int64_t index = 1; index < threads; ++index) others.emplace_back(work, index);
-  work(0);
-  for (std::thread& other : others) other.join();
+  on_team(threads, [&](const cpu::Worker& worker) { run.work(worker, scratch.data()); });
   for (size_t i = 0; i < rows; ++i) {
     CHECK(run.rows[i].num_tokens == counts[i]);
     for (int64_t n : {0, 1}) {
@@ -206,6 +213,50 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
     }
   }
   return left;
+}
+
+// Outputs (rows, positions, dim) of a stage that takes in the same positions in pieces, the last row
+// being one position behind the others.
+template <class Stage>
+std::vector<float> take_in(const std::vector<int64_t>& pieces, int64_t threads) {
+  constexpr int64_t kRows = 3, kPositions = 5;
+  Weights weights, zeros;
+  const Stage stage = make_stage(weights, Stage());
+  typename Stage::State state;
+  for (int64_t row = 0; row < kRows; ++row) add_row(zeros, state);
+  state.rows.back().advance(-1);
+  std::vector<float> outputs(kRows * kPositions * kDim);
+  const float* inputs = weights.vector(kRows * kPositions * kDim);
+  int64_t first = 0;
+  for (const int64_t count : pieces) {
+    std::vector<float> x(kRows * count * kDim);
+    for (int64_t row = 0; row < kRows; ++row) {
+      std::copy_n(inputs + (row * kPositions + first) * kDim, count * kDim,
+                  x.data() + row * count * kDim);
+    }
+    std::vector<float> scratch(stage.scratch_size(state, count, threads));
+    on_team(threads, [&](const cpu::Worker& worker) {
+      stage.prefill(worker, state, count, x.data(), scratch.data());
+    });
+    for (int64_t row = 0; row < kRows; ++row) {
+      std::copy_n(x.data() + row * count * kDim, count * kDim,
+                  outputs.data() + (row * kPositions + first) * kDim);
+      state.rows[row].advance(count);
+    }
+    first += count;
+  }
+  CHECK(first == kPositions);
+  return outputs;
+}
+
+template <class Stage>
+void positions_at_once_have_the_bits_of_steps() {
+  const auto steps = take_in<Stage>({1, 1, 1, 1, 1}, 1);
+  for (const int64_t threads : {1, 3}) {
+    for (const auto& pieces : {std::vector<int64_t>{5}, {2, 3}, {1, 4}, {4, 1}}) {
+      CHECK(take_in<Stage>(pieces, threads) == steps);
+    }
+  }
 }
 
 template <class Stage>
@@ -222,6 +273,9 @@ void a_team_and_neighbors_change_no_bit() {
 }
 
 int main() {
+  positions_at_once_have_the_bits_of_steps<cpu::TransformerStage>();
+  positions_at_once_have_the_bits_of_steps<cpu::Mamba1Stage>();
+  positions_at_once_have_the_bits_of_steps<cpu::Mamba2Stage>();
   a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba1Stage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba2Stage>();

@@ -102,6 +102,10 @@ inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArray
                     tensor.sizes());
 }
 
+inline void check_count(const char* name, size_t got, size_t expected) {
+  TORCH_CHECK_VALUE(got == expected, name, " must have ", expected, " items, got ", got);
+}
+
 inline void check_ids_type(const at::Tensor& ids) {
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong, "ids must be int64, got ", ids.scalar_type());
   TORCH_CHECK_VALUE(ids.dim() == 2, "ids must have two dimensions, got ", ids.sizes());

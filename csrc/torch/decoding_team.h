@@ -1,6 +1,9 @@
-// Runs a decoding call on the threads that torch has.
+// Runs a decoding call on the threads that torch has, or on fewer where that is quicker.
 #pragma once
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <optional>
 
 #ifdef _OPENMP
@@ -10,6 +13,13 @@
 #include "cpu/team.h"
 
 namespace mblm {
+
+// How many threads so many products of weights and values between two bytes are worth: with more
+// of them, waiting for each other after every matrix takes longer than they save.
+inline int64_t threads_for(int64_t products) {
+  constexpr int64_t kProductsPerThread = 1 << 18;
+  return std::clamp<int64_t>(products / kProductsPerThread, 1, at::get_num_threads());
+}
 
 // Calls function(worker) on every thread of a team; the caller's own is the first.
 template <class Function>

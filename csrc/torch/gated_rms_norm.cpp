@@ -1,4 +1,4 @@
-// Glue of gated_rms_norm: checks, allocation, the CPU kernel's registration.
+// Glue of gated_rms_norm: checks, allocation, the kernels' registration.
 #include "cpu/gated_rms_norm.h"
 
 #include <torch/library.h>
@@ -7,6 +7,7 @@
 
 #include "common.h"
 #include "cpu/sum_rows.h"
+#include "cuda/gated_rms_norm.h"
 
 namespace mblm {
 namespace {
@@ -20,6 +21,7 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& gate, do
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, "x must have shape [..., D] with D >= 1, got ",
                     x.sizes());
   check_shape("weight", weight, {x.size(-1)});
+  check_device("weight", weight, "x", x);
   TORCH_CHECK_VALUE(eps > 0, "eps must be positive, got ", eps);
   if (gate) {
     check_shape("gate", *gate, x.sizes());
@@ -64,6 +66,7 @@ struct Inputs {
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
                                    const OptionalTensor& gate, double eps) {
   check(x, weight, gate, eps);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, gate, eps);
   Tensor out = at::empty(x.sizes(), x.options().dtype(in.type));
   Tensor inverse_norm =
@@ -73,6 +76,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(out);
     auto* inverse = mutable_data<cpu::compute_t<T>>(inverse_norm);
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        return launch(x.device(), [&](cuda::Stream stream) {
+          return cuda::gated_rms_norm(input, in.positions, to, inverse, stream);
+        });
+      }
+    }
     parallel(in.positions, in.width, [&](int64_t begin, int64_t end) {
       cpu::gated_rms_norm(input, to, inverse, begin, end);
     });
@@ -84,28 +94,43 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             const Tensor& weight, const OptionalTensor& gate,
                                             const Tensor& inverse_norm, double eps) {
   check(x, weight, gate, eps);
+  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, gate, eps);
   check_shape("grad", grad, x.sizes());
   check_like("grad", grad, "weight", weight);
   check_shape("inverse_norm", inverse_norm, x.sizes().slice(0, x.dim() - 1));
   check_type("inverse_norm", inverse_norm, compute_type(in.type));
+  check_device("inverse_norm", inverse_norm, "x", x);
 
-  // The weight's gradient is summed over blocks of positions, then over the blocks, so that it is
-  // the same for any number of threads.
-  constexpr int64_t kBlock = 64;
-  const int64_t blocks = (in.positions + kBlock - 1) / kBlock;
   const Tensor grad_in = grad.to(in.type).contiguous(), inverse_in = inverse_norm.contiguous();
   Tensor grad_x = at::empty(x.sizes(), x.options().dtype(in.type));
   Tensor grad_gate =
       gate ? at::empty(x.sizes(), grad_x.options()) : at::empty({0}, grad_x.options());
-  Tensor partial = at::empty({blocks, in.width}, in.weight.options());
   Tensor grad_weight = at::empty({in.width}, in.weight.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
     const auto input = in.kernel_input<T>();
     T* to_x = mutable_data<T>(grad_x);
-    T* to_gate = mutable_data<T>(grad_gate);
+    T* to_gate = gate ? mutable_data<T>(grad_gate) : nullptr;
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        Tensor parts =
+            at::empty({cuda::gated_rms_norm_parts(in.positions), in.width}, in.weight.options());
+        launch(x.device(), [&](cuda::Stream stream) {
+          return cuda::gated_rms_norm_backward(input, in.positions, data<T>(grad_in),
+                                               data<C>(inverse_in), to_x, to_gate,
+                                               mutable_data<C>(parts), stream);
+        });
+        grad_weight = parts.sum(0);
+        return;
+      }
+    }
+    // The weight's gradient is summed over blocks of positions, then over the blocks, so that it is
+    // the same for any number of threads.
+    constexpr int64_t kBlock = 64;
+    const int64_t blocks = (in.positions + kBlock - 1) / kBlock;
+    Tensor partial = at::empty({blocks, in.width}, in.weight.options());
     C* sums = mutable_data<C>(partial);
     parallel(blocks, kBlock * in.width, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -123,11 +148,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
           grad_gate.to(x.scalar_type())};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+void add(torch::Library& library) {
   library.impl("gated_rms_norm", forward);
   library.impl("gated_rms_norm_backward", backward);
 }
+
+}  // namespace
+
+MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -12,6 +12,10 @@
 
 namespace mblm {
 
+// Of a run: ids, outputs, contexts, positions, numbers of bytes.
+using RunResults = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
+                              std::vector<int64_t>, std::vector<int64_t>>;
+
 struct Hierarchy : torch::CustomClassHolder {
   std::vector<c10::intrusive_ptr<Stage>> stages;  // the local one last
   std::vector<at::Tensor> weights;                // kept alive
@@ -29,16 +33,16 @@ struct Hierarchy : torch::CustomClassHolder {
   //
   // Returns the sampled ids (B, most tokens), outputs, contexts and positions as given, and per
   // cache how many bytes were sampled.
-  std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>,
-             std::vector<int64_t>>
-  run(const std::vector<at::Tensor>& state, const std::vector<int64_t>& cached,
-      const std::vector<int64_t>& positions, const std::vector<at::Tensor>& outputs,
-      const std::vector<at::Tensor>& start_outputs, const std::vector<at::Tensor>& contexts,
-      const std::vector<at::Tensor>& tables, const std::vector<at::Tensor>& history,
-      const std::vector<int64_t>& lengths, const std::optional<at::Tensor>& pending,
-      const std::vector<int64_t>& max_tokens, const std::vector<int64_t>& room, double temperature,
-      int64_t top_k, double top_p, const std::optional<at::Generator>& generator,
-      const std::optional<at::Tensor>& uniform, const std::optional<at::Tensor>& ends) const;
+  RunResults run(const std::vector<at::Tensor>& state, const std::vector<int64_t>& cached,
+                 const std::vector<int64_t>& positions, const std::vector<at::Tensor>& outputs,
+                 const std::vector<at::Tensor>& start_outputs,
+                 const std::vector<at::Tensor>& contexts, const std::vector<at::Tensor>& tables,
+                 const std::vector<at::Tensor>& history, const std::vector<int64_t>& lengths,
+                 const std::optional<at::Tensor>& pending, const std::vector<int64_t>& max_tokens,
+                 const std::vector<int64_t>& room, double temperature, int64_t top_k, double top_p,
+                 const std::optional<at::Generator>& generator,
+                 const std::optional<at::Tensor>& uniform,
+                 const std::optional<at::Tensor>& ends) const;
 };
 
 // weights: the local table (V, D_N) and the logits' packed linear layer; then for each stage above,

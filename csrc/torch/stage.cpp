@@ -1,10 +1,11 @@
-// Glue of single steps of a compiled stage and of packed linear layers, and the registration of
+// Glue of a compiled stage's next positions and of packed linear layers, and the registration of
 // what decodes.
 #include "stage.h"
 
 #include <ATen/ops/full.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <type_traits>
 
 #include "common.h"
@@ -21,36 +22,43 @@ namespace {
 using at::Tensor;
 
 // A copy of x, which must be where the weights are.
-Tensor check_rows(const Tensor& x, int64_t dim, const c10::Device& device) {
+Tensor copy_of_input(const Tensor& x, int64_t dim, const c10::Device& device) {
   check_type("x", x, at::kFloat);
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) == dim,
-                    "x must have shape [B >= 1, ", dim, "], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) > 0 && x.size(1) > 0 && x.size(2) == dim,
+                    "x must have shape [B >= 1, S >= 1, ", dim, "], got ", x.sizes());
   TORCH_CHECK_VALUE(x.device() == device, "x must be on ", device, ", got ", x.device());
   Tensor copy = at::empty(x.sizes(), x.options());
   return copy.copy_(x);
 }
 
-// Several caches are stepped one after the other: their rows lie apart.
+// x (rows, S, dim), a position at a time. Several caches come one after the other: their rows lie
+// apart.
 template <class Model>
-void step_on_gpu(const Model& model, const typename Model::State& state,
-                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& positions,
-                 Tensor& x) {
+Tensor prefill_on_gpu(const Model& model, const typename Model::State& state,
+                      const std::vector<int64_t>& sizes, const std::vector<int64_t>& positions,
+                      const Tensor& x) {
   const c10::DeviceGuard device(x.device());
+  Tensor values = x.transpose(0, 1).contiguous();  // (S, rows, dim)
   int64_t first = 0;
   for (size_t cache = 0; cache < sizes.size(); first += sizes[cache++]) {
     const int64_t rows = sizes[cache];
-    const Tensor at = at::full({rows}, positions[cache], x.options().dtype(at::kLong));
+    Tensor at = at::full({rows}, positions[cache], x.options().dtype(at::kLong));
     Tensor workspace = at::empty({cuda::workspace_size(model, rows)}, x.options());
     cuda::StageStep step;
     step.rows = rows;
     step.is_dependent = false;  // the weights may just have been packed
     step.positions = at.const_data_ptr<int64_t>();
-    step.limit = positions[cache] + 1;
-    step.x = x.mutable_data_ptr<float>() + first * model.dim;
+    step.limit = positions[cache] + x.size(1);
     step.workspace = workspace.mutable_data_ptr<float>();
-    launch(x.device(),
-           [&](cuda::Stream stream) { return cuda::step(model, state.rows[first], step, stream); });
+    for (int64_t n = 0; n < x.size(1); ++n) {
+      if (n > 0) at.add_(1);
+      step.x = values.mutable_data_ptr<float>() + (n * x.size(0) + first) * model.dim;
+      launch(x.device(), [&](cuda::Stream stream) {
+        return cuda::step(model, state.rows[first], step, stream);
+      });
+    }
   }
+  return values.transpose(0, 1).contiguous();
 }
 
 }  // namespace
@@ -66,12 +74,12 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = matrix.outputs;
   Tensor out = at::empty(shape, rows.options());
-  if (matrix.outputs == 0) return out;
+  const int64_t count = matrix.outputs ? out.numel() / matrix.outputs : 0;
   if constexpr (kCuda) {
     if (on_gpu(x)) {
       cuda::Product product;
       product.is_dependent = false;  // the weights may just have been packed
-      product.rows = out.numel() / matrix.outputs;
+      product.rows = count;
       product.x = rows.const_data_ptr<float>();
       product.x_stride = matrix.inputs;
       product.matrix = matrix;
@@ -81,34 +89,33 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
       return out;
     }
   }
-  with_team(at::get_num_threads(), [&](const cpu::Worker& worker) {
-    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(), out.numel() / matrix.outputs,
+  with_team(threads_for(count * matrix.weights()), [&](const cpu::Worker& worker) {
+    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(), count,
                   static_cast<float*>(out.data_ptr()));
   });
   return out;
 }
 
-Tensor Stage::step(const Tensor& x, const std::vector<Tensor>& state,
-                   const std::vector<int64_t>& positions) const {
+Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
+                      const std::vector<int64_t>& positions) const {
   return std::visit(
       [&](const auto& model) {
         const c10::Device device = weights.front().device();
-        Tensor out = check_rows(x, model.dim, device);
+        Tensor out = copy_of_input(x, model.dim, device);
+        const int64_t rows = out.size(0), count = out.size(1);
+        const int64_t threads = threads_for(rows * count * model.weights());
         typename std::decay_t<decltype(model)>::State bound;
+        const std::vector<int64_t> counts(positions.size(), count);
         const std::vector<int64_t> sizes =
-            bind_groups(model, state, positions, std::vector<int64_t>(positions.size(), 1),
-                        out.size(0), bound, device);
+            bind_groups(model, state, positions, counts, rows, bound, device);
         if constexpr (kCuda) {
-          if (on_gpu(out)) {
-            step_on_gpu(model, bound, sizes, positions, out);
-            return out;
-          }
+          if (on_gpu(out)) return prefill_on_gpu(model, bound, sizes, positions, out);
         }
-        const int64_t threads = at::get_num_threads();
-        std::vector<float> scratch(model.scratch_size(bound, threads));
+        const int64_t floats = model.scratch_size(bound, count, threads);
+        const auto scratch = std::make_unique_for_overwrite<float[]>(floats);
         float* values = out.mutable_data_ptr<float>();
         with_team(threads, [&](const cpu::Worker& worker) {
-          model.step(worker, bound, values, scratch.data());
+          model.prefill(worker, bound, count, values, scratch.get());
         });
         return out;
       },
@@ -118,7 +125,7 @@ Tensor Stage::step(const Tensor& x, const std::vector<Tensor>& state,
 }  // namespace mblm
 
 TORCH_LIBRARY_FRAGMENT(mblm, library) {
-  library.class_<mblm::Stage>("Stage").def("step", &mblm::Stage::step);
+  library.class_<mblm::Stage>("Stage").def("prefill", &mblm::Stage::prefill);
   library.class_<mblm::Hierarchy>("Hierarchy").def("run", &mblm::Hierarchy::run);
   library.def("packed_linear(Tensor x, Tensor[] linear) -> Tensor", &mblm::packed_linear);
   library.def(

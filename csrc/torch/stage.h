@@ -21,11 +21,11 @@ struct Stage : torch::CustomClassHolder {
   std::vector<at::Tensor> weights;  // kept alive; all on one device
   std::variant<cpu::TransformerStage, cpu::Mamba1Stage, cpu::Mamba2Stage> stage;
 
-  // One position of every row, x (rows, dim) -> (rows, dim). The rows are those of one cache or
-  // of several: `state` holds the tensors of one after the other, which are written to, `positions`
-  // the position of each.
-  at::Tensor step(const at::Tensor& x, const std::vector<at::Tensor>& state,
-                  const std::vector<int64_t>& positions) const;
+  // The next positions of every row, x (rows, count, dim) -> (rows, count, dim). The rows are those
+  // of one cache or of several: `state` holds the tensors of one after the other, which are written
+  // to, `positions` the position of each.
+  at::Tensor prefill(const at::Tensor& x, const std::vector<at::Tensor>& state,
+                     const std::vector<int64_t>& positions) const;
 };
 
 // x (.., inputs) @ weight.T + bias: (.., outputs).

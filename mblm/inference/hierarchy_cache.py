@@ -16,12 +16,18 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from mblm.inference.advance import begin_patch, catch_up
+from mblm.inference.advance import feed
 from mblm.inference.device_run import DeviceRun
 from mblm.inference.native_hierarchy import build_native
 from mblm.inference.packing import is_on_gpu, is_plain, pack_linear
 from mblm.inference.sampling import Sampler
-from mblm.inference.stage_cache import StageCache, State, allocate_cache
+from mblm.inference.stage_cache import (
+    NATIVE_POSITIONS,
+    StageCache,
+    State,
+    allocate_cache,
+    computes_natively,
+)
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
@@ -112,17 +118,18 @@ class HierarchyCache:
         self.native = None if is_on_device else native
         self.device_run = DeviceRun(native) if is_on_device and native is not None else None
 
-    def project_patch(self, n: int) -> Projection | None:
-        """What stands in for the linear layer of a patch of stage n where one is taken in."""
-        return self._packed(n, 0)
+    def project_patch(self, n: int, positions: int) -> Projection | None:
+        """What stands in for the linear layer of patches of stage n, so many at a time."""
+        return self._packed(n, 0, positions)
 
-    def project_context(self, n: int) -> Projection | None:
-        """What stands in for the linear layer of stage n's context where one is projected."""
-        return self._packed(n, 1)
+    def project_context(self, n: int, positions: int) -> Projection | None:
+        """What stands in for the linear layer of stage n's context, for so many positions."""
+        return self._packed(n, 1, positions)
 
-    def _packed(self, n: int, index: int) -> Projection | None:
-        is_upper = n + 1 < len(self.model.seq_lens)
-        if not is_upper or self.weights == "float32":
+    def _packed(self, n: int, index: int, positions: int) -> Projection | None:
+        if n + 1 == len(self.stages) or positions > NATIVE_POSITIONS:
+            return None
+        if not computes_natively(self.stages[n].output.dtype):
             return None
         if not is_plain(self.model.parts_of_patches(n)[2 + 2 * index]):
             return None
@@ -138,15 +145,8 @@ class HierarchyCache:
         return _Stage(cache, cache.snapshot(), start_output, start_output)
 
     def feed(self, ids: torch.Tensor) -> None:
-        """Take in the next bytes, ids ``(B, L)`` int64 with L >= 1.
-
-        Memory beyond the caches does not grow with L.
-        """
-        self.append(ids)
-        for n in range(len(self.stages)):
-            begin_patch([self], n)
-            catch_up([self], n)
-        self._trim()
+        """Take in the next bytes, ids ``(B, L)`` int64 with L >= 1."""
+        feed([self], [ids])
 
     def run(
         self,
@@ -183,14 +183,14 @@ class HierarchyCache:
         """Note the bytes that compiled code took in: all of ``ids`` but the last."""
         if ids.shape[1] > 1:
             self.append(ids[:, :-1])
-        self._trim()
+        self.trim()
 
     def append(self, ids: torch.Tensor) -> None:
         """Note the next bytes, which no stage has taken in yet."""
         self.window = torch.cat((self.window, ids), dim=1)
         self.length += ids.shape[1]
 
-    def _trim(self) -> None:
+    def trim(self) -> None:
         """Forget the bytes before the last patch of stage 1."""
         span = self.model.patch_sizes[0]
         kept = self.length - (self.length - 1) // span * span
@@ -210,7 +210,10 @@ class HierarchyCache:
         """Logits of the next byte, ``(B, V)``."""
         if self.length == 0:
             return self.model.empty_logits(self.batch_size)[:, 0]
-        return self.model.to_logits(self.stages[-1].output)
+        output = self.stages[-1].output
+        if computes_natively(output.dtype) and is_plain(self.model.to_logits):
+            return torch.ops.mblm.packed_linear(output, self.packed_logits)
+        return self.model.to_logits(output)
 
     def fork(self) -> "HierarchyCache":
         """An independent copy; what never changes is shared."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from mblm.inference.advance import feed
 from mblm.inference.hierarchy_cache import HierarchyCache
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import State
@@ -29,9 +30,9 @@ class RaggedCache:
 
     def feed(self, ids: Sequence[torch.Tensor]) -> None:
         """Take in the next bytes of each sequence, ids ``(L,)`` int64, maybe none."""
-        for row, part in zip(self.rows, ids, strict=True):
-            if len(part):
-                row.feed(part[None])
+        fed = [(row, part[None]) for row, part in zip(self.rows, ids, strict=True) if len(part)]
+        if fed:
+            feed([row for row, _ in fed], [part for _, part in fed])
 
     def logits(self) -> torch.Tensor:
         """Logits of the next bytes, ``(B, V)``."""

@@ -19,13 +19,29 @@ from torch import nn
 # A nest of tuples, lists and None with tensors as leaves.
 State = Any
 
+# Compiled code takes in up to so many positions of all sequences at a time. Beyond that, PyTorch's
+# products are faster: from 20 to 60 positions on, as stage, width and type of weights have it
+# (benchmarks/feed.py).
+NATIVE_POSITIONS = 24
+
+
+def computes_natively(dtype: torch.dtype) -> bool:
+    """Whether compiled code may compute what is of this dtype here and now."""
+    return (
+        dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda")
+    )
+
 
 class StageCache(ABC):
     """Decoding state of one stage for a batch of equally long sequences.
 
     Attributes:
-        native: The stage in compiled code, ``torch.classes.mblm.Stage``, which then takes in single
-            positions; None where there is none. It works on the tensors of `native_state`.
+        native: The stage in compiled code, ``torch.classes.mblm.Stage``, which then takes in up to
+            `NATIVE_POSITIONS` at a time; None where there is none. It works on the tensors of
+            `native_state`.
         position: Positions taken in, where the cache counts them.
     """
 
@@ -54,12 +70,13 @@ class StageCache(ABC):
 
     def runs_natively(self, dtype: torch.dtype) -> bool:
         """Whether `native` takes in a position of this dtype here and now."""
-        return (
-            self.native is not None
-            and dtype == torch.float32
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.is_autocast_enabled("cuda")
+        return self.native is not None and computes_natively(dtype)
+
+    def prefills_natively(self, x: torch.Tensor) -> bool:
+        """Whether `native` takes in ``x (B, S, D)`` here and now: single positions, or a few."""
+        batch_size, count, _ = x.shape
+        return self.runs_natively(x.dtype) and (
+            count == 1 or 0 < batch_size * count <= NATIVE_POSITIONS
         )
 
     def rows_of_state(self, state: State, rows: slice) -> State:

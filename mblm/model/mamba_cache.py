@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mblm.inference.advance import step_natively
+from mblm.inference.advance import prefill_natively
 from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_mamba
 
@@ -21,6 +21,10 @@ class MambaCache(StageCache):
         self._state: list[torch.Tensor] | None = None
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        if self.prefills_natively(x):
+            if self._state is None:
+                self.prefill(x[:, :0])  # the state before all positions
+            return prefill_natively([self], x)
         layers = None if self._state is None else tuple(zip(*self._state, strict=True))
         y, layers = self.stage.forward_with_state(x, layers)
         if self._state is None:
@@ -29,13 +33,6 @@ class MambaCache(StageCache):
             for own, parts in zip(self._state, zip(*layers, strict=True), strict=True):
                 torch._foreach_copy_(list(own.unbind()), list(parts))
         return y
-
-    def step(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.runs_natively(x.dtype):
-            return super().step(x)
-        if self._state is None:
-            self.prefill(x[:, None, :][:, :0])  # the state before all positions
-        return step_natively([self], x)
 
     def build_native(self, weights: str) -> Any:
         return native_mamba(self.stage, weights)

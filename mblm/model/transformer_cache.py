@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mblm.inference.advance import step_natively
+from mblm.inference.advance import prefill_natively
 from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_transformer
 from mblm.model.transformer_layers import Rotary
@@ -33,6 +33,8 @@ class TransformerCache(StageCache):
         self._rotary_count = 0
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        if self.prefills_natively(x):
+            return prefill_natively([self], x)
         first, count = self.position, x.shape[1]
         rotary = self._rotary_at(first, count)
         end = first + count
@@ -52,11 +54,6 @@ class TransformerCache(StageCache):
             delayed[index, 1] = last
         self.position = end
         return self.stage.norm(x)
-
-    def step(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.runs_natively(x.dtype):
-            return super().step(x)
-        return step_natively([self], x)
 
     def build_native(self, weights: str) -> Any:
         return native_transformer(self.stage, weights)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm import MBLM
+from mblm.inference import hierarchy_cache
 from mblm.inference.packing import pack_linear
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import StageCache
@@ -34,45 +35,45 @@ needs_native = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is co
 @contextmanager
 def in_pytorch() -> Iterator[None]:
     """Sessions take PyTorch's way."""
-    with patch.object(StageCache, "runs_natively", lambda *_: False):
+    with (
+        patch.object(StageCache, "runs_natively", lambda *_: False),
+        patch.object(hierarchy_cache, "computes_natively", lambda *_: False),
+    ):
         yield
 
 
-def wide(*names: str, batch: int = 1, seq_lens: list[int] | None = None) -> MBLM:
-    """Stages of two layers of width 40, so that lanes and their remainder are both used."""
+def wide(*names: str, batch: int = 1, seq_lens: list[int] | None = None, width: int = 40) -> MBLM:
+    """Stages of two layers of a width of whole lanes and a remainder.
+
+    One of 360 is worth several threads.
+    """
     blocks = [STAGES[name]() for name in names]
     count = len(blocks)
     return model(
         *blocks,
         seq_lens=seq_lens or [6, 5, 4][-count:],
-        hidden_dims=[40] * count,
+        hidden_dims=[width] * count,
         num_layers=[2] * count,
         num_tokens=67,
     )
 
 
 @needs_native
-@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("local", STAGES)
 @pytest.mark.parametrize("upper", STAGES)
-def test_every_stage_above_every_other(upper: str, local: str, batch: int, threads: int) -> None:
+def test_every_stage_above_every_other(upper: str, local: str, batch: int) -> None:
     torch.manual_seed(0)
     m = wide(upper, local, seq_lens=[5, 4])
     prompt = torch.randint(0, 66, (batch, 6))
     arguments = {"num_tokens": 13, "filter_thres": 0.5, "temperature": 0.8}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        native, plain = Session(m, batch), Session(m, batch)
-        assert all(stage.cache.native is not None for stage in native._cache.stages)
-        native.feed(prompt)
-        got = native.generate(**arguments, generator=torch.Generator().manual_seed(1))
-        with in_pytorch():
-            plain.feed(prompt)
-            want = plain.generate(**arguments, generator=torch.Generator().manual_seed(1))
-    finally:
-        torch.set_num_threads(before)
+    native, plain = Session(m, batch), Session(m, batch)
+    assert all(stage.cache.native is not None for stage in native._cache.stages)
+    native.feed(prompt)
+    got = native.generate(**arguments, generator=torch.Generator().manual_seed(1))
+    with in_pytorch():
+        plain.feed(prompt)
+        want = plain.generate(**arguments, generator=torch.Generator().manual_seed(1))
     assert torch.equal(got, want)
     torch.testing.assert_close(native.logits(), plain.logits(), **CLOSE)
 
@@ -82,10 +83,10 @@ def test_every_stage_above_every_other(upper: str, local: str, batch: int, threa
 @torch.inference_mode()
 def test_more_threads_or_rows_change_no_bit(stage: str) -> None:
     torch.manual_seed(0)
-    m = wide(stage, stage)
+    m = wide(stage, stage, width=360)
     results = []
     before = torch.get_num_threads()
-    for threads, rows in [(1, 1), (2, 1), (2, 8), (1, 3)]:
+    for threads, rows in [(1, 1), (2, 1), (3, 8), (1, 3)]:
         torch.set_num_threads(threads)
         session = Session(m, rows).feed(torch.full((rows, 1), 5))
         session.generate(17)  # the likeliest bytes
@@ -164,10 +165,18 @@ class TestWeights:
         with in_pytorch():
             plain = Session(rounded, 2).feed(ids[:, :17])
             close = plain.logits()
-        hidden = session._cache.stages[-1].output
         # int8 weights are multiplied with numbers of 16 bits.
         tolerance = {"atol": 2e-4, "rtol": 1e-3} if weights == "int8" else CLOSE
-        torch.testing.assert_close(rounded.to_logits(hidden), close, **tolerance)
+        torch.testing.assert_close(session.logits(), close, **tolerance)
+
+    @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+    @torch.inference_mode()
+    def test_give_the_logits_that_are_sampled_from(self, weights: str) -> None:
+        session = Session(wide("mamba1", "transformer"), weights=weights)
+        for byte in range(19):
+            session.feed(bytes([byte]))
+            expected = session.logits().argmax(-1)
+            assert torch.equal(session.fork().generate(1, filter_thres=1.0)[:, 0], expected)
 
     def test_are_those_of_a_session_that_was_saved(self, tmp_path: Path) -> None:
         m = wide("transformer", "mamba1")
@@ -277,28 +286,30 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("x", "message"),
         [
-            (torch.zeros(1, 41), r"x must have shape \[B >= 1, 40\], got \[1, 41\]"),
-            (torch.zeros(0, 40), "x must have shape"),
-            (torch.zeros(40), "x must have shape"),
-            (torch.zeros(2, 40), "x must have a row for each of the state's 1, got 2"),
+            (torch.zeros(1, 1, 41), r"x must have shape \[B >= 1, S >= 1, 40\], got \[1, 1, 41\]"),
+            (torch.zeros(0, 1, 40), "x must have shape"),
+            (torch.zeros(1, 0, 40), "x must have shape"),
+            (torch.zeros(1, 40), "x must have shape"),
+            (torch.zeros(2, 1, 40), "x must have a row for each of the state's 1, got 2"),
+            (torch.zeros(1, 64, 40), r"state has room for \d+ positions, got 1 \+ 64"),
         ],
     )
     def test_rows_that_do_not_fit(self, stage: Any, x: torch.Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            stage.step(x, self.state, [1])
+            stage.prefill(x, self.state, [1])
 
     def test_another_dtype(self, stage: Any) -> None:
         with pytest.raises(TypeError, match="x must be Float, got Double"):
-            stage.step(torch.zeros(1, 40).double(), self.state, [1])
+            stage.prefill(torch.zeros(1, 1, 40).double(), self.state, [1])
 
     @pytest.mark.parametrize("position", [-1, 10**12, 2**63 - 1])
     def test_a_position_without_room(self, stage: Any, position: int) -> None:
         with pytest.raises(ValueError, match="state has room for"):
-            stage.step(torch.zeros(1, 40), self.state, [position])
+            stage.prefill(torch.zeros(1, 1, 40), self.state, [position])
 
     def test_a_state_of_another_stage(self, stage: Any) -> None:
         with pytest.raises(ValueError, match="state must hold 3 to 6 tensors"):
-            stage.step(torch.zeros(1, 40), self.state[:2], [1])
+            stage.prefill(torch.zeros(1, 1, 40), self.state[:2], [1])
 
     def test_weights_of_another_shape(self) -> None:
         with pytest.raises(ValueError, match=r"weights\[2\] must have shape"):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.ops.causal_conv import causal_conv
 from mblm.ops.embed_patches import embed_patches
+from mblm.ops.gated_rms_norm import gated_rms_norm
 from mblm.ops.linear_rows import MAX_ROWS
 from mblm.ops.selective_scan import selective_scan
 from mblm.ops.shift_rms_norm import shift_rms_norm
@@ -42,6 +43,14 @@ def normal(*shape: int) -> Tensor:
 def make_shift_rms_norm(rows: int = 3, length: int = 9, width: int = 96) -> Case:
     x = normal(length, rows, width).transpose(0, 1)
     return Case(shift_rms_norm, [x, normal(width), normal(rows, width // 2)])
+
+
+def make_gated_rms_norm() -> Case:
+    return Case(
+        lambda x, gate, weight: gated_rms_norm(x, weight, gate),
+        [normal(3, 9, 96), normal(3, 9, 96)],
+        [normal(96)],
+    )
 
 
 def make_assemble_stage() -> Case:
@@ -111,6 +120,7 @@ MAKERS = {
     maker.__name__.removeprefix("make_"): maker
     for maker in (
         make_shift_rms_norm,
+        make_gated_rms_norm,
         make_assemble_stage,
         make_assemble_stage_of_embeddings,
         make_embed_patches,

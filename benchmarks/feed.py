@@ -1,0 +1,97 @@
+"""Feeding a few bytes: positions in compiled code against the same layers in PyTorch.
+
+A session that stands in the middle of a text takes in the next 1 to 64 bytes; each time a fork of
+it, in turns natively and in PyTorch with this package's operators and the float32 weights, which is
+also what longer prompts take. One stage alone has as many positions as bytes; of two stages, the
+local one takes in the last patch alone.
+
+    python benchmarks/feed.py
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from decode import build, clock
+from side_by_side import machine_line, write_json
+
+from mblm.inference import hierarchy_cache
+from mblm.inference.packing import WEIGHT_TYPES
+from mblm.inference.session import Session
+from mblm.inference.stage_cache import StageCache
+
+COUNTS = (1, 2, 4, 8, 16, 64)
+BEFORE = 64  # bytes fed before
+# Blocks from the top, width, layers, seq_lens.
+MODELS: dict[str, tuple[list[str], int, list[int], list[int]]] = {
+    "quickstart, Transformer/Transformer": (["t", "t"], 1024, [5, 5], [1024, 8]),
+    "Transformer, 5 layers": (["t"], 1024, [5], [8192]),
+    "Mamba-2, 5 layers": (["m2"], 1024, [5], [8192]),
+    "small, Transformer, 2 layers, width 128": (["t"], 128, [2], [8192]),
+}
+
+
+@contextmanager
+def in_pytorch() -> Iterator[None]:
+    """Every position goes through PyTorch's layers."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(StageCache, "runs_natively", lambda *_: False))
+        stack.enter_context(patch.object(hierarchy_cache, "computes_natively", lambda *_: False))
+        yield
+
+
+def measure(session: Session, count: int, runs: int) -> dict[str, list[float]]:
+    """Seconds of feeding ``count`` bytes to forks of a session, natively and in PyTorch."""
+    ids = torch.randint(0, 256, (1, count))
+    seconds: dict[str, list[float]] = {"native": [], "pytorch": []}
+    for _ in range(1 + runs):
+        fork = session.fork()
+        seconds["native"].append(clock(lambda fork=fork: fork.feed(ids)))
+        with in_pytorch():
+            fork = session.fork()
+            seconds["pytorch"].append(clock(lambda fork=fork: fork.feed(ids)))
+    return {key: values[1:] for key, values in seconds.items()}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options.add_argument("--runs", type=int, default=7)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--weights", nargs="+", choices=WEIGHT_TYPES, default=list(WEIGHT_TYPES))
+    options.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="bytes fed")
+    options.add_argument("--json", type=Path, help="write all figures to this file")
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
+    print(figures["machine"])
+    for name in arguments.models:
+        model = build(*MODELS[name])
+        for weights in arguments.weights:
+            session = Session(model, weights=weights).feed(torch.randint(0, 256, (BEFORE,)))
+            print(f"{name}, {weights}")
+            for count in arguments.counts:
+                result = measure(session, count, arguments.runs)
+                native, pytorch = (median(result[key]) for key in ("native", "pytorch"))
+                ratios = [b / a for a, b in zip(result["native"], result["pytorch"], strict=True)]
+                print(
+                    f"  {count:>4} bytes: native {1e3 * native:8.2f} ms, "
+                    f"PyTorch {1e3 * pytorch:8.2f} ms, {median(ratios):6.2f}x "
+                    f"({min(ratios):.2f} .. {max(ratios):.2f})",
+                    flush=True,
+                )
+                figures[f"{name}, {weights}, {count} bytes"] = result
+        del model
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+// The sums of attention in decoding: a query's products with keys, their softmax, and values.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/kernel.h"
+#include "cpu/lanes.h"
+#include "cpu/vector_math.h"
+
+namespace mblm::cpu {
+
+// scores[i] = scale * query . keys[i], for keys (count, dim).
+MBLM_INLINE void multiply_keys(const float* query, const float* keys, int64_t count, int64_t dim,
+                               float scale, float* scores) {
+  constexpr int64_t kWidth = kLaneCount<float>;
+  for (int64_t i = 0; i < count; ++i, keys += dim) {
+    FloatLanes even{}, odd{};
+    int64_t c = 0;
+    for (; c + 2 * kWidth <= dim; c += 2 * kWidth) {
+      even += load(query + c) * load(keys + c);
+      odd += load(query + c + kWidth) * load(keys + c + kWidth);
+    }
+    for (; c + kWidth <= dim; c += kWidth) even += load(query + c) * load(keys + c);
+    float rest = 0;
+    for (; c < dim; ++c) rest += query[c] * keys[c];
+    scores[i] = (sum(FloatLanes(even + odd)) + rest) * scale;
+  }
+}
+
+// scores = exp(scores - their highest); returns one over their sum.
+MBLM_INLINE float exponentials(float* scores, int64_t count) {
+  constexpr int64_t kWidth = kLaneCount<float>;
+  FloatLanes lanes = FloatLanes{} - INFINITY;
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    const FloatLanes here = load(scores + i);
+    lanes = here > lanes ? here : lanes;
+  }
+  float highest = -INFINITY;
+  for (; i < count; ++i) highest = std::max(highest, scores[i]);
+  for (int64_t lane = 0; lane < kWidth; ++lane) highest = std::max(highest, lanes[lane]);
+  for (i = 0; i < count; ++i) scores[i] = vector_exp(scores[i] - highest);
+  return float(
+      1 / sum_in_lanes(count, [&](int64_t at) MBLM_INLINE_LAMBDA { return double(scores[at]); }));
+}
+
+// add_values for 8 kParts columns, which begin at the pointers.
+template <int64_t kParts>
+MBLM_INLINE void add_columns(const float* weights, const float* values, int64_t count, int64_t dim,
+                             float* out) {
+  constexpr int64_t kWidth = kLaneCount<float>;
+  FloatLanes sums[kParts];
+  for (int64_t k = 0; k < kParts; ++k) sums[k] = load(out + k * kWidth);
+  for (int64_t i = 0; i < count; ++i, values += dim) {
+    for (int64_t k = 0; k < kParts; ++k) sums[k] += weights[i] * load(values + k * kWidth);
+  }
+  for (int64_t k = 0; k < kParts; ++k) store(out + k * kWidth, sums[k]);
+}
+
+// out += the sum of weights[i] * values[i], for values (count, dim), in their order.
+MBLM_INLINE void add_values(const float* weights, const float* values, int64_t count, int64_t dim,
+                            float* out) {
+  constexpr int64_t kWidth = kLaneCount<float>;
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= dim; c += 4 * kWidth) {
+    add_columns<4>(weights, values + c, count, dim, out + c);
+  }
+  for (; c + kWidth <= dim; c += kWidth) {
+    add_columns<1>(weights, values + c, count, dim, out + c);
+  }
+  for (; c < dim; ++c) {
+    float sum = out[c];
+    for (int64_t i = 0; i < count; ++i) sum += weights[i] * values[i * dim + c];
+    out[c] = sum;
+  }
+}
+
+}  // namespace mblm::cpu
