@@ -391,7 +391,7 @@ class _Sampling:
         ids = bound.ids[: unit.count]
         event = None
         if bound._is_cuda:
-            host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+            host = torch.empty(ids.shape, dtype=ids.dtype, device="cpu", pin_memory=True)
             host.copy_(ids, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
