@@ -4,8 +4,9 @@
 #   bash scripts/gpu_check.sh OUTDIR [WHEELS]
 #
 # Needs torch with CUDA, nvcc and no network. Python packages that the machine lacks are taken from
-# WHEELS, a folder of wheels. OUTDIR gets summary.json, the benchmark's gpu.json and a log of each
-# step. PYTHON is the interpreter, python3 by default. Ends with one table; fails if a step did.
+# WHEELS, a folder of wheels. OUTDIR gets summary.json, the benchmarks' gpu.json and gpu_decode.json
+# and a log of each step. PYTHON is the interpreter, python3 by default. Ends with one table; fails
+# if a step did.
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
@@ -79,16 +80,18 @@ step build 180 env MBLM_BUILD=cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:
   "$python" setup.py build_ext --inplace
 if [ $failed -eq 0 ]; then
   export MBLM_NATIVE=require
-  step tests 150 "$python" -m pytest -q -m gpu tests/ops tests/model
+  step tests 150 "$python" -m pytest -q -m gpu tests/ops tests/model tests/inference
   memcheck=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   if [ -x "$memcheck" ]; then
-    step memcheck 90 "$memcheck" --tool memcheck --error-exitcode 9 \
+    step memcheck 50 "$memcheck" --tool memcheck --error-exitcode 9 \
       "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops/test_devices.py -k two_runs
   else
     rows+=("memcheck|left out|0|no compute-sanitizer")
   fi
-  step benchmark 110 "$python" benchmarks/gpu.py --json "$out/gpu.json"
+  step benchmark 80 "$python" benchmarks/gpu.py --json "$out/gpu.json"
   cat "$out/benchmark.log"
+  step decoding 75 "$python" benchmarks/gpu_decode.py --json "$out/gpu_decode.json"
+  cat "$out/decoding.log"
 fi
 
 printf '\n%-10s %-12s %8s  %s\n' step result seconds "last line"

@@ -20,8 +20,10 @@
 // Before a loop whose turns load independently: several loads are in flight at once.
 #ifdef __CUDACC__
 #define MBLM_UNROLL _Pragma("unroll 4")
+#define MBLM_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define MBLM_UNROLL _Pragma("GCC unroll 4")
+#define MBLM_UNROLL_TWICE
 #endif
 // Before a loop of few turns over arrays that are to stay in registers.
 #ifdef __CUDACC__
@@ -38,26 +40,64 @@ using cpu::compute_t;
 constexpr int kWarp = 32;
 
 #ifdef __CUDACC__
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+// What went wrong, which nobody else is to find.
+inline Error message_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+template <class... Parameters>
+cudaError_t ask_for_shared(void (*kernel)(Parameters...), size_t bytes) {
+  constexpr size_t kSharedAtHand = 48 * 1024;  // more than that must be asked for
+  if (bytes <= kSharedAtHand) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
 // Queues kernel(args...) on `blocks` blocks, at most 2^31 - 1 of them; none is no launch.
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
              Stream stream, Arguments... args) {
   if (blocks <= 0) return nullptr;
-  constexpr int64_t kMaxBlocks = 0x7fffffff;
-  constexpr size_t kSharedAtHand = 48 * 1024;  // more than that must be asked for
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kSharedAtHand) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-  }
+  cudaError_t error = ask_for_shared(kernel, shared_bytes);
   if (error == cudaSuccess) {
     kernel<<<unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks), threads, shared_bytes,
              static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(args)...);
     error = cudaGetLastError();
-  } else {
-    cudaGetLastError();  // not to be found by someone else
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return message_of(error);
+}
+
+// Whether the current device begins kernels early, and they were compiled to wait for their inputs.
+bool can_launch_dependents();
+
+// As launch(), of a kernel that may begin before those ahead of it on the stream have ended. What
+// they write or read, every block of it touches after wait_for_inputs() alone.
+template <class... Parameters, class... Arguments>
+Error launch_dependent(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                       size_t shared_bytes, Stream stream, Arguments... args) {
+  if (!dependent_launches || !can_launch_dependents()) {
+    return launch(kernel, blocks, threads, shared_bytes, stream, args...);
+  }
+  if (blocks <= 0) return nullptr;
+  cudaError_t error = ask_for_shared(kernel, shared_bytes);
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = 1;
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...);
+  }
+  return message_of(error);
 }
 
 // The block's dynamic shared memory.
@@ -146,6 +186,38 @@ MBLM_DEVICE C warp_sum(C value) {
     value += __shfl_xor_sync(0xffffffffu, value, offset);
   }
   return value;
+}
+
+// From here on, what kernels ahead on the stream wrote is there, and what they read may be written.
+MBLM_DEVICE void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel on the stream begin, as soon as all blocks have said so.
+MBLM_DEVICE void release_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 16 bytes that are read once and never written while the kernel runs: they go past the first
+// cache, and are loaded where it says so, not later.
+template <class T>
+MBLM_DEVICE T load_once(const T* from) {
+  static_assert(sizeof(T) == 16);
+#ifdef __CUDA_ARCH__
+  uint4 bits;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(from));
+  T value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+#else
+  return *from;
+#endif
 }
 
 // a / b for a >= 0, b > 0; in 32 bits where that will do, which is several times faster.

@@ -261,6 +261,11 @@ Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   return nullptr;
 }
 
+template <class... Parameters, class... Arguments>
+Error launch_dependent(void (*kernel)(Parameters...), Arguments... args) {
+  return launch(kernel, args...);
+}
+
 template <class T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulation::shared);

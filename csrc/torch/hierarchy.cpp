@@ -26,6 +26,10 @@ c10::intrusive_ptr<Hierarchy> hierarchy(const std::vector<c10::intrusive_ptr<Sta
   result->stages = stages;
   result->weights = weights;
   result->parts.resize(stages.size());
+  for (const auto& stage : stages) {
+    TORCH_CHECK_VALUE(weights.empty() || stage->weights.front().device() == weights[0].device(),
+                      "stages must be on the weights' device");
+  }
   int64_t patch_size = 1;
   for (size_t n = stages.size(); n-- > 0;) {
     TORCH_CHECK_VALUE(seq_lens[n] > 0 && seq_lens[n] <= INT64_MAX / patch_size,
@@ -71,6 +75,7 @@ RunResults Hierarchy::run(const std::vector<Tensor>& state, const std::vector<in
                           const std::optional<at::Generator>& generator,
                           const std::optional<Tensor>& uniform,
                           const std::optional<Tensor>& ends) const {
+  TORCH_CHECK_VALUE(weights.front().device().is_cpu(), "weights must be on the CPU");
   BoundRun bound(
       *this, {state, cached, positions, outputs, start_outputs, contexts, tables, history, lengths,
               pending, max_tokens, room, temperature, top_k, top_p, generator, uniform, ends});

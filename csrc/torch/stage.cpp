@@ -2,13 +2,17 @@
 // what decodes.
 #include "stage.h"
 
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <memory>
 #include <type_traits>
 
 #include "common.h"
+#include "cuda/decode_product.h"
+#include "cuda/stage_step.h"
 #include "decoding_team.h"
+#include "device_run.h"
 #include "hierarchy.h"
 #include "stage_state.h"
 
@@ -17,20 +21,53 @@ namespace {
 
 using at::Tensor;
 
-Tensor copy_of_input(const Tensor& x, int64_t dim) {
+// A copy of x, which must be where the weights are.
+Tensor copy_of_input(const Tensor& x, int64_t dim, const c10::Device& device) {
   check_type("x", x, at::kFloat);
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) > 0 && x.size(1) > 0 && x.size(2) == dim,
                     "x must have shape [B >= 1, S >= 1, ", dim, "], got ", x.sizes());
-  TORCH_CHECK_VALUE(x.device().is_cpu(), "x must be on the CPU");
+  TORCH_CHECK_VALUE(x.device() == device, "x must be on ", device, ", got ", x.device());
   Tensor copy = at::empty(x.sizes(), x.options());
   return copy.copy_(x);
+}
+
+// x (rows, S, dim), a position at a time. Several caches come one after the other: their rows lie
+// apart.
+template <class Model>
+Tensor prefill_on_gpu(const Model& model, const typename Model::State& state,
+                      const std::vector<int64_t>& sizes, const std::vector<int64_t>& positions,
+                      const Tensor& x) {
+  const c10::DeviceGuard device(x.device());
+  Tensor values = x.transpose(0, 1).contiguous();  // (S, rows, dim)
+  int64_t first = 0;
+  for (size_t cache = 0; cache < sizes.size(); first += sizes[cache++]) {
+    const int64_t rows = sizes[cache];
+    Tensor at = at::full({rows}, positions[cache], x.options().dtype(at::kLong));
+    Tensor workspace = at::empty({cuda::workspace_size(model, rows)}, x.options());
+    cuda::StageStep step;
+    step.rows = rows;
+    step.is_dependent = false;  // the weights may just have been packed
+    step.positions = at.const_data_ptr<int64_t>();
+    step.limit = positions[cache] + x.size(1);
+    step.workspace = workspace.mutable_data_ptr<float>();
+    for (int64_t n = 0; n < x.size(1); ++n) {
+      if (n > 0) at.add_(1);
+      step.x = values.mutable_data_ptr<float>() + (n * x.size(0) + first) * model.dim;
+      launch(x.device(), [&](cuda::Stream stream) {
+        return cuda::step(model, state.rows[first], step, stream);
+      });
+    }
+  }
+  return values.transpose(0, 1).contiguous();
 }
 
 }  // namespace
 
 Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   check_type("x", x, at::kFloat);
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.device().is_cpu(), "x must be on the CPU, and no scalar");
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must be no scalar");
+  TORCH_CHECK_VALUE(!linear.empty() && x.device() == linear[0].device(),
+                    "x must be on the weight's device, got ", x.device());
   Weights list(linear);
   const cpu::Matrix matrix = list.matrix(-1, x.size(-1));
   const Tensor rows = x.contiguous();
@@ -38,6 +75,20 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   shape.back() = matrix.outputs;
   Tensor out = at::empty(shape, rows.options());
   const int64_t count = matrix.outputs ? out.numel() / matrix.outputs : 0;
+  if constexpr (kCuda) {
+    if (on_gpu(x)) {
+      cuda::Product product;
+      product.is_dependent = false;  // the weights may just have been packed
+      product.rows = count;
+      product.x = rows.const_data_ptr<float>();
+      product.x_stride = matrix.inputs;
+      product.matrix = matrix;
+      product.out = out.mutable_data_ptr<float>();
+      const c10::DeviceGuard device(x.device());
+      launch(x.device(), [&](cuda::Stream stream) { return cuda::multiply(product, stream); });
+      return out;
+    }
+  }
   with_team(threads_for(count * matrix.weights()), [&](const cpu::Worker& worker) {
     cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(), count,
                   static_cast<float*>(out.data_ptr()));
@@ -49,12 +100,17 @@ Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
                       const std::vector<int64_t>& positions) const {
   return std::visit(
       [&](const auto& model) {
-        Tensor out = copy_of_input(x, model.dim);
+        const c10::Device device = weights.front().device();
+        Tensor out = copy_of_input(x, model.dim, device);
         const int64_t rows = out.size(0), count = out.size(1);
         const int64_t threads = threads_for(rows * count * model.weights());
         typename std::decay_t<decltype(model)>::State bound;
         const std::vector<int64_t> counts(positions.size(), count);
-        bind_groups(model, state, positions, counts, rows, bound);
+        const std::vector<int64_t> sizes =
+            bind_groups(model, state, positions, counts, rows, bound, device);
+        if constexpr (kCuda) {
+          if (on_gpu(out)) return prefill_on_gpu(model, bound, sizes, positions, out);
+        }
         const int64_t floats = model.scratch_size(bound, count, threads);
         const auto scratch = std::make_unique_for_overwrite<float[]>(floats);
         float* values = out.mutable_data_ptr<float>();
@@ -80,6 +136,20 @@ TORCH_LIBRARY_FRAGMENT(mblm, library) {
       "hierarchy(__torch__.torch.classes.mblm.Stage[] stages, int[] seq_lens, Tensor[] weights, "
       "float[] eps) -> __torch__.torch.classes.mblm.Hierarchy",
       &mblm::hierarchy);
+#ifdef MBLM_CUDA
+  library.class_<mblm::DeviceRun>("DeviceRun")
+      .def("embed_byte", &mblm::DeviceRun::embed_byte)
+      .def("step_and_sample", &mblm::DeviceRun::step_and_sample)
+      .def("sample", &mblm::DeviceRun::sample)
+      .def("take_patch", &mblm::DeviceRun::take_patch)
+      .def("begin_anew", &mblm::DeviceRun::begin_anew);
+  library.def(
+      "device_run(__torch__.torch.classes.mblm.Hierarchy hierarchy, Tensor[] tensors, int[] "
+      "counts, int[] limits) -> __torch__.torch.classes.mblm.DeviceRun",
+      &mblm::device_run);
+#endif
+  library.def("device_kind() -> str", &mblm::device_kind);
+  library.def("set_dependent_launches(bool value) -> ()", &mblm::set_dependent_launches);
   library.def("mamba1_stage(Tensor[] weights) -> __torch__.torch.classes.mblm.Stage",
               &mblm::mamba1_stage);
   library.def("mamba2_stage(Tensor[] weights, float eps) -> __torch__.torch.classes.mblm.Stage",

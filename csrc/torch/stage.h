@@ -18,7 +18,7 @@ namespace mblm {
 using PackedLinear = std::vector<at::Tensor>;
 
 struct Stage : torch::CustomClassHolder {
-  std::vector<at::Tensor> weights;  // kept alive
+  std::vector<at::Tensor> weights;  // kept alive; all on one device
   std::variant<cpu::TransformerStage, cpu::Mamba1Stage, cpu::Mamba2Stage> stage;
 
   // The next positions of every row, x (rows, count, dim) -> (rows, count, dim). The rows are those
@@ -35,7 +35,7 @@ c10::intrusive_ptr<Stage> transformer_stage(const std::vector<at::Tensor>& weigh
 c10::intrusive_ptr<Stage> mamba1_stage(const std::vector<at::Tensor>& weights);
 c10::intrusive_ptr<Stage> mamba2_stage(const std::vector<at::Tensor>& weights, double eps);
 
-// Takes tensors off a list, checked: each must be where and what its reader says.
+// Takes tensors off a list, checked: all on one device, each where and what its reader says.
 class Weights {
  public:
   explicit Weights(const std::vector<at::Tensor>& tensors) : tensors_(tensors) {}
@@ -45,11 +45,14 @@ class Weights {
   // A float32 tensor of this shape; -1 stands for any size.
   at::Tensor tensor(at::IntArrayRef shape);
   const float* vector(int64_t size) { return tensor({size}).const_data_ptr<float>(); }
+  // A float32 tensor of one value, wherever it is.
+  float number();
   // outputs of -1 stands for any number.
   cpu::Matrix matrix(int64_t outputs, int64_t inputs);
 
  private:
   const at::Tensor& take();
+  void check(const at::Tensor& tensor, at::IntArrayRef shape) const;
 
   const std::vector<at::Tensor>& tensors_;
   size_t next_ = 0;

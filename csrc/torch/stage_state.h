@@ -11,11 +11,11 @@
 namespace mblm {
 
 inline const at::Tensor& check_state(const char* name, const at::Tensor& tensor,
-                                     at::IntArrayRef shape) {
+                                     at::IntArrayRef shape, const c10::Device& device = at::kCPU) {
   check_shape(name, tensor, shape);
   check_type(name, tensor, at::kFloat);
-  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous(), name,
-                    " must be contiguous and on the CPU");
+  TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous(), name,
+                    " must be contiguous and on ", device, ", got ", tensor.device());
   return tensor;
 }
 
@@ -26,7 +26,7 @@ using Group = c10::ArrayRef<at::Tensor>;
 // delayed after the start token.
 
 inline void bind(const cpu::TransformerStage& stage, Group group, int64_t first, int64_t count,
-                 cpu::TransformerState& state) {
+                 cpu::TransformerState& state, const c10::Device& device = at::kCPU) {
   const int64_t layers = int64_t(stage.layers.size());
   TORCH_CHECK_VALUE(!group.empty() && group[0].dim() == 5, "keys must have five dimensions");
   const int64_t rows = group[0].size(1), capacity = group[0].size(3), half = stage.dim / 2;
@@ -39,14 +39,15 @@ inline void bind(const cpu::TransformerStage& stage, Group group, int64_t first,
   cpu::TransformerRow row;
   row.position = first;
   row.capacity = capacity;
-  row.keys = check_state("keys", group[0], cache).mutable_data_ptr<float>();
-  row.values = check_state("values", group[1], cache).mutable_data_ptr<float>();
+  row.keys = check_state("keys", group[0], cache, device).mutable_data_ptr<float>();
+  row.values = check_state("values", group[1], cache, device).mutable_data_ptr<float>();
   row.layer_stride = rows * of_row;
-  row.delayed = check_state("delayed", group[2], {layers, 2, rows, half}).mutable_data_ptr<float>();
+  row.delayed =
+      check_state("delayed", group[2], {layers, 2, rows, half}, device).mutable_data_ptr<float>();
   row.part_stride = rows * half;
   if (group.size() % 2 == 0) {
     row.start_delayed =
-        check_state("start", group.back(), {layers, 2, rows, half}).const_data_ptr<float>();
+        check_state("start", group.back(), {layers, 2, rows, half}, device).const_data_ptr<float>();
     row.start_stride = row.part_stride;
   }
   if (group.size() >= 5) {
@@ -55,8 +56,8 @@ inline void bind(const cpu::TransformerStage& stage, Group group, int64_t first,
                       "cos must have a row for each of ", first + count, " positions, got ",
                       group[3].sizes());
     const std::vector<int64_t> angles = {group[3].size(0), stage.head_dim / 2};
-    row.cos = check_state("cos", group[3], angles).const_data_ptr<float>();
-    row.sin = check_state("sin", group[4], angles).const_data_ptr<float>();
+    row.cos = check_state("cos", group[3], angles, device).const_data_ptr<float>();
+    row.sin = check_state("sin", group[4], angles, device).const_data_ptr<float>();
   }
   for (int64_t i = 0; i < rows; ++i) {
     state.rows.push_back(row);
@@ -70,13 +71,13 @@ inline void bind(const cpu::TransformerStage& stage, Group group, int64_t first,
 // ssm and window and, where the stage may start anew, the same after the start token. Those of one
 // row and layer have these dimensions.
 inline void bind(Group group, int64_t layers, std::vector<int64_t> ssm, std::vector<int64_t> window,
-                 cpu::MambaState& state) {
+                 cpu::MambaState& state, const c10::Device& device) {
   TORCH_CHECK_VALUE((group.size() == 2 || group.size() == 4) && group[0].dim() > 1,
                     "state must hold 2 or 4 tensors with rows, got ", group.size());
   const int64_t rows = group[0].size(1);
   const auto bind_part = [&](const char* name, const at::Tensor& part, std::vector<int64_t> shape) {
     shape.insert(shape.begin(), {layers, rows});
-    return check_state(name, part, shape).mutable_data_ptr<float>();
+    return check_state(name, part, shape, device).mutable_data_ptr<float>();
   };
   const int64_t of_ssm = c10::multiply_integers(ssm), of_window = c10::multiply_integers(window);
   cpu::MambaRow row;
@@ -100,15 +101,15 @@ inline void bind(Group group, int64_t layers, std::vector<int64_t> ssm, std::vec
 }
 
 inline void bind(const cpu::Mamba1Stage& stage, Group group, int64_t, int64_t,
-                 cpu::MambaState& state) {
+                 cpu::MambaState& state, const c10::Device& device = at::kCPU) {
   bind(group, int64_t(stage.layers.size()), {stage.inner, stage.states},
-       {stage.taps - 1, stage.inner}, state);
+       {stage.taps - 1, stage.inner}, state, device);
 }
 
 inline void bind(const cpu::Mamba2Stage& stage, Group group, int64_t, int64_t,
-                 cpu::MambaState& state) {
+                 cpu::MambaState& state, const c10::Device& device = at::kCPU) {
   bind(group, int64_t(stage.layers.size()), {stage.heads, stage.inner / stage.heads, stage.states},
-       {stage.taps - 1, stage.inner + 2 * stage.states}, state);
+       {stage.taps - 1, stage.inner + 2 * stage.states}, state, device);
 }
 
 // Binds the rows of several caches, each with room for its count from its position on. `tensors`
@@ -116,7 +117,8 @@ inline void bind(const cpu::Mamba2Stage& stage, Group group, int64_t, int64_t,
 template <class AnyStage>
 std::vector<int64_t> bind_groups(const AnyStage& stage, Group tensors, at::IntArrayRef positions,
                                  at::IntArrayRef counts, int64_t rows,
-                                 typename AnyStage::State& state) {
+                                 typename AnyStage::State& state,
+                                 const c10::Device& device = at::kCPU) {
   TORCH_CHECK_VALUE(!positions.empty() && tensors.size() % positions.size() == 0,
                     "state must hold as many tensors for each of ", positions.size(),
                     " caches, got ", tensors.size());
@@ -124,7 +126,7 @@ std::vector<int64_t> bind_groups(const AnyStage& stage, Group tensors, at::IntAr
   std::vector<int64_t> sizes;
   for (size_t group = 0; group < positions.size(); ++group) {
     const size_t before = state.rows.size();
-    bind(stage, tensors.slice(group * each, each), positions[group], counts[group], state);
+    bind(stage, tensors.slice(group * each, each), positions[group], counts[group], state, device);
     sizes.push_back(int64_t(state.rows.size() - before));
   }
   TORCH_CHECK_VALUE(int64_t(state.rows.size()) == rows,

@@ -1,24 +1,27 @@
 // Builds the stages from their lists of weights.
+#include <ATen/ops/item.h>
+
 #include "common.h"
+#include "cuda/decode_attention.h"
 #include "stage.h"
 
 namespace mblm {
 
 using at::Tensor;
 
-namespace {
-
-void check_weight(const Tensor& tensor, at::IntArrayRef shape, size_t index) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous(), "weights[", index,
-                    "] must be contiguous and on the CPU");
+void Weights::check(const Tensor& tensor, at::IntArrayRef shape) const {
+  const c10::Device device = tensors_.front().device();
+  TORCH_CHECK_VALUE(device.is_cpu() || (kCuda && device.is_cuda()),
+                    "weights must be on the CPU, or on a GPU that this library is compiled for");
+  TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous(), "weights[", next_ - 1,
+                    "] must be contiguous and on ", device, ", got ", tensor.device());
   bool fits = tensor.dim() == int64_t(shape.size());
   for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
     fits = shape[d] == -1 || tensor.size(d) == shape[d];
   }
-  TORCH_CHECK_VALUE(fits, "weights[", index, "] must have shape ", shape, ", got ", tensor.sizes());
+  TORCH_CHECK_VALUE(fits, "weights[", next_ - 1, "] must have shape ", shape, ", got ",
+                    tensor.sizes());
 }
-
-}  // namespace
 
 const Tensor& Weights::take() {
   TORCH_CHECK_VALUE(next_ < tensors_.size(), "weights must hold more than ", tensors_.size(),
@@ -28,14 +31,22 @@ const Tensor& Weights::take() {
 
 Tensor Weights::tensor(at::IntArrayRef shape) {
   const Tensor& tensor = take();
-  check_weight(tensor, shape, next_ - 1);
+  check(tensor, shape);
   check_type("weights", tensor, at::kFloat);
   return tensor;
 }
 
+float Weights::number() {
+  const Tensor& tensor = take();
+  check_type("weights", tensor, at::kFloat);
+  TORCH_CHECK_VALUE(tensor.numel() == 1, "weights[", next_ - 1, "] must be one value, got ",
+                    tensor.sizes());
+  return tensor.item<float>();
+}
+
 cpu::Matrix Weights::matrix(int64_t outputs, int64_t inputs) {
   const Tensor& weight = take();
-  check_weight(weight, {outputs, inputs}, next_ - 1);
+  check(weight, {outputs, inputs});
   cpu::Matrix matrix;
   matrix.outputs = weight.size(0);
   matrix.inputs = weight.size(1);
@@ -57,7 +68,7 @@ cpu::Matrix Weights::matrix(int64_t outputs, int64_t inputs) {
   const auto optional = [&](bool is_needed) -> const float* {
     const Tensor& values = take();
     if (values.numel() == 0 && !is_needed) return nullptr;
-    check_weight(values, {matrix.outputs}, next_ - 1);
+    check(values, {matrix.outputs});
     check_type("weights", values, at::kFloat);
     return values.const_data_ptr<float>();
   };
@@ -97,11 +108,15 @@ c10::intrusive_ptr<Stage> transformer_stage(const std::vector<Tensor>& weights, 
     layer.contract = list.matrix(stage.dim, layer.expand.outputs);
     stage.layers.push_back(layer);
   }
+  TORCH_CHECK_VALUE(!on_gpu(weights[0]) || stage.head_dim <= cuda::kWidestHead,
+                    "on a GPU, heads must be at most ", cuda::kWidestHead, " wide, got ",
+                    stage.head_dim);
   result->stage = std::move(stage);
   return result;
 }
 
 c10::intrusive_ptr<Stage> mamba1_stage(const std::vector<Tensor>& weights) {
+  TORCH_CHECK_VALUE(!weights.empty(), "weights must hold those of a layer");
   auto result = c10::make_intrusive<Stage>();
   result->weights = weights;
   Weights list(result->weights);
@@ -111,7 +126,7 @@ c10::intrusive_ptr<Stage> mamba1_stage(const std::vector<Tensor>& weights) {
     cpu::Mamba1Layer layer{};
     const Tensor norm = list.tensor({is_first ? -1 : stage.dim});
     layer.norm = norm.const_data_ptr<float>();
-    layer.eps = *list.vector(1);
+    layer.eps = list.number();
     const Tensor rates = list.tensor({is_first ? -1 : stage.inner, is_first ? -1 : stage.states});
     layer.rates = rates.const_data_ptr<float>();
     const Tensor conv = list.tensor({rates.size(0), is_first ? -1 : stage.taps});

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from mblm.inference.advance import feed
+from mblm.inference.device_run import DeviceRun
 from mblm.inference.native_hierarchy import build_native
-from mblm.inference.packing import is_plain, pack_linear
+from mblm.inference.packing import is_on_gpu, is_plain, pack_linear
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import (
     NATIVE_POSITIONS,
@@ -90,6 +91,8 @@ class HierarchyCache:
     Attributes:
         length: Bytes taken in so far, the same for every sequence.
         weights: Type of the weights that compiled code reads.
+        native: Samples in compiled code on a CPU; None where not even the local stage is compiled.
+        device_run: Samples on a GPU; None where not all stages are compiled.
     """
 
     def __init__(
@@ -110,7 +113,10 @@ class HierarchyCache:
         # The bytes of the last patch of stage 1, which no stage above the local one has seen.
         device = model.to_logits.weight.device
         self.window = torch.empty(batch_size, 0, dtype=torch.long, device=device)
-        self.native = build_native(self)
+        native = build_native(self)
+        is_on_device = is_on_gpu(model.to_logits.weight)
+        self.native = None if is_on_device else native
+        self.device_run = DeviceRun(native) if is_on_device and native is not None else None
 
     def project_patch(self, n: int, positions: int) -> Projection | None:
         """What stands in for the linear layer of patches of stage n, so many at a time."""
@@ -211,8 +217,7 @@ class HierarchyCache:
 
     def fork(self) -> "HierarchyCache":
         """An independent copy; what never changes is shared."""
-        other = copy.copy(self)
-        other.stages = []
+        other = self._without_stages()
         for n, stage in enumerate(self.stages):
             twin = copy.copy(stage)
             twin.cache = self._empty_cache(n, self.batch_size)
@@ -229,10 +234,9 @@ class HierarchyCache:
         return [self._row(slice(row, row + 1)) for row in range(self.batch_size)]
 
     def _row(self, row: slice) -> "HierarchyCache":
-        other = copy.copy(self)
+        other = self._without_stages()
         other.batch_size = 1
         other.window = self.window[row].clone()
-        other.stages = []
         for n, stage in enumerate(self.stages):
             cache = self._empty_cache(n, 1)
             start_state = stage.cache.rows_of_state(stage.start_state, row)
@@ -244,6 +248,13 @@ class HierarchyCache:
                     cache, start_state, start_output, output, stage.begin, stage.position, context
                 )
             )
+        return other
+
+    def _without_stages(self) -> "HierarchyCache":
+        other = copy.copy(self)
+        other.stages = []
+        if self.device_run is not None:
+            other.device_run = self.device_run.fork()
         return other
 
     def _empty_cache(self, n: int, batch_size: int) -> StageCache:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mblm.inference.advance import begin_local_patch, joined
-from mblm.inference.packing import is_plain
+from mblm.inference.packing import is_on_gpu, is_plain
 from mblm.inference.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -19,9 +19,12 @@ _NONE = torch.empty(0)
 
 
 class NativeHierarchy:
-    """The stages from ``first`` on in compiled code (``torch.classes.mblm.Hierarchy``).
+    """The stages from ``first`` on in compiled code.
 
     It holds weights and no state: what it works on are the caches that it is given.
+
+    Attributes:
+        compiled: The weights, ``torch.classes.mblm.Hierarchy``.
     """
 
     def __init__(self, cache: "HierarchyCache", first: int) -> None:
@@ -35,7 +38,7 @@ class NativeHierarchy:
             tensors += [embedding.weight, flat_norm.weight, flat_norm.bias, *project]
             tensors += [norm.weight, norm.bias, *context]
             eps += [flat_norm.eps, norm.eps]
-        self._compiled = torch.ops.mblm.hierarchy(
+        self.compiled = torch.ops.mblm.hierarchy(
             [stage.cache.native for stage in cache.stages[first:]],
             list(model.seq_lens[first:]),
             [tensor.detach() for tensor in tensors],
@@ -94,7 +97,7 @@ class NativeHierarchy:
                     state += stage.cache.native_start(stage.start_state)
             positions = model.positions(n, 0, max(ends_of_row))
             tables += [_NONE if table is None else table for table in positions]
-        ids, outputs, contexts, new_positions, num_tokens = self._compiled.run(
+        ids, outputs, contexts, new_positions, num_tokens = self.compiled.run(
             state,
             [stage.cache.position for row in stages for stage in row],
             [stage.position for row in stages for stage in row],
@@ -153,8 +156,9 @@ class NativeHierarchy:
 
 
 def build_native(cache: "HierarchyCache") -> NativeHierarchy | None:
-    """All stages, or the local one alone; None where not even that is compiled."""
-    for first in sorted({0, len(cache.stages) - 1}):
+    """All stages, or on a CPU the local one alone; None where not even that is compiled."""
+    firsts = {0} if is_on_gpu(cache.model.to_logits.weight) else {0, len(cache.stages) - 1}
+    for first in sorted(firsts):
         if all(stage.cache.native is not None for stage in cache.stages[first:]) and all(
             is_plain(module) for module in cache.model.between_stages(first)
         ):

@@ -57,14 +57,22 @@ def pack_linear(linear: nn.Linear, weights: str) -> list[Tensor]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether compiled code computes what a module does: its own parts alone, float32, on a CPU.
+    """Whether compiled code computes what a module does: its own parts alone, in float32.
 
     A part that somebody replaced, subclassed, hooked into or patched is left to PyTorch.
     """
-    return _native.is_loaded() and all(_is_plain_part(part) for part in module.modules())
+    if not _native.is_loaded():
+        return False
+    devices = ("cpu", torch.ops.mblm.device_kind())
+    return all(_is_plain_part(part, devices) for part in module.modules())
 
 
-def _is_plain_part(part: nn.Module) -> bool:
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether compiled code takes a tensor to a GPU, or to one that is emulated."""
+    return _native.is_loaded() and tensor.device.type == torch.ops.mblm.device_kind()
+
+
+def _is_plain_part(part: nn.Module, devices: tuple[str, ...]) -> bool:
     kind = type(part)
     drops = getattr(part, "dropout", 0.0) if not isinstance(part, nn.Dropout) else part.p
     return (
@@ -75,7 +83,7 @@ def _is_plain_part(part: nn.Module) -> bool:
         and not (part.training and drops)
         and getattr(part, "approximate", "none") == "none"
         and all(
-            p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous()
+            p.dtype == torch.float32 and p.device.type in devices and p.is_contiguous()
             for p in part.parameters(recurse=False)
         )
     )

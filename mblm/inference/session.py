@@ -166,13 +166,13 @@ class Session:
         if num_tokens < 0:
             raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens}")
         self._check_room([num_tokens] * self.batch_size)
-        ids = torch.empty(self.batch_size, num_tokens, dtype=torch.long, device=self._device)
         with torch.inference_mode():
-            for position, token in enumerate(self.sample(num_tokens, sampler)):
-                ids[:, position] = token
-            if num_tokens:
-                self.feed(token[:, None])
-        return ids
+            tokens = list(self.sample(num_tokens, sampler))
+            if tokens:
+                self.feed(tokens[-1][:, None])
+        if not tokens:
+            return torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)
+        return torch.stack(tokens, dim=1).to(self._device)
 
     def sample(
         self, num_tokens: int, sampler: Sampler, ends: torch.Tensor | None = None
@@ -180,10 +180,15 @@ class Session:
         """Yield ``num_tokens`` sampled bytes, ids ``(B,)``, of which the last is not taken in.
 
         They come in runs, so that several may be taken in before the first is yielded; a run ends
-        after a byte of ``ends (V,)``, bool. Must run under ``torch.inference_mode``.
+        after a byte of ``ends (V,)``, bool. Must run under ``torch.inference_mode``. Those that a
+        GPU samples in compiled code are yielded on the CPU.
         """
         if isinstance(self._cache, RaggedCache):
             yield from self._cache.sample(num_tokens, sampler)
+            return
+        device_run = self._cache.device_run
+        if device_run is not None and device_run.runs(self._cache):
+            yield from device_run.sample(self._cache, num_tokens, sampler, ends)
             return
         token: torch.Tensor | None = None
         size = min(self._model.seq_lens[-1], _FIRST_RUN)

@@ -31,6 +31,7 @@ def computes_natively(dtype: torch.dtype) -> bool:
         dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda")
     )
 
 

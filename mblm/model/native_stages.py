@@ -1,4 +1,4 @@
-"""Packs the weights of built-in stage models for the compiled stages that decode on a CPU.
+"""Packs the weights of built-in stage models for the compiled stages that decode.
 
 A compiled stage (``torch.classes.mblm.Stage``) holds weights and no state: forks share it. It reads
 a float32 model's own weights. ``bfloat16`` and ``int8`` round the weights of linear layers, int8
@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mblm.inference.packing import is_plain, pack_linear
+from mblm.inference.packing import is_on_gpu, is_plain, pack_linear
 
 if TYPE_CHECKING:
     from mblm.model.mamba1 import Mamba1
     from mblm.model.mamba2 import Mamba2
     from mblm.model.transformer import TransformerDecoder
 
+_WIDEST_HEAD_ON_GPU = 256
+
 
 def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
     """The compiled stage of a Transformer, or None where it has none."""
     if not is_plain(stage):
+        return None
+    if is_on_gpu(stage.norm.g) and stage.head_dim > _WIDEST_HEAD_ON_GPU:
         return None
     tensors: list[Tensor] = [stage.norm.g]
     for attention, feed_forward in stage.layer_pairs():

@@ -51,6 +51,6 @@ def test_reports_every_step(tmp_path: Path, tests_exit: int) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["device"] == "a GPU"
     results = {step["step"]: step["result"] for step in summary["steps"]}
-    assert results["build"] == results["benchmark"] == "ok"
+    assert results["build"] == results["benchmark"] == results["decoding"] == "ok"
     assert results["tests"] == ("failed (1)" if tests_exit else "ok")
-    assert done.stdout.splitlines()[-4].startswith("build")
+    assert done.stdout.splitlines()[-5].startswith("build")

@@ -1,0 +1,16 @@
+// What the kernels of decoding share: the warps of a block, RMSNorm from a row's sum of squares.
+#pragma once
+
+#include "cuda/decode_product.h"
+#include "cuda/kernel.cuh"
+
+namespace mblm::cuda {
+
+constexpr int kWarps = kThreads / kWarp;
+
+MBLM_DEVICE float factor_of(const RowNorm& norm, float squares, int64_t count) {
+  const float mean = squares / float(count);
+  return norm.is_bounded ? 1 / fmaxf(sqrtf(mean), 1e-8f) : 1 / sqrtf(mean + norm.eps);
+}
+
+}  // namespace mblm::cuda

@@ -1,0 +1,50 @@
+// Products of packed weights and the activations of a few rows, in decoding on a GPU: what comes
+// before a product and what comes after it are done with it.
+#pragma once
+
+#include "cpu/matrix.h"
+#include "cuda/stream.h"
+
+namespace mblm::cuda {
+
+// RMSNorm of a row: divides by the root of the mean of squares, which is bounded from below by
+// 1e-8, or to which eps is added first.
+struct RowNorm {
+  const float* weight = nullptr;  // (inputs); null is no norm
+  float eps = 0;
+  bool is_bounded = false;
+};
+
+// The causal convolution and SiLU of some columns of a product, whose window moves on by one.
+struct Convolution {
+  int64_t first = 0, channels = 0, taps = 1;  // columns [first, first + channels); none for 0
+  const float* weight = nullptr;              // (channels, taps)
+  const float* bias = nullptr;                // (channels)
+  float* window = nullptr;                    // (rows, taps - 1, channels), oldest first
+};
+
+// out = then(inputs @ weight.T + bias + residual), of one matrix or of two with the same inputs.
+struct Product {
+  int64_t rows = 0;
+  const int* halted = nullptr;  // where it is not 0, nothing is written
+  // launch_dependent: not where weights were written by what is just ahead, or streams come
+  // together
+  bool is_dependent = true;
+
+  const float* x = nullptr;  // (rows, inputs)
+  int64_t x_stride = 0;      // from a row to the next
+  RowNorm norm;
+  const float* delayed = nullptr;  // (rows, inputs / 2), instead of x's last half; or null
+
+  cpu::Matrix matrix, second;                   // second has no outputs where there is one matrix
+  float *out = nullptr, *out_second = nullptr;  // (rows, outputs)
+  cpu::Then then = cpu::Then::kStore;
+  const float* residual = nullptr;  // (rows, outputs), may be out; with one matrix alone
+  float* keep = nullptr;            // (rows, outputs / 2): gets the residual's last half
+  Convolution convolution;
+};
+
+// A row is summed in the same order however many rows there are.
+Error multiply(const Product& product, Stream stream);
+
+}  // namespace mblm::cuda

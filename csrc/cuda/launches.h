@@ -1,0 +1,27 @@
+// Queues kernels one after the other, up to the first that cannot be launched.
+#pragma once
+
+#include "cuda/stream.h"
+
+namespace mblm::cuda {
+
+class Launches {
+ public:
+  explicit Launches(Stream stream) : stream_(stream) {}
+
+  template <class Launcher, class Parameters>
+  void add(Launcher launcher, const Parameters& parameters) {
+    if (!error_) error_ = launcher(parameters, stream_);
+  }
+  void add(Error error) {
+    if (!error_) error_ = error;
+  }
+
+  Error error() const { return error_; }
+
+ private:
+  Stream stream_;
+  Error error_ = nullptr;
+};
+
+}  // namespace mblm::cuda

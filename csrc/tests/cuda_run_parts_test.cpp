@@ -1,0 +1,306 @@
+// Tests of what a run on a GPU is made of, emulated, against the CPU's: products, steps of every
+// stage, sampling.
+#include "cuda_check.h"
+// The emulation comes before the sources.
+#include "cpu/sampling.h"
+#include "cuda/decode_attention.cu"
+#include "cuda/decode_product.cu"
+#include "cuda/decode_rows.cu"
+#include "cuda/decode_sample.cu"
+#include "cuda/decode_scan.cu"
+#include "cuda/stage_step.cpp"
+#include "cuda_run_models.h"
+
+using namespace mblm;
+using test::Store;
+
+const cpu::Worker& worker() {
+  static cpu::Team team(1);
+  static const cpu::Worker one{team, 0};
+  return one;
+}
+
+void a_product_equals_that_of_the_cpu(test::WeightType type, int64_t rows, int64_t inputs,
+                                      int64_t outputs) {
+  Store store(type);
+  const cpu::Matrix matrix = store.matrix(outputs, inputs);
+  const float* x = store.vector(rows * inputs);
+  const float* residual = store.vector(rows * outputs);
+  std::vector<float> expected(rows * outputs);
+  cpu::multiply(worker(), 0, matrix, x, rows, expected.data(), cpu::Then::kGelu, residual);
+  cuda::Product product;
+  product.rows = rows;
+  product.x = x;
+  product.x_stride = inputs;
+  product.matrix = matrix;
+  product.then = cpu::Then::kGelu;
+  product.residual = residual;
+  const auto [got, kept] = test::in_both_orders([&] {
+    auto out = test::unwritten<float>(rows * outputs);
+    auto kept = test::unwritten<float>(rows * (outputs / 2));
+    product.out = out.data();
+    product.keep = kept.data();
+    CHECK(!cuda::multiply(product, nullptr));
+    return std::tuple(out, kept);
+  });
+  CHECK(test::relative_error(got.data(), expected.data(), rows * outputs) < test::tolerance(type));
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = residual + (row + 1) * outputs - outputs / 2;
+    CHECK(std::equal(from, from + outputs / 2, kept.data() + row * (outputs / 2)));
+  }
+  // A row alone gives the same bits.
+  std::vector<float> alone(outputs);
+  product.rows = 1;
+  product.x += (rows - 1) * inputs;
+  product.residual += (rows - 1) * outputs;
+  product.out = alone.data();
+  product.keep = nullptr;
+  CHECK(!cuda::multiply(product, nullptr));
+  CHECK(test::same_bits(alone, std::vector<float>(got.end() - outputs, got.end())));
+  // What has ended writes nothing.
+  const int halted = 1;
+  product.halted = &halted;
+  std::fill(alone.begin(), alone.end(), 7.0f);
+  CHECK(!cuda::multiply(product, nullptr));
+  CHECK(alone == test::unwritten<float>(outputs));
+}
+
+void products() {
+  for (const auto type : test::kWeightTypes) {
+    for (const int64_t rows : {1, 3, 17}) {
+      for (const int64_t inputs : {1, 37, 64})
+        a_product_equals_that_of_the_cpu(type, rows, inputs, 21);
+    }
+    // Chunks, several and not complete, and norms over them; more columns than rows of blocks.
+    for (const int64_t inputs : {2304, 4100}) a_product_equals_that_of_the_cpu(type, 2, inputs, 9);
+  }
+  a_product_equals_that_of_the_cpu(test::WeightType::kBFloat16, 9, 1040, 32 * 64);
+}
+
+// The sum of squares of many rows and of one is the same: so are the bits.
+void a_norm_over_several_chunks() {
+  Store store;
+  const int64_t rows = 9, inputs = 1282, outputs = 32 * 64;
+  const cpu::Matrix matrix = store.matrix(outputs, inputs);
+  std::vector<float> together(rows * outputs), alone(outputs), expected(outputs);
+  cuda::Product product;
+  product.rows = rows;
+  product.x = store.vector(rows * inputs);
+  product.x_stride = inputs;
+  product.norm = {store.vector(inputs), 1e-5f, false};
+  product.matrix = matrix;
+  product.out = together.data();
+  CHECK(!cuda::multiply(product, nullptr));
+  const float* last = product.x + (rows - 1) * inputs;
+  std::vector<float> normed(inputs);
+  double squares = 0;
+  for (int64_t i = 0; i < inputs; ++i) squares += double(last[i]) * last[i];
+  for (int64_t i = 0; i < inputs; ++i) {
+    normed[i] = float(last[i] / std::sqrt(squares / inputs + 1e-5) * product.norm.weight[i]);
+  }
+  cpu::multiply(worker(), 0, matrix, normed.data(), 1, expected.data());
+  CHECK(test::relative_error(together.data() + (rows - 1) * outputs, expected.data(), outputs) <
+        test::tolerance(test::WeightType::kFloat32));
+  product.rows = 1;
+  product.x = last;
+  product.out = alone.data();
+  CHECK(!cuda::multiply(product, nullptr));
+  CHECK(test::same_bits(alone, std::vector<float>(together.end() - outputs, together.end())));
+}
+
+// Some positions in a row, of a stage on both devices from the same state.
+template <class Stage>
+void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const test::Sizes& sizes) {
+  constexpr int64_t kSteps = 3, kCapacity = 6;
+  Store weights(type);
+  Stage stage;
+  test::fill(weights, sizes, stage);
+  Store numbers;
+  const float* inputs = numbers.vector(kSteps * rows * sizes.dim);
+  const auto on_cpu = [&] {
+    Store store;
+    auto state = test::make_state(store, stage, rows, kCapacity);
+    std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
+    std::vector<float> scratch(stage.scratch_size(state, 1, 1));
+    for (int64_t n = 0; n < kSteps; ++n) {
+      stage.prefill(worker(), state, 1, outputs.data() + n * rows * sizes.dim, scratch.data());
+      for (auto& row : state.rows) row.advance(1);
+    }
+    return outputs;
+  }();
+  const auto [on_gpu] = test::in_both_orders([&] {
+    Store store;
+    const auto state = test::make_state(store, stage, rows, kCapacity);
+    std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
+    std::vector<float> workspace(cuda::workspace_size(stage, rows), NAN);
+    for (int64_t n = 0; n < kSteps; ++n) {
+      const std::vector<int64_t> positions(rows, 1 + n);
+      CHECK(!cuda::step(stage, state.rows[0],
+                        {rows, true, nullptr, positions.data(), kCapacity,
+                         outputs.data() + n * rows * sizes.dim, workspace.data()},
+                        nullptr));
+    }
+    return std::tuple(outputs);
+  });
+  const double error = test::relative_error(on_gpu.data(), on_cpu.data(), int64_t(on_cpu.size()));
+  if (!(error < test::tolerance(type))) std::printf("error %g, %d rows\n", error, int(rows));
+  CHECK(error < test::tolerance(type));
+}
+
+template <class Stage>
+void steps() {
+  const test::Sizes sizes = {24, 72, 3, 8, 20, 3, 2, 2}, odd = {13, 21, 3, 6, 7, 1, 3, 1},
+                    wide = {32, 96, 1, 96, 40, 4, 35, 1};
+  for (const auto type : test::kWeightTypes) {
+    steps_equal_those_of_the_cpu<Stage>(type, 1, sizes);
+    steps_equal_those_of_the_cpu<Stage>(type, 3, odd);
+  }
+  steps_equal_those_of_the_cpu<Stage>(test::WeightType::kBFloat16, 2, wide);
+  steps_equal_those_of_the_cpu<Stage>(test::WeightType::kFloat32, 17, odd);
+}
+
+// Attention to more positions than the warps take at once, against sums in double.
+void attends_to_a_long_cache() {
+  Store store;
+  const int64_t rows = 2, heads = 2, dim = 40, capacity = 80, position = 75;
+  const int64_t positions[] = {position, position};
+  cuda::CachedAttention in;
+  in.rows = rows;
+  in.heads = heads;
+  in.head_dim = dim;
+  in.positions = positions;
+  in.limit = in.capacity = capacity;
+  in.q = store.vector(rows * heads * dim);
+  in.kv = store.vector(rows * 2 * heads * dim);
+  in.keys = store.vector(rows * heads * capacity * dim, 3);
+  in.values = store.vector(rows * heads * capacity * dim);
+  const auto [out] = test::in_both_orders([&] {
+    auto out = test::unwritten<float>(rows * heads * dim);
+    in.out = out.data();
+    CHECK(!cuda::attend(in, nullptr));
+    return std::tuple(out);
+  });
+  for (int64_t item = 0; item < rows * heads; ++item) {
+    const int64_t row = item / heads, head = item % heads;
+    const float *keys = in.keys + item * capacity * dim,
+                *values = in.values + item * capacity * dim;
+    const float* own = in.kv + (row * 2 * heads + head) * dim;
+    CHECK(std::equal(own, own + dim, keys + position * dim));
+    CHECK(std::equal(own + heads * dim, own + heads * dim + dim, values + position * dim));
+    std::vector<double> sums(dim);
+    double total = 0;
+    for (int64_t at = 0; at <= position; ++at) {
+      double score = 0;
+      for (int64_t c = 0; c < dim; ++c) score += double(in.q[item * dim + c]) * keys[at * dim + c];
+      const double weight = std::exp(score / std::sqrt(double(dim)));
+      total += weight;
+      for (int64_t c = 0; c < dim; ++c) sums[c] += weight * values[at * dim + c];
+    }
+    for (int64_t c = 0; c < dim; ++c) CHECK(test::close(out[item * dim + c], sums[c] / total));
+  }
+}
+
+void no_position_beyond_the_cache_is_written() {
+  Store store;
+  const int64_t positions[] = {4, -1};
+  cuda::CachedAttention in;
+  in.rows = 2;
+  in.heads = 1;
+  in.head_dim = 8;
+  in.positions = positions;
+  in.limit = in.capacity = 4;
+  in.q = store.vector(16);
+  in.kv = store.vector(32);
+  std::vector<float> keys(64, 7.0f), values = keys, out(16, 7.0f);
+  in.keys = keys.data();
+  in.values = values.data();
+  in.out = out.data();
+  CHECK(!cuda::attend(in, nullptr));
+  for (const auto* untouched : {&keys, &values, &out}) {
+    for (const float value : *untouched) CHECK(value == 7.0f);
+  }
+}
+
+// A device's draws, one for each row of logits.
+std::vector<int64_t> draw(const std::vector<float>& logits, const std::vector<float>& uniform,
+                          int64_t rows, const cpu::Sampling& sampling, int* now = nullptr,
+                          int latched = 0, int64_t ending = -1) {
+  const int64_t count = int64_t(logits.size()) / rows;
+  const float settings[] = {sampling.temperature, sampling.top_p, float(sampling.top_k)};
+  const auto ends = std::make_unique<bool[]>(count);
+  if (ending >= 0) ends[ending] = true;
+  const auto [pending, ids] = test::in_both_orders([&] {
+    std::vector<int64_t> pending(rows, -7), ids(rows, -7);
+    std::vector<float> ordered(2 * logits.size(), NAN);
+    int ended = 0;
+    cuda::SampleRows in;
+    in.rows = rows;
+    in.num_tokens = count;
+    in.halted = {now ? now : &ended, &latched};
+    in.settings = settings;
+    in.logits = logits.data();
+    in.uniform = uniform.data();
+    in.ends = ends.get();
+    in.ordered = ordered.data();
+    in.pending = pending.data();
+    in.ids = ids.data();
+    CHECK(!cuda::sample(in, nullptr));
+    return std::tuple(pending, ids);
+  });
+  CHECK(latched ? pending == std::vector<int64_t>(rows, -7) : pending == ids);
+  return ids;
+}
+
+void samples_as_the_cpu_does() {
+  test::Numbers numbers;
+  for (const int64_t count : {1, 5, 257, 300}) {
+    const int64_t rows = 6;
+    auto logits = numbers.vector<float>(rows * count),
+         uniform = numbers.vector<float>(rows * count);
+    for (float& value : logits) value = std::round(value * 40) / 8;  // with ties
+    for (float& value : uniform) value = (value + 1) / 2;
+    uniform[0] = 0;
+    for (int64_t i = 0; i < count; ++i) logits[i] = 1;                  // equal
+    for (int64_t i = 0; i < count; ++i) logits[count + i] = -INFINITY;  // none
+    for (int64_t i = 0; i < count; i += 2) logits[2 * count + i] = -INFINITY;
+    for (const float temperature : {0.7f, 1.0f}) {
+      for (const auto& [top_k, top_p] : std::vector<std::pair<int64_t, float>>{
+               {1, 0}, {3, 0}, {200, 0}, {1 << 20, 0}, {1, 0.1f}, {1, 0.6f}, {1, 1.0f}}) {
+        const cpu::Sampling sampling = {temperature, top_k, top_p};
+        const auto got = draw(logits, uniform, rows, sampling);
+        std::vector<int64_t> order;
+        for (int64_t row = 0; row < rows; ++row) {
+          // Which of equally impossible tokens a partial order begins with is left open.
+          if (row == 1 && top_p == 0 && top_k > 1 && top_k < count) continue;
+          CHECK(got[row] == cpu::sample(sampling, logits.data() + row * count,
+                                        uniform.data() + row * count, count, order));
+        }
+      }
+    }
+  }
+  const std::vector<float> broken = {1, NAN, 3, 5, NAN}, even(5, 0.5f);
+  CHECK(draw(broken, even, 1, {1, 1, 0})[0] == 1);
+}
+
+void a_byte_may_end_the_run() {
+  const std::vector<float> logits = {0, 9, 0, 9, 0, 0, 0, 0, 9}, uniform(9, 0.5f);
+  int now = 0;
+  CHECK(draw(logits, uniform, 3, {1, 1, 0}, &now, 0, 0) == (std::vector<int64_t>{1, 0, 2}));
+  CHECK(now == 1);
+  now = 0;
+  CHECK(draw(logits, uniform, 3, {1, 1, 0}, &now, 1, 0) == (std::vector<int64_t>{-1, -1, -1}));
+  CHECK(now == 0);
+}
+
+int main() {
+  products();
+  a_norm_over_several_chunks();
+  steps<cpu::TransformerStage>();
+  steps<cpu::Mamba1Stage>();
+  steps<cpu::Mamba2Stage>();
+  attends_to_a_long_cache();
+  no_position_beyond_the_cache_is_written();
+  samples_as_the_cpu_does();
+  a_byte_may_end_the_run();
+  return test::result();
+}
