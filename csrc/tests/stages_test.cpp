@@ -215,8 +215,8 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
   return left;
 }
 
-// Outputs (rows, positions, dim) of a stage that takes in the same positions in pieces, the last row
-// being one position behind the others.
+// Outputs (rows, positions, dim) of a stage that takes in the same positions in pieces, the last
+// row being one position behind the others.
 template <class Stage>
 std::vector<float> take_in(const std::vector<int64_t>& pieces, int64_t threads) {
   constexpr int64_t kRows = 3, kPositions = 5;
