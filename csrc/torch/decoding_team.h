@@ -23,7 +23,7 @@ inline int64_t threads_for(int64_t products) {
 
 // Calls function(worker) on every thread of a team; the caller's own is the first.
 template <class Function>
-void with_team(int64_t threads, Function function) {
+void with_team([[maybe_unused]] int64_t threads, Function function) {
 #ifdef _OPENMP
   if (threads > 1 && !omp_in_parallel()) {
     std::optional<cpu::Team> team;
