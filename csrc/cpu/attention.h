@@ -11,21 +11,45 @@
 
 namespace mblm::cpu {
 
+// query . key for the whole lanes of dim, to be summed over lanes.
+MBLM_INLINE FloatLanes multiply_key(const float* query, const float* key, int64_t dim) {
+  constexpr int64_t kWidth = kLaneCount<float>;
+  FloatLanes even{}, odd{};
+  int64_t c = 0;
+  for (; c + 2 * kWidth <= dim; c += 2 * kWidth) {
+    even += load(query + c) * load(key + c);
+    odd += load(query + c + kWidth) * load(key + c + kWidth);
+  }
+  for (; c + kWidth <= dim; c += kWidth) even += load(query + c) * load(key + c);
+  return even + odd;
+}
+
+// query . key for what whole lanes leave over.
+MBLM_INLINE float multiply_rest(const float* query, const float* key, int64_t dim) {
+  float rest = 0;
+  for (int64_t c = dim / kLaneCount<float> * kLaneCount<float>; c < dim; ++c) {
+    rest += query[c] * key[c];
+  }
+  return rest;
+}
+
 // scores[i] = scale * query . keys[i], for keys (count, dim).
 MBLM_INLINE void multiply_keys(const float* query, const float* keys, int64_t count, int64_t dim,
                                float scale, float* scores) {
   constexpr int64_t kWidth = kLaneCount<float>;
-  for (int64_t i = 0; i < count; ++i, keys += dim) {
-    FloatLanes even{}, odd{};
-    int64_t c = 0;
-    for (; c + 2 * kWidth <= dim; c += 2 * kWidth) {
-      even += load(query + c) * load(keys + c);
-      odd += load(query + c + kWidth) * load(keys + c + kWidth);
+  int64_t i = 0;
+  // Eight sums over lanes at once take fewer instructions than the products they are of.
+  for (; i + kWidth <= count; i += kWidth) {
+    FloatLanes products[kWidth], rest{};
+    for (int64_t k = 0; k < kWidth; ++k) {
+      products[k] = multiply_key(query, keys + (i + k) * dim, dim);
+      rest[k] = multiply_rest(query, keys + (i + k) * dim, dim);
     }
-    for (; c + kWidth <= dim; c += kWidth) even += load(query + c) * load(keys + c);
-    float rest = 0;
-    for (; c < dim; ++c) rest += query[c] * keys[c];
-    scores[i] = (sum(FloatLanes(even + odd)) + rest) * scale;
+    store(scores + i, FloatLanes((sums(products) + rest) * scale));
+  }
+  for (; i < count; ++i) {
+    const float* key = keys + i * dim;
+    scores[i] = (sum(multiply_key(query, key, dim)) + multiply_rest(query, key, dim)) * scale;
   }
 }
 

@@ -39,6 +39,36 @@ MBLM_INLINE double sum(const DoubleLanes& v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
+// The sums of eight, each in the order of `sum`.
+MBLM_INLINE FloatLanes sums(const FloatLanes v[8]) {
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define MBLM_SHUFFLE(...) FloatLanes(__builtin_shufflevector(__VA_ARGS__))
+  // Pairs of vectors: a[0 + 4], .. a[3 + 7], then the same of b.
+  FloatLanes halves[4];
+  for (int k = 0; k < 4; ++k) {
+    const FloatLanes &a = v[k], &b = v[k + 4];
+    halves[k] = MBLM_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+                MBLM_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  // Of vectors k and k + 1: (0 + 4) + (2 + 6) and (1 + 5) + (3 + 7) of each.
+  FloatLanes quarters[2];
+  for (int k = 0; k < 2; ++k) {
+    const FloatLanes &a = halves[2 * k], &b = halves[2 * k + 1];
+    quarters[k] = MBLM_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+                  MBLM_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  const FloatLanes &a = quarters[0], &b = quarters[1];
+  return MBLM_SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+         MBLM_SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+#undef MBLM_SHUFFLE
+#endif
+#endif
+  FloatLanes all;
+  for (int k = 0; k < 8; ++k) all[k] = sum(v[k]);
+  return all;
+}
+
 MBLM_INLINE FloatLanes exp(const FloatLanes& x) {
   return vector_exp(x);
 }

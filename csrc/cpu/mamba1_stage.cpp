@@ -82,7 +82,7 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
   // positions, and a part of its channels.
   const auto for_channels = [&](auto function) {
     const int64_t parts = (inner + kChannels - 1) / kChannels;
-    team.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
+    worker.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
         for (int64_t at = row * count; at < (row + 1) * count; ++at) {

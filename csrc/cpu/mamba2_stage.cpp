@@ -78,7 +78,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     team.wait();
 
     const int64_t parts = (channels + kChannels - 1) / kChannels;
-    team.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
+    worker.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
         float* window = state.rows[row].window + index * state.rows[row].window_stride;
@@ -91,7 +91,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     });
     team.wait();
 
-    team.share(0, rows * heads, 1, [&](int64_t first, int64_t last) {
+    worker.share(0, rows * heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / heads, head = item % heads;
         float* ssm = state.rows[row].ssm + index * state.rows[row].ssm_stride;

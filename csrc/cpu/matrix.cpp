@@ -17,6 +17,8 @@ namespace {
 
 // Bytes of weights that a thread takes at a time: as long streams as leave even shares.
 constexpr int64_t kFewestPartBytes = 1 << 16, kMostPartBytes = 1 << 19, kPartsPerThread = 2;
+// At least so many columns, so that threads do not write to one cache line.
+constexpr int64_t kFewestColumns = 16;
 // Bytes of weights that stay in the first cache while all rows are multiplied with them.
 constexpr int64_t kBlockBytes = 1 << 14;
 constexpr int64_t kMaxBlock = 64;
@@ -26,7 +28,7 @@ template <class W, class Dot>
 void for_rows(const void* weights, int64_t apart, int64_t n, float* sums, int64_t count, Dot dot) {
   const W* weight = static_cast<const W*>(weights);
   for (int64_t k = 0; k < kStreams; ++k) {
-    for (int64_t i = 0; i < count; ++i) sums[k * count + i] = dot(weight + (k * apart + i) * n);
+    for (int64_t i = 0; i < count; ++i) sums[i * kStreams + k] = dot(weight + (k * apart + i) * n);
   }
 }
 
@@ -56,12 +58,14 @@ MBLM_CLONES void apply_gelu(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = gelu(values[i]);
 }
 
-// out[first + i] = sums[i], scaled, with bias and residual (outputs) added, for i < count.
+// out[first + i] = sums[i * kStreams], scaled, with bias and residual (outputs) added, for
+// i < count.
 void finish(const Matrix& matrix, const float* sums, int64_t first, int64_t count, float* out,
             const float* residual) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t column = first + i;
-    float value = matrix.scale ? sums[i] * matrix.scale[column] : sums[i];
+    float value = sums[i * kStreams];
+    if (matrix.scale) value *= matrix.scale[column];
     if (matrix.bias) value += matrix.bias[column];
     out[column] = residual ? value + residual[column] : value;
   }
@@ -87,6 +91,18 @@ const Kernel& kernel_of(WeightType type) {
   return type == WeightType::kFloat32    ? best.float32
          : type == WeightType::kBFloat16 ? best.bfloat16
                                          : best.int8;
+}
+
+// How many columns a thread takes at a time. A small matrix is cut evenly, so that every thread
+// finds its columns in its own cache at the next byte.
+int64_t columns_of_part(const Worker& worker, const Matrix& matrix) {
+  const int64_t threads = worker.team.threads(), outputs = matrix.outputs;
+  const int64_t bytes = std::max<int64_t>(matrix.inputs * bytes_of(matrix.type), 1);
+  const int64_t part_bytes = outputs * bytes / (kPartsPerThread * threads);
+  const int64_t columns = part_bytes < kFewestPartBytes
+                              ? (outputs + threads - 1) / threads
+                              : std::min(part_bytes, kMostPartBytes) / bytes;
+  return (columns + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
 }
 
 }  // namespace
@@ -146,18 +162,14 @@ void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const fl
       for (int64_t row = 0; row < rows; ++row) {
         kernel.dots(weight, apart, x + row * stride, inputs, sums, columns);
         for (int64_t k = 0; k < streams; ++k) {
-          finish(matrix, sums + k * columns, first + k * apart, columns, out + row * outputs,
+          finish(matrix, sums + k, first + k * apart, columns, out + row * outputs,
                  residual ? residual + row * outputs : nullptr);
         }
       }
     }
   };
 
-  // At least 16 columns, so that threads do not write to one cache line.
-  const int64_t part_bytes = std::clamp(outputs * bytes / (kPartsPerThread * worker.team.threads()),
-                                        kFewestPartBytes, kMostPartBytes);
-  const int64_t part = std::max<int64_t>(16, part_bytes / divisor / 16 * 16);
-  worker.team.share(loop, outputs, part, [&](int64_t begin, int64_t end) {
+  worker.share(loop, outputs, columns_of_part(worker, matrix), [&](int64_t begin, int64_t end) {
     const int64_t apart = (end - begin) / kStreams;
     multiply_columns(begin, apart, kStreams, apart);
     for (int64_t column = begin + kStreams * apart; column < end; ++column) {

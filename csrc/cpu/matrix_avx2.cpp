@@ -8,23 +8,29 @@
 #include <algorithm>
 
 #include "cpu/bfloat16.h"
+#include "cpu/stream_sums.h"
 
 namespace mblm::cpu {
 namespace {
 
 #define MBLM_AVX2 __attribute__((target("avx2,fma")))
 
-MBLM_AVX2 inline float sum(__m256 v) {
-  __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+// Each lane's sum with that four lanes from it.
+MBLM_AVX2 inline __m128 fold(__m256 v) {
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
 }
 
-MBLM_AVX2 inline int64_t sum(__m256i v) {
+// Eight integers of 32 bits as the sums of four each, of 64 bits.
+MBLM_AVX2 inline __m128i fold(__m256i v) {
   const __m256i wide = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(v)),
                                         _mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1)));
-  const __m128i q = _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-  return _mm_cvtsi128_si64(q) + _mm_extract_epi64(q, 1);
+  return _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+
+// sums[k] = the sum of a[k] + b[k].
+MBLM_AVX2 inline void store_both(const __m256 a[kStreams], const __m256 b[kStreams], float* sums) {
+  store_sums(fold(_mm256_add_ps(a[0], b[0])), fold(_mm256_add_ps(a[1], b[1])),
+             fold(_mm256_add_ps(a[2], b[2])), fold(_mm256_add_ps(a[3], b[3])), sums);
 }
 
 template <class T>
@@ -47,11 +53,12 @@ MBLM_AVX2 void dots_of_float(const void* weights, int64_t apart, const float* x,
         b[k] = _mm256_fmadd_ps(_mm256_loadu_ps(w + 8), second, b[k]);
       }
     }
-    for (int64_t k = 0; k < kStreams; ++k) {
+    store_both(a, b, sums + row * kStreams);
+    for (int64_t k = 0; k < kStreams && i < n; ++k) {
       const float* w = weight + k * apart * n;
       float rest = 0;
       for (int64_t j = i; j < n; ++j) rest += x[j] * w[j];
-      sums[k * count + row] = sum(_mm256_add_ps(a[k], b[k])) + rest;
+      sums[row * kStreams + k] += rest;
     }
   }
 }
@@ -89,11 +96,12 @@ MBLM_AVX2 void dots_of_bfloat16(const void* weights, int64_t apart, const float*
             _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(pairs, upper)), second, odd[k]);
       }
     }
-    for (int64_t k = 0; k < kStreams; ++k) {
+    store_both(even, odd, sums + row * kStreams);
+    for (int64_t k = 0; k < kStreams && i < n; ++k) {
       const BFloat16* w = weight + k * apart * n;
       float rest = 0;
       for (int64_t j = i; j < n; ++j) rest += x[j] * float(w[j]);
-      sums[k * count + row] = sum(_mm256_add_ps(even[k], odd[k])) + rest;
+      sums[row * kStreams + k] += rest;
     }
   }
 }
@@ -119,12 +127,14 @@ MBLM_AVX2 void dots_of_int8(const void* weights, int64_t apart, const float* pre
               _mm256_add_epi32(products[k], _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), values));
         }
       }
-      for (int64_t k = 0; k < kStreams; ++k) totals[k] += sum(products[k]);
+      const __m128i folded[] = {fold(products[0]), fold(products[1]), fold(products[2]),
+                                fold(products[3])};
+      add_sums(folded, totals);
     }
     for (int64_t k = 0; k < kStreams; ++k) {
       const int8_t* w = weight + k * apart * n;
       for (int64_t j = i; j < n; ++j) totals[k] += int32_t(x[j]) * w[j];
-      sums[k * count + row] = float(totals[k]) * prepared[0];
+      sums[row * kStreams + k] = float(totals[k]) * prepared[0];
     }
   }
 }

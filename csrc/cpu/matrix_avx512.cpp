@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "cpu/bfloat16.h"
+#include "cpu/stream_sums.h"
 
 // GCC 12 takes the undefined values in its own intrinsics for uninitialized ones.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -33,21 +34,27 @@ MBLM_AVX512 inline __m512i load(const T* p) {
   return _mm512_loadu_si512(p);
 }
 
-MBLM_AVX512 inline float sum(__m512 v) {
-  float lanes[16];
-  _mm512_storeu_ps(lanes, v);
-  for (int64_t half = 8; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+// Each lane's sum with those 8, 4 and 12 lanes from it.
+MBLM_AVX512 inline __m128 fold(__m512 v) {
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-MBLM_AVX512 inline int64_t sum(__m512i v) {
-  int32_t lanes[16];
-  _mm512_storeu_si512(lanes, v);
-  int64_t total = 0;
-  for (const int32_t lane : lanes) total += lane;
-  return total;
+// Sixteen integers of 32 bits as the sums of eight each, of 64 bits.
+MBLM_AVX512 inline __m128i fold(__m512i v) {
+  const __m512i wide = _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)),
+                                        _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
+  const __m256i half =
+      _mm256_add_epi64(_mm512_castsi512_si256(wide), _mm512_extracti64x4_epi64(wide, 1));
+  return _mm_add_epi64(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// sums[k] = the sum of a[k] + b[k].
+MBLM_AVX512 inline void store_both(const __m512 a[kStreams], const __m512 b[kStreams],
+                                   float* sums) {
+  store_sums(fold(_mm512_add_ps(a[0], b[0])), fold(_mm512_add_ps(a[1], b[1])),
+             fold(_mm512_add_ps(a[2], b[2])), fold(_mm512_add_ps(a[3], b[3])), sums);
 }
 
 MBLM_AVX512 void dots_of_float(const void* weights, int64_t apart, const float* x, int64_t n,
@@ -65,11 +72,12 @@ MBLM_AVX512 void dots_of_float(const void* weights, int64_t apart, const float* 
         b[k] = _mm512_fmadd_ps(_mm512_loadu_ps(w + 16), second, b[k]);
       }
     }
-    for (int64_t k = 0; k < kStreams; ++k) {
+    store_both(a, b, sums + row * kStreams);
+    for (int64_t k = 0; k < kStreams && i < n; ++k) {
       const float* w = weight + k * apart * n;
       float rest = 0;
       for (int64_t j = i; j < n; ++j) rest += x[j] * w[j];
-      sums[k * count + row] = sum(_mm512_add_ps(a[k], b[k])) + rest;
+      sums[row * kStreams + k] += rest;
     }
   }
 }
@@ -104,11 +112,12 @@ MBLM_BF16 void dots_of_bfloat16(const void* weights, int64_t apart, const float*
         b[k] = _mm512_dpbf16_ps(b[k], pairs, second);
       }
     }
-    for (int64_t k = 0; k < kStreams; ++k) {
+    store_both(a, b, sums + row * kStreams);
+    for (int64_t k = 0; k < kStreams && i < n; ++k) {
       const BFloat16* w = weight + k * apart * n;
       float rest = 0;
       for (int64_t j = i; j < n; ++j) rest += (float(upper[j]) + float(lower[j])) * float(w[j]);
-      sums[k * count + row] = sum(_mm512_add_ps(a[k], b[k])) + rest;
+      sums[row * kStreams + k] += rest;
     }
   }
 }
@@ -133,12 +142,14 @@ MBLM_VNNI void dots_of_int8(const void* weights, int64_t apart, const float* pre
           products[k] = _mm512_dpwssd_epi32(products[k], _mm512_cvtepi8_epi16(bytes), values);
         }
       }
-      for (int64_t k = 0; k < kStreams; ++k) totals[k] += sum(products[k]);
+      const __m128i folded[] = {fold(products[0]), fold(products[1]), fold(products[2]),
+                                fold(products[3])};
+      add_sums(folded, totals);
     }
     for (int64_t k = 0; k < kStreams; ++k) {
       const int8_t* w = weight + k * apart * n;
       for (int64_t j = i; j < n; ++j) totals[k] += int32_t(x[j]) * w[j];
-      sums[k * count + row] = float(totals[k]) * prepared[0];
+      sums[row * kStreams + k] = float(totals[k]) * prepared[0];
     }
   }
 }

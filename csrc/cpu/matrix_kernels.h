@@ -19,8 +19,8 @@ constexpr int64_t kStreams = 4;
 struct Kernel {
   // Writes x (n) as `dots` wants it, into kPreparedHeader + n floats; null if it wants x itself.
   void (*prepare)(const float* x, int64_t n, float* prepared);
-  // sums[k * count + i] = x . weight[k * apart + i] for each stream k and i < count, where weight
-  // (.., n) is of the kernel's type.
+  // sums[i * kStreams + k] = x . weight[k * apart + i] for each stream k and i < count, where
+  // weight (.., n) is of the kernel's type.
   void (*dots)(const void* weight, int64_t apart, const float* x, int64_t n, float* sums,
                int64_t count);
 };

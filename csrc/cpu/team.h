@@ -39,14 +39,18 @@ class Team {
     }
   }
 
-  // Calls function(begin, end) for parts of [0, items), each taken by whichever thread is free.
-  // Several loops between two barriers have numbers of their own.
+  // Calls function(begin, end) for parts of [0, items), for the thread of that index. A part is
+  // taken by whichever thread is free; if there is one for each thread at most, each has its own,
+  // so that what it reads stays in its cache from call to call. Several loops between two barriers
+  // have numbers of their own.
   template <class Function>
-  void share(int64_t loop, int64_t items, int64_t part, Function function) {
-    if (threads_ == 1) {
-      if (items > 0) function(int64_t(0), items);
+  void share(int64_t thread, int64_t loop, int64_t items, int64_t part, Function function) {
+    if (part * threads_ >= items) {
+      const int64_t begin = thread * part;
+      if (begin < items) function(begin, std::min(begin + part, items));
       return;
     }
+    if (threads_ == 1) return function(int64_t(0), items);
     for (;;) {
       const int64_t begin = next_[loop].fetch_add(part, std::memory_order_relaxed);
       if (begin >= items) return;
@@ -76,6 +80,12 @@ struct Worker {
   mutable std::vector<float> prepared = {};  // what products keep of their inputs; see matrix.cpp
 
   bool is_first() const { return index == 0; }
+
+  // See Team::share.
+  template <class Function>
+  void share(int64_t loop, int64_t items, int64_t part, Function function) const {
+    team.share(index, loop, items, part, function);
+  }
 };
 
 }  // namespace mblm::cpu

@@ -162,6 +162,9 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
   Team& team = worker.team;
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t width = heads * head_dim, kept = dim - dim / 2;
+  // A single row's heads are cut evenly, so that a thread finds their keys in its own cache; of
+  // several rows some can have many more positions than others.
+  const int64_t head_part = rows == 1 ? (heads + team.threads() - 1) / team.threads() : 1;
   const Scratch s(*this, positions, per_thread(*this, state, count), worker.index, block);
 
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
@@ -189,7 +192,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     multiply(worker, 1, layer.kv, s.normed, positions, s.kv);
     team.wait();
 
-    team.share(0, rows * heads, 1, [&](int64_t begin, int64_t end) {
+    worker.share(0, rows * heads, head_part, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / heads, head = item % heads;
         const TransformerRow& of = state.rows[row];

@@ -30,7 +30,7 @@ void check_dots(const cpu::Kernel& kernel, const char* name) {
     kernel.dots(weight.data(), apart, kernel.prepare ? prepared.data() : x.data(), n, sums.data(),
                 count);
     for (int64_t index = 0; index < cpu::kStreams * count; ++index) {
-      const int64_t row = index / count * apart + index % count;
+      const int64_t row = index % cpu::kStreams * apart + index / cpu::kStreams;
       double sum = 0, size = 0;
       for (int64_t i = 0; i < n; ++i) {
         const double term = double(x[i]) * float(weight[row * n + i]);

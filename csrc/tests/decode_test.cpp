@@ -41,10 +41,10 @@ void a_team_shares_every_item_once_and_waits() {
     std::atomic<int64_t> wrong{0};
     with_team(threads, [&](const cpu::Worker& worker) {
       for (int64_t round = 1; round <= 50; ++round) {
-        worker.team.share(0, 1000, 7, [&](int64_t begin, int64_t end) {
+        worker.share(0, 1000, 7, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) ++first[i];
         });
-        worker.team.share(1, 77, 1, [&](int64_t begin, int64_t end) {
+        worker.share(1, 77, 1, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) ++second[i];
         });
         worker.team.wait();

@@ -17,7 +17,7 @@ namespace mblm {
 // How many threads so many products of weights and values between two bytes are worth: with more
 // of them, waiting for each other after every matrix takes longer than they save.
 inline int64_t threads_for(int64_t products) {
-  constexpr int64_t kProductsPerThread = 1 << 19;
+  constexpr int64_t kProductsPerThread = 1 << 17;
   return std::clamp<int64_t>(products / kProductsPerThread, 1, at::get_num_threads());
 }
 
