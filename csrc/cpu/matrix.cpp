@@ -114,7 +114,7 @@ MBLM_CLONES void round_to_int16(const float* x, int64_t n, float* prepared) {
     largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
   }
   const bool is_finite = largest < 0x7f800000u;
-  const float scale = std::bit_cast<float>(largest) / 32767;
+  const float scale = std::bit_cast<float>(largest) / kLargestInt16;
   // The result of a row with infinities or NaN is NaN.
   prepared[0] = is_finite ? scale : NAN;
   // Too small a number has no reciprocal.

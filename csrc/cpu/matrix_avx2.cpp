@@ -127,9 +127,7 @@ MBLM_AVX2 void dots_of_int8(const void* weights, int64_t apart, const float* pre
               _mm256_add_epi32(products[k], _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), values));
         }
       }
-      const __m128i folded[] = {fold(products[0]), fold(products[1]), fold(products[2]),
-                                fold(products[3])};
-      add_sums(folded, totals);
+      add_sums(fold(products[0]), fold(products[1]), fold(products[2]), fold(products[3]), totals);
     }
     for (int64_t k = 0; k < kStreams; ++k) {
       const int8_t* w = weight + k * apart * n;

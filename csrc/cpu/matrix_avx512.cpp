@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/bfloat16.h"
 #include "cpu/stream_sums.h"
@@ -34,6 +35,13 @@ MBLM_AVX512 inline __m512i load(const T* p) {
   return _mm512_loadu_si512(p);
 }
 
+// Asks for what a stream of int8 weights comes to later: the machine reads ahead by itself, but not
+// as far as a core multiplies bytes in the time that memory takes.
+inline void prefetch_ahead(const void* weight) {
+  constexpr int64_t kAhead = 3072;  // bytes
+  __builtin_prefetch(static_cast<const char*>(weight) + kAhead);
+}
+
 // Each lane's sum with those 8, 4 and 12 lanes from it.
 MBLM_AVX512 inline __m128 fold(__m512 v) {
   const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
@@ -41,13 +49,15 @@ MBLM_AVX512 inline __m128 fold(__m512 v) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Sixteen integers of 32 bits as the sums of eight each, of 64 bits.
+// Eight integers of 32 bits as the sums of four each, of 64 bits.
+MBLM_AVX512 inline __m128i fold(__m256i v) {
+  const __m256i wide = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(v)),
+                                        _mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1)));
+  return _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+
 MBLM_AVX512 inline __m128i fold(__m512i v) {
-  const __m512i wide = _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)),
-                                        _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
-  const __m256i half =
-      _mm256_add_epi64(_mm512_castsi512_si256(wide), _mm512_extracti64x4_epi64(wide, 1));
-  return _mm_add_epi64(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return _mm_add_epi64(fold(_mm512_castsi512_si256(v)), fold(_mm512_extracti64x4_epi64(v, 1)));
 }
 
 // sums[k] = the sum of a[k] + b[k].
@@ -122,41 +132,71 @@ MBLM_BF16 void dots_of_bfloat16(const void* weights, int64_t apart, const float*
   }
 }
 
+// Bytes of weights that are multiplied at once, and columns whose products a sum of 32 bits holds:
+// 4 * 255 * 128 * 64 * (256 + 1) < 2^31.
+constexpr int64_t kBytes = 64, kColumnsPerSum = kBytes * 64;
+
+// Values of 16 bits x = 256 upper + lower as two of 8 bits, all the upper ones, then all the lower
+// ones, behind those of 16 bits. The header keeps 128 times the sum of those in whole vectors.
+MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
+  round_to_int16(x, n, prepared);
+  const int16_t* values = int16_values(prepared);
+  int8_t* upper = reinterpret_cast<int8_t*>(prepared + kPreparedHeader) + 2 * n;
+  int8_t* lower = upper + n;
+  for (int64_t i = 0; i < n; ++i) {
+    upper[i] = int8_t((values[i] + 128) >> 8);
+    lower[i] = int8_t(values[i]);
+  }
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n / kBytes * kBytes; ++i) sum += values[i];
+  sum *= 128;
+  std::memcpy(prepared + 2, &sum, sizeof(sum));
+}
+
+// The instruction multiplies bytes without sign by bytes with one: 128 is added to each weight, and
+// what that adds to the sum is taken off at the end. All sums are exact.
 MBLM_VNNI void dots_of_int8(const void* weights, int64_t apart, const float* prepared, int64_t n,
                             float* sums, int64_t count) {
-  // Each of sixteen sums takes two products of 32 columns.
-  constexpr int64_t kColumns = kColumnsPerInt32 * 16;
   const int16_t* x = int16_values(prepared);
+  const int8_t* upper = reinterpret_cast<const int8_t*>(x + n);
+  const int8_t* lower = upper + n;
+  int64_t added;
+  std::memcpy(&added, prepared + 2, sizeof(added));
+  const __m512i sign = _mm512_set1_epi8(-128);
   const int8_t* weight = static_cast<const int8_t*>(weights);
   for (int64_t row = 0; row < count; ++row, weight += n) {
     int64_t totals[kStreams] = {}, i = 0;
-    while (i + 32 <= n) {
-      const int64_t end = std::min(i + kColumns, n);
-      __m512i products[kStreams];
-      for (int64_t k = 0; k < kStreams; ++k) products[k] = _mm512_setzero_si512();
-      for (; i + 32 <= end; i += 32) {
-        const __m512i values = load(x + i);
+    while (i + kBytes <= n) {
+      const int64_t end = std::min(i + kColumnsPerSum, n);
+      __m512i a[kStreams], b[kStreams];
+      for (int64_t k = 0; k < kStreams; ++k) a[k] = b[k] = _mm512_setzero_si512();
+      for (; i + kBytes <= end; i += kBytes) {
+        const __m512i first = load(upper + i), second = load(lower + i);
         for (int64_t k = 0; k < kStreams; ++k) {
-          const __m256i bytes =
-              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + k * apart * n + i));
-          products[k] = _mm512_dpwssd_epi32(products[k], _mm512_cvtepi8_epi16(bytes), values);
+          const int8_t* w = weight + k * apart * n + i;
+          prefetch_ahead(w);
+          const __m512i bytes = _mm512_xor_si512(load(w), sign);
+          a[k] = _mm512_dpbusd_epi32(a[k], bytes, first);
+          b[k] = _mm512_dpbusd_epi32(b[k], bytes, second);
         }
       }
-      const __m128i folded[] = {fold(products[0]), fold(products[1]), fold(products[2]),
-                                fold(products[3])};
-      add_sums(folded, totals);
+      for (int64_t k = 0; k < kStreams; ++k) {
+        a[k] = _mm512_add_epi32(_mm512_slli_epi32(a[k], 8), b[k]);
+      }
+      add_sums(fold(a[0]), fold(a[1]), fold(a[2]), fold(a[3]), totals);
     }
     for (int64_t k = 0; k < kStreams; ++k) {
       const int8_t* w = weight + k * apart * n;
-      for (int64_t j = i; j < n; ++j) totals[k] += int32_t(x[j]) * w[j];
-      sums[row * kStreams + k] = float(totals[k]) * prepared[0];
+      int64_t total = totals[k] - added;
+      for (int64_t j = i; j < n; ++j) total += int32_t(x[j]) * w[j];
+      sums[row * kStreams + k] = float(total) * prepared[0];
     }
   }
 }
 
 constexpr Kernel kFloat32 = {nullptr, dots_of_float};
 constexpr Kernel kBFloat16 = {split_in_two, dots_of_bfloat16};
-constexpr Kernel kInt8 = {round_to_int16, dots_of_int8};
+constexpr Kernel kInt8 = {split_in_bytes, dots_of_int8};
 
 }  // namespace
 

@@ -45,7 +45,10 @@ inline const int16_t* int16_values(const float* prepared) {
   return reinterpret_cast<const int16_t*>(prepared + kPreparedHeader);
 }
 
-// A sum of 32 bits holds the products of so many columns: 127 * 32767 * 512 < 2^31.
+// 127 * 256 + 127: such a number is cut into two bytes with signs.
+constexpr float kLargestInt16 = 32639;
+
+// A sum of 32 bits holds the products of so many columns: 128 * 32639 * 512 < 2^31.
 constexpr int64_t kColumnsPerInt32 = 512;
 
 }  // namespace mblm::cpu

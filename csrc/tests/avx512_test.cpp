@@ -8,13 +8,17 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx2.h>
 #include <simde/x86/avx512/add.h>
+#include <simde/x86/avx512/cast.h>
 #include <simde/x86/avx512/cvt.h>
 #include <simde/x86/avx512/dpbf16.h>
-#include <simde/x86/avx512/dpwssd.h>
+#include <simde/x86/avx512/dpbusd.h>
+#include <simde/x86/avx512/extract.h>
 #include <simde/x86/avx512/fmadd.h>
 #include <simde/x86/avx512/loadu.h>
+#include <simde/x86/avx512/set1.h>
 #include <simde/x86/avx512/setzero.h>
-#include <simde/x86/avx512/storeu.h>
+#include <simde/x86/avx512/slli.h>
+#include <simde/x86/avx512/xor.h>
 
 #define MBLM_EMULATED
 #include "cpu/matrix_avx512.cpp"
