@@ -58,16 +58,22 @@ MBLM_CLONES void apply_gelu(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = gelu(values[i]);
 }
 
-// out[first + i] = sums[i * kStreams], scaled, with bias and residual (outputs) added, for
-// i < count.
-void finish(const Matrix& matrix, const float* sums, int64_t first, int64_t count, float* out,
-            const float* residual) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t column = first + i;
-    float value = sums[i * kStreams];
-    if (matrix.scale) value *= matrix.scale[column];
-    if (matrix.bias) value += matrix.bias[column];
-    out[column] = residual ? value + residual[column] : value;
+// out[first + k * apart + i] = sums[i * kStreams + k], scaled, with bias and residual (outputs)
+// added, for each stream k and i < count.
+MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t streams, int64_t first,
+                        int64_t apart, int64_t count, float* out, const float* residual) {
+  for (int64_t k = 0; k < streams; ++k) {
+    float values[kMaxBlock];
+    for (int64_t i = 0; i < count; ++i) values[i] = sums[i * kStreams + k];
+    const int64_t begin = first + k * apart;
+    const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
+      for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
+    };
+    const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
+    each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
+    each(matrix.bias, add);
+    each(residual, add);
+    std::copy_n(values, count, out + begin);
   }
 }
 
@@ -161,10 +167,8 @@ void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const fl
       const char* weight = static_cast<const char*>(matrix.weight) + first * bytes;
       for (int64_t row = 0; row < rows; ++row) {
         kernel.dots(weight, apart, x + row * stride, inputs, sums, columns);
-        for (int64_t k = 0; k < streams; ++k) {
-          finish(matrix, sums + k, first + k * apart, columns, out + row * outputs,
-                 residual ? residual + row * outputs : nullptr);
-        }
+        finish(matrix, sums, streams, first, apart, columns, out + row * outputs,
+               residual ? residual + row * outputs : nullptr);
       }
     }
   };
