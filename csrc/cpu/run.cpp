@@ -56,7 +56,8 @@ int64_t Run::scratch_size(int64_t threads) const {
 void Run::work(const Worker& worker, float* scratch) {
   if (worker.is_first()) begin();
   worker.team.wait();
-  for (bool is_pending = has_pending;; is_pending = true) {
+  while (!is_crowded_) {
+    const bool is_pending = is_pending_;
     if (active.empty()) {
       if (waiting.empty()) return;
       begin_patches(worker, scratch);
@@ -74,12 +75,26 @@ void Run::work(const Worker& worker, float* scratch) {
       }
       sample_rows();
       take_pending();
+      is_pending_ = true;
+      is_crowded_ = is_crowded(worker.team);
     }
     worker.team.wait();
   }
 }
 
+// Whether more than half of the time is lost, which is all that a second thread can win.
+bool Run::is_crowded(const Team& team) const {
+  constexpr std::chrono::milliseconds kFewest{2};
+  const Team::Clock::duration lost = team.lost();
+  return lost > kFewest && 2 * lost > Team::Clock::now() - team_begun_;
+}
+
 void Run::begin() {
+  is_crowded_ = false;
+  team_begun_ = Team::Clock::now();
+  if (is_begun_) return;
+  is_begun_ = true;
+  is_pending_ = has_pending;
   logits_.resize(rows.size() * to_logits.outputs);
   for (int64_t row = 0; row < int64_t(rows.size()); ++row) {
     (has_pending && rows[row].room == 0 ? waiting : active).push_back(row);

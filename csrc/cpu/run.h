@@ -81,8 +81,10 @@ class Run {
   // Floats of working memory.
   int64_t scratch_size(int64_t threads) const;
 
-  // All threads of the team call it.
+  // All threads of the team call it. It returns when the run is done, or before if the team waits
+  // so long for a thread without a core that one thread is quicker: another team goes on.
   void work(const Worker& worker, float* scratch);
+  bool is_done() const { return is_begun_ && active.empty() && waiting.empty(); }
 
  private:
   using Rows = std::vector<int64_t>;
@@ -98,6 +100,7 @@ class Run {
 
   // These are the first thread's alone.
   void begin();
+  bool is_crowded(const Team& team) const;
   Plan plan(size_t stage) const;
   void sample_rows();
   void take_pending();
@@ -110,6 +113,8 @@ class Run {
   void take_in(const Worker& worker, RunStage& stage, const Rows& rows, float* scratch);
 
   Rows active, waiting;
+  bool is_begun_ = false, is_pending_ = false, is_crowded_ = false;
+  Team::Clock::time_point team_begun_;
   Plan plan_;
   std::vector<float> x_;       // (active, dim)
   std::vector<float> logits_;  // (active, num_tokens)

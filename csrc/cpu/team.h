@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -17,9 +18,18 @@ namespace mblm::cpu {
 // microseconds long; when that takes long, as with more threads than cores, it gives its core away.
 class Team {
  public:
+  using Clock = std::chrono::steady_clock;
+
   explicit Team(int64_t threads) : threads_(threads) {}
 
   int64_t threads() const { return threads_; }
+
+  // Time that a thread, on average, has waited for others that had no core to run on: longer than
+  // any phase takes.
+  Clock::duration lost() const {
+    const int64_t others = std::max<int64_t>(threads_ - 1, 1);
+    return Clock::duration(lost_.load(std::memory_order_relaxed) / others);
+  }
 
   // Returns when every thread of the team has called it.
   void wait() {
@@ -30,13 +40,14 @@ class Team {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int64_t turn = 0; phase_.load(std::memory_order_acquire) == phase; ++turn) {
-      if (turn < kTurnsBeforeYield) {
-        pause();
-      } else {
-        std::this_thread::yield();
-      }
+    for (int64_t turn = 0; turn < kTurnsBeforeYield; ++turn) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      pause();
     }
+    const auto begin = Clock::now();
+    while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+    const Clock::duration lost = Clock::now() - begin;
+    if (lost > kLong) lost_.fetch_add(lost.count(), std::memory_order_relaxed);
   }
 
   // Calls function(begin, end) for parts of [0, items), for the thread of that index. A part is
@@ -60,6 +71,7 @@ class Team {
 
  private:
   static constexpr int64_t kTurnsBeforeYield = 2000;
+  static constexpr std::chrono::microseconds kLong{500};
 
   static void pause() {
 #if defined(__x86_64__)
@@ -71,6 +83,7 @@ class Team {
   std::atomic<int64_t> next_[2] = {};
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  std::atomic<Clock::rep> lost_{0};
 };
 
 // One thread of a team.

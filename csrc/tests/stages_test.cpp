@@ -2,6 +2,7 @@
 // two of them, one above the other: a team of threads gives the bits of one thread, and rows that
 // run side by side those of rows alone. Under the thread sanitizer, that no barrier is missing.
 #include <algorithm>
+#include <chrono>
 #include <deque>
 #include <thread>
 
@@ -171,10 +172,12 @@ cpu::RunStage make_part(Weights& weights, Weights& zeros, bool is_upper, size_t 
   return part;
 }
 
-// Each row begins with a byte of its own and samples as many more as are asked for.
+// Each row begins with a byte of its own and samples as many more as are asked for. With a delay,
+// all other threads wait for so long at each byte.
 template <class Stage>
 std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
-                               const std::vector<int64_t>& counts, int64_t threads) {
+                               const std::vector<int64_t>& counts, int64_t threads,
+                               std::chrono::milliseconds delay = {}) {
   Weights weights, zeros;
   const Stage upper = make_stage(weights, Stage()), local = make_stage(weights, Stage());
   const size_t rows = pending.size();
@@ -193,7 +196,10 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
   const int64_t most = kPatch * kPatches;
   std::vector<float> uniform(most * kVocabulary);
   for (size_t i = 0; i < uniform.size(); ++i) uniform[i] = float((i * 37) % 101 + 1) / 103;
-  run.uniform = [&](int64_t, int64_t n) { return uniform.data() + n * kVocabulary; };
+  run.uniform = [&](int64_t, int64_t n) {
+    std::this_thread::sleep_for(delay);
+    return uniform.data() + n * kVocabulary;
+  };
   std::vector<Left> left(rows);
   for (size_t i = 0; i < rows; ++i) {
     left[i].ids.resize(counts[i]);
@@ -204,7 +210,10 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
     run.rows.push_back(row);
   }
   std::vector<float> scratch(run.scratch_size(threads));
-  on_team(threads, [&](const cpu::Worker& worker) { run.work(worker, scratch.data()); });
+  const auto work = [&](const cpu::Worker& worker) { run.work(worker, scratch.data()); };
+  on_team(threads, work);
+  CHECK(delay.count() == 0 || !run.is_done());
+  while (!run.is_done()) on_team(1, work);
   for (size_t i = 0; i < rows; ++i) {
     CHECK(run.rows[i].num_tokens == counts[i]);
     for (int64_t n : {0, 1}) {
@@ -272,6 +281,14 @@ void a_team_and_neighbors_change_no_bit() {
   }
 }
 
+// A team that waits for most of its time leaves the rest to one thread.
+template <class Stage>
+void a_crowded_team_changes_no_bit() {
+  const std::vector<int64_t> pending = {2, 5}, counts = {kPatch * kPatches - 1, 7};
+  const std::chrono::milliseconds delay(3);
+  CHECK(sample_bytes<Stage>(pending, counts, 2, delay) == sample_bytes<Stage>(pending, counts, 1));
+}
+
 int main() {
   positions_at_once_have_the_bits_of_steps<cpu::TransformerStage>();
   positions_at_once_have_the_bits_of_steps<cpu::Mamba1Stage>();
@@ -279,5 +296,7 @@ int main() {
   a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba1Stage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba2Stage>();
+  a_crowded_team_changes_no_bit<cpu::TransformerStage>();
+  a_crowded_team_changes_no_bit<cpu::Mamba2Stage>();
   return test::result();
 }

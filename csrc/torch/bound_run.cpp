@@ -260,7 +260,12 @@ void BoundRun::bind_cache_rows(size_t cache, const Tensor& pending) {
 void BoundRun::work() {
   const int64_t threads = threads_for(run_.products());
   std::vector<float> scratch(run_.scratch_size(threads));
-  with_team(threads, [&](const cpu::Worker& worker) { run_.work(worker, scratch.data()); });
+  const auto work = [&](const cpu::Worker& worker) { run_.work(worker, scratch.data()); };
+  with_team(threads, work);
+  numbers_->rethrow();
+  if (run_.is_done()) return;
+  remember_crowd();
+  with_team(1, work);
   numbers_->rethrow();
 }
 

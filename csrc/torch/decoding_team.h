@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 
 #ifdef _OPENMP
@@ -14,10 +15,25 @@
 
 namespace mblm {
 
+// How many calls are still to be made with one thread, since other programs want the cores.
+inline std::atomic<int64_t>& calls_alone() {
+  static std::atomic<int64_t> calls{0};
+  return calls;
+}
+
+inline void remember_crowd() {
+  constexpr int64_t kCalls = 256;
+  calls_alone().store(kCalls, std::memory_order_relaxed);
+}
+
 // How many threads so many products of weights and values between two bytes are worth: with more
 // of them, waiting for each other after every matrix takes longer than they save.
 inline int64_t threads_for(int64_t products) {
   constexpr int64_t kProductsPerThread = 1 << 17;
+  if (calls_alone().load(std::memory_order_relaxed) > 0) {
+    calls_alone().fetch_sub(1, std::memory_order_relaxed);
+    return 1;
+  }
   return std::clamp<int64_t>(products / kProductsPerThread, 1, at::get_num_threads());
 }
 
