@@ -13,7 +13,7 @@ struct Case {
   int64_t rows, inputs, outputs;
   int64_t second = 0;   // outputs of a second matrix
   int64_t unread = 0;   // of x, behind each row
-  int64_t skipped = 0;  // bytes or halves ahead of the weights, which are then not aligned
+  int64_t skipped = 0;  // weights ahead of the first, which is then not aligned
   bool has_norm = false, has_delayed = false, has_residual = false;
 };
 
@@ -128,6 +128,8 @@ void products(WeightType type) {
   equals_sums_in_double(type, {16, 64, 1030});
   equals_sums_in_double(type, {13, 80, 1000, 41});
   equals_sums_in_double(type, {9, 80, 7, 9});
+  // Inputs alone that are not aligned: the sanitizer sees whether they are loaded as if they were.
+  equals_sums_in_double(type, {10, 64, 24, 0, 3});
   // All that is done beside a product, aligned and not.
   for (const int64_t inputs : {64, 1056, 75}) {
     equals_sums_in_double(type, {20, inputs, 18, 6, 0, 0, true, true});
@@ -203,6 +205,7 @@ void what_is_not_finite_stays_so() {
   std::vector<float> x(rows * inputs, 1.0f), out(rows);
   x[2 * inputs + 3] = INFINITY;
   x[3 * inputs + 9] = -INFINITY;
+  x[5 * inputs + 6] = INFINITY;
   x[4 * inputs + 31] = NAN;
   cuda::Product in;
   in.rows = rows;
@@ -213,6 +216,7 @@ void what_is_not_finite_stays_so() {
   CHECK(!cuda::multiply(in, nullptr));
   CHECK(out[0] == 16 && out[1] == 16 && out[9] == 16);
   CHECK(out[2] == INFINITY && out[3] == -INFINITY && std::isnan(out[4]));
+  CHECK(out[5] == INFINITY);
 }
 
 int main() {
