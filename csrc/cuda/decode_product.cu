@@ -5,25 +5,13 @@
 // waits for its inputs, so that memory works while kernels change. All threads of a block put the
 // inputs into shared memory, a chunk at a time, as lanes read them: four floats next to each other,
 // then those of the next lane. A norm's factor is known by then and applied to the sums.
-#include <cmath>
-#include <cstring>
-
-#include "cuda/decode.cuh"
-#include "cuda/decode_product.h"
+#include "cuda/decode_product.cuh"
 #include "cuda/kernel.cuh"
 
 namespace mblm::cuda {
 namespace {
 
-using cpu::Matrix;
 using cpu::WeightType;
-
-constexpr int kQuad = 4;  // floats that are read at once
-
-// 16 bytes of weights as they are in memory: they take fewer registers than their values.
-struct Words {
-  uint32_t words[4];
-};
 
 // Four weights of a pack, from the quad-th on.
 MBLM_DEVICE void unpack(const Words& pack, int, float* values, float) {
@@ -42,74 +30,6 @@ MBLM_DEVICE void unpack(const Words& pack, int quad, float* values, int8_t) {
   for (int i = 0; i < kQuad; ++i) {
     values[i] = __uint_as_float(0x4b000000u | ((four >> (8 * i)) & 0xffu)) - 8388736.0f;
   }
-}
-
-// Values [first, first + N) of a row of weights, zeros beyond its end.
-template <bool kAligned, int N, class W>
-MBLM_DEVICE Words read_weights(const W* row, int64_t inputs, int64_t first) {
-  Words pack{};
-  if constexpr (kAligned) {
-    if (first < inputs) pack = load_once(reinterpret_cast<const Words*>(row + first));
-  } else {
-    W values[N] = {};
-    for (int k = 0; k < N; ++k) {
-      if (first + k < inputs) values[k] = row[first + k];
-    }
-    memcpy(&pack, values, sizeof(pack));
-  }
-  return pack;
-}
-
-// A column of one of the two matrices, and what does not depend on the row.
-struct Column {
-  bool is_second;
-  int64_t index, outputs;
-  const void* weight;
-  float scale = 1, bias = 0;
-
-  MBLM_DEVICE Column(const Product& in, int64_t column) {
-    is_second = column >= in.matrix.outputs;
-    const Matrix& matrix = is_second ? in.second : in.matrix;
-    index = is_second ? column - in.matrix.outputs : column;
-    outputs = matrix.outputs;
-    weight = matrix.weight;
-    if (matrix.scale) scale = matrix.scale[index];
-    if (matrix.bias) bias = matrix.bias[index];
-  }
-};
-
-// One position of the convolution of a channel, and SiLU.
-MBLM_DEVICE float convolve(const Convolution& in, int64_t row, int64_t channel, float x,
-                           bool is_halted) {
-  const float* weight = in.weight + channel * in.taps;
-  float* window = in.window + row * (in.taps - 1) * in.channels + channel;
-  float sum = in.bias[channel];
-  for (int64_t t = 0; t + 1 < in.taps; ++t) {
-    const float value = window[t * in.channels];
-    sum += value * weight[t];
-    if (t > 0 && !is_halted) window[(t - 1) * in.channels] = value;
-  }
-  if (in.taps > 1 && !is_halted) window[(in.taps - 2) * in.channels] = x;
-  sum += x * weight[in.taps - 1];
-  return sum / (1 + expf(-sum));
-}
-
-MBLM_DEVICE void finish(const Product& in, const Column& column, int64_t row, float sum,
-                        float residual, bool is_halted) {
-  float value = sum * column.scale + column.bias;
-  if (in.residual) {
-    value += residual;
-    const int64_t half = column.outputs / 2, kept = column.index - (column.outputs - half);
-    if (in.keep && kept >= 0 && !is_halted) in.keep[row * half + kept] = residual;
-  }
-  if (in.then == cpu::Then::kGelu) value = 0.5f * value * (1 + erff(value * 0.70710678f));
-  const Convolution& convolution = in.convolution;
-  const int64_t channel = column.index - convolution.first;
-  if (channel >= 0 && channel < convolution.channels) {
-    value = convolve(convolution, row, channel, value, is_halted);
-  }
-  float* out = column.is_second ? in.out_second : in.out;
-  if (!is_halted) out[row * column.outputs + column.index] = value;
 }
 
 // Where an input of a chunk lies in shared memory.
@@ -292,7 +212,7 @@ Error launch_product(const Product& in, Stream stream) {
 // kPacks is what a lane holds of a column, so that a chunk is at most 2,048 inputs.
 template <class W, int kPacks>
 Error launch_rows(const Product& in, Stream stream) {
-  constexpr int kRows = 8, kColumns = 4;
+  constexpr int kRows = kFewRows, kColumns = 4;
   constexpr int64_t kFewestBlocks = 128;  // about one for each multiprocessor
   if (in.rows == 1) return launch_product<W, 1, 1, kPacks>(in, stream);
   const int64_t blocks = divide_up(in.matrix.outputs + in.second.outputs, kWarps * kColumns) *
@@ -305,6 +225,8 @@ Error launch_rows(const Product& in, Stream stream) {
 
 Error multiply(const Product& in, Stream stream) {
   if (in.matrix.inputs < 1) return "a product needs inputs";
+  const bool is_rounded = in.matrix.type != WeightType::kFloat32;
+  if (in.rows > kFewRows && is_rounded) return multiply_on_tensor_cores(in, stream);
   switch (in.matrix.type) {
     case WeightType::kFloat32:
       return launch_rows<float, 8>(in, stream);

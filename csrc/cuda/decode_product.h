@@ -44,7 +44,13 @@ struct Product {
   Convolution convolution;
 };
 
-// A row is summed in the same order however many rows there are.
+// Up to so many rows, every weight is read once and multiplied in float32. More rows than that
+// would read it again and compute for longer than reading takes: tensor cores multiply them, 64 at
+// a time, unless weights are float32.
+constexpr int kFewRows = 8;
+
+// A row is summed in the same order however many rows there are, if it is up to kFewRows or more
+// than that on both sides; with float32 weights always.
 Error multiply(const Product& product, Stream stream);
 
 }  // namespace mblm::cuda

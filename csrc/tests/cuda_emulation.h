@@ -119,6 +119,23 @@ class Scheduler {
     return value;
   }
 
+  // Called from a thread: visit(lane, value) with what each lane of its warp hands over in the same
+  // call.
+  template <class T, class Visit>
+  void gather(const T& value, Visit visit) {
+    const T* const own = &value;
+    std::memcpy(&current().handed_over, &own, sizeof(own));
+    wait(false);
+    const int first = running_ / 32 * 32;
+    if (first + 32 > threads_) fail("a warp is not whole");
+    for (int lane = 0; lane < 32; ++lane) {
+      const T* of_lane;
+      std::memcpy(&of_lane, &fibers_[first + lane]->handed_over, sizeof(of_lane));
+      visit(lane, *of_lane);
+    }
+    wait(false);
+  }
+
   int running() const { return running_; }
 
  private:
@@ -236,7 +253,45 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = selector >> (4 * i) & 7;
+    result |= uint32_t(bytes >> (8 * from) & 0xff) << (8 * i);
+  }
+  return result;
+}
+
 namespace mblm::cuda {
+
+// As in mma.cuh. The sums of sixteen products are rounded once.
+inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Pieces {
+    uint32_t a[4], b[2];
+  } const own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto value = [](uint32_t pair, int index) {
+    return __uint_as_float(index ? pair & 0xffff0000u : pair << 16);
+  };
+  auto& scheduler = emulation::scheduler;
+  const int group = scheduler.running() % 32 / 4, part = scheduler.running() % 4;
+  float left[2][16], right[16][2];  // this lane's two rows of a and columns of b
+  scheduler.gather(own, [&](int lane, const Pieces& pieces) {
+    for (int i = 0; i < 8; ++i) {
+      const int pair = i / 2, k = lane % 4 * 2 + pair / 2 * 8 + i % 2;
+      if (lane / 4 == group) left[pair % 2][k] = value(pieces.a[pair], i % 2);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const int k = lane % 4 * 2 + i / 2 * 8 + i % 2;
+      if (lane / 4 / 2 == part) right[k][lane / 4 % 2] = value(pieces.b[i / 2], i % 2);
+    }
+  });
+  for (int i = 0; i < 4; ++i) {
+    double sum = sums[i];
+    for (int k = 0; k < 16; ++k) sum += double(left[i / 2][k]) * right[k][i % 2];
+    sums[i] = float(sum);
+  }
+}
 
 // As in kernel.cuh, on the spot. Few blocks are run at once, so that strides over the grid are
 // taken.

@@ -6,6 +6,7 @@
 
 #include "cuda/decode_attention.cu"
 #include "cuda/decode_product.cu"
+#include "cuda/decode_product_mma.cu"
 #include "cuda/decode_rows.cu"
 #include "cuda/decode_sample.cu"
 #include "cuda/decode_scan.cu"

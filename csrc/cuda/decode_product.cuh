@@ -1,0 +1,91 @@
+// What the kernels of decode_product.h share: how weights are read, and what becomes of a sum.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "cuda/decode.cuh"
+#include "cuda/decode_product.h"
+#include "cuda/kernel.cuh"
+
+namespace mblm::cuda {
+
+constexpr int kQuad = 4;  // floats that are read at once
+
+// 16 bytes of weights as they are in memory: they take fewer registers than their values.
+struct Words {
+  uint32_t words[4];
+};
+
+// Values [first, first + N) of a row of weights, zeros beyond its end.
+template <bool kAligned, int N, class W>
+MBLM_DEVICE Words read_weights(const W* row, int64_t inputs, int64_t first) {
+  Words pack{};
+  if constexpr (kAligned) {
+    if (first < inputs) pack = load_once(reinterpret_cast<const Words*>(row + first));
+  } else {
+    W values[N] = {};
+    for (int k = 0; k < N; ++k) {
+      if (first + k < inputs) values[k] = row[first + k];
+    }
+    memcpy(&pack, values, sizeof(pack));
+  }
+  return pack;
+}
+
+// A column of one of the two matrices, and what does not depend on the row.
+struct Column {
+  bool is_second;
+  int64_t index, outputs;
+  const void* weight;
+  float scale = 1, bias = 0;
+
+  MBLM_DEVICE Column(const Product& in, int64_t column) {
+    is_second = column >= in.matrix.outputs;
+    const cpu::Matrix& matrix = is_second ? in.second : in.matrix;
+    index = is_second ? column - in.matrix.outputs : column;
+    outputs = matrix.outputs;
+    weight = matrix.weight;
+    if (matrix.scale) scale = matrix.scale[index];
+    if (matrix.bias) bias = matrix.bias[index];
+  }
+};
+
+// One position of the convolution of a channel, and SiLU.
+MBLM_DEVICE float convolve(const Convolution& in, int64_t row, int64_t channel, float x,
+                           bool is_halted) {
+  const float* weight = in.weight + channel * in.taps;
+  float* window = in.window + row * (in.taps - 1) * in.channels + channel;
+  float sum = in.bias[channel];
+  for (int64_t t = 0; t + 1 < in.taps; ++t) {
+    const float value = window[t * in.channels];
+    sum += value * weight[t];
+    if (t > 0 && !is_halted) window[(t - 1) * in.channels] = value;
+  }
+  if (in.taps > 1 && !is_halted) window[(in.taps - 2) * in.channels] = x;
+  sum += x * weight[in.taps - 1];
+  return sum / (1 + expf(-sum));
+}
+
+MBLM_DEVICE void finish(const Product& in, const Column& column, int64_t row, float sum,
+                        float residual, bool is_halted) {
+  float value = sum * column.scale + column.bias;
+  if (in.residual) {
+    value += residual;
+    const int64_t half = column.outputs / 2, kept = column.index - (column.outputs - half);
+    if (in.keep && kept >= 0 && !is_halted) in.keep[row * half + kept] = residual;
+  }
+  if (in.then == cpu::Then::kGelu) value = 0.5f * value * (1 + erff(value * 0.70710678f));
+  const Convolution& convolution = in.convolution;
+  const int64_t channel = column.index - convolution.first;
+  if (channel >= 0 && channel < convolution.channels) {
+    value = convolve(convolution, row, channel, value, is_halted);
+  }
+  float* out = column.is_second ? in.out_second : in.out;
+  if (!is_halted) out[row * column.outputs + column.index] = value;
+}
+
+// multiply() of many rows, with weights that are not float32.
+Error multiply_on_tensor_cores(const Product& product, Stream stream);
+
+}  // namespace mblm::cuda

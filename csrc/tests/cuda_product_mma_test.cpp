@@ -1,0 +1,230 @@
+// Tests of the GPU's products of many rows, emulated, against sums in double.
+#include "cuda_check.h"
+// The emulation comes before the sources.
+#include "cuda/decode_product.cu"
+#include "cuda/decode_product_mma.cu"
+#include "cuda_run_models.h"
+
+using namespace mblm;
+using test::Store;
+using test::WeightType;
+
+struct Case {
+  int64_t rows, inputs, outputs;
+  int64_t second = 0;   // outputs of a second matrix
+  int64_t unread = 0;   // of x, behind each row
+  int64_t skipped = 0;  // weights ahead of the first, which is then not aligned
+  bool has_norm = false, has_delayed = false, has_residual = false;
+};
+
+// A copy of a matrix that begins some weights later in memory.
+cpu::Matrix moved(const cpu::Matrix& matrix, int64_t by, std::vector<char>& memory) {
+  const int64_t size = matrix.type == WeightType::kInt8 ? 1 : 2;
+  memory.resize((matrix.weights() + by) * size);
+  std::memcpy(memory.data() + by * size, matrix.weight, matrix.weights() * size);
+  cpu::Matrix result = matrix;
+  result.weight = memory.data() + by * size;
+  return result;
+}
+
+double weight_of(const cpu::Matrix& matrix, int64_t index) {
+  return matrix.type == WeightType::kInt8
+             ? double(static_cast<const int8_t*>(matrix.weight)[index])
+             : double(float(static_cast<const cpu::BFloat16*>(matrix.weight)[index]));
+}
+
+double input_of(const cuda::Product& in, int64_t row, int64_t k) {
+  const int64_t half = in.matrix.inputs / 2, kept = in.matrix.inputs - half;
+  return in.delayed && k >= kept ? in.delayed[row * half + k - kept] : in.x[row * in.x_stride + k];
+}
+
+// One entry is as close to the sum of what the rounded weights give as a sum in float is.
+void check_entry(const cuda::Product& in, const cpu::Matrix& matrix, int64_t row, int64_t column,
+                 float got) {
+  const int64_t inputs = matrix.inputs;
+  double sum = 0, size = 0, squares = 0;
+  for (int64_t k = 0; k < inputs; ++k) {
+    const double x = input_of(in, row, k), gain = in.norm.weight ? in.norm.weight[k] : 1;
+    const double term = x * gain * weight_of(matrix, column * inputs + k);
+    squares += x * x;
+    sum += term;
+    size += std::fabs(term);
+  }
+  double factor = matrix.scale ? matrix.scale[column] : 1;
+  if (in.norm.weight) factor /= std::sqrt(squares / double(inputs) + in.norm.eps);
+  double expected = sum * factor + (matrix.bias ? matrix.bias[column] : 0);
+  if (in.residual) expected += in.residual[row * matrix.outputs + column];
+  const double tolerance = 1e-5 * size * factor + 1e-6 * (1 + std::fabs(expected));
+  if (!(std::fabs(got - expected) <= tolerance)) {
+    std::printf("row %d of %d, column %d of %d, %d inputs: got %g, expected %g\n", int(row),
+                int(in.rows), int(column), int(matrix.outputs), int(inputs), got, expected);
+    ++test::failures;
+  }
+}
+
+std::vector<float> row_of(const std::vector<float>& all, int64_t row, int64_t width) {
+  return {all.begin() + row * width, all.begin() + (row + 1) * width};
+}
+
+void equals_sums_in_double(WeightType type, const Case& of) {
+  Store store(type);
+  std::vector<char> memory, second_memory;
+  cuda::Product in;
+  in.rows = of.rows;
+  in.matrix = moved(store.matrix(of.outputs, of.inputs), of.skipped, memory);
+  if (of.second) {
+    in.second = moved(store.matrix(of.second, of.inputs, false), of.skipped, second_memory);
+  }
+  in.x_stride = of.inputs + of.unread;
+  in.x = store.vector(of.rows * in.x_stride, 3);
+  if (of.has_norm) in.norm = {store.vector(of.inputs), 1e-5f, false};
+  if (of.has_delayed) in.delayed = store.vector(of.rows * (of.inputs / 2));
+  if (of.has_residual) in.residual = store.vector(of.rows * of.outputs);
+  const auto run = [&](cuda::Product product) {
+    return test::in_both_orders([&] {
+      auto out = test::unwritten<float>(product.rows * of.outputs);
+      auto second = test::unwritten<float>(product.rows * of.second);
+      auto kept = test::unwritten<float>(product.rows * (of.outputs / 2));
+      product.out = out.data();
+      product.out_second = second.data();
+      if (product.residual) product.keep = kept.data();
+      CHECK(!cuda::multiply(product, nullptr));
+      return std::tuple(out, second, kept);
+    });
+  };
+  const auto [out, second, kept] = run(in);
+  for (int64_t row = 0; row < of.rows; ++row) {
+    for (int64_t column = 0; column < of.outputs; ++column) {
+      check_entry(in, in.matrix, row, column, out[row * of.outputs + column]);
+    }
+    for (int64_t column = 0; column < of.second; ++column) {
+      check_entry(in, in.second, row, column, second[row * of.second + column]);
+    }
+    if (!of.has_residual) continue;
+    const float* last = in.residual + (row + 1) * of.outputs - of.outputs / 2;
+    CHECK(std::equal(last, last + of.outputs / 2, kept.data() + row * (of.outputs / 2)));
+  }
+  // The last rows, as few as take the same way, have the same bits.
+  const int64_t few = of.rows > cuda::kFewRows ? cuda::kFewRows + 1 : 1;
+  const int64_t skipped = of.rows - few;
+  in.rows = few;
+  in.x += skipped * in.x_stride;
+  if (in.delayed) in.delayed += skipped * (of.inputs / 2);
+  if (in.residual) in.residual += skipped * of.outputs;
+  const auto alone = std::get<0>(run(in));
+  CHECK(test::same_bits(row_of(alone, few - 1, of.outputs), row_of(out, of.rows - 1, of.outputs)));
+}
+
+void products(WeightType type) {
+  for (const int64_t rows : {8, 9, 16, 17, 64, 65}) {
+    equals_sums_in_double(type, {rows, 96, 21});
+    equals_sums_in_double(type, {rows, 37, 16});
+  }
+  equals_sums_in_double(type, {9, 1, 1});
+  // More slices of the inputs than are loaded ahead, of whole packs and not.
+  equals_sums_in_double(type, {17, 4096 + 16, 19});
+  equals_sums_in_double(type, {11, 2500, 5});
+  // Wide blocks, of one matrix and of two whose border is inside one.
+  equals_sums_in_double(type, {16, 64, 1030});
+  equals_sums_in_double(type, {13, 80, 1000, 41});
+  equals_sums_in_double(type, {9, 80, 7, 9});
+  // Inputs alone that are not aligned: the sanitizer sees whether they are loaded as if they were.
+  equals_sums_in_double(type, {10, 64, 24, 0, 3});
+  // All that is done beside a product, aligned and not.
+  for (const int64_t inputs : {64, 1056, 75}) {
+    equals_sums_in_double(type, {20, inputs, 18, 6, 0, 0, true, true});
+    equals_sums_in_double(type, {20, inputs, 18, 0, 12, 0, true, false, true});
+    equals_sums_in_double(type, {64, inputs, 34, 0, 3, 1, true, true, true});
+  }
+}
+
+// GELU, the windows of a convolution and what has ended are the same as with few rows.
+void what_comes_after_is_that_of_few_rows(WeightType type) {
+  const int64_t rows = 16, inputs = 48, outputs = 40, taps = 3, channels = 22;
+  Store store(type);
+  cuda::Product in;
+  in.x = store.vector(rows * inputs);
+  in.x_stride = inputs;
+  in.matrix = store.matrix(outputs, inputs);
+  in.convolution = {5, channels, taps, store.vector(channels * taps), store.vector(channels)};
+  const float* windows = store.vector(rows * (taps - 1) * channels);
+  const auto run = [&](int64_t at_once, cpu::Then then, const int* halted) {
+    return test::in_both_orders([&] {
+      auto out = test::unwritten<float>(rows * outputs);
+      std::vector<float> window(windows, windows + rows * (taps - 1) * channels);
+      for (int64_t row = 0; row < rows; row += at_once) {
+        cuda::Product some = in;
+        some.rows = at_once;
+        some.then = then;
+        some.halted = halted;
+        some.x += row * inputs;
+        some.out = out.data() + row * outputs;
+        some.convolution.window = window.data() + row * (taps - 1) * channels;
+        CHECK(!cuda::multiply(some, nullptr));
+      }
+      return std::tuple(out, window);
+    });
+  };
+  for (const auto then : {cpu::Then::kStore, cpu::Then::kGelu}) {
+    const auto [out, window] = run(rows, then, nullptr);
+    const auto [expected, expected_window] = run(cuda::kFewRows, then, nullptr);
+    CHECK(test::nearly(out, expected));
+    CHECK(test::nearly(window, expected_window));
+  }
+  const int halted = 1;
+  const auto [out, window] = run(rows, cpu::Then::kStore, &halted);
+  CHECK(out == test::unwritten<float>(rows * outputs));
+  CHECK(std::equal(window.begin(), window.end(), windows));
+}
+
+// All int8 are multiplied exactly: by numbers that two bfloat16 hold, one at a time.
+void every_int8_is_exact() {
+  const int64_t count = 256, rows = 9;
+  std::vector<int8_t> weights(count * 16);
+  for (int64_t i = 0; i < count; ++i) weights[i * 16 + i % 16] = int8_t(i - 128);
+  std::vector<float> x(rows * 16), out(rows * count);
+  for (int64_t i = 0; i < rows * 16; ++i) x[i] = 1 + float(i) / 256;  // 16 bits
+  cuda::Product in;
+  in.rows = rows;
+  in.x = x.data();
+  in.x_stride = 16;
+  in.matrix = {count, 16, WeightType::kInt8, weights.data()};
+  in.out = out.data();
+  CHECK(!cuda::multiply(in, nullptr));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < count; ++i) {
+      CHECK(out[row * count + i] == float(i - 128) * x[row * 16 + i % 16]);
+    }
+  }
+}
+
+// What is not finite stays in its row, and an infinity is none the less one.
+void what_is_not_finite_stays_so() {
+  const int64_t rows = 10, inputs = 32;
+  const std::vector<cpu::BFloat16> weights(inputs, cpu::BFloat16(0.5f));
+  std::vector<float> x(rows * inputs, 1.0f), out(rows);
+  x[2 * inputs + 3] = INFINITY;
+  x[3 * inputs + 9] = -INFINITY;
+  x[5 * inputs + 6] = INFINITY;
+  x[4 * inputs + 31] = NAN;
+  cuda::Product in;
+  in.rows = rows;
+  in.x = x.data();
+  in.x_stride = inputs;
+  in.matrix = {1, inputs, WeightType::kBFloat16, weights.data()};
+  in.out = out.data();
+  CHECK(!cuda::multiply(in, nullptr));
+  CHECK(out[0] == 16 && out[1] == 16 && out[9] == 16);
+  CHECK(out[2] == INFINITY && out[3] == -INFINITY && std::isnan(out[4]));
+  CHECK(out[5] == INFINITY);
+}
+
+int main() {
+  for (const auto type : {WeightType::kBFloat16, WeightType::kInt8}) {
+    products(type);
+    what_comes_after_is_that_of_few_rows(type);
+  }
+  every_int8_is_exact();
+  what_is_not_finite_stays_so();
+  return test::result();
+}
