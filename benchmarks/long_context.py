@@ -14,7 +14,7 @@ heap stays resident: the largest resident set tells more of malloc than of the t
 
     python benchmarks/long_context.py memory         # against the reference, 131,072 bytes
     python benchmarks/long_context.py shape          # the same with seq_lens [.., 200, 25]
-    python benchmarks/long_context.py time           # tiles against none, and the reference
+    python benchmarks/long_context.py time --bytes 8192 --runs 3   # tiles, none, the reference
     python benchmarks/long_context.py curve          # 64 KiB to 5 MB, Mamba-2 on top, draws docs/
     python benchmarks/long_context.py longest --bytes 5_000_000   # one step, Mamba-2 on top
     python benchmarks/long_context.py longest --bytes 5_000_000 --top transformer
@@ -23,6 +23,7 @@ heap stays resident: the largest resident set tells more of malloc than of the t
 Each part adds its figures to the file given by `--json`.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -238,19 +239,29 @@ class Runs:
         return results
 
     def time(self) -> dict[str, Any]:
+        """In turns, so that what else the machine does meets each of them, `--runs` times."""
         inner = [16, 8]
+        self.arguments.runs, rounds = 3, self.arguments.runs  # steps of a process
         jobs = {
             "in tiles": self.tiled("transformer", inner),
             "in tiles, no recomputation": self.job("transformer", inner, tile=self.arguments.tile),
             "untiled": self.job("transformer", inner),
         }
-        results = {name: self.ours(name, job) for name, job in jobs.items()}
-        results["reference"] = self.reference(inner)
-        for name, result in results.items():
-            for other in ("untiled", "reference"):
-                ratio = median(result["cpu_s"]) / median(results[other]["cpu_s"])
-                print(f"{name}: {ratio:.2f} of the CPU time of {other}")
-        return results
+        results: dict[str, Any] = {name: [] for name in (*jobs, "reference")}
+        for _ in range(rounds):
+            for name, job in jobs.items():
+                results[name].append(self.ours(name, job))
+            if self.arguments.with_reference:
+                results["reference"].append(self.reference(inner))
+        times = {
+            name: median([seconds for run in runs for seconds in run["cpu_s"]])
+            for name, runs in results.items()
+            if runs
+        }
+        for name, seconds in times.items():
+            for other in times.keys() & {"untiled", "reference"}:
+                print(f"{name}: {seconds / times[other]:.2f} of the CPU time of {other}")
+        return {name: runs for name, runs in results.items() if runs}
 
     def curve(self) -> list[dict[str, Any]]:
         points = []
@@ -312,6 +323,12 @@ def main() -> None:
         "--mapped",
         action="store_true",
         help="have glibc map large blocks, not take them from heaps",
+    )
+    options.add_argument(
+        "--with-reference",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="have `time` run the reference, too",
     )
     options.set_defaults(runs=1)
     arguments = options.parse_args()

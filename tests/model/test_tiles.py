@@ -1,6 +1,7 @@
 """Sums and maps over tiles: equal to those without, gradients included; memory; what is refused."""
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -95,6 +96,24 @@ def test_tiles_that_need_no_gradient_do_not_disturb_others(net: Net) -> None:
 def test_without_gradients_nothing_is_kept(net: Net) -> None:
     rows, weights = rows_and_weights()
     assert not net.sum(2, rows, weights).requires_grad
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_no_result_of_a_tile_outlives_it(net: Net, needs_gradient: bool) -> None:
+    """Small blocks between large ones that are freed keep malloc from using those again."""
+    results: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def sum_and_count(rows: Tensor) -> tuple[Tensor, Tensor]:
+        alive.append(sum(result() is not None for result in results))
+        total, count = net(rows)
+        results.extend((weakref.ref(total), weakref.ref(count)))
+        return total, count
+
+    net.requires_grad_(needs_gradient)
+    sum_over_tiles(sum_and_count, 1, torch.randn(7, 4).double(), [], GradientSums(net.parameters()))
+    assert len(alive) == 7
+    assert max(alive) <= 2, "at most those of the tile before, until this one's take their place"
 
 
 def test_many_small_gradients_add_up_in_half_precision() -> None:

@@ -1,0 +1,75 @@
+"""benchmarks/gpu_long_context.py where there is no GPU: its search, and a tiny run of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def longest(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_long_context
+
+    return gpu_long_context.longest
+
+
+class Step:
+    """Steps on up to so many bytes fit."""
+
+    def __init__(self, room: int, per_byte: float = 0.0) -> None:
+        self.room, self.per_byte = room, per_byte
+
+    def __call__(self, count: int) -> dict[str, Any]:
+        return {"bytes": count, "fits": count <= self.room, "wall_s": count * self.per_byte}
+
+
+@pytest.mark.parametrize("room", [1, 63, 64, 1000, 1023, 50_000])
+def test_finds_what_fits_to_a_sixteenth(longest: Any, room: int) -> None:
+    results, ended = longest(Step(room), 64, None, 60)
+    best = max(result["bytes"] for result in results if result["fits"])
+    assert best <= room < best * (1 + 1 / 16) + 1
+    assert ended == "the next length tried does not fit"
+
+
+def test_ends_where_nothing_fits(longest: Any) -> None:
+    results, ended = longest(Step(0), 8, None, 60)
+    assert [result["bytes"] for result in results] == [8, 4, 2, 1]
+    assert ended == "nothing fits"
+
+
+def test_tries_none_beyond_the_most(longest: Any) -> None:
+    results, ended = longest(Step(10**9), 10, 35, 60)
+    assert [result["bytes"] for result in results] == [10, 20, 35]
+    assert "35 bytes" in ended
+
+
+def test_begins_no_step_that_would_last_too_long(longest: Any) -> None:
+    results, ended = longest(Step(10**9, per_byte=1), 10, None, 35)
+    assert [result["bytes"] for result in results] == [10, 20]
+    assert "no time" in ended
+
+
+def test_a_tiny_run_writes_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    script = BENCHMARKS / "gpu_long_context.py"
+    command = [sys.executable, script, "--quick", "--first", "600", "--most", "900"]
+    done = subprocess.run([*command, "--json", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert figures["longest_bytes"] == 900
+    assert [step["bytes"] for step in figures["steps"]] == [600, 900]
+    assert all(step["fits"] and step["loss"] > 0 for step in figures["steps"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu() -> None:
+    script = BENCHMARKS / "gpu_long_context.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 1 and "no GPU" in done.stderr
