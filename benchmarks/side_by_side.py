@@ -52,12 +52,18 @@ def reference_python(folder: Path) -> Path:
     return python
 
 
-def run_worker(python: Path | str, script: str, job: dict[str, Any]) -> Any:
-    """Run ``script --worker JOB`` with an interpreter and return the JSON of its last line."""
+def run_worker(
+    python: Path | str, script: str, job: dict[str, Any], env: dict[str, str] | None = None
+) -> Any:
+    """Run ``script --worker JOB`` with an interpreter and return the JSON of its last line.
+
+    ``env`` is its environment, this process's own by default.
+    """
     # Outside the repository, so that the reference does not find this package.
     result = subprocess.run(
         [python, "-W", "ignore", Path(script).resolve(), "--worker", json.dumps(job)],
         cwd=Path(script).resolve().parent,
+        env=env,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

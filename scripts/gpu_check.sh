@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
 # Builds, tests and measures the CUDA kernels on a machine with a GPU, in under nine minutes.
 #
-#   bash scripts/gpu_check.sh OUTDIR [WHEELS]
+#   bash scripts/gpu_check.sh OUTDIR [WHEELS [REFERENCE]]
 #
 # Needs torch with CUDA, nvcc and no network. Python packages that the machine lacks are taken from
-# WHEELS, a folder of wheels. OUTDIR gets summary.json, the benchmarks' gpu.json and gpu_decode.json
-# and a log of each step. PYTHON is the interpreter, python3 by default. Ends with one table; fails
-# if a step did.
+# WHEELS, a folder of wheels. REFERENCE is another, with what the published release needs beside
+# torch and this package: the wheels of mblm 0.4.2, megabyte-pytorch, einops, beartype and mambapy;
+# to compare Mamba-2, too, those of mamba_ssm and what it needs. Without it, training is measured on
+# this side alone. `pip download --no-deps -d REFERENCE mblm==0.4.2 megabyte-pytorch einops beartype
+# mambapy` gets them. OUTDIR gets summary.json, the benchmarks' gpu.json, gpu_decode.json and
+# gpu_train.json and a log of each step. PYTHON is the interpreter, python3 by default. Ends with
+# one table; fails if a step did.
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-  echo "usage: $0 OUTDIR [WHEELS]" >&2
+  echo "usage: $0 OUTDIR [WHEELS [REFERENCE]]" >&2
   exit 2
 fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 wheels=${2:+$(cd "$2" && pwd)}
+reference=${3:+$(cd "$3" && pwd)}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -76,22 +81,25 @@ step() {
 }
 
 capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
-step build 180 env MBLM_BUILD=cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$capability}" \
+step build 160 env MBLM_BUILD=cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$capability}" \
   "$python" setup.py build_ext --inplace
 if [ $failed -eq 0 ]; then
   export MBLM_NATIVE=require
-  step tests 150 "$python" -m pytest -q -m gpu tests/ops tests/model tests/inference
+  step tests 125 "$python" -m pytest -q -m gpu tests/ops tests/model tests/inference
   memcheck=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   if [ -x "$memcheck" ]; then
-    step memcheck 50 "$memcheck" --tool memcheck --error-exitcode 9 \
+    step memcheck 40 "$memcheck" --tool memcheck --error-exitcode 9 \
       "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops/test_devices.py -k two_runs
   else
     rows+=("memcheck|left out|0|no compute-sanitizer")
   fi
-  step benchmark 80 "$python" benchmarks/gpu.py --json "$out/gpu.json"
+  step benchmark 60 "$python" benchmarks/gpu.py --json "$out/gpu.json"
   cat "$out/benchmark.log"
-  step decoding 75 "$python" benchmarks/gpu_decode.py --json "$out/gpu_decode.json"
+  step decoding 60 "$python" benchmarks/gpu_decode.py --json "$out/gpu_decode.json"
   cat "$out/decoding.log"
+  step training 90 "$python" benchmarks/gpu_train.py ${reference:+--wheels "$reference"} \
+    --runs 1 --steps 3 --seconds 8 --json "$out/gpu_train.json"
+  cat "$out/training.log"
 fi
 
 printf '\n%-10s %-12s %8s  %s\n' step result seconds "last line"

@@ -12,7 +12,7 @@
 namespace mblm {
 
 // Its units queue kernels on the current stream and wait for nothing; see cuda/run.h for them and
-// mblm/inference/device_run.py for their order.
+// mblm/inference/device_units.py for their order.
 struct DeviceRun : torch::CustomClassHolder {
   c10::intrusive_ptr<Hierarchy> hierarchy;
   std::vector<at::Tensor> tensors;  // kept alive

@@ -1,14 +1,8 @@
 """Runs on a GPU: many bytes are sampled without the host, which reads them a patch later.
 
 All state is on the GPU while bytes are sampled, positions and lengths included. What is queued is
-made of the units of ``torch.classes.mblm.DeviceRun``:
-
-- a *step* takes in the pending byte and samples the next;
-- a *turn* is the step of a patch's last byte. The stages above take in the patch on another stream,
-  beside it; then the local stage starts anew with its new context.
-
-A turn and the steps of the rest of the patch are queued together; from the second time on they are
-one CUDA graph. Two such units are queued at once, so that the GPU goes on while the host reads.
+made of the units of `device_units`. Two are queued at once, so that the GPU goes on while the host
+reads.
 
 After a byte that may end generation the kernels write nothing more, so that what was queued ahead
 changes nothing: the state is that after the byte. Random numbers that were drawn ahead are given
@@ -23,32 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mblm.inference.device_units import BoundRun, Unit
 from mblm.inference.native_hierarchy import NativeHierarchy
 from mblm.inference.sampling import Sampler
 
 if TYPE_CHECKING:
     from mblm.inference.hierarchy_cache import HierarchyCache
 
-# Bytes of one unit, at most.
-_SLOTS = 32
 _QUEUED_UNITS = 2
 _FIRST_LIMIT = 64
-_NONE = torch.empty(0)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What is queued at once: a turn, if ``level`` is given, and steps.
-
-    Attributes:
-        count: Bytes that it samples.
-        level: Of a turn, the most global stage that takes in a patch.
-        takes: Whether a byte is taken in before each is sampled.
-    """
-
-    count: int
-    level: int | None = None
-    takes: bool = True
 
 
 @dataclass
@@ -61,7 +38,7 @@ class _Queued:
         numbers: The generator's state before it, where that may be needed.
     """
 
-    unit: _Unit
+    unit: Unit
     length: int
     ids: torch.Tensor
     event: torch.cuda.Event | None
@@ -84,7 +61,7 @@ class DeviceRun:
 
     def __init__(self, native: NativeHierarchy) -> None:
         self._native = native
-        self._bound: _Bound | None = None
+        self._bound: BoundRun | None = None
 
     def fork(self) -> "DeviceRun":
         """For another state of the same model."""
@@ -125,7 +102,7 @@ class DeviceRun:
             finally:
                 state.settle()
 
-    def _bind(self, cache: "HierarchyCache", num_tokens: int) -> "_Bound":
+    def _bind(self, cache: "HierarchyCache", num_tokens: int) -> BoundRun:
         """Buffers for a state, with room for so many bytes more."""
         model = cache.model
         most = (cache.length + num_tokens) // model.patch_sizes[0]
@@ -143,140 +120,8 @@ class DeviceRun:
         places = [tensor.data_ptr() for part in state for tensor in part]
         if bound is None or (bound.limit, bound.places) != (limit, places):
             self._bound = bound = None  # which frees what is not needed any more
-            self._bound = bound = _Bound(self._native, cache, limits, state)
+            self._bound = bound = BoundRun(self._native, cache, limits, state)
         return bound
-
-
-class _Bound:
-    """The tensors that a run works on, beside those of the caches, and graphs of its units."""
-
-    def __init__(
-        self,
-        native: NativeHierarchy,
-        cache: "HierarchyCache",
-        limits: list[int],
-        state: list[list[torch.Tensor]],
-    ) -> None:
-        model, batch = cache.model, cache.batch_size
-        self.model = model
-        self.limit = limits[0]
-        self.places = [tensor.data_ptr() for part in state for tensor in part]
-        self.device = model.to_logits.weight.device
-        self.slots = _SLOTS
-
-        def integers(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        vocabulary = model.num_tokens
-        self.flags = integers(2, dtype=torch.int32)
-        self.settings = integers(3, dtype=torch.float32)
-        self.ends = integers(vocabulary, dtype=torch.bool)
-        self.next = integers(batch)
-        self.history = integers(batch, model.patch_sizes[0])
-        self.pending = integers(batch)
-        self.uniform = integers(self.slots, batch, vocabulary, dtype=torch.float32)
-        self.ids = integers(self.slots, batch)
-        tensors = [self.flags, self.settings, self.ends, self.next, self.history]
-        tensors += [self.pending, self.uniform, self.ids]
-        self.positions, self.outputs, self.contexts = [], [], []
-        for n, stage in enumerate(cache.stages):
-            self.positions.append(integers(batch))
-            self.outputs.append(stage.output.new_empty(stage.output.shape))
-            context = _NONE
-            if n > 0:
-                context = stage.output.new_zeros(batch, model.seq_lens[n], stage.output.shape[1])
-            self.contexts.append(context)
-            tensors += [self.positions[n], self.outputs[n], stage.start_output.contiguous()]
-            tensors.append(context)
-            tables = model.positions(n, 0, limits[n])
-            tensors += [_NONE if table is None else table.contiguous() for table in tables]
-            if n > 0:
-                state[n] = [*state[n], *stage.cache.native_start(stage.start_state)]
-            tensors += state[n]
-        # The local stage's output at the end of a patch, from which the next byte is sampled.
-        self.last_output = torch.empty_like(self.outputs[-1])
-        self._compiled = torch.ops.mblm.device_run(
-            native.compiled, [t.detach() for t in tensors], [len(part) for part in state], limits
-        )
-        self._is_cuda = self.device.type == "cuda"
-        self._beside = torch.cuda.Stream(self.device) if self._is_cuda else None
-        self._graphs: dict[_Unit, torch.cuda.CUDAGraph | None] = {}
-
-    def load(self, cache: "HierarchyCache", sampler: Sampler, ends: torch.Tensor | None) -> None:
-        """Take over a state and what is asked for."""
-        kept = float(sampler.count_kept(self.model.num_tokens))
-        top_p = sampler.top_p or 0.0
-        if top_p:  # too small a number for a float keeps the likeliest, as 0 would not
-            top_p = max(top_p, torch.finfo(torch.float32).tiny)
-        self.settings.copy_(torch.tensor([sampler.temperature, top_p, kept]))
-        self.flags.zero_()
-        if ends is None:
-            self.ends.zero_()
-        else:
-            self.ends.copy_(ends)
-        self.next.fill_(cache.length % self.model.patch_sizes[0])
-        self.history[:, : cache.window.shape[1]] = cache.window
-        for n, stage in enumerate(cache.stages):
-            self.positions[n].fill_(stage.position)
-            self.outputs[n].copy_(stage.output)
-            if stage.context is not None:
-                self.contexts[n].copy_(stage.context)
-
-    def play(self, unit: _Unit, graphs: bool) -> None:
-        """Queue a unit; from the second time on, as a graph."""
-        if not (graphs and self._is_cuda):
-            self._queue(unit)
-        elif unit not in self._graphs:
-            self._graphs[unit] = None
-            self._queue(unit)  # which also loads the kernels
-        else:
-            graph = self._graphs[unit]
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self._queue(unit)
-                self._graphs[unit] = graph
-            graph.replay()
-
-    def _queue(self, unit: _Unit) -> None:
-        run = self._compiled
-        if not unit.takes:
-            run.sample(0)
-            return
-        for slot in range(unit.count):
-            run.embed_byte()
-            if slot > 0 or unit.level is None:
-                run.step_and_sample(slot)
-                continue
-            with self._fork():
-                self.begin_patches(unit.level)
-            run.step_and_sample(0)
-            self._join()
-            self.begin_local_patch()
-
-    def begin_patches(self, level: int) -> None:
-        """The stages above the local one, of which that at ``level`` takes in a patch.
-
-        Those below it start anew; -1 is before the first byte.
-        """
-        if level >= 0:
-            self._compiled.take_patch(level)
-        for n in range(max(level, 0) + 1, len(self.outputs) - 1):
-            self._compiled.begin_anew(n)
-
-    def begin_local_patch(self) -> None:
-        self.last_output.copy_(self.outputs[-1])
-        self._compiled.begin_anew(len(self.outputs) - 1)
-
-    def _fork(self) -> AbstractContextManager[Any]:
-        if self._beside is None:
-            return nullcontext()
-        self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self._beside)
-
-    def _join(self) -> None:
-        if self._beside is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._beside)
 
 
 class _Sampling:
@@ -290,7 +135,7 @@ class _Sampling:
 
     def __init__(
         self,
-        bound: _Bound,
+        bound: BoundRun,
         cache: "HierarchyCache",
         sampler: Sampler,
         ends: torch.Tensor | None,
@@ -308,7 +153,7 @@ class _Sampling:
             level >= 0 and self.length > 0 and above.position == (self.length - above.begin) // size
         )
         self.is_begun = False
-        self._stream = torch.cuda.current_stream(bound.device) if bound._is_cuda else None
+        self._stream = torch.cuda.current_stream(bound.device) if bound.is_cuda else None
         with self._on_stream():
             bound.load(cache, sampler, ends)
 
@@ -322,7 +167,7 @@ class _Sampling:
         left = num_tokens
         while left or queued:
             while left and len(queued) < _QUEUED_UNITS:
-                unit = self._next(left) if has_pending else _Unit(1, takes=False)
+                unit = self._next(left) if has_pending else Unit(1, takes=False)
                 with self._on_stream():
                     queued.append(self._play(unit))
                 left -= unit.count
@@ -356,7 +201,7 @@ class _Sampling:
                 is_over = n == last and self.is_begun
                 stage.output = (bound.last_output if is_over else bound.outputs[n]).clone()
 
-    def _next(self, left: int) -> _Unit:
+    def _next(self, left: int) -> Unit:
         """The next unit, where a byte is pending and ``left`` bytes are wanted."""
         room = self.bound.slots
         if self.has_stages_above:
@@ -366,9 +211,9 @@ class _Sampling:
             if position + 1 == self.patch_size and left > 1:
                 whole = min(self.patch_size, room)
                 level = self._level(self.length + 1)
-                return _Unit(whole if left >= whole else 1, level)
+                return Unit(whole if left >= whole else 1, level)
             room = min(room, max(1, self.patch_size - 1 - position))
-        return _Unit(room if room == self.bound.slots and left >= room else 1)
+        return Unit(room if room == self.bound.slots and left >= room else 1)
 
     def _begin_patch(self) -> None:
         """Bring the stages to where the first byte of a patch wants them."""
@@ -383,14 +228,14 @@ class _Sampling:
         sizes = self.cache.model.patch_sizes[:-1]
         return next((n for n, size in enumerate(sizes) if length % size == 0), -1)
 
-    def _play(self, unit: _Unit) -> _Queued:
+    def _play(self, unit: Unit) -> _Queued:
         bound = self.bound
         numbers = None if self.ends is None else self._generator().get_state()
         self._draw(unit.count)
         bound.play(unit, self.graphs)
         ids = bound.ids[: unit.count]
         event = None
-        if bound._is_cuda:
+        if bound.is_cuda:
             host = torch.empty(ids.shape, dtype=ids.dtype, device="cpu", pin_memory=True)
             host.copy_(ids, non_blocking=True)
             event = torch.cuda.Event()
@@ -412,7 +257,7 @@ class _Sampling:
     def _generator(self) -> torch.Generator:
         if self.sampler.generator is not None:
             return self.sampler.generator
-        if not self.bound._is_cuda:
+        if not self.bound.is_cuda:
             return torch.default_generator
         index = self.bound.device.index
         return torch.cuda.default_generators[

@@ -178,6 +178,16 @@ class TestWeights:
             expected = session.logits().argmax(-1)
             assert torch.equal(session.fork().generate(1, filter_thres=1.0)[:, 0], expected)
 
+    @torch.inference_mode()
+    def test_lose_nothing_that_bfloat16_parameters_have(self) -> None:
+        torch.manual_seed(0)
+        m = wide("mamba2", "transformer").bfloat16().float()
+        session, exact = Session(m, weights="bfloat16"), Session(m)
+        for of in (session, exact):
+            of.feed(b"\x01\x02\x03\x04\x05")
+        assert TestStandsAside.natives(m) == [True, True]
+        torch.testing.assert_close(session.logits(), exact.logits(), **CLOSE)
+
     def test_are_those_of_a_session_that_was_saved(self, tmp_path: Path) -> None:
         m = wide("transformer", "mamba1")
         session = Session(m, weights="int8").feed(b"!")
