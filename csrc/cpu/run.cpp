@@ -53,10 +53,10 @@ int64_t Run::scratch_size(int64_t threads) const {
   return largest;
 }
 
-void Run::work(const Worker& worker, float* scratch) {
+void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point until) {
   if (worker.is_first()) begin();
   worker.team.wait();
-  while (!is_crowded_) {
+  while (!is_interrupted_) {
     const bool is_pending = is_pending_;
     if (active.empty()) {
       if (waiting.empty()) return;
@@ -76,7 +76,7 @@ void Run::work(const Worker& worker, float* scratch) {
       sample_rows();
       take_pending();
       is_pending_ = true;
-      is_crowded_ = is_crowded(worker.team);
+      is_interrupted_ = is_crowded(worker.team) || has_passed(until);
     }
     worker.team.wait();
   }
@@ -89,8 +89,12 @@ bool Run::is_crowded(const Team& team) const {
   return lost > kFewest && 2 * lost > Team::Clock::now() - team_begun_;
 }
 
+bool Run::has_passed(Team::Clock::time_point time) {
+  return time != Team::Clock::time_point::max() && Team::Clock::now() >= time;
+}
+
 void Run::begin() {
-  is_crowded_ = false;
+  is_interrupted_ = false;
   team_begun_ = Team::Clock::now();
   if (is_begun_) return;
   is_begun_ = true;

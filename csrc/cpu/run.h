@@ -81,9 +81,11 @@ class Run {
   // Floats of working memory.
   int64_t scratch_size(int64_t threads) const;
 
-  // All threads of the team call it. It returns when the run is done, or before if the team waits
-  // so long for a thread without a core that one thread is quicker: another team goes on.
-  void work(const Worker& worker, float* scratch);
+  // All threads of the team call it. It returns when the run is done, or before: at the given time,
+  // or if the team waits so long for a thread without a core that one thread is quicker. Another
+  // team goes on.
+  void work(const Worker& worker, float* scratch,
+            Team::Clock::time_point until = Team::Clock::time_point::max());
   bool is_done() const { return is_begun_ && active.empty() && waiting.empty(); }
 
  private:
@@ -101,6 +103,7 @@ class Run {
   // These are the first thread's alone.
   void begin();
   bool is_crowded(const Team& team) const;
+  static bool has_passed(Team::Clock::time_point time);
   Plan plan(size_t stage) const;
   void sample_rows();
   void take_pending();
@@ -113,7 +116,7 @@ class Run {
   void take_in(const Worker& worker, RunStage& stage, const Rows& rows, float* scratch);
 
   Rows active, waiting;
-  bool is_begun_ = false, is_pending_ = false, is_crowded_ = false;
+  bool is_begun_ = false, is_pending_ = false, is_interrupted_ = false;
   Team::Clock::time_point team_begun_;
   Plan plan_;
   std::vector<float> x_;       // (active, dim)

@@ -16,6 +16,7 @@ using namespace mblm;
 
 constexpr int64_t kDim = 24, kInner = 72, kHeads = 3, kHeadDim = 8, kStates = 20, kTaps = 3;
 constexpr int64_t kRank = 2, kLayers = 2, kVocabulary = 50, kPatch = 5, kPatches = 4;
+constexpr auto kNever = cpu::Team::Clock::time_point::max();
 
 // Random weights that live as long as the stages that point to them.
 class Weights {
@@ -177,7 +178,8 @@ cpu::RunStage make_part(Weights& weights, Weights& zeros, bool is_upper, size_t 
 template <class Stage>
 std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
                                const std::vector<int64_t>& counts, int64_t threads,
-                               std::chrono::milliseconds delay = {}) {
+                               std::chrono::milliseconds delay = {},
+                               cpu::Team::Clock::time_point until = kNever) {
   Weights weights, zeros;
   const Stage upper = make_stage(weights, Stage()), local = make_stage(weights, Stage());
   const size_t rows = pending.size();
@@ -210,9 +212,12 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
     run.rows.push_back(row);
   }
   std::vector<float> scratch(run.scratch_size(threads));
-  const auto work = [&](const cpu::Worker& worker) { run.work(worker, scratch.data()); };
+  const auto work = [&](const cpu::Worker& worker) {
+    run.work(worker, scratch.data(), until);
+  };
   on_team(threads, work);
-  CHECK(delay.count() == 0 || !run.is_done());
+  const bool is_interrupted = delay.count() > 0 || until != kNever;
+  CHECK(!is_interrupted || !run.is_done());  // others can crowd any team
   while (!run.is_done()) on_team(1, work);
   for (size_t i = 0; i < rows; ++i) {
     CHECK(run.rows[i].num_tokens == counts[i]);
@@ -281,6 +286,14 @@ void a_team_and_neighbors_change_no_bit() {
   }
 }
 
+// A thread that is to look around after every byte goes on where it was.
+template <class Stage>
+void a_run_in_pieces_changes_no_bit() {
+  const std::vector<int64_t> pending = {2, 5}, counts = {kPatch * kPatches - 1, 7};
+  CHECK(sample_bytes<Stage>(pending, counts, 1, {}, cpu::Team::Clock::now()) ==
+        sample_bytes<Stage>(pending, counts, 1));
+}
+
 // A team that waits for most of its time leaves the rest to one thread.
 template <class Stage>
 void a_crowded_team_changes_no_bit() {
@@ -296,6 +309,8 @@ int main() {
   a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba1Stage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba2Stage>();
+  a_run_in_pieces_changes_no_bit<cpu::TransformerStage>();
+  a_run_in_pieces_changes_no_bit<cpu::Mamba2Stage>();
   a_crowded_team_changes_no_bit<cpu::TransformerStage>();
   a_crowded_team_changes_no_bit<cpu::Mamba2Stage>();
   return test::result();

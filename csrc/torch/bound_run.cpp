@@ -258,15 +258,18 @@ void BoundRun::bind_cache_rows(size_t cache, const Tensor& pending) {
 }
 
 void BoundRun::work() {
-  const int64_t threads = threads_for(run_.products());
-  std::vector<float> scratch(run_.scratch_size(threads));
-  const auto work = [&](const cpu::Worker& worker) { run_.work(worker, scratch.data()); };
-  with_team(threads, work);
-  numbers_->rethrow();
-  if (run_.is_done()) return;
-  remember_crowd();
-  with_team(1, work);
-  numbers_->rethrow();
+  std::vector<float> scratch;
+  while (!run_.is_done()) {
+    const auto now = cpu::Team::Clock::now(), alone = alone_until();
+    const int64_t threads = threads_for(run_.products(), now);
+    scratch.resize(run_.scratch_size(threads));
+    const auto until = now < alone ? alone : cpu::Team::Clock::time_point::max();
+    with_team(threads, [&](const cpu::Worker& worker) {
+      run_.work(worker, scratch.data(), until);
+    });
+    numbers_->rethrow();
+    if (threads > 1 && !run_.is_done()) remember_crowd();
+  }
 }
 
 RunResults BoundRun::results() const {

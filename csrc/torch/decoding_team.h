@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <optional>
 
 #ifdef _OPENMP
@@ -15,25 +16,30 @@
 
 namespace mblm {
 
-// How many calls are still to be made with one thread, since other programs want the cores.
-inline std::atomic<int64_t>& calls_alone() {
-  static std::atomic<int64_t> calls{0};
-  return calls;
+// Until when one thread decodes alone, since other programs want the cores; in the clock's ticks.
+inline std::atomic<cpu::Team::Clock::rep>& end_of_crowd() {
+  static std::atomic<cpu::Team::Clock::rep> end{0};
+  return end;
 }
 
+inline cpu::Team::Clock::time_point alone_until() {
+  return cpu::Team::Clock::time_point(
+      cpu::Team::Clock::duration(end_of_crowd().load(std::memory_order_relaxed)));
+}
+
+// Long beside the few milliseconds that a new trial costs while the crowd is still there.
 inline void remember_crowd() {
-  constexpr int64_t kCalls = 256;
-  calls_alone().store(kCalls, std::memory_order_relaxed);
+  constexpr std::chrono::milliseconds kAlone{50};
+  const auto end = cpu::Team::Clock::now() + kAlone;
+  end_of_crowd().store(end.time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 // How many threads so many products of weights and values between two bytes are worth: with more
 // of them, waiting for each other after every matrix takes longer than they save.
-inline int64_t threads_for(int64_t products) {
+inline int64_t threads_for(int64_t products,
+                           cpu::Team::Clock::time_point now = cpu::Team::Clock::now()) {
   constexpr int64_t kProductsPerThread = 1 << 17;
-  if (calls_alone().load(std::memory_order_relaxed) > 0) {
-    calls_alone().fetch_sub(1, std::memory_order_relaxed);
-    return 1;
-  }
+  if (now < alone_until()) return 1;
   return std::clamp<int64_t>(products / kProductsPerThread, 1, at::get_num_threads());
 }
 
