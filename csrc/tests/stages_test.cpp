@@ -212,9 +212,7 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
     run.rows.push_back(row);
   }
   std::vector<float> scratch(run.scratch_size(threads));
-  const auto work = [&](const cpu::Worker& worker) {
-    run.work(worker, scratch.data(), until);
-  };
+  const auto work = [&](const cpu::Worker& worker) { run.work(worker, scratch.data(), until); };
   on_team(threads, work);
   const bool is_interrupted = delay.count() > 0 || until != kNever;
   CHECK(!is_interrupted || !run.is_done());  // others can crowd any team

@@ -264,9 +264,8 @@ void BoundRun::work() {
     const int64_t threads = threads_for(run_.products(), now);
     scratch.resize(run_.scratch_size(threads));
     const auto until = now < alone ? alone : cpu::Team::Clock::time_point::max();
-    with_team(threads, [&](const cpu::Worker& worker) {
-      run_.work(worker, scratch.data(), until);
-    });
+    with_team(threads,
+              [&](const cpu::Worker& worker) { run_.work(worker, scratch.data(), until); });
     numbers_->rethrow();
     if (threads > 1 && !run_.is_done()) remember_crowd();
   }

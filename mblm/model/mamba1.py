@@ -35,6 +35,8 @@ class Mamba1(nn.Module):
         ValueError: A size is below 1.
     """
 
+    has_state_of_pairs = True  # which lets the hierarchy run it in segments of positions
+
     def __init__(
         self, *, model_dim: int, num_layers: int, d_state: int, d_conv: int, expand: int
     ) -> None:

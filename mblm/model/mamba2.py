@@ -43,6 +43,8 @@ class Mamba2(nn.Module):
             is not a probability.
     """
 
+    has_state_of_pairs = True  # which lets the hierarchy run it in segments of positions
+
     def __init__(
         self,
         *,

@@ -144,7 +144,7 @@ def parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
     return list(dict.fromkeys(parameters))
 
 
-def gradients_are_watched(model: "Hierarchy") -> bool:
+def gradients_are_watched(model: nn.Module) -> bool:
     """Whether gradients may reach the parameters by an ordinary backward pass only.
 
     So with FSDP, which gathers a stage's weights for its passes; with replicas of DataParallel,

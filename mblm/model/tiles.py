@@ -49,7 +49,10 @@ class GradientSums:
             self._sums = []
 
     def add_gradients(
-        self, out: Tensor, of_out: Tensor | None = None, inputs: Sequence[Tensor] = ()
+        self,
+        out: Tensor | Sequence[Tensor],
+        of_out: Tensor | Sequence[Tensor] | None = None,
+        inputs: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:
         """Run a backward pass from ``out`` and add what reaches the parameters.
 
@@ -57,7 +60,7 @@ class GradientSums:
         one at a time.
 
         Args:
-            out: What a tile gives.
+            out: What a tile gives, one tensor or several.
             of_out: The gradient of ``out``, of its shape. Default: 1, of a scalar.
             inputs: Leaves that are no parameters.
 
@@ -308,7 +311,7 @@ class _MapWithSums(torch.autograd.Function):
         rows: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.computation = function, size, sums, _autocast_of(rows.device.type)
+        ctx.computation = function, size, sums, autocast_of(rows.device.type)
         ctx.save_for_backward(rows)
         return map_over_tiles(function, size, rows)
 
@@ -387,7 +390,7 @@ def _add_detached(results: Iterable[SumAndCount], length: int) -> SumAndCount:
     return totals.sum(), counts.sum()
 
 
-def _autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """The autocast there is now, to be entered again."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext
