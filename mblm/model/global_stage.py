@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mblm.model.segments import run_in_segments
-from mblm.model.tiled_pass import gradients_are_watched
+from mblm.model import recomputation
 
 
 def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) -> Tensor:
@@ -18,10 +17,8 @@ def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) 
     and the states are kept; a Transformer layer by layer, of which the inputs are kept; any other
     as a whole.
     """
-    if getattr(model, "has_state_of_pairs", False) and not (
-        torch.compiler.is_compiling() or gradients_are_watched(model)
-    ):
-        return run_in_segments(model, x, segment)
+    if getattr(model, "has_state_of_pairs", False) and recomputation.suits(model, x):
+        return recomputation.run_in_segments(model, x, segment)
     if hasattr(model, "forward_with_state") and not inputs:
         _gather_for_segments(model)
         outputs, state = [], None

@@ -16,9 +16,10 @@ from mblm.model.checks import check_embeddings, check_hierarchy_shape
 from mblm.model.config import MBLMModelConfig
 from mblm.model.embeddings import build_token_embeddings, migrate_embedding_keys
 from mblm.model.global_stage import run_recomputed, saved_on_host
+from mblm.model.gradients import GradientSums, gradients_are_watched
 from mblm.model.linear import Linear
-from mblm.model.tiled_pass import INFERENCE_TILE, gradients_are_watched
-from mblm.model.tiles import GradientSums, map_over_tiles, map_with_sums
+from mblm.model.tiled_pass import INFERENCE_TILE
+from mblm.model.tiles import map_over_tiles, map_with_sums
 from mblm.model.utils import RoPE, rotate_pairs
 from mblm.utils.checks import check_token_ids
 

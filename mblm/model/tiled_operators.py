@@ -14,8 +14,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from mblm.model.tiled_pass import TiledPass, gradients_are_watched, parameters_below_global
-from mblm.model.tiles import SumAndCount, gradients_of_map, map_over_tiles, not_compiled
+from mblm.model.gradients import gradients_are_watched, not_compiled
+from mblm.model.tiled_pass import TiledPass, parameters_below_global
+from mblm.model.tiles import SumAndCount, gradients_of_map, map_over_tiles
 from mblm.ops._library import LIBRARY
 
 if TYPE_CHECKING:

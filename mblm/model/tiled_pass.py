@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from mblm.model.gradients import GradientSums, gradients_are_watched
 from mblm.model.loss import losses_per_byte, sum_and_count
-from mblm.model.tiles import GradientSums, SumAndCount, map_over_tiles, sum_over_tiles
+from mblm.model.tiles import SumAndCount, map_over_tiles, sum_over_tiles
 
 if TYPE_CHECKING:
     from mblm.model.hierarchy import Hierarchy
@@ -142,15 +143,3 @@ def parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
     parameters = [parameter for module in modules for parameter in module.parameters()]
     parameters += getattr(model, "start_tokens", [])[1:]
     return list(dict.fromkeys(parameters))
-
-
-def gradients_are_watched(model: nn.Module) -> bool:
-    """Whether gradients may reach the parameters by an ordinary backward pass only.
-
-    So with FSDP, which gathers a stage's weights for its passes; with replicas of DataParallel,
-    whose weights are no parameters; and with hooks on gradients, to be called once.
-    """
-    return any(
-        getattr(module, "_is_fsdp_managed_module", False) or getattr(module, "_is_replica", False)
-        for module in model.modules()
-    ) or any(parameter._backward_hooks for parameter in model.parameters())

@@ -1,5 +1,6 @@
 """Transformer stages: their blocks, the causal decoder and the bidirectional encoder."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mblm.inference.stage_cache import StageCache
+from mblm.model import recomputation
 from mblm.model.block import StageBlock
 from mblm.model.transformer_cache import TransformerCache
 from mblm.model.transformer_layers import (
@@ -134,6 +136,9 @@ class _Transformer(nn.Module):
             x = x + attention(x, rotary, bias)
             return x + feed_forward(x)
 
+        if recompute and recomputation.suits(self, x):
+            layers = [functools.partial(run, *layer) for layer in self.layer_pairs()]
+            return self.norm(recomputation.run_in_layers(layers, self.layers.parameters(), x))
         for layer in self.layer_pairs():
             x = checkpoint(run, *layer, x, use_reentrant=False) if recompute else run(*layer, x)
         return self.norm(x)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mblm.model.gradients import GradientSums
 from mblm.model.linear import Linear
-from mblm.model.tiles import GradientSums, map_over_tiles, map_with_sums, sum_over_tiles
+from mblm.model.tiles import map_over_tiles, map_with_sums, sum_over_tiles
 from tests.model.peak_memory import peak_bytes
 
 SIZES = [1, 2, 3, 6, 7, 100]

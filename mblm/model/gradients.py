@@ -1,0 +1,180 @@
+"""Gradients of parameters, added up over pieces of a computation."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mblm.model.linear import Linear
+
+# Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
+# `torch.compiler.disable`, it imports the compiler, but no sooner than it is called.
+not_compiled: Any = torch._disable_dynamo
+
+
+class GradientSums:
+    """Gradients of parameters, added up over tiles and over the tiles within them.
+
+    Args:
+        parameters: All that a computation uses and that gets a gradient, but its rows.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.is_adding = False
+        self._sums: list[Tensor] = []
+        self._used: list[bool] = []
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """While the outermost sum over tiles is computed."""
+        # Before the tiles' memory, not between; half precision would lose the small additions.
+        self._sums = [_wide_zeros(p) for p in self.parameters]
+        self._used = [False] * len(self._sums)
+        self.is_adding = True
+        try:
+            yield
+        finally:
+            self.is_adding = False
+            self._sums = []
+
+    def add_gradients(
+        self,
+        out: Tensor | Sequence[Tensor],
+        of_out: Tensor | Sequence[Tensor] | None = None,
+        inputs: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """Run a backward pass from ``out`` and add what reaches the parameters.
+
+        A parameter's gradient is added as soon as it is known and let go: beside the sums there is
+        one at a time.
+
+        Args:
+            out: What a tile gives, one tensor or several.
+            of_out: The gradient of ``out``, of its shape. Default: 1, of a scalar.
+            inputs: Leaves that are no parameters.
+
+        Returns:
+            The gradients of ``inputs``, None for one that ``out`` does not depend on.
+        """
+        hooks = [
+            parameter.register_hook(functools.partial(self._take, index))
+            for index, parameter in enumerate(self.parameters)
+        ]
+        try:
+            leaves = [*self.parameters, *inputs]
+            gradients = torch.autograd.grad(out, leaves, of_out, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return gradients[len(self.parameters) :]
+
+    def _take(self, index: int, gradient: Tensor | None) -> Tensor | None:
+        """Add a parameter's gradient and leave one without memory in its place."""
+        if gradient is None:
+            return None
+        self._sums[index] += gradient
+        self._used[index] = True
+        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
+
+    def in_types_of_parameters(self) -> list[Tensor | None]:
+        """The sums, each of its parameter's type."""
+        return [
+            None if gradient is None else gradient.to(parameter.dtype)
+            for gradient, parameter in zip(self.sums(), self.parameters, strict=True)
+        ]
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """``layer(x)``; while sums are being added, the layer's gradients are not made first.
+
+        This suits a layer whose weight is large beside ``x``. A layer of another type than
+        `Linear`, or whose weights are computed from others, is called as it is.
+        """
+        out: Tensor
+        weights = [w for w in (layer.weight, layer.bias) if w is not None and w.requires_grad]
+        if (
+            self.is_adding
+            and torch.is_grad_enabled()
+            and type(layer) is Linear
+            and all(self._index(weight) is not None for weight in weights)
+        ):
+            out = _LinearIntoSums.apply(x, layer.weight, layer.bias, self)
+        else:
+            out = layer(x)
+        return out
+
+    def sum_for(self, parameter: Tensor | None) -> Tensor | None:
+        """The sum that a parameter's gradient is added to, None where it gets none."""
+        index = self._index(parameter)
+        if index is None:
+            return None
+        self._used[index] = True
+        return self._sums[index]
+
+    def _index(self, parameter: Tensor | None) -> int | None:
+        return next((n for n, known in enumerate(self.parameters) if known is parameter), None)
+
+    def sums(self) -> list[Tensor | None]:
+        """The sums, None for a parameter that none was added for."""
+        return [s if used else None for s, used in zip(self._sums, self._used, strict=True)]
+
+
+class _LinearIntoSums(torch.autograd.Function):
+    """A linear layer that adds the gradients of weight and bias to their sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: GradientSums
+    ) -> Tensor:
+        ctx.sums, ctx.weight, ctx.bias = sums, weight, bias
+        ctx.save_for_backward(x)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors  # (.., K); the weight is (N, K)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (grad @ ctx.weight.to(grad.dtype)).to(x.dtype)
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        if (of_weight := ctx.sums.sum_for(ctx.weight)) is not None:
+            of_weight.addmm_(grad.to(of_weight.dtype).T, x.to(of_weight.dtype))
+        if (of_bias := ctx.sums.sum_for(ctx.bias)) is not None:
+            of_bias += grad.sum(0, dtype=of_bias.dtype)
+        return of_x, None, None, None
+
+
+def gradients_are_watched(model: nn.Module) -> bool:
+    """Whether gradients may reach the parameters by an ordinary backward pass only.
+
+    So with FSDP, which gathers a stage's weights for its passes; with replicas of DataParallel,
+    whose weights are no parameters; and with hooks on gradients, to be called once.
+    """
+    return any(
+        getattr(module, "_is_fsdp_managed_module", False) or getattr(module, "_is_replica", False)
+        for module in model.modules()
+    ) or any(parameter._backward_hooks for parameter in model.parameters())
+
+
+def autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The autocast there is now, to be entered again."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext
+    dtype = torch.get_autocast_dtype(device_type)
+    enabled = torch.is_autocast_enabled(device_type)
+    return functools.partial(torch.autocast, device_type, dtype, enabled)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """What a backward pass runs in."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _wide_zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
