@@ -67,7 +67,6 @@ int64_t Mamba1Stage::scratch_size(const State& state, int64_t count, int64_t thr
 
 void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
                           float* block) const {
-  Team& team = worker.team;
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t projected = rank + 2 * states;
   float* both = block;  // (positions, 2 inner): the scanned branch and the gate
@@ -98,33 +97,33 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
       normalize(x + at * dim, layer.norm, dim, layer.eps, own + at * dim);
     }
     multiply(worker, 0, layer.in, own, positions, both);
-    team.wait();
+    wait_for(worker, &layer.x);
 
     for_channels([&](const MambaRow& row, int64_t at, int64_t begin, int64_t end) {
       convolve_position(both + at * 2 * inner, layer.conv, layer.conv_bias,
                         row.window + index * row.window_stride, inner, taps, convolved + at * inner,
                         begin, end);
     });
-    team.wait();
+    wait_for(worker, &layer.x);
 
     multiply(worker, 0, layer.x, convolved, positions, parameters);
-    team.wait();
+    wait_for(worker, &layer.dt);
 
     for (int64_t at = 0; at < positions; ++at) {
       std::copy_n(parameters + at * projected, rank, own + at * rank);
     }
     multiply(worker, 0, layer.dt, own, positions, dt);
-    team.wait();
+    wait_for(worker, &layer.out);
 
     for_channels([&](const MambaRow& row, int64_t at, int64_t begin, int64_t end) {
       const float* b = parameters + at * projected + rank;
       scan(layer, states, convolved + at * inner, both + at * 2 * inner + inner, dt + at * inner, b,
            b + states, row.ssm + index * row.ssm_stride, scanned + at * inner, begin, end);
     });
-    team.wait();
+    wait_for(worker, &layer.out);
 
     multiply(worker, 0, layer.out, scanned, positions, x, Then::kStore, x);
-    team.wait();
+    wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
 }
 

@@ -59,7 +59,6 @@ int64_t Mamba2Stage::scratch_size(const State& state, int64_t count, int64_t thr
 
 void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
                           float* block) const {
-  Team& team = worker.team;
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t width = inner / heads;
   const int64_t channels = inner + 2 * states, projected = inner + channels + heads;
@@ -75,7 +74,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
       normalize(x + at * dim, layer.norm, dim, eps, normed + at * dim);
     }
     multiply(worker, 0, layer.in, normed, positions, both);
-    team.wait();
+    wait_for(worker, &layer.out);
 
     const int64_t parts = (channels + kChannels - 1) / kChannels;
     worker.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
@@ -89,7 +88,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
         }
       }
     });
-    team.wait();
+    wait_for(worker, &layer.out);
 
     worker.share(0, rows * heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
@@ -105,13 +104,13 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
         }
       }
     });
-    team.wait();
+    wait_for(worker, &layer.out);
 
     for (int64_t at = 0; at < positions; ++at) {
       normalize(scanned + at * inner, layer.gated_norm, inner, eps, normed + at * inner);
     }
     multiply(worker, 0, layer.out, normed, positions, x, Then::kStore, x);
-    team.wait();
+    wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
 
   if (worker.is_first()) {
@@ -119,7 +118,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
       normalize(x + at * dim, norm, dim, eps, x + at * dim);
     }
   }
-  team.wait();
+  worker.team.wait();
 }
 
 }  // namespace mblm::cpu

@@ -15,8 +15,6 @@
 namespace mblm::cpu {
 namespace {
 
-// Bytes of weights that a thread takes at a time: as long streams as leave even shares.
-constexpr int64_t kFewestPartBytes = 1 << 16, kMostPartBytes = 1 << 19, kPartsPerThread = 2;
 // At least so many columns, so that threads do not write to one cache line.
 constexpr int64_t kFewestColumns = 16;
 // Bytes of weights that stay in the first cache while all rows are multiplied with them.
@@ -58,27 +56,20 @@ MBLM_CLONES void apply_gelu(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = gelu(values[i]);
 }
 
-// out[first + k * apart + i] = sums[i * kStreams + k], scaled, with bias and residual (outputs)
-// added, for each stream k and i < count.
-MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t streams, int64_t first,
-                        int64_t apart, int64_t count, float* out, const float* residual) {
-  for (int64_t k = 0; k < streams; ++k) {
-    float values[kMaxBlock];
-    for (int64_t i = 0; i < count; ++i) values[i] = sums[i * kStreams + k];
-    const int64_t begin = first + k * apart;
-    const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
-      for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
-    };
-    const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
-    each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
-    each(matrix.bias, add);
-    each(residual, add);
-    std::copy_n(values, count, out + begin);
-  }
-}
-
-int64_t bytes_of(WeightType type) {
-  return type == WeightType::kFloat32 ? 4 : type == WeightType::kBFloat16 ? 2 : 1;
+// out[i] = sums[i * stride], scaled, with bias and residual (outputs) added, for i of count columns
+// from the first on.
+MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t stride, int64_t first,
+                        int64_t count, float* out, const float* residual) {
+  float values[kMaxBlock];
+  for (int64_t i = 0; i < count; ++i) values[i] = sums[i * stride];
+  const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
+    for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[first + i]);
+  };
+  const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
+  each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
+  each(matrix.bias, add);
+  each(residual, add);
+  std::copy_n(values, count, out + first);
 }
 
 // The rows as the kernel wants them. Every thread has its own, which is quicker than to wait.
@@ -99,15 +90,10 @@ const Kernel& kernel_of(WeightType type) {
                                          : best.int8;
 }
 
-// How many columns a thread takes at a time. A small matrix is cut evenly, so that every thread
-// finds its columns in its own cache at the next byte.
-int64_t columns_of_part(const Worker& worker, const Matrix& matrix) {
-  const int64_t threads = worker.team.threads(), outputs = matrix.outputs;
-  const int64_t bytes = std::max<int64_t>(matrix.inputs * bytes_of(matrix.type), 1);
-  const int64_t part_bytes = outputs * bytes / (kPartsPerThread * threads);
-  const int64_t columns = part_bytes < kFewestPartBytes
-                              ? (outputs + threads - 1) / threads
-                              : std::min(part_bytes, kMostPartBytes) / bytes;
+// How many columns are a thread's own. With one part for each, streams are long, and every thread
+// finds what there is in its own cache at the next byte.
+int64_t columns_of_part(const Worker& worker, int64_t outputs) {
+  const int64_t threads = worker.team.threads(), columns = (outputs + threads - 1) / threads;
   return (columns + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
 }
 
@@ -146,18 +132,38 @@ const std::vector<MatrixKernels>& matrix_kernels() {
   return kernels;
 }
 
+void wait_for(const Worker& worker, const Matrix* next) {
+  // What a core's second cache has room for, and what a turn takes.
+  constexpr int64_t kMostBytes = 1 << 17, kLine = 64, kTurn = 4 * kLine;
+  if (!next || kernel_of(next->type).streams > 1) return worker.team.wait();
+  const int64_t columns = columns_of_part(worker, next->outputs);
+  const int64_t begin = std::min(worker.index * columns, next->outputs);
+  const int64_t bytes = next->inputs * size_of(next->type);
+  const char* at = static_cast<const char*>(next->weight) + begin * bytes;
+  const char* end =
+      at + std::min(std::min(columns, next->outputs - begin) * bytes, kMostBytes) / kTurn * kTurn;
+  worker.team.wait([&] {
+    if (at == end) return Team::pause();
+    for (int64_t i = 0; i < kTurn; i += kLine) __builtin_prefetch(at + i, 0, 2);
+    at += kTurn;
+  });
+}
+
 void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const float* x,
               int64_t rows, float* out, Then then, const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
-  const int64_t bytes = inputs * bytes_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
+  const int64_t bytes = inputs * size_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
   int64_t stride = inputs;
   if (kernel.prepare) {
     stride = kPreparedHeader + inputs;
     x = prepare_rows(worker, kernel, x, rows, inputs);
   }
+  const Dots dots = worker.reads_once && kernel.dots_once ? kernel.dots_once : kernel.dots;
+  const int64_t side_by_side = kernel.streams;
   const int64_t block =
-      rows == 1 ? kMaxBlock : std::clamp<int64_t>(kBlockBytes / kStreams / divisor, 1, kMaxBlock);
+      rows == 1 ? kMaxBlock
+                : std::clamp<int64_t>(kBlockBytes / side_by_side / divisor, 1, kMaxBlock);
 
   // Columns [first, first + count) and as many, `apart` from them, for each further stream.
   const auto multiply_columns = [&](int64_t first, int64_t count, int64_t streams, int64_t apart) {
@@ -166,17 +172,19 @@ void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const fl
       const int64_t columns = std::min(block, end - first);
       const char* weight = static_cast<const char*>(matrix.weight) + first * bytes;
       for (int64_t row = 0; row < rows; ++row) {
-        kernel.dots(weight, apart, x + row * stride, inputs, sums, columns);
-        finish(matrix, sums, streams, first, apart, columns, out + row * outputs,
-               residual ? residual + row * outputs : nullptr);
+        dots(weight, apart, x + row * stride, inputs, sums, columns);
+        for (int64_t k = 0; k < streams; ++k) {
+          finish(matrix, sums + k, side_by_side, first + k * apart, columns, out + row * outputs,
+                 residual ? residual + row * outputs : nullptr);
+        }
       }
     }
   };
 
-  worker.share(loop, outputs, columns_of_part(worker, matrix), [&](int64_t begin, int64_t end) {
-    const int64_t apart = (end - begin) / kStreams;
-    multiply_columns(begin, apart, kStreams, apart);
-    for (int64_t column = begin + kStreams * apart; column < end; ++column) {
+  worker.share(loop, outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
+    const int64_t apart = (end - begin) / side_by_side;
+    multiply_columns(begin, apart, side_by_side, apart);
+    for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
       multiply_columns(column, 1, 1, 0);
     }
     for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {

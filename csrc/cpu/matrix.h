@@ -9,6 +9,10 @@ namespace mblm::cpu {
 
 enum class WeightType { kFloat32, kBFloat16, kInt8 };
 
+inline int64_t size_of(WeightType type) {
+  return type == WeightType::kFloat32 ? 4 : type == WeightType::kBFloat16 ? 2 : 1;
+}
+
 struct Matrix {
   int64_t outputs = 0, inputs = 0;
   WeightType type = WeightType::kFloat32;
@@ -27,5 +31,9 @@ enum class Then { kStore, kGelu };
 // once. A row is summed in the same order however many rows there are.
 void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const float* x,
               int64_t rows, float* out, Then then = Then::kStore, const float* residual = nullptr);
+
+// Waits for the team. Meanwhile, asks for weights that are multiplied after that, if a kernel reads
+// them in order; null for none.
+void wait_for(const Worker& worker, const Matrix* next);
 
 }  // namespace mblm::cpu

@@ -35,13 +35,6 @@ MBLM_AVX512 inline __m512i load(const T* p) {
   return _mm512_loadu_si512(p);
 }
 
-// Asks for what a stream of int8 weights comes to later: the machine reads ahead by itself, but not
-// as far as a core multiplies bytes in the time that memory takes.
-inline void prefetch_ahead(const void* weight) {
-  constexpr int64_t kAhead = 3072;  // bytes
-  __builtin_prefetch(static_cast<const char*>(weight) + kAhead);
-}
-
 // Each lane's sum with those 8, 4 and 12 lanes from it.
 MBLM_AVX512 inline __m128 fold(__m512 v) {
   const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
@@ -153,50 +146,64 @@ MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
   std::memcpy(prepared + 2, &sum, sizeof(sum));
 }
 
+// How far ahead weights are asked for: the machine reads ahead by itself, but not as far as a core
+// multiplies bytes in the time that memory takes. And for how long: what is read once leaves the
+// later caches as they are.
+constexpr int64_t kAhead = 12288;
+enum Locality { kOnce = 0, kKept = 3 };  // as GCC's builtin counts it
+
+// The products of n weights, whole vectors of them, and x = 256 upper + lower: two sums.
 // The instruction multiplies bytes without sign by bytes with one: 128 is added to each weight, and
 // what that adds to the sum is taken off at the end. All sums are exact.
-MBLM_VNNI void dots_of_int8(const void* weights, int64_t apart, const float* prepared, int64_t n,
+template <Locality kLocality>
+MBLM_VNNI inline __m128i products_of_int8(const int8_t* weight, const int8_t* upper,
+                                          const int8_t* lower, int64_t n) {
+  const __m512i sign = _mm512_set1_epi8(-128);
+  __m128i sums = _mm_setzero_si128();
+  for (int64_t i = 0; i + kBytes <= n;) {
+    const int64_t end = std::min(i + kColumnsPerSum, n);
+    __m512i a = _mm512_setzero_si512(), b = a;
+    for (; i + kBytes <= end; i += kBytes) {
+      __builtin_prefetch(weight + i + kAhead, 0, kLocality);
+      const __m512i bytes = _mm512_xor_si512(load(weight + i), sign);
+      a = _mm512_dpbusd_epi32(a, bytes, load(upper + i));
+      b = _mm512_dpbusd_epi32(b, bytes, load(lower + i));
+    }
+    sums = _mm_add_epi64(sums, fold(_mm512_add_epi32(_mm512_slli_epi32(a, 8), b)));
+  }
+  return sums;
+}
+
+// Rows in order, four of them summed at once.
+template <Locality kLocality>
+MBLM_VNNI void dots_of_int8(const void* weights, int64_t, const float* prepared, int64_t n,
                             float* sums, int64_t count) {
   const int16_t* x = int16_values(prepared);
   const int8_t* upper = reinterpret_cast<const int8_t*>(x + n);
   const int8_t* lower = upper + n;
   int64_t added;
   std::memcpy(&added, prepared + 2, sizeof(added));
-  const __m512i sign = _mm512_set1_epi8(-128);
   const int8_t* weight = static_cast<const int8_t*>(weights);
-  for (int64_t row = 0; row < count; ++row, weight += n) {
-    int64_t totals[kStreams] = {}, i = 0;
-    while (i + kBytes <= n) {
-      const int64_t end = std::min(i + kColumnsPerSum, n);
-      __m512i a[kStreams], b[kStreams];
-      for (int64_t k = 0; k < kStreams; ++k) a[k] = b[k] = _mm512_setzero_si512();
-      for (; i + kBytes <= end; i += kBytes) {
-        const __m512i first = load(upper + i), second = load(lower + i);
-        for (int64_t k = 0; k < kStreams; ++k) {
-          const int8_t* w = weight + k * apart * n + i;
-          prefetch_ahead(w);
-          const __m512i bytes = _mm512_xor_si512(load(w), sign);
-          a[k] = _mm512_dpbusd_epi32(a[k], bytes, first);
-          b[k] = _mm512_dpbusd_epi32(b[k], bytes, second);
-        }
-      }
-      for (int64_t k = 0; k < kStreams; ++k) {
-        a[k] = _mm512_add_epi32(_mm512_slli_epi32(a[k], 8), b[k]);
-      }
-      add_sums(fold(a[0]), fold(a[1]), fold(a[2]), fold(a[3]), totals);
+  for (int64_t row = 0; row < count; row += 4) {
+    const int64_t rows = std::min<int64_t>(4, count - row);
+    __m128i products[4] = {};
+    for (int64_t k = 0; k < rows; ++k) {
+      products[k] = products_of_int8<kLocality>(weight + (row + k) * n, upper, lower, n);
     }
-    for (int64_t k = 0; k < kStreams; ++k) {
-      const int8_t* w = weight + k * apart * n;
+    int64_t totals[4] = {};
+    add_sums(products[0], products[1], products[2], products[3], totals);
+    for (int64_t k = 0; k < rows; ++k) {
+      const int8_t* w = weight + (row + k) * n;
       int64_t total = totals[k] - added;
-      for (int64_t j = i; j < n; ++j) total += int32_t(x[j]) * w[j];
-      sums[row * kStreams + k] = float(total) * prepared[0];
+      for (int64_t i = n / kBytes * kBytes; i < n; ++i) total += int32_t(x[i]) * w[i];
+      sums[row + k] = float(total) * prepared[0];
     }
   }
 }
 
 constexpr Kernel kFloat32 = {nullptr, dots_of_float};
 constexpr Kernel kBFloat16 = {split_in_two, dots_of_bfloat16};
-constexpr Kernel kInt8 = {split_in_bytes, dots_of_int8};
+constexpr Kernel kInt8 = {split_in_bytes, dots_of_int8<kKept>, 1, dots_of_int8<kOnce>};
 
 }  // namespace
 

@@ -12,17 +12,22 @@ namespace mblm::cpu {
 constexpr int64_t kPreparedHeader = 16;
 
 // Rows of weights that are read side by side, far from each other: a core asks the memory for more
-// at a time than it does for one stream of consecutive addresses.
+// at a time than it does by itself for one stream of consecutive addresses.
 constexpr int64_t kStreams = 4;
+
+using Dots = void (*)(const void* weight, int64_t apart, const float* x, int64_t n, float* sums,
+                      int64_t count);
 
 // How a kernel multiplies weights of one type.
 struct Kernel {
   // Writes x (n) as `dots` wants it, into kPreparedHeader + n floats; null if it wants x itself.
   void (*prepare)(const float* x, int64_t n, float* prepared);
-  // sums[i * kStreams + k] = x . weight[k * apart + i] for each stream k and i < count, where
+  // sums[i * streams + k] = x . weight[k * apart + i] for each stream k and i < count, where
   // weight (.., n) is of the kernel's type.
-  void (*dots)(const void* weight, int64_t apart, const float* x, int64_t n, float* sums,
-               int64_t count);
+  Dots dots;
+  int64_t streams = kStreams;  // or 1, for weights that are read in order
+  // The same past the caches, which keep what is there; or null.
+  Dots dots_once = nullptr;
 };
 
 struct MatrixKernels {

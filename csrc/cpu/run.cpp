@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "cpu/kernel.h"
+#include "cpu/last_cache.h"
 
 namespace mblm::cpu {
 namespace {
@@ -43,6 +44,14 @@ void Positions::add(int64_t position, int64_t dim, float* x) const {
 
 int64_t Run::products() const {
   return int64_t(rows.size()) * (local().model->weights() + to_logits.weights());
+}
+
+int64_t Run::bytes_of_weights() const {
+  int64_t weights = to_logits.weights();
+  for (const RunStage& stage : stages) {
+    weights += stage.model->weights() + stage.project.weights() + stage.to_context.weights();
+  }
+  return weights * size_of(to_logits.type);
 }
 
 int64_t Run::scratch_size(int64_t threads) const {
@@ -98,6 +107,7 @@ void Run::begin() {
   team_begun_ = Team::Clock::now();
   if (is_begun_) return;
   is_begun_ = true;
+  reads_once_ = bytes_of_weights() > last_cache_bytes();
   is_pending_ = has_pending;
   logits_.resize(rows.size() * to_logits.outputs);
   for (int64_t row = 0; row < int64_t(rows.size()); ++row) {
@@ -157,6 +167,7 @@ void Run::sample_rows() {
 }
 
 void Run::begin_patches(const Worker& worker, float* scratch) {
+  worker.reads_once = reads_once_;
   for (size_t stage = 0; stage + 1 < stages.size(); ++stage) {
     if (worker.is_first()) plan_ = plan(stage);
     worker.team.wait();
@@ -173,6 +184,7 @@ void Run::begin_patches(const Worker& worker, float* scratch) {
     x_.resize(active.size() * local().dim);
     take_pending();
   }
+  worker.reads_once = false;
   worker.team.wait();
 }
 

@@ -78,6 +78,7 @@ class Run {
 
   // Products of weights and values that a byte of every row takes.
   int64_t products() const;
+  int64_t bytes_of_weights() const;
   // Floats of working memory.
   int64_t scratch_size(int64_t threads) const;
 
@@ -117,6 +118,9 @@ class Run {
 
   Rows active, waiting;
   bool is_begun_ = false, is_pending_ = false, is_interrupted_ = false;
+  // Whether what the stages above read, once in a patch, would push what every byte reads out of
+  // the last cache.
+  bool reads_once_ = false;
   Team::Clock::time_point team_begun_;
   Plan plan_;
   std::vector<float> x_;       // (active, dim)

@@ -31,8 +31,10 @@ class Team {
     return Clock::duration(lost_.load(std::memory_order_relaxed) / others);
   }
 
-  // Returns when every thread of the team has called it.
-  void wait() {
+  // Returns when every thread of the team has called it. Calls idle(), a moment's work or none,
+  // over and over until then.
+  template <class Idle>
+  void wait(Idle idle) {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       for (auto& next : next_) next.store(0, std::memory_order_relaxed);
@@ -42,12 +44,20 @@ class Team {
     }
     for (int64_t turn = 0; turn < kTurnsBeforeYield; ++turn) {
       if (phase_.load(std::memory_order_acquire) != phase) return;
-      pause();
+      idle();
     }
     const auto begin = Clock::now();
     while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
     const Clock::duration lost = Clock::now() - begin;
     if (lost > kLong) lost_.fetch_add(lost.count(), std::memory_order_relaxed);
+  }
+
+  void wait() { wait(pause); }
+
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
   }
 
   // Calls function(begin, end) for parts of [0, items), for the thread of that index. A part is
@@ -73,12 +83,6 @@ class Team {
   static constexpr int64_t kTurnsBeforeYield = 2000;
   static constexpr std::chrono::microseconds kLong{500};
 
-  static void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
-
   const int64_t threads_;
   std::atomic<int64_t> next_[2] = {};
   alignas(64) std::atomic<int64_t> arrived_{0};
@@ -91,6 +95,7 @@ struct Worker {
   Team& team;
   int64_t index;
   mutable std::vector<float> prepared = {};  // what products keep of their inputs; see matrix.cpp
+  mutable bool reads_once = false;           // products' weights go past the caches, if they can
 
   bool is_first() const { return index == 0; }
 

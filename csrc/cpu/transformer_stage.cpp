@@ -159,12 +159,12 @@ void TransformerStage::restart(TransformerRow& row) const {
 
 void TransformerStage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
                                float* block) const {
-  Team& team = worker.team;
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t width = heads * head_dim, kept = dim - dim / 2;
+  const int64_t threads = worker.team.threads();
   // A single row's heads are cut evenly, so that a thread finds their keys in its own cache; of
   // several rows some can have many more positions than others.
-  const int64_t head_part = rows == 1 ? (heads + team.threads() - 1) / team.threads() : 1;
+  const int64_t head_part = rows == 1 ? (heads + threads - 1) / threads : 1;
   const Scratch s(*this, positions, per_thread(*this, state, count), worker.index, block);
 
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
@@ -190,7 +190,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     normalize(x, 2 * index, layer.attention_norm);
     multiply(worker, 0, layer.q, s.normed, positions, s.q);
     multiply(worker, 1, layer.kv, s.normed, positions, s.kv);
-    team.wait();
+    wait_for(worker, &layer.out);
 
     worker.share(0, rows * heads, head_part, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
@@ -221,18 +221,18 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
       }
     });
     if (worker.is_first()) delay(x, 2 * index);
-    team.wait();
+    wait_for(worker, &layer.out);
 
     multiply(worker, 0, layer.out, s.attended, positions, s.middle, Then::kStore, x);
-    team.wait();
+    wait_for(worker, &layer.expand);
 
     normalize(s.middle, 2 * index + 1, layer.feed_forward_norm);
     multiply(worker, 0, layer.expand, s.normed, positions, s.inner, Then::kGelu);
-    team.wait();
+    wait_for(worker, &layer.contract);
 
     multiply(worker, 0, layer.contract, s.inner, positions, x, Then::kStore, s.middle);
     if (worker.is_first()) delay(s.middle, 2 * index + 1);
-    team.wait();
+    wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].q : nullptr);
   }
 
   if (worker.is_first()) {
@@ -240,7 +240,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
       shifted_norm(x + at * dim, nullptr, norm, dim, x + at * dim);
     }
   }
-  team.wait();
+  worker.team.wait();
 }
 
 }  // namespace mblm::cpu

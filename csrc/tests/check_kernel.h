@@ -17,20 +17,20 @@ inline constexpr double kDotTolerance = sizeof(W) == 1   ? 2e-5
                                                          : 1e-6;
 
 template <class W>
-void check_dots(const cpu::Kernel& kernel, const char* name) {
+void check_dots(const cpu::Kernel& kernel, cpu::Dots dots, const char* name) {
   Numbers numbers;
   for (const int64_t n : {0, 1, 7, 31, 32, 63, 64, 100, 257, 9000}) {
-    // Streams of two rows with one between them that nobody reads.
-    const int64_t count = 2, apart = 3, rows = cpu::kStreams * apart;
+    // Streams of rows with one between them that nobody reads.
+    const int64_t streams = kernel.streams, count = streams == 1 ? 7 : 2, apart = count + 1;
+    const int64_t rows = streams * apart;
     const auto x = numbers.vector<float>(n);
     std::vector<W> weight(n * rows);
     for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
-    std::vector<float> sums(cpu::kStreams * count, NAN), prepared(cpu::kPreparedHeader + n);
+    std::vector<float> sums(streams * count, NAN), prepared(cpu::kPreparedHeader + n);
     if (kernel.prepare) kernel.prepare(x.data(), n, prepared.data());
-    kernel.dots(weight.data(), apart, kernel.prepare ? prepared.data() : x.data(), n, sums.data(),
-                count);
-    for (int64_t index = 0; index < cpu::kStreams * count; ++index) {
-      const int64_t row = index % cpu::kStreams * apart + index / cpu::kStreams;
+    dots(weight.data(), apart, kernel.prepare ? prepared.data() : x.data(), n, sums.data(), count);
+    for (int64_t index = 0; index < streams * count; ++index) {
+      const int64_t row = index % streams * apart + index / streams;
       double sum = 0, size = 0;
       for (int64_t i = 0; i < n; ++i) {
         const double term = double(x[i]) * float(weight[row * n + i]);
@@ -44,6 +44,12 @@ void check_dots(const cpu::Kernel& kernel, const char* name) {
   }
 }
 
+template <class W>
+void check_dots(const cpu::Kernel& kernel, const char* name) {
+  check_dots<W>(kernel, kernel.dots, name);
+  if (kernel.dots_once) check_dots<W>(kernel, kernel.dots_once, name);
+}
+
 // The largest sums there are do not overflow, and broken numbers stay broken.
 inline void check_extremes_of_int8(const cpu::Kernel& kernel) {
   const int64_t n = 20000;
@@ -53,7 +59,7 @@ inline void check_extremes_of_int8(const cpu::Kernel& kernel) {
     float sums[cpu::kStreams] = {};
     kernel.prepare(x.data(), n, prepared.data());
     kernel.dots(weight.data(), 0, prepared.data(), n, sums, 1);  // one row in all streams
-    return sums[cpu::kStreams - 1];
+    return sums[kernel.streams - 1];
   };
   CHECK(close(dot(std::vector<float>(n, 3.f)), -3. * 127 * n));
   CHECK(dot(std::vector<float>(n, 0.f)) == 0);
