@@ -81,7 +81,7 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
   // positions, and a part of its channels.
   const auto for_channels = [&](auto function) {
     const int64_t parts = (inner + kChannels - 1) / kChannels;
-    worker.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
+    worker.share(rows * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
         for (int64_t at = row * count; at < (row + 1) * count; ++at) {
@@ -96,7 +96,7 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
     for (int64_t at = 0; at < positions; ++at) {
       normalize(x + at * dim, layer.norm, dim, layer.eps, own + at * dim);
     }
-    multiply(worker, 0, layer.in, own, positions, both);
+    multiply(worker, layer.in, own, positions, both);
     wait_for(worker, &layer.x);
 
     for_channels([&](const MambaRow& row, int64_t at, int64_t begin, int64_t end) {
@@ -106,13 +106,13 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
     });
     wait_for(worker, &layer.x);
 
-    multiply(worker, 0, layer.x, convolved, positions, parameters);
+    multiply(worker, layer.x, convolved, positions, parameters);
     wait_for(worker, &layer.dt);
 
     for (int64_t at = 0; at < positions; ++at) {
       std::copy_n(parameters + at * projected, rank, own + at * rank);
     }
-    multiply(worker, 0, layer.dt, own, positions, dt);
+    multiply(worker, layer.dt, own, positions, dt);
     wait_for(worker, &layer.out);
 
     for_channels([&](const MambaRow& row, int64_t at, int64_t begin, int64_t end) {
@@ -122,7 +122,7 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
     });
     wait_for(worker, &layer.out);
 
-    multiply(worker, 0, layer.out, scanned, positions, x, Then::kStore, x);
+    multiply(worker, layer.out, scanned, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
 }

@@ -73,11 +73,11 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     for (int64_t at = 0; at < positions; ++at) {
       normalize(x + at * dim, layer.norm, dim, eps, normed + at * dim);
     }
-    multiply(worker, 0, layer.in, normed, positions, both);
+    multiply(worker, layer.in, normed, positions, both);
     wait_for(worker, &layer.out);
 
     const int64_t parts = (channels + kChannels - 1) / kChannels;
-    worker.share(0, rows * parts, 1, [&](int64_t first, int64_t last) {
+    worker.share(rows * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
         float* window = state.rows[row].window + index * state.rows[row].window_stride;
@@ -90,7 +90,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     });
     wait_for(worker, &layer.out);
 
-    worker.share(0, rows * heads, 1, [&](int64_t first, int64_t last) {
+    worker.share(rows * heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / heads, head = item % heads;
         float* ssm = state.rows[row].ssm + index * state.rows[row].ssm_stride;
@@ -109,7 +109,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     for (int64_t at = 0; at < positions; ++at) {
       normalize(scanned + at * inner, layer.gated_norm, inner, eps, normed + at * inner);
     }
-    multiply(worker, 0, layer.out, normed, positions, x, Then::kStore, x);
+    multiply(worker, layer.out, normed, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
 

@@ -90,8 +90,8 @@ const Kernel& kernel_of(WeightType type) {
                                          : best.int8;
 }
 
-// How many columns are a thread's own. With one part for each, streams are long, and every thread
-// finds what there is in its own cache at the next byte.
+// How many columns are a thread's own. With one part for each thread, streams are long, and every
+// thread finds what there is in its own cache at the next byte.
 int64_t columns_of_part(const Worker& worker, int64_t outputs) {
   const int64_t threads = worker.team.threads(), columns = (outputs + threads - 1) / threads;
   return (columns + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
@@ -149,8 +149,8 @@ void wait_for(const Worker& worker, const Matrix* next) {
   });
 }
 
-void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const float* x,
-              int64_t rows, float* out, Then then, const float* residual) {
+void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows, float* out,
+              Then then, const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
   const int64_t bytes = inputs * size_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
@@ -181,7 +181,7 @@ void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const fl
     }
   };
 
-  worker.share(loop, outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
+  worker.share(outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
     const int64_t apart = (end - begin) / side_by_side;
     multiply_columns(begin, apart, side_by_side, apart);
     for (int64_t column = begin + side_by_side * apart; column < end; ++column) {

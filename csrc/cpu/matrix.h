@@ -27,10 +27,10 @@ struct Matrix {
 enum class Then { kStore, kGelu };
 
 // out (rows, outputs) = then(x (rows, inputs) @ weight.T + bias + residual), its columns shared by
-// the team in the given loop. residual (rows, outputs) is null or may be out. Every weight is read
-// once. A row is summed in the same order however many rows there are.
-void multiply(const Worker& worker, int64_t loop, const Matrix& matrix, const float* x,
-              int64_t rows, float* out, Then then = Then::kStore, const float* residual = nullptr);
+// the team. residual (rows, outputs) is null or may be out. Every weight is read once. A row is
+// summed in the same order however many rows there are.
+void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows, float* out,
+              Then then = Then::kStore, const float* residual = nullptr);
 
 // Waits for the team. Meanwhile, asks for weights that are multiplied after that, if a kernel reads
 // them in order; null for none.

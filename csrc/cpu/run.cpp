@@ -72,7 +72,7 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
       begin_patches(worker, scratch);
     }
     if (is_pending) local().model->step(worker, x_.data(), scratch);
-    multiply(worker, 0, to_logits, x_.data(), int64_t(active.size()), logits_.data());
+    multiply(worker, to_logits, x_.data(), int64_t(active.size()), logits_.data());
     worker.team.wait();
     if (worker.is_first()) {
       if (is_pending) {
@@ -224,7 +224,7 @@ void Run::begin_anew(const Worker& worker, size_t index, const Rows& which) {
     restart(stage, which);
   }
   worker.team.wait();
-  multiply(worker, 0, above.to_context, inputs_.data(), count, upper_.data());
+  multiply(worker, above.to_context, inputs_.data(), count, upper_.data());
   worker.team.wait();
   if (worker.is_first()) {
     for (int64_t place = 0; place < count; ++place) {
@@ -253,7 +253,7 @@ void Run::take_in(const Worker& worker, RunStage& stage, const Rows& which, floa
   const int64_t count = int64_t(which.size());
   if (worker.is_first()) embed_patches(stage, which);
   worker.team.wait();
-  multiply(worker, 0, stage.project, inputs_.data(), count, upper_.data());
+  multiply(worker, stage.project, inputs_.data(), count, upper_.data());
   worker.team.wait();
   if (worker.is_first()) {
     for (int64_t place = 0; place < count; ++place) {

@@ -37,7 +37,7 @@ class Team {
   void wait(Idle idle) {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      for (auto& next : next_) next.store(0, std::memory_order_relaxed);
+      next_.store(0, std::memory_order_relaxed);
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       return;
@@ -62,10 +62,10 @@ class Team {
 
   // Calls function(begin, end) for parts of [0, items), for the thread of that index. A part is
   // taken by whichever thread is free; if there is one for each thread at most, each has its own,
-  // so that what it reads stays in its cache from call to call. Several loops between two barriers
-  // have numbers of their own.
+  // so that what it reads stays in its cache from call to call. Of loops between two barriers, one
+  // at most has more parts.
   template <class Function>
-  void share(int64_t thread, int64_t loop, int64_t items, int64_t part, Function function) {
+  void share(int64_t thread, int64_t items, int64_t part, Function function) {
     if (part * threads_ >= items) {
       const int64_t begin = thread * part;
       if (begin < items) function(begin, std::min(begin + part, items));
@@ -73,7 +73,7 @@ class Team {
     }
     if (threads_ == 1) return function(int64_t(0), items);
     for (;;) {
-      const int64_t begin = next_[loop].fetch_add(part, std::memory_order_relaxed);
+      const int64_t begin = next_.fetch_add(part, std::memory_order_relaxed);
       if (begin >= items) return;
       function(begin, std::min(begin + part, items));
     }
@@ -84,7 +84,7 @@ class Team {
   static constexpr std::chrono::microseconds kLong{500};
 
   const int64_t threads_;
-  std::atomic<int64_t> next_[2] = {};
+  std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<Clock::rep> lost_{0};
@@ -101,8 +101,8 @@ struct Worker {
 
   // See Team::share.
   template <class Function>
-  void share(int64_t loop, int64_t items, int64_t part, Function function) const {
-    team.share(index, loop, items, part, function);
+  void share(int64_t items, int64_t part, Function function) const {
+    team.share(index, items, part, function);
   }
 };
 

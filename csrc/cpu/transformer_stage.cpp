@@ -188,11 +188,11 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const TransformerLayer& layer = layers[index];
     normalize(x, 2 * index, layer.attention_norm);
-    multiply(worker, 0, layer.q, s.normed, positions, s.q);
-    multiply(worker, 1, layer.kv, s.normed, positions, s.kv);
+    multiply(worker, layer.q, s.normed, positions, s.q);
+    multiply(worker, layer.kv, s.normed, positions, s.kv);
     wait_for(worker, &layer.out);
 
-    worker.share(0, rows * heads, head_part, [&](int64_t begin, int64_t end) {
+    worker.share(rows * heads, head_part, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / heads, head = item % heads;
         const TransformerRow& of = state.rows[row];
@@ -223,14 +223,14 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     if (worker.is_first()) delay(x, 2 * index);
     wait_for(worker, &layer.out);
 
-    multiply(worker, 0, layer.out, s.attended, positions, s.middle, Then::kStore, x);
+    multiply(worker, layer.out, s.attended, positions, s.middle, Then::kStore, x);
     wait_for(worker, &layer.expand);
 
     normalize(s.middle, 2 * index + 1, layer.feed_forward_norm);
-    multiply(worker, 0, layer.expand, s.normed, positions, s.inner, Then::kGelu);
+    multiply(worker, layer.expand, s.normed, positions, s.inner, Then::kGelu);
     wait_for(worker, &layer.contract);
 
-    multiply(worker, 0, layer.contract, s.inner, positions, x, Then::kStore, s.middle);
+    multiply(worker, layer.contract, s.inner, positions, x, Then::kStore, s.middle);
     if (worker.is_first()) delay(s.middle, 2 * index + 1);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].q : nullptr);
   }

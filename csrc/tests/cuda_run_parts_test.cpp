@@ -28,7 +28,7 @@ void a_product_equals_that_of_the_cpu(test::WeightType type, int64_t rows, int64
   const float* x = store.vector(rows * inputs);
   const float* residual = store.vector(rows * outputs);
   std::vector<float> expected(rows * outputs);
-  cpu::multiply(worker(), 0, matrix, x, rows, expected.data(), cpu::Then::kGelu, residual);
+  cpu::multiply(worker(), matrix, x, rows, expected.data(), cpu::Then::kGelu, residual);
   cuda::Product product;
   product.rows = rows;
   product.x = x;
@@ -101,7 +101,7 @@ void a_norm_over_several_chunks() {
   for (int64_t i = 0; i < inputs; ++i) {
     normed[i] = float(last[i] / std::sqrt(squares / inputs + 1e-5) * product.norm.weight[i]);
   }
-  cpu::multiply(worker(), 0, matrix, normed.data(), 1, expected.data());
+  cpu::multiply(worker(), matrix, normed.data(), 1, expected.data());
   CHECK(test::relative_error(together.data() + (rows - 1) * outputs, expected.data(), outputs) <
         test::tolerance(test::WeightType::kFloat32));
   product.rows = 1;

@@ -41,10 +41,11 @@ void a_team_shares_every_item_once_and_waits() {
     std::atomic<int64_t> wrong{0};
     with_team(threads, [&](const cpu::Worker& worker) {
       for (int64_t round = 1; round <= 50; ++round) {
-        worker.share(0, 1000, 7, [&](int64_t begin, int64_t end) {
+        worker.share(1000, 7, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) ++first[i];
         });
-        worker.share(1, 77, 1, [&](int64_t begin, int64_t end) {
+        worker.team.wait();
+        worker.share(77, 1, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) ++second[i];
         });
         worker.team.wait();
@@ -89,9 +90,9 @@ void check_product(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_
   for (const int64_t threads : {1, 3}) {
     std::vector<float> out(rows * outputs), in_place = residual;
     with_team(threads, [&](const cpu::Worker& worker) {
-      cpu::multiply(worker, 0, matrix, x.data(), rows, in_place.data(), cpu::Then::kStore,
+      cpu::multiply(worker, matrix, x.data(), rows, in_place.data(), cpu::Then::kStore,
                     in_place.data());
-      cpu::multiply(worker, 1, matrix, x.data(), rows, out.data(), cpu::Then::kGelu);
+      cpu::multiply(worker, matrix, x.data(), rows, out.data(), cpu::Then::kGelu);
     });
     for (int64_t i = 0; i < rows * outputs; ++i) {
       CHECK(std::fabs(in_place[i] - expected[i]) <= tolerance[i]);
@@ -102,7 +103,7 @@ void check_product(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_
     // One row alone has the same bits as beside others.
     std::vector<float> last(outputs);
     with_team(1, [&](const cpu::Worker& worker) {
-      cpu::multiply(worker, 0, matrix, x.data() + (rows - 1) * inputs, 1, last.data(),
+      cpu::multiply(worker, matrix, x.data() + (rows - 1) * inputs, 1, last.data(),
                     cpu::Then::kGelu);
     });
     CHECK(std::equal(last.begin(), last.end(), out.end() - outputs));

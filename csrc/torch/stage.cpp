@@ -90,7 +90,7 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
     }
   }
   with_team(threads_for(count * matrix.weights()), [&](const cpu::Worker& worker) {
-    cpu::multiply(worker, 0, matrix, rows.const_data_ptr<float>(), count,
+    cpu::multiply(worker, matrix, rows.const_data_ptr<float>(), count,
                   static_cast<float*>(out.data_ptr()));
   });
   return out;
