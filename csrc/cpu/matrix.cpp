@@ -56,20 +56,29 @@ MBLM_CLONES void apply_gelu(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = gelu(values[i]);
 }
 
-// out[i] = sums[i * stride], scaled, with bias and residual (outputs) added, for i of count columns
-// from the first on.
-MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t stride, int64_t first,
-                        int64_t count, float* out, const float* residual) {
-  float values[kMaxBlock];
-  for (int64_t i = 0; i < count; ++i) values[i] = sums[i * stride];
-  const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
-    for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[first + i]);
-  };
-  const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
-  each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
-  each(matrix.bias, add);
-  each(residual, add);
-  std::copy_n(values, count, out + first);
+// Columns [first, first + count) and as many, `apart` from them, for each further stream.
+struct Columns {
+  int64_t first, count, streams, apart;
+};
+
+// out[first + k * apart + i] = sums[i * stride + k], scaled, with bias and residual (outputs)
+// added, for each stream k and i < count.
+MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t stride,
+                        const Columns& columns, float* out, const float* residual) {
+  const int64_t count = columns.count;
+  for (int64_t k = 0; k < columns.streams; ++k) {
+    float values[kMaxBlock];
+    for (int64_t i = 0; i < count; ++i) values[i] = sums[i * stride + k];
+    const int64_t begin = columns.first + k * columns.apart;
+    const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
+      for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
+    };
+    const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
+    each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
+    each(matrix.bias, add);
+    each(residual, add);
+    std::copy_n(values, count, out + begin);
+  }
 }
 
 // The rows as the kernel wants them. Every thread has its own, which is quicker than to wait.
@@ -165,27 +174,25 @@ void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_
       rows == 1 ? kMaxBlock
                 : std::clamp<int64_t>(kBlockBytes / side_by_side / divisor, 1, kMaxBlock);
 
-  // Columns [first, first + count) and as many, `apart` from them, for each further stream.
-  const auto multiply_columns = [&](int64_t first, int64_t count, int64_t streams, int64_t apart) {
+  const auto multiply_columns = [&](Columns columns) {
     float sums[kStreams * kMaxBlock];
-    for (const int64_t end = first + count; first < end; first += block) {
-      const int64_t columns = std::min(block, end - first);
-      const char* weight = static_cast<const char*>(matrix.weight) + first * bytes;
+    for (const int64_t end = columns.first + columns.count; columns.first < end;
+         columns.first += block) {
+      columns.count = std::min(block, end - columns.first);
+      const char* weight = static_cast<const char*>(matrix.weight) + columns.first * bytes;
       for (int64_t row = 0; row < rows; ++row) {
-        dots(weight, apart, x + row * stride, inputs, sums, columns);
-        for (int64_t k = 0; k < streams; ++k) {
-          finish(matrix, sums + k, side_by_side, first + k * apart, columns, out + row * outputs,
-                 residual ? residual + row * outputs : nullptr);
-        }
+        dots(weight, columns.apart, x + row * stride, inputs, sums, columns.count);
+        finish(matrix, sums, side_by_side, columns, out + row * outputs,
+               residual ? residual + row * outputs : nullptr);
       }
     }
   };
 
   worker.share(outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
     const int64_t apart = (end - begin) / side_by_side;
-    multiply_columns(begin, apart, side_by_side, apart);
+    multiply_columns({begin, apart, side_by_side, apart});
     for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
-      multiply_columns(column, 1, 1, 0);
+      multiply_columns({column, 1, 1, 0});
     }
     for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {
       apply_gelu(out + row * outputs + begin, end - begin);

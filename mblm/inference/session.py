@@ -167,12 +167,12 @@ class Session:
             raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens}")
         self._check_room([num_tokens] * self.batch_size)
         with torch.inference_mode():
-            tokens = list(self.sample(num_tokens, sampler))
-            if tokens:
-                self.feed(tokens[-1][:, None])
-        if not tokens:
+            runs = list(self._runs(num_tokens, sampler))
+            if runs:
+                self.feed(runs[-1][:, -1:])
+        if not runs:
             return torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)
-        return torch.stack(tokens, dim=1).to(self._device)
+        return torch.cat(runs, dim=1).to(self._device)
 
     def sample(
         self, num_tokens: int, sampler: Sampler, ends: torch.Tensor | None = None
@@ -183,23 +183,32 @@ class Session:
         after a byte of ``ends (V,)``, bool. Must run under ``torch.inference_mode``. Those that a
         GPU samples in compiled code are yielded on the CPU.
         """
+        for run in self._runs(num_tokens, sampler, ends):
+            yield from run.unbind(dim=1)
+
+    def _runs(
+        self, num_tokens: int, sampler: Sampler, ends: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """`sample` with all bytes of a run at once, ids ``(B, n)``."""
         if isinstance(self._cache, RaggedCache):
-            yield from self._cache.sample(num_tokens, sampler)
+            for token in self._cache.sample(num_tokens, sampler):
+                yield token[:, None]
             return
         device_run = self._cache.device_run
         if device_run is not None and device_run.runs(self._cache):
-            yield from device_run.sample(self._cache, num_tokens, sampler, ends)
+            for token in device_run.sample(self._cache, num_tokens, sampler, ends):
+                yield token[:, None]
             return
-        token: torch.Tensor | None = None
+        last: torch.Tensor | None = None
         size = min(self._model.seq_lens[-1], _FIRST_RUN)
         while num_tokens > 0:
             begin = time.perf_counter()
-            run = self._cache.run(token, min(num_tokens, size), sampler, ends)
+            run = self._cache.run(last, min(num_tokens, size), sampler, ends)
             if time.perf_counter() - begin < _RUN_SECONDS:
                 size = min(2 * size, _MAX_RUN)
             num_tokens -= run.shape[1]
-            for token in run.unbind(dim=1):
-                yield token
+            last = run[:, -1]
+            yield run
 
     def fork(self) -> "Session":
         """An independent copy that goes on from here."""
