@@ -55,12 +55,13 @@ MBLM_DEVICE void read_inputs(const Product& in, int64_t row, int64_t rows, int64
   if constexpr (kAligned) {
     const bool is_delayed = in.delayed && k >= kept;
     const int64_t stride = is_delayed ? half : in.x_stride;
-    const float* const from = (is_delayed ? in.delayed - kept : in.x) + row * stride + k;
+    const float* const from = is_delayed ? in.delayed : in.x;
+    const int64_t at = row * stride + (is_delayed ? k - kept : k);
     if (k >= inputs) rows = 0;
     MBLM_UNROLL_ALL
     for (int r = 0; r < kRowTiles; ++r) {
       x[r] = {};
-      if (row + r * kWidth < rows) x[r] = load_pack<kQuad>(from + r * kWidth * stride);
+      if (row + r * kWidth < rows) x[r] = load_pack<kQuad>(from + at + r * kWidth * stride);
     }
   } else {
     MBLM_UNROLL_ALL
