@@ -118,7 +118,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
       normalize(x + at * dim, norm, dim, eps, x + at * dim);
     }
   }
-  worker.team.wait();
+  worker.wait();
 }
 
 }  // namespace mblm::cpu

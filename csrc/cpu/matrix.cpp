@@ -144,14 +144,14 @@ const std::vector<MatrixKernels>& matrix_kernels() {
 void wait_for(const Worker& worker, const Matrix* next) {
   // What a core's second cache has room for, and what a turn takes.
   constexpr int64_t kMostBytes = 1 << 17, kLine = 64, kTurn = 4 * kLine;
-  if (!next || kernel_of(next->type).streams > 1) return worker.team.wait();
+  if (!next || kernel_of(next->type).streams > 1) return worker.wait();
   const int64_t columns = columns_of_part(worker, next->outputs);
   const int64_t begin = std::min(worker.index * columns, next->outputs);
   const int64_t bytes = next->inputs * size_of(next->type);
   const char* at = static_cast<const char*>(next->weight) + begin * bytes;
   const char* end =
       at + std::min(std::min(columns, next->outputs - begin) * bytes, kMostBytes) / kTurn * kTurn;
-  worker.team.wait([&] {
+  worker.wait([&] {
     if (at == end) return Team::pause();
     for (int64_t i = 0; i < kTurn; i += kLine) __builtin_prefetch(at + i, 0, 2);
     at += kTurn;

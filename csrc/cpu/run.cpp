@@ -64,7 +64,7 @@ int64_t Run::scratch_size(int64_t threads) const {
 
 void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point until) {
   if (worker.is_first()) begin();
-  worker.team.wait();
+  worker.wait();
   while (!is_interrupted_) {
     const bool is_pending = is_pending_;
     if (active.empty()) {
@@ -73,7 +73,7 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
     }
     if (is_pending) local().model->step(worker, x_.data(), scratch);
     multiply(worker, to_logits, x_.data(), int64_t(active.size()), logits_.data());
-    worker.team.wait();
+    worker.wait();
     if (worker.is_first()) {
       if (is_pending) {
         local().model->advance();
@@ -87,7 +87,7 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
       is_pending_ = true;
       is_interrupted_ = is_crowded(worker.team) || has_passed(until);
     }
-    worker.team.wait();
+    worker.wait();
   }
 }
 
@@ -170,10 +170,10 @@ void Run::begin_patches(const Worker& worker, float* scratch) {
   worker.reads_once = reads_once_;
   for (size_t stage = 0; stage + 1 < stages.size(); ++stage) {
     if (worker.is_first()) plan_ = plan(stage);
-    worker.team.wait();
+    worker.wait();
     if (!plan_.begin_anew.empty()) begin_anew(worker, stage, plan_.begin_anew);
     if (!plan_.take_in.empty()) take_in(worker, stages[stage], plan_.take_in, scratch);
-    worker.team.wait();
+    worker.wait();
   }
   begin_anew(worker, stages.size() - 1, waiting);
   if (worker.is_first()) {
@@ -185,7 +185,7 @@ void Run::begin_patches(const Worker& worker, float* scratch) {
     take_pending();
   }
   worker.reads_once = false;
-  worker.team.wait();
+  worker.wait();
 }
 
 Run::Plan Run::plan(size_t index) const {
@@ -223,9 +223,9 @@ void Run::begin_anew(const Worker& worker, size_t index, const Rows& which) {
     }
     restart(stage, which);
   }
-  worker.team.wait();
+  worker.wait();
   multiply(worker, above.to_context, inputs_.data(), count, upper_.data());
-  worker.team.wait();
+  worker.wait();
   if (worker.is_first()) {
     for (int64_t place = 0; place < count; ++place) {
       std::copy_n(upper_.data() + place * outputs, outputs, stage.rows[which[place]].context);
@@ -252,9 +252,9 @@ void Run::embed_patches(const RunStage& stage, const Rows& which) {
 void Run::take_in(const Worker& worker, RunStage& stage, const Rows& which, float* scratch) {
   const int64_t count = int64_t(which.size());
   if (worker.is_first()) embed_patches(stage, which);
-  worker.team.wait();
+  worker.wait();
   multiply(worker, stage.project, inputs_.data(), count, upper_.data());
-  worker.team.wait();
+  worker.wait();
   if (worker.is_first()) {
     for (int64_t place = 0; place < count; ++place) {
       const StageRow& row = stage.rows[which[place]];
@@ -265,7 +265,7 @@ void Run::take_in(const Worker& worker, RunStage& stage, const Rows& which, floa
     }
     stage.model->select(which);
   }
-  worker.team.wait();
+  worker.wait();
   stage.model->step(worker, upper_.data(), scratch);
   if (worker.is_first()) {
     stage.model->advance();

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <cstdint>
 #include <thread>
@@ -20,7 +21,10 @@ class Team {
  public:
   using Clock = std::chrono::steady_clock;
 
-  explicit Team(int64_t threads) : threads_(threads) {}
+  explicit Team(int64_t threads)
+      : threads_(threads),
+        rounds_(std::bit_width(uint64_t(threads - 1))),
+        flags_(threads * rounds_) {}
 
   int64_t threads() const { return threads_; }
 
@@ -31,28 +35,19 @@ class Team {
     return Clock::duration(lost_.load(std::memory_order_relaxed) / others);
   }
 
-  // Returns when every thread of the team has called it. Calls idle(), a moment's work or none,
-  // over and over until then.
+  // Returns when every thread of the team has called it as often: `phase` times. Calls idle(), a
+  // moment's work or none, over and over until then.
   template <class Idle>
-  void wait(Idle idle) {
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      next_.store(0, std::memory_order_relaxed);
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
+  void wait(int64_t thread, uint32_t phase, Idle idle) {
+    // For the loops after this: those that have this number in turns are over everywhere.
+    if (thread == 0) next_[phase % 2].value.store(0, std::memory_order_relaxed);
+    // In each round a thread tells one other that it has come, and all that it has heard of by
+    // then: a flag has one writer and one reader, whose caches exchange it once.
+    for (int64_t round = 0, distance = 1; distance < threads_; ++round, distance *= 2) {
+      flag((thread + distance) % threads_, round).store(phase, std::memory_order_release);
+      await(flag(thread, round), phase, idle);
     }
-    for (int64_t turn = 0; turn < kTurnsBeforeYield; ++turn) {
-      if (phase_.load(std::memory_order_acquire) != phase) return;
-      idle();
-    }
-    const auto begin = Clock::now();
-    while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
-    const Clock::duration lost = Clock::now() - begin;
-    if (lost > kLong) lost_.fetch_add(lost.count(), std::memory_order_relaxed);
   }
-
-  void wait() { wait(pause); }
 
   static void pause() {
 #if defined(__x86_64__)
@@ -65,15 +60,15 @@ class Team {
   // so that what it reads stays in its cache from call to call. Of loops between two barriers, one
   // at most has more parts.
   template <class Function>
-  void share(int64_t thread, int64_t items, int64_t part, Function function) {
+  void share(int64_t thread, uint32_t phase, int64_t items, int64_t part, Function function) {
     if (part * threads_ >= items) {
       const int64_t begin = thread * part;
       if (begin < items) function(begin, std::min(begin + part, items));
       return;
     }
     if (threads_ == 1) return function(int64_t(0), items);
-    for (;;) {
-      const int64_t begin = next_.fetch_add(part, std::memory_order_relaxed);
+    for (auto& next = next_[phase % 2].value;;) {
+      const int64_t begin = next.fetch_add(part, std::memory_order_relaxed);
       if (begin >= items) return;
       function(begin, std::min(begin + part, items));
     }
@@ -83,10 +78,34 @@ class Team {
   static constexpr int64_t kTurnsBeforeYield = 2000;
   static constexpr std::chrono::microseconds kLong{500};
 
-  const int64_t threads_;
-  std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
+  template <class T>
+  struct alignas(64) Line {
+    std::atomic<T> value{0};
+  };
+
+  std::atomic<uint32_t>& flag(int64_t thread, int64_t round) {
+    return flags_[thread * rounds_ + round].value;
+  }
+
+  template <class Idle>
+  void await(const std::atomic<uint32_t>& flag, uint32_t phase, Idle idle) {
+    // Who tells it can be a phase ahead.
+    const auto has_come = [&] {
+      return int32_t(flag.load(std::memory_order_acquire) - phase) >= 0;
+    };
+    for (int64_t turn = 0; turn < kTurnsBeforeYield; ++turn) {
+      if (has_come()) return;
+      idle();
+    }
+    const auto begin = Clock::now();
+    while (!has_come()) std::this_thread::yield();
+    const Clock::duration lost = Clock::now() - begin;
+    if (lost > kLong) lost_.fetch_add(lost.count(), std::memory_order_relaxed);
+  }
+
+  const int64_t threads_, rounds_;
+  std::vector<Line<uint32_t>> flags_;  // (threads, rounds)
+  Line<int64_t> next_[2];
   std::atomic<Clock::rep> lost_{0};
 };
 
@@ -97,13 +116,20 @@ struct Worker {
   mutable std::vector<float> prepared = {};  // what products keep of their inputs; see matrix.cpp
   mutable bool reads_once = false;           // products' weights go past the caches, if they can
 
+  mutable uint32_t phase = 0;  // how often it has waited
+
   bool is_first() const { return index == 0; }
 
-  // See Team::share.
+  // See Team.
   template <class Function>
   void share(int64_t items, int64_t part, Function function) const {
-    team.share(index, items, part, function);
+    team.share(index, phase, items, part, function);
   }
+  template <class Idle>
+  void wait(Idle idle) const {
+    team.wait(index, ++phase, idle);
+  }
+  void wait() const { wait(Team::pause); }
 };
 
 }  // namespace mblm::cpu

@@ -240,7 +240,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
       shifted_norm(x + at * dim, nullptr, norm, dim, x + at * dim);
     }
   }
-  worker.team.wait();
+  worker.wait();
 }
 
 }  // namespace mblm::cpu

@@ -44,14 +44,14 @@ void a_team_shares_every_item_once_and_waits() {
         worker.share(1000, 7, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) ++first[i];
         });
-        worker.team.wait();
+        worker.wait();
         worker.share(77, 1, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) ++second[i];
         });
-        worker.team.wait();
+        worker.wait();
         for (const int64_t count : first) wrong += count != round;
         for (const int64_t count : second) wrong += count != round;
-        worker.team.wait();
+        worker.wait();
       }
     });
     CHECK(wrong == 0);
