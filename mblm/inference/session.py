@@ -54,6 +54,8 @@ class Session:
         self._weights = weights
         self._cache: HierarchyCache | RaggedCache = HierarchyCache(model, batch_size, weights)
 
+    _run_size = 0  # bytes of the last run, by the time that it took; the next begins with as many
+
     @property
     def _device(self) -> torch.device:
         return self._model.to_logits.weight.device
@@ -200,12 +202,17 @@ class Session:
                 yield token[:, None]
             return
         last: torch.Tensor | None = None
-        size = min(self._model.seq_lens[-1], _FIRST_RUN)
+        first = min(self._model.seq_lens[-1], _FIRST_RUN)
+        size = max(first, self._run_size)
         while num_tokens > 0:
             begin = time.perf_counter()
             run = self._cache.run(last, min(num_tokens, size), sampler, ends)
-            if time.perf_counter() - begin < _RUN_SECONDS:
+            seconds = time.perf_counter() - begin
+            if seconds > 2 * _RUN_SECONDS:
+                size = max(first, size // 2)
+            elif seconds < _RUN_SECONDS and run.shape[1] == size:
                 size = min(2 * size, _MAX_RUN)
+            self._run_size = size
             num_tokens -= run.shape[1]
             last = run[:, -1]
             yield run
@@ -214,6 +221,7 @@ class Session:
         """An independent copy that goes on from here."""
         other = object.__new__(Session)
         other._model, other._weights = self._model, self._weights
+        other._run_size = self._run_size
         with torch.inference_mode():
             other._cache = self._cache.fork()
         return other
