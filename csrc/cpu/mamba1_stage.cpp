@@ -93,6 +93,7 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
 
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const Mamba1Layer& layer = layers[index];
+    ask_for(worker, x, positions * dim);
     for (int64_t at = 0; at < positions; ++at) {
       normalize(x + at * dim, layer.norm, dim, layer.eps, own + at * dim);
     }

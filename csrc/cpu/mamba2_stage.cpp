@@ -70,6 +70,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
 
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const Mamba2Layer& layer = layers[index];
+    ask_for(worker, x, positions * dim);
     for (int64_t at = 0; at < positions; ++at) {
       normalize(x + at * dim, layer.norm, dim, eps, normed + at * dim);
     }
@@ -106,6 +107,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     });
     wait_for(worker, &layer.out);
 
+    ask_for(worker, scanned, positions * inner);
     for (int64_t at = 0; at < positions; ++at) {
       normalize(scanned + at * inner, layer.gated_norm, inner, eps, normed + at * inner);
     }

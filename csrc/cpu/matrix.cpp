@@ -141,6 +141,13 @@ const std::vector<MatrixKernels>& matrix_kernels() {
   return kernels;
 }
 
+void ask_for(const Worker& worker, const float* values, int64_t count) {
+  // What the first cache has room for, and what a line of it holds.
+  constexpr int64_t kMost = 1 << 13, kLine = 16;
+  if (worker.team.threads() == 1) return;
+  for (int64_t i = 0; i < std::min(count, kMost); i += kLine) __builtin_prefetch(values + i);
+}
+
 void wait_for(const Worker& worker, const Matrix* next) {
   // What a core's second cache has room for, and what a turn takes.
   constexpr int64_t kMostBytes = 1 << 17, kLine = 64, kTurn = 4 * kLine;
@@ -162,6 +169,7 @@ void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_
               Then then, const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
+  ask_for(worker, x, rows * inputs);
   const int64_t bytes = inputs * size_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
   int64_t stride = inputs;
   if (kernel.prepare) {

@@ -32,6 +32,10 @@ enum class Then { kStore, kGelu };
 void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows, float* out,
               Then then = Then::kStore, const float* residual = nullptr);
 
+// Asks for values of which other threads have computed a part: one after the other, they would come
+// from other cores' caches as slowly as memory does.
+void ask_for(const Worker& worker, const float* values, int64_t count);
+
 // Waits for the team. Meanwhile, asks for weights that are multiplied after that, if a kernel reads
 // them in order; null for none.
 void wait_for(const Worker& worker, const Matrix* next);

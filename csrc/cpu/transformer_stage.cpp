@@ -170,6 +170,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
   // A part is one of the shifts, two in a layer. It delays the halves of the positions before.
   const auto normalize = [&](const float* input, int64_t part, const float* weight) {
+    ask_for(worker, input, positions * dim);
     for (int64_t at = 0; at < positions; ++at) {
       const TransformerRow& row = state.rows[at / count];
       const float* delayed =
