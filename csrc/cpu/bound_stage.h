@@ -20,8 +20,11 @@ class BoundStage {
   virtual int64_t scratch_size(int64_t threads) const = 0;
   // Chooses the rows of the next steps.
   virtual void select(const std::vector<int64_t>& rows) = 0;
-  // Takes in x (selected rows, dim) and replaces it by the output; all threads call it.
+  // Takes in x (selected rows, dim) and replaces it by the output before the last norm; all threads
+  // call it.
   virtual void step(const Worker& worker, float* x, float* scratch) const = 0;
+  // The last norm of so many rows; out may be x. Work of the calling thread alone.
+  virtual void normalize(const float* x, int64_t rows, float* out) const = 0;
   // After a step.
   virtual void advance() = 0;
   // Goes back to the state after the start token, of some rows; none is selected then.
@@ -48,6 +51,10 @@ class BoundStageOf : public BoundStage {
 
   void step(const Worker& worker, float* x, float* scratch) const override {
     stage_.prefill(worker, selected_, 1, x, scratch);
+  }
+
+  void normalize(const float* x, int64_t rows, float* out) const override {
+    stage_.normalize(x, rows, out);
   }
 
   void advance() override {

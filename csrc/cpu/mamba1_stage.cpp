@@ -95,7 +95,7 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
     const Mamba1Layer& layer = layers[index];
     ask_for(worker, x, positions * dim);
     for (int64_t at = 0; at < positions; ++at) {
-      normalize(x + at * dim, layer.norm, dim, layer.eps, own + at * dim);
+      cpu::normalize(x + at * dim, layer.norm, dim, layer.eps, own + at * dim);
     }
     multiply(worker, layer.in, own, positions, both);
     wait_for(worker, &layer.x);
@@ -126,6 +126,11 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
     multiply(worker, layer.out, scanned, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
+}
+
+// It has none.
+void Mamba1Stage::normalize(const float* x, int64_t positions, float* out) const {
+  if (out != x) std::copy_n(x, positions * dim, out);
 }
 
 }  // namespace mblm::cpu

@@ -72,7 +72,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     const Mamba2Layer& layer = layers[index];
     ask_for(worker, x, positions * dim);
     for (int64_t at = 0; at < positions; ++at) {
-      normalize(x + at * dim, layer.norm, dim, eps, normed + at * dim);
+      cpu::normalize(x + at * dim, layer.norm, dim, eps, normed + at * dim);
     }
     multiply(worker, layer.in, normed, positions, both);
     wait_for(worker, &layer.out);
@@ -109,18 +109,17 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
 
     ask_for(worker, scanned, positions * inner);
     for (int64_t at = 0; at < positions; ++at) {
-      normalize(scanned + at * inner, layer.gated_norm, inner, eps, normed + at * inner);
+      cpu::normalize(scanned + at * inner, layer.gated_norm, inner, eps, normed + at * inner);
     }
     multiply(worker, layer.out, normed, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
+}
 
-  if (worker.is_first()) {
-    for (int64_t at = 0; at < positions; ++at) {
-      normalize(x + at * dim, norm, dim, eps, x + at * dim);
-    }
+void Mamba2Stage::normalize(const float* x, int64_t positions, float* out) const {
+  for (int64_t at = 0; at < positions; ++at) {
+    cpu::normalize(x + at * dim, norm, dim, eps, out + at * dim);
   }
-  worker.wait();
 }
 
 }  // namespace mblm::cpu

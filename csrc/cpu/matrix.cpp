@@ -81,17 +81,6 @@ MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t stride,
   }
 }
 
-// The rows as the kernel wants them. Every thread has its own, which is quicker than to wait.
-const float* prepare_rows(const Worker& worker, const Kernel& kernel, const float* x, int64_t rows,
-                          int64_t inputs) {
-  const int64_t stride = kPreparedHeader + inputs;
-  worker.prepared.resize(std::max<size_t>(worker.prepared.size(), rows * stride));
-  for (int64_t row = 0; row < rows; ++row) {
-    kernel.prepare(x + row * inputs, inputs, worker.prepared.data() + row * stride);
-  }
-  return worker.prepared.data();
-}
-
 const Kernel& kernel_of(WeightType type) {
   static const MatrixKernels& best = matrix_kernels().front();
   return type == WeightType::kFloat32    ? best.float32
@@ -104,6 +93,74 @@ const Kernel& kernel_of(WeightType type) {
 int64_t columns_of_part(const Worker& worker, int64_t outputs) {
   const int64_t threads = worker.team.threads(), columns = (outputs + threads - 1) / threads;
   return (columns + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
+}
+
+// Rows as a kernel wants them.
+struct Prepared {
+  const float* x;
+  int64_t stride;
+};
+
+// Every thread has its own, which is quicker than to wait.
+Prepared prepare_rows(const Worker& worker, WeightType type, const float* x, int64_t rows,
+                      int64_t inputs) {
+  ask_for(worker, x, rows * inputs);
+  const Kernel& kernel = kernel_of(type);
+  if (!kernel.prepare) return {x, inputs};
+  const int64_t stride = kPreparedHeader + inputs;
+  worker.prepared.resize(std::max<size_t>(worker.prepared.size(), rows * stride));
+  for (int64_t row = 0; row < rows; ++row) {
+    kernel.prepare(x + row * inputs, inputs, worker.prepared.data() + row * stride);
+  }
+  return {worker.prepared.data(), stride};
+}
+
+// Asks for a thread's part of what is written, which other threads have read the last time: to get
+// it back from their caches takes as long as a small product does.
+void ask_to_write(const Worker& worker, float* out, int64_t count) {
+  constexpr int64_t kMost = 1 << 10, kLine = 16;
+  if (worker.team.threads() == 1) return;
+  for (int64_t i = 0; i < std::min(count, kMost); i += kLine) __builtin_prefetch(out + i, 1);
+}
+
+// See matrix.h; the rows are prepared.
+void multiply(const Worker& worker, const Matrix& matrix, const Prepared& prepared, int64_t rows,
+              float* out, Then then, const float* residual) {
+  const Kernel& kernel = kernel_of(matrix.type);
+  const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
+  const int64_t bytes = inputs * size_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
+  const Dots dots = worker.reads_once && kernel.dots_once ? kernel.dots_once : kernel.dots;
+  const int64_t side_by_side = kernel.streams;
+  const int64_t block =
+      rows == 1 ? kMaxBlock
+                : std::clamp<int64_t>(kBlockBytes / side_by_side / divisor, 1, kMaxBlock);
+
+  const auto multiply_columns = [&](Columns columns) {
+    float sums[kStreams * kMaxBlock];
+    for (const int64_t end = columns.first + columns.count; columns.first < end;
+         columns.first += block) {
+      columns.count = std::min(block, end - columns.first);
+      const char* weight = static_cast<const char*>(matrix.weight) + columns.first * bytes;
+      for (int64_t row = 0; row < rows; ++row) {
+        dots(weight, columns.apart, prepared.x + row * prepared.stride, inputs, sums,
+             columns.count);
+        finish(matrix, sums, side_by_side, columns, out + row * outputs,
+               residual ? residual + row * outputs : nullptr);
+      }
+    }
+  };
+
+  worker.share(outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
+    if (rows == 1) ask_to_write(worker, out + begin, end - begin);
+    const int64_t apart = (end - begin) / side_by_side;
+    multiply_columns({begin, apart, side_by_side, apart});
+    for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
+      multiply_columns({column, 1, 1, 0});
+    }
+    for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {
+      apply_gelu(out + row * outputs + begin, end - begin);
+    }
+  });
 }
 
 }  // namespace
@@ -165,47 +222,33 @@ void wait_for(const Worker& worker, const Matrix* next) {
   });
 }
 
+Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count) {
+  Matrix part = matrix;
+  part.outputs = count;
+  part.weight =
+      static_cast<const char*>(matrix.weight) + begin * matrix.inputs * size_of(matrix.type);
+  if (matrix.scale) part.scale += begin;
+  if (matrix.bias) part.bias += begin;
+  return part;
+}
+
+bool has_even_parts(const Worker& worker, int64_t outputs) {
+  return worker.team.threads() * columns_of_part(worker, outputs) == outputs;
+}
+
 void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows, float* out,
               Then then, const float* residual) {
-  const Kernel& kernel = kernel_of(matrix.type);
-  const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
-  ask_for(worker, x, rows * inputs);
-  const int64_t bytes = inputs * size_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
-  int64_t stride = inputs;
-  if (kernel.prepare) {
-    stride = kPreparedHeader + inputs;
-    x = prepare_rows(worker, kernel, x, rows, inputs);
+  const Prepared prepared = prepare_rows(worker, matrix.type, x, rows, matrix.inputs);
+  multiply(worker, matrix, prepared, rows, out, then, residual);
+}
+
+void multiply(const Worker& worker, std::initializer_list<Product> products, const float* x,
+              int64_t rows) {
+  const Matrix& one = products.begin()->matrix;
+  const Prepared prepared = prepare_rows(worker, one.type, x, rows, one.inputs);
+  for (const Product& product : products) {
+    multiply(worker, product.matrix, prepared, rows, product.out, Then::kStore, nullptr);
   }
-  const Dots dots = worker.reads_once && kernel.dots_once ? kernel.dots_once : kernel.dots;
-  const int64_t side_by_side = kernel.streams;
-  const int64_t block =
-      rows == 1 ? kMaxBlock
-                : std::clamp<int64_t>(kBlockBytes / side_by_side / divisor, 1, kMaxBlock);
-
-  const auto multiply_columns = [&](Columns columns) {
-    float sums[kStreams * kMaxBlock];
-    for (const int64_t end = columns.first + columns.count; columns.first < end;
-         columns.first += block) {
-      columns.count = std::min(block, end - columns.first);
-      const char* weight = static_cast<const char*>(matrix.weight) + columns.first * bytes;
-      for (int64_t row = 0; row < rows; ++row) {
-        dots(weight, columns.apart, x + row * stride, inputs, sums, columns.count);
-        finish(matrix, sums, side_by_side, columns, out + row * outputs,
-               residual ? residual + row * outputs : nullptr);
-      }
-    }
-  };
-
-  worker.share(outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
-    const int64_t apart = (end - begin) / side_by_side;
-    multiply_columns({begin, apart, side_by_side, apart});
-    for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
-      multiply_columns({column, 1, 1, 0});
-    }
-    for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {
-      apply_gelu(out + row * outputs + begin, end - begin);
-    }
-  });
 }
 
 }  // namespace mblm::cpu

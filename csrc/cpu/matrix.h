@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "cpu/team.h"
 
@@ -23,6 +24,9 @@ struct Matrix {
   int64_t weights() const { return outputs * inputs; }
 };
 
+// Some of a matrix's outputs.
+Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count);
+
 // What becomes of a product.
 enum class Then { kStore, kGelu };
 
@@ -31,6 +35,19 @@ enum class Then { kStore, kGelu };
 // summed in the same order however many rows there are.
 void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows, float* out,
               Then then = Then::kStore, const float* residual = nullptr);
+
+// One of several products of the same rows.
+struct Product {
+  Matrix matrix;
+  float* out;  // (rows, matrix.outputs)
+};
+
+// Each out = x (rows, inputs) @ weight.T + bias, for matrices of one type.
+void multiply(const Worker& worker, std::initializer_list<Product> products, const float* x,
+              int64_t rows);
+
+// Whether the team's threads have equal parts of so many outputs, one behind the other.
+bool has_even_parts(const Worker& worker, int64_t outputs);
 
 // Asks for values of which other threads have computed a part: one after the other, they would come
 // from other cores' caches as slowly as memory does.

@@ -65,14 +65,24 @@ int64_t Run::scratch_size(int64_t threads) const {
 void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point until) {
   if (worker.is_first()) begin();
   worker.wait();
+  // Every thread normalizes for itself: that is quicker than to wait for the first.
+  std::vector<float> outputs;  // (active, dim)
   while (!is_interrupted_) {
     const bool is_pending = is_pending_;
     if (active.empty()) {
       if (waiting.empty()) return;
       begin_patches(worker, scratch);
     }
-    if (is_pending) local().model->step(worker, x_.data(), scratch);
-    multiply(worker, to_logits, x_.data(), int64_t(active.size()), logits_.data());
+    const int64_t count = int64_t(active.size());
+    outputs.resize(x_.size());
+    if (is_pending) {
+      local().model->step(worker, x_.data(), scratch);
+      ask_for(worker, x_.data(), count * local().dim);
+      local().model->normalize(x_.data(), count, outputs.data());
+    } else {
+      std::copy(x_.begin(), x_.end(), outputs.begin());
+    }
+    multiply(worker, to_logits, outputs.data(), count, logits_.data());
     worker.wait();
     if (worker.is_first()) {
       if (is_pending) {
@@ -82,7 +92,7 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
           --rows[row].room;
         }
       }
-      sample_rows();
+      sample_rows(outputs.data());
       take_pending();
       is_pending_ = true;
       is_interrupted_ = is_crowded(worker.team) || has_passed(until);
@@ -137,7 +147,7 @@ void Run::take_pending() {
 }
 
 // Samples a byte for every active row and lets go of those that have come to an end.
-void Run::sample_rows() {
+void Run::sample_rows(const float* outputs) {
   const int64_t vocabulary = to_logits.outputs, dim = local().dim;
   bool ended = false;
   for (size_t place = 0; place < active.size(); ++place) {
@@ -150,14 +160,12 @@ void Run::sample_rows() {
   Rows going;
   for (size_t place = 0; place < active.size(); ++place) {
     const RunRow& row = rows[active[place]];
-    float* x = x_.data() + place * dim;
     const bool wants_more = !ended && row.num_tokens < row.max_tokens;
     if (wants_more && row.room > 0) {
-      std::copy_n(x, dim, x_.data() + going.size() * dim);
       going.push_back(active[place]);
       continue;
     }
-    std::copy_n(x, dim, local().rows[active[place]].output);
+    std::copy_n(outputs + place * dim, dim, local().rows[active[place]].output);
     if (wants_more && has_stages_above()) waiting.push_back(active[place]);
   }
   if (ended) waiting.clear();
@@ -169,11 +177,9 @@ void Run::sample_rows() {
 void Run::begin_patches(const Worker& worker, float* scratch) {
   worker.reads_once = reads_once_;
   for (size_t stage = 0; stage + 1 < stages.size(); ++stage) {
-    if (worker.is_first()) plan_ = plan(stage);
-    worker.wait();
-    if (!plan_.begin_anew.empty()) begin_anew(worker, stage, plan_.begin_anew);
-    if (!plan_.take_in.empty()) take_in(worker, stages[stage], plan_.take_in, scratch);
-    worker.wait();
+    const Plan plan = plan_for(stage);
+    if (!plan.begin_anew.empty()) begin_anew(worker, stage, plan.begin_anew);
+    if (!plan.take_in.empty()) take_in(worker, stages[stage], plan.take_in, scratch);
   }
   begin_anew(worker, stages.size() - 1, waiting);
   if (worker.is_first()) {
@@ -188,7 +194,7 @@ void Run::begin_patches(const Worker& worker, float* scratch) {
   worker.wait();
 }
 
-Run::Plan Run::plan(size_t index) const {
+Run::Plan Run::plan_for(size_t index) const {
   const RunStage& stage = stages[index];
   Plan plan;
   for (const int64_t row : waiting) {
@@ -268,6 +274,7 @@ void Run::take_in(const Worker& worker, RunStage& stage, const Rows& which, floa
   worker.wait();
   stage.model->step(worker, upper_.data(), scratch);
   if (worker.is_first()) {
+    stage.model->normalize(upper_.data(), count, upper_.data());
     stage.model->advance();
     for (int64_t place = 0; place < count; ++place) {
       StageRow& row = stage.rows[which[place]];

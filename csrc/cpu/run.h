@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/bound_stage.h"
+#include "cpu/cache_lines.h"
 #include "cpu/matrix.h"
 #include "cpu/sampling.h"
 
@@ -97,6 +98,7 @@ class Run {
     Rows begin_anew, take_in;
   };
 
+  Plan plan_for(size_t stage) const;
   RunStage& local() { return stages.back(); }
   const RunStage& local() const { return stages.back(); }
   bool has_stages_above() const { return stages.size() > 1; }
@@ -105,8 +107,7 @@ class Run {
   void begin();
   bool is_crowded(const Team& team) const;
   static bool has_passed(Team::Clock::time_point time);
-  Plan plan(size_t stage) const;
-  void sample_rows();
+  void sample_rows(const float* outputs);
   void take_pending();
   void restart(RunStage& stage, const Rows& rows);
   void embed_patches(const RunStage& stage, const Rows& rows);
@@ -122,10 +123,9 @@ class Run {
   // the last cache.
   bool reads_once_ = false;
   Team::Clock::time_point team_begun_;
-  Plan plan_;
-  std::vector<float> x_;       // (active, dim)
-  std::vector<float> logits_;  // (active, num_tokens)
-  std::vector<float> inputs_, upper_;
+  cache_lines::Vector<float> x_;       // (active, dim)
+  cache_lines::Vector<float> logits_;  // (active, num_tokens)
+  cache_lines::Vector<float> inputs_, upper_;
   std::vector<int64_t> order_;
 };
 

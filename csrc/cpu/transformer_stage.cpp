@@ -1,9 +1,12 @@
 // The next positions of a Transformer stage: see transformer_stage.h.
 #include "cpu/transformer_stage.h"
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "cpu/attention.h"
+#include "cpu/cache_lines.h"
 #include "cpu/kernel.h"
 #include "cpu/rms_norm.h"
 #include "cpu/vector_math.h"
@@ -40,8 +43,7 @@ MBLM_INLINE void rotate(const float* x, const float* cos, const float* sin, int6
 struct Head {
   int64_t dim, first, count, capacity;
   const float *q, *k, *v;   // of the first position, (dim)
-  int64_t q_stride;         // from there to the next position's, also of out
-  int64_t kv_stride;        // the same of k and v
+  int64_t stride;           // from there to the next position's, also of out
   const float *cos, *sin;   // of the first position, (count, dim / 2), or null
   float *keys, *values;     // (capacity, dim)
   float *queries, *scores;  // working memory (count, dim), (count, capacity)
@@ -67,7 +69,7 @@ MBLM_INLINE void for_keys(const Head& head, Function function) {
 MBLM_CLONES void attend(const Head& head) {
   const int64_t dim = head.dim;
   for (int64_t i = 0; i < head.count; ++i) {
-    const float *q = head.q + i * head.q_stride, *k = head.k + i * head.kv_stride;
+    const float *q = head.q + i * head.stride, *k = head.k + i * head.stride;
     float *query = head.queries + i * dim, *key = head.keys + (head.first + i) * dim;
     if (head.cos) {
       const int64_t angle = i * (dim / 2);
@@ -77,7 +79,7 @@ MBLM_CLONES void attend(const Head& head) {
       std::copy_n(q, dim, query);
       std::copy_n(k, dim, key);
     }
-    std::copy_n(head.v + i * head.kv_stride, dim, head.values + (head.first + i) * dim);
+    std::copy_n(head.v + i * head.stride, dim, head.values + (head.first + i) * dim);
   }
 
   const float scale = 1.f / std::sqrt(float(dim));
@@ -88,49 +90,62 @@ MBLM_CLONES void attend(const Head& head) {
   float factors[kQueries];
   for (int64_t i = 0; i < head.count; ++i) {
     factors[i] = exponentials(head.scores + i * head.capacity, head.first + i + 1);
-    std::fill_n(head.out + i * head.q_stride, dim, 0.f);
+    std::fill_n(head.out + i * head.stride, dim, 0.f);
   }
   for_keys(head, [&](int64_t i, int64_t begin, int64_t end) MBLM_INLINE_LAMBDA {
     add_values(head.scores + i * head.capacity + begin, head.values + begin * dim, end - begin, dim,
-               head.out + i * head.q_stride);
+               head.out + i * head.stride);
   });
   for (int64_t i = 0; i < head.count; ++i) {
-    float* out = head.out + i * head.q_stride;
+    float* out = head.out + i * head.stride;
     for (int64_t c = 0; c < dim; ++c) out[c] *= factors[i];
   }
 }
 
-// Working memory of a call, cut from one block; what is per thread comes last.
+// Working memory of a call, cut from one block into whole cache lines, so that threads write apart.
 struct Scratch {
-  float *q, *kv, *attended, *middle, *inner, *normed, *queries, *scores;
+  float *q, *k, *v, *attended, *middle, *inner;  // all threads'
+  float *normed, *queries, *scores;              // a thread's own
 
-  Scratch(const TransformerStage& stage, int64_t positions, int64_t of_thread, int64_t thread,
-          float* block) {
-    const int64_t width = stage.heads * stage.head_dim;
-    q = block;
-    kv = q + positions * width;
-    attended = kv + positions * 2 * width;
-    middle = attended + positions * width;
-    inner = middle + positions * stage.dim;
-    normed = inner + positions * inner_width(stage) + thread * of_thread;
-    queries = normed + positions * stage.dim;
-    scores = queries + kQueries * stage.head_dim;
+  Scratch(const TransformerStage& stage, const TransformerState& state, int64_t count,
+          int64_t thread, float* block) {
+    const Sizes sizes(stage, state, count);
+    float* at = cache_lines::align(block);
+    const auto cut = [&](int64_t floats) { return std::exchange(at, at + floats); };
+    for (float** part : {&q, &k, &v, &attended}) *part = cut(sizes.width);
+    middle = cut(sizes.dim);
+    inner = cut(sizes.inner);
+    at += thread * sizes.own();
+    normed = cut(sizes.dim);
+    queries = cut(sizes.queries);
+    scores = cut(sizes.scores);
   }
 
-  static int64_t inner_width(const TransformerStage& stage) {
-    return stage.layers.empty() ? 0 : stage.layers[0].expand.outputs;
+  static int64_t size(const TransformerStage& stage, const TransformerState& state, int64_t count,
+                      int64_t threads) {
+    const Sizes sizes(stage, state, count);
+    return cache_lines::kFloats + 4 * sizes.width + sizes.dim + sizes.inner + threads * sizes.own();
   }
+
+ private:
+  struct Sizes {
+    int64_t width, dim, inner, queries, scores;
+
+    Sizes(const TransformerStage& stage, const TransformerState& state, int64_t count) {
+      int64_t capacity = 0;
+      for (const TransformerRow& row : state.rows) capacity = std::max(capacity, row.capacity);
+      const int64_t positions = int64_t(state.rows.size()) * count;
+      width = cache_lines::round_up(positions * stage.heads * stage.head_dim);
+      dim = cache_lines::round_up(positions * stage.dim);
+      inner = stage.layers.empty()
+                  ? 0
+                  : cache_lines::round_up(positions * stage.layers[0].expand.outputs);
+      queries = cache_lines::round_up(kQueries * stage.head_dim);
+      scores = cache_lines::round_up(std::min(count, kQueries) * capacity);
+    }
+    int64_t own() const { return dim + queries + scores; }
+  };
 };
-
-// Floats of each thread: a multiple of a cache line's 16 and one line more, so that threads write
-// apart.
-int64_t per_thread(const TransformerStage& stage, const TransformerState& state, int64_t count) {
-  int64_t capacity = 0;
-  for (const TransformerRow& row : state.rows) capacity = std::max(capacity, row.capacity);
-  const int64_t positions = int64_t(state.rows.size()) * count;
-  const int64_t attention = kQueries * stage.head_dim + std::min(count, kQueries) * capacity;
-  return (positions * stage.dim + attention) / 16 * 16 + 32;
-}
 
 }  // namespace
 
@@ -144,9 +159,7 @@ int64_t TransformerStage::weights() const {
 }
 
 int64_t TransformerStage::scratch_size(const State& state, int64_t count, int64_t threads) const {
-  const int64_t positions = int64_t(state.rows.size()) * count;
-  const int64_t shared = positions * (4 * heads * head_dim + dim + Scratch::inner_width(*this));
-  return shared + threads * per_thread(*this, state, count);
+  return Scratch::size(*this, state, count, threads);
 }
 
 void TransformerStage::restart(TransformerRow& row) const {
@@ -161,15 +174,15 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
                                float* block) const {
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t width = heads * head_dim, kept = dim - dim / 2;
-  const int64_t threads = worker.team.threads();
-  // A single row's heads are cut evenly, so that a thread finds their keys in its own cache; of
-  // several rows some can have many more positions than others.
-  const int64_t head_part = rows == 1 ? (heads + threads - 1) / threads : 1;
-  const Scratch s(*this, positions, per_thread(*this, state, count), worker.index, block);
+  // Threads attend without waiting, each for the heads whose queries, keys and values it has
+  // computed, where these can be handed out so.
+  const int64_t threads = worker.team.threads(), own_heads = heads / threads;
+  const bool has_own_heads = heads % threads == 0 && has_even_parts(worker, width);
+  const Scratch s(*this, state, count, worker.index, block);
 
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
   // A part is one of the shifts, two in a layer. It delays the halves of the positions before.
-  const auto normalize = [&](const float* input, int64_t part, const float* weight) {
+  const auto shift = [&](const float* input, int64_t part, const float* weight) {
     ask_for(worker, input, positions * dim);
     for (int64_t at = 0; at < positions; ++at) {
       const TransformerRow& row = state.rows[at / count];
@@ -186,48 +199,58 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     }
   };
 
+  const auto attend_in_layer = [&](int64_t index, int64_t row, int64_t head) {
+    const TransformerRow& of = state.rows[row];
+    const int64_t cache = index * of.layer_stride + head * of.capacity * head_dim;
+    for (int64_t i = 0; i < count; i += kQueries) {
+      const int64_t position = of.position + i, angle = position * (head_dim / 2);
+      const int64_t at = (row * count + i) * width + head * head_dim;
+      attend({.dim = head_dim,
+              .first = position,
+              .count = std::min(kQueries, count - i),
+              .capacity = of.capacity,
+              .q = s.q + at,
+              .k = s.k + at,
+              .v = s.v + at,
+              .stride = width,
+              .cos = of.cos ? of.cos + angle : nullptr,
+              .sin = of.cos ? of.sin + angle : nullptr,
+              .keys = of.keys + cache,
+              .values = of.values + cache,
+              .queries = s.queries,
+              .scores = s.scores,
+              .out = s.attended + at});
+    }
+  };
+
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const TransformerLayer& layer = layers[index];
-    normalize(x, 2 * index, layer.attention_norm);
-    multiply(worker, layer.q, s.normed, positions, s.q);
-    multiply(worker, layer.kv, s.normed, positions, s.kv);
-    wait_for(worker, &layer.out);
-
-    worker.share(rows * heads, head_part, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t row = item / heads, head = item % heads;
-        const TransformerRow& of = state.rows[row];
-        const int64_t cache = index * of.layer_stride + head * of.capacity * head_dim;
-        for (int64_t i = 0; i < count; i += kQueries) {
-          const int64_t at = row * count + i, position = of.position + i;
-          const int64_t angle = position * (head_dim / 2), column = head * head_dim;
-          const float* key = s.kv + at * 2 * width + column;
-          attend({.dim = head_dim,
-                  .first = position,
-                  .count = std::min(kQueries, count - i),
-                  .capacity = of.capacity,
-                  .q = s.q + at * width + column,
-                  .k = key,
-                  .v = key + width,
-                  .q_stride = width,
-                  .kv_stride = 2 * width,
-                  .cos = of.cos ? of.cos + angle : nullptr,
-                  .sin = of.cos ? of.sin + angle : nullptr,
-                  .keys = of.keys + cache,
-                  .values = of.values + cache,
-                  .queries = s.queries,
-                  .scores = s.scores,
-                  .out = s.attended + at * width + column});
-        }
+    shift(x, 2 * index, layer.attention_norm);
+    multiply(worker,
+             {{layer.q, s.q},
+              {outputs_of(layer.kv, 0, width), s.k},
+              {outputs_of(layer.kv, width, width), s.v}},
+             s.normed, positions);
+    if (has_own_heads) {
+      for (int64_t item = 0; item < rows * own_heads; ++item) {
+        attend_in_layer(index, item / own_heads, worker.index * own_heads + item % own_heads);
       }
-    });
-    if (worker.is_first()) delay(x, 2 * index);
+    } else {
+      wait_for(worker, &layer.out);
+      // A single row's heads are cut evenly, so that a thread finds their keys in its own cache; of
+      // several rows some can have many more positions than others.
+      const int64_t part = rows == 1 ? (heads + threads - 1) / threads : 1;
+      worker.share(rows * heads, part, [&](int64_t begin, int64_t end) {
+        for (; begin < end; ++begin) attend_in_layer(index, begin / heads, begin % heads);
+      });
+    }
     wait_for(worker, &layer.out);
 
     multiply(worker, layer.out, s.attended, positions, s.middle, Then::kStore, x);
+    if (worker.is_first()) delay(x, 2 * index);
     wait_for(worker, &layer.expand);
 
-    normalize(s.middle, 2 * index + 1, layer.feed_forward_norm);
+    shift(s.middle, 2 * index + 1, layer.feed_forward_norm);
     multiply(worker, layer.expand, s.normed, positions, s.inner, Then::kGelu);
     wait_for(worker, &layer.contract);
 
@@ -235,13 +258,12 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     if (worker.is_first()) delay(s.middle, 2 * index + 1);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].q : nullptr);
   }
+}
 
-  if (worker.is_first()) {
-    for (int64_t at = 0; at < positions; ++at) {
-      shifted_norm(x + at * dim, nullptr, norm, dim, x + at * dim);
-    }
+void TransformerStage::normalize(const float* x, int64_t positions, float* out) const {
+  for (int64_t at = 0; at < positions; ++at) {
+    shifted_norm(x + at * dim, nullptr, norm, dim, out + at * dim);
   }
-  worker.wait();
 }
 
 }  // namespace mblm::cpu

@@ -126,7 +126,9 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
     std::vector<float> scratch(stage.scratch_size(state, 1, 1));
     for (int64_t n = 0; n < kSteps; ++n) {
-      stage.prefill(worker(), state, 1, outputs.data() + n * rows * sizes.dim, scratch.data());
+      float* const x = outputs.data() + n * rows * sizes.dim;
+      stage.prefill(worker(), state, 1, x, scratch.data());
+      stage.normalize(x, rows, x);
       for (auto& row : state.rows) row.advance(1);
     }
     return outputs;

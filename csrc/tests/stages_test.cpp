@@ -14,7 +14,8 @@
 
 using namespace mblm;
 
-constexpr int64_t kDim = 24, kInner = 72, kHeads = 3, kHeadDim = 8, kStates = 20, kTaps = 3;
+// Of widths that two threads share evenly, and three do not.
+constexpr int64_t kDim = 24, kInner = 96, kHeads = 4, kHeadDim = 8, kStates = 20, kTaps = 3;
 constexpr int64_t kRank = 2, kLayers = 2, kVocabulary = 50, kPatch = 5, kPatches = 4;
 constexpr auto kNever = cpu::Team::Clock::time_point::max();
 
@@ -250,6 +251,7 @@ std::vector<float> take_in(const std::vector<int64_t>& pieces, int64_t threads) 
     on_team(threads, [&](const cpu::Worker& worker) {
       stage.prefill(worker, state, count, x.data(), scratch.data());
     });
+    stage.normalize(x.data(), kRows * count, x.data());
     for (int64_t row = 0; row < kRows; ++row) {
       std::copy_n(x.data() + row * count * kDim, count * kDim,
                   outputs.data() + (row * kPositions + first) * kDim);
