@@ -115,14 +115,6 @@ Prepared prepare_rows(const Worker& worker, WeightType type, const float* x, int
   return {worker.prepared.data(), stride};
 }
 
-// Asks for a thread's part of what is written, which other threads have read the last time: to get
-// it back from their caches takes as long as a small product does.
-void ask_to_write(const Worker& worker, float* out, int64_t count) {
-  constexpr int64_t kMost = 1 << 10, kLine = 16;
-  if (worker.team.threads() == 1) return;
-  for (int64_t i = 0; i < std::min(count, kMost); i += kLine) __builtin_prefetch(out + i, 1);
-}
-
 // See matrix.h; the rows are prepared.
 void multiply(const Worker& worker, const Matrix& matrix, const Prepared& prepared, int64_t rows,
               float* out, Then then, const float* residual) {
@@ -151,7 +143,6 @@ void multiply(const Worker& worker, const Matrix& matrix, const Prepared& prepar
   };
 
   worker.share(outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
-    if (rows == 1) ask_to_write(worker, out + begin, end - begin);
     const int64_t apart = (end - begin) / side_by_side;
     multiply_columns({begin, apart, side_by_side, apart});
     for (int64_t column = begin + side_by_side * apart; column < end; ++column) {

@@ -67,8 +67,8 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
   worker.wait();
   // Every thread normalizes for itself: that is quicker than to wait for the first.
   std::vector<float> outputs;  // (active, dim)
-  while (!is_interrupted_) {
-    const bool is_pending = is_pending_;
+  while (!progress_.is_interrupted) {
+    const bool is_pending = progress_.is_pending;
     if (active.empty()) {
       if (waiting.empty()) return;
       begin_patches(worker, scratch);
@@ -94,8 +94,8 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
       }
       sample_rows(outputs.data());
       take_pending();
-      is_pending_ = true;
-      is_interrupted_ = is_crowded(worker.team) || has_passed(until);
+      progress_.is_pending = true;
+      progress_.is_interrupted = is_crowded(worker.team) || has_passed(until);
     }
     worker.wait();
   }
@@ -113,12 +113,12 @@ bool Run::has_passed(Team::Clock::time_point time) {
 }
 
 void Run::begin() {
-  is_interrupted_ = false;
+  progress_.is_interrupted = false;
   team_begun_ = Team::Clock::now();
-  if (is_begun_) return;
-  is_begun_ = true;
+  if (progress_.is_begun) return;
+  progress_.is_begun = true;
   reads_once_ = bytes_of_weights() > last_cache_bytes();
-  is_pending_ = has_pending;
+  progress_.is_pending = has_pending;
   logits_.resize(rows.size() * to_logits.outputs);
   for (int64_t row = 0; row < int64_t(rows.size()); ++row) {
     (has_pending && rows[row].room == 0 ? waiting : active).push_back(row);

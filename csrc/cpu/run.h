@@ -88,7 +88,7 @@ class Run {
   // team goes on.
   void work(const Worker& worker, float* scratch,
             Team::Clock::time_point until = Team::Clock::time_point::max());
-  bool is_done() const { return is_begun_ && active.empty() && waiting.empty(); }
+  bool is_done() const { return progress_.is_begun && active.empty() && waiting.empty(); }
 
  private:
   using Rows = std::vector<int64_t>;
@@ -117,8 +117,12 @@ class Run {
   void begin_anew(const Worker& worker, size_t stage, const Rows& rows);
   void take_in(const Worker& worker, RunStage& stage, const Rows& rows, float* scratch);
 
+  // In a line that is written to at every byte: others read what is beside it.
+  struct alignas(cache_lines::kBytes) Progress {
+    bool is_begun = false, is_pending = false, is_interrupted = false;
+  };
+  Progress progress_;
   Rows active, waiting;
-  bool is_begun_ = false, is_pending_ = false, is_interrupted_ = false;
   // Whether what the stages above read, once in a patch, would push what every byte reads out of
   // the last cache.
   bool reads_once_ = false;

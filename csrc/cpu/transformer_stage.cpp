@@ -182,8 +182,15 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
 
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
   // A part is one of the shifts, two in a layer. It delays the halves of the positions before.
+  // The first thread keeps what is delayed; others ask for it one part ahead.
+  const auto ask_for_delayed = [&](int64_t part) {
+    for (const TransformerRow& row : state.rows) {
+      ask_for(worker, row.delayed + part * row.part_stride, dim - kept);
+    }
+  };
   const auto shift = [&](const float* input, int64_t part, const float* weight) {
     ask_for(worker, input, positions * dim);
+    ask_for_delayed((part + 1) % (2 * int64_t(layers.size())));
     for (int64_t at = 0; at < positions; ++at) {
       const TransformerRow& row = state.rows[at / count];
       const float* delayed =
@@ -192,7 +199,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     }
   };
   const auto delay = [&](const float* input, int64_t part) {
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; worker.is_first() && row < rows; ++row) {
       const float* last = input + (row * count + count - 1) * dim;
       const TransformerRow& of = state.rows[row];
       std::copy_n(last + kept, dim - kept, of.delayed + part * of.part_stride);
@@ -247,7 +254,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     wait_for(worker, &layer.out);
 
     multiply(worker, layer.out, s.attended, positions, s.middle, Then::kStore, x);
-    if (worker.is_first()) delay(x, 2 * index);
+    delay(x, 2 * index);
     wait_for(worker, &layer.expand);
 
     shift(s.middle, 2 * index + 1, layer.feed_forward_norm);
@@ -255,7 +262,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     wait_for(worker, &layer.contract);
 
     multiply(worker, layer.contract, s.inner, positions, x, Then::kStore, s.middle);
-    if (worker.is_first()) delay(s.middle, 2 * index + 1);
+    delay(s.middle, 2 * index + 1);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].q : nullptr);
   }
 }

@@ -159,6 +159,21 @@ void samples_what_the_filters_keep() {
   CHECK(cpu::sample({1, 1, 0}, broken.data(), even.data(), 5, order) == 1);
   const std::vector<float> none(5, -INFINITY);
   CHECK(cpu::sample({1, 5, 0}, none.data(), even.data(), 5, order) == 0);
+  CHECK(cpu::sample({1, 1, 0}, none.data(), even.data(), 5, order) == 0);
+  // Both zeros are one number, below the smallest above it and above all below.
+  const float tiny = std::numeric_limits<float>::denorm_min();
+  const std::vector<float> zeros = {-tiny, -0.f, 0.f, -1, -0.f};
+  CHECK(cpu::sample({1, 1, 0}, zeros.data(), even.data(), 5, order) == 1);
+  const std::vector<float> small = {-1, -tiny, 0.f, tiny, -INFINITY};
+  CHECK(cpu::sample({1, 1, 0}, small.data(), even.data(), 5, order) == 3);
+  const std::vector<float> infinite = {1, INFINITY, -NAN, INFINITY, NAN};
+  CHECK(cpu::sample({1, 1, 0}, infinite.data(), even.data(), 5, order) == 2);
+  // The likeliest of many, in every place of a vector.
+  for (int64_t place = 0; place < 257; ++place) {
+    std::vector<float> many(257, -3.f);
+    many[place] = -2.5f;
+    CHECK(cpu::sample({1, 1, 0}, many.data(), nullptr, 257, order) == place);
+  }
 }
 
 int main() {

@@ -211,7 +211,8 @@ void BoundRun::bind_sampling() {
     run_.ends = static_cast<const uint8_t*>(ends_.const_data_ptr());
   }
   const int64_t most = largest(given_.max_tokens);
-  numbers_.emplace(given_.uniform, given_.generator, num_rows_, most, vocabulary_,
+  const bool is_exact = !given_.ends && has_stages_above();
+  numbers_.emplace(given_.uniform, given_.generator, num_rows_, most, is_exact, vocabulary_,
                    outputs_[0].options());
   run_.uniform = [this](int64_t row, int64_t n) { return numbers_->of(row, n); };
 }

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mblm import MBLM
 from mblm.inference import hierarchy_cache
 from mblm.inference.packing import pack_linear
+from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import StageCache
 from mblm.ops import _native
@@ -94,6 +95,31 @@ def test_more_threads_or_rows_change_no_bit(stage: str) -> None:
     torch.set_num_threads(before)
     for logits in results[1:]:
         assert torch.equal(logits, results[0].expand_as(logits))
+
+
+@needs_native
+@pytest.mark.parametrize("ends", [0, 10], ids=["to the end", "to an id"])
+@pytest.mark.parametrize("count", [1, 31, 33, 70])
+@pytest.mark.parametrize("stages", [["mamba1"], ["mamba2", "transformer"]])
+@torch.inference_mode()
+def test_no_more_numbers_are_drawn_than_bytes(stages: list[str], count: int, ends: int) -> None:
+    torch.manual_seed(0)
+    m = wide(*stages, seq_lens=[100, 4][-len(stages) :])
+    drawn = []
+
+    def draw() -> list[Any]:
+        sampler = Sampler(1.0, 0.3, None, torch.Generator().manual_seed(1))
+        end = torch.arange(67) < ends if ends else None
+        out = [token.tolist() for token in Session(m).sample(count, sampler, end)]
+        assert sampler.generator is not None
+        drawn.append(sampler.generator.get_state())
+        return out
+
+    got = draw()
+    with in_pytorch():
+        want = draw()
+    assert got == want
+    assert torch.equal(drawn[0], drawn[1])
 
 
 @st.composite
