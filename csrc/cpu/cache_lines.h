@@ -1,5 +1,5 @@
 // Memory in whole cache lines: what two threads write does not lie in one line, which their caches
-// would take from each other.
+// would take from each other; nor close behind what the other reads, where caches read ahead.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +10,7 @@
 namespace mblm::cpu::cache_lines {
 
 constexpr int64_t kBytes = 64, kFloats = kBytes / int64_t(sizeof(float));
+constexpr int64_t kBytesApart = 512, kFloatsApart = kBytesApart / int64_t(sizeof(float));
 
 inline int64_t round_up(int64_t floats) {
   return (floats + kFloats - 1) / kFloats * kFloats;

@@ -90,8 +90,8 @@ const Kernel& kernel_of(WeightType type) {
 
 // How many columns are a thread's own. With one part for each thread, streams are long, and every
 // thread finds what there is in its own cache at the next byte.
-int64_t columns_of_part(const Worker& worker, int64_t outputs) {
-  const int64_t threads = worker.team.threads(), columns = (outputs + threads - 1) / threads;
+int64_t columns_of_part(int64_t threads, int64_t outputs) {
+  const int64_t columns = (outputs + threads - 1) / threads;
   return (columns + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
 }
 
@@ -115,9 +115,10 @@ Prepared prepare_rows(const Worker& worker, WeightType type, const float* x, int
   return {worker.prepared.data(), stride};
 }
 
-// See matrix.h; the rows are prepared.
-void multiply(const Worker& worker, const Matrix& matrix, const Prepared& prepared, int64_t rows,
-              float* out, Then then, const float* residual) {
+// See matrix.h; columns [begin, end) of the product with prepared rows.
+void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared& prepared,
+                      int64_t rows, int64_t begin, int64_t end, float* out, Then then,
+                      const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
   const int64_t bytes = inputs * size_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
@@ -127,11 +128,11 @@ void multiply(const Worker& worker, const Matrix& matrix, const Prepared& prepar
       rows == 1 ? kMaxBlock
                 : std::clamp<int64_t>(kBlockBytes / side_by_side / divisor, 1, kMaxBlock);
 
-  const auto multiply_columns = [&](Columns columns) {
+  const auto multiply_streams = [&](Columns columns) {
     float sums[kStreams * kMaxBlock];
-    for (const int64_t end = columns.first + columns.count; columns.first < end;
+    for (const int64_t last = columns.first + columns.count; columns.first < last;
          columns.first += block) {
-      columns.count = std::min(block, end - columns.first);
+      columns.count = std::min(block, last - columns.first);
       const char* weight = static_cast<const char*>(matrix.weight) + columns.first * bytes;
       for (int64_t row = 0; row < rows; ++row) {
         dots(weight, columns.apart, prepared.x + row * prepared.stride, inputs, sums,
@@ -142,16 +143,22 @@ void multiply(const Worker& worker, const Matrix& matrix, const Prepared& prepar
     }
   };
 
-  worker.share(outputs, columns_of_part(worker, outputs), [&](int64_t begin, int64_t end) {
-    const int64_t apart = (end - begin) / side_by_side;
-    multiply_columns({begin, apart, side_by_side, apart});
-    for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
-      multiply_columns({column, 1, 1, 0});
-    }
-    for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {
-      apply_gelu(out + row * outputs + begin, end - begin);
-    }
-  });
+  const int64_t apart = (end - begin) / side_by_side;
+  multiply_streams({begin, apart, side_by_side, apart});
+  for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
+    multiply_streams({column, 1, 1, 0});
+  }
+  for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {
+    apply_gelu(out + row * outputs + begin, end - begin);
+  }
+}
+
+void share_columns(const Worker& worker, const Matrix& matrix, const Prepared& prepared,
+                   int64_t rows, float* out, Then then, const float* residual) {
+  worker.share(matrix.outputs, columns_of_part(worker.team.threads(), matrix.outputs),
+               [&](int64_t begin, int64_t end) {
+                 multiply_columns(worker, matrix, prepared, rows, begin, end, out, then, residual);
+               });
 }
 
 }  // namespace
@@ -200,7 +207,7 @@ void wait_for(const Worker& worker, const Matrix* next) {
   // What a core's second cache has room for, and what a turn takes.
   constexpr int64_t kMostBytes = 1 << 17, kLine = 64, kTurn = 4 * kLine;
   if (!next || kernel_of(next->type).streams > 1) return worker.wait();
-  const int64_t columns = columns_of_part(worker, next->outputs);
+  const int64_t columns = columns_of_part(worker.team.threads(), next->outputs);
   const int64_t begin = std::min(worker.index * columns, next->outputs);
   const int64_t bytes = next->inputs * size_of(next->type);
   const char* at = static_cast<const char*>(next->weight) + begin * bytes;
@@ -223,22 +230,31 @@ Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count) {
   return part;
 }
 
-bool has_even_parts(const Worker& worker, int64_t outputs) {
-  return worker.team.threads() * columns_of_part(worker, outputs) == outputs;
+bool has_even_parts(int64_t threads, int64_t outputs) {
+  return threads * columns_of_part(threads, outputs) == outputs;
 }
 
 void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows, float* out,
               Then then, const float* residual) {
   const Prepared prepared = prepare_rows(worker, matrix.type, x, rows, matrix.inputs);
-  multiply(worker, matrix, prepared, rows, out, then, residual);
+  share_columns(worker, matrix, prepared, rows, out, then, residual);
 }
 
-void multiply(const Worker& worker, std::initializer_list<Product> products, const float* x,
+void multiply(const Worker& worker, std::span<const Product> products, const float* x,
               int64_t rows) {
-  const Matrix& one = products.begin()->matrix;
+  const Matrix& one = products.front().matrix;
   const Prepared prepared = prepare_rows(worker, one.type, x, rows, one.inputs);
-  for (const Product& product : products) {
-    multiply(worker, product.matrix, prepared, rows, product.out, Then::kStore, nullptr);
+  for (const auto& [matrix, out] : products) {
+    share_columns(worker, matrix, prepared, rows, out, Then::kStore, nullptr);
+  }
+}
+
+void multiply_alone(const Worker& worker, std::span<const Product> products, const float* x,
+                    int64_t rows) {
+  const Matrix& one = products.front().matrix;
+  const Prepared prepared = prepare_rows(worker, one.type, x, rows, one.inputs);
+  for (const auto& [matrix, out] : products) {
+    multiply_columns(worker, matrix, prepared, rows, 0, matrix.outputs, out, Then::kStore, nullptr);
   }
 }
 

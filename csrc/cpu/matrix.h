@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
+#include <span>
 
 #include "cpu/team.h"
 
@@ -43,11 +43,15 @@ struct Product {
 };
 
 // Each out = x (rows, inputs) @ weight.T + bias, for matrices of one type.
-void multiply(const Worker& worker, std::initializer_list<Product> products, const float* x,
+void multiply(const Worker& worker, std::span<const Product> products, const float* x,
               int64_t rows);
 
-// Whether the team's threads have equal parts of so many outputs, one behind the other.
-bool has_even_parts(const Worker& worker, int64_t outputs);
+// The same, all of it the calling thread's.
+void multiply_alone(const Worker& worker, std::span<const Product> products, const float* x,
+                    int64_t rows);
+
+// Whether so many threads have equal parts of so many outputs, one behind the other.
+bool has_even_parts(int64_t threads, int64_t outputs);
 
 // Asks for values of which other threads have computed a part: one after the other, they would come
 // from other cores' caches as slowly as memory does.

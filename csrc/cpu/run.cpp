@@ -24,6 +24,9 @@ MBLM_CLONES void normalize(const LayerNorm& norm, const float* x, int64_t n, flo
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - middle) * factor * norm.weight[i] + norm.bias[i];
 }
 
+// For how many bytes one thread alone draws random numbers at once.
+constexpr int64_t kDrawnAlone = 16;
+
 void add(const float* values, int64_t n, float* x) {
   for (int64_t i = 0; i < n; ++i) x[i] += values[i];
 }
@@ -97,6 +100,7 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
       progress_.is_pending = true;
       progress_.is_interrupted = is_crowded(worker.team) || has_passed(until);
     }
+    if (draw_ahead && worker.is_last()) draw_ahead(worker.is_first() ? kDrawnAlone : 1);
     worker.wait();
   }
 }
@@ -117,6 +121,7 @@ void Run::begin() {
   team_begun_ = Team::Clock::now();
   if (progress_.is_begun) return;
   progress_.is_begun = true;
+  if (draw_ahead) draw_ahead(1);
   reads_once_ = bytes_of_weights() > last_cache_bytes();
   progress_.is_pending = has_pending;
   logits_.resize(rows.size() * to_logits.outputs);

@@ -76,6 +76,9 @@ class Run {
   const uint8_t* ends = nullptr;  // (num_tokens), 1 for bytes that end the run; or null
   // Uniform random numbers (num_tokens) for the n-th byte of a row.
   std::function<const float*(int64_t row, int64_t n)> uniform;
+  // Called before the first byte and at every byte, to draw the next one's numbers while another
+  // thread samples with those there are; so many bytes' at once, if there are none ahead. Or null.
+  std::function<void(int64_t at_once)> draw_ahead;
 
   // Products of weights and values that a byte of every row takes.
   int64_t products() const;
@@ -118,7 +121,7 @@ class Run {
   void take_in(const Worker& worker, RunStage& stage, const Rows& rows, float* scratch);
 
   // In a line that is written to at every byte: others read what is beside it.
-  struct alignas(cache_lines::kBytes) Progress {
+  struct alignas(cache_lines::kBytesApart) Progress {
     bool is_begun = false, is_pending = false, is_interrupted = false;
   };
   Progress progress_;

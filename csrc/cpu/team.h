@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/cache_lines.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -79,7 +81,7 @@ class Team {
   static constexpr std::chrono::microseconds kLong{500};
 
   template <class T>
-  struct alignas(64) Line {
+  struct alignas(cache_lines::kBytesApart) Line {
     std::atomic<T> value{0};
   };
 
@@ -119,6 +121,7 @@ struct Worker {
   mutable uint32_t phase = 0;  // how often it has waited
 
   bool is_first() const { return index == 0; }
+  bool is_last() const { return index + 1 == team.threads(); }
 
   // See Team.
   template <class Function>

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <utility>
 
 #include "cpu/attention.h"
@@ -43,11 +44,12 @@ MBLM_INLINE void rotate(const float* x, const float* cos, const float* sin, int6
 struct Head {
   int64_t dim, first, count, capacity;
   const float *q, *k, *v;   // of the first position, (dim)
-  int64_t stride;           // from there to the next position's, also of out
+  int64_t stride;           // from there to the next position's
   const float *cos, *sin;   // of the first position, (count, dim / 2), or null
   float *keys, *values;     // (capacity, dim)
   float *queries, *scores;  // working memory (count, dim), (count, capacity)
   float* out;
+  int64_t out_stride;
 };
 
 constexpr int64_t kQueries = 16;
@@ -90,32 +92,46 @@ MBLM_CLONES void attend(const Head& head) {
   float factors[kQueries];
   for (int64_t i = 0; i < head.count; ++i) {
     factors[i] = exponentials(head.scores + i * head.capacity, head.first + i + 1);
-    std::fill_n(head.out + i * head.stride, dim, 0.f);
+    std::fill_n(head.out + i * head.out_stride, dim, 0.f);
   }
   for_keys(head, [&](int64_t i, int64_t begin, int64_t end) MBLM_INLINE_LAMBDA {
     add_values(head.scores + i * head.capacity + begin, head.values + begin * dim, end - begin, dim,
-               head.out + i * head.stride);
+               head.out + i * head.out_stride);
   });
   for (int64_t i = 0; i < head.count; ++i) {
-    float* out = head.out + i * head.stride;
+    float* out = head.out + i * head.out_stride;
     for (int64_t c = 0; c < dim; ++c) out[c] *= factors[i];
   }
 }
 
-// Working memory of a call, cut from one block into whole cache lines, so that threads write apart.
+// Whether threads can attend without waiting, each for the heads whose queries, keys and values it
+// has computed.
+bool has_own_heads(const TransformerStage& stage, int64_t threads) {
+  return stage.heads % threads == 0 && has_even_parts(threads, stage.heads * stage.head_dim);
+}
+
+// Working memory of a call, cut from one block.
 struct Scratch {
-  float *q, *k, *v, *attended, *middle, *inner;  // all threads'
-  float *normed, *queries, *scores;              // a thread's own
+  float *attended, *middle, *inner;  // all threads', with all columns
+  float *q, *k, *v;                  // a thread's own, if it has own heads
+  float *normed, *queries, *scores;  // a thread's own
 
   Scratch(const TransformerStage& stage, const TransformerState& state, int64_t count,
-          int64_t thread, float* block) {
-    const Sizes sizes(stage, state, count);
+          int64_t threads, int64_t thread, float* block) {
+    const Sizes sizes(stage, state, count, threads);
     float* at = cache_lines::align(block);
-    const auto cut = [&](int64_t floats) { return std::exchange(at, at + floats); };
-    for (float** part : {&q, &k, &v, &attended}) *part = cut(sizes.width);
+    const auto cut = [&](int64_t floats) {
+      return std::exchange(at, at + cache_lines::round_up(floats));
+    };
+    const auto cut_projections = [&] {
+      for (float** part : {&q, &k, &v}) *part = cut(sizes.projection);
+    };
+    attended = cut(sizes.width);
     middle = cut(sizes.dim);
     inner = cut(sizes.inner);
-    at += thread * sizes.own();
+    if (!sizes.has_own_heads) cut_projections();
+    at += cache_lines::kFloatsApart + thread * sizes.own();
+    if (sizes.has_own_heads) cut_projections();
     normed = cut(sizes.dim);
     queries = cut(sizes.queries);
     scores = cut(sizes.scores);
@@ -123,27 +139,44 @@ struct Scratch {
 
   static int64_t size(const TransformerStage& stage, const TransformerState& state, int64_t count,
                       int64_t threads) {
-    const Sizes sizes(stage, state, count);
-    return cache_lines::kFloats + 4 * sizes.width + sizes.dim + sizes.inner + threads * sizes.own();
+    const Sizes sizes(stage, state, count, threads);
+    return sizes.shared() + threads * sizes.own();
   }
 
  private:
   struct Sizes {
-    int64_t width, dim, inner, queries, scores;
+    bool has_own_heads;
+    int64_t width, projection, dim, inner, queries, scores;
 
-    Sizes(const TransformerStage& stage, const TransformerState& state, int64_t count) {
+    Sizes(const TransformerStage& stage, const TransformerState& state, int64_t count,
+          int64_t threads)
+        : has_own_heads(cpu::has_own_heads(stage, threads)) {
       int64_t capacity = 0;
       for (const TransformerRow& row : state.rows) capacity = std::max(capacity, row.capacity);
       const int64_t positions = int64_t(state.rows.size()) * count;
-      width = cache_lines::round_up(positions * stage.heads * stage.head_dim);
-      dim = cache_lines::round_up(positions * stage.dim);
-      inner = stage.layers.empty()
-                  ? 0
-                  : cache_lines::round_up(positions * stage.layers[0].expand.outputs);
-      queries = cache_lines::round_up(kQueries * stage.head_dim);
-      scores = cache_lines::round_up(std::min(count, kQueries) * capacity);
+      width = positions * stage.heads * stage.head_dim;
+      projection = has_own_heads ? width / threads : width;
+      dim = positions * stage.dim;
+      inner = stage.layers.empty() ? 0 : positions * stage.layers[0].expand.outputs;
+      queries = kQueries * stage.head_dim;
+      scores = std::min(count, kQueries) * capacity;
     }
-    int64_t own() const { return dim + queries + scores; }
+    int64_t shared() const {
+      return cache_lines::kFloats + whole({width, dim, inner}) +
+             (has_own_heads ? 0 : projections()) + cache_lines::kFloatsApart;
+    }
+    int64_t own() const {
+      return whole({dim, queries, scores}) + (has_own_heads ? projections() : 0) +
+             cache_lines::kFloatsApart;
+    }
+
+   private:
+    int64_t projections() const { return whole({projection, projection, projection}); }
+    static int64_t whole(std::initializer_list<int64_t> parts) {
+      int64_t floats = 0;
+      for (const int64_t part : parts) floats += cache_lines::round_up(part);
+      return floats;
+    }
   };
 };
 
@@ -174,11 +207,13 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
                                float* block) const {
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t width = heads * head_dim, kept = dim - dim / 2;
-  // Threads attend without waiting, each for the heads whose queries, keys and values it has
-  // computed, where these can be handed out so.
-  const int64_t threads = worker.team.threads(), own_heads = heads / threads;
-  const bool has_own_heads = heads % threads == 0 && has_even_parts(worker, width);
-  const Scratch s(*this, state, count, worker.index, block);
+  const int64_t threads = worker.team.threads();
+  const bool is_own = has_own_heads(*this, threads);
+  // The thread's own heads, or all.
+  const int64_t few_heads = is_own ? heads / threads : heads;
+  const int64_t first_head = is_own ? worker.index * few_heads : 0;
+  const int64_t columns = few_heads * head_dim, first_column = first_head * head_dim;
+  const Scratch s(*this, state, count, threads, worker.index, block);
 
   // Every thread normalizes for itself: that is quicker than to wait for another's result.
   // A part is one of the shifts, two in a layer. It delays the halves of the positions before.
@@ -211,38 +246,40 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     const int64_t cache = index * of.layer_stride + head * of.capacity * head_dim;
     for (int64_t i = 0; i < count; i += kQueries) {
       const int64_t position = of.position + i, angle = position * (head_dim / 2);
-      const int64_t at = (row * count + i) * width + head * head_dim;
+      const int64_t at = row * count + i;
+      const int64_t projected = at * columns + (head - first_head) * head_dim;
       attend({.dim = head_dim,
               .first = position,
               .count = std::min(kQueries, count - i),
               .capacity = of.capacity,
-              .q = s.q + at,
-              .k = s.k + at,
-              .v = s.v + at,
-              .stride = width,
+              .q = s.q + projected,
+              .k = s.k + projected,
+              .v = s.v + projected,
+              .stride = columns,
               .cos = of.cos ? of.cos + angle : nullptr,
               .sin = of.cos ? of.sin + angle : nullptr,
               .keys = of.keys + cache,
               .values = of.values + cache,
               .queries = s.queries,
               .scores = s.scores,
-              .out = s.attended + at});
+              .out = s.attended + at * width + head * head_dim,
+              .out_stride = width});
     }
   };
 
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const TransformerLayer& layer = layers[index];
     shift(x, 2 * index, layer.attention_norm);
-    multiply(worker,
-             {{layer.q, s.q},
-              {outputs_of(layer.kv, 0, width), s.k},
-              {outputs_of(layer.kv, width, width), s.v}},
-             s.normed, positions);
-    if (has_own_heads) {
-      for (int64_t item = 0; item < rows * own_heads; ++item) {
-        attend_in_layer(index, item / own_heads, worker.index * own_heads + item % own_heads);
+    const Product projections[] = {{outputs_of(layer.q, first_column, columns), s.q},
+                                   {outputs_of(layer.kv, first_column, columns), s.k},
+                                   {outputs_of(layer.kv, width + first_column, columns), s.v}};
+    if (is_own) {
+      multiply_alone(worker, projections, s.normed, positions);
+      for (int64_t item = 0; item < rows * few_heads; ++item) {
+        attend_in_layer(index, item / few_heads, first_head + item % few_heads);
       }
     } else {
+      multiply(worker, projections, s.normed, positions);
       wait_for(worker, &layer.out);
       // A single row's heads are cut evenly, so that a thread finds their keys in its own cache; of
       // several rows some can have many more positions than others.

@@ -199,8 +199,12 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
   const int64_t most = kPatch * kPatches;
   std::vector<float> uniform(most * kVocabulary);
   for (size_t i = 0; i < uniform.size(); ++i) uniform[i] = float((i * 37) % 101 + 1) / 103;
+  std::vector<char> drawn(most + 2);  // no atomic, so that the thread sanitizer sees who waits
+  int64_t num_drawn = 0;
+  run.draw_ahead = [&](int64_t) { drawn[num_drawn++] = 1; };
   run.uniform = [&](int64_t, int64_t n) {
     std::this_thread::sleep_for(delay);
+    CHECK(drawn[n]);
     return uniform.data() + n * kVocabulary;
   };
   std::vector<Left> left(rows);

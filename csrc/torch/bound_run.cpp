@@ -215,6 +215,9 @@ void BoundRun::bind_sampling() {
   numbers_.emplace(given_.uniform, given_.generator, num_rows_, most, is_exact, vocabulary_,
                    outputs_[0].options());
   run_.uniform = [this](int64_t row, int64_t n) { return numbers_->of(row, n); };
+  if (numbers_->is_exact()) {
+    run_.draw_ahead = [this](int64_t at_once) { numbers_->draw_ahead(at_once); };
+  }
 }
 
 void BoundRun::bind_rows() {

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/uniform.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <exception>
@@ -22,23 +23,36 @@ class UniformNumbers {
   UniformNumbers(const std::optional<at::Tensor>& given,
                  const std::optional<at::Generator>& generator, int64_t rows, int64_t most,
                  bool is_exact, int64_t vocabulary, const at::TensorOptions& options)
-      : generator_(generator), is_given_(given.has_value()), most_(most), vocabulary_(vocabulary) {
+      : generator_(generator),
+        is_given_(given.has_value()),
+        is_exact_(is_exact && !is_given_),
+        rows_(rows),
+        most_(most),
+        vocabulary_(vocabulary) {
     if (is_given_) {
       numbers_ = check_state("uniform", *given, {rows, most, vocabulary});
-      return;
+    } else {
+      numbers_ = at::empty({is_exact ? kAhead : 1, rows, vocabulary}, options);
     }
-    // To ask torch for the numbers of several bytes costs as much as for those of one, and draws
-    // the same. But those of a byte that is never sampled must be left to the generator.
-    constexpr int64_t kAtOnce = 32;
-    at_once_ = is_exact ? kAtOnce : 1;
-    numbers_ = at::empty({at_once_, rows, vocabulary}, options);
   }
 
+  // Whether they may be drawn ahead: those of a byte that is never sampled are left to the
+  // generator.
+  bool is_exact() const { return is_exact_; }
+
+  // Of a row's n-th byte; if not exact, drawn now.
   const float* of(int64_t row, int64_t n) {
-    if (is_given_) return numbers_.const_data_ptr<float>() + (row * most_ + n) * vocabulary_;
-    if (n == drawn_) draw();
-    const int64_t rows = numbers_.size(1);
-    return numbers_.const_data_ptr<float>() + (n % at_once_ * rows + row) * vocabulary_;
+    const float* const numbers = numbers_.const_data_ptr<float>();
+    if (is_given_) return numbers + (row * most_ + n) * vocabulary_;
+    if (!is_exact_ && n == drawn_) draw(1);
+    return numbers + (n % numbers_.size(0) * rows_ + row) * vocabulary_;
+  }
+
+  // Sees to it that there are those of one more byte than at the last call, with so many bytes'
+  // numbers at once if there are not. Another thread may read those from before.
+  void draw_ahead(int64_t at_once) {
+    if (asked_ == most_) return;
+    if (++asked_ > drawn_) draw(std::min({at_once, most_ - drawn_, kAhead - drawn_ % kAhead}));
   }
 
   // An exception must not leave a team's thread.
@@ -47,22 +61,25 @@ class UniformNumbers {
   }
 
  private:
-  void draw() {
-    const int64_t count = std::min(at_once_, most_ - drawn_);
+  static constexpr int64_t kAhead = 32;
+
+  void draw(int64_t count) {
+    const c10::InferenceMode guard;  // a team's thread has no mode of its own
+    at::Tensor next = numbers_.narrow(0, drawn_ % numbers_.size(0), count);
     drawn_ += count;
     try {
-      numbers_.narrow(0, 0, count).uniform_(0, 1, generator_);
+      next.uniform_(0, 1, generator_);
     } catch (...) {
       failure_ = std::current_exception();
-      std::fill_n(numbers_.mutable_data_ptr<float>(), numbers_.numel(), 0.5f);
+      std::fill_n(next.mutable_data_ptr<float>(), next.numel(), 0.5f);
     }
   }
 
   const std::optional<at::Generator> generator_;
-  const bool is_given_;
-  const int64_t most_, vocabulary_;
-  at::Tensor numbers_;
-  int64_t at_once_ = 0, drawn_ = 0;  // in bytes
+  const bool is_given_, is_exact_;
+  const int64_t rows_, most_, vocabulary_;
+  at::Tensor numbers_;  // (rows, most, vocabulary) as given, or (bytes ahead, rows, vocabulary)
+  int64_t asked_ = 0, drawn_ = 0;  // in bytes
   std::exception_ptr failure_;
 };
 
