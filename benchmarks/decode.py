@@ -3,6 +3,7 @@
 The floor is the time to read the weights that a byte needs (the local stage's and the logits' for
 every byte, those of the upper stages, of their embeddings and contexts once per patch) at the
 bandwidth of a sum over a buffer of as many bytes, measured beside each run with the same threads.
+That reading leaves nothing of the weights in the caches: a run must be long beside its first bytes.
 Also: time per byte after a long context over that after a short one, with Mamba-2 on top.
 
     python benchmarks/decode.py
@@ -124,7 +125,7 @@ def table(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
     )
     for name in arguments.models:
         model = build(*MODELS[name])
-        count = 512 if MODELS[name][1] < 512 else 24
+        count = arguments.bytes or (512 if MODELS[name][1] < 512 else 96)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             for weights in BYTES:
@@ -166,6 +167,7 @@ def main() -> None:
     )
     options.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1, 1])
     options.add_argument("--runs", type=int, default=5)
+    options.add_argument("--bytes", type=int, help="of a run; default: 96, 512 of the small model")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--context", type=int, default=1_000_000, help="0 leaves it out")
     options.add_argument("--json", type=Path, help="write all figures to this file")
