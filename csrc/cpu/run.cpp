@@ -125,6 +125,11 @@ void Run::begin() {
   reads_once_ = bytes_of_weights() > last_cache_bytes();
   progress_.is_pending = has_pending;
   logits_.resize(rows.size() * to_logits.outputs);
+  int64_t widest = 0;
+  for (const RunStage& stage : stages) {
+    widest = std::max({widest, stage.project.outputs, stage.to_context.outputs});
+  }
+  upper_.resize(rows.size() * widest);
   for (int64_t row = 0; row < int64_t(rows.size()); ++row) {
     (has_pending && rows[row].room == 0 ? waiting : active).push_back(row);
   }
@@ -184,7 +189,7 @@ void Run::begin_patches(const Worker& worker, float* scratch) {
   for (size_t stage = 0; stage + 1 < stages.size(); ++stage) {
     const Plan plan = plan_for(stage);
     if (!plan.begin_anew.empty()) begin_anew(worker, stage, plan.begin_anew);
-    if (!plan.take_in.empty()) take_in(worker, stages[stage], plan.take_in, scratch);
+    if (!plan.take_in.empty()) take_in(worker, stage, plan.take_in, scratch);
   }
   begin_anew(worker, stages.size() - 1, waiting);
   if (worker.is_first()) {
@@ -228,7 +233,6 @@ void Run::begin_anew(const Worker& worker, size_t index, const Rows& which) {
   const int64_t count = int64_t(which.size()), outputs = above.to_context.outputs;
   if (worker.is_first()) {
     inputs_.resize(count * above.dim);
-    upper_.resize(count * outputs);
     for (int64_t place = 0; place < count; ++place) {
       std::copy_n(above.rows[which[place]].output, above.dim, inputs_.data() + place * above.dim);
     }
@@ -244,27 +248,29 @@ void Run::begin_anew(const Worker& worker, size_t index, const Rows& which) {
   }
 }
 
-// Normalized embeddings of the rows' last patches, flattened, into inputs_.
-void Run::embed_patches(const RunStage& stage, const Rows& which) {
+// Normalized embeddings of the rows' last patches, flattened.
+std::vector<float> Run::embed_patches(const RunStage& stage, const Rows& which) const {
   const int64_t width = local().dim, flat = stage.patch_size * width;
-  inputs_.resize(which.size() * flat);
-  upper_.resize(which.size() * stage.dim);
+  std::vector<float> embedded(which.size() * flat);
   for (size_t place = 0; place < which.size(); ++place) {
     const std::vector<int64_t>& history = rows[which[place]].history;
     const int64_t* ids = history.data() + history.size() - stage.patch_size;
-    float* to = inputs_.data() + place * flat;
+    float* to = embedded.data() + place * flat;
     for (int64_t i = 0; i < stage.patch_size; ++i) {
       std::copy_n(stage.table + ids[i] * width, width, to + i * width);
     }
     normalize(stage.flat_norm, to, flat, to);
   }
+  return embedded;
 }
 
-void Run::take_in(const Worker& worker, RunStage& stage, const Rows& which, float* scratch) {
+void Run::take_in(const Worker& worker, size_t index, const Rows& which, float* scratch) {
+  RunStage& stage = stages[index];
   const int64_t count = int64_t(which.size());
-  if (worker.is_first()) embed_patches(stage, which);
-  worker.wait();
-  multiply(worker, stage.project, inputs_.data(), count, upper_.data());
+  if (index > 0) worker.wait();  // for the first, which may still read what is written to here
+  // Every thread embeds for itself, which is quicker than to fetch what another has embedded.
+  const std::vector<float> embedded = embed_patches(stage, which);
+  multiply(worker, stage.project, embedded.data(), count, upper_.data());
   worker.wait();
   if (worker.is_first()) {
     for (int64_t place = 0; place < count; ++place) {

@@ -113,12 +113,12 @@ class Run {
   void sample_rows(const float* outputs);
   void take_pending();
   void restart(RunStage& stage, const Rows& rows);
-  void embed_patches(const RunStage& stage, const Rows& rows);
 
   // These are called by all threads.
+  std::vector<float> embed_patches(const RunStage& stage, const Rows& rows) const;
   void begin_patches(const Worker& worker, float* scratch);
   void begin_anew(const Worker& worker, size_t stage, const Rows& rows);
-  void take_in(const Worker& worker, RunStage& stage, const Rows& rows, float* scratch);
+  void take_in(const Worker& worker, size_t stage, const Rows& rows, float* scratch);
 
   // In a line that is written to at every byte: others read what is beside it.
   struct alignas(cache_lines::kBytesApart) Progress {

@@ -1,5 +1,5 @@
 // Tests of every stage: several positions have the bits of one after the other. And of runs with
-// two of them, one above the other: a team of threads gives the bits of one thread, and rows that
+// three of them, one above the other: a team of threads gives the bits of one thread, and rows that
 // run side by side those of rows alone. Under the thread sanitizer, that no barrier is missing.
 #include <algorithm>
 #include <chrono>
@@ -17,6 +17,8 @@ using namespace mblm;
 // Of widths that two threads share evenly, and three do not.
 constexpr int64_t kDim = 24, kInner = 96, kHeads = 4, kHeadDim = 8, kStates = 20, kTaps = 3;
 constexpr int64_t kRank = 2, kLayers = 2, kVocabulary = 50, kPatch = 5, kPatches = 4;
+// Of the stages: the bytes that a position stands for.
+constexpr int64_t kPatchSizes[] = {kPatch * kPatches, kPatch, 1};
 constexpr auto kNever = cpu::Team::Clock::time_point::max();
 
 // Random weights that live as long as the stages that point to them.
@@ -145,58 +147,67 @@ void add_row(Weights& zeros, cpu::MambaState& state) {
 // What a run leaves of a row.
 struct Left {
   std::vector<int64_t> ids;
-  std::vector<float> outputs[2];
+  std::vector<float> outputs[3];
 
   bool operator==(const Left&) const = default;
 };
 
-// A byte's worth of what two stages of one kind need: the upper one embeds patches.
-cpu::RunStage make_part(Weights& weights, Weights& zeros, bool is_upper, size_t rows) {
+// What a stage needs whose positions stand for so many bytes: upper ones embed patches.
+cpu::RunStage make_part(Weights& weights, Weights& zeros, int64_t patch_size, bool is_most_global,
+                        size_t rows) {
+  const bool is_upper = patch_size > 1;
   cpu::RunStage part;
   part.dim = kDim;
   part.seq_len = is_upper ? kPatches : kPatch;
-  part.patch_size = is_upper ? kPatch : 1;
+  part.patch_size = patch_size;
   part.table = weights.vector(kVocabulary * kDim);
   part.positions.fixed = weights.vector(part.seq_len * kDim);
   if (is_upper) {
-    part.flat_norm = {weights.vector(kPatch * kDim), weights.vector(kPatch * kDim), 1e-5f};
-    part.project = weights.matrix(kDim, kPatch * kDim);
+    const int64_t flat = patch_size * kDim, below = patch_size == kPatch ? kPatch : kPatches;
+    part.flat_norm = {weights.vector(flat), weights.vector(flat), 1e-5f};
+    part.project = weights.matrix(kDim, flat);
     part.norm = {weights.vector(kDim), weights.vector(kDim), 1e-5f};
-    part.to_context = weights.matrix(kPatch * kDim, kDim);
+    part.to_context = weights.matrix(below * kDim, kDim);
   }
   const float* start_output = weights.vector(kDim);
   for (size_t row = 0; row < rows; ++row) {
     float* output = zeros.vector(kDim, 0);
     std::copy_n(start_output, kDim, output);
     part.rows.push_back(
-        {0, output, start_output, is_upper ? nullptr : zeros.vector(kPatch * kDim, 0)});
+        {0, output, start_output, is_most_global ? nullptr : zeros.vector(part.seq_len * kDim, 0)});
   }
   return part;
 }
 
-// Each row begins with a byte of its own and samples as many more as are asked for. With a delay,
-// all other threads wait for so long at each byte.
+// Each row begins with a byte of its own and samples as many more as are asked for; one that begins
+// with byte k has k patches before it, of which the last is to be taken in. With a delay, all other
+// threads wait for so long at each byte.
 template <class Stage>
 std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
                                const std::vector<int64_t>& counts, int64_t threads,
                                std::chrono::milliseconds delay = {},
                                cpu::Team::Clock::time_point until = kNever) {
   Weights weights, zeros;
-  const Stage upper = make_stage(weights, Stage()), local = make_stage(weights, Stage());
   const size_t rows = pending.size();
-  typename Stage::State states[2];
-  for (size_t row = 0; row < rows; ++row) {
-    for (auto& state : states) add_row(zeros, state);
-  }
-  cpu::BoundStageOf<Stage> bound_upper(upper, states[0]), bound_local(local, states[1]);
+  std::deque<Stage> stages;
+  std::deque<cpu::BoundStageOf<Stage>> bound;
   cpu::Run run;
-  run.stages = {make_part(weights, zeros, true, rows), make_part(weights, zeros, false, rows)};
-  run.stages[0].model = &bound_upper;
-  run.stages[1].model = &bound_local;
+  for (const int64_t patch_size : kPatchSizes) {
+    const Stage& stage = stages.emplace_back(make_stage(weights, Stage()));
+    typename Stage::State state;
+    for (size_t row = 0; row < rows; ++row) add_row(zeros, state);
+    run.stages.push_back(make_part(weights, zeros, patch_size, run.stages.empty(), rows));
+    for (size_t row = 0; row < rows && patch_size == kPatch; ++row) {
+      const int64_t taken_in = std::max<int64_t>(pending[row] - 1, 0);
+      state.rows[row].advance(taken_in);
+      run.stages.back().rows[row].position = taken_in;
+    }
+    run.stages.back().model = &bound.emplace_back(stage, state);
+  }
   run.to_logits = weights.matrix(kVocabulary, kDim);
   run.sampling.top_k = 5;
   run.has_pending = true;
-  const int64_t most = kPatch * kPatches;
+  const int64_t most = kPatch * kPatches * kPatches;
   std::vector<float> uniform(most * kVocabulary);
   for (size_t i = 0; i < uniform.size(); ++i) uniform[i] = float((i * 37) % 101 + 1) / 103;
   std::vector<char> drawn(most + 2);  // no atomic, so that the thread sanitizer sees who waits
@@ -214,6 +225,8 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
     row.max_tokens = counts[i];
     row.ids = left[i].ids.data();
     row.pending = pending[i];
+    row.length = kPatch * pending[i];
+    row.history.assign(row.length, 7);
     run.rows.push_back(row);
   }
   std::vector<float> scratch(run.scratch_size(threads));
@@ -224,7 +237,7 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
   while (!run.is_done()) on_team(1, work);
   for (size_t i = 0; i < rows; ++i) {
     CHECK(run.rows[i].num_tokens == counts[i]);
-    for (int64_t n : {0, 1}) {
+    for (int64_t n : {0, 1, 2}) {
       const float* output = run.stages[n].rows[i].output;
       left[i].outputs[n].assign(output, output + kDim);
     }
@@ -279,7 +292,7 @@ void positions_at_once_have_the_bits_of_steps() {
 
 template <class Stage>
 void a_team_and_neighbors_change_no_bit() {
-  const std::vector<int64_t> pending = {0, 3, 1}, counts = {17, 4, 11};
+  const std::vector<int64_t> pending = {0, 3, 1}, counts = {67, 4, 31};
   const auto together = sample_bytes<Stage>(pending, counts, 1);
   for (const int64_t threads : {2, 3}) {
     CHECK(sample_bytes<Stage>(pending, counts, threads) == together);
@@ -293,7 +306,7 @@ void a_team_and_neighbors_change_no_bit() {
 // A thread that is to look around after every byte goes on where it was.
 template <class Stage>
 void a_run_in_pieces_changes_no_bit() {
-  const std::vector<int64_t> pending = {2, 5}, counts = {kPatch * kPatches - 1, 7};
+  const std::vector<int64_t> pending = {2, 0}, counts = {kPatch * kPatches - 1, 7};
   CHECK(sample_bytes<Stage>(pending, counts, 1, {}, cpu::Team::Clock::now()) ==
         sample_bytes<Stage>(pending, counts, 1));
 }
@@ -301,7 +314,7 @@ void a_run_in_pieces_changes_no_bit() {
 // A team that waits for most of its time leaves the rest to one thread.
 template <class Stage>
 void a_crowded_team_changes_no_bit() {
-  const std::vector<int64_t> pending = {2, 5}, counts = {kPatch * kPatches - 1, 7};
+  const std::vector<int64_t> pending = {2, 0}, counts = {kPatch * kPatches - 1, 7};
   const std::chrono::milliseconds delay(3);
   CHECK(sample_bytes<Stage>(pending, counts, 2, delay) == sample_bytes<Stage>(pending, counts, 1));
 }
