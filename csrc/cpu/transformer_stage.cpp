@@ -215,14 +215,15 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
   const int64_t columns = few_heads * head_dim, first_column = first_head * head_dim;
   const Scratch s(*this, state, count, threads, worker.index, block);
 
-  // Every thread normalizes for itself: that is quicker than to wait for another's result.
-  // A part is one of the shifts, two in a layer. It delays the halves of the positions before.
-  // The first thread keeps what is delayed; others ask for it one part ahead.
+  // A part is one of the shifts, two in a layer. The first thread keeps what it delays; others ask
+  // for that one part ahead.
   const auto ask_for_delayed = [&](int64_t part) {
     for (const TransformerRow& row : state.rows) {
       ask_for(worker, row.delayed + part * row.part_stride, dim - kept);
     }
   };
+  // Delays the halves of the positions before, and normalizes. Every thread does so for itself:
+  // that is quicker than to wait for another's result.
   const auto shift = [&](const float* input, int64_t part, const float* weight) {
     ask_for(worker, input, positions * dim);
     ask_for_delayed((part + 1) % (2 * int64_t(layers.size())));
