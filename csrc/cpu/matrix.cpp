@@ -17,6 +17,7 @@ namespace {
 
 // At least so many columns, so that threads do not write to one cache line.
 constexpr int64_t kFewestColumns = 16;
+static_assert(kFewestColumns % kTileOutputs == 0);
 // Bytes of weights that stay in the first cache while all rows are multiplied with them.
 constexpr int64_t kBlockBytes = 1 << 14;
 constexpr int64_t kMaxBlock = 64;
@@ -37,19 +38,21 @@ void dots(const void* weights, int64_t apart, const float* x, int64_t n, float* 
               [&](const W* weight) { return dot<float>(x, weight, n); });
 }
 
-void dots_of_int8(const void* weights, int64_t apart, const float* prepared, int64_t n, float* sums,
+void dots_of_int8(const void* weights, int64_t, const float* prepared, int64_t n, float* sums,
                   int64_t count) {
-  const int16_t* x = int16_values(prepared);
-  for_rows<int8_t>(weights, apart, n, sums, count, [&](const int8_t* weight) {
-    int64_t sum = 0;
-    for (int64_t begin = 0; begin < n; begin += kColumnsPerInt32) {
-      const int64_t end = std::min(begin + kColumnsPerInt32, n);
-      int32_t part = 0;
-      for (int64_t i = begin; i < end; ++i) part += int32_t(x[i]) * weight[i];
-      sum += part;
+  const int8_t* weight = static_cast<const int8_t*>(weights);
+  for (int64_t output = 0; output < count; output += kTileOutputs) {
+    int64_t totals[kTileOutputs] = {};
+    for (int64_t begin = 0; begin < n; begin += kTileInputs) {
+      const int16_t* x = int16_values(prepared) + begin;
+      for (int64_t k = 0; k < kTileOutputs; ++k, weight += kTileInputs) {
+        int32_t part = 0;
+        for (int64_t i = 0; i < kTileInputs; ++i) part += int32_t(x[i]) * weight[i];
+        totals[k] += part;
+      }
     }
-    return float(sum) * prepared[0];
-  });
+    for (int64_t k = 0; k < kTileOutputs; ++k) sums[output + k] = float(totals[k]) * prepared[0];
+  }
 }
 
 MBLM_CLONES void apply_gelu(float* values, int64_t n) {
@@ -92,7 +95,13 @@ const Kernel& kernel_of(WeightType type) {
 // thread finds what there is in its own cache at the next byte.
 int64_t columns_of_part(int64_t threads, int64_t outputs) {
   const int64_t columns = (outputs + threads - 1) / threads;
-  return (columns + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
+  return round_up(columns, kFewestColumns);
+}
+
+// Bytes from an output's weights to the next one's, of tiles on average.
+int64_t bytes_of_output(const Matrix& matrix) {
+  const bool has_tiles = matrix.type == WeightType::kInt8;
+  return (has_tiles ? round_up(matrix.inputs, kTileInputs) : matrix.inputs) * size_of(matrix.type);
 }
 
 // Rows as a kernel wants them.
@@ -107,7 +116,7 @@ Prepared prepare_rows(const Worker& worker, WeightType type, const float* x, int
   ask_for(worker, x, rows * inputs);
   const Kernel& kernel = kernel_of(type);
   if (!kernel.prepare) return {x, inputs};
-  const int64_t stride = kPreparedHeader + inputs;
+  const int64_t stride = prepared_size(inputs);
   worker.prepared.resize(std::max<size_t>(worker.prepared.size(), rows * stride));
   for (int64_t row = 0; row < rows; ++row) {
     kernel.prepare(x + row * inputs, inputs, worker.prepared.data() + row * stride);
@@ -121,12 +130,12 @@ void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared
                       const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t inputs = matrix.inputs, outputs = matrix.outputs;
-  const int64_t bytes = inputs * size_of(matrix.type), divisor = std::max<int64_t>(bytes, 1);
+  const int64_t bytes = bytes_of_output(matrix), divisor = std::max<int64_t>(bytes, 1);
   const Dots dots = worker.reads_once && kernel.dots_once ? kernel.dots_once : kernel.dots;
   const int64_t side_by_side = kernel.streams;
-  const int64_t block =
-      rows == 1 ? kMaxBlock
-                : std::clamp<int64_t>(kBlockBytes / side_by_side / divisor, 1, kMaxBlock);
+  const int64_t fewest = side_by_side == 1 ? kTileOutputs : 1;
+  const int64_t most = std::clamp(kBlockBytes / side_by_side / divisor, fewest, kMaxBlock);
+  const int64_t block = rows == 1 ? kMaxBlock : most / fewest * fewest;
 
   const auto multiply_streams = [&](Columns columns) {
     float sums[kStreams * kMaxBlock];
@@ -181,6 +190,7 @@ MBLM_CLONES void round_to_int16(const float* x, int64_t n, float* prepared) {
     constexpr float kRound = 12582912;
     values[i] = int16_t(int32_t(x[i] * factor + kRound - kRound));
   }
+  std::fill(values + n, values + round_up(n, kTileInputs), int16_t(0));
 }
 
 const std::vector<MatrixKernels>& matrix_kernels() {
@@ -188,7 +198,7 @@ const std::vector<MatrixKernels>& matrix_kernels() {
     std::vector<MatrixKernels> list = {{"baseline",
                                         {nullptr, dots<float>},
                                         {nullptr, dots<BFloat16>},
-                                        {round_to_int16, dots_of_int8}}};
+                                        {round_to_int16, dots_of_int8, 1}}};
     add_avx2_kernels(list);
     add_avx512_kernels(list);
     return list;
@@ -209,7 +219,7 @@ void wait_for(const Worker& worker, const Matrix* next) {
   if (!next || kernel_of(next->type).streams > 1) return worker.wait();
   const int64_t columns = columns_of_part(worker.team.threads(), next->outputs);
   const int64_t begin = std::min(worker.index * columns, next->outputs);
-  const int64_t bytes = next->inputs * size_of(next->type);
+  const int64_t bytes = bytes_of_output(*next);
   const char* at = static_cast<const char*>(next->weight) + begin * bytes;
   const char* end =
       at + std::min(std::min(columns, next->outputs - begin) * bytes, kMostBytes) / kTurn * kTurn;
@@ -223,8 +233,7 @@ void wait_for(const Worker& worker, const Matrix* next) {
 Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count) {
   Matrix part = matrix;
   part.outputs = count;
-  part.weight =
-      static_cast<const char*>(matrix.weight) + begin * matrix.inputs * size_of(matrix.type);
+  part.weight = static_cast<const char*>(matrix.weight) + begin * bytes_of_output(matrix);
   if (matrix.scale) part.scale += begin;
   if (matrix.bias) part.bias += begin;
   return part;

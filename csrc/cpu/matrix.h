@@ -14,17 +14,23 @@ inline int64_t size_of(WeightType type) {
   return type == WeightType::kFloat32 ? 4 : type == WeightType::kBFloat16 ? 2 : 1;
 }
 
+// On a CPU, int8 weights lie in tiles of so many outputs and inputs, filled up with zeros: what
+// four outputs are multiplied with is loaded once, while the weights are read in order.
+constexpr int64_t kTileOutputs = 4, kTileInputs = 64;
+
 struct Matrix {
   int64_t outputs = 0, inputs = 0;
   WeightType type = WeightType::kFloat32;
-  const void* weight = nullptr;  // (outputs, inputs)
+  // (outputs, inputs), or tiles, of which there are ceil(outputs / kTileOutputs) by
+  // ceil(inputs / kTileInputs): (.., .., kTileOutputs, kTileInputs).
+  const void* weight = nullptr;
   const float* scale = nullptr;  // (outputs), of int8 only
   const float* bias = nullptr;   // (outputs), or null
 
   int64_t weights() const { return outputs * inputs; }
 };
 
-// Some of a matrix's outputs.
+// Some of a matrix's outputs, the first of which begins a tile.
 Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count);
 
 // What becomes of a product.

@@ -106,34 +106,32 @@ MBLM_AVX2 void dots_of_bfloat16(const void* weights, int64_t apart, const float*
   }
 }
 
-MBLM_AVX2 void dots_of_int8(const void* weights, int64_t apart, const float* prepared, int64_t n,
+MBLM_AVX2 void dots_of_int8(const void* weights, int64_t, const float* prepared, int64_t n,
                             float* sums, int64_t count) {
   // Each of eight sums takes two products of sixteen columns.
   constexpr int64_t kColumns = kColumnsPerInt32 * 8;
-  const int16_t* x = int16_values(prepared);
+  static_assert(kTileOutputs == kStreams && kColumns % kTileInputs == 0);
   const int8_t* weight = static_cast<const int8_t*>(weights);
-  for (int64_t row = 0; row < count; ++row, weight += n) {
-    int64_t totals[kStreams] = {}, i = 0;
-    while (i + 16 <= n) {
+  for (int64_t output = 0; output < count; output += kTileOutputs) {
+    int64_t totals[kTileOutputs] = {};
+    for (int64_t i = 0; i < n;) {
       const int64_t end = std::min(i + kColumns, n);
-      __m256i products[kStreams];
-      for (int64_t k = 0; k < kStreams; ++k) products[k] = _mm256_setzero_si256();
-      for (; i + 16 <= end; i += 16) {
-        const __m256i values = load(x + i);
-        for (int64_t k = 0; k < kStreams; ++k) {
-          const __m128i bytes =
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + k * apart * n + i));
-          products[k] =
-              _mm256_add_epi32(products[k], _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), values));
+      __m256i products[kTileOutputs];
+      for (__m256i& product : products) product = _mm256_setzero_si256();
+      for (; i < end; i += kTileInputs, weight += kTileOutputs * kTileInputs) {
+        for (int64_t part = 0; part < kTileInputs; part += 16) {
+          const __m256i values = load(int16_values(prepared) + i + part);
+          for (int64_t k = 0; k < kTileOutputs; ++k) {
+            const int8_t* w = weight + k * kTileInputs + part;
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+            products[k] = _mm256_add_epi32(products[k],
+                                           _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), values));
+          }
         }
       }
       add_sums(fold(products[0]), fold(products[1]), fold(products[2]), fold(products[3]), totals);
     }
-    for (int64_t k = 0; k < kStreams; ++k) {
-      const int8_t* w = weight + k * apart * n;
-      for (int64_t j = i; j < n; ++j) totals[k] += int32_t(x[j]) * w[j];
-      sums[row * kStreams + k] = float(totals[k]) * prepared[0];
-    }
+    for (int64_t k = 0; k < kTileOutputs; ++k) sums[output + k] = float(totals[k]) * prepared[0];
   }
 }
 
@@ -144,7 +142,7 @@ void add_avx2_kernels(std::vector<MatrixKernels>& kernels) {
     kernels.insert(kernels.begin(), {"AVX2",
                                      {nullptr, dots_of_float},
                                      {part_even_and_odd, dots_of_bfloat16},
-                                     {round_to_int16, dots_of_int8}});
+                                     {round_to_int16, dots_of_int8, 1}});
   }
 }
 

@@ -125,23 +125,23 @@ MBLM_BF16 void dots_of_bfloat16(const void* weights, int64_t apart, const float*
   }
 }
 
-// Bytes of weights that are multiplied at once, and columns whose products a sum of 32 bits holds:
-// 4 * 255 * 128 * 64 * (256 + 1) < 2^31.
-constexpr int64_t kBytes = 64, kColumnsPerSum = kBytes * 64;
+// Columns whose products a sum of 32 bits holds: 4 * 255 * 128 * 64 * (256 + 1) < 2^31.
+constexpr int64_t kColumnsPerSum = 64 * kTileInputs;
 
 // Values of 16 bits x = 256 upper + lower as two of 8 bits, all the upper ones, then all the lower
-// ones, behind those of 16 bits. The header keeps 128 times the sum of those in whole vectors.
+// ones, behind those of 16 bits. The header keeps 128 times the sum of the values.
 MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
   round_to_int16(x, n, prepared);
+  const int64_t filled = round_up(n, kTileInputs);
   const int16_t* values = int16_values(prepared);
-  int8_t* upper = reinterpret_cast<int8_t*>(prepared + kPreparedHeader) + 2 * n;
-  int8_t* lower = upper + n;
-  for (int64_t i = 0; i < n; ++i) {
+  int8_t* upper = reinterpret_cast<int8_t*>(prepared + kPreparedHeader) + 2 * filled;
+  int8_t* lower = upper + filled;
+  int64_t sum = 0;
+  for (int64_t i = 0; i < filled; ++i) {
     upper[i] = int8_t((values[i] + 128) >> 8);
     lower[i] = int8_t(values[i]);
+    sum += values[i];
   }
-  int64_t sum = 0;
-  for (int64_t i = 0; i < n / kBytes * kBytes; ++i) sum += values[i];
   sum *= 128;
   std::memcpy(prepared + 2, &sum, sizeof(sum));
 }
@@ -152,52 +152,40 @@ MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
 constexpr int64_t kAhead = 12288;
 enum Locality { kOnce = 0, kKept = 3 };  // as GCC's builtin counts it
 
-// The products of n weights, whole vectors of them, and x = 256 upper + lower: two sums.
 // The instruction multiplies bytes without sign by bytes with one: 128 is added to each weight, and
 // what that adds to the sum is taken off at the end. All sums are exact.
 template <Locality kLocality>
-MBLM_VNNI inline __m128i products_of_int8(const int8_t* weight, const int8_t* upper,
-                                          const int8_t* lower, int64_t n) {
-  const __m512i sign = _mm512_set1_epi8(-128);
-  __m128i sums = _mm_setzero_si128();
-  for (int64_t i = 0; i + kBytes <= n;) {
-    const int64_t end = std::min(i + kColumnsPerSum, n);
-    __m512i a = _mm512_setzero_si512(), b = a;
-    for (; i + kBytes <= end; i += kBytes) {
-      __builtin_prefetch(weight + i + kAhead, 0, kLocality);
-      const __m512i bytes = _mm512_xor_si512(load(weight + i), sign);
-      a = _mm512_dpbusd_epi32(a, bytes, load(upper + i));
-      b = _mm512_dpbusd_epi32(b, bytes, load(lower + i));
-    }
-    sums = _mm_add_epi64(sums, fold(_mm512_add_epi32(_mm512_slli_epi32(a, 8), b)));
-  }
-  return sums;
-}
-
-// Rows in order, four of them summed at once.
-template <Locality kLocality>
 MBLM_VNNI void dots_of_int8(const void* weights, int64_t, const float* prepared, int64_t n,
                             float* sums, int64_t count) {
-  const int16_t* x = int16_values(prepared);
-  const int8_t* upper = reinterpret_cast<const int8_t*>(x + n);
-  const int8_t* lower = upper + n;
+  static_assert(kTileInputs == sizeof(__m512i) && kTileOutputs == kStreams);
+  const __m512i sign = _mm512_set1_epi8(-128);
+  const int8_t* upper =
+      reinterpret_cast<const int8_t*>(int16_values(prepared) + round_up(n, kTileInputs));
+  const int8_t* lower = upper + round_up(n, kTileInputs);
   int64_t added;
   std::memcpy(&added, prepared + 2, sizeof(added));
   const int8_t* weight = static_cast<const int8_t*>(weights);
-  for (int64_t row = 0; row < count; row += 4) {
-    const int64_t rows = std::min<int64_t>(4, count - row);
-    __m128i products[4] = {};
-    for (int64_t k = 0; k < rows; ++k) {
-      products[k] = products_of_int8<kLocality>(weight + (row + k) * n, upper, lower, n);
+  for (int64_t output = 0; output < count; output += kTileOutputs) {
+    int64_t totals[] = {-added, -added, -added, -added};
+    for (int64_t i = 0; i < n;) {
+      const int64_t end = std::min(i + kColumnsPerSum, n);
+      __m512i a[kTileOutputs], b[kTileOutputs];
+      for (int64_t k = 0; k < kTileOutputs; ++k) a[k] = b[k] = _mm512_setzero_si512();
+      for (; i < end; i += kTileInputs) {
+        const __m512i first = load(upper + i), second = load(lower + i);
+        for (int64_t k = 0; k < kTileOutputs; ++k, weight += kTileInputs) {
+          __builtin_prefetch(weight + kAhead, 0, kLocality);
+          const __m512i bytes = _mm512_xor_si512(load(weight), sign);
+          a[k] = _mm512_dpbusd_epi32(a[k], bytes, first);
+          b[k] = _mm512_dpbusd_epi32(b[k], bytes, second);
+        }
+      }
+      for (int64_t k = 0; k < kTileOutputs; ++k) {
+        a[k] = _mm512_add_epi32(_mm512_slli_epi32(a[k], 8), b[k]);
+      }
+      add_sums(fold(a[0]), fold(a[1]), fold(a[2]), fold(a[3]), totals);
     }
-    int64_t totals[4] = {};
-    add_sums(products[0], products[1], products[2], products[3], totals);
-    for (int64_t k = 0; k < rows; ++k) {
-      const int8_t* w = weight + (row + k) * n;
-      int64_t total = totals[k] - added;
-      for (int64_t i = n / kBytes * kBytes; i < n; ++i) total += int32_t(x[i]) * w[i];
-      sums[row + k] = float(total) * prepared[0];
-    }
+    for (int64_t k = 0; k < kTileOutputs; ++k) sums[output + k] = float(totals[k]) * prepared[0];
   }
 }
 

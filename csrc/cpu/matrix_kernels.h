@@ -11,6 +11,15 @@ namespace mblm::cpu {
 // Floats before the values of a prepared row, so that these keep to cache lines.
 constexpr int64_t kPreparedHeader = 16;
 
+inline int64_t round_up(int64_t size, int64_t unit) {
+  return (size + unit - 1) / unit * unit;
+}
+
+// Floats of a prepared row: values fill the last tile up.
+inline int64_t prepared_size(int64_t n) {
+  return kPreparedHeader + round_up(n, kTileInputs);
+}
+
 // Rows of weights that are read side by side, far from each other: a core asks the memory for more
 // at a time than it does by itself for one stream of consecutive addresses.
 constexpr int64_t kStreams = 4;
@@ -20,12 +29,13 @@ using Dots = void (*)(const void* weight, int64_t apart, const float* x, int64_t
 
 // How a kernel multiplies weights of one type.
 struct Kernel {
-  // Writes x (n) as `dots` wants it, into kPreparedHeader + n floats; null if it wants x itself.
+  // Writes x (n) as `dots` wants it, into prepared_size(n) floats; null if it wants x itself.
   void (*prepare)(const float* x, int64_t n, float* prepared);
   // sums[i * streams + k] = x . weight[k * apart + i] for each stream k and i < count, where
-  // weight (.., n) is of the kernel's type.
+  // weight (.., n) is of the kernel's type. Of tiles: sums[i] for all outputs of as many tiles as
+  // count takes.
   Dots dots;
-  int64_t streams = kStreams;  // or 1, for weights that are read in order
+  int64_t streams = kStreams;  // or 1, for tiles, which are read in order
   // The same past the caches, which keep what is there; or null.
   Dots dots_once = nullptr;
 };
@@ -42,8 +52,9 @@ const std::vector<MatrixKernels>& matrix_kernels();
 void add_avx2_kernels(std::vector<MatrixKernels>& kernels);
 void add_avx512_kernels(std::vector<MatrixKernels>& kernels);
 
-// What an int8 weight is multiplied with: x rounded to 16 bits, its scale in front. Sums of their
-// products are integers, the same in whatever order: no instruction set has numbers of its own.
+// What an int8 weight is multiplied with: x rounded to 16 bits, its scale in front, zeros up to the
+// end of a tile. Sums of their products are integers, the same in whatever order: no instruction
+// set has numbers of its own.
 void round_to_int16(const float* x, int64_t n, float* prepared);
 
 inline const int16_t* int16_values(const float* prepared) {
@@ -55,5 +66,6 @@ constexpr float kLargestInt16 = 32639;
 
 // A sum of 32 bits holds the products of so many columns: 128 * 32639 * 512 < 2^31.
 constexpr int64_t kColumnsPerInt32 = 512;
+static_assert(kTileInputs <= kColumnsPerInt32);
 
 }  // namespace mblm::cpu

@@ -43,8 +43,9 @@ MBLM_INLINE void rotate(const float* x, const float* cos, const float* sin, int6
 // What one head of one row works on: some positions in a row, at most kQueries.
 struct Head {
   int64_t dim, first, count, capacity;
-  const float *q, *k, *v;   // of the first position, (dim)
-  int64_t stride;           // from there to the next position's
+  const float *q, *k, *v;  // of the first position, (dim)
+  int64_t q_stride;        // from there to the next position's
+  int64_t kv_stride;
   const float *cos, *sin;   // of the first position, (count, dim / 2), or null
   float *keys, *values;     // (capacity, dim)
   float *queries, *scores;  // working memory (count, dim), (count, capacity)
@@ -71,7 +72,7 @@ MBLM_INLINE void for_keys(const Head& head, Function function) {
 MBLM_CLONES void attend(const Head& head) {
   const int64_t dim = head.dim;
   for (int64_t i = 0; i < head.count; ++i) {
-    const float *q = head.q + i * head.stride, *k = head.k + i * head.stride;
+    const float *q = head.q + i * head.q_stride, *k = head.k + i * head.kv_stride;
     float *query = head.queries + i * dim, *key = head.keys + (head.first + i) * dim;
     if (head.cos) {
       const int64_t angle = i * (dim / 2);
@@ -81,7 +82,7 @@ MBLM_CLONES void attend(const Head& head) {
       std::copy_n(q, dim, query);
       std::copy_n(k, dim, key);
     }
-    std::copy_n(head.v + i * head.stride, dim, head.values + (head.first + i) * dim);
+    std::copy_n(head.v + i * head.kv_stride, dim, head.values + (head.first + i) * dim);
   }
 
   const float scale = 1.f / std::sqrt(float(dim));
@@ -113,7 +114,7 @@ bool has_own_heads(const TransformerStage& stage, int64_t threads) {
 // Working memory of a call, cut from one block.
 struct Scratch {
   float *attended, *middle, *inner;  // all threads', with all columns
-  float *q, *k, *v;                  // a thread's own, if it has own heads
+  float *q, *k, *v;                  // a thread's own, if it has own heads; else v is beside k
   float *normed, *queries, *scores;  // a thread's own
 
   Scratch(const TransformerStage& stage, const TransformerState& state, int64_t count,
@@ -124,7 +125,9 @@ struct Scratch {
       return std::exchange(at, at + cache_lines::round_up(floats));
     };
     const auto cut_projections = [&] {
-      for (float** part : {&q, &k, &v}) *part = cut(sizes.projection);
+      q = cut(sizes.projection);
+      k = cut(2 * sizes.projection);
+      v = k + (sizes.has_own_heads ? sizes.projection : stage.heads * stage.head_dim);
     };
     attended = cut(sizes.width);
     middle = cut(sizes.dim);
@@ -171,7 +174,7 @@ struct Scratch {
     }
 
    private:
-    int64_t projections() const { return whole({projection, projection, projection}); }
+    int64_t projections() const { return whole({projection, 2 * projection}); }
     static int64_t whole(std::initializer_list<int64_t> parts) {
       int64_t floats = 0;
       for (const int64_t part : parts) floats += cache_lines::round_up(part);
@@ -248,15 +251,17 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
     for (int64_t i = 0; i < count; i += kQueries) {
       const int64_t position = of.position + i, angle = position * (head_dim / 2);
       const int64_t at = row * count + i;
-      const int64_t projected = at * columns + (head - first_head) * head_dim;
+      const int64_t kv_stride = is_own ? columns : 2 * width;
+      const int64_t column = (head - first_head) * head_dim;
       attend({.dim = head_dim,
               .first = position,
               .count = std::min(kQueries, count - i),
               .capacity = of.capacity,
-              .q = s.q + projected,
-              .k = s.k + projected,
-              .v = s.v + projected,
-              .stride = columns,
+              .q = s.q + at * columns + column,
+              .k = s.k + at * kv_stride + column,
+              .v = s.v + at * kv_stride + column,
+              .q_stride = columns,
+              .kv_stride = kv_stride,
               .cos = of.cos ? of.cos + angle : nullptr,
               .sin = of.cos ? of.sin + angle : nullptr,
               .keys = of.keys + cache,
@@ -271,16 +276,17 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const TransformerLayer& layer = layers[index];
     shift(x, 2 * index, layer.attention_norm);
-    const Product projections[] = {{outputs_of(layer.q, first_column, columns), s.q},
-                                   {outputs_of(layer.kv, first_column, columns), s.k},
-                                   {outputs_of(layer.kv, width + first_column, columns), s.v}};
     if (is_own) {
-      multiply_alone(worker, projections, s.normed, positions);
+      const Product own[] = {{outputs_of(layer.q, first_column, columns), s.q},
+                             {outputs_of(layer.kv, first_column, columns), s.k},
+                             {outputs_of(layer.kv, width + first_column, columns), s.v}};
+      multiply_alone(worker, own, s.normed, positions);
       for (int64_t item = 0; item < rows * few_heads; ++item) {
         attend_in_layer(index, item / few_heads, first_head + item % few_heads);
       }
     } else {
-      multiply(worker, projections, s.normed, positions);
+      const Product all[] = {{layer.q, s.q}, {layer.kv, s.k}};
+      multiply(worker, all, s.normed, positions);
       wait_for(worker, &layer.out);
       // A single row's heads are cut evenly, so that a thread finds their keys in its own cache; of
       // several rows some can have many more positions than others.

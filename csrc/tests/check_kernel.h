@@ -6,11 +6,12 @@
 
 #include "check.h"
 #include "cpu/matrix_kernels.h"
+#include "pack.h"
 
 namespace mblm::test {
 
 // Error of a sum of products relative to the sum of their sizes: int8 weights are multiplied with
-// numbers of 16 bits, bfloat16 ones maybe with two of 8.
+// numbers of 16 bits, all as fine as the largest of them, bfloat16 ones maybe with two of 8.
 template <class W>
 inline constexpr double kDotTolerance = sizeof(W) == 1   ? 2e-5
                                         : sizeof(W) == 2 ? 1e-5
@@ -24,18 +25,23 @@ void check_dots(const cpu::Kernel& kernel, cpu::Dots dots, const char* name) {
     const int64_t streams = kernel.streams, count = streams == 1 ? 7 : 2, apart = count + 1;
     const int64_t rows = streams * apart;
     const auto x = numbers.vector<float>(n);
+    float largest = 0;
+    for (const float value : x) largest = std::max(largest, std::fabs(value));
     std::vector<W> weight(n * rows);
     for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
-    std::vector<float> sums(streams * count, NAN), prepared(cpu::kPreparedHeader + n);
+    // A tile's outputs are summed together.
+    std::vector<float> sums(cpu::round_up(streams * count, cpu::kTileOutputs), NAN);
+    std::vector<float> prepared(cpu::prepared_size(n), NAN);
     if (kernel.prepare) kernel.prepare(x.data(), n, prepared.data());
-    dots(weight.data(), apart, kernel.prepare ? prepared.data() : x.data(), n, sums.data(), count);
+    dots(pack(weight, rows, n).data(), apart, kernel.prepare ? prepared.data() : x.data(), n,
+         sums.data(), count);
     for (int64_t index = 0; index < streams * count; ++index) {
       const int64_t row = index % streams * apart + index / streams;
       double sum = 0, size = 0;
       for (int64_t i = 0; i < n; ++i) {
-        const double term = double(x[i]) * float(weight[row * n + i]);
-        sum += term;
-        size += std::fabs(term);
+        const double w = double(float(weight[row * n + i]));
+        sum += x[i] * w;
+        size += std::fabs((sizeof(W) == 1 ? largest : x[i]) * w);
       }
       const bool is_close = std::fabs(sums[index] - sum) <= kDotTolerance<W> * size;
       if (!is_close) std::printf("%s, n = %ld\n", name, long(n));
@@ -53,13 +59,13 @@ void check_dots(const cpu::Kernel& kernel, const char* name) {
 // The largest sums there are do not overflow, and broken numbers stay broken.
 inline void check_extremes_of_int8(const cpu::Kernel& kernel) {
   const int64_t n = 20000;
-  const std::vector<int8_t> weight(n, -127);
-  std::vector<float> prepared(cpu::kPreparedHeader + n);
+  const auto weight = pack(std::vector<int8_t>(n, -127), 1, n);
+  std::vector<float> prepared(cpu::prepared_size(n));
   const auto dot = [&](const std::vector<float>& x) {
     float sums[cpu::kStreams] = {};
     kernel.prepare(x.data(), n, prepared.data());
-    kernel.dots(weight.data(), 0, prepared.data(), n, sums, 1);  // one row in all streams
-    return sums[kernel.streams - 1];
+    kernel.dots(weight.data(), 0, prepared.data(), n, sums, 1);
+    return sums[0];
   };
   CHECK(close(dot(std::vector<float>(n, 3.f)), -3. * 127 * n));
   CHECK(dot(std::vector<float>(n, 0.f)) == 0);

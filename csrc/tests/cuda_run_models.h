@@ -10,6 +10,7 @@
 #include "cpu/mamba2_stage.h"
 #include "cpu/run.h"
 #include "cpu/transformer_stage.h"
+#include "pack.h"
 
 namespace mblm::test {
 
@@ -19,10 +20,14 @@ struct Sizes {
   int64_t dim, inner, heads, head_dim, states, taps, rank, layers;
 };
 
-// Numbers, weights and states, which live as long as this.
+enum class Device { kCpu, kGpu };
+
+// Numbers, weights and states, which live as long as this. Asked for the same one after the other,
+// one for each device has the same numbers, in the order that the device reads.
 class Store {
  public:
-  explicit Store(WeightType type = WeightType::kFloat32) : type_(type) {}
+  explicit Store(WeightType type = WeightType::kFloat32, Device device = Device::kGpu)
+      : type_(type), device_(device) {}
 
   float* vector(int64_t size, double scale = 1) {
     auto& values = floats_.emplace_back(numbers_.vector<float>(size));
@@ -51,6 +56,7 @@ class Store {
       case WeightType::kInt8: {
         auto& values = bytes_.emplace_back(size);
         for (auto& value : values) value = int8_t(127 * numbers_.next());
+        if (device_ == Device::kCpu) values = pack(values, outputs, inputs);
         matrix.weight = values.data();
         float* scale = vector(outputs);
         for (int64_t i = 0; i < outputs; ++i) scale[i] = (scale[i] + 2) * 0.0015f;
@@ -63,6 +69,7 @@ class Store {
 
  private:
   WeightType type_;
+  Device device_;
   Numbers numbers_;
   std::deque<std::vector<float>> floats_;
   std::deque<std::vector<cpu::BFloat16>> halves_;

@@ -23,12 +23,13 @@ const cpu::Worker& worker() {
 
 void a_product_equals_that_of_the_cpu(test::WeightType type, int64_t rows, int64_t inputs,
                                       int64_t outputs) {
-  Store store(type);
+  Store store(type), cpu_store(type, test::Device::kCpu);
   const cpu::Matrix matrix = store.matrix(outputs, inputs);
+  const cpu::Matrix cpu_matrix = cpu_store.matrix(outputs, inputs);
   const float* x = store.vector(rows * inputs);
   const float* residual = store.vector(rows * outputs);
   std::vector<float> expected(rows * outputs);
-  cpu::multiply(worker(), matrix, x, rows, expected.data(), cpu::Then::kGelu, residual);
+  cpu::multiply(worker(), cpu_matrix, x, rows, expected.data(), cpu::Then::kGelu, residual);
   cuda::Product product;
   product.rows = rows;
   product.x = x;
@@ -115,20 +116,21 @@ void a_norm_over_several_chunks() {
 template <class Stage>
 void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const test::Sizes& sizes) {
   constexpr int64_t kSteps = 3, kCapacity = 6;
-  Store weights(type);
-  Stage stage;
+  Store weights(type), cpu_weights(type, test::Device::kCpu);
+  Stage stage, cpu_stage;
   test::fill(weights, sizes, stage);
+  test::fill(cpu_weights, sizes, cpu_stage);
   Store numbers;
   const float* inputs = numbers.vector(kSteps * rows * sizes.dim);
   const auto on_cpu = [&] {
     Store store;
-    auto state = test::make_state(store, stage, rows, kCapacity);
+    auto state = test::make_state(store, cpu_stage, rows, kCapacity);
     std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
-    std::vector<float> scratch(stage.scratch_size(state, 1, 1));
+    std::vector<float> scratch(cpu_stage.scratch_size(state, 1, 1));
     for (int64_t n = 0; n < kSteps; ++n) {
       float* const x = outputs.data() + n * rows * sizes.dim;
-      stage.prefill(worker(), state, 1, x, scratch.data());
-      stage.normalize(x, rows, x);
+      cpu_stage.prefill(worker(), state, 1, x, scratch.data());
+      cpu_stage.normalize(x, rows, x);
       for (auto& row : state.rows) row.advance(1);
     }
     return outputs;

@@ -23,14 +23,16 @@ const std::vector<int64_t> kSeqLens = {6, 3, 4};
 
 enum class Kind { kTransformer, kMamba1, kMamba2 };
 
-// A model's weights, which both devices read.
+// A model's weights, in the order that a device reads.
 struct Model {
   Store store;
   std::vector<std::variant<cpu::TransformerStage, cpu::Mamba1Stage, cpu::Mamba2Stage>> stages;
   std::vector<cpu::RunStage> parts;
   cpu::Matrix to_logits;
 
-  Model(test::WeightType type, const std::vector<Kind>& kinds) : store(type) {
+  Model(test::WeightType type, const std::vector<Kind>& kinds,
+        test::Device device = test::Device::kGpu)
+      : store(type, device) {
     const size_t count = kinds.size();
     parts.resize(count);
     int64_t patch_size = 1;
@@ -211,12 +213,12 @@ struct OnDevice {
 
 void samples_the_bytes_of_the_cpu(test::WeightType type, const std::vector<Kind>& kinds,
                                   int64_t rows, int64_t bytes, const cpu::Sampling& sampling) {
-  const Model model(type, kinds);
+  const Model model(type, kinds), cpu_model(type, kinds, test::Device::kCpu);
   Store numbers;
   float* uniform = numbers.vector(bytes * rows * kVocabulary);
   for (int64_t i = 0; i < bytes * rows * kVocabulary; ++i) uniform[i] = (uniform[i] + 1) / 2;
   const float settings[] = {sampling.temperature, sampling.top_p, float(sampling.top_k)};
-  const Left expected = on_cpu(model, rows, bytes, uniform, sampling);
+  const Left expected = on_cpu(cpu_model, rows, bytes, uniform, sampling);
   const auto [ids, outputs] = test::in_both_orders([&] {
     OnDevice device(model, rows, bytes, uniform, settings);
     const Left& left = device.work();

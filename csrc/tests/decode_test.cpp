@@ -11,6 +11,7 @@
 #include "cpu/matrix.h"
 #include "cpu/sampling.h"
 #include "cpu/vector_math.h"
+#include "pack.h"
 
 using namespace mblm;
 
@@ -68,7 +69,8 @@ void check_product(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_
   std::vector<W> weight(outputs * inputs);
   for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
   const bool scaled = type == cpu::WeightType::kInt8;
-  const cpu::Matrix matrix{outputs,    inputs, type, weight.data(), scaled ? scale.data() : nullptr,
+  const auto packed = test::pack(weight, outputs, inputs);
+  const cpu::Matrix matrix{outputs,    inputs, type, packed.data(), scaled ? scale.data() : nullptr,
                            bias.data()};
   std::vector<double> expected, activated, tolerance;
   for (int64_t row = 0; row < rows; ++row) {

@@ -11,6 +11,7 @@
 #include "cpu/mamba2_stage.h"
 #include "cpu/run.h"
 #include "cpu/transformer_stage.h"
+#include "pack.h"
 
 using namespace mblm;
 
@@ -20,6 +21,9 @@ constexpr int64_t kRank = 2, kLayers = 2, kVocabulary = 50, kPatch = 5, kPatches
 // Of the stages: the bytes that a position stands for.
 constexpr int64_t kPatchSizes[] = {kPatch * kPatches, kPatch, 1};
 constexpr auto kNever = cpu::Team::Clock::time_point::max();
+
+// Of matrices.
+cpu::WeightType weight_type = cpu::WeightType::kFloat32;
 
 // Random weights that live as long as the stages that point to them.
 class Weights {
@@ -34,14 +38,23 @@ class Weights {
     cpu::Matrix matrix;
     matrix.outputs = outputs;
     matrix.inputs = inputs;
-    matrix.weight = vector(outputs * inputs, 0.3);
+    matrix.type = weight_type;
     matrix.bias = vector(outputs);
+    if (weight_type == cpu::WeightType::kFloat32) {
+      matrix.weight = vector(outputs * inputs, 0.3);
+    } else {
+      std::vector<int8_t> rows(outputs * inputs);
+      for (int8_t& value : rows) value = int8_t(127 * numbers_.next());
+      matrix.weight = kept_bytes_.emplace_back(test::pack(rows, outputs, inputs)).data();
+      matrix.scale = vector(outputs, 0.3 / 127);
+    }
     return matrix;
   }
 
  private:
   test::Numbers numbers_;
   std::deque<std::vector<float>> kept_;
+  std::deque<std::vector<int8_t>> kept_bytes_;
 };
 
 cpu::TransformerStage make_stage(Weights& weights, const cpu::TransformerStage&) {
@@ -283,7 +296,7 @@ std::vector<float> take_in(const std::vector<int64_t>& pieces, int64_t threads) 
 template <class Stage>
 void positions_at_once_have_the_bits_of_steps() {
   const auto steps = take_in<Stage>({1, 1, 1, 1, 1}, 1);
-  for (const int64_t threads : {1, 3}) {
+  for (const int64_t threads : {1, 2, 3}) {
     for (const auto& pieces : {std::vector<int64_t>{5}, {2, 3}, {1, 4}, {4, 1}}) {
       CHECK(take_in<Stage>(pieces, threads) == steps);
     }
@@ -320,6 +333,10 @@ void a_crowded_team_changes_no_bit() {
 }
 
 int main() {
+  weight_type = cpu::WeightType::kInt8;
+  positions_at_once_have_the_bits_of_steps<cpu::TransformerStage>();
+  a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
+  weight_type = cpu::WeightType::kFloat32;
   positions_at_once_have_the_bits_of_steps<cpu::TransformerStage>();
   positions_at_once_have_the_bits_of_steps<cpu::Mamba1Stage>();
   positions_at_once_have_the_bits_of_steps<cpu::Mamba2Stage>();

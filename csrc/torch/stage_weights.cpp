@@ -46,10 +46,20 @@ float Weights::number() {
 
 cpu::Matrix Weights::matrix(int64_t outputs, int64_t inputs) {
   const Tensor& weight = take();
-  check(weight, {outputs, inputs});
   cpu::Matrix matrix;
-  matrix.outputs = weight.size(0);
-  matrix.inputs = weight.size(1);
+  matrix.inputs = inputs;
+  if (weight.scalar_type() == at::kChar && !on_gpu(weight)) {
+    // Its scale, which comes next, tells how many outputs the last tile is for.
+    TORCH_CHECK_VALUE(next_ < tensors_.size() && tensors_[next_].dim() == 1, "weights[", next_,
+                      "] must be the scale of each output of weights[", next_ - 1, "]");
+    matrix.outputs = outputs == -1 ? tensors_[next_].size(0) : outputs;
+    const auto tiles = [](int64_t size, int64_t of_tile) { return (size + of_tile - 1) / of_tile; };
+    check(weight, {tiles(matrix.outputs, cpu::kTileOutputs), tiles(inputs, cpu::kTileInputs),
+                   cpu::kTileOutputs, cpu::kTileInputs});
+  } else {
+    check(weight, {outputs, inputs});
+    matrix.outputs = weight.size(0);
+  }
   matrix.weight = weight.const_data_ptr();
   switch (weight.scalar_type()) {
     case at::kFloat:

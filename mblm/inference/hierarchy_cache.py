@@ -18,6 +18,7 @@ from torch import nn
 
 from mblm.inference.advance import feed
 from mblm.inference.device_run import DeviceRun
+from mblm.inference.huge_pages import HugePages
 from mblm.inference.native_hierarchy import build_native
 from mblm.inference.packing import is_on_gpu, is_plain, pack_linear
 from mblm.inference.sampling import Sampler
@@ -101,10 +102,13 @@ class HierarchyCache:
         self.model = model
         self.batch_size = batch_size
         self.weights = weights
-        self.packed_logits = pack_linear(model.to_logits, weights)
+        memory = HugePages()
+        self.packed_logits = pack_linear(model.to_logits, weights, memory)
         # Per upper stage, the linear layers of its patches and of its context.
         self.packed_patches = [
-            tuple(pack_linear(linear, weights) for linear in model.parts_of_patches(n)[2::2])
+            tuple(
+                pack_linear(linear, weights, memory) for linear in model.parts_of_patches(n)[2::2]
+            )
             for n in range(len(model.seq_lens) - 1)
         ]
         self.length = 0

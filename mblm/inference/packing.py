@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from mblm.inference.huge_pages import HugePages
 from mblm.ops import _native
 
 WEIGHT_TYPES = ("float32", "bfloat16", "int8")
+
+# Rows and columns of a tile, which csrc/cpu/matrix.h calls outputs and inputs.
+_TILE = (4, 64)
 
 # What built-in stages consist of.
 _PLAIN_PARTS = {
@@ -40,20 +44,37 @@ _PLAIN_PARTS = {
 }
 
 
-def pack_linear(linear: nn.Linear, weights: str) -> list[Tensor]:
-    """Weight ``(N, K)`` of the type asked for, int8's scales ``(N,)``, bias ``(N,)``.
-
-    What there is not is an empty tensor. A float32 weight is the layer's own. What int8 weights are
-    multiplied with is rounded to 16 bits, one scale per row, so that sums of integers are exact.
-    """
-    weight, none = linear.weight.detach(), torch.empty(0)
-    bias = none if linear.bias is None else linear.bias.detach()
+def round_weight(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """A weight ``(N, K)`` in the type asked for, and int8's scales ``(N,)``, empty otherwise."""
     if weights == "bfloat16":
-        return [weight.bfloat16(), none, bias]
+        return weight.bfloat16(), torch.empty(0)
     if weights == "int8":
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        return [(weight / scale[:, None]).round().to(torch.int8), scale, bias]
-    return [weight, none, bias]
+        return (weight / scale[:, None]).round().to(torch.int8), scale
+    return weight, torch.empty(0)
+
+
+def pack_linear(linear: nn.Linear, weights: str, memory: HugePages) -> list[Tensor]:
+    """Weight, int8's scales ``(N,)`` and bias ``(N,)``, as compiled code reads them.
+
+    What there is not is an empty tensor. A float32 weight is the layer's own, others are kept in
+    ``memory``. A weight is ``(N, K)``; int8 on a CPU is cut into tiles, which are filled up with
+    zeros: ``(ceil(N / 4), ceil(K / 64), 4, 64)``. What int8 weights are multiplied with is rounded
+    to 16 bits, one scale per row, so that sums of integers are exact.
+    """
+    weight, scale = round_weight(linear.weight.detach(), weights)
+    if weights == "int8" and not is_on_gpu(weight):
+        weight = _in_tiles(weight)
+    if weights != "float32":
+        weight = memory.keep(weight)
+    return [weight, scale, torch.empty(0) if linear.bias is None else linear.bias.detach()]
+
+
+def _in_tiles(weight: Tensor) -> Tensor:
+    (n, k), (rows, columns) = weight.shape, _TILE
+    filled = nn.functional.pad(weight, (0, -k % columns, 0, -n % rows))
+    tiles = filled.view(-(-n // rows), rows, -(-k // columns), columns)
+    return tiles.transpose(1, 2).contiguous()
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mblm.inference.huge_pages import HugePages
 from mblm.inference.packing import is_on_gpu, is_plain, pack_linear
 
 if TYPE_CHECKING:
@@ -27,15 +28,17 @@ def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
         return None
     if is_on_gpu(stage.norm.g) and stage.head_dim > _WIDEST_HEAD_ON_GPU:
         return None
+    memory = HugePages()
     tensors: list[Tensor] = [stage.norm.g]
     for attention, feed_forward in stage.layer_pairs():
         parts: Any = feed_forward
         norm, expand, _, _, contract = parts
         tensors.append(attention.norm.g)
         for linear in (attention.to_q, attention.to_kv, attention.to_out):
-            tensors += pack_linear(linear, weights)
+            tensors += pack_linear(linear, weights, memory)
         tensors.append(norm.g)
-        tensors += [*pack_linear(expand, weights), *pack_linear(contract, weights)]
+        for linear in (expand, contract):
+            tensors += pack_linear(linear, weights, memory)
     return torch.ops.mblm.transformer_stage(_detached(tensors), stage.num_heads)
 
 
@@ -49,6 +52,7 @@ def native_mamba(stage: "Mamba1 | Mamba2", weights: str) -> Any:
 
 
 def _build_mamba1(stage: Any, weights: str) -> Any:
+    memory = HugePages()
     tensors: list[Tensor] = []
     layer: Any
     for layer in stage.layers:
@@ -57,18 +61,20 @@ def _build_mamba1(stage: Any, weights: str) -> Any:
         tensors += [-torch.exp(mixer.A_log), mixer.conv1d.weight.flatten(1), mixer.conv1d.bias]
         tensors.append(mixer.D)
         for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
-            tensors += pack_linear(linear, weights)
+            tensors += pack_linear(linear, weights, memory)
     return torch.ops.mblm.mamba1_stage(_detached(tensors))
 
 
 def _build_mamba2(stage: Any, weights: str) -> Any:
+    memory = HugePages()
     tensors: list[Tensor] = [stage.norm_f.weight]
     layer: Any
     for layer in stage.layers:
         mixer = layer.mixer
         tensors += [layer.norm.weight, mixer.norm.weight, -torch.exp(mixer.A_log)]
         tensors += [mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.dt_bias, mixer.D]
-        tensors += [*pack_linear(mixer.in_proj, weights), *pack_linear(mixer.out_proj, weights)]
+        for linear in (mixer.in_proj, mixer.out_proj):
+            tensors += pack_linear(linear, weights, memory)
     return torch.ops.mblm.mamba2_stage(_detached(tensors), stage.norm_f.eps)
 
 

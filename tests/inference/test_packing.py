@@ -1,0 +1,76 @@
+"""Linear layers' weights as compiled code reads them."""
+
+import pytest
+import torch
+
+from mblm.inference.huge_pages import HugePages
+from mblm.inference.packing import pack_linear, round_weight
+from mblm.ops import _native
+
+needs_native = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is compiled")
+
+
+def as_packed(n: int, k: int) -> tuple[torch.nn.Linear, list[torch.Tensor]]:
+    torch.manual_seed(n + 1000 * k)
+    linear = torch.nn.Linear(k, n)
+    return linear, pack_linear(linear, "int8", HugePages())
+
+
+@pytest.mark.parametrize(("n", "k"), [(4, 64), (1, 1), (5, 65), (257, 128), (8, 200)])
+def test_int8_weights_lie_in_tiles_of_4_rows_and_64_columns(n: int, k: int) -> None:
+    linear, (tiles, scale, bias) = as_packed(n, k)
+    rows, same_scale = round_weight(linear.weight.detach(), "int8")
+    assert torch.equal(scale, same_scale) and torch.equal(bias, linear.bias)
+    assert tiles.shape == (-(-n // 4), -(-k // 64), 4, 64)
+    back = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+    assert torch.equal(back[:n, :k], rows)
+    assert not back[n:].any() and not back[:, k:].any()
+
+
+@needs_native
+@pytest.mark.parametrize("n", [1, 3, 4, 17, 130])
+@pytest.mark.parametrize("k", [1, 63, 64, 65, 5000])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_product_with_tiles_is_that_with_rows(n: int, k: int, rows: int) -> None:
+    linear, packed = as_packed(n, k)
+    x = torch.randn(rows, k)
+    weight, scale = round_weight(linear.weight.detach(), "int8")
+    want = (x.double() @ weight.double().T * scale + linear.bias).float()
+    # x is rounded to 16 bits, all of a row as finely as its largest number.
+    error = x.abs().amax(1, keepdim=True) * weight.abs().sum(1) * scale * 2e-5
+    got = torch.ops.mblm.packed_linear(x, packed)
+    assert ((got - want).abs() <= error + 1e-6).all()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("shape", "scales"), [((2, 1, 4, 64), 4), ((1, 2, 4, 64), 4), ((4, 64), 4), ((1, 1, 4, 64), 5)]
+)
+def test_tiles_of_another_shape_are_refused(shape: tuple[int, ...], scales: int) -> None:
+    packed = [torch.zeros(shape, dtype=torch.int8), torch.ones(scales), torch.empty(0)]
+    with pytest.raises(ValueError, match=r"weights\[0\] must have shape \[., ., 4, 64\]"):
+        torch.ops.mblm.packed_linear(torch.zeros(1, 64), packed)
+
+
+class TestHugePages:
+    def test_keep_copies_one_behind_the_other_at_a_pages_beginning(self) -> None:
+        memory = HugePages()
+        given = [torch.randn(300, 1001), torch.randn(400, 999).bfloat16()]
+        kept = [memory.keep(tensor) for tensor in given]
+        assert all(map(torch.equal, kept, given))
+        assert kept[0].data_ptr() % (2 << 20) == 0
+        behind = kept[1].data_ptr() - kept[0].data_ptr() - kept[0].nbytes
+        assert 0 <= behind < 64 and kept[1].data_ptr() % 64 == 0
+        kept[0].zero_()
+        assert torch.equal(kept[1], given[1]) and given[0].any()
+
+    def test_a_tensor_larger_than_what_is_mapped_at_once(self) -> None:
+        memory = HugePages()
+        first, large = memory.keep(torch.ones(1 << 17)), torch.arange(17 << 20)
+        assert torch.equal(memory.keep(large), large)
+        del memory, large
+        assert first.sum() == 1 << 17
+
+    def test_a_small_one_stays_where_it_is(self) -> None:
+        small = torch.ones(10)
+        assert HugePages().keep(small) is small
