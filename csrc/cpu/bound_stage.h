@@ -20,9 +20,9 @@ class BoundStage {
   virtual int64_t scratch_size(int64_t threads) const = 0;
   // Chooses the rows of the next steps.
   virtual void select(const std::vector<int64_t>& rows) = 0;
-  // Takes in x (selected rows, dim) and replaces it by the output before the last norm; all threads
-  // call it.
-  virtual void step(const Worker& worker, float* x, float* scratch) const = 0;
+  // Takes in x (selected rows, dim) and returns the output before the last norm: x or, of the
+  // calling thread alone, a part of scratch. All threads call it.
+  virtual const float* step(const Worker& worker, float* x, float* scratch) const = 0;
   // The last norm of so many rows; out may be x. Work of the calling thread alone.
   virtual void normalize(const float* x, int64_t rows, float* out) const = 0;
   // After a step.
@@ -49,8 +49,8 @@ class BoundStageOf : public BoundStage {
     for (const int64_t row : rows) selected_.rows.push_back(all_.rows[row]);
   }
 
-  void step(const Worker& worker, float* x, float* scratch) const override {
-    stage_.prefill(worker, selected_, 1, x, scratch);
+  const float* step(const Worker& worker, float* x, float* scratch) const override {
+    return stage_.prefill(worker, selected_, 1, x, scratch);
   }
 
   void normalize(const float* x, int64_t rows, float* out) const override {

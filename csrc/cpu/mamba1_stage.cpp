@@ -65,8 +65,8 @@ int64_t Mamba1Stage::scratch_size(const State& state, int64_t count, int64_t thr
          threads * per_thread(positions, dim, rank);
 }
 
-void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
-                          float* block) const {
+const float* Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
+                                  float* block) const {
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t projected = rank + 2 * states;
   float* both = block;  // (positions, 2 inner): the scanned branch and the gate
@@ -126,6 +126,7 @@ void Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t coun
     multiply(worker, layer.out, scanned, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
+  return x;
 }
 
 // It has none.

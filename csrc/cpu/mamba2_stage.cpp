@@ -57,8 +57,8 @@ int64_t Mamba2Stage::scratch_size(const State& state, int64_t count, int64_t thr
          threads * per_thread(positions, dim, inner);
 }
 
-void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
-                          float* block) const {
+const float* Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
+                                  float* block) const {
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t width = inner / heads;
   const int64_t channels = inner + 2 * states, projected = inner + channels + heads;
@@ -114,6 +114,7 @@ void Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t coun
     multiply(worker, layer.out, normed, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
+  return x;
 }
 
 void Mamba2Stage::normalize(const float* x, int64_t positions, float* out) const {

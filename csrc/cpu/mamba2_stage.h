@@ -32,8 +32,8 @@ class Mamba2Stage {
   // As TransformerStage's.
   int64_t weights() const;
   int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
-  void prefill(const Worker& worker, const State& state, int64_t count, float* x,
-               float* scratch) const;
+  const float* prefill(const Worker& worker, const State& state, int64_t count, float* x,
+                       float* scratch) const;
   void normalize(const float* x, int64_t positions, float* out) const;
   void restart(MambaRow& row) const;
 };

@@ -105,82 +105,80 @@ MBLM_CLONES void attend(const Head& head) {
   }
 }
 
-// Whether threads can attend without waiting, each for the heads whose queries, keys and values it
-// has computed.
-bool has_own_heads(const TransformerStage& stage, int64_t threads) {
-  return stage.heads % threads == 0 && has_even_parts(threads, stage.heads * stage.head_dim);
-}
+// How the threads of a team share a layer, as its widths allow.
+struct Sharing {
+  // Each attends without waiting, for the heads whose queries, keys and values it has computed.
+  bool has_own_heads;
+  // Each of two threads adds up what it has computed itself, of heads and of inner columns, and
+  // then they exchange the sums: they wait twice in a layer, not four times.
+  bool has_halves;
 
-// Working memory of a call, cut from one block.
+  Sharing(const TransformerStage& stage, int64_t threads)
+      : has_own_heads(stage.heads % threads == 0 &&
+                      has_even_parts(threads, stage.heads * stage.head_dim)),
+        has_halves(has_own_heads && threads == 2) {
+    for (const TransformerLayer& layer : stage.layers) {
+      has_halves = has_halves && layer.out.is_halved && layer.contract.is_halved &&
+                   has_even_parts(threads, layer.expand.outputs);
+    }
+  }
+};
+
+// Working memory of a call, cut from one block: all threads' parts, then each thread's own.
 struct Scratch {
-  float *attended, *middle, *inner;  // all threads', with all columns
-  float *q, *k, *v;                  // a thread's own, if it has own heads; else v is beside k
-  float *normed, *queries, *scores;  // a thread's own
+  float *attended, *middle, *inner;  // all threads'; own with halves
+  float *q, *k;                      // all threads'; own with own heads; v is behind or beside k
+  float* output;                     // own, with halves alone
+  float *normed, *queries, *scores;  // own
+  float* sums[2][2];                 // of both of a layer's exchanges, each thread's
+  int64_t floats = 0;                // of the block
 
   Scratch(const TransformerStage& stage, const TransformerState& state, int64_t count,
           int64_t threads, int64_t thread, float* block) {
-    const Sizes sizes(stage, state, count, threads);
-    float* at = cache_lines::align(block);
-    const auto cut = [&](int64_t floats) {
-      return std::exchange(at, at + cache_lines::round_up(floats));
+    const Sharing sharing(stage, threads);
+    int64_t capacity = 0;
+    for (const TransformerRow& row : state.rows) capacity = std::max(capacity, row.capacity);
+    const int64_t positions = int64_t(state.rows.size()) * count, dim = positions * stage.dim;
+    const int64_t width = positions * stage.heads * stage.head_dim;
+    const int64_t inner_width = stage.layers.empty() ? 0 : stage.layers[0].expand.outputs;
+    const int64_t inner_size = positions * inner_width;
+
+    int64_t at = block ? cache_lines::align(block) - block : cache_lines::kFloats;
+    bool is_kept = true;
+    const auto cut = [&](float*& part, int64_t size) {
+      if (block && is_kept) part = block + at;
+      at += cache_lines::round_up(size);
     };
-    const auto cut_projections = [&] {
-      q = cut(sizes.projection);
-      k = cut(2 * sizes.projection);
-      v = k + (sizes.has_own_heads ? sizes.projection : stage.heads * stage.head_dim);
+    const auto cut_results = [&](int64_t share) {
+      cut(attended, width / share);
+      cut(middle, dim);
+      cut(inner, inner_size / share);
     };
-    attended = cut(sizes.width);
-    middle = cut(sizes.dim);
-    inner = cut(sizes.inner);
-    if (!sizes.has_own_heads) cut_projections();
-    at += cache_lines::kFloatsApart + thread * sizes.own();
-    if (sizes.has_own_heads) cut_projections();
-    normed = cut(sizes.dim);
-    queries = cut(sizes.queries);
-    scores = cut(sizes.scores);
+    const auto cut_projections = [&](int64_t share) {
+      cut(q, width / share);
+      cut(k, 2 * width / share);
+    };
+    if (!sharing.has_halves) cut_results(1);
+    if (!sharing.has_own_heads) cut_projections(1);
+    for (int64_t of = 0; of < threads; ++of) {
+      at += cache_lines::kFloatsApart;
+      is_kept = true;
+      for (int64_t exchange = 0; sharing.has_halves && exchange < 2; ++exchange) {
+        cut(sums[exchange][of], dim);
+      }
+      at += cache_lines::kFloatsApart;
+      is_kept = of == thread;
+      if (sharing.has_own_heads) cut_projections(threads);
+      if (sharing.has_halves) {
+        cut_results(threads);
+        cut(output, dim);
+      }
+      cut(normed, dim);
+      cut(queries, kQueries * stage.head_dim);
+      cut(scores, std::min(count, kQueries) * capacity);
+    }
+    floats = at;
   }
-
-  static int64_t size(const TransformerStage& stage, const TransformerState& state, int64_t count,
-                      int64_t threads) {
-    const Sizes sizes(stage, state, count, threads);
-    return sizes.shared() + threads * sizes.own();
-  }
-
- private:
-  struct Sizes {
-    bool has_own_heads;
-    int64_t width, projection, dim, inner, queries, scores;
-
-    Sizes(const TransformerStage& stage, const TransformerState& state, int64_t count,
-          int64_t threads)
-        : has_own_heads(cpu::has_own_heads(stage, threads)) {
-      int64_t capacity = 0;
-      for (const TransformerRow& row : state.rows) capacity = std::max(capacity, row.capacity);
-      const int64_t positions = int64_t(state.rows.size()) * count;
-      width = positions * stage.heads * stage.head_dim;
-      projection = has_own_heads ? width / threads : width;
-      dim = positions * stage.dim;
-      inner = stage.layers.empty() ? 0 : positions * stage.layers[0].expand.outputs;
-      queries = kQueries * stage.head_dim;
-      scores = std::min(count, kQueries) * capacity;
-    }
-    int64_t shared() const {
-      return cache_lines::kFloats + whole({width, dim, inner}) +
-             (has_own_heads ? 0 : projections()) + cache_lines::kFloatsApart;
-    }
-    int64_t own() const {
-      return whole({dim, queries, scores}) + (has_own_heads ? projections() : 0) +
-             cache_lines::kFloatsApart;
-    }
-
-   private:
-    int64_t projections() const { return whole({projection, 2 * projection}); }
-    static int64_t whole(std::initializer_list<int64_t> parts) {
-      int64_t floats = 0;
-      for (const int64_t part : parts) floats += cache_lines::round_up(part);
-      return floats;
-    }
-  };
 };
 
 }  // namespace
@@ -195,7 +193,7 @@ int64_t TransformerStage::weights() const {
 }
 
 int64_t TransformerStage::scratch_size(const State& state, int64_t count, int64_t threads) const {
-  return Scratch::size(*this, state, count, threads);
+  return Scratch(*this, state, count, threads, 0, nullptr).floats;
 }
 
 void TransformerStage::restart(TransformerRow& row) const {
@@ -206,17 +204,19 @@ void TransformerStage::restart(TransformerRow& row) const {
   }
 }
 
-void TransformerStage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
-                               float* block) const {
+const float* TransformerStage::prefill(const Worker& worker, const State& state, int64_t count,
+                                       float* x, float* block) const {
   const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
   const int64_t width = heads * head_dim, kept = dim - dim / 2;
   const int64_t threads = worker.team.threads();
-  const bool is_own = has_own_heads(*this, threads);
+  const Sharing sharing(*this, threads);
   // The thread's own heads, or all.
-  const int64_t few_heads = is_own ? heads / threads : heads;
-  const int64_t first_head = is_own ? worker.index * few_heads : 0;
+  const int64_t few_heads = sharing.has_own_heads ? heads / threads : heads;
+  const int64_t first_head = sharing.has_own_heads ? worker.index * few_heads : 0;
   const int64_t columns = few_heads * head_dim, first_column = first_head * head_dim;
   const Scratch s(*this, state, count, threads, worker.index, block);
+  float* const v = s.k + (sharing.has_own_heads ? positions * columns : width);
+  const int64_t kv_stride = sharing.has_own_heads ? columns : 2 * width;
 
   // A part is one of the shifts, two in a layer. The first thread keeps what it delays; others ask
   // for that one part ahead.
@@ -228,7 +228,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
   // Delays the halves of the positions before, and normalizes. Every thread does so for itself:
   // that is quicker than to wait for another's result.
   const auto shift = [&](const float* input, int64_t part, const float* weight) {
-    ask_for(worker, input, positions * dim);
+    if (!sharing.has_halves) ask_for(worker, input, positions * dim);
     ask_for_delayed((part + 1) % (2 * int64_t(layers.size())));
     for (int64_t at = 0; at < positions; ++at) {
       const TransformerRow& row = state.rows[at / count];
@@ -248,10 +248,11 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
   const auto attend_in_layer = [&](int64_t index, int64_t row, int64_t head) {
     const TransformerRow& of = state.rows[row];
     const int64_t cache = index * of.layer_stride + head * of.capacity * head_dim;
+    const int64_t out_stride = sharing.has_halves ? columns : width;
+    const int64_t out_column = (sharing.has_halves ? head - first_head : head) * head_dim;
     for (int64_t i = 0; i < count; i += kQueries) {
       const int64_t position = of.position + i, angle = position * (head_dim / 2);
       const int64_t at = row * count + i;
-      const int64_t kv_stride = is_own ? columns : 2 * width;
       const int64_t column = (head - first_head) * head_dim;
       attend({.dim = head_dim,
               .first = position,
@@ -259,7 +260,7 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
               .capacity = of.capacity,
               .q = s.q + at * columns + column,
               .k = s.k + at * kv_stride + column,
-              .v = s.v + at * kv_stride + column,
+              .v = v + at * kv_stride + column,
               .q_stride = columns,
               .kv_stride = kv_stride,
               .cos = of.cos ? of.cos + angle : nullptr,
@@ -268,18 +269,35 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
               .values = of.values + cache,
               .queries = s.queries,
               .scores = s.scores,
-              .out = s.attended + at * width + head * head_dim,
-              .out_stride = width});
+              .out = s.attended + at * out_stride + out_column,
+              .out_stride = out_stride});
     }
   };
 
+  // out = the product with what the threads have computed, and input.
+  const auto add_product = [&](const Matrix& matrix, const float* values, float* const sums[2],
+                               const float* input, float* out, const Matrix* next) {
+    if (sharing.has_halves) {
+      multiply_half(worker, matrix, worker.index, values, positions, sums[worker.index]);
+      wait_for(worker, next);
+      ask_for(worker, sums[1 - worker.index], positions * dim);
+      add_halves(matrix, sums[0], sums[1], positions, out, input);
+    } else {
+      wait_for(worker, &matrix);
+      multiply(worker, matrix, values, positions, out, Then::kStore, input);
+      wait_for(worker, next);
+    }
+  };
+
+  float* const output = sharing.has_halves ? s.output : x;
+  const float* stream = x;
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const TransformerLayer& layer = layers[index];
-    shift(x, 2 * index, layer.attention_norm);
-    if (is_own) {
+    shift(stream, 2 * index, layer.attention_norm);
+    if (sharing.has_own_heads) {
       const Product own[] = {{outputs_of(layer.q, first_column, columns), s.q},
                              {outputs_of(layer.kv, first_column, columns), s.k},
-                             {outputs_of(layer.kv, width + first_column, columns), s.v}};
+                             {outputs_of(layer.kv, width + first_column, columns), v}};
       multiply_alone(worker, own, s.normed, positions);
       for (int64_t item = 0; item < rows * few_heads; ++item) {
         attend_in_layer(index, item / few_heads, first_head + item % few_heads);
@@ -295,20 +313,24 @@ void TransformerStage::prefill(const Worker& worker, const State& state, int64_t
         for (; begin < end; ++begin) attend_in_layer(index, begin / heads, begin % heads);
       });
     }
-    wait_for(worker, &layer.out);
-
-    multiply(worker, layer.out, s.attended, positions, s.middle, Then::kStore, x);
-    delay(x, 2 * index);
-    wait_for(worker, &layer.expand);
+    add_product(layer.out, s.attended, s.sums[0], stream, s.middle, &layer.expand);
+    delay(stream, 2 * index);
 
     shift(s.middle, 2 * index + 1, layer.feed_forward_norm);
-    multiply(worker, layer.expand, s.normed, positions, s.inner, Then::kGelu);
-    wait_for(worker, &layer.contract);
-
-    multiply(worker, layer.contract, s.inner, positions, x, Then::kStore, s.middle);
+    if (sharing.has_halves) {
+      const int64_t inner = layer.expand.outputs / 2;
+      const Product expansion[] = {
+          {outputs_of(layer.expand, worker.index * inner, inner), s.inner}};
+      multiply_alone(worker, expansion, s.normed, positions, Then::kGelu);
+    } else {
+      multiply(worker, layer.expand, s.normed, positions, s.inner, Then::kGelu);
+    }
+    add_product(layer.contract, s.inner, s.sums[1], s.middle, output,
+                index + 1 < int64_t(layers.size()) ? &layers[index + 1].q : nullptr);
     delay(s.middle, 2 * index + 1);
-    wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].q : nullptr);
+    stream = output;
   }
+  return stream;
 }
 
 void TransformerStage::normalize(const float* x, int64_t positions, float* out) const {

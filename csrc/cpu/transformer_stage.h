@@ -49,11 +49,11 @@ class TransformerStage {
   // Floats of working memory that a call with so many positions of every row needs.
   int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
 
-  // Takes in x (rows, count, dim) and replaces it by the output before the last norm. All threads
-  // of the team call it; x is complete when it returns. The caller then advances the rows. Several
-  // positions have the bits of as many calls with one; they read the weights once.
-  void prefill(const Worker& worker, const State& state, int64_t count, float* x,
-               float* scratch) const;
+  // Takes in x (rows, count, dim) and returns the output before the last norm: x or, of the calling
+  // thread alone, a part of scratch. All threads of the team call it. The caller then advances the
+  // rows. Several positions have the bits of as many calls with one; they read the weights once.
+  const float* prefill(const Worker& worker, const State& state, int64_t count, float* x,
+                       float* scratch) const;
 
   // The last norm, of so many positions; out may be x. Work of the calling thread alone.
   void normalize(const float* x, int64_t positions, float* out) const;

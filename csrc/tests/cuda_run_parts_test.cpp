@@ -129,8 +129,7 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     std::vector<float> scratch(cpu_stage.scratch_size(state, 1, 1));
     for (int64_t n = 0; n < kSteps; ++n) {
       float* const x = outputs.data() + n * rows * sizes.dim;
-      cpu_stage.prefill(worker(), state, 1, x, scratch.data());
-      cpu_stage.normalize(x, rows, x);
+      cpu_stage.normalize(cpu_stage.prefill(worker(), state, 1, x, scratch.data()), rows, x);
       for (auto& row : state.rows) row.advance(1);
     }
     return outputs;

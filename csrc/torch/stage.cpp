@@ -115,10 +115,10 @@ Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
         const auto scratch = std::make_unique_for_overwrite<float[]>(floats);
         float* values = out.mutable_data_ptr<float>();
         with_team(threads, [&](const cpu::Worker& worker) {
-          model.prefill(worker, bound, count, values, scratch.get());
+          const float* x = model.prefill(worker, bound, count, values, scratch.get());
           worker.share(rows * count, 16, [&](int64_t begin, int64_t end) {
-            float* const part = values + begin * model.dim;
-            model.normalize(part, end - begin, part);
+            const int64_t first = begin * model.dim;
+            model.normalize(x + first, end - begin, values + first);
           });
         });
         return out;

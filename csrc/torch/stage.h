@@ -48,7 +48,7 @@ class Weights {
   // A float32 tensor of one value, wherever it is.
   float number();
   // outputs of -1 stands for any number.
-  cpu::Matrix matrix(int64_t outputs, int64_t inputs);
+  cpu::Matrix matrix(int64_t outputs, int64_t inputs, bool may_be_halved = false);
 
  private:
   const at::Tensor& take();

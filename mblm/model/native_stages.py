@@ -1,8 +1,9 @@
 """Packs the weights of built-in stage models for the compiled stages that decode.
 
 A compiled stage (``torch.classes.mblm.Stage``) holds weights and no state: forks share it. It reads
-a float32 model's own weights. ``bfloat16`` and ``int8`` round the weights of linear layers, int8
-with one scale per output row; everything else, activations included, stays float32.
+a float32 model's own weights, but for copies of small ones. ``bfloat16`` and ``int8`` round the
+weights of linear layers, int8 with one scale per output row; everything else, activations included,
+stays float32.
 """
 
 from collections.abc import Iterable
@@ -34,11 +35,12 @@ def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
         parts: Any = feed_forward
         norm, expand, _, _, contract = parts
         tensors.append(attention.norm.g)
-        for linear in (attention.to_q, attention.to_kv, attention.to_out):
-            tensors += pack_linear(linear, weights, memory)
+        tensors += pack_linear(attention.to_q, weights, memory)
+        tensors += pack_linear(attention.to_kv, weights, memory)
+        tensors += pack_linear(attention.to_out, weights, memory, may_be_halved=True)
         tensors.append(norm.g)
-        for linear in (expand, contract):
-            tensors += pack_linear(linear, weights, memory)
+        tensors += pack_linear(expand, weights, memory)
+        tensors += pack_linear(contract, weights, memory, may_be_halved=True)
     return torch.ops.mblm.transformer_stage(_detached(tensors), stage.num_heads)
 
 

@@ -27,6 +27,32 @@ def test_int8_weights_lie_in_tiles_of_4_rows_and_64_columns(n: int, k: int) -> N
     assert not back[n:].any() and not back[:, k:].any()
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("n", "k", "is_halved"), [(3, 64, True), (3, 48, False), (128, 1024, True), (256, 1024, False)]
+)
+def test_small_weights_are_halved_where_they_may_be(
+    weights: str, n: int, k: int, is_halved: bool
+) -> None:
+    linear = torch.nn.Linear(k, n)
+    (whole, *_), (weight, *_) = (
+        pack_linear(linear, weights, HugePages(), may_be_halved=may) for may in (False, True)
+    )
+    if not is_halved:
+        assert torch.equal(weight, whole)
+        return
+    parts = [torch.nn.Linear(k // 2, n) for _ in range(2)]
+    for part, columns in zip(parts, linear.weight.data.chunk(2, dim=1), strict=True):
+        part.weight.data = columns
+    if weights == "int8":  # whose scale is that of whole rows
+        assert weight.shape == (2, -(-n // 4), k // 128 + (k % 128 > 0), 4, 64)
+        assert weight.count_nonzero() == whole.count_nonzero()
+    else:
+        assert torch.equal(
+            weight, torch.stack([pack_linear(part, weights, HugePages())[0] for part in parts])
+        )
+
+
 @needs_native
 @pytest.mark.parametrize("n", [1, 3, 4, 17, 130])
 @pytest.mark.parametrize("k", [1, 63, 64, 65, 5000])
