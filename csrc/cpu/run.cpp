@@ -98,18 +98,11 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
       sample_rows(outputs.data());
       take_pending();
       progress_.is_pending = true;
-      progress_.is_interrupted = is_crowded(worker.team) || has_passed(until);
+      progress_.is_interrupted = worker.team.is_crowded() || has_passed(until);
     }
     if (draw_ahead && worker.is_last()) draw_ahead(worker.is_first() ? kDrawnAlone : 1);
     worker.wait();
   }
-}
-
-// Whether more than half of the time is lost, which is all that a second thread can win.
-bool Run::is_crowded(const Team& team) const {
-  constexpr std::chrono::milliseconds kFewest{2};
-  const Team::Clock::duration lost = team.lost();
-  return lost > kFewest && 2 * lost > Team::Clock::now() - team_begun_;
 }
 
 bool Run::has_passed(Team::Clock::time_point time) {
@@ -118,7 +111,6 @@ bool Run::has_passed(Team::Clock::time_point time) {
 
 void Run::begin() {
   progress_.is_interrupted = false;
-  team_begun_ = Team::Clock::now();
   if (progress_.is_begun) return;
   progress_.is_begun = true;
   if (draw_ahead) draw_ahead(1);

@@ -108,7 +108,6 @@ class Run {
 
   // These are the first thread's alone.
   void begin();
-  bool is_crowded(const Team& team) const;
   static bool has_passed(Team::Clock::time_point time);
   void sample_rows(const float* outputs);
   void take_pending();
@@ -129,7 +128,6 @@ class Run {
   // Whether what the stages above read, once in a patch, would push what every byte reads out of
   // the last cache.
   bool reads_once_ = false;
-  Team::Clock::time_point team_begun_;
   cache_lines::Vector<float> x_;       // (active, dim)
   cache_lines::Vector<float> logits_;  // (active, num_tokens)
   cache_lines::Vector<float> inputs_, upper_;

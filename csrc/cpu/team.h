@@ -30,11 +30,13 @@ class Team {
 
   int64_t threads() const { return threads_; }
 
-  // Time that a thread, on average, has waited for others that had no core to run on: longer than
-  // any phase takes.
-  Clock::duration lost() const {
+  // Whether a thread, on average, has waited for more than half of the time, which is all that a
+  // second thread can win, for others that had no core to run on: longer than any phase takes.
+  bool is_crowded() const {
+    constexpr std::chrono::milliseconds kFewest{2};
     const int64_t others = std::max<int64_t>(threads_ - 1, 1);
-    return Clock::duration(lost_.load(std::memory_order_relaxed) / others);
+    const auto lost = Clock::duration(lost_.load(std::memory_order_relaxed) / others);
+    return lost > kFewest && 2 * lost > Clock::now() - begun_;
   }
 
   // Returns when every thread of the team has called it as often: `phase` times. Calls idle(), a
@@ -106,6 +108,7 @@ class Team {
   }
 
   const int64_t threads_, rounds_;
+  const Clock::time_point begun_ = Clock::now();
   std::vector<Line<uint32_t>> flags_;  // (threads, rounds)
   Line<int64_t> next_[2];
   std::atomic<Clock::rep> lost_{0};

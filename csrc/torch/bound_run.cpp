@@ -271,7 +271,6 @@ void BoundRun::work() {
     with_team(threads,
               [&](const cpu::Worker& worker) { run_.work(worker, scratch.data(), until); });
     numbers_->rethrow();
-    if (threads > 1 && !run_.is_done()) remember_crowd();
   }
 }
 

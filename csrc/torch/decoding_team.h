@@ -43,7 +43,8 @@ inline int64_t threads_for(int64_t products,
   return std::clamp<int64_t>(products / kProductsPerThread, 1, at::get_num_threads());
 }
 
-// Calls function(worker) on every thread of a team; the caller's own is the first.
+// Calls function(worker) on every thread of a team; the caller's own is the first. A crowded team
+// leaves the next calls to one thread.
 template <class Function>
 void with_team([[maybe_unused]] int64_t threads, Function function) {
 #ifdef _OPENMP
@@ -55,6 +56,7 @@ void with_team([[maybe_unused]] int64_t threads, Function function) {
       team.emplace(omp_get_num_threads());
       function(cpu::Worker{*team, omp_get_thread_num()});
     }
+    if (team->is_crowded()) remember_crowd();
     return;
   }
 #endif

@@ -183,6 +183,11 @@ class HierarchyCache:
         is_empty = self.length == 0 and pending is None
         return self.native is not None and not is_empty and self.native.runs(self)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code has all stages, so that nothing of the user's runs with a byte."""
+        return self.native is not None and self.native.first == 0
+
     def append_run(self, ids: torch.Tensor) -> None:
         """Note the bytes that compiled code took in: all of ``ids`` but the last."""
         if ids.shape[1] > 1:

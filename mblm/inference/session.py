@@ -52,9 +52,23 @@ class Session:
         check_finite_weights(model)
         self._model: DecodableHierarchy = model
         self._weights = weights
-        self._cache: HierarchyCache | RaggedCache = HierarchyCache(model, batch_size, weights)
+        self._advanced: HierarchyCache | RaggedCache = HierarchyCache(model, batch_size, weights)
 
+    # The bytes (B,) that compiled code is to take in with what it does next, if any.
+    _pending: torch.Tensor | None = None
     _run_size = 0  # bytes of the last run, by the time that it took; the next begins with as many
+
+    @property
+    def _cache(self) -> HierarchyCache | RaggedCache:
+        """The state after all bytes."""
+        self._settle()
+        return self._advanced
+
+    @torch.inference_mode()
+    def _settle(self) -> None:
+        if self._pending is not None and isinstance(self._advanced, HierarchyCache):
+            self._advanced.feed(self._pending[:, None])
+            self._pending = None
 
     @property
     def _device(self) -> torch.device:
@@ -68,9 +82,10 @@ class Session:
     @property
     def lengths(self) -> list[int]:
         """Bytes taken in so far, per sequence."""
-        if isinstance(self._cache, RaggedCache):
-            return self._cache.lengths
-        return [self._cache.length] * self._cache.batch_size
+        if isinstance(self._advanced, RaggedCache):
+            return self._advanced.lengths
+        length = self._advanced.length + (self._pending is not None)
+        return [length] * self._advanced.batch_size
 
     @property
     def batch_size(self) -> int:
@@ -95,9 +110,10 @@ class Session:
         rows = self._check_fed(ids)
         self._check_room([len(row) for row in rows])
         is_equal = len({len(row) for row in rows}) == 1
-        if is_equal and isinstance(self._cache, HierarchyCache):
+        cache = self._cache
+        if is_equal and isinstance(cache, HierarchyCache):
             if len(rows[0]):
-                self._cache.feed(torch.stack(rows).to(self._device))
+                cache.feed(torch.stack(rows).to(self._device))
         else:
             self._split().feed([row.to(self._device) for row in rows])
         return self
@@ -131,15 +147,16 @@ class Session:
 
     def _split(self) -> RaggedCache:
         """From here on, the sequences may be of different lengths."""
-        if isinstance(self._cache, RaggedCache):
-            return self._cache
-        if self._cache.length:
-            rows = self._cache.split()
+        cache = self._cache
+        if isinstance(cache, RaggedCache):
+            return cache
+        if cache.length:
+            rows = cache.split()
         else:  # a custom stage's state need not be split
             one = HierarchyCache(self._model, 1, self._weights)
             rows = [one, *(one.fork() for _ in range(1, self.batch_size))]
-        self._cache = RaggedCache(rows)
-        return self._cache
+        self._advanced = RaggedCache(rows)
+        return self._advanced
 
     @torch.inference_mode()
     def logits(self) -> torch.Tensor:
@@ -171,10 +188,18 @@ class Session:
         with torch.inference_mode():
             runs = list(self._runs(num_tokens, sampler))
             if runs:
-                self.feed(runs[-1][:, -1:])
+                self._append(runs[-1][:, -1])
         if not runs:
             return torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)
         return torch.cat(runs, dim=1).to(self._device)
+
+    def _append(self, ids: torch.Tensor) -> None:
+        """Take in one more byte of every sequence, ids ``(B,)``: now, or with what comes next."""
+        cache = self._advanced
+        if isinstance(cache, HierarchyCache) and cache.can_run(ids) and cache.is_compiled:
+            self._pending = ids.clone()
+        else:
+            self.feed(ids[:, None])
 
     def sample(
         self, num_tokens: int, sampler: Sampler, ends: torch.Tensor | None = None
@@ -192,21 +217,22 @@ class Session:
         self, num_tokens: int, sampler: Sampler, ends: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
         """`sample` with all bytes of a run at once, ids ``(B, n)``."""
-        if isinstance(self._cache, RaggedCache):
-            for token in self._cache.sample(num_tokens, sampler):
+        cache = self._advanced
+        if isinstance(cache, RaggedCache):
+            for token in cache.sample(num_tokens, sampler):
                 yield token[:, None]
             return
-        device_run = self._cache.device_run
-        if device_run is not None and device_run.runs(self._cache):
-            for token in device_run.sample(self._cache, num_tokens, sampler, ends):
+        if cache.device_run is not None and cache.device_run.runs(cache):
+            for token in cache.device_run.sample(cache, num_tokens, sampler, ends):
                 yield token[:, None]
             return
-        last: torch.Tensor | None = None
+        last = self._pending
         first = min(self._model.seq_lens[-1], _FIRST_RUN)
         size = max(first, self._run_size)
         while num_tokens > 0:
             begin = time.perf_counter()
-            run = self._cache.run(last, min(num_tokens, size), sampler, ends)
+            run = cache.run(last, min(num_tokens, size), sampler, ends)
+            self._pending = None
             seconds = time.perf_counter() - begin
             if seconds > 2 * _RUN_SECONDS:
                 size = max(first, size // 2)
@@ -223,7 +249,8 @@ class Session:
         other._model, other._weights = self._model, self._weights
         other._run_size = self._run_size
         with torch.inference_mode():
-            other._cache = self._cache.fork()
+            other._advanced = self._advanced.fork()
+            other._pending = self._pending
         return other
 
     def save(self, path: str | Path) -> None:

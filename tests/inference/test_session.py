@@ -1,5 +1,6 @@
 """Incremental decoding gives the logits of the full forward pass, however the bytes come in."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,37 @@ def test_generate_takes_in_what_it_generates() -> None:
     for row in range(3):
         alone = m.generate(prompts[row], num_tokens_to_generate=7, enable_progress=False)
         assert alone[5:].tolist() == ids[row].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9, 12])
+@pytest.mark.parametrize(
+    "go_on",
+    [
+        pytest.param(lambda s, _: s.logits(), id="logits"),
+        pytest.param(lambda s, _: s.feed(b"\x05\x06").logits(), id="feed"),
+        pytest.param(lambda s, _: s.feed([b"\x05"]).logits(), id="feed a list"),
+        pytest.param(lambda s, _: s.fork().logits(), id="fork"),
+        pytest.param(lambda s, _: (s.fork().feed(b"\x01"), s.logits())[1], id="forked from"),
+        pytest.param(lambda s, _: s.generate(7), id="generate"),
+        pytest.param(lambda s, _: (s.generate(0), s.generate(3))[1], id="generate nothing"),
+        pytest.param(lambda s, path: (s.save(path), s.logits())[1], id="saved"),
+        pytest.param(
+            lambda s, path: (s.save(path), Session.load(path, s._model).logits())[1], id="loaded"
+        ),
+    ],
+)
+def test_the_last_byte_that_was_generated_is_taken_in_however_it_goes_on(
+    count: int, go_on: Callable[[Session, Path], torch.Tensor], tmp_path: Path
+) -> None:
+    """Compiled code takes it in with what comes next."""
+    m = model(mamba(), transformer(), seq_lens=[9, 4])
+    generated = Session(m).feed(b"\x01\x02\x03")
+    ids = generated.generate(count)
+    fed = Session(m).feed(b"\x01\x02\x03").feed(ids)
+    assert generated.lengths == fed.lengths == [3 + count]
+    got = go_on(generated, tmp_path / "session")
+    torch.testing.assert_close(got, go_on(fed, tmp_path / "session"), **CLOSE)
+    assert generated.lengths == fed.lengths
 
 
 def test_bytes_are_fed_as_they_are() -> None:
