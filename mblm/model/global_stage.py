@@ -23,6 +23,8 @@ def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) 
         _gather_for_segments(model)
         outputs, state = [], None
         for part in x.split(segment, dim=1):
+            # What is offloaded comes back contiguous, and must be computed with as it was.
+            part = part.contiguous()
             out, state = checkpoint(model.forward_with_state, part, state, use_reentrant=False)
             outputs.append(out)
         return torch.cat(outputs, dim=1)

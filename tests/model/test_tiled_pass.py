@@ -90,6 +90,14 @@ def test_loss_and_gradients_are_those_without_tiles(m: MBLM, data: st.DataObject
     assert_same_gradients(m, other, losses)
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_custom_stages_segments_of_one_position_are_offloaded(length: int) -> None:
+    m = model(LSTMBlock(with_hook=True), seq_lens=[6]).double().train()
+    other = tiled(m, 1, checkpoint_global=True, offload=True)
+    ids = draw_ids(2, length)
+    assert_same_gradients(m, other, [x(ids) for x in (m, other)])
+
+
 @given(m=hierarchies(), data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_outputs_are_those_without_tiles(m: MBLM, data: st.DataObject) -> None:
