@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 // Each warp takes the positions of one part and sums their gradients of the weight.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 1)  // else registers are spilled
     backward(GatedRmsNormInput<T> in, int64_t positions, int64_t parts, const T* grad,
              const compute_t<T>* inverse_norm, T* grad_x, T* grad_gate, compute_t<T>* grad_weight) {
   using C = compute_t<T>;

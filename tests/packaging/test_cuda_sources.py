@@ -54,7 +54,7 @@ def test_sources_name_no_torch_header(path: Path) -> None:
 @pytest.mark.parametrize("path", slow_but_one(KERNELS))
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_compiles_without_spills(path: Path, architecture: str, tmp_path: Path) -> None:
-    command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror"]
+    command = [NVCC, "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror"]
     command += ["all-warnings", f"-I{CSRC}", "-c", str(path), "-o", str(tmp_path / "kernels.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

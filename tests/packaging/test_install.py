@@ -112,6 +112,7 @@ def test_without_torch(tmp_path: Path, source: Path) -> None:
 
 
 def test_without_isolation(environment: Environment, source: Path) -> None:
+    environment.pip("setuptools", "wheel", "packaging")
     # cmake and ninja are in the folder of the interpreter that runs the tests.
     path = os.pathsep.join([str(environment.bin), str(Path(sys.executable).parent)])
     environment.pip(
