@@ -27,10 +27,11 @@ NVCC = shutil.which("nvcc") or shutil.which(
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 # One of each kind is compiled by default.
-QUICK = {"linear_rows.cu", "linear_rows.cpp"}
+# An operator's, and one that includes what decoding shares with the CPU.
+QUICK = {"linear_rows.cu", "linear_rows.cpp", "decode_rows.cu"}
 
 
-def slow_but_one(paths: list[Path]) -> list[object]:
+def slow_but_few(paths: list[Path]) -> list[object]:
     return [
         pytest.param(path, id=path.name, marks=[] if path.name in QUICK else [pytest.mark.slow])
         for path in paths
@@ -51,7 +52,7 @@ def test_sources_name_no_torch_header(path: Path) -> None:
 
 
 @pytest.mark.skipif(not NVCC, reason="no CUDA toolkit: nvcc is neither on PATH nor in CUDA_HOME")
-@pytest.mark.parametrize("path", slow_but_one(KERNELS))
+@pytest.mark.parametrize("path", slow_but_few(KERNELS))
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_compiles_without_spills(path: Path, architecture: str, tmp_path: Path) -> None:
     command = [NVCC, "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror"]
@@ -99,7 +100,7 @@ ptxas info    : Used 40 registers, used 0 barriers
 
 
 @pytest.mark.skipif(not CXX, reason="no C++ compiler on this machine")
-@pytest.mark.parametrize("path", slow_but_one(GLUE))
+@pytest.mark.parametrize("path", slow_but_few(GLUE))
 def test_glue_compiles_without_cuda(path: Path) -> None:
     """With MBLM_CUDA against the headers of whatever torch there is, and none of CUDA's."""
     include = Path(torch.__file__).parent / "include"
