@@ -26,8 +26,7 @@ NVCC = shutil.which("nvcc") or shutil.which(
 )
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
-# One of each kind is compiled by default.
-# An operator's, and one that includes what decoding shares with the CPU.
+# Compiled by default: an operator's, and one that includes what decoding shares with the CPU.
 QUICK = {"linear_rows.cu", "linear_rows.cpp", "decode_rows.cu"}
 
 
