@@ -119,6 +119,9 @@ MBLM_AVX2 void dots_of_int8(const void* weights, int64_t, const float* prepared,
       __m256i products[kTileOutputs];
       for (__m256i& product : products) product = _mm256_setzero_si256();
       for (; i < end; i += kTileInputs, weight += kTileOutputs * kTileInputs) {
+        for (int64_t k = 0; k < kTileOutputs; ++k) {
+          __builtin_prefetch(weight + k * kTileInputs + kTilesAhead);
+        }
         for (int64_t part = 0; part < kTileInputs; part += 16) {
           const __m256i values = load(int16_values(prepared) + i + part);
           for (int64_t k = 0; k < kTileOutputs; ++k) {

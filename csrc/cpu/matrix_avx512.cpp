@@ -146,10 +146,7 @@ MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
   std::memcpy(prepared + 2, &sum, sizeof(sum));
 }
 
-// How far ahead weights are asked for: the machine reads ahead by itself, but not as far as a core
-// multiplies bytes in the time that memory takes. And for how long: what is read once leaves the
-// later caches as they are.
-constexpr int64_t kAhead = 12288;
+// For how long weights are asked for: what is read once leaves the later caches as they are.
 enum Locality { kOnce = 0, kKept = 3 };  // as GCC's builtin counts it
 
 // The instruction multiplies bytes without sign by bytes with one: 128 is added to each weight, and
@@ -174,7 +171,7 @@ MBLM_VNNI void dots_of_int8(const void* weights, int64_t, const float* prepared,
       for (; i < end; i += kTileInputs) {
         const __m512i first = load(upper + i), second = load(lower + i);
         for (int64_t k = 0; k < kTileOutputs; ++k, weight += kTileInputs) {
-          __builtin_prefetch(weight + kAhead, 0, kLocality);
+          __builtin_prefetch(weight + kTilesAhead, 0, kLocality);
           const __m512i bytes = _mm512_xor_si512(load(weight), sign);
           a[k] = _mm512_dpbusd_epi32(a[k], bytes, first);
           b[k] = _mm512_dpbusd_epi32(b[k], bytes, second);

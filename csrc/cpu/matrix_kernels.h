@@ -24,6 +24,10 @@ inline int64_t prepared_size(int64_t n) {
 // at a time than it does by itself for one stream of consecutive addresses.
 constexpr int64_t kStreams = 4;
 
+// How many bytes ahead tiles are asked for: the machine reads ahead by itself, but not as far as a
+// core multiplies bytes in the time that memory takes.
+constexpr int64_t kTilesAhead = 12288;
+
 using Dots = void (*)(const void* weight, int64_t apart, const float* x, int64_t n, float* sums,
                       int64_t count);
 
