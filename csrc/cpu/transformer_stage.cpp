@@ -228,7 +228,7 @@ const float* TransformerStage::prefill(const Worker& worker, const State& state,
   // Delays the halves of the positions before, and normalizes. Every thread does so for itself:
   // that is quicker than to wait for another's result.
   const auto shift = [&](const float* input, int64_t part, const float* weight) {
-    if (!sharing.has_halves) ask_for(worker, input, positions * dim);
+    if (input == x || !sharing.has_halves) ask_for(worker, input, positions * dim);
     ask_for_delayed((part + 1) % (2 * int64_t(layers.size())));
     for (int64_t at = 0; at < positions; ++at) {
       const TransformerRow& row = state.rows[at / count];
