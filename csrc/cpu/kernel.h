@@ -18,11 +18,16 @@
     !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #if __GNUC__ >= 12
 #define MBLM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// Whether the clone that runs here computes with 64 bytes at once.
+#define MBLM_HAS_WIDE_REGISTERS __builtin_cpu_supports("x86-64-v4")
 #else
 #define MBLM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 #else
 #define MBLM_CLONES
+#endif
+#ifndef MBLM_HAS_WIDE_REGISTERS
+#define MBLM_HAS_WIDE_REGISTERS false
 #endif
 
 // In the body of a loop around a loop over columns: GCC would jam several of the outer loop's turns
