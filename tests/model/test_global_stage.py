@@ -29,16 +29,19 @@ def stage_and_input(name: str) -> tuple[Any, Tensor]:
     return stage, torch.randn(2, 11, 8).double().requires_grad_()
 
 
-@pytest.mark.parametrize("segment", [1, 4, 11, 100])
+@pytest.mark.parametrize("offload", [False, True], ids=["kept", "offloaded"])
+@pytest.mark.parametrize("segment", [1, 4, 5, 11, 100])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_recomputed_is_the_same(name: str, segment: int) -> None:
+def test_recomputed_is_the_same(name: str, segment: int, offload: bool) -> None:
+    """With 5, the last segment is of one position."""
     stage, x = stage_and_input(name)
     inputs = (torch.arange(11).expand(2, 11) < 7,) if name == "encoder" else ()
     weights = torch.randn(2, 11, 8).double()
     results = []
     for run in (stage, lambda *xs: run_recomputed(stage, *xs, segment=segment)):
         torch.manual_seed(1)
-        out = run(x, *inputs)
+        with saved_on_host() if offload else contextlib.nullcontext():
+            out = run(x, *inputs)
         results.append((out, torch.autograd.grad((out * weights).sum(), [x, *stage.parameters()])))
     torch.testing.assert_close(results[1], results[0], atol=1e-9, rtol=1e-7)
 
