@@ -9,7 +9,7 @@ from torch import Tensor
 _PAGE = 2 << 20
 # What is mapped at once. Memory that nothing is written to takes no room.
 _CHUNK = 64 << 20
-# Fewer bytes than this lie in pages that a core knows by heart.
+# Smaller tensors lie in few pages of any size.
 _FEWEST = 256 << 10
 _ALIGNMENT = 64
 

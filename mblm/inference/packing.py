@@ -10,6 +10,7 @@ WEIGHT_TYPES = ("float32", "bfloat16", "int8")
 
 # Rows and columns of a tile, which csrc/cpu/matrix.h calls outputs and inputs.
 _TILE = (4, 64)
+# Weights of a matrix that is small: see pack_linear.
 _MOST_HALVED = 1 << 17
 
 # What built-in stages consist of.

@@ -7,11 +7,11 @@ import torch
 
 from mblm.inference.session import Session
 from mblm.model.native_stages import native_transformer
-from mblm.ops import _native
 from tests.inference.test_native_run import in_pytorch
 from tests.models import model, transformer
+from tests.native import needs_native
 
-pytestmark = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is compiled")
+pytestmark = needs_native
 
 
 def run(dim: int = 8, vocabulary: int = 6, **given: Any) -> Any:

@@ -13,11 +13,11 @@ from mblm.inference.advance import prefill_natively
 from mblm.inference.packing import WEIGHT_TYPES
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import NATIVE_POSITIONS, StageCache, allocate_cache
-from mblm.ops import _native
 from tests.inference.test_native_run import CLOSE, STAGES, in_pytorch, wide
 from tests.models import LSTMBlock, mamba, model, transformer
+from tests.native import needs_native
 
-pytestmark = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is compiled")
+pytestmark = needs_native
 
 # Three sequences of the longest piece are few enough for compiled code.
 PIECES = st.lists(st.integers(1, NATIVE_POSITIONS // 3), min_size=1, max_size=5)

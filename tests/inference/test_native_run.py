@@ -17,8 +17,8 @@ from mblm.inference.packing import round_weight
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import StageCache
-from mblm.ops import _native
 from tests.models import hierarchies, mamba, model, transformer
+from tests.native import needs_native
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 STAGES: dict[str, Any] = {
@@ -29,8 +29,6 @@ STAGES: dict[str, Any] = {
     "mamba1": lambda: mamba("mamba1", d_state=20),
     "mamba2": lambda: mamba("mamba2", d_state=20, d_conv=1),
 }
-
-needs_native = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is compiled")
 
 
 @contextmanager

@@ -5,9 +5,7 @@ import torch
 
 from mblm.inference.huge_pages import HugePages
 from mblm.inference.packing import pack_linear, round_weight
-from mblm.ops import _native
-
-needs_native = pytest.mark.skipif(not _native.is_loaded(), reason="nothing is compiled")
+from tests.native import needs_native
 
 
 def as_packed(n: int, k: int) -> tuple[torch.nn.Linear, list[torch.Tensor]]:
@@ -16,15 +14,20 @@ def as_packed(n: int, k: int) -> tuple[torch.nn.Linear, list[torch.Tensor]]:
     return linear, pack_linear(linear, "int8", HugePages())
 
 
+def as_rows(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """The weight ``(N, K)`` of tiles, which hold nothing else."""
+    filled = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+    assert not filled[n:].any() and not filled[:, k:].any()
+    return filled[:n, :k]
+
+
 @pytest.mark.parametrize(("n", "k"), [(4, 64), (1, 1), (5, 65), (257, 128), (8, 200)])
 def test_int8_weights_lie_in_tiles_of_4_rows_and_64_columns(n: int, k: int) -> None:
     linear, (tiles, scale, bias) = as_packed(n, k)
     rows, same_scale = round_weight(linear.weight.detach(), "int8")
     assert torch.equal(scale, same_scale) and torch.equal(bias, linear.bias)
     assert tiles.shape == (-(-n // 4), -(-k // 64), 4, 64)
-    back = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
-    assert torch.equal(back[:n, :k], rows)
-    assert not back[n:].any() and not back[:, k:].any()
+    assert torch.equal(as_rows(tiles, n, k), rows)
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
@@ -41,16 +44,9 @@ def test_small_weights_are_halved_where_they_may_be(
     if not is_halved:
         assert torch.equal(weight, whole)
         return
-    parts = [torch.nn.Linear(k // 2, n) for _ in range(2)]
-    for part, columns in zip(parts, linear.weight.data.chunk(2, dim=1), strict=True):
-        part.weight.data = columns
-    if weights == "int8":  # whose scale is that of whole rows
-        assert weight.shape == (2, -(-n // 4), k // 128 + (k % 128 > 0), 4, 64)
-        assert weight.count_nonzero() == whole.count_nonzero()
-    else:
-        assert torch.equal(
-            weight, torch.stack([pack_linear(part, weights, HugePages())[0] for part in parts])
-        )
+    rows, _ = round_weight(linear.weight.detach(), weights)  # a scale is that of whole rows
+    for half, columns in zip(weight, rows.chunk(2, dim=1), strict=True):
+        assert torch.equal(as_rows(half, n, k // 2) if weights == "int8" else half, columns)
 
 
 @needs_native

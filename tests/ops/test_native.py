@@ -1,6 +1,8 @@
 """When compiled kernels are loaded, and what is said when they are not."""
 
 import json
+import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,6 +12,13 @@ import torch
 from mblm.ops import _native
 
 RUNNING = str(torch.__version__)
+CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+@pytest.mark.skipif(not CXX, reason="no C++ compiler on this machine")
+@pytest.mark.skipif(os.environ.get("MBLM_NATIVE") == "0", reason="MBLM_NATIVE=0 is set")
+def test_what_tests_of_compiled_code_need_is_there() -> None:
+    assert _native.is_loaded(), _native.build_info()["reason"]
 
 
 @pytest.fixture
