@@ -113,18 +113,19 @@ int64_t inputs_of_half(const Matrix& matrix) {
   return matrix.inputs / halves_of(matrix);
 }
 
+// What tiles fill up.
+int64_t filled(const Matrix& matrix, int64_t size, int64_t of_tile) {
+  return matrix.type == WeightType::kInt8 ? round_up(size, of_tile) : size;
+}
+
 // Bytes from an output's weights to the next one's, of tiles on average.
 int64_t bytes_of_output(const Matrix& matrix) {
-  const int64_t inputs = inputs_of_half(matrix);
-  const bool has_tiles = matrix.type == WeightType::kInt8;
-  return (has_tiles ? round_up(inputs, kTileInputs) : inputs) * size_of(matrix.type);
+  return filled(matrix, inputs_of_half(matrix), kTileInputs) * size_of(matrix.type);
 }
 
 // Bytes from the first half to the second.
 int64_t bytes_of_half(const Matrix& matrix) {
-  const bool has_tiles = matrix.type == WeightType::kInt8;
-  return (has_tiles ? round_up(matrix.outputs, kTileOutputs) : matrix.outputs) *
-         bytes_of_output(matrix);
+  return filled(matrix, matrix.outputs, kTileOutputs) * bytes_of_output(matrix);
 }
 
 // Rows as a kernel wants them: each one, or one half of it and then the other.

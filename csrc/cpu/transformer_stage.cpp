@@ -126,22 +126,22 @@ struct Sharing {
 
 // Working memory of a call, cut from one block: all threads' parts, then each thread's own.
 struct Scratch {
-  float *attended, *middle, *inner;  // all threads'; own with halves
-  float *q, *k;                      // all threads'; own with own heads; v is behind or beside k
-  float* output;                     // own, with halves alone
-  float *normed, *queries, *scores;  // own
-  float* sums[2][2];                 // of both of a layer's exchanges, each thread's
-  int64_t floats = 0;                // of the block
+  float *attended = nullptr, *middle = nullptr, *inner = nullptr;  // all threads'; own with halves
+  float *q = nullptr, *k = nullptr;  // all threads'; own with own heads; v is behind or beside k
+  float* output = nullptr;           // own, with halves alone
+  float *normed = nullptr, *queries = nullptr, *scores = nullptr;  // own
+  float* sums[2][2] = {};  // of both of a layer's exchanges, each thread's
+  int64_t floats = 0;      // of the block
 
-  Scratch(const TransformerStage& stage, const TransformerState& state, int64_t count,
-          int64_t threads, int64_t thread, float* block) {
-    const Sharing sharing(stage, threads);
+  // Without a block, counts what it needs.
+  Scratch(const TransformerStage& stage, const Sharing& sharing, const TransformerState& state,
+          int64_t count, int64_t threads, int64_t thread, float* block) {
     int64_t capacity = 0;
     for (const TransformerRow& row : state.rows) capacity = std::max(capacity, row.capacity);
     const int64_t positions = int64_t(state.rows.size()) * count, dim = positions * stage.dim;
     const int64_t width = positions * stage.heads * stage.head_dim;
-    const int64_t inner_width = stage.layers.empty() ? 0 : stage.layers[0].expand.outputs;
-    const int64_t inner_size = positions * inner_width;
+    const int64_t inner_size =
+        stage.layers.empty() ? 0 : positions * stage.layers[0].expand.outputs;
 
     int64_t at = block ? cache_lines::align(block) - block : cache_lines::kFloats;
     bool is_kept = true;
@@ -193,7 +193,8 @@ int64_t TransformerStage::weights() const {
 }
 
 int64_t TransformerStage::scratch_size(const State& state, int64_t count, int64_t threads) const {
-  return Scratch(*this, state, count, threads, 0, nullptr).floats;
+  const Sharing sharing(*this, threads);
+  return Scratch(*this, sharing, state, count, threads, 0, nullptr).floats;
 }
 
 void TransformerStage::restart(TransformerRow& row) const {
@@ -214,7 +215,7 @@ const float* TransformerStage::prefill(const Worker& worker, const State& state,
   const int64_t few_heads = sharing.has_own_heads ? heads / threads : heads;
   const int64_t first_head = sharing.has_own_heads ? worker.index * few_heads : 0;
   const int64_t columns = few_heads * head_dim, first_column = first_head * head_dim;
-  const Scratch s(*this, state, count, threads, worker.index, block);
+  const Scratch s(*this, sharing, state, count, threads, worker.index, block);
   float* const v = s.k + (sharing.has_own_heads ? positions * columns : width);
   const int64_t kv_stride = sharing.has_own_heads ? columns : 2 * width;
 
