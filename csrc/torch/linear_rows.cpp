@@ -5,6 +5,7 @@
 
 #include "common.h"
 #include "cuda/linear_rows.h"
+#include "linear.h"
 
 namespace mblm {
 namespace {
@@ -12,15 +13,7 @@ namespace {
 using at::Tensor;
 
 Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_floating("x", x);
-  TORCH_CHECK_VALUE(x.dim() == 2, "x must have two dimensions, got ", x.sizes());
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must have two dimensions, got ", weight.sizes());
-  check_shape("weight", weight, {weight.size(0), x.size(1)});
-  check_like("weight", weight, "x", x);
-  if (bias) {
-    check_shape("bias", *bias, {weight.size(0)});
-    check_like("bias", *bias, "x", x);
-  }
+  check_linear(x, weight, bias);
   const c10::DeviceGuard device(x.device());
   const at::ScalarType type = kernel_type(x.scalar_type());
   const Tensor rows = x.to(type).contiguous(), matrix = weight.to(type).contiguous();

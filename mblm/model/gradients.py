@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mblm.model.linear import Linear
+from mblm.ops.linear import add_outer_products, linear
 
 # Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
 # `torch.compiler.disable`, it imports the compiler, but no sooner than it is called.
@@ -131,7 +132,7 @@ class _LinearIntoSums(torch.autograd.Function):
     ) -> Tensor:
         ctx.sums, ctx.weight, ctx.bias = sums, weight, bias
         ctx.save_for_backward(x)
-        return nn.functional.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -139,10 +140,10 @@ class _LinearIntoSums(torch.autograd.Function):
         (x,) = ctx.saved_tensors  # (.., K); the weight is (N, K)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (grad @ ctx.weight.to(grad.dtype)).to(x.dtype)
+            of_x = linear(grad, ctx.weight.to(grad.dtype).T).to(x.dtype)
         x, grad = x.flatten(0, -2), grad.flatten(0, -2)
         if (of_weight := ctx.sums.sum_for(ctx.weight)) is not None:
-            of_weight.addmm_(grad.to(of_weight.dtype).T, x.to(of_weight.dtype))
+            add_outer_products(of_weight, grad.to(of_weight.dtype), x.to(of_weight.dtype))
         if (of_bias := ctx.sums.sum_for(ctx.bias)) is not None:
             of_bias += grad.sum(0, dtype=of_bias.dtype)
         return of_x, None, None, None

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mblm.ops.linear_rows import linear
+from mblm.ops.linear import linear
 
 
 class Linear(nn.Linear):

@@ -11,7 +11,7 @@ from mblm.inference.stage_cache import StageCache
 from mblm.model.mamba_cache import MambaCache
 from mblm.model.mamba_scans import mamba1_scan
 from mblm.ops.causal_conv import causal_conv
-from mblm.ops.linear_rows import linear
+from mblm.ops.linear import linear
 from mblm.ops.selective_scan import selective_scan_step
 
 LayerState = tuple[Tensor, Tensor]  # SSM state (B, D_inner, N), conv window (B, K - 1, D_inner)

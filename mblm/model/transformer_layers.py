@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from mblm.model.linear import Linear
-from mblm.ops.linear_rows import linear
+from mblm.ops.linear import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm
 from mblm.ops.short_attention import MAX_POSITIONS, short_attention
 

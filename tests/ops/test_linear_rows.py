@@ -1,4 +1,4 @@
-"""``linear_rows``: the native kernel against the reference, and when the wrapper takes it."""
+"""``linear_rows``: the native kernel against the reference."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mblm.model.linear import Linear
-from mblm.ops import linear_rows as module
-from mblm.ops.linear_rows import MAX_ROWS, linear, linear_rows_reference
+from mblm.ops.linear_rows import MAX_ROWS, linear_reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {
@@ -41,7 +39,7 @@ def test_equals_the_reference(
     weight = torch.randn(outputs, 2 * inputs)[:, ::2] if strided else torch.randn(outputs, inputs)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = torch.randn(outputs).to(dtype) if with_bias else None
-    expected = linear_rows_reference(
+    expected = linear_reference(
         x.double(), weight.double(), None if bias is None else bias.double()
     )
     actual = torch.ops.mblm.linear_rows(x, weight, bias)
@@ -91,44 +89,6 @@ def test_bad_input_is_refused(
     error: type[Exception],
     words: str,
 ) -> None:
-    for function in (torch.ops.mblm.linear_rows, linear_rows_reference):
+    for function in (torch.ops.mblm.linear_rows, linear_reference):
         with pytest.raises(error, match=words):
             function(x, weight, bias)
-
-
-class TestLinear:
-    """The layer equals ``torch.nn.Linear`` and takes the kernel where it pays."""
-
-    @pytest.fixture
-    def calls(self, native: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Rows of each call of the operator."""
-        rows: list[int] = []
-        original = torch.ops.mblm.linear_rows
-
-        class Ops:
-            def linear_rows(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-                rows.append(x.shape[0])
-                return original(x, *rest)
-
-        monkeypatch.setattr(module.torch.ops, "mblm", Ops())
-        return rows
-
-    @pytest.mark.parametrize("shape", [(1, 6), (2, 4, 6), (6,), (1, 1, 6)])
-    @torch.inference_mode()
-    def test_few_rows(self, calls: list[int], shape: tuple[int, ...]) -> None:
-        layer, x = Linear(6, 5), torch.randn(shape)
-        torch.testing.assert_close(
-            layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
-        )
-        assert calls == [x.numel() // 6]
-
-    def test_not_with_gradients_or_many_rows_or_under_autocast(self, calls: list[int]) -> None:
-        layer = Linear(6, 5)
-        layer(torch.randn(1, 6)).sum().backward()
-        assert layer.weight.grad is not None
-        with torch.inference_mode():
-            assert layer(torch.randn(MAX_ROWS + 1, 6)).shape == (MAX_ROWS + 1, 5)
-            assert linear(torch.randn(0, 6), layer.weight, layer.bias).shape == (0, 5)
-            with torch.autocast("cpu", torch.bfloat16):
-                assert layer(torch.randn(1, 6)).dtype == torch.bfloat16
-        assert calls == []

@@ -1,0 +1,83 @@
+// Glue of linear: large float32 products on a CPU by oneDNN, all others as PyTorch has them.
+#include "linear.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <string_view>
+
+#include "cpu/transpose.h"
+
+namespace mblm {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Scalars = c10::List<std::optional<at::Scalar>>;
+using OneDnnLinear = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
+                            Scalars, std::optional<std::string_view>);
+
+// x @ weight.T + bias by oneDNN, as PyTorch's compiler calls it; empty in a PyTorch without.
+const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
+  static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<OneDnnLinear>> {
+    const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (!found || !found->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
+    return found->typed<OneDnnLinear>();
+  }();
+  return handle;
+}
+
+// Whether MKL, PyTorch's choice, leaves half of this machine unused: it computes with 64 bytes at
+// once on Intel's processors alone.
+bool onednn_is_faster() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return at::hasMKL() && onednn_linear() && __builtin_cpu_supports("avx512f") &&
+         !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+bool has_separate_rows(const Tensor& matrix) {
+  return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1);
+}
+
+// A matrix that is contiguous. A transposed one is copied by several threads, which
+// PyTorch does by one.
+Tensor contiguous(const Tensor& matrix) {
+  if (matrix.is_contiguous() || matrix.stride(0) != 1) return matrix.contiguous();
+  const cpu::TransposeInput input{matrix.size(1), matrix.size(0), data<float>(matrix),
+                                  matrix.stride(1)};
+  Tensor out = at::empty(matrix.sizes(), matrix.options());
+  float* to = mutable_data<float>(out);
+  parallel(input.blocks(), cpu::kTransposeColumns * input.rows,
+           [&](int64_t begin, int64_t end) { cpu::transpose_matrix(input, to, begin, end); });
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  check_linear(x, weight, bias);
+  const bool is_empty = x.numel() == 0 || weight.numel() == 0;
+  if (!x.is_cpu() || x.scalar_type() != at::kFloat || is_empty || !onednn_linear()) {
+    return at::linear(x, weight, bias);
+  }
+  const bool is_laid_out = has_separate_rows(weight) || has_separate_rows(weight.t());
+  return onednn_linear()->call(contiguous(x), is_laid_out ? weight : weight.contiguous(), bias,
+                               "none", Scalars(), "");
+}
+
+void add(torch::Library& library) {
+  library.impl("linear", linear);
+}
+
+}  // namespace
+
+MBLM_REGISTER_CPU(add)
+
+}  // namespace mblm
+
+TORCH_LIBRARY_FRAGMENT(mblm, m) {
+  m.def("onednn_is_faster() -> bool", &mblm::onednn_is_faster);
+}

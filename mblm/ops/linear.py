@@ -1,0 +1,101 @@
+"""``linear``: a linear map, each by the library or kernel that is fastest at its size."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from mblm.ops import _native
+from mblm.ops._library import register_operator
+from mblm.ops.linear_rows import MAX_ROWS, linear_fake, linear_reference
+
+# Multiplications below which calling oneDNN takes longer than it saves.
+_LARGE = 2**22
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, by a native kernel, by oneDNN or as PyTorch chooses.
+
+    Few rows without gradients take the kernel `linear_rows` on a CPU; a large product of float32
+    matrices takes oneDNN where the CPU has AVX-512 and PyTorch's choice does not use it.
+
+    Args:
+        x: ``(..., K)``.
+        weight: ``(N, K)``.
+        bias: ``(N,)`` or None.
+
+    Returns:
+        ``(..., N)``. A row's result does not depend on how many rows there are, up to `MAX_ROWS`.
+    """
+    if _is_plain(x, weight):
+        few = 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        if few and not torch.is_grad_enabled():
+            rows: Tensor = torch.ops.mblm.linear_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+            return rows.view(*x.shape[:-1], weight.shape[0])
+        if not few and _suits_onednn(x, weight):
+            out: Tensor = torch.ops.mblm.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+            return out.view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
+
+
+def add_outer_products(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """``to += a.T @ b``, without gradients; a ``(M, N)``, b ``(M, K)``, to ``(N, K)``."""
+    if _is_plain(a, b) and _suits_onednn(a, b.T):
+        to += torch.ops.mblm.linear(a.T, b.T, None)
+    else:
+        to.addmm_(a.T, b)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels can be taken: on plain CPU tensors of one dtype, nothing else asked."""
+    return (
+        x.device.type == "cpu"
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and _native.is_loaded()
+    )
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= _LARGE
+        and bool(torch.backends.mkldnn.enabled)
+        and _onednn_is_faster()
+    )
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    return bool(torch.ops.mblm.onednn_is_faster())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    product = torch.ops.mblm.linear
+    return (
+        product(grad, weight.T, None) if of_x else None,
+        product(grad.T, x.T, None) if of_weight else None,
+        grad.sum(0) if of_bias and ctx.has_bias else None,
+    )
+
+
+register_operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference=linear_reference,
+    fake=linear_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

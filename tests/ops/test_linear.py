@@ -1,0 +1,256 @@
+"""``linear``: the operator against the reference, and which way a product takes."""
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mblm.model.linear import Linear
+from mblm.ops import linear as module
+from mblm.ops.linear import add_outer_products, linear
+from mblm.ops.linear_rows import MAX_ROWS, linear_reference
+
+TOLERANCE = {
+    torch.float32: {"atol": 2e-5, "rtol": 2e-5},
+    torch.float64: {"atol": 1e-12, "rtol": 1e-12},
+    torch.bfloat16: {"atol": 5e-2, "rtol": 2e-2},
+    torch.float16: {"atol": 8e-3, "rtol": 4e-3},
+}
+
+# What gives a tensor the memory layout of one with other strides.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "rows apart": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "columns apart": lambda t: t.repeat_interleave(3, 1)[:, ::3],
+    "transposed, apart": lambda t: torch.cat([t, t]).t().contiguous().t()[: t.shape[0]],
+}
+
+
+@pytest.fixture
+def native(require_native: Callable[[str], None]) -> None:
+    require_native("linear")
+
+
+class TestOperator:
+    @given(
+        rows=st.integers(0, 40),
+        inputs=st.integers(0, 40),
+        outputs=st.integers(0, 40),
+        dtype=st.sampled_from(list(TOLERANCE)),
+        with_bias=st.booleans(),
+        layouts=st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))),
+    )
+    @settings(max_examples=150, deadline=None)
+    def test_equals_the_reference(
+        self,
+        rows: int,
+        inputs: int,
+        outputs: int,
+        dtype: torch.dtype,
+        with_bias: bool,
+        layouts: tuple[str, str],
+    ) -> None:
+        x = LAYOUTS[layouts[0]](torch.randn(rows, inputs).to(dtype))
+        weight = LAYOUTS[layouts[1]](torch.randn(outputs, inputs).to(dtype))
+        bias = torch.randn(outputs).to(dtype) if with_bias else None
+        exact = linear_reference(
+            x.double(), weight.double(), None if bias is None else bias.double()
+        )
+        actual = torch.ops.mblm.linear(x, weight, bias)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), exact, **TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("expanded", ["x", "weight"])
+    @pytest.mark.parametrize("shape", [(1, 20), (30, 1)])
+    def test_repeated_without_memory(self, expanded: str, shape: tuple[int, int]) -> None:
+        repeated, other = torch.randn(shape).expand(30, 20), torch.randn(25, 20)
+        x, weight = (repeated, other) if expanded == "x" else (other, repeated)
+        exact = x.double() @ weight.double().T
+        actual = torch.ops.mblm.linear(x, weight, None)
+        torch.testing.assert_close(actual.double(), exact, **TOLERANCE[torch.float32])
+
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_gradients(self, with_bias: bool) -> None:
+        def leaf(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+        arguments = (leaf(5, 7), leaf(3, 7), leaf(3) if with_bias else None)
+        assert torch.autograd.gradcheck(torch.ops.mblm.linear, arguments)
+        assert torch.autograd.gradgradcheck(torch.ops.mblm.linear, arguments)
+
+    def test_gradients_of_float32(self) -> None:
+        inputs = [torch.randn(s, requires_grad=True) for s in ((70, 33), (65, 33), (65,))]
+        of_out = torch.randn(65, 70).t()  # strided, as gradients may be
+        actual = torch.autograd.grad(torch.ops.mblm.linear(*inputs), inputs, of_out)
+        exact = torch.autograd.grad(
+            F.linear(*(t.double() for t in inputs)), inputs, of_out.double()
+        )
+        for a, e in zip(actual, exact, strict=True):
+            torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-5)
+
+    def test_only_the_gradients_asked_for_are_made(self) -> None:
+        x, weight = torch.randn(5, 7), torch.randn(3, 7, requires_grad=True)
+        torch.ops.mblm.linear(x, weight, None).sum().backward()
+        assert x.grad is None
+        torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 7))
+
+    def test_opcheck(self) -> None:
+        x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((9, 5), (4, 5), (4,)))
+        for arguments in ((x, weight, bias), (x, weight, None)):
+            torch.library.opcheck(torch.ops.mblm.linear.default, arguments)
+
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    def test_a_number_of_threads_changes_rounding_at_most(self, threads: int) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        x, weight = torch.randn(333, 257), torch.randn(129, 257)
+        actual = torch.ops.mblm.linear(x.t().contiguous().t(), weight, None)
+        torch.set_num_threads(before)
+        torch.testing.assert_close(
+            actual.double(), x.double() @ weight.double().T, atol=1e-4, rtol=1e-5
+        )
+
+    @pytest.mark.parametrize(
+        ("x", "weight", "bias", "error", "words"),
+        [
+            (torch.zeros(5), torch.zeros(4, 5), None, ValueError, "x must have two dimensions"),
+            (torch.zeros(1, 5), torch.zeros(4, 6), None, ValueError, "weight must have shape"),
+            (torch.zeros(1, 5), torch.zeros(4, 5), torch.zeros(3), ValueError, "bias must have"),
+            (torch.zeros(1, 5), torch.zeros(4, 5).double(), None, TypeError, "weight must have"),
+            (torch.zeros(1, 5).long(), torch.zeros(4, 5), None, TypeError, "x must be"),
+        ],
+    )
+    def test_bad_input_is_refused(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        error: type[Exception],
+        words: str,
+    ) -> None:
+        with pytest.raises(error, match=words):
+            torch.ops.mblm.linear(x, weight, bias)
+
+
+class _Recorder:
+    """Stands for ``torch.ops.mblm``: names of the operators called, with their rows."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self._operators = torch.ops.mblm
+
+    def linear_rows(self, x: Tensor, *rest: Tensor) -> Tensor:
+        self.calls.append(("linear_rows", x.shape[0]))
+        out: Tensor = self._operators.linear_rows(x, *rest)
+        return out
+
+    def linear(self, x: Tensor, *rest: Tensor) -> Tensor:
+        self.calls.append(("linear", x.shape[0]))
+        out: Tensor = self._operators.linear(x, *rest)
+        return out
+
+
+class TestChoice:
+    """A layer equals ``torch.nn.Linear`` whatever way it takes."""
+
+    @pytest.fixture
+    def calls(self, native: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+        recorder = _Recorder()
+        monkeypatch.setattr(module.torch.ops, "mblm", recorder)
+        return recorder.calls
+
+    @pytest.fixture
+    def any_is_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a machine where oneDNN is faster, for products of any size."""
+        monkeypatch.setattr(module, "_LARGE", 1)
+        monkeypatch.setattr(module, "_onednn_is_faster", lambda: True)
+
+    @pytest.mark.parametrize("shape", [(1, 6), (2, 4, 6), (6,), (1, 1, 6)])
+    @torch.inference_mode()
+    def test_few_rows(self, calls: list[tuple[str, int]], shape: tuple[int, ...]) -> None:
+        layer, x = Linear(6, 5), torch.randn(shape)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert calls == [("linear_rows", x.numel() // 6)]
+
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("shape", [(9, 6), (3, 4, 6)])
+    def test_a_large_product(
+        self,
+        calls: list[tuple[str, int]],
+        any_is_large: None,
+        shape: tuple[int, ...],
+        gradients: bool,
+    ) -> None:
+        layer, x = Linear(6, 5), torch.randn(shape)
+        with torch.set_grad_enabled(gradients):
+            actual = layer(x)
+        torch.testing.assert_close(actual, F.linear(x, layer.weight, layer.bias))
+        assert calls == [("linear", x.numel() // 6)]
+        assert actual.requires_grad == gradients
+
+    def test_gradients_of_a_large_product(self, any_is_large: None) -> None:
+        layer, x = Linear(6, 5), torch.randn(2, 9, 6, requires_grad=True)
+        inputs = [x, *layer.parameters()]
+        actual = torch.autograd.grad(layer(x).square().sum(), inputs)
+        expected = torch.autograd.grad(F.linear(*inputs).square().sum(), inputs)
+        torch.testing.assert_close(actual, expected)
+
+    @pytest.mark.filterwarnings("ignore:TF32")  # of a switch that flags() sets too
+    @pytest.mark.parametrize(
+        "why_not", ["small", "double", "autocast", "turned off", "no rows", "few, with gradients"]
+    )
+    def test_pytorch_has_the_rest(
+        self,
+        calls: list[tuple[str, int]],
+        any_is_large: None,
+        monkeypatch: pytest.MonkeyPatch,
+        why_not: str,
+    ) -> None:
+        layer, x = Linear(6, 5), torch.randn(MAX_ROWS + 1, 6)
+        context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if why_not == "small":
+            monkeypatch.setattr(module, "_LARGE", 9 * 6 * 5 + 1)
+        elif why_not == "double":
+            layer, x = layer.double(), x.double()
+        elif why_not == "autocast":
+            context = torch.autocast("cpu", torch.bfloat16)
+        elif why_not == "turned off":
+            context = torch.backends.mkldnn.flags(enabled=False)
+        elif why_not == "no rows":
+            x = x[:0]
+        else:
+            x = x[:MAX_ROWS]
+        with context:
+            out = layer(x)
+            torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias))
+        out.sum().backward()
+        assert layer.weight.grad is not None
+        assert calls == []
+
+    def test_a_tensor_that_is_more_than_one_keeps_its_own_way(
+        self, calls: list[tuple[str, int]], any_is_large: None
+    ) -> None:
+        class Weight(Tensor):
+            pass
+
+        weight = torch.randn(5, 6).as_subclass(Weight)
+        assert type(linear(torch.randn(9, 6), weight)) is Weight
+        assert calls == []
+
+    @pytest.mark.parametrize("large", [False, True])
+    def test_added_outer_products(
+        self, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, large: bool
+    ) -> None:
+        monkeypatch.setattr(module, "_LARGE", 1 if large else 2**40)
+        monkeypatch.setattr(module, "_onednn_is_faster", lambda: True)
+        to, a, b = torch.randn(5, 6), torch.randn(9, 5), torch.randn(9, 6)
+        expected = to + a.T @ b
+        add_outer_products(to, a, b)
+        torch.testing.assert_close(to, expected)
+        assert calls == ([("linear", 5)] if large else [])
