@@ -40,10 +40,6 @@ bool onednn_is_faster() {
 #endif
 }
 
-bool has_separate_rows(const Tensor& matrix) {
-  return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1);
-}
-
 // A matrix that is contiguous. A transposed one is copied by several threads, which
 // PyTorch does by one.
 Tensor contiguous(const Tensor& matrix) {
@@ -57,15 +53,21 @@ Tensor contiguous(const Tensor& matrix) {
   return out;
 }
 
+// A matrix that is contiguous or the transpose of one: with gaps between its rows or columns,
+// oneDNN takes a loop that is a thousand times slower.
+Tensor without_gaps(const Tensor& matrix) {
+  return matrix.stride(0) == 1 ? matrix.t().contiguous().t() : matrix.contiguous();
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   check_linear(x, weight, bias);
   const bool is_empty = x.numel() == 0 || weight.numel() == 0;
   if (!x.is_cpu() || x.scalar_type() != at::kFloat || is_empty || !onednn_linear()) {
     return at::linear(x, weight, bias);
   }
-  const bool is_laid_out = has_separate_rows(weight) || has_separate_rows(weight.t());
-  return onednn_linear()->call(contiguous(x), is_laid_out ? weight : weight.contiguous(), bias,
-                               "none", Scalars(), "");
+  OptionalTensor offset;
+  if (bias) offset = bias->contiguous();
+  return onednn_linear()->call(contiguous(x), without_gaps(weight), offset, "none", Scalars(), "");
 }
 
 void add(torch::Library& library) {

@@ -75,6 +75,21 @@ class TestOperator:
         actual = torch.ops.mblm.linear(x, weight, None)
         torch.testing.assert_close(actual.double(), exact, **TOLERANCE[torch.float32])
 
+    @pytest.mark.parametrize("x_layout", LAYOUTS)
+    @pytest.mark.parametrize("weight_layout", LAYOUTS)
+    def test_onednn_is_given_what_it_is_fast_with(
+        self, native: None, capfd: pytest.CaptureFixture[str], x_layout: str, weight_layout: str
+    ) -> None:
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("this PyTorch has no oneDNN")
+        x = LAYOUTS[x_layout](torch.randn(40, 33))
+        weight = LAYOUTS[weight_layout](torch.randn(50, 33))
+        bias = torch.randn(50, 2)[:, 0]
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            torch.ops.mblm.linear(x, weight, bias)
+        (said,) = [line for line in capfd.readouterr().out.splitlines() if "inner_product" in line]
+        assert ",ref" not in said  # its plain loop, a thousand times slower
+
     @pytest.mark.parametrize("with_bias", [False, True])
     def test_gradients(self, with_bias: bool) -> None:
         def leaf(*shape: int) -> Tensor:
