@@ -13,6 +13,8 @@ from mblm.ops.linear_rows import MAX_ROWS, linear_fake, linear_reference
 
 # Multiplications below which calling oneDNN takes longer than it saves.
 _LARGE = 2**22
+# Rows of a sum that products are made for at a time.
+_ADDED_ROWS = 256
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,9 +43,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_outer_products(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """``to += a.T @ b``, without gradients; a ``(M, N)``, b ``(M, K)``, to ``(N, K)``."""
+    """``to += a.T @ b``, without gradients and without memory as large as ``to``.
+
+    Args:
+        to: ``(N, K)``.
+        a: ``(M, N)``.
+        b: ``(M, K)``.
+    """
     if _is_plain(a, b) and _suits_onednn(a, b.T):
-        to += torch.ops.mblm.linear(a.T, b.T, None)
+        for columns, part in zip(a.split(_ADDED_ROWS, 1), to.split(_ADDED_ROWS), strict=True):
+            part += torch.ops.mblm.linear(columns.T, b.T, None)
     else:
         to.addmm_(a.T, b)
 

@@ -14,6 +14,7 @@ from mblm.model.linear import Linear
 from mblm.ops import linear as module
 from mblm.ops.linear import add_outer_products, linear
 from mblm.ops.linear_rows import MAX_ROWS, linear_reference
+from tests.model.peak_memory import peak_bytes
 
 TOLERANCE = {
     torch.float32: {"atol": 2e-5, "rtol": 2e-5},
@@ -269,3 +270,8 @@ class TestChoice:
         add_outer_products(to, a, b)
         torch.testing.assert_close(to, expected)
         assert calls == ([("linear", 5)] if large else [])
+
+    def test_outer_products_are_added_in_parts(self, native: None, any_is_large: None) -> None:
+        to, a, b = torch.zeros(1000, 50), torch.randn(9, 1000), torch.randn(9, 50)
+        assert peak_bytes(lambda: add_outer_products(to, a, b)) < to.nbytes / 2
+        torch.testing.assert_close(to, a.T @ b)
