@@ -24,7 +24,11 @@ const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
   static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<OneDnnLinear>> {
     const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
     if (!found || !found->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
-    return found->typed<OneDnnLinear>();
+    try {
+      return found->typed<OneDnnLinear>();
+    } catch (const c10::Error&) {  // another PyTorch's, with other arguments
+      return std::nullopt;
+    }
   }();
   return handle;
 }

@@ -61,7 +61,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels can be taken: on plain CPU tensors of one dtype, nothing else asked."""
     return (
         x.device.type == "cpu"
-        and type(weight) in (Tensor, nn.Parameter)
+        and {type(x), type(weight)} <= {Tensor, nn.Parameter}
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
         and not torch.is_autocast_enabled("cpu")

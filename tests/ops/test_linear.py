@@ -252,11 +252,12 @@ class TestChoice:
     def test_a_tensor_that_is_more_than_one_keeps_its_own_way(
         self, calls: list[tuple[str, int]], any_is_large: None
     ) -> None:
-        class Weight(Tensor):
+        class Special(Tensor):
             pass
 
-        weight = torch.randn(5, 6).as_subclass(Weight)
-        assert type(linear(torch.randn(9, 6), weight)) is Weight
+        x, weight = torch.randn(9, 6), torch.randn(5, 6)
+        assert type(linear(x, weight.as_subclass(Special))) is Special
+        assert type(linear(x.as_subclass(Special), weight)) is Special
         assert calls == []
 
     @pytest.mark.parametrize("large", [False, True])
