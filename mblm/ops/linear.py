@@ -50,7 +50,7 @@ def add_outer_products(to: Tensor, a: Tensor, b: Tensor) -> None:
         a: ``(M, N)``.
         b: ``(M, K)``.
     """
-    if _is_plain(a, b) and _suits_onednn(a, b.T):
+    if _is_plain(a.T, b.T) and _suits_onednn(a.T, b.T):
         for columns, part in zip(a.split(_ADDED_ROWS, 1), to.split(_ADDED_ROWS), strict=True):
             part += torch.ops.mblm.linear(columns.T, b.T, None)
     else:
@@ -58,9 +58,13 @@ def add_outer_products(to: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels can be taken: on plain CPU tensors of one dtype, nothing else asked."""
+    """Whether the kernels can be taken: on plain CPU tensors that fit, nothing else asked.
+
+    What does not fit is refused as ``torch.nn.Linear`` refuses it.
+    """
     return (
-        x.device.type == "cpu"
+        x.device.type == weight.device.type == "cpu"
+        and x.shape[-1:] == weight.shape[1:]
         and {type(x), type(weight)} <= {Tensor, nn.Parameter}
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)

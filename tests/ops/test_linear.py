@@ -260,6 +260,20 @@ class TestChoice:
         assert type(linear(x.as_subclass(Special), weight)) is Special
         assert calls == []
 
+    @pytest.mark.parametrize("x", [torch.zeros(9, 7), torch.zeros(1, 7), torch.zeros(())])
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_what_does_not_fit_is_refused_as_torch_does(
+        self, calls: list[tuple[str, int]], any_is_large: None, x: Tensor, gradients: bool
+    ) -> None:
+        layer = Linear(6, 5)
+        with torch.set_grad_enabled(gradients):
+            with pytest.raises(RuntimeError) as expected:
+                F.linear(x, layer.weight, layer.bias)
+            with pytest.raises(RuntimeError) as actual:
+                layer(x)
+        assert str(actual.value) == str(expected.value)
+        assert calls == []
+
     @pytest.mark.parametrize("large", [False, True])
     def test_added_outer_products(
         self, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, large: bool
