@@ -1,4 +1,4 @@
-"""A linear layer that decodes at the speed of memory."""
+"""A linear layer that takes the fastest way there is at its size."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from mblm.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` whose few rows, without gradients on a CPU, take the native kernel."""
+    """``torch.nn.Linear``, computed by `mblm.ops.linear.linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""

@@ -20,8 +20,9 @@ _ADDED_ROWS = 256
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, by a native kernel, by oneDNN or as PyTorch chooses.
 
-    Few rows without gradients take the kernel `linear_rows` on a CPU; a large product of float32
-    matrices takes oneDNN where the CPU has AVX-512 and PyTorch's choice does not use it.
+    On a CPU, few rows without gradients take the kernel `linear_rows`, if the weight is contiguous
+    as that reads it; a large product of float32 matrices takes oneDNN where the CPU has AVX-512
+    and PyTorch's choice does not use it.
 
     Args:
         x: ``(..., K)``.
@@ -33,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _is_plain(x, weight):
         few = 0 < x.numel() <= MAX_ROWS * x.shape[-1]
-        if few and not torch.is_grad_enabled():
+        if few and not torch.is_grad_enabled() and weight.is_contiguous():
             rows: Tensor = torch.ops.mblm.linear_rows(x.reshape(-1, x.shape[-1]), weight, bias)
             return rows.view(*x.shape[:-1], weight.shape[0])
         if not few and _suits_onednn(x, weight):
@@ -63,13 +64,13 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     What does not fit is refused as ``torch.nn.Linear`` refuses it.
     """
     return (
-        x.device.type == weight.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == weight.device.type == "cpu"
         and x.shape[-1:] == weight.shape[1:]
         and {type(x), type(weight)} <= {Tensor, nn.Parameter}
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and _native.is_loaded()
     )
 
@@ -89,9 +90,7 @@ def _onednn_is_faster() -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,7 +100,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         product(grad, weight.T, None) if of_x else None,
         product(grad.T, x.T, None) if of_weight else None,
-        grad.sum(0) if of_bias and ctx.has_bias else None,
+        grad.sum(0) if of_bias else None,
     )
 
 

@@ -194,6 +194,12 @@ class TestChoice:
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
         assert calls == [("linear_rows", x.numel() // 6)]
 
+    @torch.inference_mode()
+    def test_few_rows_of_a_transposed_weight(self, calls: list[tuple[str, int]]) -> None:
+        x, weight = torch.randn(2, 6), torch.randn(6, 5).T
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+        assert calls == []  # the kernel would copy the weight
+
     @pytest.mark.parametrize("gradients", [False, True])
     @pytest.mark.parametrize("shape", [(9, 6), (3, 4, 6)])
     def test_a_large_product(
