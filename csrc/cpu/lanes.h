@@ -19,16 +19,21 @@ using Lanes = std::conditional_t<std::is_same_v<C, double>, DoubleLanes, FloatLa
 template <class C>
 constexpr int64_t kLaneCount = int64_t(32 / sizeof(C));
 
-template <class C>
-MBLM_INLINE Lanes<C> load(const C* values) {
-  Lanes<C> lanes;
+template <class V, class C>
+MBLM_INLINE V load(const C* values) {
+  V lanes;
   std::memcpy(&lanes, values, sizeof(lanes));
   return lanes;
 }
 
+template <class C>
+MBLM_INLINE Lanes<C> load(const C* values) {
+  return load<Lanes<C>>(values);
+}
+
 template <class V, class C>
 MBLM_INLINE void store(C* values, const V& lanes) {
-  static_assert(std::is_same_v<V, Lanes<C>>);
+  static_assert(std::is_same_v<std::decay_t<decltype(lanes[0])>, C>);
   std::memcpy(values, &lanes, sizeof(lanes));
 }
 

@@ -9,61 +9,44 @@
 
 namespace mblm::cpu {
 
-// to (kRows, kVectors lanes) = keep * from + a (kRows, depth) b (depth, kVectors lanes), in
+// Two lanes of floats at once: for registers that hold them. Elsewhere they are much slower.
+using WideLanes = float __attribute__((vector_size(2 * sizeof(FloatLanes))));
+
+// to (kRows, kVectors of V) = keep * from + a (kRows, depth) b (depth, kVectors of V), in
 // registers. from has to's strides and may be to; null stands for zeros.
-template <int kRows, int kVectors, class C>
+template <class V, int kRows, int kVectors, class C>
 MBLM_INLINE void product_block(int64_t depth, const C* a, int64_t a_row, int64_t a_column,
                                const C* b, int64_t b_row, C keep, const C* from, C* to,
                                int64_t to_row) {
-  constexpr int64_t kLanes = kLaneCount<C>;
-  Lanes<C> sums[kRows][kVectors] = {};
-  if (from) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = keep * load(from + r * to_row + v * kLanes);
+  constexpr int64_t kValues = int64_t(sizeof(V) / sizeof(C));
+  V sums[kRows][kVectors] = {};
+  for (int r = 0; from && r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      sums[r][v] = keep * load<V>(from + r * to_row + v * kValues);
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    Lanes<C> row[kVectors];
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_row + v * kLanes);
+    V row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = load<V>(b + k * b_row + v * kValues);
     for (int r = 0; r < kRows; ++r) {
       const C factor = a[r * a_row + k * a_column];
       for (int v = 0; v < kVectors; ++v) sums[r][v] += row[v] * factor;
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(to + r * to_row + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) store<V>(to + r * to_row + v * kValues, sums[r][v]);
   }
-}
-
-// Two lanes of floats at once: for registers that hold them.
-using WideLanes = float __attribute__((vector_size(2 * sizeof(FloatLanes))));
-
-// product_block with two lanes. Elsewhere than in such registers it is much slower.
-template <int kRows>
-MBLM_INLINE void wide_product_block(int64_t depth, const float* a, int64_t a_row, int64_t a_column,
-                                    const float* b, int64_t b_row, float keep, const float* from,
-                                    float* to, int64_t to_row) {
-  WideLanes sums[kRows] = {}, row;
-  for (int r = 0; from && r < kRows; ++r) {
-    std::memcpy(&row, from + r * to_row, sizeof(row));
-    sums[r] = keep * row;
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    std::memcpy(&row, b + k * b_row, sizeof(row));
-    for (int r = 0; r < kRows; ++r) sums[r] += row * a[r * a_row + k * a_column];
-  }
-  for (int r = 0; r < kRows; ++r) std::memcpy(to + r * to_row, &sums[r], sizeof(row));
 }
 
 // As many blocks of rows from the first on as fit; returns the first row that is left.
-template <int kRows, int kVectors, class C>
+template <class V, int kRows, int kVectors, class C>
 MBLM_INLINE int64_t product_rows(int64_t first, int64_t rows, int64_t depth, const C* a,
                                  int64_t a_row, int64_t a_column, const C* b, int64_t b_row, C keep,
                                  const C* from, C* to, int64_t to_row) {
   for (; first + kRows <= rows; first += kRows) {
-    product_block<kRows, kVectors>(depth, a + first * a_row, a_row, a_column, b, b_row, keep,
-                                   from ? from + first * to_row : nullptr, to + first * to_row,
-                                   to_row);
+    product_block<V, kRows, kVectors>(depth, a + first * a_row, a_row, a_column, b, b_row, keep,
+                                      from ? from + first * to_row : nullptr, to + first * to_row,
+                                      to_row);
   }
   return first;
 }
@@ -73,19 +56,21 @@ template <int kVectors, class C>
 MBLM_INLINE void product_columns(int64_t rows, int64_t depth, const C* a, int64_t a_row,
                                  int64_t a_column, const C* b, int64_t b_row, C keep, const C* from,
                                  C* to, int64_t to_row) {
+  using V = Lanes<C>;
   int64_t r = 0;
   if constexpr (kVectors == 2 && std::is_same_v<C, float>) {
     constexpr int kWideRows = 12;  // more than a register's sums take to come out
-    for (; MBLM_HAS_WIDE_REGISTERS && r + kWideRows <= rows; r += kWideRows) {
-      wide_product_block<kWideRows>(depth, a + r * a_row, a_row, a_column, b, b_row, keep,
-                                    from ? from + r * to_row : nullptr, to + r * to_row, to_row);
+    if (MBLM_HAS_WIDE_REGISTERS) {
+      r = product_rows<WideLanes, kWideRows, 1>(r, rows, depth, a, a_row, a_column, b, b_row, keep,
+                                                from, to, to_row);
     }
   }
-  r = product_rows<6, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to,
-                                to_row);
-  r = product_rows<4, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to,
-                                to_row);
-  product_rows<1, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to, to_row);
+  r = product_rows<V, 6, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to,
+                                   to_row);
+  r = product_rows<V, 4, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to,
+                                   to_row);
+  product_rows<V, 1, kVectors>(r, rows, depth, a, a_row, a_column, b, b_row, keep, from, to,
+                               to_row);
 }
 
 // to (rows, columns) = keep * from + a (rows, depth) b (depth, columns). a may have any strides;
