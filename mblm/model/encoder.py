@@ -15,7 +15,7 @@ from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import TiledPass
 from mblm.utils.checks import check_token_ids
 
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
 
 
 class MBLMEncoder(Hierarchy, PretrainedMixin):
@@ -116,7 +116,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         nested_logits = logits.reshape(*nested_ids.shape, -1)
         if targets is None:
             return nested_logits
-        loss = cross_entropy(logits, targets, weights, _IGNORED_LABEL)
+        loss = cross_entropy(logits, targets, weights, IGNORED_LABEL)
         return loss if return_type == MBLMReturnType.LOSS else (loss, nested_logits)
 
     def _forward_in_tiles(
@@ -133,16 +133,16 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         padded, mask = self._pad(ids, self.pad_token_id), self._pad(mask, False)
         attended = self._attend_global(padded, mask, tile)
         if targets is not None:
-            targets = self._pad(targets, _IGNORED_LABEL)
+            targets = self._pad(targets, IGNORED_LABEL)
             weights = None if weights is None else self._pad(weights, 0)
             if return_type == MBLMReturnType.LOSS:
                 return self.mean_loss(
                     *loss_in_tiles(
-                        self, tile, _IGNORED_LABEL, attended, padded, targets, mask, weights
+                        self, tile, IGNORED_LABEL, attended, padded, targets, mask, weights
                     )
                 )
 
-        tiles = TiledPass(self, tile, _IGNORED_LABEL)
+        tiles = TiledPass(self, tile, IGNORED_LABEL)
 
         def head(local: torch.Tensor) -> torch.Tensor:
             return local if return_type == MBLMReturnType.HIDDEN_STATE else self.to_logits(local)
@@ -156,9 +156,9 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
 
     def _targets(self, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Labels of the bytes that count, of the others one that does not."""
-        counted = mask & (labels != _IGNORED_LABEL)
+        counted = mask & (labels != IGNORED_LABEL)
         check_token_ids("labels", torch.where(counted, labels, 0), self.num_tokens)
-        return labels.long().masked_fill(~counted, _IGNORED_LABEL)
+        return labels.long().masked_fill(~counted, IGNORED_LABEL)
 
     def _hidden_of_embeddings(
         self,

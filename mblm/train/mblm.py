@@ -22,6 +22,7 @@ from mblm.data.datasets import DistributedDataset
 from mblm.data.types import BatchMaskedForMLM, BatchWithLossMask, ModelMode
 from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
 from mblm.model.embeddings import MBLM_TOKEN_EMB_MIGRATION
+from mblm.model.encoder import IGNORED_LABEL
 from mblm.model.mblm import MBLM, MBLMEncoder
 from mblm.model.utils import count_params
 from mblm.train.core.config import (
@@ -184,6 +185,11 @@ class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
         )
         return loss
 
+    def count_entries(self, batch: BatchWithLossMask) -> int:
+        """Ids that are no padding, where the mask is not zero."""
+        ids, loss_mask = batch
+        return int(((ids != self.config.params.pad_token_id) & (loss_mask != 0)).sum())
+
     def migrate_embeddings_if_enabled(self) -> set[str] | None:
         """The tables of older models had fewer rows: no special tokens."""
         return MBLM_TOKEN_EMB_MIGRATION
@@ -210,6 +216,11 @@ class MaskedTrainer(_HierarchyTrainer[MBLMEncoder, BatchMaskedForMLM, CoreIoConf
             return_type=MBLMReturnType.LOSS,
         )
         return loss
+
+    def count_entries(self, batch: BatchMaskedForMLM) -> int:
+        """Hidden bytes that have a label."""
+        _, mask, labels = batch
+        return int(((mask != 0) & (labels != IGNORED_LABEL)).sum())
 
 
 def train_mblm(config: TrainEntryConfig) -> None:

@@ -87,6 +87,22 @@ def test_a_model_of_bytes(tmp_path, fields):
     assert "bits per byte" in (run / "train.log").read_text()
 
 
+def test_bfloat16_on_a_cpu(tmp_path, fields):
+    fields["train"] |= {"precision": "bfloat16", "target_elements": 32 * 2 * 2}
+    train_mblm(TrainEntryConfig.model_validate(fields))
+    kinds = [row[2] for row in jobs.losses(run_of(tmp_path))]
+    assert kinds.count("valid") == 2 and kinds.count("test") == 1
+
+
+def test_a_batch_weighs_its_entries_that_have_loss(fields):
+    trainer = MegabyteTrainer(
+        TrainEntryConfig.model_validate(fields),
+        ElasticRunVars(local_rank=0, world_size=1, is_cuda=False),
+    )
+    ids = torch.tensor([[1, 2, 256], [3, 256, 256]])
+    assert trainer.count_entries((ids, torch.tensor([[1.0, 0.5, 1.0], [0.0, 1.0, 1.0]]))) == 2
+
+
 def test_the_shape_of_the_schedule_without_warm_up(fields):
     fields["train"]["warmup_steps_perc"] = 0
     config = TrainEntryConfig.model_validate(fields)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,27 +11,54 @@ from mblm.train.core.parallel import Workers
 from mblm.train.core.sampling import ShardedBatches
 
 
-def mean_loss(
+class Evaluation(NamedTuple):
+    """What an evaluation came to, the same on all workers but for the seconds.
+
+    Attributes:
+        loss: The mean over the batches that count; NaN if there are none.
+        batches: How many batches there were.
+        left_out: The indices of those that do not count: their loss is NaN or infinite.
+        seconds: What the forward passes of this worker took.
+    """
+
+    loss: float
+    batches: int
+    left_out: list[int]
+    seconds: float
+
+    def trouble(self) -> str:
+        """What is wrong with it, for a user; empty if nothing is."""
+        if self.left_out:
+            some = ", ".join(map(str, self.left_out[:8])) + ", ..." * (len(self.left_out) > 8)
+            return (
+                f"{len(self.left_out)} of {self.batches} batches are left out, their loss is NaN "
+                f"or infinite: {some}"
+            )
+        if math.isnan(self.loss):
+            return f"no entry of {self.batches} batches has loss: all are masked out or padding"
+        return ""
+
+
+def evaluate(
     forward: Callable[[Any], torch.Tensor],
+    count: Callable[[Any], int],
     loader: "DataLoader[Any]",
     workers: Workers,
     *,
     max_batches: int | None,
     in_step: bool,
     show: Callable[[range], Any] = iter,
-) -> tuple[float, float]:
-    """The mean over all batches of a batch's loss; each worker takes every ``world_size``-th.
+) -> Evaluation:
+    """The mean of the batches' losses, weighted; each worker takes every ``world_size``-th.
 
     Args:
         forward: The loss of a batch, a scalar.
+        count: The weight of a batch: how many of its entries have loss.
         loader: Gives this worker its batches, or every worker all of them.
         workers: The workers.
         max_batches: At most how many batches to take, all workers together.
         in_step: Whether all workers must call ``forward`` equally often, as they do with FSDP.
         show: Wraps the indices of this worker's batches, as a progress bar does.
-
-    Returns:
-        The mean, the same on all workers, and the seconds that ``forward`` took on this one.
 
     Raises:
         ValueError: There is no batch.
@@ -44,18 +71,28 @@ def mean_loss(
         raise ValueError("no batch to evaluate on: the dataset is empty")
     mine = range(workers.rank, total, workers.world_size)
     batches = iter(loader) if is_sharded else _every(loader, workers)
-    loss = torch.zeros((), dtype=torch.float64, device=workers.device)
+    losses: list[torch.Tensor] = []  # on the device: nothing waits for them here
+    weights: list[int] = []
     seconds = 0.0
     for _ in show(mine):
         batch = next(batches)
         start = workers.clock()
-        loss += forward(batch).double()
+        losses.append(forward(batch))
         seconds += workers.clock() - start
+        weights.append(count(batch))
     if in_step and len(mine) < math.ceil(total / workers.world_size):
         # The others gather weights for one more batch, and need this worker's shards.
         forward(loader.collate_fn([loader.dataset[0]]))
-    losses, count = workers.sum(float(loss), len(mine))
-    return losses / count, seconds
+    values = [float(loss) for loss in losses]
+    bad = [index for index, value in zip(mine, values, strict=True) if not math.isfinite(value)]
+    counted = [
+        (value * weight, weight)
+        for value, weight in zip(values, weights, strict=True)
+        if math.isfinite(value)
+    ]
+    loss, weight = workers.sum(sum(v for v, _ in counted), sum(w for _, w in counted))
+    left_out = sorted(index for of_worker in workers.gather(bad) for index in of_worker)
+    return Evaluation(loss / weight if weight else math.nan, total, left_out, seconds)
 
 
 def _every(loader: "DataLoader[Any]", workers: Workers) -> Iterator[Any]:

@@ -94,6 +94,13 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def configure_optimizer(self, parameters: Iterator[nn.Parameter]) -> Optimizer:
         """Make the optimizer of these parameters."""
 
+    def count_entries(self, batch: TBatch) -> int:
+        """How many entries of a batch have loss, which is what the batch weighs in a validation.
+
+        Default: 1, so that all batches weigh the same.
+        """
+        return 1
+
     def configure_scheduler(self, optimizer: Optimizer, local_gradient_steps: int) -> LRScheduler:
         """Make the scheduler, which steps with the optimizer. Default: linearly to 0.
 

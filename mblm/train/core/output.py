@@ -58,6 +58,14 @@ class CsvLog(Generic[Row]):
             stream.write(_csv_lines([self._columns, *kept]).encode())
 
 
+class Ranked(NamedTuple):
+    """A model's validation loss, its file, and how many batches the loss does not count."""
+
+    loss: float
+    file: str
+    left_out: int = 0
+
+
 class BestModels:
     """The best models of a run, on the disk: ``<name>_top<i>.pth``, the best first.
 
@@ -72,7 +80,8 @@ class BestModels:
         writes: Whether this worker writes the files.
 
     Attributes:
-        entries: Loss and file name of each, best first.
+        entries: The models, best first. A loss that leaves batches out ranks only while there is
+            none that is whole: they cannot be compared.
     """
 
     def __init__(self, run_dir: Path, name: str, count: int, *, writes: bool) -> None:
@@ -80,16 +89,16 @@ class BestModels:
         self._run_dir = run_dir
         self._name = name
         self._count = count
-        self.entries: list[tuple[float, str]] = []
+        self.entries: list[Ranked] = []
 
-    def add(self, loss: float, state: dict[str, Any], file_name: str) -> None:
+    def add(self, model: Ranked, state: dict[str, Any]) -> None:
         """Save a model, if it is among the best, and publish the best in their order."""
-        candidates = [*self.entries, (loss, file_name)]
-        candidates.sort(key=lambda entry: (math.isnan(entry[0]), entry[0]))  # NaN is the worst
-        best = candidates[: self._count]
+        candidates = [*self.entries, model]
+        whole = [entry for entry in candidates if not entry.left_out]
+        best = sorted(whole or candidates, key=_worth)[: self._count]
         if best != self.entries:
-            if self._writes:
-                self._save(loss, state, file_name)
+            if self._writes and model in best:
+                self._save(model.loss, state, model.file)
             self.entries = best
             self._publish()
 
@@ -103,9 +112,9 @@ class BestModels:
                 str(self._run_dir / _BEST / file_name),
             ) from error
 
-    def restore(self, entries: Iterable[tuple[float, str]]) -> None:
+    def restore(self, entries: Iterable[Iterable[Any]]) -> None:
         """Take over what `entries` were, and publish it."""
-        self.entries = [(loss, name) for loss, name in entries]
+        self.entries = [Ranked(*entry) for entry in entries]
         self._publish()
 
     def best_file(self) -> Path | None:
@@ -118,20 +127,24 @@ class BestModels:
             return
         for index in range(len(self.entries) + 1, self._count + 1):
             self._published(index).unlink(missing_ok=True)
-        for index, (_, name) in enumerate(self.entries, start=1):
-            source, target = self._run_dir / _BEST / name, self._published(index)
+        for index, entry in enumerate(self.entries, start=1):
+            source, target = self._run_dir / _BEST / entry.file, self._published(index)
             if not (target.exists() and target.samefile(source)):
                 _link(source, target)
 
     def prune(self, referred: Iterable[str]) -> None:
         """Remove the models that neither the run nor those who refer to them by name need."""
-        kept = {name for _, name in self.entries} | set(referred)
+        kept = {entry.file for entry in self.entries} | set(referred)
         for file in (self._run_dir / _BEST).glob("*"):
             if file.name not in kept:
                 file.unlink()
 
     def _published(self, index: int) -> Path:
         return self._run_dir / f"{self._name}_top{index}.pth"
+
+
+def _worth(model: Ranked) -> tuple[int, bool, float]:
+    return model.left_out, math.isnan(model.loss), model.loss  # NaN is the worst
 
 
 def new_run_dir(wanted: Path, config_name: str) -> Path:

@@ -25,7 +25,7 @@ from mblm.train.core.config import (
     SummaryStats,
 )
 from mblm.train.core.hooks import CoreTrainerOptions
-from mblm.train.core.output import BestModels, CsvLog, new_run_dir
+from mblm.train.core.output import BestModels, CsvLog, Ranked, new_run_dir
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
 from mblm.train.core.training_state import (
@@ -201,16 +201,19 @@ class RunFolder:
             )
         )
 
-    def add_model(self, loss: float, state: dict[str, Any], position: Position | None) -> None:
+    def add_model(
+        self, loss: float, state: dict[str, Any], position: Position | None, *, left_out: int = 0
+    ) -> None:
         """Offer a model for the best; ``config.yaml`` then tells how to go on from the best.
 
         Args:
             loss: Its validation loss.
             state: Its whole state dict; the main worker's counts.
             position: Where it was made; None for the one that the run started from.
+            left_out: How many batches the loss does not count.
         """
         name = "resumed.pth" if position is None else f"step_{position.step:08d}.pth"
-        self.best.add(loss, state, name)
+        self.best.add(Ranked(loss, name, left_out), state)
         if position is not None:
             self._resume.next_epoch_index = position.epoch
             self._resume.next_batch_index = position.batch

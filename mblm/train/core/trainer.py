@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mblm.data.datasets import DistributedDataset
 from mblm.data.types import ModelMode
 from mblm.train.core.config import GenericEntryConfig, TIoConfig, TModelParams, TTrainConfig
-from mblm.train.core.evaluation import mean_loss
+from mblm.train.core.evaluation import Evaluation, evaluate
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
 from mblm.train.core.interrupt import StopRequest, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
@@ -158,9 +158,11 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         loader = self.get_test_dataloader(test_dataset)
         is_ours = model is self._parallel.base
         callee = self._parallel.to_evaluate if is_ours else model
-        loss = self._evaluate(callee, loader, Position(step=0, elements_seen=-1))
-        self._log.info(f"Test loss: {loss}")
-        self._folder.write_loss(ModelMode.TEST, loss)
+        result = self._evaluate(callee, loader, Position(step=0, elements_seen=-1))
+        if trouble := result.trouble():
+            self._tell(f"Test: {trouble}")
+        self._log.info(f"Test loss: {result.loss}")
+        self._folder.write_loss(ModelMode.TEST, result.loss)
 
     def avg_gradient_value(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
@@ -313,29 +315,38 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
     ) -> None:
         """Validate, log the loss, and keep the model if it is among the best."""
         position = run.position
-        loss = self._evaluate(run.model.to_evaluate, loader, position)
+        result = self._evaluate(run.model.to_evaluate, loader, position)
         run.model.call.train()
         index = position.step - 1
-        self._log.info(f"[{index}] Validation loss: {loss}")
+        self._log.info(f"[{index}] Validation loss: {result.loss}")
         self._folder.write_loss(
             ModelMode.VALID,
-            loss,
+            result.loss,
             elements_seen=position.elements_seen,
             epoch=item.epoch,
             batch=item.batch,
             cum_batch=index,
         )
-        self._folder.add_model(loss, run.model.full_state(), position)
+        trouble = result.trouble()
+        if trouble:
+            self._tell(f"Validation after batch {index}: {trouble}")
+        if math.isfinite(result.loss):
+            state = run.model.full_state()
+            self._folder.add_model(result.loss, state, position, left_out=len(result.left_out))
+        elif self.config.io.num_models_to_save and not self._folder.best.entries:
+            raise NonFiniteLossError(f"No model can be ranked. Validation: {trouble}")
 
     def _evaluate(
         self, model: nn.Module, loader: "DataLoader[TBatch]", position: Position
-    ) -> float:
-        """The mean loss over a loader's batches, the same on every worker."""
+    ) -> Evaluation:
+        """The mean loss over a loader's batches."""
         if isinstance(loader.batch_sampler, ShardedBatches):
             loader.batch_sampler.sampler.epoch = position.step  # the order, if it is shuffled
 
         def forward(batch: TBatch) -> torch.Tensor:
-            return self.model_forward(cast(TModel, model), batch, self._device)
+            # Not around the loader: autocast has no type for the float16 that datasets collate.
+            with self._precision.autocast():
+                return self.model_forward(cast(TModel, model), batch, self._device)
 
         def show(indices: range) -> Any:
             is_shown = self.options.display_progress and self._workers.is_main
@@ -345,12 +356,10 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             )
 
         model.eval()
-        with (
-            torch.no_grad(),
-            self._precision.autocast(),
-        ):  # inference mode would reach what FSDP gathers
-            loss, seconds = mean_loss(
+        with torch.no_grad():  # inference mode would reach what FSDP gathers
+            result = evaluate(
                 forward,
+                self.count_entries,
                 loader,
                 self._workers,
                 max_batches=self.config.train.max_eval_steps,
@@ -359,9 +368,9 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             )
         if self.options.track_first_fw_bw_exec_times:
             self._folder.write_timemem(
-                position.step - 1, position.elements_seen, ModelMode.VALID, seconds, None
+                position.step - 1, position.elements_seen, ModelMode.VALID, result.seconds, None
             )
-        return loss
+        return result
 
     # -- States ----------------------------------------------------------------------------------
 

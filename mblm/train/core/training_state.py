@@ -88,7 +88,7 @@ def save_training_state(
     Args:
         run_dir: The run folder.
         step: Batches trained on.
-        common: What all share, ``best`` with it: pairs of loss and file; the main worker's counts.
+        common: What all share, ``best`` with it: loss, file and more; the main worker's counts.
         own: What is this worker's.
         workers: The workers.
         strategy: How they share the model.
@@ -132,7 +132,7 @@ def save_training_state(
 def referred_models(states: list[Path]) -> list[str]:
     """Names of the best models' files that states refer to."""
     manifests = [json.loads((state / _MANIFEST).read_bytes()) for state in states]
-    return [name for manifest in manifests for _, name in manifest["best"]]
+    return [model[1] for manifest in manifests for model in manifest["best"]]
 
 
 def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:

@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_best_models_and_says_so(tmp_path, monkeypatch):
     best = (run / "tiny_top1.pth").read_bytes()
     models = output.BestModels(run, "tiny", 2, writes=True)
     weights = {"w": torch.zeros(4)}
-    models.add(0.5, weights, "a.pth")
+    models.add(output.Ranked(0.5, "a.pth"), weights)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -172,9 +172,9 @@ def test_a_full_disk_leaves_the_best_models_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "save_model_state", full)
     before = (run / "tiny_top1.pth").read_bytes()
     with pytest.raises(OSError, match=r"cannot save the model: No space left on device"):
-        models.add(0.1, weights, "b.pth")
+        models.add(output.Ranked(0.1, "b.pth"), weights)
     assert (run / "tiny_top1.pth").read_bytes() == before != best
-    assert models.entries == [(0.5, "a.pth")]
+    assert models.entries == [(0.5, "a.pth", 0)]
 
 
 def test_restarts_go_on_from_the_last_state(tmp_path):

@@ -165,6 +165,35 @@ def test_a_bad_batch_spoils_only_its_step(tmp_path):
     assert log.count("Step left out") == 1
 
 
+class BadValidation(jobs.Trainer):
+    """Loses a batch of its validations: of all, or of the first."""
+
+    always = False
+
+    def model_forward(self, model, batch, device):
+        loss = super().model_forward(model, batch, device)
+        self.validated = getattr(self, "validated", 0) + (not model.training)
+        is_bad = not model.training and (self.always or self.validated == 2)
+        return loss * math.nan if is_bad else loss
+
+
+def test_a_bad_batch_of_a_validation_is_left_out_said_and_not_ranked(tmp_path, capsys):
+    trainer, _ = train(jobs.config(tmp_path, validate_amount=2), BadValidation)
+    assert "after batch 0: 1 of 3 batches are left out" in capsys.readouterr().err
+    valid = [float(row["loss"]) for row in rows(trainer._folder.path) if row["kind"] == "valid"]
+    assert all(math.isfinite(loss) for loss in valid)
+    # Two are kept, but these cannot be compared.
+    assert [entry.loss for entry in trainer._folder.best.entries] == [valid[-1]]
+
+
+def test_a_run_of_which_no_model_can_be_ranked_fails(tmp_path):
+    class Always(BadValidation):
+        always = True
+
+    with pytest.raises(NonFiniteLossError, match=r"No model can be ranked.* 3 of 3 batches"):
+        train(jobs.config(tmp_path), Always)
+
+
 def test_hooks_of_a_subclass(tmp_path):
     class Custom(jobs.Trainer):
         def configure_run_id(self):

@@ -1,0 +1,50 @@
+"""evaluate: what a batch weighs, and what becomes of one whose loss is not finite."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mblm.train.core.evaluation import evaluate
+from mblm.train.core.parallel import Workers
+from mblm.utils.distributed import ElasticRunVars
+
+ALONE = Workers(ElasticRunVars(local_rank=0, world_size=1, is_cuda=False))
+
+
+def evaluate_losses(losses, weigh=lambda batch: 1, **kwargs):
+    loader = DataLoader(torch.tensor(losses), batch_size=1)
+    defaults = {"max_batches": None, "in_step": False}
+    return evaluate(lambda b: b.squeeze(), weigh, loader, ALONE, **{**defaults, **kwargs})
+
+
+def test_batches_weigh_as_many_entries_as_have_loss():
+    assert evaluate_losses([1.0, 4.0]).loss == 2.5
+    assert evaluate_losses([1.0, 4.0], lambda batch: 3 if batch == 1 else 1).loss == 1.75
+
+
+def test_a_batch_without_entries_weighs_nothing():
+    result = evaluate_losses([0.0, 4.0, 6.0], lambda batch: int(batch > 0))
+    assert result.loss == 5.0
+    assert result.trouble() == ""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_left_out_and_said(value):
+    result = evaluate_losses([1.0, value, 3.0, value])
+    assert (result.loss, result.left_out) == (2.0, [1, 3])
+    assert result.trouble().startswith("2 of 4 batches are left out") and "1, 3" in result.trouble()
+
+
+def test_where_nothing_counts_there_is_no_loss():
+    assert math.isnan(evaluate_losses([math.nan]).loss)
+    nothing = evaluate_losses([0.0, 0.0], lambda batch: 0)
+    assert math.isnan(nothing.loss)
+    assert "no entry of 2 batches has loss" in nothing.trouble()
+
+
+def test_takes_no_more_than_asked_and_needs_one_batch():
+    assert evaluate_losses([1.0, 2.0, 9.0], max_batches=2).loss == 1.5
+    with pytest.raises(ValueError, match="no batch to evaluate on"):
+        evaluate_losses([])

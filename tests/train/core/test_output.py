@@ -1,0 +1,27 @@
+"""BestModels: which models are kept, and in which order."""
+
+import torch
+
+from mblm.train.core.output import BestModels, Ranked
+
+WEIGHTS = {"w": torch.zeros(1)}
+
+
+def rank(tmp_path, *models, count=2):
+    best = BestModels(tmp_path, "tiny", count, writes=True)
+    for number, (loss, left_out) in enumerate(models):
+        best.add(Ranked(loss, f"{number}.pth", left_out), WEIGHTS)
+    published = [torch.load(tmp_path / f"tiny_top{i}.pth")["LOSS"] for i in range(1, count + 1)
+                 if (tmp_path / f"tiny_top{i}.pth").exists()]  # fmt: skip
+    assert published == [entry.loss for entry in best.entries]
+    return published
+
+
+def test_the_lowest_losses_are_kept_best_first(tmp_path):
+    assert rank(tmp_path, (3.0, 0), (1.0, 0), (2.0, 0)) == [1.0, 2.0]
+
+
+def test_a_loss_that_leaves_batches_out_gives_way_to_any_that_is_whole(tmp_path):
+    assert rank(tmp_path, (1.0, 1), (2.0, 3)) == [1.0, 2.0]
+    assert rank(tmp_path, (1.0, 1), (2.0, 3), (9.0, 0)) == [9.0]
+    assert rank(tmp_path, (9.0, 0), (1.0, 1)) == [9.0]
