@@ -1,5 +1,6 @@
 """Save and load whole models: a folder with the configuration and safetensors, or the hub."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from mblm.utils.atomic import atomic_write
-from mblm.utils.checkpoint import load_checked_state, load_model_state
+from mblm.utils.checkpoint import load_checked_state, load_model_state, uncompiled
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 RUN_CONFIG_FILE = "config.yaml"
+_CONFIG_ID = (
+    "config_id"  # the same in both files of a folder, which tells that they belong together
+)
 
 Model = TypeVar("Model", bound="PretrainedMixin")
 
@@ -29,7 +33,12 @@ class PretrainedMixin:
     pretrained_config: BaseModel
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors``; each is replaced as a whole.
+        """Write ``config.json`` and ``model.safetensors``, with the weights in their dtypes.
+
+        Each file is replaced as a whole, after both were written. A save that ends between the two
+        leaves a folder that loads as the new model where its configuration is that of the old one,
+        and is refused otherwise. Weights have the names that they have without ``torch.compile``;
+        tied weights are written under each of their names.
 
         Args:
             save_directory: The folder, created if missing.
@@ -37,17 +46,16 @@ class PretrainedMixin:
         from safetensors.torch import save
 
         assert isinstance(self, torch.nn.Module)
-        folder = Path(save_directory)
+        folder = Path(save_directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "model_type": type(self).__name__,
-            **self.pretrained_config.model_dump(mode="json"),
-        }
-        weights = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
-        with atomic_write(folder / WEIGHTS_FILE) as file:
-            file.write(save(weights, {"format": "pt"}))
-        with atomic_write(folder / CONFIG_FILE) as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
+        config = {"model_type": _model_type(type(self))}
+        config |= self.pretrained_config.model_dump(mode="json")
+        config[_CONFIG_ID] = _config_id(config)
+        metadata = {"format": "pt", _CONFIG_ID: config[_CONFIG_ID]}
+        with atomic_write(folder / CONFIG_FILE) as config_file:
+            config_file.write((json.dumps(config, indent=2) + "\n").encode())
+            with atomic_write(folder / WEIGHTS_FILE) as weights_file:
+                weights_file.write(save(_separate(uncompiled(self.state_dict())), metadata))
 
     @classmethod
     def from_pretrained(
@@ -56,26 +64,37 @@ class PretrainedMixin:
         *,
         revision: str | None = None,
         map_location: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> Model:
         """Build a model from what ``save_pretrained`` wrote; it is in evaluation mode.
+
+        What was saved from a subclass can be loaded as its base class and the other way round, as
+        long as they have the same weights.
 
         Args:
             pretrained_model_name_or_path: A folder, or the id of a model on the hub, for which
                 ``pip install "mblm[hub]"`` is needed.
             revision: Branch, tag or commit on the hub. Default: the main branch.
-            map_location: The device of the weights. Default: the CPU.
+            map_location: The device of the weights; ``"meta"`` gives a model without values.
+                Default: the CPU.
+            dtype: The dtype of the weights. Default: each has the one that it was saved in.
 
         Raises:
             FileNotFoundError: There is no such folder, or it lacks one of the two files.
             ValueError: The configuration is not one of this class, the weights file is damaged,
-                does not fit the configuration or holds NaN; the message names the file.
+                does not fit the configuration, belongs to another one or holds NaN; the message
+                names the file.
         """
         folder = _find_folder(pretrained_model_name_or_path, revision)
-        config = _read_config(folder / CONFIG_FILE, cls)
-        weights = _read_weights(folder / WEIGHTS_FILE, map_location)
-        model: Any = cls(config).to(map_location)  # type: ignore[call-arg,attr-defined]
+        config, config_id = _read_config(folder / CONFIG_FILE, cls)
+        weights = _read_weights(folder / WEIGHTS_FILE, config_id)
+        model: Any = cls(config)  # type: ignore[call-arg]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            saved = weights.get(name, tensor)
+            if tensor.is_floating_point() and saved.is_floating_point():
+                tensor.data = tensor.data.to(saved.dtype)
         load_checked_state(folder / WEIGHTS_FILE, weights, model)
-        return model.eval()
+        return model.to(map_location, dtype).eval()
 
 
 class _RunConfig(BaseModel):
@@ -109,7 +128,7 @@ def load_checkpoint(
     """
     from mblm.utils.io import load_yml  # brings PyYAML, for this alone
 
-    file = Path(checkpoint)
+    file = Path(checkpoint).expanduser()
     if file.suffix != ".pth" or file.is_dir():
         if config_file is not None:
             raise ValueError(f"config_file: {file} is no .pth file and has its own configuration")
@@ -123,13 +142,13 @@ def load_checkpoint(
         config = model_class.config_class.model_validate(params)
     except ValidationError as error:
         raise ValueError(f"{config_file}, params: {error}") from error
-    model: Any = model_class(config).to(map_location)  # type: ignore[call-arg,attr-defined]
-    return load_model_state(file, model, map_location)[0].eval()
+    model: Any = model_class(config)  # type: ignore[call-arg]
+    return load_model_state(file, model, "cpu")[0].to(map_location).eval()
 
 
 def _find_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
     """The local folder of a model, downloaded from the hub where ``name`` is no folder."""
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / file).is_file():
@@ -149,24 +168,55 @@ def _find_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
     return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
 
 
-def _read_config(file: Path, cls: type[PretrainedMixin]) -> BaseModel:
+def _model_type(cls: type[PretrainedMixin]) -> str:
+    """The name of the class whose configuration this is, which a subclass shares."""
+    return next(base.__name__ for base in cls.__mro__ if "config_class" in vars(base))
+
+
+def _config_id(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()
+
+
+def _separate(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, no two of which share memory, as the format wants them."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in state.items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
+
+
+def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str]:
+    """The configuration, and the id that weights saved with it bear."""
     try:
         data = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(data, dict) or data.pop("model_type", None) != cls.__name__:
+    model_type = data.get("model_type") if isinstance(data, dict) else None
+    if model_type not in (_model_type(cls), cls.__name__):
         raise ValueError(f"{file}: not the configuration of a {cls.__name__}")
+    config_id = data.pop(_CONFIG_ID, None) or _config_id(data)  # older ones lack it
+    del data["model_type"]
     try:
-        return cls.config_class.model_validate(data)
+        return cls.config_class.model_validate(data), config_id
     except ValidationError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _read_weights(file: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_weights(file: Path, config_id: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file, device=str(map_location))
+        with safe_open(file, framework="pt") as weights:
+            saved_with = (weights.metadata() or {}).get(_CONFIG_ID)
+            if saved_with not in (None, config_id):
+                raise ValueError(
+                    f"{file}: saved with another {CONFIG_FILE} than the one beside it, as when a "
+                    "save was interrupted; save the model again"
+                )
+            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from error

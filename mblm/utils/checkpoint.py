@@ -4,7 +4,8 @@ A checkpoint is what ``torch.save`` makes of ``{"MODEL": state_dict, "LOSS": flo
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
@@ -19,6 +20,7 @@ StateDict: TypeAlias = dict[str, Any]
 Module = TypeVar("Module", bound=torch.nn.Module)
 File: TypeAlias = str | os.PathLike[str]
 
+_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module that it wraps
 _LISTED = 8  # names that an error message lists of each kind
 
 
@@ -29,6 +31,8 @@ def save_model_state(
     loss: float,
 ) -> tuple[bool, Path]:
     """Save a model's weights and loss; the file is replaced as a whole or left as it was.
+
+    Weights have the names that they have without ``torch.compile``.
 
     Args:
         dir: Folder of the file, created if missing.
@@ -43,7 +47,7 @@ def save_model_state(
         TypeError: `model` or `loss` is of another type.
     """
     state = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    if not isinstance(state, Mapping):
+    if not isinstance(state, dict):
         raise TypeError(f"model must be a module or a state dict, got {type(model).__name__}")
     try:
         loss = float(loss)
@@ -53,7 +57,7 @@ def save_model_state(
     file.parent.mkdir(parents=True, exist_ok=True)
     did_overwrite = file.exists()
     with atomic_write(file) as stream:
-        torch.save({"MODEL": state, "LOSS": loss}, stream)
+        torch.save({"MODEL": uncompiled(state), "LOSS": loss}, stream)
     return did_overwrite, file
 
 
@@ -76,7 +80,8 @@ def load_model_state(
         model: The module to load into.
         map_location: Where to put the tensors, as for ``torch.load``.
         map_extend_embeddings: Keys whose tensors may have fewer rows in the checkpoint than in
-            `model`: they fill the first rows, the other rows of `model` stay.
+            `model`: they fill the first rows, the other rows of `model` stay. ``*`` in a key
+            stands for any text.
         map_rename_modules: Pairs of a prefix of keys in the checkpoint and what replaces it. The
             first pair that matches a key counts.
         on_success: Called with a message for every tensor that was renamed or extended.
@@ -94,34 +99,57 @@ def load_model_state(
     messages: list[str] = []
     if map_rename_modules is not None:
         state = _rename(checkpoint_file, state, list(map_rename_modules), messages)
-    migrate = getattr(model, "migrate_state_dict", None)
-    if migrate is not None:
-        state = migrate(state)
-    expected = model.state_dict()
-    if map_extend_embeddings is not None:
-        state = _extend(state, expected, map_extend_embeddings, messages)
-    load_checked_state(checkpoint_file, state, model)
+    load_checked_state(checkpoint_file, state, model, map_extend_embeddings or (), messages)
     if on_success is not None:
         for message in messages:
             on_success(message)
     return model, loss
 
 
-def load_checked_state(file: File, state: StateDict, model: torch.nn.Module) -> None:
+def load_checked_state(
+    file: File,
+    state: StateDict,
+    model: torch.nn.Module,
+    extend: Collection[str] = (),
+    messages: list[str] | None = None,
+) -> None:
     """Load weights into a model that they fit exactly; otherwise the model is left as it was.
+
+    Names may be those of an older release, which the model's ``migrate_state_dict`` renames, and
+    those of a model any part of which is or was replaced by ``torch.compile`` of itself.
 
     Args:
         file: Where the weights come from, for error messages.
         state: The weights, by the names of the model's state dict.
         model: The module to load into.
+        extend: As ``map_extend_embeddings`` of `load_model_state`.
+        messages: Gets a line for every tensor that was extended.
 
     Raises:
         ValueError: Tensors are missing, unexpected or mismatched, all of them named; or a weight
             is NaN or infinite.
     """
-    _check_fit(file, state, model.state_dict(), type(model).__name__)
+    own = model.state_dict()
+    own_names = {_uncompiled(name): name for name in own}
+    expected, state = uncompiled(own), uncompiled(state)
+    migrate = getattr(model, "migrate_state_dict", None)
+    if migrate is not None:
+        state = migrate(state)
+    state = _extend(state, expected, extend, [] if messages is None else messages)
+    _check_fit(file, state, expected, type(model).__name__)
     _check_finite(file, state, model)
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict({own_names[name]: value for name, value in state.items()}, strict=True)
+
+
+def uncompiled(state: StateDict) -> StateDict:
+    """A state dict by the names that it has without ``torch.compile`` of any submodule."""
+    if not any(_COMPILED in name for name in state):
+        return state  # with what PyTorch has written beside its entries
+    return {_uncompiled(name): value for name, value in state.items()}
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace(_COMPILED, "")
 
 
 def _read(file: File, map_location: "MAP_LOCATION | None") -> tuple[StateDict, float]:
@@ -171,7 +199,9 @@ def _extend(
     A tensor that cannot be extended is left as it is, for `_check_fit` to name.
     """
     extended = state.copy()
-    for key in keys:
+    for key in state:
+        if key not in keys and not any(fnmatchcase(key, pattern) for pattern in keys):
+            continue
         rows, table = state.get(key), expected.get(key)
         if not _is_dense(rows) or not _is_dense(table) or not 0 < rows.dim() == table.dim():
             continue
@@ -192,8 +222,13 @@ def _check_fit(file: File, state: StateDict, expected: StateDict, model_name: st
         if torch.nn.parameter.is_lazy(want):
             continue
         got = state[key]
-        if not _is_dense(got):
-            mismatches.append(f"{key}: expected a dense tensor, got {type(got).__name__}")
+        if want.is_meta:
+            mismatches.append(f"{key}: the model's is on the meta device, which holds no values")
+        elif not _is_dense(got):
+            kind = type(got).__name__
+            is_meta = isinstance(got, torch.Tensor) and got.is_meta
+            got_kind = f"{kind} without values (meta)" if is_meta else kind
+            mismatches.append(f"{key}: expected a dense tensor, got {got_kind}")
         elif got.shape != want.shape:
             mismatches.append(f"{key}: expected {tuple(want.shape)}, got {tuple(got.shape)}")
         elif not torch.can_cast(got.dtype, want.dtype):
@@ -212,8 +247,8 @@ def _check_finite(file: File, state: StateDict, model: torch.nn.Module) -> None:
     """Name all weights that are NaN or infinite. Buffers may be: a mask often is."""
     bad = [
         key
-        for key, weight in model.named_parameters(remove_duplicate=False)
-        if key in state
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if (key := _uncompiled(name)) in state
         and not torch.nn.parameter.is_lazy(weight)
         and not torch.isfinite(state[key].to(weight.dtype)).all()
     ]

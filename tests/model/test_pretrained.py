@@ -1,6 +1,9 @@
 """Saving and loading whole models: folders, hub ids, and everything that can be wrong with them."""
 
+import itertools
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mblm import MBLM, MBLMEncoder, MBLMReturnType
+from mblm import MBLM, MBLMEncoder, MBLMModelConfig, MBLMReturnType
 from mblm.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
-from mblm.utils.io import save_model_state
+from mblm.utils.io import load_model_state, save_model_state
+from tests.model.test_embeddings import old_keys
 from tests.models import encoder, mamba, model, transformer
 
 
@@ -35,6 +39,17 @@ def change_weights(folder: Path, drop: str | None = None, **tensors: torch.Tenso
     weights = {**load_file(folder / WEIGHTS_FILE), **tensors}
     weights.pop(drop, None)
     save_file(weights, folder / WEIGHTS_FILE)
+
+
+def interrupting(call: Callable[..., Any], calls: Iterator[int], number: int) -> Any:
+    """A function that interrupts the program instead of being called for the ``number``-th time."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    return counted
 
 
 class TestRoundTrip:
@@ -62,12 +77,108 @@ class TestRoundTrip:
         ids = torch.randint(0, 17, (2, 9))
         assert torch.equal(loaded(ids, labels=ids)[0], m(ids, labels=ids)[0])
 
-    def test_of_what_is_not_contiguous_or_float32(self, tmp_path: Path) -> None:
-        m = build().double()
+    def test_of_what_is_not_contiguous(self, tmp_path: Path) -> None:
+        m = build()
         m.to_logits.weight.data = m.to_logits.weight.data.T.contiguous().T
         m.save_pretrained(tmp_path)
         loaded = MBLM.from_pretrained(tmp_path)
-        assert torch.equal(loaded.to_logits.weight, m.to_logits.weight.float())
+        assert torch.equal(loaded.to_logits.weight, m.to_logits.weight)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_of_another_dtype(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        m = build().to(dtype)
+        m.save_pretrained(tmp_path)
+        loaded = MBLM.from_pretrained(tmp_path)
+        assert {weight.dtype for weight in loaded.parameters()} == {dtype}
+        ids = torch.randint(0, 18, (2, 9))
+        assert torch.equal(loaded(ids), m(ids))
+        asked_for = MBLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert {weight.dtype for weight in asked_for.parameters()} == {torch.float32}
+
+    def test_of_several_dtypes(self, tmp_path: Path) -> None:
+        m = build()
+        m.stage_models[0].bfloat16()
+        m.save_pretrained(tmp_path)
+        loaded = MBLM.from_pretrained(tmp_path)
+        assert [w.dtype for w in loaded.parameters()] == [w.dtype for w in m.parameters()]
+
+    def test_of_tied_weights(self, tmp_path: Path) -> None:
+        class Tied(MBLM):
+            def __init__(self, cfg: MBLMModelConfig) -> None:
+                super().__init__(cfg)
+                self.to_logits.weight = self.token_embs_rev[0].embedding.weight
+
+        m = Tied(build().config).eval()
+        m.save_pretrained(tmp_path)
+        ids = torch.randint(0, 18, (2, 9))
+        for model_class in (Tied, MBLM):
+            loaded = model_class.from_pretrained(tmp_path)
+            assert torch.equal(loaded(ids), m(ids))
+
+    def test_of_a_subclass(self, tmp_path: Path) -> None:
+        class Own(MBLM):
+            pass
+
+        m = Own(build().config)
+        m.save_pretrained(tmp_path / "own")
+        build().save_pretrained(tmp_path / "base")
+        assert type(MBLM.from_pretrained(tmp_path / "own")) is MBLM
+        assert type(Own.from_pretrained(tmp_path / "own")) is Own
+        assert type(Own.from_pretrained(tmp_path / "base")) is Own
+
+    @pytest.mark.parametrize("compiled_again", [False, True])
+    def test_of_compiled_stages(self, tmp_path: Path, compiled_again: bool) -> None:
+        m, fresh = build(), build()
+        m.stage_models[1] = torch.compile(m.stage_models[1])
+        m.save_pretrained(tmp_path)
+        assert not any("_orig_mod" in name for name in load_file(tmp_path / WEIGHTS_FILE))
+        loaded = MBLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded.stage_models[1].norm.g, m.stage_models[1].norm.g)
+
+        _, file = save_model_state(tmp_path, "compiled", m, 1.0)
+        if compiled_again:
+            fresh.stage_models[1] = torch.compile(fresh.stage_models[1])
+        load_model_state(file, fresh)
+        for saved, weight in zip(m.parameters(), fresh.parameters(), strict=True):
+            assert torch.equal(saved, weight)
+
+    def test_of_a_file_that_holds_the_names_of_compiled_stages(self, folder: Path) -> None:
+        weights = load_file(folder / WEIGHTS_FILE)
+        compiled = {
+            name.replace("stage_models.1.", "stage_models.1._orig_mod."): weight
+            for name, weight in weights.items()
+        }
+        assert compiled.keys() != weights.keys()
+        save_file(compiled, folder / WEIGHTS_FILE)
+        loaded = MBLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+    def test_of_a_file_that_holds_the_names_of_release_0_4_0(self, folder: Path) -> None:
+        weights = load_file(folder / WEIGHTS_FILE)
+        save_file(old_keys(weights), folder / WEIGHTS_FILE)
+        loaded = MBLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+    def test_without_values_on_the_meta_device(self, folder: Path, tmp_path: Path) -> None:
+        _, file = save_model_state(tmp_path, "best", m := build(), 1.5)
+        params = {"params": m.config.model_dump(mode="json")}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(params))
+        for loaded in (
+            MBLM.from_pretrained(folder, map_location="meta"),
+            load_checkpoint(MBLM, file, map_location="meta"),
+        ):
+            assert all(weight.is_meta for weight in loaded.parameters())
+            assert [w.shape for w in loaded.parameters()] == [w.shape for w in m.parameters()]
+        with pytest.raises(ValueError, match="got Tensor without values"):
+            load_model_state(file, m, map_location="meta")
+        with pytest.raises(ValueError, match="the model's is on the meta device"):
+            load_model_state(file, loaded)
+
+    def test_from_the_home_folder(self, folder: Path, monkeypatch: Any) -> None:
+        monkeypatch.setenv("HOME", str(folder.parent))
+        assert MBLM.from_pretrained("~/model").num_tokens == 19
+        build().save_pretrained("~/other")
+        assert (folder.parent / "other" / CONFIG_FILE).exists()
 
     def test_replaces_what_is_there(self, folder: Path) -> None:
         m = build()
@@ -84,6 +195,42 @@ class TestRoundTrip:
         with pytest.raises(OSError, match="disk full"):
             build().save_pretrained(folder)
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+    @pytest.mark.parametrize("with_ids", [True, False], ids=["", "what is there is older"])
+    @pytest.mark.parametrize("other", [True, False], ids=["other configuration", "same"])
+    def test_interrupted_anywhere_never_mixes_two_models(
+        self, tmp_path: Path, monkeypatch: Any, other: bool, with_ids: bool
+    ) -> None:
+        """The two configurations differ in positions alone, so that any weights fit either."""
+        old = model(transformer(pos_emb_type="rope"), seq_lens=[3, 4])
+        new = model(transformer(pos_emb_type=None if other else "rope"), seq_lens=[3, 4])
+        ids = torch.randint(0, 18, (2, 9))
+        outputs = [m(ids).item() for m in (old, new)]
+        ends = []
+        for interrupted in itertools.count():
+            folder = tmp_path / str(interrupted)
+            old.save_pretrained(folder)
+            if not with_ids:
+                change_config(folder, drop="config_id")
+                change_weights(folder)
+            with monkeypatch.context() as patch:
+                calls = itertools.count()
+                for name in ("open", "fsync", "replace"):
+                    patch.setattr(os, name, interrupting(getattr(os, name), calls, interrupted))
+                try:
+                    new.save_pretrained(folder)
+                    whole = True
+                except KeyboardInterrupt:
+                    whole = False
+            try:
+                ends.append(outputs.index(MBLM.from_pretrained(folder)(ids).item()))
+            except ValueError as error:
+                assert "saved with another config.json" in str(error)
+                ends.append(-1)
+            if whole:
+                break
+        assert len(ends) > 4 and ends[0] == 0 and ends[-1] == 1
+        assert (-1 in ends) == other, "what can be loaded is"
 
     def test_the_config_is_plain_json_that_names_the_class(self, folder: Path) -> None:
         config = json.loads((folder / CONFIG_FILE).read_text())
