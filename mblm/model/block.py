@@ -1,8 +1,8 @@
 """Stage blocks: configurations that build a stage model, and the registry that parses them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, MutableSet
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,20 +36,44 @@ class StageBlock(ABC, BaseModel):
 TStageBlock = TypeVar("TStageBlock", bound=StageBlock)
 
 
-class StageBlockRegistry:
-    """Stage blocks that can be parsed from a configuration, in the order of registration."""
+class StageBlockRegistry(MutableSet[type[StageBlock]]):
+    """The set of stage blocks that can be parsed from a configuration, in order of registration."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Iterable[type[StageBlock]] = ()) -> None:
         self._blocks: dict[type[StageBlock], None] = {}
+        for block in blocks:
+            self.add(block)
 
     def register(self) -> Callable[[type[TStageBlock]], type[TStageBlock]]:
         """Decorator that makes a block parseable, ``@block_registry.register()``."""
 
         def decorator(block: type[TStageBlock]) -> type[TStageBlock]:
-            self._blocks[block] = None
+            self.add(block)
             return block
 
         return decorator
+
+    def add(self, block: type[StageBlock]) -> None:
+        """Make a block parseable; one of the same module and name, defined anew, takes its place.
+
+        Raises:
+            ValueError: Another block has its ``block_type``.
+        """
+        for other in list(self):
+            taken = sorted(_own_types(block) & _own_types(other))
+            if other is block or not taken:
+                continue
+            if (other.__module__, other.__qualname__) != (block.__module__, block.__qualname__):
+                raise ValueError(
+                    f"block_type: {taken[0]!r} of {block.__qualname__} is that of the registered "
+                    f"block {other.__qualname__}; choose another, or discard that block first"
+                )
+            self.discard(other)
+        self._blocks[block] = None
+
+    def discard(self, block: type[StageBlock]) -> None:
+        """Parse a block no more; one that is not registered is ignored."""
+        self._blocks.pop(block, None)
 
     def __iter__(self) -> Iterator[type[StageBlock]]:
         return iter(self._blocks)
@@ -77,7 +101,7 @@ class StageBlockRegistry:
             try:
                 _check_block_type(block, data)
                 return parse_func(block, data)
-            except (ValueError, TypeError) as error:
+            except Exception as error:  # a block's own validators may raise anything
                 reasons.append(f"  {block.__name__}: {_reason(error)}")
         raise ValueError(
             f"block: {data!r} matches no registered stage block:\n" + "\n".join(reasons)
@@ -87,14 +111,22 @@ class StageBlockRegistry:
 def _check_block_type(block: type[StageBlock], data: Any) -> None:
     """A ``block_type`` that is given must be the block's own, also where any text would do."""
     given = data.get("block_type") if isinstance(data, dict) else None
-    own = block.model_fields["block_type"].default
-    if given is not None and isinstance(own, str) and given != own:
-        raise ValueError(f"block_type: expected {own!r}, got {given!r}")
+    own = sorted(_own_types(block))
+    if given is not None and own and given not in own:
+        raise ValueError(f"block_type: expected {' or '.join(map(repr, own))}, got {given!r}")
+
+
+def _own_types(block: type[StageBlock]) -> set[str]:
+    """What ``block_type`` a block of this class has; empty if that is for each to say."""
+    field = block.model_fields["block_type"]
+    return {
+        value for value in (field.default, *get_args(field.annotation)) if isinstance(value, str)
+    }
 
 
 def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
-        return str(error)
+        return str(error) if isinstance(error, (ValueError, TypeError)) else repr(error)
     return "; ".join(
         f"{'.'.join(map(str, item['loc'])) or 'block'}: {item['msg']}" for item in error.errors()
     )

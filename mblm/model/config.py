@@ -63,7 +63,8 @@ class MBLMModelConfig(BaseModel):
         num_layers: Layers of each stage.
         seq_lens: Positions of each stage, P_1 .. P_N. The context is their product.
         train_checkpoint_chunks: For stages 2 .. N, in how many chunks of its batch a stage runs,
-            each recomputed in the backward pass. None keeps all activations.
+            each recomputed in the backward pass. None keeps all activations. A model, not its
+            configuration, refuses another number of entries, as in the published package.
         block: One block for all stages, or a list with one block per stage.
         tile: Positions of a stage that are held at once below the most global stage, while a loss
             or its gradient is computed. What a training step keeps of a sequence is then the most
@@ -109,12 +110,6 @@ class MBLMModelConfig(BaseModel):
             )
             if count != stages
         ]
-        chunks = self.train_checkpoint_chunks
-        if chunks and len(chunks) != stages - 1:
-            problems.append(
-                f"train_checkpoint_chunks has {len(chunks)} entries, expected one for each of "
-                f"the {stages - 1} stages below the first"
-            )
         if self.pad_token_id >= self.num_tokens:
             problems.append(
                 f"pad_token_id is {self.pad_token_id}, expected an id below num_tokens = "

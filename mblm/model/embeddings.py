@@ -9,36 +9,54 @@ from mblm.model.linear import Linear
 from mblm.ops.embed_patches import embed_patches
 
 # State dict entries that grow with the vocabulary when a checkpoint is loaded into a larger one.
+# The published names, and a pattern for the stages above the lowest two.
 MBLM_TOKEN_EMB_MIGRATION: set[str] = {
     "token_embs_rev.0.embedding.weight",
     "token_embs_rev.1.embedding.weight",
+    "token_embs_rev.*.embedding.weight",
     "to_logits.weight",
     "to_logits.bias",
 }
 
 
-class LocalTokenEmbedding(nn.Module):
-    """The local stage's embedding, one vector of width D_N per byte."""
+class TokenEmbedding(nn.Module):
+    """A table of one vector of width D_N per token id, whose sizes programs ask for.
+
+    Attributes:
+        num_embeddings: V.
+        embedding_dim: D_N, for the upper stages, too.
+    """
 
     def __init__(self, num_tokens: int, dim: int, pad_token_id: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_tokens, dim, padding_idx=pad_token_id)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.embedding.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.embedding.embedding_dim
+
+
+class LocalTokenEmbedding(TokenEmbedding):
+    """The local stage's embedding, one vector of width D_N per byte."""
 
     def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings of bytes are what this stage takes: ``(..., D_N) -> (..., D_N)``."""
         return embeddings
 
 
-class PatchTokenEmbedding(nn.Module):
+class PatchTokenEmbedding(TokenEmbedding):
     """An upper stage's embedding, one vector of width D_n per patch of R_n bytes."""
 
     def __init__(
         self, num_tokens: int, local_dim: int, pad_token_id: int, patch_size: int, dim: int
     ) -> None:
-        super().__init__()
+        super().__init__(num_tokens, local_dim, pad_token_id)
         self.patch_size = patch_size
         self.pad_token_id = pad_token_id
-        self.embedding = nn.Embedding(num_tokens, local_dim, padding_idx=pad_token_id)
         flat_dim = patch_size * local_dim
         # The names of the entries are those of the checkpoints: norm 1, projection 2, norm 3.
         self._post = nn.Sequential(

@@ -53,6 +53,11 @@ class Hierarchy(nn.Module):
         self.seq_lens = list(config.seq_lens)
         self.patch_sizes = [math.prod(self.seq_lens[n + 1 :]) for n in range(self.num_stages)]
         chunks = config.train_checkpoint_chunks
+        if chunks and len(chunks) != self.num_stages - 1:
+            raise ValueError(
+                f"train_checkpoint_chunks has {len(chunks)} entries, expected one for each of "
+                f"the {self.num_stages - 1} stages below the first"
+            )
         self.checkpoint_chunks = [None, *chunks] if chunks else [None] * self.num_stages
 
         # The order of construction is part of the contract: a seed means the same weights.

@@ -1,11 +1,13 @@
 """The registry of stage blocks: order, parsing, and errors that say why."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import field_validator
 from torch import nn
 
 from mblm.model.block import StageBlock, StageBlockRegistry
+from mblm.model.config import block_registry
 
 
 class _Block(StageBlock):
@@ -62,15 +64,70 @@ def test_an_empty_registry_matches_nothing() -> None:
         parse(StageBlockRegistry(), {"width": 3})
 
 
-def test_an_error_that_is_none_of_parsing_is_not_swallowed() -> None:
+def test_a_validator_that_raises_anything_leaves_the_turn_to_the_next_block() -> None:
+    class Broken(_Block):
+        block_type: str = "broken"
+        width: int
+
+        @field_validator("width")
+        @classmethod
+        def _look_up(cls, width: int) -> int:
+            return {1: 1}[width]
+
+    registry = StageBlockRegistry([Broken, Wide])
+    assert type(parse(registry, {"width": 3})) is Wide
+    registry.discard(Wide)
+    with pytest.raises(ValueError, match=r"Broken: KeyError\(3\)"):
+        parse(registry, {"width": 3})
+
+
+def test_it_is_a_set() -> None:
     registry = StageBlockRegistry()
-    registry.register()(Narrow)
+    for _ in range(2):
+        registry.add(Narrow)
+    assert list(registry) == [Narrow] and registry == {Narrow}
+    registry |= {Wide}
+    registry.discard(Narrow)
+    registry.discard(Narrow)
+    assert len(registry) == 1 and Wide in registry
+    registry.remove(Wide)
+    with pytest.raises(KeyError):
+        registry.remove(Wide)
+    registry.add(Wide)
+    registry.clear()
+    assert not registry
 
-    def broken(block: type[StageBlock], data: Any) -> StageBlock:
-        raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
-        registry.try_parse({}, broken)
+def test_a_block_type_that_is_taken_is_refused() -> None:
+    class Other(_Block):
+        block_type: str = "wide"
+
+    class Either(_Block):
+        block_type: Literal["narrow", "wide"] = "narrow"
+
+    registry = StageBlockRegistry([Wide])
+    for block in (Other, Either):
+        with pytest.raises(ValueError, match=r"block_type: 'wide' of .* registered block Wide"):
+            registry.register()(block)
+    assert list(registry) == [Wide]
+    with pytest.raises(ValueError, match=r"'mamba1' of .*Mine is that of .* MambaBlock"):
+
+        @block_registry.register()
+        class Mine(_Block):
+            block_type: str = "mamba1"
+
+
+def test_a_block_defined_anew_takes_its_own_place() -> None:
+    registry = StageBlockRegistry()
+    classes = []
+    for _ in range(2):  # as when a notebook's cell is run again
+
+        @registry.register()
+        class Again(_Block):
+            block_type: str = "again"
+
+        classes.append(Again)
+    assert list(registry) == classes[1:]
 
 
 def test_a_block_without_a_model_cannot_be_made() -> None:

@@ -9,7 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from mblm import (
+    MBLM,
     MambaBlock,
+    MBLMEncoder,
     MBLMEncoderModelConfig,
     MBLMModelConfig,
     MBLMReturnType,
@@ -41,7 +43,7 @@ def registered_lstm() -> Any:
     """`LSTMBlock` as a block that configuration files know, for one test."""
     block_registry.register()(LSTMBlock)
     yield LSTMBlock
-    del block_registry._blocks[LSTMBlock]
+    block_registry.discard(LSTMBlock)
 
 
 BLOCKS = {
@@ -182,7 +184,6 @@ def test_stage_blocks_are_one_per_stage() -> None:
         ({"seq_lens": [5]}, "seq_lens has 1 entries, hidden_dims has 2"),
         ({"seq_lens": [5, 1.5]}, r"seq_lens\.1"),
         ({"num_layers": [2]}, "num_layers has 1 entries"),
-        ({"train_checkpoint_chunks": [1, 2]}, "train_checkpoint_chunks has 2 entries"),
         ({"train_checkpoint_chunks": [0]}, r"train_checkpoint_chunks\.0"),
         ({"block": None}, "block: expected a stage block or a mapping, got None"),
         ({"block": []}, "block has 0 entries"),
@@ -257,3 +258,14 @@ def test_an_encoder_configuration_goes_through_yaml(tmp_path: Path) -> None:
     )
     file = dump_yml(tmp_path / "encoder", encoder)
     assert load_yml(file, MBLMEncoderModelConfig) == encoder
+
+
+def test_a_model_refuses_the_chunks_that_its_configuration_takes() -> None:
+    """As the published package does; configurations with an entry for stage 1 exist."""
+    chunks = config(train_checkpoint_chunks=[5, 10])
+    assert MBLMModelConfig.model_validate(chunks.model_dump()) == chunks
+    encoder = MBLMEncoderModelConfig(mask_token_id=1, mblm_config=chunks)
+    with pytest.raises(ValueError, match=r"train_checkpoint_chunks has 2 entries, .* the 1 stages"):
+        MBLM(chunks)
+    with pytest.raises(ValueError, match="train_checkpoint_chunks has 2 entries"):
+        MBLMEncoder(encoder)

@@ -98,17 +98,37 @@ class TestOldKeys:
         }
 
 
-def test_a_smaller_vocabulary_fills_the_first_rows_of_a_larger_one(tmp_path: Path) -> None:
-    small = model(transformer(), seq_lens=[3, 4], num_tokens=19, pad_token_id=0)
-    large = model(transformer(), seq_lens=[3, 4], num_tokens=23, pad_token_id=0)
-    rest = {key: large.state_dict()[key][19:].clone() for key in MBLM_TOKEN_EMB_MIGRATION}
+@pytest.mark.parametrize("seq_lens", [[4], [3, 4], [2, 3, 4], [2, 2, 2, 2]], ids=len)
+def test_a_smaller_vocabulary_fills_the_first_rows_of_a_larger_one(
+    tmp_path: Path, seq_lens: list[int]
+) -> None:
+    small = model(transformer(), seq_lens=seq_lens, num_tokens=19, pad_token_id=0)
+    large = model(transformer(), seq_lens=seq_lens, num_tokens=23, pad_token_id=0)
+    before = {key: value.clone() for key, value in large.state_dict().items()}
     _, file = save_model_state(tmp_path, "small", small, loss=1.0)
     load_model_state(file, large, map_extend_embeddings=MBLM_TOKEN_EMB_MIGRATION)
-    state = large.state_dict()
+    grown = 0
     for key, rows in small.state_dict().items():
-        assert torch.equal(state[key][: len(rows)], rows), key
-        if key in MBLM_TOKEN_EMB_MIGRATION:
-            assert torch.equal(state[key][19:], rest[key]), key
+        now = large.state_dict()[key]
+        assert torch.equal(now[: len(rows)], rows), key
+        assert torch.equal(now[len(rows) :], before[key][len(rows) :]), key
+        grown += len(now) > len(rows)
+    assert grown == len(seq_lens) + 2, "a table per stage, and weight and bias of the logits"
+
+
+def test_the_published_names_are_among_those_that_grow() -> None:
+    assert {
+        "token_embs_rev.0.embedding.weight",
+        "token_embs_rev.1.embedding.weight",
+        "to_logits.weight",
+        "to_logits.bias",
+    } <= MBLM_TOKEN_EMB_MIGRATION
+
+
+def test_every_stage_tells_the_sizes_of_its_table() -> None:
+    m = build()
+    sizes = {(table.num_embeddings, table.embedding_dim) for table in m.token_embs_rev}
+    assert sizes == {(m.num_tokens, m.hidden_dims[-1])}
 
 
 def test_a_patch_is_its_bytes_normalized_and_projected() -> None:
