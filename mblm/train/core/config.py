@@ -32,7 +32,7 @@ class CoreTrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     target_elements: PositiveInt = Field(
-        description="At least how many elements all workers train on together"
+        description="At least how many elements all workers train on together, in whole steps"
     )
     target_elements_strategy: Literal["batch", "sequence"] = Field(
         description="What an element is: 'batch' counts the sequences of a batch, 'sequence' their "
@@ -122,7 +122,8 @@ class CoreIoConfig(BaseModel):
     output_dir: str = Field(description="Folder of the run's folder; both are created")
     num_models_to_save: NonNegativeInt = Field(description="How many of the best models to keep")
     validate_amount: PositiveInt = Field(
-        description="How often to validate; at least num_models_to_save for as many models"
+        description="How often to validate, always at the end; at least num_models_to_save for as "
+        "many models"
     )
     log_train_loss_amount: NonNegativeInt = Field(description="How often to log the training loss")
     enabled_loss_log_for_gpus: list[int] = Field(

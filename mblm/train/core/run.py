@@ -1,5 +1,6 @@
 """A run while it goes: the model and what trains it, where it is, and its state as plain values."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class Position:
         epoch, batch: Where the next batch is.
         elements_seen: Elements of this worker in this run.
         non_finite: Steps left out in a row.
+        without_gradient: Steps whose gradient was zero.
         avg_grad, avg_grad_clipped: Mean gradient of the last step that was looked at, or -1.
     """
 
@@ -32,6 +34,7 @@ class Position:
     batch: int = 0
     elements_seen: int = 0
     non_finite: int = 0
+    without_gradient: int = 0
     avg_grad: float = -1.0
     avg_grad_clipped: float = -1.0
 
@@ -58,7 +61,7 @@ class Run:
     position: Position = field(default_factory=Position)
     losses: list[torch.Tensor] = field(default_factory=list)
 
-    def step(self, *, clip: float | None, measure: Callable[[], float] | None = None) -> bool:
+    def step(self, *, clip: float | None, measure: Callable[[], float] | None = None) -> float:
         """Apply the gradients, unless one of them is NaN or infinite on any worker.
 
         Waits for the device once, for the norm of the gradients: weights that a bad gradient has
@@ -69,16 +72,16 @@ class Run:
             measure: Measures the mean gradient, if that is to be noted.
 
         Returns:
-            Whether the gradients were applied.
+            The norm of the gradients, which were applied if it is finite.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = self.model.gradient_norm()
+        device_norm = self.model.gradient_norm()
         if measure is not None:
             self.position.avg_grad = measure()
-        is_finite = bool(torch.isfinite(norm))
-        if is_finite:
+        norm = float(device_norm)
+        if math.isfinite(norm):
             if clip is not None:
-                self.model.clip_gradients(clip, norm)
+                self.model.clip_gradients(clip, device_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.scheduler is not None:
@@ -88,7 +91,7 @@ class Run:
         if measure is not None:
             self.position.avg_grad_clipped = measure()
         self.optimizer.zero_grad(set_to_none=True)
-        return is_finite
+        return norm
 
     def common_state(self) -> State:
         """What all workers share."""

@@ -1,6 +1,5 @@
 """How long a run is, and when in it to log and to validate."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,10 @@ class Plan:
 
     Attributes:
         elements_per_batch: Elements that a batch of one worker counts for.
-        batches: Batches that every worker trains on: as few as reach ``target_elements``.
+        batches: Batches that every worker trains on: as few as reach ``target_elements`` and make
+            whole steps.
         gradient_steps: Steps of the optimizer.
+        added: How many of the batches are there only to make the last step whole.
         start: Cumulative index of the first batch; not 0 after resuming from a checkpoint.
         log_points, validation_points: Cumulative indices of batches.
     """
@@ -23,6 +24,7 @@ class Plan:
     elements_per_batch: int
     batches: int
     gradient_steps: int
+    added: int
     start: int
     log_points: frozenset[int]
     validation_points: frozenset[int]
@@ -31,15 +33,29 @@ class Plan:
 def plan_run(
     train: CoreTrainConfig, io: CoreIoConfig, *, input_seq_len: int, world_size: int, start: int
 ) -> Plan:
-    """Plan a run of ``world_size`` workers from the batch with the cumulative index ``start``."""
+    """Plan a run of ``world_size`` workers from the batch with the cumulative index ``start``.
+
+    Raises:
+        ValueError: A step takes more batches than the run has.
+    """
     elements = train.batch_size
     if train.target_elements_strategy == "sequence":
         elements *= input_seq_len
-    batches = math.ceil(train.target_elements // world_size / elements)
+    wanted = -(-train.target_elements // (world_size * elements))
+    every = train.gradient_accumulate_every
+    if every > wanted:
+        raise ValueError(
+            f"train.gradient_accumulate_every: a step takes {every} batches, but "
+            f"train.target_elements {train.target_elements} are no more than {wanted} batches of "
+            f"{elements} elements on {world_size} workers: not one step"
+        )
+    steps = -(-wanted // every)
+    batches = steps * every
     return Plan(
         elements_per_batch=elements,
         batches=batches,
-        gradient_steps=batches // train.gradient_accumulate_every,
+        gradient_steps=steps,
+        added=batches - wanted,
         start=start,
         log_points=spread(start, batches, io.log_train_loss_amount),
         validation_points=spread(start, batches, io.validate_amount),
@@ -47,7 +63,11 @@ def plan_run(
 
 
 def spread(start: int, batches: int, amount: int) -> frozenset[int]:
-    """At most ``amount`` indices spread evenly over ``batches`` of them, the ends included."""
-    last = start + batches - 1
-    points = torch.linspace(start, last, min(amount, batches), dtype=torch.float32)
-    return frozenset(min(point, last) for point in points.long().tolist())
+    """At most ``amount`` indices spread evenly over ``batches`` of them.
+
+    The last is one of them, and if there are several, the first.
+    """
+    last = batches - 1
+    points = torch.linspace(0, last, min(amount, batches), dtype=torch.float32).long()
+    points[-1:] = last  # a single point would be the first, and a large one is rounded
+    return frozenset((start + points.clamp(max=last)).tolist())

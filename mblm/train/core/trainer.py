@@ -72,6 +72,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         self._precision = Precision(
             config.train.precision, self._workers.device_type, self.options.amp_dtype
         )
+        self._plan(start=0)  # which refuses what cannot be planned, before anything is written
 
         state_dir = state_to_resume(config.resume)
         run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
@@ -122,7 +123,9 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
         Raises:
             TrainingInterrupted: A signal came; the state is saved. Exits with 75.
-            NonFiniteLossError: The loss was NaN or infinite too often.
+            NonFiniteLossError: The loss was NaN or infinite too often, or in a whole validation
+                before any model was ranked.
+            ValueError: There is nothing to learn: no batch, or no step with a gradient.
             OSError: Nothing more can be saved; the last training state is whole.
         """
         summary = self._folder.summary
@@ -233,13 +236,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         elif resume is not None:
             position.epoch, position.batch = resume.next_epoch_index, resume.next_batch_index
             position.step = len(batches) * position.epoch + position.batch
-        plan = plan_run(
-            config,
-            self.config.io,
-            input_seq_len=self.config.params.input_seq_len,
-            world_size=self._workers.world_size,
-            start=position.step - position.done,
-        )
+        plan = self._plan(position.step - position.done)
         optimizer = self.configure_optimizer(self._parallel.parameters())
         scaler = self._precision.scaler()
         scheduler = self.configure_scheduler(optimizer, plan.gradient_steps)
@@ -256,7 +253,21 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             f"{self._workers.world_size} workers, {plan.gradient_steps} gradient steps in all, "
             f"from epoch {position.epoch}, batch {position.batch}"
         )
+        if plan.added:
+            self._log.info(
+                f"{plan.added} of {plan.batches} batches are more than train.target_elements, so "
+                f"that the last step has all of its {config.gradient_accumulate_every} batches"
+            )
         return run, plan
+
+    def _plan(self, start: int) -> Plan:
+        return plan_run(
+            self.config.train,
+            self.config.io,
+            input_seq_len=self.config.params.input_seq_len,
+            world_size=self._workers.world_size,
+            start=start,
+        )
 
     def _forward_backward(self, run: Run, batch: TBatch, *, completes: bool) -> torch.Tensor:
         """Add a batch's gradients to those there are; returns the loss, a scalar on the device.
@@ -293,8 +304,11 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         is_logged = any(point in plan.log_points for point in upcoming)
         measure = self.avg_gradient_value if is_logged else None
         losses, run.losses = run.losses, []
-        if run.step(clip=config.gradient_clipping, measure=measure):
+        norm = run.step(clip=config.gradient_clipping, measure=measure)
+        if math.isfinite(norm):
             position.non_finite = 0
+            if norm == 0:
+                self._note_no_gradient(position, plan)
             return
         bad = find_bad_losses(losses, self._workers, position.step)
         if not bad and run.scaler.is_enabled():
@@ -309,6 +323,21 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         too_many = position.non_finite >= config.max_non_finite_steps
         if too_many and config.non_finite_loss == "stop":
             raise NonFiniteLossError(message)
+
+    def _note_no_gradient(self, position: Position, plan: Plan) -> None:
+        """Say that a step has learned nothing; end a run in which none has learned anything."""
+        config = self.config.train
+        position.without_gradient += 1
+        steps = position.done // config.gradient_accumulate_every
+        message = (
+            f"The gradient was zero in {position.without_gradient} of {steps} steps: do entries of "
+            "their batches have loss, or are all masked out or padding?"
+        )
+        never_learned = position.without_gradient == steps
+        if never_learned and steps in (config.max_non_finite_steps, plan.gradient_steps):
+            raise ValueError(message)
+        if position.without_gradient == 1:
+            self._tell(message)
 
     def _validate(
         self, run: Run, loader: "DataLoader[TBatch]", item: EpochCyclerYield[TBatch]

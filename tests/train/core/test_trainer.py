@@ -165,6 +165,51 @@ def test_a_bad_batch_spoils_only_its_step(tmp_path):
     assert log.count("Step left out") == 1
 
 
+class Masked(jobs.Trainer):
+    """Has no loss in some batches."""
+
+    masked = range(100)
+
+    def model_forward(self, model, batch, device):
+        loss = super().model_forward(model, batch, device)
+        self.calls = getattr(self, "calls", -1) + model.training
+        return loss * 0 if model.training and self.calls in self.masked else loss
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(12, 3), (4, 2)])
+def test_a_run_that_learns_nothing_fails(tmp_path, batches, steps):
+    cfg = {"batches": batches, "gradient_accumulate_every": 2, "max_non_finite_steps": 3}
+    with pytest.raises(ValueError, match=rf"gradient was zero in {steps} of {steps} steps"):
+        train(jobs.config(tmp_path, **cfg), Masked)
+
+
+def test_steps_that_learn_nothing_are_said_once(tmp_path, capsys):
+    class Some(Masked):
+        masked = (*range(2, 12),)
+
+    train(jobs.config(tmp_path, max_non_finite_steps=3), Some)
+    assert capsys.readouterr().err.count("The gradient was zero in 1 of 3 steps") == 1
+
+
+def test_accumulated_batches_make_whole_steps_and_it_is_said(tmp_path):
+    trainer, _ = train(jobs.config(tmp_path, batches=10, gradient_accumulate_every=4))
+    log = (trainer._folder.path / "train.log").read_text()
+    assert "2 of 12 batches are more than train.target_elements" in log
+    assert not any(jobs.final_state(trainer._folder.path)[1]["gradients"])
+
+
+def test_a_step_of_more_batches_than_there_are_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"takes 13 batches, .* no more than 12"):
+        jobs.alone(jobs.Trainer, jobs.config(tmp_path, gradient_accumulate_every=13))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_trained_last_is_validated_however_seldom(tmp_path):
+    trainer, _ = train(jobs.config(tmp_path, validate_amount=1))
+    valid = [row for row in rows(trainer._folder.path) if row["kind"] == "valid"]
+    assert [row["cum_batch"] for row in valid] == ["11"]
+
+
 class BadValidation(jobs.Trainer):
     """Loses a batch of its validations: of all, or of the first."""
 
