@@ -20,7 +20,6 @@ from mblm.model.transformer_layers import (
     RMSNorm,
     Rotary,
     RotaryEmbedding,
-    attention_bias,
 )
 
 
@@ -128,12 +127,12 @@ class _Transformer(nn.Module):
         yield from layers
 
     def _run_layers(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, recompute: bool = False
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, recompute: bool = False
     ) -> torch.Tensor:
         rotary = self.rotary(0, x.shape[-2])
 
         def run(attention: Attention, feed_forward: FeedForward, x: torch.Tensor) -> torch.Tensor:
-            x = x + attention(x, rotary, bias)
+            x = x + attention(x, rotary, mask)
             return x + feed_forward(x)
 
         if recompute and recomputation.suits(self, x):
@@ -223,13 +222,4 @@ class TransformerEncoder(_Transformer):
             recompute_layers: Keep the layers' inputs only, and compute each layer again in the
                 backward pass.
         """
-        if attention_mask is None:
-            return self._run_layers(input_ids, recompute=recompute_layers)
-        device_type = input_ids.device.type
-        dtype = input_ids.dtype
-        has_autocast = torch.amp.is_autocast_available(device_type)
-        if has_autocast and torch.is_autocast_enabled(device_type):
-            # Which would round the bias to minus infinity.
-            dtype = torch.get_autocast_dtype(device_type)
-        bias = attention_bias(attention_mask, dtype)
-        return self._run_layers(input_ids, bias, recompute=recompute_layers)
+        return self._run_layers(input_ids, attention_mask, recompute=recompute_layers)

@@ -142,7 +142,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Softmax attention, scale ``d**-0.5``, and the output projection: ``(B, S, D)``.
 
-        With ``is_causal`` the queries are those of the last positions of the keys.
+        ``mask``, True = attend, is broadcast to ``(B, H, S, T)``. With ``is_causal`` the queries are those of the last positions of the keys.
         """
         count, total = q.shape[2], k.shape[2]
         dropout = self.dropout if self.training else 0.0
@@ -151,11 +151,10 @@ class Attention(nn.Module):
         if short and is_causal and not dropout:
             out = short_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             return self.to_out(out.flatten(-2))
-        if is_causal and count < total:
-            mask, is_causal = _causal_bias(q, total), False
+        if is_causal and (count < total or short):
+            mask, is_causal = torch.ones(count, total, dtype=torch.bool, device=q.device), False
+            mask = mask.tril_(total - count)
         if short:
-            if is_causal:
-                mask = _causal_bias(q, total)
             out = _short_attention(q, k, v, mask, dropout)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
@@ -164,31 +163,31 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend within ``x (B, S, D)``; ``mask`` is added to the scores, an encoder's only."""
+        """Attend within ``x (B, S, D)``, in an encoder to the positions of ``mask (B, S)`` only."""
         if self.causal and 1 < x.shape[1] <= SHORT and not (self.training and self.dropout):
             return self.attend_short(*self.heads(x), rotary)
-        return self.attend(*self.project(x, rotary), mask, is_causal=self.causal)
-
-
-def _causal_bias(q: torch.Tensor, total: int) -> torch.Tensor:
-    """Scores to add ``(S, total)`` so that S last queries see no later one of ``total`` keys."""
-    count = q.shape[2]
-    bias = torch.full((count, total), float("-inf"), dtype=q.dtype, device=q.device)
-    return bias.triu_(total - count + 1)
+        q, k, v = self.project(x, rotary)
+        if mask is not None:
+            # A row with nothing to attend to is the average over all positions, and has no
+            # gradient but that of the values: queries of zero attend so.
+            nothing = ~mask.any(-1)[:, None, None, None]
+            q, mask = q.masked_fill(nothing, 0), mask[:, None, None] | nothing
+        return self.attend(q, k, v, mask, is_causal=self.causal)
 
 
 def _short_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attention that forms the scores ``(B * H, S, S_k)``; ``bias`` is broadcast to them."""
-    shape = (*q.shape[:3], k.shape[2])
-    bias = q.new_zeros(()) if bias is None else bias
+    """Attention that forms the scores ``(B * H, S, S_k)``; ``mask`` is broadcast to them."""
+    bias = q.new_zeros(() if mask is None else mask.shape)
+    if mask is not None:
+        bias.masked_fill_(~mask, -torch.inf)
     scores = torch.baddbmm(
-        bias.expand(shape).flatten(0, 1),
+        bias.expand(*q.shape[:3], k.shape[2]).flatten(0, 1),
         q.flatten(0, 1),
         k.flatten(0, 1).transpose(1, 2),
         alpha=q.shape[-1] ** -0.5,
@@ -214,13 +213,3 @@ class FeedForward(nn.Sequential):
         """Map ``(B, S, D)`` to ``(B, S, D)``; ``previous`` as in `RMSNorm.forward`."""
         norm, expand, activation, dropout, contract = self
         return contract(dropout(activation(expand(norm(x, shift=self.shift, previous=previous)))))
-
-
-def attention_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a mask of positions ``(B, S)``, True = attend, into scores to add ``(B, 1, 1, S)``.
-
-    Masked positions get the lowest finite number rather than minus infinity, so that a row with
-    nothing to attend to is an average over all positions and not NaN.
-    """
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask, torch.finfo(dtype).min)[:, None, None, :]

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from mblm.model.transformer import TransformerDecoder, TransformerEncoder
-from mblm.model.transformer_layers import RotaryEmbedding, attention_bias
+from mblm.model.transformer_layers import RotaryEmbedding
 
 
 def naive_norm(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -148,11 +148,21 @@ def test_rotary_angles_stay_exact_in_half_precision() -> None:
     assert list(half.state_dict()) == ["inv_freq"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_bias_is_finite_and_rules_out_what_is_masked(dtype: torch.dtype) -> None:
-    bias = attention_bias(torch.tensor([[True, False]]), dtype)
-    assert bias.shape == (1, 1, 1, 2) and bias.dtype == dtype and bias.isfinite().all()
-    assert bias.flatten().softmax(-1).tolist() == [1.0, 0.0]
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+def test_what_is_masked_has_no_gradient(length: int, rotary: bool) -> None:
+    """A row that is wholly masked is an average: only its values have a gradient."""
+    stage = build(TransformerEncoder, attn_use_rot_embs=rotary).double()
+    x = torch.randn(3, length, 7, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, length) < 0.5
+    mask[0], mask[1] = True, False
+    weights = torch.randn(x.shape, dtype=torch.float64)
+
+    def gradients(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((out * weights).sum(), [x, *stage.parameters()])
+
+    actual, expected = gradients(stage(x, mask)), gradients(naive_stage(stage, x, mask))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
