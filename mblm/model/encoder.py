@@ -13,7 +13,7 @@ from mblm.model.loss import cross_entropy
 from mblm.model.pretrained import PretrainedMixin
 from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import TiledPass
-from mblm.utils.checks import check_token_ids
+from mblm.utils.checks import check_id_dtype, check_token_ids
 
 IGNORED_LABEL = -100
 
@@ -156,9 +156,10 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
 
     def _targets(self, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Labels of the bytes that count, of the others one that does not."""
-        counted = mask & (labels != IGNORED_LABEL)
-        check_token_ids("labels", torch.where(counted, labels, 0), self.num_tokens)
-        return labels.long().masked_fill(~counted, IGNORED_LABEL)
+        labels = check_id_dtype("labels", labels)
+        uncounted = ~mask | (labels == IGNORED_LABEL)
+        check_token_ids("labels", labels.masked_fill(uncounted, 0), self.num_tokens)
+        return labels.masked_fill(uncounted, IGNORED_LABEL)
 
     def _hidden_of_embeddings(
         self,

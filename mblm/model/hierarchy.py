@@ -299,7 +299,7 @@ class Hierarchy(nn.Module):
                 padded = self._pad(ids, self.pad_token_id)
                 rows = ids.shape[0] if stage == 0 else -1
                 seq_len = num_bytes if stage == 0 else self.seq_lens[stage]
-                return self.local_table, padded.view(rows, seq_len)
+                return self.local_table, padded.reshape(rows, seq_len)
             embedded = self.embed_patches(stage, ids, num_bytes // self.patch_sizes[stage])
             return self._as_rows(stage, embedded), None
 
@@ -336,7 +336,7 @@ class Hierarchy(nn.Module):
         """``(B, patches, D_n)`` to the rows of a stage ``(rows, P_n, D_n)``."""
         if stage == 0:
             return embedded
-        return embedded.view(-1, self.seq_lens[stage], embedded.shape[-1])
+        return embedded.reshape(-1, self.seq_lens[stage], embedded.shape[-1])
 
     # -- Checkpoints -------------------------------------------------------------------------------
 

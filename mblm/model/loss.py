@@ -25,7 +25,8 @@ def sum_and_count(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
     """Mean of the entries that are not zero; 0, with a gradient, if there are none."""
-    return losses.sum() / losses.count_nonzero().clamp(min=1)
+    total, count = sum_and_count(losses)
+    return (total / count.clamp(min=1)).to(losses.dtype)
 
 
 def cross_entropy(

@@ -297,7 +297,7 @@ class MBLM(Hierarchy, PretrainedMixin):
 
     def _nest(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``(rows, 1 + P_N, V)``, with the start rows, nested as ``ids``."""
-        return logits.view(*ids.shape[:-1], *logits.shape[-2:])
+        return logits.reshape(*ids.shape[:-1], *logits.shape[-2:])
 
     def _logits_like(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``(rows, 1 + P_N, V)`` per byte of flat ids, or nested with the start rows."""
@@ -319,6 +319,6 @@ class MBLM(Hierarchy, PretrainedMixin):
         later = nn.functional.pad(
             per_byte[:, 1:], (0, patches * positions - length + 1), value=fill
         )
-        arranged[:, :, 1:] = later.view(batch_size, patches, positions)
+        arranged[:, :, 1:] = later.reshape(batch_size, patches, positions)
         arranged[:, 0, 0] = per_byte[:, 0]
         return arranged.view(local_shape)

@@ -197,7 +197,7 @@ def _tokens(
     with _as_outside(ids.device.type, autocast, gradients=False):
         embedded = map_over_tiles(function, size, rows)
     dtype = model.parts_of_patches(0)[0].weight.dtype
-    return embedded.to(dtype).view(len(ids), -1, embedded.shape[-1])
+    return embedded.to(dtype).reshape(len(ids), -1, embedded.shape[-1])
 
 
 def _tokens_fake(

@@ -142,7 +142,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Softmax attention, scale ``d**-0.5``, and the output projection: ``(B, S, D)``.
 
-        ``mask``, True = attend, is broadcast to ``(B, H, S, T)``. With ``is_causal`` the queries are those of the last positions of the keys.
+        ``mask``, True = attend, is broadcast to ``(B, H, S, T)``. With ``is_causal`` the
+        queries are those of the last positions of the keys.
         """
         count, total = q.shape[2], k.shape[2]
         dropout = self.dropout if self.training else 0.0

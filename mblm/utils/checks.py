@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_ID_DTYPES = frozenset(
+    getattr(torch, sign + width) for sign in ("int", "uint") for width in ("8", "16", "32", "64")
+)
 
 
 def check_integer(name: str, value: Any) -> int:
@@ -36,6 +38,19 @@ def check_number(name: str, value: Any) -> float:
     raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
+def check_id_dtype(name: str, ids: torch.Tensor | None) -> torch.Tensor:
+    """Refuse what is not a tensor of integers; returns it as int64.
+
+    Raises:
+        TypeError: Not a tensor, or not of an integer dtype.
+    """
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor of token ids, got {type(ids).__name__}")
+    if ids.dtype not in _ID_DTYPES:
+        raise TypeError(f"{name}: expected integer token ids (torch.long), got {ids.dtype}")
+    return ids.long()
+
+
 def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
     """Refuse what is not a tensor of token ids in ``[0, num_tokens)``; returns them as int64.
 
@@ -45,19 +60,26 @@ def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> tor
         TypeError: Not a tensor, or not of an integer dtype.
         ValueError: An id outside the vocabulary; the message names it and its position.
     """
-    if not isinstance(ids, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor of token ids, got {type(ids).__name__}")
-    if ids.dtype not in _ID_DTYPES:
-        raise TypeError(f"{name}: expected integer token ids (torch.long), got {ids.dtype}")
+    given = ids
+    ids = check_id_dtype(name, ids)
     if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
-        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+        values = values_of(ids)
+        lowest, highest = (int(bound) for bound in torch.aminmax(values))
         if lowest < 0 or highest >= num_tokens:
-            position = tuple(((ids < 0) | (ids >= num_tokens)).nonzero()[0].tolist())
+            position = tuple(((values < 0) | (values >= num_tokens)).nonzero()[0].tolist())
             raise ValueError(
-                f"{name}: token id {int(ids[position])} at position {position} is outside "
-                f"[0, {num_tokens}), the vocabulary of num_tokens = {num_tokens}"
+                f"{name}: token id {values_of(given)[position].item()} at position {position} is "
+                f"outside [0, {num_tokens}), the vocabulary of num_tokens = {num_tokens}"
             )
-    return ids.long()
+    return ids
+
+
+def values_of(tensor: Any) -> torch.Tensor:
+    """The tensor that ``torch.func`` wraps, with a dimension more for each ``vmap``."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    unwrapped: torch.Tensor = tensor
+    return unwrapped
 
 
 def check_finite_weights(module: torch.nn.Module) -> None:

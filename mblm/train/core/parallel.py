@@ -153,7 +153,9 @@ class ParallelModel:
     def mean_gradient(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
         means = [
-            _full(p.grad.sum()).float() / p.numel() for p in self.parameters() if p.grad is not None
+            _full(p.grad.sum(dtype=torch.float32)) / p.numel()
+            for p in self.parameters()
+            if p.grad is not None
         ]
         return float(torch.stack(means).mean()) if means else 0.0
 
