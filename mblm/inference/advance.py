@@ -12,7 +12,7 @@ import torch
 from mblm.inference.stage_cache import StageCache
 
 if TYPE_CHECKING:
-    from mblm.inference.hierarchy_cache import HierarchyCache
+    from mblm.inference.hierarchy_cache import DecodableHierarchy, HierarchyCache
 
 # A prefill takes in at most this many positions, and this many embedding values, at a time.
 _CHUNK_POSITIONS = 1024
@@ -58,7 +58,7 @@ def begin_patch(caches: Sequence["HierarchyCache"], n: int) -> None:
     contexts = model.project_context(n - 1, above[:, None], project)
     sizes = [cache.batch_size for cache, _ in anew]
     for (cache, begin), context in zip(anew, contexts.split(sizes), strict=True):
-        cache.stages[n].restart(begin, context)
+        cache.stages[n].restart(begin, after_autocast(context, model))
 
 
 def catch_up(caches: Sequence["HierarchyCache"], n: int) -> None:
@@ -82,6 +82,13 @@ def prefill_natively(caches: Sequence[StageCache], x: torch.Tensor) -> torch.Ten
     return y
 
 
+def after_autocast(tensor: torch.Tensor, model: "DecodableHierarchy") -> torch.Tensor:
+    """In the model's own dtype: when what is kept is read, autocast may have ended."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return tensor.to(model.local_table.dtype)
+    return tensor
+
+
 def joined(parts: list[torch.Tensor]) -> torch.Tensor:
     """The rows of several caches, one after the other."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -100,7 +107,7 @@ def _take_in(caches: Sequence["HierarchyCache"], n: int, ids: torch.Tensor) -> N
         count = x.shape[1]
         outputs = _prefill([stage.cache for stage in stages], x, sizes)
         for stage, output in zip(stages, outputs, strict=True):
-            stage.output = output
+            stage.output = after_autocast(output, model)
             stage.position += count
 
 

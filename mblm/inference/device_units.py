@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mblm.inference.native_hierarchy import NativeHierarchy
+from mblm.inference.packing import NONE
 from mblm.inference.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # Bytes of one unit, at most.
 _SLOTS = 32
-_NONE = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class BoundRun:
         for n, stage in enumerate(cache.stages):
             self.positions.append(integers(batch))
             self.outputs.append(stage.output.new_empty(stage.output.shape))
-            context = _NONE
+            context = NONE
             if n > 0:
                 context = stage.output.new_zeros(batch, model.seq_lens[n], stage.output.shape[1])
             self.contexts.append(context)
             tensors += [self.positions[n], self.outputs[n], stage.start_output.contiguous()]
             tensors.append(context)
             tables = model.positions(n, 0, limits[n])
-            tensors += [_NONE if table is None else table.contiguous() for table in tables]
+            tensors += [NONE if table is None else table.contiguous() for table in tables]
             if n > 0:
                 state[n] = [*state[n], *stage.cache.native_start(stage.start_state)]
             tensors += state[n]
@@ -103,7 +103,7 @@ class BoundRun:
         top_p = sampler.top_p or 0.0
         if top_p:  # too small a number for a float keeps the likeliest, as 0 would not
             top_p = max(top_p, torch.finfo(torch.float32).tiny)
-        self.settings.copy_(torch.tensor([sampler.temperature, top_p, kept]))
+        self.settings.copy_(self.settings.new_tensor([sampler.temperature, top_p, kept]))
         self.flags.zero_()
         if ends is None:
             self.ends.zero_()

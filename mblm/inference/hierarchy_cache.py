@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from mblm.inference.advance import feed
+from mblm.inference.advance import after_autocast, feed
 from mblm.inference.device_run import DeviceRun
 from mblm.inference.huge_pages import HugePages
 from mblm.inference.native_hierarchy import build_native
@@ -146,6 +146,7 @@ class HierarchyCache:
         model = self.model.stage_models[stage]
         cache = allocate_cache(model, self.batch_size, limit, self.weights)
         start_output = cache.step(self.model.start_token(stage, self.batch_size))
+        start_output = after_autocast(start_output, self.model)
         return _Stage(cache, cache.snapshot(), start_output, start_output)
 
     def feed(self, ids: torch.Tensor) -> None:

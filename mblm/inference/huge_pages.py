@@ -21,7 +21,7 @@ class HugePages:
     """
 
     def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
+        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of a tensor on a CPU; itself, if it is small or elsewhere."""

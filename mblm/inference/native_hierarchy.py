@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mblm.inference.advance import begin_local_patch, joined
-from mblm.inference.packing import is_on_gpu, is_plain
+from mblm.inference.packing import NONE, is_on_gpu, is_plain
 from mblm.inference.sampling import Sampler
 
 if TYPE_CHECKING:
     from mblm.inference.hierarchy_cache import HierarchyCache
-
-_NONE = torch.empty(0)
 
 
 class NativeHierarchy:
@@ -96,7 +94,7 @@ class NativeHierarchy:
                 if n > self.first:
                     state += stage.cache.native_start(stage.start_state)
             positions = model.positions(n, 0, max(ends_of_row))
-            tables += [_NONE if table is None else table for table in positions]
+            tables += [NONE if table is None else table for table in positions]
         ids, outputs, contexts, new_positions, num_tokens = self.compiled.run(
             state,
             [stage.cache.position for row in stages for stage in row],
@@ -177,7 +175,7 @@ def _room(cache: "HierarchyCache", steps: int) -> int:
 def _contexts(stages: Sequence[Any], seq_len: int) -> torch.Tensor:
     """Contexts of one stage in several caches, ``(B, P_n, D_n)``; zeros where there is none yet."""
     if all(stage.context is None for stage in stages):
-        return _NONE
+        return NONE
     return joined(
         [
             stage.output.new_zeros(stage.output.shape[0], seq_len, stage.output.shape[1])

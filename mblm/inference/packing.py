@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from mblm.inference.huge_pages import HugePages
 from mblm.ops import _native
 
+# What compiled code takes for a tensor that there is not.
+NONE = torch.empty(0, dtype=torch.float32, device="cpu")
+
 WEIGHT_TYPES = ("float32", "bfloat16", "int8")
 
 # Rows and columns of a tile, which csrc/cpu/matrix.h calls outputs and inputs.
@@ -49,11 +52,11 @@ _PLAIN_PARTS = {
 def round_weight(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     """A weight ``(N, K)`` in the type asked for, and int8's scales ``(N,)``, empty otherwise."""
     if weights == "bfloat16":
-        return weight.bfloat16(), torch.empty(0)
+        return weight.bfloat16(), NONE
     if weights == "int8":
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         return (weight / scale[:, None]).round().to(torch.int8), scale
-    return weight, torch.empty(0)
+    return weight, NONE
 
 
 def pack_linear(
@@ -61,7 +64,7 @@ def pack_linear(
 ) -> list[Tensor]:
     """Weight, int8's scales ``(N,)`` and bias ``(N,)``, as compiled code reads them.
 
-    What there is not is an empty tensor. A float32 weight is the layer's own unless it is halved,
+    What there is not is `NONE`. A float32 weight is the layer's own unless it is halved,
     others are kept in ``memory``. A weight is ``(N, K)``; int8 on a CPU is cut into tiles, which
     are filled up with zeros: ``(ceil(N / 4), ceil(K / 64), 4, 64)``. What int8 weights are
     multiplied with is rounded to 16 bits, one scale per row, so that sums of integers are exact.
@@ -78,7 +81,7 @@ def pack_linear(
             weight = _in_tiles(weight)
     if weights != "float32":
         weight = memory.keep(weight)
-    return [weight, scale, torch.empty(0) if linear.bias is None else linear.bias.detach()]
+    return [weight, scale, NONE if linear.bias is None else linear.bias.detach()]
 
 
 def _in_tiles(weight: Tensor) -> Tensor:

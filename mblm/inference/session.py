@@ -15,6 +15,7 @@ from mblm.inference.ragged_cache import RaggedCache
 from mblm.inference.sampling import Sampler
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
+from mblm.utils.modes import own_copy
 
 _FORMAT = "mblm-session-3"
 # Compiled code samples a local patch of bytes at a time, at most so many, and twice as many while
@@ -158,10 +159,11 @@ class Session:
         self._advanced = RaggedCache(rows)
         return self._advanced
 
-    @torch.inference_mode()
     def logits(self) -> torch.Tensor:
-        """Logits of the next byte, ``(B, V)``."""
-        return self._cache.logits()
+        """Logits of the next byte, ``(B, V)``: the caller's own, of use in a loss too."""
+        with torch.inference_mode():
+            logits = self._cache.logits()
+        return own_copy(logits)
 
     def generate(
         self,
@@ -189,9 +191,8 @@ class Session:
             runs = list(self._runs(num_tokens, sampler))
             if runs:
                 self._append(runs[-1][:, -1])
-        if not runs:
-            return torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)
-        return torch.cat(runs, dim=1).to(self._device)
+        runs = runs or [torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)]
+        return own_copy(torch.cat(runs, dim=1).to(self._device))
 
     def _append(self, ids: torch.Tensor) -> None:
         """Take in one more byte of every sequence, ids ``(B,)``: now, or with what comes next."""
@@ -321,7 +322,9 @@ class Session:
 def _as_tensor(ids: Any) -> Any:
     if not isinstance(ids, (bytes, bytearray, memoryview)):
         return ids
-    return torch.frombuffer(bytearray(ids), dtype=torch.uint8) if ids else torch.empty(0).long()
+    if not ids:  # of which frombuffer makes no tensor
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(bytearray(ids), dtype=torch.uint8)
 
 
 def _check_weights(weights: str) -> None:

@@ -59,7 +59,7 @@ def _build_mamba1(stage: Any, weights: str) -> Any:
     layer: Any
     for layer in stage.layers:
         mixer = layer.mixer
-        tensors += [layer.norm.weight, torch.tensor([layer.norm.eps])]
+        tensors += [layer.norm.weight, layer.norm.weight.new_tensor([layer.norm.eps])]
         tensors += [-torch.exp(mixer.A_log), mixer.conv1d.weight.flatten(1), mixer.conv1d.bias]
         tensors.append(mixer.D)
         for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):

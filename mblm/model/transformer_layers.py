@@ -15,6 +15,7 @@ from mblm.model.linear import Linear
 from mblm.ops.linear import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm
 from mblm.ops.short_attention import MAX_POSITIONS, short_attention
+from mblm.utils.modes import lasting_tensors
 
 # Up to this many positions, attention on a CPU is faster without PyTorch's kernel, and a start
 # token that all rows share is worth computing once.
@@ -54,8 +55,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", self._frequencies(None))
 
     def _frequencies(self, device: torch.device | None) -> torch.Tensor:
-        steps = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
-        return 1.0 / 10000**steps
+        with lasting_tensors():
+            steps = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
+            return 1.0 / 10000**steps
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RotaryEmbedding":
         """Move to another device; the angles stay float32 in a half precision model."""

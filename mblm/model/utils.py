@@ -1,5 +1,6 @@
 """Rotary positions over a stage's full width, parameter counts, and the sampling functions."""
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,8 +8,12 @@ import torch
 from torch import nn
 
 from mblm.inference.sampling import gumbel_sample, top_k
+from mblm.utils.modes import lasting_tensors
 
 __all__ = ["RoPE", "count_params", "gumbel_sample", "top_k"]
+
+# One for all tables: they grow seldom, and a module that holds a lock cannot be copied.
+_GROWTH = threading.Lock()
 
 ParamType = nn.Module | nn.ModuleList | nn.Parameter | nn.ParameterList
 
@@ -46,24 +51,34 @@ class RoPE(nn.Module):
     def reset_parameters(self) -> None:
         """Compute the angles anew."""
         device = self.theta.device if hasattr(self, "theta") else None
-        steps = torch.arange(0, self.dim, 2, device=device).float() / self.dim
-        theta = 1.0 / self.base**steps
+        with lasting_tensors():
+            steps = torch.arange(0, self.dim, 2, device=device).float() / self.dim
+            theta = 1.0 / self.base**steps
         self.register_buffer("theta", theta, persistent=False)
         self.build_rope_cache(self.max_seq_len)
 
     def build_rope_cache(self, max_seq_len: int) -> None:
         """Compute cosines and sines ``(max_seq_len, dim / 2, 2)``, always in float32."""
-        steps = torch.arange(max_seq_len, device=self.theta.device).float()
-        angles = torch.outer(steps, self.theta.float())
-        cache = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        with lasting_tensors():
+            cache = self._rotations(0, max_seq_len)
         self.register_buffer("cache", cache, persistent=False)
+        self.max_seq_len = max_seq_len
+
+    def _rotations(self, first: int, end: int) -> torch.Tensor:
+        steps = torch.arange(first, end, device=self.theta.device).float()
+        angles = torch.outer(steps, self.theta.float())
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
     def rotation(self, first: int, count: int) -> torch.Tensor:
         """Cosines and sines of positions ``first .. first + count - 1``: (count, dim / 2, 2)."""
-        if first + count > self.max_seq_len:
-            self.max_seq_len = max(first + count, 2 * self.max_seq_len)
-            self.build_rope_cache(self.max_seq_len)
-        return self.cache[first : first + count]
+        end = first + count
+        if end > len(self.cache) and torch.compiler.is_compiling():
+            return self._rotations(first, end)
+        if end > len(self.cache):
+            with _GROWTH:
+                if end > len(self.cache):  # another thread may have been here
+                    self.build_rope_cache(max(end, 2 * len(self.cache)))
+        return self.cache[first:end]
 
     def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Rotate ``x``.
@@ -78,8 +93,8 @@ class RoPE(nn.Module):
         if input_pos is None:
             rotation = self.rotation(0, x.shape[1])
         else:
-            self.rotation(0, int(input_pos.max()) + 1 if input_pos.numel() else 0)
-            rotation = self.cache[input_pos]
+            end = int(input_pos.max()) + 1 if input_pos.numel() else 0
+            rotation = self.rotation(0, end)[input_pos]
         return rotate_pairs(x, rotation.unsqueeze(-3))
 
 

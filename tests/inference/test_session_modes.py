@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 
 from mblm import MBLM, MBLMReturnType, Session
-from tests.models import mamba, model, transformer
+from tests.models import LSTMBlock, mamba, model, transformer
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -50,13 +50,88 @@ def test_dropout_is_as_the_models_mode_says() -> None:
     assert not torch.equal(m.session().feed(ids).logits(), m.session().feed(ids).logits())
 
 
-def test_logits_are_the_callers(m: MBLM) -> None:
-    """Writing to them does not reach the session."""
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_logits_are_the_callers(m: MBLM, mode: Any) -> None:
+    """Writing to them does not reach the session, and they may be part of a loss."""
     session = m.session().feed(torch.tensor([1, 2, 3]))
-    expected = session.logits().clone()
-    with torch.inference_mode():
-        session.logits().zero_()
+    with mode():
+        expected, logits = session.logits(), session.logits()
+        ids = session.fork().generate(2)
+    logits.zero_()
     assert torch.equal(session.logits(), expected)
+    weight = torch.ones(19, requires_grad=True)
+    (expected * weight).sum().backward()
+    assert torch.equal(weight.grad, expected[0])
+    m(ids).backward()
+
+
+def test_a_model_is_trained_after_it_generated_beyond_its_positions() -> None:
+    """What grows then, and what is moved then, is no inference tensor."""
+    m = model(transformer(pos_emb_type="rope"), mamba(), seq_lens=[3, 4]).train()
+    m.generate(num_tokens_to_generate=60, enable_progress=False)
+    m(torch.randint(0, 18, (1, 60))).backward()
+    with torch.inference_mode():
+        m.cpu().float()
+    m(torch.randint(0, 18, (1, 60))).backward()
+    m.load_state_dict(m.state_dict())
+
+
+def use_session(m: MBLM, file: Path) -> list[torch.Tensor]:
+    """Every way into a session, and what came out."""
+    ids = torch.arange(10, device="cpu")
+    stop = [b"\x01"]
+    out = m.generate(None, num_tokens_to_generate=5, stop=stop, enable_progress=False)
+    session = m.session(2).feed([ids, ids[:3]])
+    ragged = [session.generate(2), session.logits(), session.generate(0)]
+    session = m.session().feed(b"").feed(b"\x01\x02")
+    drawn = session.generate(3, top_p=0.5, generator=torch.Generator().manual_seed(1))
+    session.save(file)
+    return [out, *ragged, drawn, Session.load(file, m).logits()]
+
+
+@pytest.mark.parametrize("upper", [mamba("mamba1"), mamba("mamba2"), LSTMBlock(with_hook=True)])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_other_default_dtypes_and_devices_change_nothing(
+    upper: Any, weights: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(Session.__init__, "__kwdefaults__", {"weights": weights})
+    m = model(upper, transformer(pos_emb_type="rope"), seq_lens=[3, 4])
+    expected = use_session(m, tmp_path / "s")
+    try:
+        torch.set_default_dtype(torch.float64)
+        of_dtype = use_session(m, tmp_path / "s")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        of_device = use_session(m, tmp_path / "s")
+    for got in (of_dtype, of_device):
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pytest.param([transformer(), mamba("mamba1")], id="transformer above mamba1"),
+        pytest.param([mamba("mamba2"), transformer()], id="mamba2 above transformer"),
+        pytest.param([LSTMBlock(), transformer(), LSTMBlock()], id="custom"),
+    ],
+)
+def test_autocast_may_begin_and_end_in_a_session(blocks: list[Any]) -> None:
+    m = model(*blocks, seq_lens=[6, 4, 2][: len(blocks)])
+    ids = torch.randint(0, 18, (1, 13))
+    expected = m.session().feed(ids).logits()
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    with autocast():
+        session = m.session().feed(ids[:, :9])
+        rows = m.session(2).feed([ids[0, :9], ids[0, :3]])
+    session.feed(ids[:, 9:10])
+    with autocast():
+        session.feed(ids[:, 10:12])
+    torch.testing.assert_close(session.feed(ids[:, 12:]).logits(), expected, atol=0.1, rtol=0.1)
+    assert session.generate(5).shape == (1, 5) and rows.generate(5).shape == (2, 5)
 
 
 def test_what_is_fed_may_change_afterwards(m: MBLM) -> None:
@@ -107,7 +182,7 @@ class TestGenerate:
             ({"num_tokens": None}, TypeError, "num_tokens"),
             ({"num_tokens": True}, TypeError, "num_tokens"),
             ({"num_tokens": 22}, ValueError, "3 bytes and 22 more exceed the context of 24"),
-            ({"num_tokens": 2, "temperature": 0}, ValueError, "temperature"),
+            ({"num_tokens": 2, "temperature": -1}, ValueError, "temperature"),
             ({"num_tokens": 2, "top_p": 3}, ValueError, "top_p"),
             ({"num_tokens": 2, "generator": 1}, TypeError, "generator"),
         ],

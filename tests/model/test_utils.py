@@ -1,6 +1,8 @@
 """Rotary positions against their formula, counts of parameters, and the names of sampling."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,6 +36,26 @@ class TestRoPE:
         torch.testing.assert_close(rope(x), naive_rope(x, torch.arange(50)[None]))
         assert rope.max_seq_len >= 50
         assert torch.equal(rope(x[:, :2]), RoPE(4, max_seq_len=3)(x[:, :2]))
+
+    def test_grows_in_inference_mode_for_training_too(self) -> None:
+        rope, x = RoPE(4, max_seq_len=3), torch.randn(1, 50, 1, 4, requires_grad=True)
+        with torch.inference_mode():
+            rope(x)
+        rope(x).sum().backward()
+        assert not rope.cache.requires_grad
+
+    def test_grows_in_several_threads_at_once(self) -> None:
+        x = torch.randn(1, 400, 1, 4)
+        expected = RoPE(4, max_seq_len=400)(x)
+        rope = RoPE(4, max_seq_len=1)
+        build = rope.build_rope_cache
+        rope.build_rope_cache = lambda count: (time.sleep(0.002), build(count))  # type: ignore[assignment]
+
+        def rotate(count: int) -> bool:
+            return torch.equal(rope(x[:, :count]), expected[:, :count])
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(rotate, [2, 400, 30, 7, 90, 200, 3, 55] * 4))
 
     def test_takes_positions(self) -> None:
         x = torch.randn(2, 3, 2, 6)

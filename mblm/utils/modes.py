@@ -1,0 +1,19 @@
+"""Tensors that outlive the mode they are made in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def lasting_tensors() -> Iterator[None]:
+    """What is made within is of use in training, though the caller be in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the caller may write to, keep, and use in a loss, in whatever mode."""
+    with lasting_tensors():
+        return tensor.clone()
