@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mblm.inference.advance import feed
 from mblm.inference.hierarchy_cache import HierarchyCache
-from mblm.inference.sampling import Sampler
+from mblm.inference.sampling import Sampler, sampling_dtype
 from mblm.inference.stage_cache import State
 
 # Random numbers are drawn, and sequences wait for one another, for so many bytes at a time.
@@ -53,7 +53,8 @@ class RaggedCache:
         model, size = self.rows[0].model, len(self.rows)
         like = model.to_logits.weight
         # The n-th bytes of all sequences have the n-th numbers, whenever they are sampled.
-        uniform = like.new_empty(count, size, model.num_tokens)
+        dtype = sampling_dtype(like.dtype)
+        uniform = like.new_empty(count, size, model.num_tokens, dtype=dtype)
         uniform.uniform_(0, 1, generator=sampler.generator)
         ids = torch.empty(size, count, dtype=torch.long, device=like.device)
         done = [0] * size

@@ -6,6 +6,11 @@ import torch
 
 from mblm.utils.checks import check_number
 
+# Below, a temperature is as good as 0: noise decides nothing, but quotients may become infinite.
+_COLDEST = 1e-30
+# Above, a temperature would be infinite in float32, and what is filtered out become NaN.
+_HOTTEST = torch.finfo(torch.float32).max
+
 
 def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
     """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``."""
@@ -22,8 +27,10 @@ def count_kept(thres: float, num_tokens: int) -> int:
 def top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
     """Keep the fewest likeliest tokens whose probability reaches ``p``, the rest ``-inf``.
 
-    Source: Holtzman et al., https://arxiv.org/abs/1904.09751, section 3.1.
+    Computed in float32 at least. Source: Holtzman et al., https://arxiv.org/abs/1904.09751,
+    section 3.1.
     """
+    logits = logits.to(sampling_dtype(logits.dtype))
     ordered, indices = torch.sort(logits / temperature, descending=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
@@ -37,17 +44,25 @@ def gumbel_sample(
     temperature: float = 1.0,
     dim: int = -1,
     generator: torch.Generator | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sample ``argmax(logits / temperature + gumbel)``, ``gumbel = -log(-log(u))``, logs >= 1e-20.
 
-    ``u`` is drawn from the default generator of the logits' device, or from ``generator``.
+    ``u`` is drawn from the default generator of the logits' device, or from ``generator``, unless
+    it is given as ``uniform``. Half precision has too few numbers near 0 and 1, so that it is
+    sampled from in float32. A temperature of 0 takes the highest logit.
     """
-    uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
-    return _add_gumbel(logits / temperature, uniform).argmax(dim=dim)
+    logits = logits.to(sampling_dtype(logits.dtype))
+    if uniform is None:
+        uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
+    if abs(temperature) < _COLDEST:
+        return logits.argmax(dim=dim)
+    return (logits / temperature - _log(-_log(uniform))).argmax(dim=dim)
 
 
-def _add_gumbel(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    return logits - _log(-_log(uniform))
+def sampling_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits of this dtype are sampled in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _log(x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +73,7 @@ class Sampler:
     """Draws the next byte of every sequence from its logits.
 
     Args:
-        temperature: Divides the logits, > 0. Default 1.
+        temperature: Divides the logits, >= 0; 0 takes the likeliest byte. Default 1.
         filter_thres: Keeps the highest ``max(int((1 - filter_thres) * V), 1)`` logits, in [0, 1].
             Default 1, the likeliest byte alone.
         top_p: Keeps the fewest likeliest bytes that together reach this probability, in (0, 1],
@@ -83,13 +98,15 @@ class Sampler:
             top_p = check_number("top_p", top_p)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {generator!r}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
         if not 0 <= filter_thres <= 1:
             raise ValueError(f"filter_thres: expected a number in [0, 1], got {filter_thres}")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-        self.temperature = temperature
+        if temperature < _COLDEST:
+            temperature, filter_thres, top_p = 1.0, 1.0, None
+        self.temperature = min(temperature, _HOTTEST)
         self.filter_thres = filter_thres
         self.top_p = top_p
         self.generator = generator
@@ -104,6 +121,4 @@ class Sampler:
             kept = top_k(logits, self.filter_thres)
         else:
             kept = top_p(logits, self.top_p, self.temperature)
-        if uniform is not None:
-            return _add_gumbel(kept / self.temperature, uniform).argmax(dim=-1)
-        return gumbel_sample(kept, self.temperature, generator=self.generator)
+        return gumbel_sample(kept, self.temperature, generator=self.generator, uniform=uniform)

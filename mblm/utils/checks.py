@@ -33,7 +33,7 @@ def check_number(name: str, value: Any) -> float:
     try:
         if not isinstance(value, (bool, str, bytes)):
             return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise TypeError(f"{name}: expected a number, got {value!r}")
 

@@ -1,5 +1,6 @@
 """Compiled decoding called as nothing in the package calls it: refused, nothing misread."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -130,14 +131,25 @@ def test_a_layer_without_inputs_gives_its_bias() -> None:
     assert torch.equal(out, torch.arange(4.0).expand(3, 4))
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-46, 1e-38])
+@pytest.mark.parametrize("native", [True, False])
+def test_however_low_the_temperature_is_the_likeliest_is_taken(
+    temperature: float, native: bool
+) -> None:
+    m = model(transformer(), seq_lens=[4, 4], num_tokens=60)
+    with torch.no_grad():
+        m.to_logits.bias += 100.0  # which divided by the last of these is infinite
+    likeliest = Session(m).generate(8)
+    with nullcontext() if native else in_pytorch():
+        ids = Session(m).generate(8, temperature=temperature, filter_thres=0, top_p=0.9)
+    assert torch.equal(ids, likeliest)
+
+
 @pytest.mark.parametrize("p", [1e-30, 1e-46])
 @pytest.mark.parametrize("native", [True, False])
 def test_however_small_top_p_is_the_likeliest_is_kept(p: float, native: bool) -> None:
     m = model(transformer(), seq_lens=[4, 4], num_tokens=60)
     likeliest = Session(m).generate(8)
-    if native:
+    with nullcontext() if native else in_pytorch():
         ids = Session(m).generate(8, top_p=p, filter_thres=0)
-    else:
-        with in_pytorch():
-            ids = Session(m).generate(8, top_p=p, filter_thres=0)
     assert torch.equal(ids, likeliest)

@@ -107,15 +107,51 @@ class TestSampler:
         logits = torch.tensor([[0.4, 0.35, 0.25]]).log().expand(500, 3)
         assert set(Sampler(filter_thres=1.0, top_p=0.7)(logits).tolist()) == {0, 1}
 
-    def test_half_precision(self) -> None:
-        logits = torch.randn(4, 19).bfloat16()
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("top_p", [None, 0.9])
+    def test_half_precision_is_sampled_in_float32(
+        self, dtype: torch.dtype, top_p: float | None
+    ) -> None:
+        logits = torch.randn(200, 257).to(dtype)
         assert torch.equal(Sampler()(logits), logits.argmax(-1))
+        ids = []
+        for same in (logits, logits.float()):
+            torch.manual_seed(3)
+            ids.append(Sampler(filter_thres=0.0, top_p=top_p, temperature=2.0)(same))
+        assert torch.equal(*ids)
+
+    def test_float64_is_sampled_in_float64(self) -> None:
+        logits = torch.randn(1, 257, dtype=torch.float64)
+        torch.manual_seed(3)
+        noise = -torch.log(-torch.log(torch.zeros_like(logits).uniform_()))
+        torch.manual_seed(3)
+        assert Sampler(filter_thres=0.0)(logits).item() == (logits + noise).argmax().item()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("temperature", [0, -0.0, 5e-324, 1e-45, 1e-38, 1e-31])
+    @pytest.mark.parametrize("top_p", [None, 1.0])
+    def test_a_temperature_that_is_all_but_0_is_greedy(
+        self, dtype: torch.dtype, temperature: float, top_p: float | None
+    ) -> None:
+        logits = torch.linspace(90, 110, 21).to(dtype)[torch.stack([torch.randperm(21)] * 9)]
+        states = []
+        for sampler in (Sampler(temperature, 0.0, top_p), Sampler()):
+            torch.manual_seed(3)
+            assert torch.equal(sampler(logits), logits.argmax(-1))
+            states.append(torch.get_rng_state())
+        assert torch.equal(*states), "as many random numbers are drawn"
+        assert torch.equal(gumbel_sample(logits, temperature), logits.argmax(-1))
+
+    def test_the_hottest_takes_nothing_that_was_filtered_out(self) -> None:
+        logits = torch.arange(10.0).expand(500, 10)
+        assert set(Sampler(1e300, filter_thres=0.7)(logits).tolist()) == {7, 8, 9}
 
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
         [
-            ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got 0"),
-            ({"temperature": -1.0}, ValueError, "temperature"),
+            ({"temperature": -1.0}, ValueError, "temperature: expected a finite number >= 0, got"),
+            ({"temperature": -5e-324}, ValueError, "temperature"),
+            ({"temperature": 10**400}, TypeError, "temperature: expected a number"),
             ({"temperature": math.inf}, ValueError, "temperature"),
             ({"temperature": math.nan}, ValueError, "temperature"),
             ({"temperature": None}, TypeError, "temperature: expected a number, got None"),
