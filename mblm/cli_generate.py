@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -64,19 +64,6 @@ class LateFile:
             self._file = self._path.open("wb", buffering=0)
 
 
-class _Streamer(ByteStreamer):
-    """Remembers whether its reader left, which ends generation without an error."""
-
-    reader_left = False
-
-    def write(self, int_byte: SupportsIndex) -> None:
-        try:
-            super().write(int_byte)
-        except BrokenPipeError:
-            self.reader_left = True
-            raise
-
-
 def stream(
     model: mblm.MBLM,
     prompt: bytes,
@@ -91,7 +78,7 @@ def stream(
     to_terminal = file is None and sys.stdout.isatty()
     if to_terminal:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    streamer = _Streamer(
+    streamer = ByteStreamer(
         file or (sys.stdout if to_terminal else sys.stdout.buffer), decode_utf8=to_terminal
     )
     prime = torch.tensor(list(prompt), dtype=torch.long)

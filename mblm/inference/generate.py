@@ -10,6 +10,7 @@ from tqdm import tqdm
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
 from mblm.utils.checks import check_integer, check_token_ids
+from mblm.utils.modes import own_copy
 from mblm.utils.stream import ByteStreamer
 
 
@@ -34,8 +35,8 @@ def generate(
     Args:
         model: An `mblm.MBLM`.
         prime: The prompt, token ids ``(L,)`` of any integer dtype, or None.
-        stream: Where each byte goes as soon as it is known. When its reader is gone (a broken
-            pipe), generation ends and what was generated is returned.
+        stream: Where each byte goes as soon as it is known. When its reader is gone (a broken pipe
+            or connection), generation ends and what was generated is returned.
         num_tokens: How many bytes to generate. Default: up to the context, ``prod(seq_lens)``.
         end_token_id: Generation ends after this id, which is kept and streamed. Default: none.
         temperature: See `mblm.inference.sampling.Sampler`, as the next two.
@@ -54,6 +55,8 @@ def generate(
     Raises:
         TypeError, ValueError: Bad input, a prompt longer than the context, or NaN weights; before
             anything is generated.
+        BaseException: What the stream raises, or Ctrl-C, has what would have been returned so far
+            as its attribute ``ids``.
     """
     device = model.to_logits.weight.device
     sampler = Sampler(temperature, filter_thres, top_p, _generator(seed, generator, device))
@@ -62,7 +65,7 @@ def generate(
     if end_token_id is not None:
         end_token_id = check_integer("end_of_gen_token_id", end_token_id)
     if prime is None:
-        prime = torch.empty(0, dtype=torch.long)
+        prime = torch.empty(0, dtype=torch.long, device=device)
     prime = check_token_ids("prime", prime, model.num_tokens).to(device)
     if prime.ndim != 1:
         raise ValueError(f"prime: expected shape (L,), got {tuple(prime.shape)}")
@@ -71,19 +74,27 @@ def generate(
     session = Session(model, weights=weights)
     session.feed(prime)
     generated: list[int] = []
-    with tqdm(
-        total=count, unit="B", leave=False, disable=stream is not None or not enable_progress
-    ) as bar:
-        for token in session.sample(count, sampler, _ends(model, end_token_id, stops)):
-            generated.append(int(token))
-            bar.update()
-            if not _write(stream, generated[-1]):
-                break
-            if generated[-1] == end_token_id or _ends_with_any(generated, stops):
-                break
-    if stream is not None:
+    try:
+        with tqdm(
+            total=count, unit="B", leave=False, disable=stream is not None or not enable_progress
+        ) as bar:
+            for token in session.sample(count, sampler, _ends(model, end_token_id, stops)):
+                generated.append(int(token))
+                bar.update()
+                if not _write(stream, generated[-1]):
+                    break
+                if generated[-1] == end_token_id or _ends_with_any(generated, stops):
+                    break
         _write(stream, None)
-    return torch.cat((prime, torch.tensor(generated, dtype=torch.long, device=device)))
+    except BaseException as error:
+        error.ids = _joined(prime, generated)  # type: ignore[attr-defined]
+        raise
+    return _joined(prime, generated)
+
+
+def _joined(prime: torch.Tensor, generated: list[int]) -> torch.Tensor:
+    ids = torch.tensor(generated, dtype=torch.long, device=prime.device)
+    return own_copy(torch.cat((prime, ids)))
 
 
 def _generator(
@@ -115,7 +126,7 @@ def _ends(model: Any, end_token_id: int | None, stops: list[list[int]]) -> torch
     last = {token for token in last if 0 <= token < model.num_tokens}
     if not last:
         return None
-    ends = torch.zeros(model.num_tokens, dtype=torch.bool)
+    ends = torch.zeros(model.num_tokens, dtype=torch.bool, device="cpu")
     ends[list(last)] = True
     return ends
 
@@ -157,7 +168,7 @@ def _write(stream: ByteStreamer | None, token: int | None) -> bool:
             stream.flush()
         else:
             stream.write(token)
-    except BrokenPipeError:
+    except ConnectionError:
         return False
     return True
 

@@ -133,7 +133,7 @@ class MBLM(Hierarchy, PretrainedMixin):
     ) -> torch.Tensor:
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`."""
         with torch.inference_mode():
-            ids = generate(
+            return generate(
                 self,
                 prime,
                 stream=stream,
@@ -148,7 +148,6 @@ class MBLM(Hierarchy, PretrainedMixin):
                 generator=generator,
                 weights=weights,
             )
-        return ids.clone()  # of use outside of inference mode too, such as in a loss
 
     def session(self, batch_size: int = 1, *, weights: str = "float32") -> Session:
         """Start incremental decoding of ``batch_size`` sequences; see `Session`."""

@@ -3,6 +3,7 @@
 import codecs
 import io
 import operator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, SupportsIndex
 
@@ -19,8 +20,9 @@ class ByteStreamer:
     A binary stream (buffered or raw) receives the bytes themselves. A text stream receives the
     numbers separated by single spaces or, with ``decode_utf8``, the text they spell: malformed
     input becomes U+FFFD, a character is written once its last byte has come, and an incomplete
-    one becomes U+FFFD at :meth:`flush`. Every write is flushed so that it is seen at once, except
-    to binary streams that can seek: files and memory, where nobody waits for a byte.
+    one becomes U+FFFD at :meth:`flush`. A character that the stream's encoding lacks becomes ``?``.
+    Every write is flushed so that it is seen at once, except to binary streams that can seek: files
+    and memory, where nobody waits for a byte.
 
     Leaving the context flushes the stream but does not close it.
 
@@ -33,7 +35,12 @@ class ByteStreamer:
             if its ``mode`` contains ``b``, otherwise as text.
         decode_utf8: Write decoded text to a text stream; without effect on a binary one.
         ignore_overflowing: Skip values above 255 instead of raising ``OverflowError``.
+
+    Attributes:
+        reader_left: Whether a write or a flush has met a broken pipe or connection.
     """
+
+    reader_left = False
 
     def __init__(
         self, stream: Writable, decode_utf8: bool = False, ignore_overflowing: bool = True
@@ -50,7 +57,6 @@ class ByteStreamer:
             else None
         )
         self._separator = ""
-        self._is_pipe_broken = False
 
     def write(self, int_byte: SupportsIndex) -> None:
         """Write one byte.
@@ -59,7 +65,7 @@ class ByteStreamer:
             TypeError: `int_byte` is not an integer.
             ValueError: `int_byte` is negative.
             OverflowError: `int_byte` is above 255 and ``ignore_overflowing`` is off.
-            BrokenPipeError: The stream's reader is gone.
+            ConnectionError: The stream's reader is gone, ``BrokenPipeError`` for a pipe.
         """
         try:
             value = operator.index(int_byte)
@@ -83,9 +89,9 @@ class ByteStreamer:
     def flush(self) -> None:
         """Write what is left of an incomplete character and flush the stream.
 
-        May be called repeatedly. Once a broken pipe has been reported, it does nothing.
+        May be called repeatedly. Once it has been reported that the reader left, it does nothing.
         """
-        if self._is_pipe_broken:
+        if self.reader_left:
             return
         if self._decoder is not None:
             self._emit(self._decoder.decode(b"", final=True))
@@ -94,25 +100,33 @@ class ByteStreamer:
     def _emit(self, data: bytes | str) -> None:
         if not data:
             return
-        try:
-            written = self._stream.write(data)
-        except BrokenPipeError:
-            self._is_pipe_broken = True
-            raise
+        written = self._call(self._write_encodable, data)
         # A raw stream that would block takes nothing and says so by its result alone.
         if isinstance(self._stream, io.RawIOBase) and written != len(data):
             raise BlockingIOError("stream is non-blocking and did not take the byte")
         if self._flush_each_write:
             self._flush_stream()
 
+    def _write_encodable(self, data: Any) -> Any:
+        """Write, with ``?`` for each character that the stream's encoding lacks."""
+        try:
+            return self._stream.write(data)
+        except UnicodeEncodeError:  # of a text stream, which has written nothing
+            if len(data) == 1:
+                return self._stream.write("?")
+        return [self._write_encodable(character) for character in data]
+
     def _flush_stream(self) -> None:
         flush = getattr(self._stream, "flush", None)
         if flush is None or getattr(self._stream, "closed", False) is True:
             return
+        self._call(flush)
+
+    def _call(self, method: Callable[..., Any], *data: Any) -> Any:
         try:
-            flush()
-        except BrokenPipeError:
-            self._is_pipe_broken = True
+            return method(*data)
+        except ConnectionError:
+            self.reader_left = True
             raise
 
     def __enter__(self) -> "ByteStreamer":
@@ -126,7 +140,7 @@ class ByteStreamer:
     ) -> None:
         try:
             self.flush()
-        except BrokenPipeError:
+        except Exception:
             if exc_val is None:  # what the block raised matters more
                 raise
 

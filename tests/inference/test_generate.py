@@ -1,5 +1,6 @@
 """`MBLM.generate`: how it ends, what it streams and draws, and what it refuses beforehand."""
 
+import errno
 import io
 import math
 import sys
@@ -12,6 +13,13 @@ from mblm import MBLM, MBLMReturnType
 from mblm.utils.stream import ByteStreamer
 from tests.models import LSTMBlock, mamba, model, transformer
 
+# How a reader may leave.
+GONE = [
+    BrokenPipeError(),
+    ConnectionResetError(),
+    ConnectionAbortedError(),
+    OSError(errno.EPIPE, ""),
+]
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
 
 
@@ -24,17 +32,25 @@ def m() -> MBLM:
 class Recorder:
     """Stands for a `ByteStreamer`; knows what was written when."""
 
-    def __init__(self, broken_after: int | None = None) -> None:
+    def __init__(
+        self,
+        fails_after: int | None = None,
+        error: BaseException | None = None,
+        fails_at_flush: BaseException | None = None,
+    ) -> None:
         self.written: list[int] = []
         self.flushed = 0
-        self.broken_after = broken_after
+        self.fails_after, self.error = fails_after, error
+        self.fails_at_flush = fails_at_flush
 
     def write(self, value: int) -> None:
-        if self.broken_after is not None and len(self.written) >= self.broken_after:
-            raise BrokenPipeError
+        if self.error is not None and len(self.written) == self.fails_after:
+            raise self.error
         self.written.append(value)
 
     def flush(self) -> None:
+        if self.fails_at_flush is not None:
+            raise self.fails_at_flush
         self.flushed += 1
 
 
@@ -200,16 +216,38 @@ class TestStream:
         assert text.getvalue() == " ".join(map(str, out[5:]))
 
     @pytest.mark.parametrize("after", [0, 3])
-    def test_whose_reader_is_gone_ends_it(self, m: MBLM, after: int) -> None:
-        out = generate(m, stream=Recorder(broken_after=after))
+    @pytest.mark.parametrize("error", GONE, ids=repr)
+    def test_whose_reader_is_gone_ends_it(self, m: MBLM, after: int, error: OSError) -> None:
+        out = generate(m, stream=Recorder(after, error))
         assert out == generate(m)[: 5 + after + 1]
 
-    def test_whose_reader_is_gone_at_the_flush_ends_it(self, m: MBLM) -> None:
-        class Broken(Recorder):
-            def flush(self) -> None:
-                raise BrokenPipeError
+    @pytest.mark.parametrize("error", GONE, ids=repr)
+    def test_whose_reader_is_gone_at_the_flush_ends_it(self, m: MBLM, error: OSError) -> None:
+        assert len(generate(m, stream=Recorder(fails_at_flush=error))) == 30
 
-        assert len(generate(m, stream=Broken())) == 30
+    @pytest.mark.parametrize(
+        "error", [OSError("disk full"), ValueError("closed"), KeyboardInterrupt()], ids=repr
+    )
+    def test_that_fails_does_not_lose_what_was_generated(
+        self, m: MBLM, error: BaseException
+    ) -> None:
+        whole = generate(m)
+        with pytest.raises(type(error)) as caught:
+            generate(m, stream=Recorder(3, error))
+        assert caught.value is error and error.ids.tolist() == whole[: 5 + 4]  # type: ignore[attr-defined]
+        m(error.ids[None]).backward()  # type: ignore[attr-defined]
+        with pytest.raises(type(error)) as caught:
+            generate(m, stream=Recorder(fails_at_flush=error))
+        assert error.ids.tolist() == whole  # type: ignore[attr-defined]
+
+    def test_of_another_encoding_gets_what_it_can(self) -> None:
+        m = model(transformer(), seq_lens=[9], num_tokens=300, pad_token_id=0)
+        with torch.no_grad():
+            m.to_logits.bias[0xFF] = 1000.0  # no byte of UTF-8
+        with io.TextIOWrapper(binary := io.BytesIO(), encoding="ascii") as file:
+            with ByteStreamer(file, decode_utf8=True) as streamer:
+                assert generate(m, stream=streamer)[5:] == [0xFF] * 4
+            assert binary.getvalue() == b"????"
 
     def test_any_other_error_is_raised(self) -> None:
         m = model(transformer(), seq_lens=[9], num_tokens=300, pad_token_id=0)
@@ -300,7 +338,7 @@ class TestBadInput:
             ({"num_tokens_to_generate": "3"}, TypeError, "num_tokens_to_generate"),
             ({"num_tokens_to_generate": True}, TypeError, "num_tokens_to_generate"),
             ({"end_of_gen_token_id": "a"}, TypeError, "end_of_gen_token_id"),
-            ({"temperature": 0}, ValueError, "temperature"),
+            ({"temperature": -1}, ValueError, "temperature"),
             ({"temperature": "hot"}, TypeError, "temperature"),
             ({"filter_thres": 2}, ValueError, "filter_thres"),
             ({"top_p": 0}, ValueError, "top_p"),

@@ -270,6 +270,58 @@ class TestBrokenPipe:
             raise KeyError("mine")
 
 
+class Leaving(io.RawIOBase):
+    """A connection that the other side resets."""
+
+    num_writes = 0
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.num_writes += 1
+        raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.parametrize("opened", [lambda raw: raw, io.BufferedWriter, io.TextIOWrapper])
+def test_a_connection_that_breaks_is_raised_once(opened):
+    raw = Leaving()
+    file = opened(io.BufferedWriter(raw) if opened is io.TextIOWrapper else raw)
+    streamer = ByteStreamer(file)
+    with pytest.raises(ConnectionResetError):
+        streamer.write(65)
+    assert streamer.reader_left
+    num_writes = raw.num_writes
+    streamer.flush()
+    assert raw.num_writes == num_writes
+    raw.write = len  # whatever is buffered goes nowhere when the file is closed
+
+
+@pytest.mark.parametrize(
+    ("encoding", "seen"),
+    [("ascii", b"a?? b?c"), ("cp1252", b"a\xe9? b?c"), ("latin-1", b"a\xe9? b?c")],
+)
+def test_what_an_encoding_lacks_becomes_a_question_mark(encoding, seen):
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding=encoding)
+    feed(stream, "aé👉 b".encode() + b"\xc3c", decode_utf8=True)
+    assert file.getvalue() == seen
+    opened = codecs.getwriter(encoding)(codecs_file := io.BytesIO())
+    feed(opened, "aé👉 b".encode() + b"\xc3c", decode_utf8=True)
+    assert codecs_file.getvalue() == seen
+
+
+def test_the_blocks_own_error_is_raised_though_flushing_fails_too():
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError("disk full")
+
+    with pytest.raises(KeyError, match="mine"), ByteStreamer(Full()):
+        raise KeyError("mine")
+    with pytest.raises(OSError, match="disk full"), ByteStreamer(Full()):
+        pass
+
+
 def test_a_full_non_blocking_pipe_is_an_error_not_a_lost_byte():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
