@@ -70,6 +70,7 @@ class DistributedDataset(ABC, Dataset[_T]):
                 f"data_size: {data_size} is too small for one sample per worker: expected at "
                 f"least {needed} for {num_workers} workers and seq_len {seq_len}"
             )
+        self._data_size = data_size
         self._worker_numel = data_size // num_workers
         self._worker_range_start = worker_id * self._worker_numel
         self._worker_range_end = self._worker_range_start + self._worker_numel
@@ -97,6 +98,13 @@ class DistributedDataset(ABC, Dataset[_T]):
 
         For a sequential dataset, that is ``from_idx : from_idx + self.seq_len``.
         """
+
+    def sources(self) -> list[tuple[str, int]]:
+        """What all the data are made of, in its order: names and sizes, such as those of files.
+
+        A run notes them, and goes on with the same only. Default: the class and ``data_size``.
+        """
+        return [(type(self).__name__, self._data_size)]
 
     def __len__(self) -> int:
         """How many samples this worker has at the present offset."""

@@ -162,6 +162,11 @@ class _HierarchyTrainer(
         stages: Any = model.stage_models
         return count_params(model, *((f"stage {n}", [s]) for n, s in enumerate(stages, start=1)))
 
+    def configure_stage_types(self, model: TModel) -> list[str]:
+        """The type of each stage's block, such as which Mamba."""
+        config: Any = model.config
+        return [block.block_type for block in config.stage_blocks()]
+
     def configure_fsdp_units(self, model: TModel) -> Iterable[nn.Module]:
         """The stage models; embeddings, contexts and logits are gathered with the whole."""
         stages: Any = model.stage_models

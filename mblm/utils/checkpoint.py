@@ -56,9 +56,26 @@ def save_model_state(
     file = Path(dir, checkpoint_name).with_suffix(".pth")
     file.parent.mkdir(parents=True, exist_ok=True)
     did_overwrite = file.exists()
-    with atomic_write(file) as stream:
-        torch.save({"MODEL": uncompiled(state), "LOSS": loss}, stream)
+    save_tensors(file, {"MODEL": uncompiled(state), "LOSS": loss})
     return did_overwrite, file
+
+
+def save_tensors(file: File, content: Any) -> None:
+    """Do as ``torch.save``, but replace the file as a whole or leave it as it was.
+
+    Raises:
+        OSError: It cannot be written, such as to a full disk, which torch has another error for.
+    """
+    try:
+        with atomic_write(file) as stream:
+            torch.save(content, stream)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, cause.filename or str(file)) from error
 
 
 def load_model_state(

@@ -150,6 +150,39 @@ class SummaryStats(BaseModel):
     error: str | None
 
 
+class DataLineage(BaseModel):
+    """What data are: the names and sizes of their parts in their order, such as of files.
+
+    Attributes:
+        digest: SHA-256 of all names and sizes.
+        count: The number of parts.
+        size: Their size.
+        first: The first hundred of them.
+    """
+
+    digest: str
+    count: int
+    size: int
+    first: list[str]
+
+
+class Lineage(BaseModel):
+    """What a run was made of.
+
+    Attributes:
+        package: The version of this package.
+        stages: The type of each stage, such as which Mamba.
+        seed: The seed, the one that was drawn if none was given.
+        training_data, validation_data: What it was trained and validated on.
+    """
+
+    package: str
+    stages: list[str]
+    seed: int
+    training_data: DataLineage
+    validation_data: DataLineage
+
+
 class GenericEntryConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfig]):
     """The configuration of a run. That which a run has written is one, too."""
 
@@ -162,11 +195,11 @@ class GenericEntryConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfi
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_summary(cls, data: Any) -> Any:
+    def _drop_what_was_told(cls, data: Any) -> Any:
         """Leave out what the run before has told of itself; without a checkpoint start anew."""
-        if not isinstance(data, dict) or "summary" not in data:
+        if not isinstance(data, dict) or not {"summary", "lineage"} & data.keys():
             return data
-        data = {key: value for key, value in data.items() if key != "summary"}
+        data = {key: value for key, value in data.items() if key not in ("summary", "lineage")}
         resume = data.get("resume")
         if isinstance(resume, dict) and resume.get("checkpoint_file") == "":
             data["resume"] = None
@@ -174,7 +207,7 @@ class GenericEntryConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfi
 
 
 class GenericOutputConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfig]):
-    """What a run writes to its ``config.yaml``: its configuration, how to go on, and a summary."""
+    """What a run writes to its ``config.yaml``: its configuration, how to go on, what it was."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -183,6 +216,7 @@ class GenericOutputConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConf
     io: SerializeAsAny[TIoConfig]
     resume: ResumeConfig
     summary: SummaryStats
+    lineage: Lineage | None = None
 
 
 class CSVLossEntry(NamedTuple):

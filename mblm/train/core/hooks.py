@@ -107,6 +107,9 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         Args:
             optimizer: The optimizer.
             local_gradient_steps: The steps of the whole run.
+
+        Nothing else may decide the learning rate after so many steps: a run that goes on makes the
+        scheduler anew and repeats the steps, so that a target that was changed takes effect.
         """
         return PolynomialLR(optimizer, total_iters=local_gradient_steps, power=1.0)
 
@@ -120,6 +123,10 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def configure_count_parameters(self, model: TModel) -> tuple[int, dict[str, int]]:
         """Count the parameters: in all, and of parts by name. Default: no parts."""
         return count_params(model)
+
+    def configure_stage_types(self, model: TModel) -> list[str]:
+        """What the model is built of, for ``config.yaml``; a run goes on with the same only."""
+        return [type(model).__name__]
 
     def configure_run_id(self) -> str:
         """What follows the model's name in that of the run folder. Default: the time."""

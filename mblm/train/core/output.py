@@ -1,6 +1,7 @@
 """What a run writes into its folder: the rows of its CSV files and its best models."""
 
 import csv
+import glob
 import io
 import math
 import os
@@ -113,8 +114,8 @@ class BestModels:
             ) from error
 
     def restore(self, entries: Iterable[Iterable[Any]]) -> None:
-        """Take over what `entries` were, and publish it."""
-        self.entries = [Ranked(*entry) for entry in entries]
+        """Take over what `entries` were, the best of them, and publish it."""
+        self.entries = [Ranked(*entry) for entry in entries][: self._count]
         self._publish()
 
     def best_file(self) -> Path | None:
@@ -125,8 +126,10 @@ class BestModels:
         """Let ``<name>_top<i>.pth`` be the best models, and no others."""
         if not self._writes:
             return
-        for index in range(len(self.entries) + 1, self._count + 1):
-            self._published(index).unlink(missing_ok=True)
+        published = {self._published(n) for n in range(1, len(self.entries) + 1)}
+        for file in self._run_dir.glob(f"{glob.escape(self._name)}_top*.pth"):
+            if file not in published:  # such as of a run that was to keep more
+                file.unlink()
         for index, entry in enumerate(self.entries, start=1):
             source, target = self._run_dir / _BEST / entry.file, self._published(index)
             if not (target.exists() and target.samefile(source)):
@@ -147,14 +150,18 @@ def _worth(model: Ranked) -> tuple[int, bool, float]:
     return model.left_out, math.isnan(model.loss), model.loss  # NaN is the worst
 
 
-def new_run_dir(wanted: Path, config_name: str) -> Path:
-    """Create a folder for a run: as wanted, or with a number if a run is in it already."""
+def new_run_dir(wanted: Path) -> Path:
+    """Create a folder for a run: as wanted, or with a number if there is one, of another run."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
     folder, number = wanted, 1
-    while (folder / config_name).exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}_{number}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    while True:
+        try:
+            folder.mkdir()  # which of several runs that start at once only one can do
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}_{number}")
+        else:
+            return folder
 
 
 def _link(source: Path, target: Path) -> None:

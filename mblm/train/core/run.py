@@ -1,6 +1,7 @@
 """A run while it goes: the model and what trains it, where it is, and its state as plain values."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from mblm.train.core.parallel import ParallelModel, like_shard, to_local
-from mblm.train.core.rng import Rng, get_rng
-from mblm.train.core.training_state import State, map_tensors
+from mblm.train.core.rng import get_rng, set_rng
+from mblm.train.core.sampling import TrainBatches
+from mblm.train.core.schedule import Plan
+from mblm.train.core.training_state import SavedState, State, map_tensors
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Position:
         done: Batches of this run.
         epoch, batch: Where the next batch is.
         elements_seen: Elements of this worker in this run.
+        applied: Steps of the optimizer and of the schedule; those left out do not count.
         non_finite: Steps left out in a row.
         without_gradient: Steps whose gradient was zero.
         avg_grad, avg_grad_clipped: Mean gradient of the last step that was looked at, or -1.
@@ -33,6 +38,7 @@ class Position:
     epoch: int = 0
     batch: int = 0
     elements_seen: int = 0
+    applied: int = 0
     non_finite: int = 0
     without_gradient: int = 0
     avg_grad: float = -1.0
@@ -48,12 +54,19 @@ class Position:
 
 @dataclass
 class Run:
-    """What changes while training, all of which a training state holds.
+    """What a run is made of; what changes of it while it trains, a training state holds.
 
     Attributes:
+        plan: How long it is.
+        batches, validation: What it is trained and validated on.
+        model, optimizer, scheduler, scaler: What is trained, and what trains it.
+        position: Where it is.
         losses: The losses of the batches since the last step, scalars on the device.
     """
 
+    plan: Plan
+    batches: TrainBatches[Any]
+    validation: "DataLoader[Any]"
     model: ParallelModel
     optimizer: Optimizer
     scheduler: LRScheduler | None
@@ -84,6 +97,7 @@ class Run:
                 self.model.clip_gradients(clip, device_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.position.applied += 1
             if self.scheduler is not None:
                 self.scheduler.step()
         elif self.scaler.is_enabled():
@@ -95,34 +109,50 @@ class Run:
 
     def common_state(self) -> State:
         """What all workers share."""
-        state: State = {
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        state: State = {"scaler": self.scaler.state_dict()}
         return state if self.model.is_sharded else {**state, **self._weights()}
 
-    def own_state(self, epoch_rng: Rng | None) -> State:
+    def own_state(self) -> State:
         """What is this worker's."""
         state: State = {
             "position": asdict(self.position),
             "rng": get_rng(),
-            "epoch_rng": epoch_rng,
+            "epoch_rng": self.batches.epoch_rng,
             "gradients": self.model.gradients(),
             "losses": [loss.detach().cpu() for loss in self.losses],
         }
         return {**state, **self._weights()} if self.model.is_sharded else state
 
-    def load(self, common: State, own: State) -> None:
-        """Go on from a state; the generators are left as they are."""
+    def load(self, saved: SavedState) -> None:
+        """Go on from a state, at the place that `position` says already.
+
+        Raises:
+            ValueError: The state is of another model or optimizer.
+        """
+        common, own = saved.common, saved.own
         weights = own if self.model.is_sharded else common
         self.model.load_local_state(weights["model"])
+        self._repeat_schedule()
         self._load_optimizer(weights["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(common["scheduler"])
-        self.scaler.load_state_dict(common["scaler"])
-        self.position = Position(**own["position"])
+        if self.scaler.is_enabled() and common["scaler"]:
+            self.scaler.load_state_dict(common["scaler"])
         self.model.load_gradients(own["gradients"])
         self.losses = list(own["losses"])
+        self.batches.epoch_rng = own["epoch_rng"]
+        set_rng(own["rng"])
+
+    def _repeat_schedule(self) -> None:
+        """Bring the schedule to where it was: it depends on the plan and the steps, nothing else.
+
+        Its steps are made again, so that the learning rate is the same to the bit where the plan is
+        the same, and that of the new plan where it is not.
+        """
+        if (scheduler := self.scheduler) is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of steps of the optimizer that are missing between
+            for _ in range(self.position.applied):
+                scheduler.step()
 
     def _weights(self) -> State:
         return {
@@ -131,11 +161,26 @@ class Run:
         }
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load the optimizer's state, the tensors of sharded parameters as shards."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        """Load the optimizer's state, the tensors of sharded parameters as shards.
+
+        The learning rate stays what configuration and schedule have made it.
+        """
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
         for index, entries in state["state"].items():
             parameter = parameters[index]
             for name, value in entries.items():
                 if isinstance(value, torch.Tensor) and value.shape == to_local(parameter).shape:
                     entries[name] = like_shard(value.to(parameter.device), parameter)
+        rates: list[dict[str, Any]] = [
+            {name: group[name] for name in ("lr", "initial_lr") if name in group}
+            for group in groups
+        ]
+        for saved, group in zip(state["param_groups"], groups, strict=False):
+            if unknown := sorted(saved.keys() - group.keys()):
+                raise ValueError(
+                    f"the optimizer's state is of another one, which had {', '.join(unknown)}"
+                )
         self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group.update(rate)

@@ -21,6 +21,7 @@ from mblm.train.core.config import (
     CSVTimeAndMemSnapshotEntry,
     GenericEntryConfig,
     GenericOutputConfig,
+    Lineage,
     ResumeConfig,
     SummaryStats,
 )
@@ -29,6 +30,7 @@ from mblm.train.core.output import BestModels, CsvLog, Ranked, new_run_dir
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
 from mblm.train.core.training_state import (
+    SavedState,
     prune_states,
     referred_models,
     run_dir_of,
@@ -43,6 +45,8 @@ Config = GenericEntryConfig[Any, Any, Any]
 class RunFolder:
     """Writes what a run tells. All workers have one; the main worker writes, all may log losses.
 
+    Making one makes the folder: everything else must have been checked before.
+
     Args:
         config: The run's configuration.
         options: The names of the files.
@@ -53,7 +57,7 @@ class RunFolder:
     Attributes:
         path: The folder.
         best: The best models.
-        summary: What ``config.yaml`` says about the run.
+        summary, lineage: What ``config.yaml`` says about the run.
     """
 
     def __init__(
@@ -65,13 +69,12 @@ class RunFolder:
         state_dir: Path | None,
     ) -> None:
         io = config.io
+        board = _tensorboard() if io.tensorboard and workers.is_main else None
         path = Path()
         if state_dir is not None:
             path = run_dir_of(state_dir)
         elif workers.is_main:
-            path = new_run_dir(
-                Path(io.output_dir, f"{io.name_model}_{run_id}"), options.config_file_name
-            )
+            path = new_run_dir(Path(io.output_dir, f"{io.name_model}_{run_id}"))
         path = Path(workers.from_main(str(path)))
         path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
         self.path = path
@@ -92,9 +95,8 @@ class RunFolder:
         self._timemem = CsvLog(
             path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=workers.is_main
         )
-        self._board: Any = None
-        if io.tensorboard and workers.is_main:
-            self._board = _tensorboard(path / "tensorboard")
+        self._board: Any = board and board(str(path / "tensorboard"))
+        self.lineage: Lineage | None = None
         resume = config.resume
         self._resume = ResumeConfig(
             checkpoint_file="",
@@ -109,25 +111,15 @@ class RunFolder:
             self._timemem.create()
         workers.barrier()
 
-    def rewind(self, state_dir: Path) -> None:
-        """Drop what was written after a training state."""
+    def rewind(self, saved: SavedState) -> None:
+        """Go back to a training state: drop what was written after it."""
         if self._workers.is_main:
-            step = step_of(state_dir)
+            step = step_of(saved.path)
             self._loss.keep_before(step)
             self._timemem.keep_before(step)
             prune_states(self.path, after=step)
+        self.best.restore(saved.manifest["best"])
         self._workers.barrier()
-
-    def changed_since(self) -> list[str]:
-        """Fields of ``params`` and ``train`` that differ from those in the folder."""
-        before = self._read_config()
-        now = self._config.model_dump(mode="json")
-        return [
-            f"{part}.{name}: {before.get(part, {}).get(name)} -> {value}"
-            for part in ("params", "train")
-            for name, value in now[part].items()
-            if before.get(part, {}).get(name) != value
-        ]
 
     def dump_config(self) -> None:
         """Write ``config.yaml``."""
@@ -138,6 +130,7 @@ class RunFolder:
                 io=self._config.io,
                 resume=self._resume,
                 summary=self.summary,
+                lineage=self.lineage,
             )
             dump_yml(self._config_file, output)
 
@@ -225,23 +218,19 @@ class RunFolder:
         if self._workers.is_main:
             self.best.prune(referred_models(prune_states(self.path)))
 
-    def _read_config(self) -> dict[str, Any]:
-        try:
-            content = yaml.safe_load(self._config_file.read_bytes())
-        except (OSError, yaml.YAMLError):
-            content = None
-        return content if isinstance(content, dict) else {}
-
     def _resume_told_before(self) -> ResumeConfig:
-        told = self._read_config().get("resume")
-        return ResumeConfig.model_validate(told) if told else self._resume
+        try:
+            told = yaml.safe_load(self._config_file.read_bytes())["resume"]
+            return ResumeConfig.model_validate(told)
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            return self._resume  # The file is lost or was changed: it is written anew.
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             "io.tensorboard needs TensorBoard: pip install 'mblm[tensorboard]'"
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter

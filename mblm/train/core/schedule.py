@@ -62,6 +62,27 @@ def plan_run(
     )
 
 
+def check_start(plan: Plan, *, done: int, batch: int, batches: int) -> None:
+    """Refuse a place to start from that is past the run's end or not in its data.
+
+    Args:
+        plan: The run.
+        done: Batches of it that are done.
+        batch: Which of the first epoch's batches comes next.
+        batches: How many that epoch has.
+    """
+    if done > plan.batches:
+        raise ValueError(
+            f"train.target_elements: they are reached after {plan.batches} batches, and the run "
+            f"that is to go on has {done} behind it; expected at least as many"
+        )
+    if batch >= batches:
+        raise ValueError(
+            f"resume.next_batch_index: batch {batch} of an epoch of {batches}: the data have fewer "
+            "than those of the run before"
+        )
+
+
 def spread(start: int, batches: int, amount: int) -> frozenset[int]:
     """At most ``amount`` indices spread evenly over ``batches`` of them.
 

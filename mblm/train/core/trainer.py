@@ -5,7 +5,6 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,24 +12,32 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mblm import __version__
 from mblm.data.datasets import DistributedDataset
 from mblm.data.types import ModelMode
-from mblm.train.core.config import GenericEntryConfig, TIoConfig, TModelParams, TTrainConfig
+from mblm.train.core.config import (
+    GenericEntryConfig,
+    Lineage,
+    TIoConfig,
+    TModelParams,
+    TTrainConfig,
+)
 from mblm.train.core.evaluation import Evaluation, evaluate
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
 from mblm.train.core.interrupt import StopRequest, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
+from mblm.train.core.lineage import check_same_as_before, check_same_on_all, lineage_of
 from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
 from mblm.train.core.parallel import ParallelModel, Workers
 from mblm.train.core.precision import Precision
 from mblm.train.core.progress import Progress
-from mblm.train.core.rng import set_rng
+from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder
 from mblm.train.core.sampling import ShardedBatches, TrainBatches
-from mblm.train.core.schedule import Plan, plan_run
+from mblm.train.core.schedule import Plan, check_start, plan_run
 from mblm.train.core.training_state import (
-    State,
+    SavedState,
     find_latest_state,
     load_training_state,
     save_training_state,
@@ -48,7 +55,8 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
     """Trains, validates and tests; a subclass says what, by the methods of `TrainerHooks`.
 
     All workers construct it with one configuration and call the same methods. What a run writes is
-    told in `RunFolder`; it can be stopped at any moment and goes on from its training state.
+    told in `RunFolder`; it writes nothing before all that it was given, and the state that it goes
+    on from, was found to fit. It can be stopped at any moment and goes on from its training state.
 
     Args:
         config: The run's configuration.
@@ -74,35 +82,32 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         )
         self._plan(start=0)  # which refuses what cannot be planned, before anything is written
 
-        state_dir = state_to_resume(config.resume)
-        run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
-        self._folder = RunFolder(config, self.options, self._workers, run_id, state_dir)
-        self._log = self.configure_logger(self._folder.path, self._workers.is_main)
-        self._resumed = self._load_state(state_dir) if state_dir else None
+        self._is_open = False
+        self._resumed: SavedState | None = None
+        if (state_dir := state_to_resume(config.resume)) is not None:
+            self._resumed = load_training_state(state_dir, self._workers, config.train.strategy)
 
         seed = config.train.seed
         if seed is not None:
             seed_everything(seed)
         model = self.init_model()
-        if config.resume and not state_dir:
+        self._notes: list[str] = []  # for the log, which is in the folder
+        self._restores = config.resume is not None and self._resumed is None
+        if self._restores:
             self._load_checkpoint(model)
         drawn = int(torch.randint(2**31, ())) if seed is None else seed
         self._seed: int = self._workers.from_main(drawn)
         if self._resumed is not None:
-            self._seed = self._resumed[0]["seed"]
+            self._seed = self._resumed.common["seed"]
         elif seed is not None:  # dropout differs between workers
             seed_everything((seed + 1 + self._workers.rank) % 2**32)
 
-        parameters, parts = self.configure_count_parameters(model)
+        self._parameters = self.configure_count_parameters(model)
+        self._stages = self.configure_stage_types(model)
         self._parallel = ParallelModel(
             model, self._workers, config.train.strategy, self.configure_fsdp_units(model)
         )
         self._model_dist = self._parallel.call
-        self._folder.summary.parameter_count = parameters
-        self._folder.dump_config()
-        self._log.info(f"Model parameters: {parameters}, ({parts})")
-        self._log.info(f"Configuration: {config}")
-        self._log.info(f"CUDA: {cuda.cuda_properties()}")
 
     # -- Faces -----------------------------------------------------------------------------------
 
@@ -122,26 +127,35 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             last weights if no model is saved.
 
         Raises:
+            ValueError: It cannot be trained so, or not go on; nothing has been written.
             TrainingInterrupted: A signal came; the state is saved. Exits with 75.
             NonFiniteLossError: The loss was NaN or infinite too often, or in a whole validation
                 before any model was ranked.
             ValueError: There is nothing to learn: no batch, or no step with a gradient.
             OSError: Nothing more can be saved; the last training state is whole.
         """
+        run = self._start(train_dataset, valid_dataset)
+        self._open()
+        self._folder.lineage = self._lineage
         summary = self._folder.summary
         summary.training_start = datetime.now().isoformat()
         restarts = self.options.max_train_restarts if self._workers.world_size == 1 else 0
         try:
+            self._folder.dump_config()
+            if self._restores:
+                self._rank_restored(run)
             while True:
+                self._rewind(run)
                 try:
-                    self._train(train_dataset, valid_dataset)
+                    self._train(run, train_dataset)
                     break
                 except Exception as error:
                     if restarts == 0:
                         raise
                     restarts -= 1
                     self._log.critical(f"Training failed: {error}", exc_info=True)
-                    self._resume_after(error, restarts)
+                    self._load_after(error, restarts)
+                run = self._start(train_dataset, valid_dataset)
         except BaseException as error:
             summary.error = f"{type(error).__name__}: {error}"
             if isinstance(error, TrainingInterrupted):
@@ -158,6 +172,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
         """Log a model's loss on test data; called by all workers, each with all the data."""
+        self._open()
         loader = self.get_test_dataloader(test_dataset)
         is_ours = model is self._parallel.base
         callee = self._parallel.to_evaluate if is_ours else model
@@ -173,32 +188,23 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- The loop --------------------------------------------------------------------------------
 
-    def _train(
-        self,
-        train_dataset: DistributedDataset[TBatch],
-        valid_dataset: DistributedDataset[TBatch],
-    ) -> None:
-        config = self.config.train
-        batches = TrainBatches(self.get_train_dataloader(train_dataset))
-        valid_loader = self.get_valid_dataloader(valid_dataset)
-        run, plan = self._start(batches)
-        position = run.position
+    def _train(self, run: Run, train_dataset: DistributedDataset[TBatch]) -> None:
+        config, plan, position = self.config.train, run.plan, run.position
 
         def before_new_epoch(epoch: int) -> None:
             self._log.info(f"Epoch {epoch}")
             train_dataset.offset_to(epoch)
-            batches.epoch = epoch
+            run.batches.epoch = epoch
 
-        train_dataset.offset_to(position.epoch)
         items = epoch_cycler(
-            batches,
+            run.batches,
             before_new_epoch=before_new_epoch,
             start_epoch=position.epoch,
             start_batch=position.batch,
             max_iters=plan.batches - position.done,
         )
         run.model.call.train()
-        with StopRequest(self._workers.group) as request, self._progress(plan, run) as progress:
+        with StopRequest(self._workers.group) as request, self._progress(run) as progress:
             for item in items:
                 index = position.step
                 is_last = position.done + 1 == plan.batches
@@ -208,13 +214,13 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 if index in plan.log_points:
                     self._log_train_loss(run, item, float(loss))
                 if completes:
-                    self._step(run, plan, item)
+                    self._step(run, item)
                 validates = index in plan.validation_points and not self.options.skip_validation
                 if validates:
-                    self._validate(run, valid_loader, item)
+                    self._validate(run, item)
                 signal = request.seen(is_last=is_last)
                 if validates or is_last or signal:
-                    self._save(run, batches)
+                    self._save(run)
                 if progress is not None:
                     progress.update(loss)
                 if signal and not is_last:
@@ -223,42 +229,132 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                     )
         self._log.info(f"Finished training: {position.elements_seen} elements on this worker")
 
-    def _start(self, batches: TrainBatches[TBatch]) -> tuple[Run, Plan]:
-        """Set up what trains the model, from the beginning or as a training state has it."""
-        config, resume = self.config.train, self.config.resume
+    # -- Starting --------------------------------------------------------------------------------
+
+    def _start(
+        self, train_dataset: DistributedDataset[TBatch], valid_dataset: DistributedDataset[TBatch]
+    ) -> Run:
+        """Set up what trains the model, from the beginning or as a training state has it.
+
+        Everything is checked here, on all workers, and nothing is written.
+        """
+        config, resume, resumed = self.config.train, self.config.resume, self._resumed
+        self._lineage = Lineage(
+            package=__version__,
+            stages=self._stages,
+            seed=self._seed,
+            training_data=lineage_of(train_dataset),
+            validation_data=lineage_of(valid_dataset),
+        )
+        if resumed is not None:
+            now = self.config.model_dump(mode="json")
+            changes = check_same_as_before(resumed.manifest, now, self._lineage, resumed.path)
+            self._notes += [f"The configuration has changed: {change}" for change in changes]
+        batches = TrainBatches(self.get_train_dataloader(train_dataset))
         if len(batches) == 0:
             raise ValueError(
                 f"train_dataset: not one batch of {config.batch_size} samples for each worker"
             )
         position = Position()
-        if self._resumed is not None:
-            position = Position(**self._resumed[1]["position"])
+        if resumed is not None:
+            position = Position(**resumed.own["position"])
         elif resume is not None:
             position.epoch, position.batch = resume.next_epoch_index, resume.next_batch_index
             position.step = len(batches) * position.epoch + position.batch
         plan = self._plan(position.step - position.done)
+        train_dataset.offset_to(position.epoch)
+        check_start(plan, done=position.done, batch=position.batch, batches=len(batches))
         optimizer = self.configure_optimizer(self._parallel.parameters())
-        scaler = self._precision.scaler()
-        scheduler = self.configure_scheduler(optimizer, plan.gradient_steps)
-        run = Run(self._parallel, optimizer, scheduler, scaler, position)
-        if self._resumed is not None:
-            common, own = self._resumed
-            self._resumed = None
-            run.load(common, own)
-            batches.epoch_rng = own["epoch_rng"]
-            self._folder.best.restore(common["best"])
-            set_rng(own["rng"])
-        self._log.info(
+        run = Run(
+            plan,
+            batches,
+            self.get_valid_dataloader(valid_dataset),
+            self._parallel,
+            optimizer,
+            self.configure_scheduler(optimizer, plan.gradient_steps),
+            self._precision.scaler(),
+            position,
+        )
+        if resumed is not None:
+            run.load(resumed)
+        check_same_on_all(self._lineage, self._workers)
+        self._notes.append(
             f"Batches {position.done} to {plan.batches} of this run on each of "
             f"{self._workers.world_size} workers, {plan.gradient_steps} gradient steps in all, "
             f"from epoch {position.epoch}, batch {position.batch}"
         )
         if plan.added:
-            self._log.info(
+            self._notes.append(
                 f"{plan.added} of {plan.batches} batches are more than train.target_elements, so "
                 f"that the last step has all of its {config.gradient_accumulate_every} batches"
             )
-        return run, plan
+        return run
+
+    def _open(self) -> None:
+        """Make the run's folder, or go on in that of the state; from now on the run writes."""
+        if self._is_open:
+            return
+        self._is_open = True
+        state_dir = None if self._resumed is None else self._resumed.path
+        run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
+        self._folder = RunFolder(self.config, self.options, self._workers, run_id, state_dir)
+        self._log = self.configure_logger(self._folder.path, self._workers.is_main)
+        self._folder.summary.parameter_count, parts = self._parameters
+        self._folder.dump_config()
+        self._log.info(f"Model parameters: {self._parameters[0]}, ({parts})")
+        self._log.info(f"Configuration: {self.config}")
+        self._log.info(f"CUDA: {cuda.cuda_properties()}")
+
+    def _rewind(self, run: Run) -> None:
+        """Drop what was written after the state that the run goes on from, and tell of it."""
+        if self._resumed is not None:
+            self._log.info(f"Resuming exactly from {self._resumed.path}")
+            self._folder.rewind(self._resumed)
+            self._resumed = None
+        for note in self._notes:
+            self._log.info(note)
+        self._notes = []
+
+    def _load_checkpoint(self, model: TModel) -> None:
+        """Load weights only."""
+        resume = self.config.resume
+        assert resume is not None
+        _, loss = load_model_state(
+            resume.checkpoint_file,
+            model,
+            map_location="cpu",
+            map_extend_embeddings=(
+                self.migrate_embeddings_if_enabled() if resume.migrate_embeddings else None
+            ),
+            map_rename_modules=self.rename_modules_if_enabled() if resume.rename_modules else None,
+            on_success=self._notes.append,
+        )
+        self._notes.append(
+            f"Resuming from the weights of {resume.checkpoint_file} (loss {loss:.4f}) only: "
+            "optimizer, learning rate and random numbers start anew"
+        )
+
+    def _rank_restored(self, run: Run) -> None:
+        """Count the weights that the run starts from among the best, by their loss on its data."""
+        if self.options.skip_validation:
+            return
+        rng = get_rng()
+        result = self._evaluate(run.model.to_evaluate, run.validation, run.position)
+        set_rng(rng)
+        self._notes.append(f"Validation loss of the weights that it starts from: {result.loss}")
+        if math.isfinite(result.loss):
+            state, left_out = run.model.full_state(), len(result.left_out)
+            self._folder.add_model(result.loss, state, None, left_out=left_out)
+
+    def _load_after(self, error: Exception, restarts: int) -> None:
+        """Load the last training state, if there is one."""
+        state_dir = find_latest_state(self._folder.path)
+        if state_dir is None:
+            raise error
+        self._resumed = load_training_state(state_dir, self._workers, self.config.train.strategy)
+        self._log.info(f"{restarts} restarts are left")
+
+    # -- Training and validating -----------------------------------------------------------------
 
     def _plan(self, start: int) -> Plan:
         return plan_run(
@@ -297,18 +393,18 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         run.losses.append(loss.detach())
         return loss.detach()
 
-    def _step(self, run: Run, plan: Plan, item: EpochCyclerYield[TBatch]) -> None:
+    def _step(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
         """Apply the gradients, or leave them out and judge whether to go on."""
         config, position = self.config.train, run.position
         upcoming = range(position.step, position.step + config.gradient_accumulate_every)
-        is_logged = any(point in plan.log_points for point in upcoming)
+        is_logged = any(point in run.plan.log_points for point in upcoming)
         measure = self.avg_gradient_value if is_logged else None
         losses, run.losses = run.losses, []
         norm = run.step(clip=config.gradient_clipping, measure=measure)
         if math.isfinite(norm):
             position.non_finite = 0
             if norm == 0:
-                self._note_no_gradient(position, plan)
+                self._note_no_gradient(run)
             return
         bad = find_bad_losses(losses, self._workers, position.step)
         if not bad and run.scaler.is_enabled():
@@ -324,9 +420,9 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if too_many and config.non_finite_loss == "stop":
             raise NonFiniteLossError(message)
 
-    def _note_no_gradient(self, position: Position, plan: Plan) -> None:
+    def _note_no_gradient(self, run: Run) -> None:
         """Say that a step has learned nothing; end a run in which none has learned anything."""
-        config = self.config.train
+        config, position = self.config.train, run.position
         position.without_gradient += 1
         steps = position.done // config.gradient_accumulate_every
         message = (
@@ -334,17 +430,15 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             "their batches have loss, or are all masked out or padding?"
         )
         never_learned = position.without_gradient == steps
-        if never_learned and steps in (config.max_non_finite_steps, plan.gradient_steps):
+        if never_learned and steps in (config.max_non_finite_steps, run.plan.gradient_steps):
             raise ValueError(message)
         if position.without_gradient == 1:
             self._tell(message)
 
-    def _validate(
-        self, run: Run, loader: "DataLoader[TBatch]", item: EpochCyclerYield[TBatch]
-    ) -> None:
+    def _validate(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
         """Validate, log the loss, and keep the model if it is among the best."""
         position = run.position
-        result = self._evaluate(run.model.to_evaluate, loader, position)
+        result = self._evaluate(run.model.to_evaluate, run.validation, position)
         run.model.call.train()
         index = position.step - 1
         self._log.info(f"[{index}] Validation loss: {result.loss}")
@@ -403,60 +497,24 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- States ----------------------------------------------------------------------------------
 
-    def _save(self, run: Run, batches: TrainBatches[TBatch]) -> None:
-        """Save the training state and tell in config.yaml how to go on."""
-        common = {
-            **run.common_state(),
-            "seed": self._seed,
-            "best": [list(entry) for entry in self._folder.best.entries],
+    def _save(self, run: Run) -> None:
+        """Save the training state."""
+        manifest = {
+            "strategy": self.config.train.strategy,
+            "best": self._folder.best.entries,
+            "config": self.config.model_dump(mode="json"),
+            "lineage": self._lineage.model_dump(mode="json"),
         }
         save_training_state(
             self._folder.path,
             run.position.step,
-            common,
-            run.own_state(batches.epoch_rng),
+            manifest,
+            {**run.common_state(), "seed": self._seed},
+            run.own_state(),
             self._workers,
-            self.config.train.strategy,
         )
         self._folder.clean_up()
         self._log.debug(f"Saved the training state after {run.position.step} batches")
-
-    def _load_state(self, state_dir: Path) -> tuple[State, State]:
-        self._log.info(f"Resuming exactly from {state_dir}")
-        if changes := self._folder.changed_since():
-            self._log.warning(f"The configuration has changed: {', '.join(changes)}")
-        loaded = load_training_state(state_dir, self._workers, self.config.train.strategy)
-        self._folder.rewind(state_dir)
-        return loaded
-
-    def _load_checkpoint(self, model: TModel) -> None:
-        """Load weights, and count them among the best models: no worse ones replace them."""
-        resume = self.config.resume
-        if resume is None:
-            return
-        _, loss = load_model_state(
-            resume.checkpoint_file,
-            model,
-            map_location="cpu",
-            map_extend_embeddings=(
-                self.migrate_embeddings_if_enabled() if resume.migrate_embeddings else None
-            ),
-            map_rename_modules=self.rename_modules_if_enabled() if resume.rename_modules else None,
-            on_success=self._log.debug,
-        )
-        self._log.warning(
-            f"Resuming from the weights of {resume.checkpoint_file} (loss {loss:.4f}) only: "
-            "optimizer, learning rate and random numbers start anew"
-        )
-        self._folder.add_model(loss, model.state_dict(), None)
-
-    def _resume_after(self, error: Exception, restarts: int) -> None:
-        """Go back to the last training state, if there is one."""
-        state_dir = find_latest_state(self._folder.path)
-        if state_dir is None:
-            raise error
-        self._resumed = self._load_state(state_dir)
-        self._log.info(f"{restarts} restarts are left")
 
     def _load_best(self) -> TModel:
         """The best model on every worker."""
@@ -495,13 +553,13 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             avg_grad_clipped=position.avg_grad_clipped,
         )
 
-    def _progress(self, plan: Plan, run: Run) -> AbstractContextManager[Progress | None]:
+    def _progress(self, run: Run) -> AbstractContextManager[Progress | None]:
         """Shows the main worker's progress."""
         if not self._workers.is_main:
             return nullcontext()
         batch = self.config.train.batch_size * self.config.params.input_seq_len
         return Progress(
-            plan.batches - run.position.done,
+            run.plan.batches - run.position.done,
             batch * self._workers.world_size,
             unit=self.progress_unit,
             bar=self.options.display_progress,

@@ -2,10 +2,11 @@
 
 A training state is a folder ``<run>/state/step_<n>``, n being the batches trained on:
 
-    common.pt      what all workers share: schedule, scaler, seed, the best models' losses, and the
-                   weights and the optimizer's state if every worker holds them
+    common.pt      what all workers share: scaler, seed, and the weights and the optimizer's state
+                   if every worker holds them
     rank_<r>.pt    what is one worker's: position, random numbers, pending gradients, its shard
-    COMPLETE       JSON: format, workers, strategy, and the best models' losses and files
+    COMPLETE       JSON: format, workers, strategy, configuration and lineage of the run, and the
+                   best models' losses and files
 
 It is written as ``.step_<n>.tmp`` and renamed when all files are on the disk, so that a folder with
 that name is whole. All workers must see the same folder. Nothing but tensors and plain values is
@@ -16,22 +17,43 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mblm.train.core.config import ResumeConfig
 from mblm.train.core.parallel import Workers
 from mblm.utils.atomic import atomic_write, sync_directory
+from mblm.utils.checkpoint import save_tensors
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 _STATES = "state"
 _PREFIX = "step_"
 _MANIFEST = "COMPLETE"
+_SCALARS = (bool, int, float, complex, str, torch.dtype)
 
 State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A training state that was loaded to the CPU.
+
+    Attributes:
+        path: Its folder.
+        manifest: What ``COMPLETE`` holds.
+        common: What all workers share.
+        own: What is this worker's.
+    """
+
+    path: Path
+    manifest: State
+    common: State
+    own: State
 
 
 def find_latest_state(run_dir: str | Path) -> Path | None:
@@ -81,52 +103,64 @@ def state_dir_at(run_dir: Path, step: int) -> Path:
 
 
 def save_training_state(
-    run_dir: Path, step: int, common: State, own: State, workers: Workers, strategy: str
+    run_dir: Path, step: int, manifest: State, common: State, own: State, workers: Workers
 ) -> None:
     """Save a state; called by all workers.
 
     Args:
         run_dir: The run folder.
         step: Batches trained on.
-        common: What all share, ``best`` with it: loss, file and more; the main worker's counts.
+        manifest: What `load_training_state` and others want to know of it: plain values,
+            ``strategy`` and ``best`` (loss, file and more) among them; the main worker's counts.
+        common: What all share; the main worker's counts.
         own: What is this worker's.
         workers: The workers.
-        strategy: How they share the model.
 
     Raises:
-        OSError: The state cannot be written; the states before are as they were.
+        OSError: On all workers: the state cannot be written; the states before are as they were.
+        TypeError: The state holds something that could not be loaded again.
     """
+    common, own = _plain(common, "common"), _plain(own, f"rank {workers.rank}")
     final = state_dir_at(run_dir, step)
     if workers.from_main(is_training_state(final)):
         return
     temporary = final.with_name(f".{final.name}.tmp")
-    try:
+
+    def write() -> None:
         temporary.mkdir(parents=True, exist_ok=True)
         _write(temporary / f"rank_{workers.rank}.pt", own)
         if workers.is_main:
             _write(temporary / "common.pt", common)
-        workers.barrier()
+
+    def complete() -> None:
         if workers.is_main:
-            manifest = {
-                "format": FORMAT,
-                "workers": workers.world_size,
-                "strategy": strategy,
-                "best": common["best"],
-            }
+            told = {"format": FORMAT, "workers": workers.world_size, **manifest}
             with atomic_write(temporary / _MANIFEST) as file:
-                file.write(json.dumps(manifest).encode())
+                file.write(json.dumps(told).encode())
             os.rename(temporary, final)
             sync_directory(final.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        latest = find_latest_state(run_dir)
-        kept = f"the last good state is {latest}" if latest else "there is no earlier state"
-        raise OSError(
-            error.errno,
-            f"cannot save the training state: {error.strerror or error}; {kept}",
-            str(final),
-        ) from error
-    workers.barrier()
+
+    for part in (write, complete):
+        if error := _first_error(part, workers):
+            if workers.is_main:  # when nobody writes into it any more
+                shutil.rmtree(temporary, ignore_errors=True)
+            latest = find_latest_state(run_dir)
+            kept = f"the last good state is {latest}" if latest else "there is no earlier state"
+            raise OSError(
+                error.errno,
+                f"cannot save the training state: {error.strerror or error}; {kept}",
+                str(final),
+            ) from error
+
+
+def _first_error(part: Callable[[], None], workers: Workers) -> OSError | None:
+    """Do something on all workers and wait for them; the first error of any of them."""
+    error = None
+    try:
+        part()
+    except OSError as failed:
+        error = OSError(failed.errno, failed.strerror or str(failed))
+    return next((failed for failed in workers.gather(error) if failed is not None), None)
 
 
 def referred_models(states: list[Path]) -> list[str]:
@@ -150,8 +184,8 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     return kept
 
 
-def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> tuple[State, State]:
-    """Load what all share and what is this worker's, to the CPU.
+def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> SavedState:
+    """Load a state, what all share and what is this worker's; nothing is changed.
 
     Raises:
         ValueError: No whole state of this format, one of another number of workers or strategy,
@@ -168,7 +202,8 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> tup
                 f"{state_dir} was saved with {field} {manifest.get(field)}, this run has {value}. "
                 f"Resume with the same {field}, or from a checkpoint .pth, the weights only"
             )
-    return _read(state_dir / "common.pt"), _read(state_dir / f"rank_{workers.rank}.pt")
+    common, own = _read(state_dir / "common.pt"), _read(state_dir / f"rank_{workers.rank}.pt")
+    return SavedState(state_dir, manifest, common, own)
 
 
 def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -190,9 +225,25 @@ def step_of(state_dir: Path) -> int:
         return -1
 
 
-def _write(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        torch.save(content, file)
+def _plain(value: Any, name: str) -> Any:
+    """The value with numpy's numbers as Python's; what could not be loaded again is refused."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {_plain(key, name): _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_plain(item, f"{name}.{index}") for index, item in enumerate(value))
+    if isinstance(value, torch.Tensor) or value is None or type(value) in _SCALARS:
+        return value
+    raise TypeError(
+        f"{name}: expected a tensor or a plain value, got {type(value).__name__}, which could not "
+        "be loaded again from a training state"
+    )
+
+
+def _write(path: Path, content: State) -> None:
+    save_tensors(path, content)
 
 
 def _read(path: Path) -> State:

@@ -7,12 +7,14 @@ import signal
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mblm.train.core import output, training_state
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, TrainingInterrupted
 from mblm.train.core.training_state import find_latest_state, list_states
+from mblm.train.mblm import MegabyteTrainer
 
 from . import jobs
 
@@ -108,15 +110,139 @@ def test_a_finished_run_is_resumed_to_no_effect(tmp_path):
 def test_the_last_two_states_are_kept_and_an_older_one_drops_what_came_after(tmp_path):
     run = train_alone(jobs.Trainer, jobs.config(tmp_path))
     whole = jobs.losses(run)
-    jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(run)[1], learning_rate=1.0))
-    assert "train.learning_rate: 0.02 -> 1.0" in (run / "train.log").read_text()
     assert [state.name for state in list_states(run)] == ["step_00000008", "step_00000012"]
-    jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(run)[0]))
-    assert [state.name for state in list_states(run)] == ["step_00000008"]
-    cum_batch = [int(row[5]) for row in jobs.losses(run)[1:]]
-    assert max(cum_batch) == 7
+    StopsItself.stop_in = 2
+    with pytest.raises(TrainingInterrupted):
+        train_alone(StopsItself, jobs.config(tmp_path, resume=list_states(run)[0]))
+    assert [state.name for state in list_states(run)] == ["step_00000008", "step_00000010"]
+    assert max(int(row[5]) for row in jobs.losses(run)[1:]) == 9
     train_alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(run)[0]))
     assert jobs.losses(run) == whole
+
+
+# -- What has changed ------------------------------------------------------------------------------
+
+
+class Wider(jobs.Trainer):
+    def init_model(self):
+        model = jobs.Model(0.0)
+        model.logits[2] = torch.nn.Linear(8, jobs.NUM_TOKENS + 1)
+        return model
+
+
+class Momentum(jobs.Trainer):
+    def configure_optimizer(self, parameters):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+class OtherStages(jobs.Trainer):
+    def configure_stage_types(self, model):
+        return ["mamba1"]
+
+
+def everything_in(folder):
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer": Wider}, "weights do not fit the model: logits.2"),
+        ({"trainer": Momentum}, "the optimizer's state is of another one, which had amsgrad"),
+        ({"trainer": OtherStages}, r"stages: \['Model'\] -> \['mamba1'\]"),
+        ({"batch_size": 2}, "train.batch_size: 4 -> 2"),
+        ({"gradient_accumulate_every": 2}, "train.gradient_accumulate_every: 1 -> 2"),
+        ({"shuffle_train": True}, "train.shuffle_train: False -> True"),
+        ({"seed": 6}, "train.seed: 5 -> 6"),
+        ({"name_model": "other"}, "io.name_model: tiny -> other"),
+        ({"batches": 7}, "train.target_elements: .* after 7 batches, .* has 8 behind it"),
+        ({"samples": 20}, "training_data: 384 in 1 -> 160 in 1, such as Ids: 384 -> Ids: 160"),
+        ({"valid_samples": 11}, "validation_data: 80 in 1 -> 88 in 1"),
+    ],
+    ids=str,
+)
+def test_a_refused_resume_names_why_and_leaves_the_run_as_it_was(tmp_path, change, message):
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path))
+    before, resume = everything_in(tmp_path), list_states(run)[0]
+    change = dict(change)
+    trainer = change.pop("trainer", jobs.Trainer)
+    samples = change.pop("samples", jobs.SAMPLES), change.pop("valid_samples", 10)
+    with pytest.raises(ValueError, match=message):
+        jobs.alone(trainer, jobs.config(tmp_path, resume=resume, **change)).train(
+            *map(jobs.Ids, samples)
+        )
+    assert everything_in(tmp_path) == before
+
+
+class WarmsUp(jobs.Trainer):
+    configure_scheduler = MegabyteTrainer.configure_scheduler
+
+
+def rates(run, first=0):
+    return [row[7] for row in jobs.losses(run)[1:] if row[2] == "train" and int(row[5]) >= first]
+
+
+@pytest.mark.parametrize("trainer", [jobs.Trainer, WarmsUp])
+def test_the_learning_rate_is_that_of_the_step_in_the_plan_there_is(tmp_path, trainer):
+    long = {"batches": 30, "log_train_loss_amount": 30}
+    whole = train_alone(trainer, jobs.config(tmp_path / "long", **long))
+    assert max(map(float, rates(whole))) == pytest.approx(0.02, rel=0.1)
+    run = train_alone(trainer, jobs.config(tmp_path))
+    train_alone(trainer, jobs.config(tmp_path, **long, resume=find_latest_state(run)))
+    assert rates(run, 12) == rates(whole, 12)
+    assert len(rates(run, 12)) == 18
+
+
+def test_a_changed_learning_rate_takes_effect_and_is_told(tmp_path):
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path))
+    before = rates(run, 8)
+    cfg = jobs.config(tmp_path, resume=list_states(run)[0], learning_rate=0.04)
+    train_alone(jobs.Trainer, cfg)
+    assert rates(run, 8) == [str(2 * float(rate)) for rate in before]
+    assert "train.learning_rate: 0.02 -> 0.04" in (run / "train.log").read_text()
+
+
+def test_a_smaller_number_of_models_to_keep_takes_effect(tmp_path):
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path))
+    cfg = jobs.config(tmp_path, resume=find_latest_state(run), num_models_to_save=1)
+    train_alone(jobs.Trainer, cfg)
+    assert [file.name for file in run.glob("*.pth")] == ["tiny_top1.pth"]
+
+
+def test_a_place_that_the_data_do_not_have_is_refused(tmp_path):
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path / "first"))
+    cfg = jobs.config(tmp_path / "next", resume=run / "tiny_top1.pth")
+    cfg.resume.next_batch_index = 90
+    with pytest.raises(ValueError, match=r"next_batch_index: batch 90 of an epoch of 12"):
+        train_alone(jobs.Trainer, cfg)
+    assert not (tmp_path / "next").exists()
+
+
+class Numpy(jobs.Trainer):
+    """Its schedule and its optimizer count with numpy."""
+
+    def configure_scheduler(self, optimizer, local_gradient_steps):
+        factor = np.float64(0.5)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor**step)
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path):
+    whole = train_alone(Numpy, jobs.config(tmp_path / "whole"))
+    run = train_alone(Numpy, jobs.config(tmp_path))
+    train_alone(Numpy, jobs.config(tmp_path, resume=list_states(run)[0]))
+    assert jobs.losses(run) == jobs.losses(whole)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    class Array(jobs.Trainer):
+        def configure_optimizer(self, parameters):
+            optimizer = super().configure_optimizer(parameters)
+            optimizer.param_groups[0]["mask"] = np.zeros(2)
+            return optimizer
+
+    with pytest.raises(TypeError, match=r"common.optimizer.param_groups.0.mask: .* got ndarray"):
+        train_alone(Array, jobs.config(tmp_path))
 
 
 def test_a_state_of_other_workers_or_a_damaged_one_is_refused(tmp_path):

@@ -182,7 +182,7 @@ def test_a_bad_loss_of_one_worker_is_left_out_by_all(tmp_path):
     assert "loss inf on rank 1, batch 4 (2 in a row)" in log
     states = jobs.final_state(jobs.run_of(tmp_path))
     assert all(torch.isfinite(w).all() for w in states[0]["model"].values())
-    assert states[0]["scheduler"]["last_epoch"] == 10 - 3
+    assert states[1]["position"]["applied"] == 10 - 3
 
 
 def test_too_many_bad_losses_end_the_run_on_all(tmp_path):

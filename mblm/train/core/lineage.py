@@ -1,0 +1,105 @@
+"""What a run is trained on: told in its files, compared when it goes on and between workers."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mblm.data.datasets import DistributedDataset
+from mblm.train.core.config import DataLineage, Lineage
+from mblm.train.core.parallel import Workers
+
+_LISTED = 100
+
+# What the place in the data, the steps of the schedule and the random numbers of a state mean.
+_FIXED = {
+    "params": {"input_seq_len"},
+    "train": {
+        "target_elements_strategy",
+        "batch_size",
+        "shuffle_train",
+        "gradient_accumulate_every",
+        "seed",
+    },
+    "io": {"name_model", "dataset_id", "dataset_args"},
+}
+
+
+def lineage_of(dataset: DistributedDataset[Any]) -> DataLineage:
+    """What the data of a dataset are, on whatever machine and in whatever folder."""
+    sources = dataset.sources()
+    text = "".join(f"{size} {name}\n" for name, size in sources)
+    return DataLineage(
+        digest=hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),
+        count=len(sources),
+        size=sum(size for _, size in sources),
+        first=[f"{name}: {size}" for name, size in sources[:_LISTED]],
+    )
+
+
+def check_same_on_all(lineage: Lineage, workers: Workers) -> None:
+    """Refuse workers that do not train the same; returns when all of them have come here.
+
+    Raises:
+        ValueError: On all workers: what differs between the main one and another.
+    """
+    for rank, other in enumerate(workers.gather(lineage)):
+        if differences := _differences(workers.from_main(lineage), other):
+            raise ValueError(f"rank 0 and rank {rank} do not train the same: {differences[0]}")
+
+
+def check_same_as_before(
+    before: dict[str, Any], now: dict[str, Any], lineage: Lineage, state: object
+) -> list[str]:
+    """Compare a run with the one that a training state is of.
+
+    Args:
+        before: The configuration and the lineage that the state was saved with.
+        now: The configuration.
+        lineage: What the run would be trained on.
+        state: The state, for the message.
+
+    Returns:
+        The fields that have changed and take effect from now on.
+
+    Raises:
+        ValueError: Something has changed that the state's numbers depend on; all of it is named.
+    """
+    now = json.loads(json.dumps(now))
+    taken: list[str] = []
+    refused = _differences(Lineage.model_validate(before["lineage"]), lineage)
+    for part, fixed in _FIXED.items():
+        for name, value in before["config"][part].items():
+            if name in now[part] and now[part][name] != value:
+                change = f"{part}.{name}: {value} -> {now[part][name]}"
+                (refused if name in fixed else taken).append(change)
+    if refused:
+        raise ValueError(
+            f"{state} cannot be gone on from, since these have changed: {'; '.join(refused)}. "
+            "Change them back, or begin a new run with the weights of a .pth file"
+        )
+    return taken
+
+
+def _differences(before: Lineage, now: Lineage) -> list[str]:
+    changes = []
+    if before.stages != now.stages:
+        changes.append(f"stages: {before.stages} -> {now.stages}")
+    for name in ("training_data", "validation_data"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            changes.append(
+                f"{name}: {_told(old)} -> {_told(new)}{_first_other(old.first, new.first)}"
+            )
+    return changes
+
+
+def _told(data: DataLineage) -> str:
+    return f"{data.size:,} in {data.count}"
+
+
+def _first_other(old: Sequence[str], new: Sequence[str]) -> str:
+    for before, now in zip([*old, "nothing"], [*new, "nothing"], strict=False):
+        if before != now:
+            return f", such as {before} -> {now}"
+    return ""
