@@ -1,6 +1,5 @@
 """A session: incremental decoding that the user holds, feeds, forks, saves and resumes."""
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mblm.inference.fingerprint import fingerprint
 from mblm.inference.hierarchy_cache import DecodableHierarchy, HierarchyCache
 from mblm.inference.packing import WEIGHT_TYPES
 from mblm.inference.ragged_cache import RaggedCache
@@ -17,7 +17,7 @@ from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 from mblm.utils.modes import own_copy
 
-_FORMAT = "mblm-session-3"
+_FORMAT = "mblm-session-4"
 # Compiled code samples a local patch of bytes at a time, at most so many, and twice as many while
 # that takes less than so many seconds: the user is to see bytes as they come and may interrupt.
 _FIRST_RUN = 32
@@ -266,7 +266,7 @@ class Session:
             "batch_size": str(self.batch_size),
             "weights": self._weights,
             "is_ragged": str(isinstance(self._cache, RaggedCache)),
-            "model": _fingerprint(self._model),
+            "model": fingerprint(self._model),
             "structure": json.dumps(structure),
         }
         with atomic_write(path) as file:
@@ -277,8 +277,8 @@ class Session:
         """Resume a saved session with the same model, its weights read as they were.
 
         Raises:
-            ValueError: Not a session, a damaged one, or one of another model; the message names
-                the file.
+            ValueError: Not a session, a damaged one, or one of another release or of a model with
+                other weights or another configuration; the message names the file.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -288,10 +288,15 @@ class Session:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: not a saved session ({error})") from error
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"{path}: not a saved session, format is {header.get('format')!r}")
-        if header.get("model") != _fingerprint(model):
-            raise ValueError(f"{path}: the session was saved with another model or other weights")
+        if (given := header.get("format", "none")) != _FORMAT:
+            if given.startswith(_FORMAT.rstrip("0123456789")):
+                raise ValueError(
+                    f"{path}: saved by another release, in format {given}; this one reads "
+                    f"{_FORMAT}: feed the bytes again"
+                )
+            raise ValueError(f"{path}: not a saved session, format is {given}")
+        if header.get("model") != fingerprint(model):
+            raise ValueError(f"{path}: the session is another model's, or its weights have changed")
         try:
             batch_size, weights = int(header["batch_size"]), header["weights"]
             is_ragged = header["is_ragged"] == "True"
@@ -349,12 +354,3 @@ def _unflatten(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(structure, list):
         return tuple(_unflatten(item, tensors) for item in structure)
     return structure
-
-
-def _fingerprint(model: Any) -> str:
-    """Tells models apart by their weights: a digest of names, shapes and each tensor's start."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        start = tensor.detach().flatten()[:16].float().cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + start)
-    return digest.hexdigest()

@@ -237,10 +237,15 @@ class TestFile:
 
     def test_that_holds_something_else(self, m: MBLM, file: Path) -> None:
         save_file({"x": torch.zeros(1)}, file)
-        with pytest.raises(ValueError, match="not a saved session, format is None"):
+        with pytest.raises(ValueError, match="not a saved session, format is none"):
             Session.load(file, m)
         file.write_text("text")
         with pytest.raises(ValueError, match="not a saved session"):
+            Session.load(file, m)
+
+    def test_of_another_release(self, m: MBLM, file: Path) -> None:
+        self.change(file, format="mblm-session-3")
+        with pytest.raises(ValueError, match="saved by another release, in format mblm-session-3"):
             Session.load(file, m)
 
     @pytest.mark.parametrize("drop", ["structure", "batch_size", "model"])
@@ -278,7 +283,7 @@ class TestFile:
     def test_of_a_model_whose_weights_changed(self, m: MBLM, file: Path) -> None:
         with torch.no_grad():
             m.to_logits.bias[0] += 1
-        with pytest.raises(ValueError, match="another model or other weights"):
+        with pytest.raises(ValueError, match="weights have changed"):
             Session.load(file, m)
 
     def test_survives_a_failed_save(self, m: MBLM, file: Path, monkeypatch: Any) -> None:
