@@ -1,12 +1,15 @@
 """The base class of datasets that are shared out to the workers of a distributed run."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import TypedDict, TypeVar
 
-from torch.utils.data import Dataset
+import numpy as np
+from torch.utils.data import Dataset, get_worker_info
 from typing_extensions import Self
 
 from mblm.utils.checks import check_integer
+from mblm.utils.seed import seed_everything
 
 _T = TypeVar("_T")
 
@@ -23,6 +26,23 @@ class DistributedDatasetConfig(TypedDict):
     seq_len: int
     worker_id: int
     num_workers: int
+
+
+class Batch(list[int]):
+    """The indices of a batch, with all that a loader's worker needs to draw its samples.
+
+    A worker's random numbers would depend on the batches that it has had before, and its copy of
+    the dataset would keep the offset that it was made with.
+
+    Attributes:
+        seed: Integers that decide the random numbers of the batch.
+        offset: The dataset's ``sample_offset``.
+    """
+
+    def __init__(self, indices: Iterable[int], seed: tuple[int, ...], offset: int) -> None:
+        super().__init__(indices)
+        self.seed = seed
+        self.offset = offset
 
 
 class DistributedDataset(ABC, Dataset[_T]):
@@ -117,3 +137,10 @@ class DistributedDataset(ABC, Dataset[_T]):
             raise IndexError(f"sample {idx} of a dataset with {len(self)} samples")
         stride = self.seq_len if self.is_sequential else 1
         return self.get_sample(self._worker_range_start + self.sample_offset + idx * stride)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[_T]:
+        """The samples of a batch, as a ``DataLoader`` asks for them."""
+        if isinstance(indices, Batch) and get_worker_info() is not None:
+            seed_everything(np.random.SeedSequence(indices.seed).generate_state(1)[0])
+            self.offset_to(indices.offset)
+        return [self[index] for index in indices]

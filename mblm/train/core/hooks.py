@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,7 +19,7 @@ from mblm.data.datasets import DistributedDataset
 from mblm.model.utils import count_params
 from mblm.train.core.config import GenericEntryConfig, TIoConfig, TModelParams, TTrainConfig
 from mblm.train.core.parallel import Workers
-from mblm.train.core.sampling import EpochSampler, ShardedBatches
+from mblm.train.core.sampling import EpochBatches, EpochSampler, ShardedBatches
 from mblm.utils import cuda
 from mblm.utils.logging import create_logger
 
@@ -159,8 +159,9 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         sampler = EpochSampler(dataset, shuffle=shuffle, seed=self._seed + 1 + self._workers.rank)
         return self._get_dataloader(
             dataset,
-            {"sampler": sampler, "batch_size": self.config.train.batch_size, "drop_last": True},
-            **additional_data_loader_kwargs,
+            lambda size, drop_last: EpochBatches(sampler, size, drop_last=drop_last),
+            {"drop_last": True},
+            additional_data_loader_kwargs,
         )
 
     def get_valid_dataloader(
@@ -181,42 +182,37 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         return self._sharded_loader(dataset, False, **additional_data_loader_kwargs)
 
     def _sharded_loader(
-        self, dataset: DistributedDataset[TBatch], shuffle: bool, **kwargs: Any
+        self, dataset: DistributedDataset[TBatch], shuffle: bool, **theirs: Any
     ) -> "DataLoader[TBatch]":
         sampler = EpochSampler(dataset, shuffle=shuffle, seed=self._seed)
-        workers = self._workers
-        batches = ShardedBatches(
-            sampler,
-            self.config.train.batch_size,
-            rank=workers.rank,
-            world_size=workers.world_size,
+        rank, world_size = self._workers.rank, self._workers.world_size
+        return self._get_dataloader(
+            dataset,
+            lambda size, drop_last: ShardedBatches(
+                sampler, size, drop_last=drop_last, rank=rank, world_size=world_size
+            ),
+            {"drop_last": False},
+            theirs,
         )
-        return self._get_dataloader(dataset, {"batch_sampler": batches}, **kwargs)
 
     def _get_dataloader(
         self,
         dataset: DistributedDataset[TBatch],
-        data_loader_kwargs: dict[str, Any],
-        **additional_data_loader_kwargs: Any,
+        make_batches: Callable[[int, bool], EpochBatches],
+        ours: dict[str, Any],
+        theirs: dict[str, Any],
     ) -> "DataLoader[TBatch]":
         """A loader of ours with the keywords that a subclass gives, which may say what to sample.
 
         Ours draws no random numbers of the program's; one that the subclass made to sample draws
         those that `TrainBatches` can repeat.
         """
-        ours = {
-            "pin_memory": self._workers.device_type == "cuda",
-            "generator": torch.Generator().manual_seed(self._seed),
-            **data_loader_kwargs,
-        }
-        theirs = additional_data_loader_kwargs
-        conflicts = {"shuffle", "sampler", "batch_sampler"}
-        if "batch_sampler" in ours:
-            conflicts |= {"batch_size", "drop_last"}
-        if theirs.keys() & conflicts:
-            for name in ("generator", "sampler", "batch_sampler"):
-                ours.pop(name, None)
-            ours["batch_size"] = self.config.train.batch_size
-            if "batch_sampler" in theirs:
-                ours = {"pin_memory": ours["pin_memory"]}
-        return DataLoader(dataset, **{**ours, **theirs})
+        sizes = {"batch_size": self.config.train.batch_size, **ours, **theirs}
+        loader: dict[str, Any] = {"pin_memory": self._workers.device_type == "cuda"}
+        if "batch_sampler" in theirs:
+            return DataLoader(dataset, **{**loader, **theirs})
+        if {"shuffle", "sampler"} & theirs.keys() or sizes["batch_size"] is None:
+            return DataLoader(dataset, **{**loader, **sizes})
+        batches = make_batches(sizes.pop("batch_size"), sizes.pop("drop_last"))
+        loader |= {"batch_sampler": batches, "generator": batches.generator}
+        return DataLoader(dataset, **{**loader, **sizes})

@@ -9,20 +9,26 @@ import torch
 Rng: TypeAlias = dict[str, Any]
 
 
-def get_rng() -> Rng:
-    """The states of torch's default generators (CPU, current CUDA device), numpy's and Python's."""
+def get_rng(own: torch.Generator | None = None) -> Rng:
+    """The states of torch's default generators (CPU, current CUDA device), numpy's and Python's.
+
+    ``own`` is a generator beside them, such as a loader's.
+    """
     name, keys, *rest = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "own": None if own is None else own.get_state(),
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
     }
 
 
-def set_rng(rng: Rng) -> None:
+def set_rng(rng: Rng, own: torch.Generator | None = None) -> None:
     """Set the generators to states that `get_rng` gave."""
+    if own is not None and rng.get("own") is not None:
+        own.set_state(rng["own"])
     torch.set_rng_state(rng["torch"])
     if rng["cuda"] is not None:
         torch.cuda.set_rng_state(rng["cuda"])

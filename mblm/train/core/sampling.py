@@ -1,12 +1,14 @@
 """Which samples come when: shuffled by seed and epoch, started anywhere, shared among workers."""
 
 from collections.abc import Iterator, Sized
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from mblm.data.datasets import Batch, DistributedDataset
 from mblm.train.core.rng import Rng, get_rng, set_rng
 
 T = TypeVar("T")
@@ -18,79 +20,130 @@ class EpochSampler(Sampler[int]):
     """All indices of a dataset, in order or shuffled by nothing but the seed and the epoch.
 
     Attributes:
+        dataset, seed: As given.
         epoch: The epoch whose order comes next.
         start: How many indices to leave out the next time; then it is 0 again.
     """
 
     def __init__(self, dataset: Sized, *, shuffle: bool, seed: int) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._shuffle = shuffle
-        self._seed = seed
+        self.seed = seed
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
         start, self.start = self.start, 0
         if not self._shuffle:
             yield from range(start, len(self))
             return
-        # Mixed: torch's generator takes no more than 32 bits of a seed.
-        seed = np.random.SeedSequence((self._seed, self.epoch)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(seed[0]))
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         for chunk in torch.randperm(len(self), generator=generator)[start:].split(_CHUNK):
             yield from chunk.tolist()
 
 
-class ShardedBatches(Sampler[list[int]]):
-    """Every ``world_size``-th batch of a dataset, from batch ``rank`` on; the last may be short.
+class EpochBatches(Sampler[Batch]):
+    """The batches of an epoch, in the order of a sampler, from any of them on.
+
+    Args:
+        sampler: Gives the order of the samples.
+        batch_size: Samples of a batch.
+        drop_last: Whether to leave out a last batch that is short.
 
     Attributes:
-        sampler: Gives the order of the samples.
+        generator: For the loader, which seeds its workers with it: by seed and epoch alone.
     """
 
-    def __init__(
-        self, sampler: EpochSampler, batch_size: int, *, rank: int, world_size: int
-    ) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: EpochSampler, batch_size: int, *, drop_last: bool) -> None:
+        self._sampler = sampler
         self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
+        self._drop_last = drop_last
+        self._start = 0
+        self.generator = torch.Generator()
+        self.begin(0)
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Let an epoch come next, from the batch ``start`` on."""
+        self._sampler.epoch = epoch
+        self._start = start
+        self.generator.manual_seed(_mix(self._sampler.seed, epoch))
 
     @property
     def total(self) -> int:
-        """How many batches the workers have together."""
-        return -(-len(self.sampler) // self._batch_size)
+        """How many batches there are; of a sharded epoch, all workers together."""
+        short = 0 if self._drop_last else self._batch_size - 1
+        return (len(self._sampler) + short) // self._batch_size
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self._start = self._start, 0
+        epoch, offset = self._sampler.epoch, getattr(self._sampler.dataset, "sample_offset", 0)
+        self._sampler.start = start * self._batch_size
+        indices = iter(self._sampler)
+        for number in range(start, self.total):
+            seed = (self._sampler.seed, epoch, number)
+            of_batch = islice(indices, self._batch_size)
+            yield Batch(of_batch, seed, offset)
+
+
+class ShardedBatches(EpochBatches):
+    """Every ``world_size``-th batch of a dataset, from batch ``rank`` on."""
+
+    def __init__(
+        self,
+        sampler: EpochSampler,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(sampler, batch_size, drop_last=drop_last)
+        self._rank = rank
+        self._world_size = world_size
 
     def __len__(self) -> int:
         return len(range(self._rank, self.total, self._world_size))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        batch: list[int] = []
-        mine = self._rank
-        for position, index in enumerate(self.sampler):
-            if position // self._batch_size == mine:
-                batch.append(index)
-            if batch and (len(batch) == self._batch_size or position == len(self.sampler) - 1):
-                yield batch
-                batch = []
-                mine += self._world_size
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(super().__iter__(), self._rank, None, self._world_size)
 
 
 class TrainBatches(Generic[T]):
     """The batches of a training loader, which can start within an epoch as if it had come there.
 
-    The trainer's own sampler leaves out what comes before. Any other loader is started with the
-    random numbers that the epoch began with and asked for the batches before, which are dropped.
+    Ours leaves out what comes before. Any other loader is started with the random numbers that the
+    epoch began with and asked for the batches before, which are dropped.
 
     Attributes:
         epoch: The epoch that comes next.
         epoch_rng: The generators' states when the present epoch began.
+
+    Raises:
+        ValueError: The loader's workers live longer than an epoch, and would not see its offset.
     """
 
     def __init__(self, loader: "DataLoader[T]") -> None:
+        batches = loader.batch_sampler
+        self._ours = batches if isinstance(batches, EpochBatches) else None
+        dataset: Any = loader.dataset
+        follows = self._ours is not None and all(
+            getattr(type(dataset), name, None) is getattr(DistributedDataset, name)
+            for name in ("__getitems__", "offset_to")
+        )
+        is_offset = getattr(dataset, "is_sequential", False)
+        if loader.persistent_workers and is_offset and not follows:
+            raise ValueError(
+                "get_train_dataloader: with persistent_workers, a loader's workers keep the "
+                "dataset as it is in the first epoch and never see the offset of another; leave "
+                "persistent_workers out, or sampler, batch_sampler and shuffle to the trainer"
+            )
+        self._skips = follows or (self._ours is not None and loader.num_workers == 0)
         self._loader = loader
         self.epoch = 0
         self.epoch_rng: Rng | None = None
@@ -103,16 +156,15 @@ class TrainBatches(Generic[T]):
 
     def iter_from(self, batch: int) -> Iterator[T]:
         """Iterate over the epoch from a batch on; the generators stay as they are."""
-        sampler: Any = self._loader.sampler
-        if isinstance(sampler, EpochSampler):
-            sampler.epoch = self.epoch
-            sampler.start = batch * (self._loader.batch_size or 1)
+        if self._ours is not None:
+            self._ours.begin(self.epoch, batch if self._skips else 0)
+        if self._skips:
             return iter(self._loader)
         if batch == 0 or self.epoch_rng is None:
-            self.epoch_rng = get_rng()
+            self.epoch_rng = get_rng(self._loader.generator)
             return self._after(batch)
         now = get_rng()
-        set_rng(self.epoch_rng)
+        set_rng(self.epoch_rng, self._loader.generator)
         items = self._after(batch)
         set_rng(now)
         return items
@@ -122,3 +174,8 @@ class TrainBatches(Generic[T]):
         for _ in range(batch):
             next(items)
         return items
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """A seed of both; torch's generator takes no more than 32 bits."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])

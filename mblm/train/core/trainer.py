@@ -34,7 +34,7 @@ from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder
-from mblm.train.core.sampling import ShardedBatches, TrainBatches
+from mblm.train.core.sampling import EpochBatches, TrainBatches
 from mblm.train.core.schedule import Plan, check_start, plan_run
 from mblm.train.core.training_state import (
     SavedState,
@@ -99,8 +99,8 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         self._seed: int = self._workers.from_main(drawn)
         if self._resumed is not None:
             self._seed = self._resumed.common["seed"]
-        elif seed is not None:  # dropout differs between workers
-            seed_everything((seed + 1 + self._workers.rank) % 2**32)
+        elif seed is not None or self._workers.rank:  # what is drawn differs between workers
+            seed_everything((self._seed + 1 + self._workers.rank) % 2**32)
 
         self._parameters = self.configure_count_parameters(model)
         self._stages = self.configure_stage_types(model)
@@ -463,8 +463,8 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         self, model: nn.Module, loader: "DataLoader[TBatch]", position: Position
     ) -> Evaluation:
         """The mean loss over a loader's batches."""
-        if isinstance(loader.batch_sampler, ShardedBatches):
-            loader.batch_sampler.sampler.epoch = position.step  # the order, if it is shuffled
+        if isinstance(loader.batch_sampler, EpochBatches):
+            loader.batch_sampler.begin(position.step)  # another order, if it is shuffled
 
         def forward(batch: TBatch) -> torch.Tensor:
             # Not around the loader: autocast has no type for the float16 that datasets collate.

@@ -52,9 +52,33 @@ class StopsItselfForeign(StopsItself, ForeignLoader):
     pass
 
 
-def train_alone(trainer, cfg):
+class Random(jobs.Ids):
+    """Hides ids at random."""
+
+    def get_sample(self, from_idx):
+        ids = super().get_sample(from_idx)
+        return ids.masked_fill(torch.rand(ids.shape) < 0.5, 0)
+
+
+class LoaderWorkers(jobs.Trainer):
+    """Samples are drawn in processes of their own, anew in each epoch."""
+
+    stay = False
+
+    def get_train_dataloader(self, dataset, **kwargs):
+        return super().get_train_dataloader(dataset, num_workers=2, persistent_workers=self.stay)
+
+    def get_valid_dataloader(self, dataset, **kwargs):
+        return super().get_valid_dataloader(dataset, num_workers=1)
+
+
+class LoaderWorkersThatStay(LoaderWorkers):
+    stay = True
+
+
+def train_alone(trainer, cfg, dataset=jobs.Ids):
     made = jobs.alone(trainer, cfg)
-    made.train(jobs.Ids(), jobs.Ids(10))
+    made.train(dataset(), dataset(10))
     return jobs.run_of(made._folder.path.parent)
 
 
@@ -83,6 +107,21 @@ def test_a_run_stopped_in_any_batch_ends_the_same(tmp_path, stop_in, trainers):
     assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
     for name in ("tiny_top1.pth", "tiny_top2.pth"):
         assert jobs.same(torch.load(run / name), torch.load(whole / name))
+
+
+@pytest.mark.parametrize("trainer", [LoaderWorkers, LoaderWorkersThatStay])
+def test_what_loader_workers_draw_is_the_same_after_a_stop(tmp_path, trainer):
+    class Stops(StopsItself, trainer):
+        stop_in = 6
+
+    cfg: dict[str, Any] = {"batches": 16, "shuffle_train": True}
+    whole = train_alone(trainer, jobs.config(tmp_path / "whole", **cfg), Random)
+    with pytest.raises(TrainingInterrupted):
+        train_alone(Stops, jobs.config(tmp_path / "cut", **cfg), Random)
+    state = find_latest_state(jobs.run_of(tmp_path / "cut"))
+    run = train_alone(trainer, jobs.config(tmp_path / "cut", **cfg, resume=state), Random)
+    assert jobs.losses(run) == jobs.losses(whole)
+    assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
 
 
 def test_the_own_loader_skips_without_loading(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from mblm.data.datasets import DistributedDataset
 from mblm.train.core.rng import get_rng, set_rng
-from mblm.train.core.sampling import EpochSampler, ShardedBatches, TrainBatches
+from mblm.train.core.sampling import EpochBatches, EpochSampler, ShardedBatches, TrainBatches
 
 
 def order(seed=1, epoch=0, start=0, size=200_000):
@@ -65,3 +66,71 @@ def test_all_generators_are_kept_as_plain_values(tmp_path):
     drawn = [torch.rand(2).tolist(), np.random.rand(), random.random(), random.gauss(0, 1)]
     set_rng(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert [torch.rand(2).tolist(), np.random.rand(), random.random(), random.gauss(0, 1)] == drawn
+
+
+class Drawn(DistributedDataset):
+    """Samples of their index, the dataset's offset and a number drawn from each generator."""
+
+    def __init__(self):
+        super().__init__(40, True, seq_len=2, worker_id=0, num_workers=1)
+
+    def get_sample(self, from_idx):
+        drawn = [torch.rand(()).item(), np.random.rand(), random.random()]
+        return torch.tensor([from_idx, self.sample_offset, *drawn], dtype=torch.float64)
+
+
+def drawn_in_workers(epochs, start=0, seed=7, workers=2, **kwargs):
+    """The batches that loaders' workers give in some epochs, the first from ``start`` on."""
+    dataset = Drawn()
+    batches = EpochBatches(EpochSampler(dataset, shuffle=True, seed=seed), 4, drop_last=True)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        generator=batches.generator,
+        num_workers=workers,
+        **kwargs,
+    )
+    train, given = TrainBatches(loader), []
+    for epoch in epochs:
+        train.epoch = epoch
+        dataset.offset_to(epoch)
+        given += [batch.tolist() for batch in train.iter_from(start)]
+        start = 0
+    return given
+
+
+def test_what_workers_draw_depends_on_seed_epoch_and_batch_alone():
+    whole = drawn_in_workers([0, 1])
+    assert len(whole) == 9  # of 20 samples, and of 19
+    assert drawn_in_workers([0], start=3) + drawn_in_workers([1], workers=1) == whole[3:]
+    numbers = [number for batch in whole for sample in batch for number in sample[2:]]
+    assert len(set(numbers)) == len(numbers)
+    assert not {sample[2] for batch in drawn_in_workers([0], seed=8) for sample in batch} & {
+        *numbers
+    }
+
+
+def test_workers_that_stay_see_the_offset_of_every_epoch():
+    assert drawn_in_workers([0, 1], persistent_workers=True) == drawn_in_workers([0, 1])
+    assert drawn_in_workers([1], persistent_workers=True)[0][0][1] == 1
+
+
+def test_workers_of_another_loader_may_not_stay():
+    loader = DataLoader(Drawn(), batch_size=2, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="get_train_dataloader: with persistent_workers"):
+        TrainBatches(loader)
+
+
+def test_another_loader_is_replayed_with_its_own_generator():
+    def batches():
+        generator = torch.Generator().manual_seed(3)
+        return TrainBatches(
+            DataLoader(list(range(20)), batch_size=2, shuffle=True, generator=generator)
+        )
+
+    through = batches()
+    first, second = ([batch.tolist() for batch in through] for _ in range(2))
+    assert first != second
+    resumed = batches()
+    resumed.epoch_rng = through.epoch_rng
+    assert [batch.tolist() for batch in resumed.iter_from(4)] == second[4:]

@@ -239,6 +239,19 @@ def test_a_run_of_which_no_model_can_be_ranked_fails(tmp_path):
         train(jobs.config(tmp_path), Always)
 
 
+def test_every_rank_draws_other_samples_in_its_loaders_workers(tmp_path):
+    class Random(jobs.Ids):
+        def get_sample(self, from_idx):
+            return torch.rand(1)
+
+    trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path))
+    drawn = []
+    for trainer._workers.rank in range(2):
+        loader = trainer.get_train_dataloader(Random(4), num_workers=1)
+        drawn.append(next(iter(loader)).tolist())
+    assert drawn[0] != drawn[1]
+
+
 def test_hooks_of_a_subclass(tmp_path):
     class Custom(jobs.Trainer):
         def configure_run_id(self):
