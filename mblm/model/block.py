@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, MutableSet
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+
+from mblm.utils.fields import Fields
 
 
-class StageBlock(ABC, BaseModel):
+class StageBlock(ABC, Fields):
     """Configuration of one stage's model.
 
     A subclass adds the fields it needs and builds the stage model in ``to_model``. It works as it
@@ -20,8 +22,6 @@ class StageBlock(ABC, BaseModel):
         pos_emb_type: Positions added to the stage's token embeddings: ``"fixed"`` (learned),
             ``"rope"`` (a rotation over the full width) or None.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     block_type: str = Field(description="Name of the block, which selects it in a configuration")
     pos_emb_type: Literal["fixed", "rope"] | None = Field(
@@ -94,10 +94,12 @@ class StageBlockRegistry(MutableSet[type[StageBlock]]):
             parse_func: ``parse_func(block class, data)`` returns the block or raises.
 
         Raises:
-            ValueError: No block accepts ``data``; the message says why, per block.
+            ValueError: No block accepts ``data``; the message says why, per block, or of those
+                alone whose ``block_type`` it has.
         """
         reasons = []
-        for block in self:
+        given = data.get("block_type") if isinstance(data, dict) else None
+        for block in [block for block in self if given in _own_types(block)] or self:
             try:
                 _check_block_type(block, data)
                 return parse_func(block, data)
@@ -128,5 +130,6 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error) if isinstance(error, (ValueError, TypeError)) else repr(error)
     return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'block'}: {item['msg']}" for item in error.errors()
+        f"{'.'.join(map(str, item['loc'])) or 'block'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
     )

@@ -5,7 +5,6 @@ from enum import Enum, auto
 from typing import Any
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -22,6 +21,7 @@ from pydantic import (
 from mblm.model.block import StageBlock, StageBlockRegistry
 from mblm.model.mamba import MambaBlock
 from mblm.model.transformer import TransformerBlock, TransformerEncoderBlock
+from mblm.utils.fields import Fields
 
 block_registry = StageBlockRegistry()
 for _block in (TransformerBlock, MambaBlock, TransformerEncoderBlock):
@@ -53,7 +53,7 @@ class MaskReduceStrat(str, Enum):
         return self.value
 
 
-class MBLMModelConfig(BaseModel):
+class MBLMModelConfig(Fields):
     """Configuration of a hierarchy, from the most global stage to the local one.
 
     Attributes:
@@ -77,7 +77,7 @@ class MBLMModelConfig(BaseModel):
             memory. Costs the transfers. Default False.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     num_tokens: PositiveInt
     pad_token_id: NonNegativeInt
@@ -147,7 +147,7 @@ class MBLMModelConfig(BaseModel):
         return self.block
 
 
-class MBLMEncoderModelConfig(BaseModel):
+class MBLMEncoderModelConfig(Fields):
     """Configuration of a bidirectional hierarchy.
 
     Attributes:
@@ -155,8 +155,6 @@ class MBLMEncoderModelConfig(BaseModel):
         mblm_config: The hierarchy; its blocks are bidirectional.
         mask_reduce_strat: How the attention mask of the bytes becomes that of the patches.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     mask_token_id: int
     mblm_config: MBLMModelConfig

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
+from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, find_model
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import load_checked_state, load_model_state, uncompiled
+from mblm.utils.errors import with_title
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-RUN_CONFIG_FILE = "config.yaml"
 _CONFIG_ID = (
     "config_id"  # the same in both files of a folder, which tells that they belong together
 )
@@ -66,13 +65,14 @@ class PretrainedMixin:
         map_location: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Model:
-        """Build a model from what ``save_pretrained`` wrote; it is in evaluation mode.
+        """Build a model from what ``save_pretrained`` or a training run wrote, in evaluation mode.
 
         What was saved from a subclass can be loaded as its base class and the other way round, as
         long as they have the same weights.
 
         Args:
-            pretrained_model_name_or_path: A folder, or the id of a model on the hub, for which
+            pretrained_model_name_or_path: A folder; a run's folder, its ``.pth`` file or ``latest``
+                (see `mblm.model.find.find_model`); or the id of a model on the hub, for which
                 ``pip install "mblm[hub]"`` is needed.
             revision: Branch, tag or commit on the hub. Default: the main branch.
             map_location: The device of the weights; ``"meta"`` gives a model without values.
@@ -85,7 +85,11 @@ class PretrainedMixin:
                 does not fit the configuration, belongs to another one or holds NaN; the message
                 names the file.
         """
-        folder = _find_folder(pretrained_model_name_or_path, revision)
+        found = find_model(pretrained_model_name_or_path)
+        if _is_checkpoint(found):
+            checkpoint: Any = load_checkpoint(cls, found, map_location=map_location)
+            return checkpoint.to(dtype=dtype)
+        folder = _find_folder(found, revision)
         config, config_id = _read_config(folder / CONFIG_FILE, cls)
         weights = _read_weights(folder / WEIGHTS_FILE, config_id)
         model: Any = cls(config)  # type: ignore[call-arg]
@@ -110,11 +114,11 @@ def load_checkpoint(
     config_file: str | os.PathLike[str] | None = None,
     map_location: str | torch.device = "cpu",
 ) -> Model:
-    """Build a model from a folder or hub id, as ``from_pretrained``, or from a run's ``.pth`` file.
+    """Build a model as ``from_pretrained``, where a ``.pth`` file may lack its configuration.
 
     Args:
         model_class: The class of the model.
-        checkpoint: A folder, a hub id, or a file that `save_model_state` or a training run wrote.
+        checkpoint: What ``from_pretrained`` takes.
         config_file: Configuration of the run that wrote the ``.pth`` file, whose ``params`` are
             those of the model. Default: ``config.yaml`` beside it.
         map_location: The device of the weights. Default: the CPU.
@@ -128,11 +132,11 @@ def load_checkpoint(
     """
     from mblm.utils.io import load_yml  # brings PyYAML, for this alone
 
-    file = Path(checkpoint).expanduser()
-    if file.suffix != ".pth" or file.is_dir():
+    file = find_model(checkpoint)
+    if not _is_checkpoint(file):
         if config_file is not None:
             raise ValueError(f"config_file: {file} is no .pth file and has its own configuration")
-        return model_class.from_pretrained(checkpoint, map_location=map_location)
+        return model_class.from_pretrained(file, map_location=map_location)
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
     config_file = Path(config_file or file.with_name(RUN_CONFIG_FILE))
@@ -141,14 +145,17 @@ def load_checkpoint(
     try:
         config = model_class.config_class.model_validate(params)
     except ValidationError as error:
-        raise ValueError(f"{config_file}, params: {error}") from error
+        raise with_title(error, f"{config_file}, params") from None
     model: Any = model_class(config)  # type: ignore[call-arg]
     return load_model_state(file, model, "cpu")[0].to(map_location).eval()
 
 
-def _find_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
-    """The local folder of a model, downloaded from the hub where ``name`` is no folder."""
-    folder = Path(name).expanduser()
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix == ".pth" and not path.is_dir()
+
+
+def _find_folder(folder: Path, revision: str | None) -> Path:
+    """The local folder of a model, downloaded from the hub where there is none of that name."""
     if folder.is_dir():
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / file).is_file():
@@ -157,15 +164,15 @@ def _find_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
                 )
         return folder
     if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
-        raise FileNotFoundError(f"{name} is neither a folder nor a model id like owner/name")
+        raise FileNotFoundError(f"{folder} is neither a folder nor a model id like owner/name")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise FileNotFoundError(
-            f"{name} is no folder; to look for it on the hub: pip install 'mblm[hub]'"
+            f"{folder} is no folder; to look for it on the hub: pip install 'mblm[hub]'"
         ) from error
     files = [CONFIG_FILE, WEIGHTS_FILE]
-    return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+    return Path(snapshot_download(folder.as_posix(), revision=revision, allow_patterns=files))
 
 
 def _model_type(cls: type[PretrainedMixin]) -> str:
@@ -203,7 +210,7 @@ def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str
     try:
         return cls.config_class.model_validate(data), config_id
     except ValidationError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise with_title(error, str(file)) from None
 
 
 def _read_weights(file: Path, config_id: str) -> dict[str, torch.Tensor]:

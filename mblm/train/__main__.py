@@ -4,10 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from mblm.train.experiment import load_experiment, train_experiment
-from mblm.utils.errors import describe
+from mblm.utils import interrupt
 
 
 def main() -> None:
@@ -16,15 +13,24 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="the experiment's YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--resume", metavar="latest|PATH")
+    parser.add_argument("--import", action="append", default=[], metavar="MODULE", dest="imports")
     arguments = parser.parse_args()
-    try:
-        _work(arguments)
-    except (OSError, ValueError) as error:
-        sys.exit(f"mblm: error: {describe(error)}")
+    with interrupt.ends_at_once():  # but while a run goes, which is saved then
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        from mblm.utils.errors import describe
+
+        try:
+            record(_work)(arguments)  # leaves an error where the launcher finds it
+        except (OSError, ValueError) as error:
+            sys.exit(f"mblm: error: {describe(error)}")
 
 
-@record  # leaves an error where the launcher finds it
 def _work(arguments: argparse.Namespace) -> None:
+    from mblm.train.experiment import load_experiment, train_experiment
+    from mblm.utils.imports import import_modules
+
+    import_modules(arguments.imports)
     train_experiment(load_experiment(arguments.config, arguments.set, arguments.resume))
 
 

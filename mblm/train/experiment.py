@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import RootModel, ValidationError
 
-from mblm.model.pretrained import RUN_CONFIG_FILE
+from mblm.model.find import RUN_CONFIG_FILE
 from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.non_finite import NonFiniteLossError
 from mblm.train.core.training_state import find_latest_state, is_training_state
-from mblm.utils.io import load_yml
+from mblm.utils.errors import with_title
+from mblm.utils.io import load_yml, parse_yml
 
 if TYPE_CHECKING:
     from mblm.train.mblm import TrainEntryConfig, TrainMaskedEntryConfig
@@ -38,7 +38,12 @@ def load_experiment(
         OSError: The file does not exist or cannot be read.
         ValueError: The file or a setting is not valid, or there is nothing to resume from.
     """
-    from mblm.train.mblm import TrainEntryConfig, TrainMaskedEntryConfig
+    from mblm.train.mblm import (
+        TrainEntryConfig,
+        TrainMaskedEntryConfig,
+        dataset_registry,
+        masked_dataset_registry,
+    )
 
     fields = load_yml(file, _Fields).root
     for setting in settings:
@@ -50,7 +55,11 @@ def load_experiment(
     try:
         config = entry.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise with_title(error, str(file)) from None
+    try:
+        (masked_dataset_registry if is_masked else dataset_registry).retrieve(config.io.dataset_id)
+    except KeyError as error:
+        raise ValueError(f"{file}: {error.args[0]}") from None
     if resume is not None:
         assert config.resume is not None
         found = find_resume(resume, Path(config.io.output_dir), config.io.name_model)
@@ -86,7 +95,7 @@ def apply_setting(fields: dict[str, Any], setting: str) -> None:
     Args:
         fields: The fields of an experiment, changed in place.
         setting: A dotted path, in which a number is the index of a list's item, and a value in
-            YAML. ``1e-3`` is a number too, other than in YAML.
+            YAML.
 
     Raises:
         ValueError: No path or no value, or the path leads through what has no fields.
@@ -95,10 +104,7 @@ def apply_setting(fields: dict[str, Any], setting: str) -> None:
     names = path.split(".")
     if not equals or not all(names):
         raise ValueError(f"--set: expected path=value, such as train.batch_size=4, got {setting!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {path}: {text!r} is no YAML value") from error
+    value = parse_yml(text, f"--set {path}")
     at: Any = fields
     for depth, name in enumerate(names):
         if isinstance(at, dict):
@@ -108,17 +114,10 @@ def apply_setting(fields: dict[str, Any], setting: str) -> None:
         else:
             raise ValueError(f"--set {path}: {'.'.join(names[:depth])} has no field {name}")
         if depth + 1 == len(names):
-            at[key] = _number_of(value)
+            at[key] = value
         elif isinstance(at, dict) and at.get(key) is None:
             at[key] = {}
         at = at[key]
-
-
-def _number_of(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any]:

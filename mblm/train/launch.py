@@ -11,6 +11,7 @@ import torch
 
 from mblm.train.core.interrupt import EXIT_INTERRUPTED
 from mblm.train.experiment import load_experiment, train_experiment
+from mblm.utils.imports import import_modules
 
 # Workers finish their step and save when they are told to stop; later they are killed.
 SECONDS_TO_STOP = 300
@@ -21,6 +22,7 @@ def launch(
     *,
     settings: Sequence[str] = (),
     resume: str | None = None,
+    imports: Sequence[str] = (),
     nproc: int | None = None,
     nnodes: int = 1,
     node_rank: int | None = None,
@@ -32,6 +34,7 @@ def launch(
         file: The experiment's YAML file.
         settings: Fields to replace, as for `load_experiment`.
         resume: What to resume from, as for `load_experiment`.
+        imports: Modules that register blocks and datasets of the user's, imported by every worker.
         nproc: Processes on this machine. Default: the number of GPUs, or 1.
         nnodes: Machines, each of which runs this with the same arguments. Default 1.
         node_rank: Number of this machine, from 0. Default: given out as the machines arrive.
@@ -50,6 +53,7 @@ def launch(
     if node_rank is not None and not 0 <= node_rank < nnodes:
         raise ValueError(f"node_rank: expected 0 to {nnodes - 1}, got {node_rank}")
 
+    import_modules(imports)
     config = load_experiment(file, settings, resume)  # refuses before anything is started
     if nproc == nnodes == 1:
         train_experiment(config)
@@ -57,6 +61,8 @@ def launch(
     arguments = [str(file)]
     for setting in settings:
         arguments += ["--set", setting]
+    for module in imports:
+        arguments += ["--import", module]
     if resume is not None:
         assert config.resume is not None
         # The latest of now: later it could be one that these workers write.

@@ -19,6 +19,7 @@ from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMRetur
 from mblm.model.hierarchy import Hierarchy
 from mblm.model.mblm import MBLM, MBLMEncoder
 from mblm.model.utils import count_params
+from mblm.utils.errors import with_title
 from mblm.utils.io import load_yml
 
 FLOAT = 4  # bytes of a float32
@@ -137,7 +138,7 @@ def load_overview(file: Path) -> Overview:
     try:
         config = config_class.model_validate(params)
     except ValidationError as error:
-        raise ValueError(f"{file}, params: {error}") from error
+        raise with_title(error, f"{file}, params") from None
     return overview(config, batch_size=batch_size or 1, seq_len=seq_len)
 
 

@@ -62,8 +62,8 @@ def read_curves(run: Path) -> Curves:
     return curves
 
 
-def plot(runs: Sequence[Path], out: Path) -> None:
-    """Write a picture of the runs' curves.
+def plot(runs: Sequence[Path], out: Path) -> list[Curves]:
+    """Write a picture of the runs' curves, and return them.
 
     Args:
         runs: Folders of runs, or their ``loss.csv``.
@@ -80,7 +80,8 @@ def plot(runs: Sequence[Path], out: Path) -> None:
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=[3, 1])
-    for number, curves in enumerate(map(read_curves, runs)):
+    all_curves = [read_curves(run) for run in runs]
+    for number, curves in enumerate(all_curves):
         color = f"C{number % 10}"
         if curves.train:
             losses.plot(*zip(*curves.train, strict=True), color=color, alpha=0.4, linewidth=1)
@@ -93,3 +94,4 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         axes.grid(alpha=0.3)
     losses.legend()
     figure.savefig(out, dpi=120)
+    return all_curves

@@ -3,16 +3,18 @@
 import csv
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, RootModel, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticSerializationError
+from pydantic_core import PydanticSerializationError
 
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import StateDict, load_model_state, save_model_state
+from mblm.utils.errors import with_title
 
 __all__ = [
     "CSVWriter",
@@ -51,13 +53,7 @@ def load_yml(path: str | Path, parse_to: type[Model], try_yaml_suffixes: bool = 
     if try_yaml_suffixes and not path.exists():
         other = path.with_suffix(_OTHER_SUFFIX[path.suffix])
         path = other if other.exists() else path
-    try:
-        data = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ValueError(f"{path}{where}: invalid YAML: {reason}") from error
+    data = parse_yml(path.read_bytes(), str(path))
     if not isinstance(data, dict) and not issubclass(parse_to, RootModel):
         raise ValueError(
             f"{path}: expected a mapping of fields at the top level, got {type(data).__name__}"
@@ -65,19 +61,50 @@ def load_yml(path: str | Path, parse_to: type[Model], try_yaml_suffixes: bool = 
     try:
         return parse_to.model_validate(data)
     except ValidationError as error:
-        raise _with_title(error, f"{error.title} in {path}") from None
+        raise with_title(error, f"{error.title} in {path}") from None
 
 
-def _with_title(error: ValidationError, title: str) -> ValidationError:
-    details = [
-        InitErrorDetails(
-            type=PydanticCustomError(item["type"], "{reason}", {"reason": item["msg"]}),
-            loc=item["loc"],
-            input=item["input"],
-        )
-        for item in error.errors(include_url=False)
-    ]
-    return ValidationError.from_exception_data(title, details)
+def parse_yml(text: str | bytes, name: str) -> Any:
+    """What a YAML document says, refused where a key comes twice; ``1e6`` is a number.
+
+    Raises:
+        ValueError: It is no valid YAML; the message begins with ``name`` and tells the place.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a safe one
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"{name}{where}: invalid YAML: {reason}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, in which the last of equal keys counts, and a number needs a point to be one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuse a key that comes twice; what ``<<`` merges in later may be said anew."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} comes twice", key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, which quotes a text that reads like a number to `_Loader`."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def dump_yml(path: str | Path, data: BaseModel) -> Path:
@@ -97,7 +124,7 @@ def dump_yml(path: str | Path, data: BaseModel) -> Path:
         raise TypeError(f"data must be a pydantic model, got {type(data).__name__}")
     path = Path(path).with_suffix(".yaml")
     try:
-        text = yaml.safe_dump(data.model_dump(mode="json"))
+        text = yaml.dump(data.model_dump(mode="json"), Dumper=_Dumper)
     except (yaml.representer.RepresenterError, PydanticSerializationError) as error:
         name = type(data).__name__
         raise TypeError(f"{name} holds a value that YAML has no form for: {error}") from error

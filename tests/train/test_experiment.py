@@ -29,6 +29,9 @@ def fields_of(text: str) -> dict[str, Any]:
         ("a.b=2", {"a": {"b": 2}, "c": [{"d": 1}, 5]}),
         ("a.b=1e-3", {"a": {"b": 0.001}, "c": [{"d": 1}, 5]}),
         ("a.b=1_000", {"a": {"b": 1000}, "c": [{"d": 1}, 5]}),
+        ("a.b=1e6", {"a": {"b": 1e6}, "c": [{"d": 1}, 5]}),
+        ('a.b="123"', {"a": {"b": "123"}, "c": [{"d": 1}, 5]}),
+        ("a.b='1e6'", {"a": {"b": "1e6"}, "c": [{"d": 1}, 5]}),
         ("a.b=null", {"a": {"b": None}, "c": [{"d": 1}, 5]}),
         ("a.b=x=y", {"a": {"b": "x=y"}, "c": [{"d": 1}, 5]}),
         ("a.b=[1, {e: f}]", {"a": {"b": [1, {"e": "f"}]}, "c": [{"d": 1}, 5]}),
@@ -56,7 +59,8 @@ def test_a_setting_fills_in_what_was_null() -> None:
         ("a.b", "expected path=value"),
         ("=1", "expected path=value"),
         ("a..b=1", "expected path=value"),
-        ("a.b=[1", "is no YAML value"),
+        ("a.b=[1", "--set a.b, line 1, column 3: invalid YAML"),
+        ("a.b={c: 1, c: 2}", "the key 'c' comes twice"),
         ("a.b.c=1", "a.b has no field c"),
         ("c.2=1", "c has no field 2"),
         ("c.x=1", "c has no field x"),
@@ -75,6 +79,21 @@ def test_loads_an_experiment_with_settings() -> None:
     assert config.resume is None
 
 
+def test_numbers_and_truth_values_are_taken_as_they_are_meant() -> None:
+    config = load_experiment(
+        SMALL, ["train.target_elements=2e6", "train.shuffle_eval=yes", 'io.name_model="123"']
+    )
+    assert (config.train.target_elements, config.train.shuffle_eval) == (2_000_000, True)
+    assert config.io.name_model == "123"
+
+
+def test_of_a_named_block_its_own_mistakes_are_told() -> None:
+    settings = ["params.block.0.d_state=0", "params.block.0.colour=1"]
+    with pytest.raises(ValueError, match=r"MambaBlock: d_state: .*; colour: Extra") as refused:
+        load_experiment(SMALL, settings)
+    assert "TransformerBlock" not in str(refused.value)
+
+
 def test_a_masked_experiment_is_recognized() -> None:
     config = load_experiment(MASKED, ["train.masking_proba=0.3"])
     assert type(config) is TrainMaskedEntryConfig
@@ -90,6 +109,11 @@ def test_a_masked_experiment_is_recognized() -> None:
         (["train.batch_size=many"], "train.batch_size"),
         (["train.batch_size=0", "io.name_model="], "train.batch_size(.|\n)*io.name_model"),
         (["params=null"], "params"),
+        (["train.batch_size=yes"], "train.batch_size(.|\n)*no truth value"),
+        (["params.num_layers=[2, on]"], "params.num_layers(.|\n)*no truth value"),
+        (["params.block.0.d_state=true"], "d_state: expected a number, no truth value"),
+        (["io.name_model=a/b"], "io.name_model(.|\n)*no path"),
+        (["io.dataset_id=book"], "io.dataset_id: no dataset is registered as 'book'"),
     ],
 )
 def test_bad_fields_are_named_with_the_file(settings: list[str], message: str) -> None:

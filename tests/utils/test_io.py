@@ -59,6 +59,8 @@ class TestYAML:
             (b"width: \xff", "invalid YAML"),
             (b"width: 2026-13-01", "invalid YAML: month"),
             (b"[" * 1500, "invalid YAML"),
+            (b"width: 1\nrate: 2\nwidth: 3", "line 3, column 1: .* the key 'width' comes twice"),
+            (b"{rate: {a: 1, b: 2, a: 1}}", "line 1, column 21: .* the key 'a' comes twice"),
             (b"", "expected a mapping .* got NoneType"),
             (b"- width: 1", "expected a mapping .* got list"),
         ],
@@ -68,6 +70,20 @@ class TestYAML:
         path.write_bytes(text)
         with pytest.raises(ValueError, match=f"a.yaml.*{message}"):
             load_yml(path, Stage)
+
+    def test_a_number_needs_no_point(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text("{width: 1e6, rate: 1E-3}")
+        assert load_yml(path, Stage) == Stage(width=1_000_000, rate=0.001)
+        for text in ("1e6", "1_0e-3", "yes", "12"):  # comes back as the text it is
+            name = Config(name=text, stages=[])
+            assert load_yml(dump_yml(path, name), Config) == name
+
+    def test_what_is_merged_in_may_be_said_anew(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text("a: &a {width: 1, rate: 2}\nb: &b {<<: *a, width: 3}\nc: {<<: [*b, *a]}\n")
+        stages = load_yml(path, RootModel[dict[str, Stage]]).root
+        assert stages["b"] == Stage(width=3, rate=2)
 
     def test_every_bad_field_is_named(self, tmp_path):
         path = tmp_path / "a.yaml"

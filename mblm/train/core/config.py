@@ -14,22 +14,21 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    field_validator,
     model_validator,
 )
 
+from mblm.utils.fields import Fields
 
-class CoreModelParams(BaseModel):
+
+class CoreModelParams(Fields):
     """Parameters that every trained model has."""
-
-    model_config = ConfigDict(extra="forbid")
 
     input_seq_len: PositiveInt = Field(description="Elements, such as bytes, in a sequence")
 
 
-class CoreTrainConfig(BaseModel):
+class CoreTrainConfig(Fields):
     """How to train."""
-
-    model_config = ConfigDict(extra="forbid")
 
     target_elements: PositiveInt = Field(
         description="At least how many elements all workers train on together, in whole steps"
@@ -89,15 +88,13 @@ class TrainMaskedConfig(CoreTrainConfig):
     masking_proba: float = Field(ge=0, le=1, description="Probability that an element is masked")
 
 
-class ResumeConfig(BaseModel):
+class ResumeConfig(Fields):
     """Where to go on from. A run fills it in so that its output is a next run's configuration.
 
     A checkpoint ``.pth`` gives the weights only: optimizer, schedule and random numbers start
     anew, in a new run folder. A training state (a folder ``<run>/state/step_<n>``) continues that
     run exactly, in its own folder; epoch and batch are then the state's.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     checkpoint_file: str = Field(description="A checkpoint .pth, or the folder of a training state")
     next_epoch_index: int = Field(default=0, description="The epoch to start in")
@@ -113,10 +110,8 @@ class ResumeConfig(BaseModel):
     )
 
 
-class CoreIoConfig(BaseModel):
+class CoreIoConfig(Fields):
     """What a run writes, and where."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name_model: str = Field(min_length=1, description="Name of the model; begins its files' names")
     output_dir: str = Field(description="Folder of the run's folder; both are created")
@@ -132,6 +127,13 @@ class CoreIoConfig(BaseModel):
     tensorboard: bool = Field(
         default=False, description="Write the losses for TensorBoard, too; needs mblm[tensorboard]"
     )
+
+    @field_validator("name_model")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if set(name) & {"/", "\\", "\0"}:
+            raise ValueError("expected a name, which begins files' names, and no path")
+        return name
 
 
 TModelParams = TypeVar("TModelParams", covariant=True, bound=CoreModelParams)

@@ -1,5 +1,7 @@
 """What `mblm generate` and `mblm demo` do with bytes: read a prompt, stream what is generated."""
 
+from __future__ import annotations
+
 import os
 import sys
 import time
@@ -8,31 +10,63 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-import mblm
+from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE
+from mblm.utils import interrupt
 from mblm.utils.stream import ByteStreamer, Writable
 
 if TYPE_CHECKING:
     import torch
+
+    from mblm import MBLM
+
+DEFAULT_BYTES = 256
 
 
 def read_prompt(file: Path) -> bytes:
     return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
 
 
-def check_out(out: Path, checkpoint: str, *inputs: Path | None) -> None:
-    """Refuse to write where nothing can be written, or over what is read."""
-    from mblm.model.pretrained import CONFIG_FILE, WEIGHTS_FILE
+def how_many(asked: int | None, prompt: int, context: int | None) -> int:
+    """How many bytes to generate: those asked for, or as many as the context holds.
 
+    Raises:
+        ValueError: They do not fit after a prompt of so many bytes.
+    """
+    if context is None:
+        return DEFAULT_BYTES if asked is None else asked
+    room = context - prompt
+    if room < 0 or (room == 0 and asked is None):
+        raise ValueError(
+            f"--prompt: {prompt} bytes {'exceed' if room < 0 else 'fill'} the context of {context} "
+            "bytes: nothing can follow; give the last of them"
+        )
+    if asked is not None and asked > room:
+        raise ValueError(
+            f"--bytes: {asked} bytes after a prompt of {prompt} exceed the context of {context} "
+            f"bytes; {room} fit"
+        )
+    return min(room, DEFAULT_BYTES) if asked is None else asked
+
+
+def load(checkpoint: Path, config: Path | None, device: str | None) -> MBLM:
+    """The model of a folder or a ``.pth`` file, on a device that works."""
+    from mblm import MBLM
+    from mblm.model.pretrained import load_checkpoint
+
+    return load_checkpoint(MBLM, checkpoint, config_file=config, map_location=find_device(device))
+
+
+def check_out(out: Path, checkpoint: Path, *inputs: Path | None) -> None:
+    """Refuse to write where nothing can be written, or over what is read."""
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out: {out} is a folder or in a folder that does not exist")
-    of_model = Path(checkpoint)
-    of_model_files = (of_model, of_model / CONFIG_FILE, of_model / WEIGHTS_FILE)
-    for file in (*of_model_files, of_model.with_name("config.yaml"), *inputs):
+    of_model = [checkpoint, checkpoint / CONFIG_FILE, checkpoint / WEIGHTS_FILE]
+    for file in (*of_model, checkpoint.with_name(RUN_CONFIG_FILE), *inputs):
         if out.exists() and file is not None and file.exists() and out.samefile(file):
             raise ValueError(f"--out: {out} is read by this command and would be lost")
 
 
-def find_device(name: str | None) -> "torch.device":
+def find_device(name: str | None) -> torch.device:
     """A device that works, by its name."""
     import torch
 
@@ -65,7 +99,7 @@ class LateFile:
 
 
 def stream(
-    model: mblm.MBLM,
+    model: MBLM,
     prompt: bytes,
     file: Writable | None = None,
     *,
@@ -83,15 +117,19 @@ def stream(
     )
     prime = torch.tensor(list(prompt), dtype=torch.long)
     start = time.perf_counter()
-    generated = model.generate(prime, streamer, seed=seed, **arguments)
+    with interrupt.raises():
+        generated = model.generate(prime, streamer, seed=seed, **arguments)
     if streamer.reader_left:  # what is still buffered must not fail when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     seconds = time.perf_counter() - start
-    count = len(generated) - len(prime)
-    newline = "\n" if to_terminal else ""
-    typer.echo(
-        f"{newline}{count} bytes in {seconds:.2f} s, {count / seconds:,.0f} bytes/s, seed {seed}",
-        err=True,
-    )
+    count = int((generated[len(prime) :] < 256).sum())  # other ids are no bytes
+    facts = [
+        f"{count} bytes in {seconds:.2f} s",
+        f"{count / seconds:,.0f} bytes/s",
+        f"seed {seed}",
+    ]
+    if len(generated) == model.max_length:
+        facts.insert(1, f"which fill the context of {model.max_length}")
+    typer.echo(("\n" if to_terminal else "") + ", ".join(facts), err=True)
     return 0

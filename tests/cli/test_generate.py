@@ -1,4 +1,4 @@
-"""The command line: what it writes where, its exit status, and its one-line errors."""
+"""`mblm generate`: the bytes it writes where, and what it refuses in one line."""
 
 import io
 import json
@@ -6,97 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import yaml
 
-import mblm
 from mblm import MBLM
 from mblm.cli import main
-from mblm.train.evaluate import evaluate
 from mblm.utils.io import save_model_state
+from tests.cli.program import COUNT, ENVIRONMENT, Run, command, expected
 from tests.models import model, transformer
-
-COUNT = 12  # bytes that a test generates
-
-
-class Result(NamedTuple):
-    status: int
-    out: bytes
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The error, which is one line, and all there is."""
-        assert self.out == b""
-        assert self.err.startswith("mblm: error: ") and self.err.count("\n") == 1, self.err
-        return self.err
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `mblm` in this process."""
-
-    def call(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["mblm", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capfdbinary.readouterr()
-        return Result(stopped.value.code or 0, out, err.decode())
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def bytes_model() -> MBLM:
-    torch.manual_seed(0)
-    block = transformer(pos_emb_type=None)
-    return model(block, seq_lens=[8, 4], num_tokens=257, num_layers=[1, 1])
-
-
-@pytest.fixture
-def saved(bytes_model: MBLM, tmp_path: Path) -> Path:
-    """The model in a folder."""
-    bytes_model.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
-
-
-@pytest.fixture
-def run_folder(bytes_model: MBLM, tmp_path: Path) -> Path:
-    """The model as a training run leaves it: ``.pth`` and ``config.yaml``."""
-    folder = tmp_path / "run"
-    save_model_state(folder, "model_top0", bytes_model, 1.5)
-    params = {**bytes_model.config.model_dump(), "input_seq_len": 32}
-    config = {"params": params, "train": {"batch_size": 1}, "io": {}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder
-
-
-def expected(model: MBLM, prompt: bytes = b"", **arguments: object) -> bytes:
-    """What `MBLM.generate` gives after the prompt."""
-    prime = torch.tensor(list(prompt), dtype=torch.long)
-    arguments = {"filter_thres": 0.9, "seed": 1, "num_tokens_to_generate": COUNT} | arguments
-    ids = model.generate(prime, enable_progress=False, **arguments)
-    return bytes(i for i in ids[len(prompt) :].tolist() if i < 256)
-
-
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "mblm", *map(str, args)]
-
-
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(Path(mblm.__file__).parents[1]),
-    "PYTHONWARNINGS": "ignore",
-}
-
 
 # -- generate: the bytes ---------------------------------------------------------------------------
 
@@ -191,7 +111,7 @@ def test_out_is_written_and_replaced(
 def test_checkpoint_of_a_training_run(
     run: Run, run_folder: Path, bytes_model: MBLM, tmp_path: Path
 ) -> None:
-    arguments = ["generate", run_folder / "model_top0.pth", "--seed", 1, "--bytes", COUNT]
+    arguments = ["generate", run_folder / "model_top1.pth", "--seed", 1, "--bytes", COUNT]
     assert run(*arguments).out == expected(bytes_model)
     elsewhere = (run_folder / "config.yaml").rename(tmp_path / "other.yml")
     assert "config.yaml" in run(*arguments).error
@@ -253,7 +173,7 @@ def test_an_interrupt_ends_quietly(saved: Path) -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--temperature", "0"], "temperature: expected a finite number > 0, got 0.0"),
+        (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--filter-thres", "1.5"], "filter_thres: expected a number in [0, 1], got 1.5"),
         (["--top-p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
@@ -280,7 +200,7 @@ def test_bad_arguments_are_one_line(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["generate"], "checkpoint"),
+        (["generate"], "MODEL"),
         (["generate", "x", "--bytes", "-1"], "--bytes"),
         (["generate", "x", "--bytes", "many"], "--bytes"),
         (["generate", "x", "--prompt", "a", "--prompt-file", "b"], "at most one of --prompt"),
@@ -294,12 +214,38 @@ def test_usage_errors_are_one_line(run: Run, arguments: list[str], message: str)
     assert result.status == 2 and message in result.error
 
 
-def test_ids_outside_the_vocabulary_and_beyond_the_context(run: Run, tmp_path: Path) -> None:
-    model(transformer(), seq_lens=[4, 4], num_tokens=100).save_pretrained(tmp_path / "m")
-    arguments = ["generate", tmp_path / "m"]
+@pytest.fixture
+def narrow(tmp_path: Path) -> Path:
+    """A model with a context of 16 bytes, in a folder."""
+    model(transformer(), seq_lens=[4, 4], num_tokens=100).save_pretrained(tmp_path / "narrow")
+    return tmp_path / "narrow"
+
+
+def test_ids_outside_the_vocabulary_and_beyond_the_context(run: Run, narrow: Path) -> None:
+    arguments = ["generate", narrow]
     assert "token id 122 at position (1,)" in run(*arguments, "--prompt", "az").error
     assert "17 bytes exceed the context of 16 bytes" in run(*arguments, "--prompt", "a" * 17).error
-    assert "exceed the context of 16 bytes" in run(*arguments, "--bytes", 17).error
+    assert "16 bytes fill the context of 16 bytes" in run(*arguments, "--prompt", "a" * 16).error
+    error = run(*arguments, "--bytes", 14, "--prompt", "abc").error
+    assert "--bytes: 14 bytes after a prompt of 3 exceed the context of 16 bytes; 13 fit" in error
+
+
+@pytest.mark.parametrize("prompt", ["", "abc"])
+def test_writes_what_the_context_holds(run: Run, narrow: Path, prompt: str) -> None:
+    result = run("generate", narrow, "--prompt", prompt)
+    count = 16 - len(prompt)
+    assert len(result.out) == count
+    assert result.err.startswith(f"{count} bytes in ")
+    assert ", which fill the context of 16, " in result.err
+
+
+def test_tells_how_many_bytes_were_written(run: Run, tmp_path: Path) -> None:
+    special = model(transformer(pos_emb_type=None), seq_lens=[4, 4], num_tokens=257)
+    special.to_logits.bias.data[250] = special.to_logits.bias.data[256] = 99  # a byte, and none
+    special.save_pretrained(tmp_path / "m")
+    result = run("generate", tmp_path / "m", "--bytes", 40)
+    assert 0 < len(result.out) < 40
+    assert result.err.startswith(f"{len(result.out)} bytes in ")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -330,18 +276,18 @@ def test_bad_config_of_a_training_run(
     run: Run, run_folder: Path, config: str, message: str
 ) -> None:
     (run_folder / "config.yaml").write_text(config)
-    error = run("generate", run_folder / "model_top0.pth").error
-    assert "config.yaml" in error and message in error
+    error = run("generate", run_folder / "model_top1.pth").err
+    assert "config.yaml" in error.splitlines()[0] and message in error
 
 
 def test_bad_weights_of_a_training_run(run: Run, run_folder: Path) -> None:
-    file = run_folder / "model_top0.pth"
-    save_model_state(run_folder, "model_top0", model(transformer(), seq_lens=[2, 2]), 1.0)
+    file = run_folder / "model_top1.pth"
+    save_model_state(run_folder, "model_top1", model(transformer(), seq_lens=[2, 2]), 1.0)
     assert "does not fit MBLM" in run("generate", file).error
     file.write_bytes(b"not a checkpoint")
     assert "cannot be read as a checkpoint" in run("generate", file).error
     file.unlink()
-    assert "model_top0.pth: no such file" in run("generate", file).error
+    assert "model_top1.pth: no such file" in run("generate", file).error
 
 
 def test_no_such_checkpoint(run: Run, tmp_path: Path) -> None:
@@ -351,7 +297,7 @@ def test_no_such_checkpoint(run: Run, tmp_path: Path) -> None:
 def test_out_never_replaces_what_is_read(run: Run, saved: Path, run_folder: Path) -> None:
     prompt = saved.parent / "prompt"
     prompt.write_bytes(b"a")
-    checkpoint = run_folder / "model_top0.pth"
+    checkpoint = run_folder / "model_top1.pth"
     for arguments in (
         [saved, "--out", saved / "model.safetensors"],
         [saved, "--out", saved / "config.json"],
@@ -379,92 +325,3 @@ def test_a_bug_shows_its_traceback(
     monkeypatch.setattr(sys, "argv", ["mblm", "generate", str(saved)])
     with pytest.raises(KeyError, match="a bug"):
         main()
-
-
-# -- eval, plot and overview -----------------------------------------------------------------------
-
-
-def test_eval(run: Run, saved: Path, bytes_model: MBLM, tmp_path: Path) -> None:
-    files = [tmp_path / "a", tmp_path / "b"]
-    files[0].write_bytes(b"abc" * 9)
-    files[1].write_bytes(b"xyz" * 3)
-    scores = evaluate(bytes_model, files, length=8)
-    facts = json.loads(run("eval", saved, *files, "--length", 8, "--json").out)
-    assert [row["file"] for row in facts["files"]] == [str(file) for file in files]
-    bits = [score.bits_per_byte for score in scores]
-    assert [row["bits_per_byte"] for row in facts["files"]] == pytest.approx(bits)
-    assert facts["bytes"] == 36
-    assert facts["bits_per_byte"] == pytest.approx((27 * bits[0] + 9 * bits[1]) / 36)
-
-    table = run("eval", saved, *files, "--length", 8, "--batch-size", 2).out.decode()
-    assert table.splitlines()[-1].split() == ["in", "all", "36", f"{facts['bits_per_byte']:.4f}"]
-
-
-def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").write_bytes(b"")
-    assert run("eval", saved, tmp_path / "empty").out.split()[-2:] == [b"0", b"-"]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["eval", "SAVED", "absent.txt"], "absent.txt: No such file"),
-        (["eval", "absent", "absent.txt"], "neither a folder nor a model id"),
-        (["eval", "SAVED", "FILE", "--length", -1], "at least 1"),
-        (["eval", "SAVED", "FILE", "--batch-size", 0], "at least 1"),
-        (["plot", "absent.csv"], "absent.csv: No such file"),
-        (["plot", "FILE"], "not a run's losses"),
-        (["overview", "absent.yaml"], "absent.yaml"),
-        (["overview", "FILE"], "not a YAML file"),
-        (["train", "absent.yaml"], "absent.yaml"),
-        (["train", "FILE"], "not a YAML file"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_bad_files_are_one_line(
-    run: Run, saved: Path, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    (tmp_path / "file").write_bytes(b"abc")
-    given = {"SAVED": saved, "FILE": tmp_path / "file"}
-    result = run(*(given.get(word, word) for word in arguments))
-    assert result.status == 1 and message in result.error
-
-
-def test_plot(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    (tmp_path / "loss.csv").write_text(
-        "gpu_rank,elements_seen,kind,loss,lr\n0,10,train,2,0.1\n0,10,valid,1,-1\n"
-    )
-    result = run("plot", tmp_path, "--out", tmp_path / "curves.png")
-    assert result == (0, b"", "")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "svgz2" in run("plot", tmp_path, "--out", tmp_path / "curves.svgz2").error
-
-
-def test_overview(run: Run, run_folder: Path, bytes_model: MBLM) -> None:
-    file = run_folder / "config.yaml"
-    text = run("overview", file, file).out.decode()
-    count = sum(p.numel() for p in bytes_model.parameters())
-    assert text.count(f"{file}: {count:,} parameters, a context of 32 bytes") == 2
-
-
-# -- The other commands ----------------------------------------------------------------------------
-
-
-def test_version_and_help(run: Run) -> None:
-    assert run("--version").out.decode() == f"mblm {mblm.__version__}\n"
-    assert run().out == run("--help").out
-    for name in ("generate", "train", "eval", "plot", "overview", "info", "demo"):
-        assert f"\n  {name} ".encode() in run("--help").out
-        assert run(name, "--help").out.startswith(f"Usage: mblm {name}".encode())
-
-
-def test_info(run: Run) -> None:
-    text = run("info").out.decode()
-    facts = json.loads(run("info", "--json").out)
-    assert facts["mblm"] == mblm.__version__
-    assert facts["native kernels"]["loaded"] == mblm.build_info()["loaded"]
-    assert facts["missing"] == mblm.build_info()["missing"]
-    assert facts["packages"]["Pillow"] is None or facts["packages"]["Pillow"] in text
-    for fact in (mblm.__version__, facts["python"], str(torch.__version__), *facts["missing"]):
-        assert fact in text

@@ -11,6 +11,13 @@ import mblm
 from mblm.train.evaluate import Score, evaluate
 
 
+def check_files(files: Sequence[Path]) -> None:
+    """Refuse models among the texts: a glob may name several."""
+    for file in files:
+        if file.suffix == ".pth":
+            raise ValueError(f"{file} is a model and no text; of several models evaluate each")
+
+
 def evaluate_files(
     model: mblm.MBLM, files: Sequence[Path], length: int | None, batch_size: int
 ) -> dict[str, Any]:

@@ -5,14 +5,16 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 import mblm
-from mblm.cli_generate import LateFile, check_out, find_device, read_prompt, stream
-from mblm.cli_info import collect_facts, format_facts
-from mblm.utils.errors import describe
+from mblm.cli.generate import LateFile, check_out, how_many, load, read_prompt, stream
+from mblm.cli.info import collect_facts, format_facts
+from mblm.model.find import find_model, find_run
+from mblm.utils import interrupt
+from mblm.utils.imports import import_modules
 
 # Typer's own usage errors; their class is in click or in typer's copy of it.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -22,22 +24,60 @@ app = typer.Typer(
 )
 
 
-def main() -> NoReturn:
-    """Run the command line and exit; expected errors are one line on standard error."""
+def run() -> int:
+    """Run the command that the arguments name; returns the exit status."""
     try:
-        status = app(prog_name="mblm", standalone_mode=False)
+        status: int | None = app(prog_name="mblm", standalone_mode=False)
+        sys.stdout.flush()  # which may fail: the disk is full
     except UsageError as error:
-        status = _fail(f"{error.format_message()} (try --help)", 2)
+        return _fail(f"{' '.join(error.format_message().split())} (try --help)", 2)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
-        status = _fail(describe(error))
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130
-    sys.exit(status)
+        from mblm.utils.errors import describe
+
+        return _fail(describe(error))
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    return status or 0
 
 
 def _fail(message: str, status: int = 1) -> int:
-    typer.echo(f"mblm: error: {' '.join(message.split())}", err=True)
+    typer.echo(f"mblm: error: {message}", err=True)
     return status
+
+
+def _import(names: list[str] | None) -> list[str]:
+    """Import a user's modules as soon as the option is read: commands look blocks up by name."""
+    import_modules(names or ())
+    return names or []
+
+
+# What several commands take.
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder from save_pretrained, a training run's folder, its .pth file, latest (the "
+        "newest run in data/output; of another folder FOLDER/latest), or a model's id on the hub.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:1. [default: cuda if available]")
+]
+RunConfig = Annotated[
+    Path | None, typer.Option(help="The config.yaml of a .pth file, if not beside it.")
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=_import,
+        help="Import this Python module first, which registers blocks or datasets of your own; "
+        "may be given several times.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -51,8 +91,9 @@ def _root(
     Examples:
       mblm demo                                      train a small model, let it write Python
       mblm generate mblm-demo --prompt "class "      go on writing from a saved model
-      mblm eval mblm-demo program.py                 bits per byte of files
       mblm train configs/small_2d_st.yaml            train from a configuration
+      mblm generate latest --prompt "The "           write with what was trained last
+      mblm eval latest book.txt                      bits per byte of files
       mblm info                                      what is installed, compiled and missing
     """
     if version:
@@ -63,13 +104,7 @@ def _root(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="A folder from save_pretrained, the id of a model on the hub, or a .pth file "
-            "with its config.yaml beside it."
-        ),
-    ],
+    model: Model,
     prompt: Annotated[str | None, typer.Option(help="What comes before the bytes.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="The same from a file; - is standard input.")
@@ -78,8 +113,13 @@ def generate(
         Path | None, typer.Option(help="Write to this file. [default: standard output]")
     ] = None,
     num_bytes: Annotated[
-        int, typer.Option("--bytes", min=0, help="How many bytes to generate.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            "--bytes",
+            min=0,
+            help="How many bytes to generate. [default: 256, or as many as the context holds]",
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="Divides the logits: below 1, likely bytes get likelier.")
     ] = 1.0,
@@ -107,12 +147,9 @@ def generate(
             help="Read the weights rounded to this type: faster on a CPU, not quite the model.",
         ),
     ] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. [default: cuda if available]")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="The config.yaml of a .pth file, if not beside it.")
-    ] = None,
+    device: Device = None,
+    config: RunConfig = None,
+    imports: Imports = None,
 ) -> int:
     """Generate bytes with a saved model, written as they come.
 
@@ -122,25 +159,22 @@ def generate(
     Examples:
       mblm generate mblm-demo --prompt "def "
       mblm generate mblm-demo --prompt-file story.txt --bytes 1000 --out more.txt
-      mblm generate run/model_top0.pth --temperature 0.7 --stop END --seed 1
-      mblm generate mblm-demo --filter-thres 1 | head -c 100
+      mblm generate runs/latest --temperature 0.7 --stop END --seed 1
+      mblm generate run/model_top1.pth --filter-thres 1 | head -c 100
       mblm generate mblm-demo --weights int8 --bytes 10000 --out much.txt
     """
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("pass at most one of --prompt and --prompt-file")
-    from mblm.model.pretrained import load_checkpoint
-
+    checkpoint = find_model(model)
     prime = os.fsencode(prompt or "") if prompt_file is None else read_prompt(prompt_file)
     if out is not None:
         check_out(out, checkpoint, prompt_file, config)
-    model = load_checkpoint(
-        mblm.MBLM, checkpoint, config_file=config, map_location=find_device(device)
-    )
+    loaded = load(checkpoint, config, device)
     return stream(
-        model,
+        loaded,
         prime,
         None if out is None else LateFile(out),
-        num_tokens_to_generate=num_bytes,
+        num_tokens_to_generate=how_many(num_bytes, len(prime), loaded.max_length),
         temperature=temperature,
         filter_thres=filter_thres,
         top_p=top_p,
@@ -180,6 +214,7 @@ def train(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Where the machines meet, on one of them."),
     ] = None,
+    imports: Imports = None,
 ) -> None:
     """Train a model as a configuration says, in one process or many.
 
@@ -190,6 +225,7 @@ def train(
       mblm train configs/small_2d_st.yaml --set io.dataset_dir=my-texts
       mblm train experiment.yaml --nproc 4 --set train.batch_size=4
       mblm train experiment.yaml --resume latest
+      mblm train experiment.yaml --import my_blocks
       mblm train experiment.yaml --nnodes 2 --node-rank 0 --rdzv-endpoint first:29400
     """
     from mblm.train.launch import launch
@@ -198,6 +234,7 @@ def train(
         config,
         settings=settings or (),
         resume=resume,
+        imports=imports or (),
         nproc=nproc,
         nnodes=nnodes,
         node_rank=node_rank,
@@ -207,20 +244,15 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A folder, hub id or .pth file, as for generate.")
-    ],
+    model: Model,
     files: Annotated[list[Path], typer.Argument(help="The files, of any length.")],
     length: Annotated[
         int | None, typer.Option(help="Bytes of a window. [default: the model's context]")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows that are looked at together.")] = 8,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. [default: cuda if available]")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="The config.yaml of a .pth file, if not beside it.")
-    ] = None,
+    device: Device = None,
+    config: RunConfig = None,
+    imports: Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Tell how well a model predicts files: bits per byte of each, and in all.
@@ -232,37 +264,42 @@ def evaluate(
     \b
     Examples:
       mblm eval mblm-demo program.py
-      mblm eval run/model_top1.pth *.txt --length 1024 --json
+      mblm eval latest *.txt --length 1024 --json
     """
-    from mblm.cli_eval import evaluate_files, format_scores
-    from mblm.model.pretrained import load_checkpoint
+    from mblm.cli.evaluate import check_files, evaluate_files, format_scores
 
-    model = load_checkpoint(
-        mblm.MBLM, checkpoint, config_file=config, map_location=find_device(device)
-    )
-    scores = evaluate_files(model, files, length, batch_size)
+    check_files(files)
+    loaded = load(find_model(model), config, device)
+    scores = evaluate_files(loaded, files, length, batch_size)
     typer.echo(json.dumps(scores, indent=2) if as_json else format_scores(scores))
 
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their loss.csv.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Folders of runs, their loss.csv or .pth, latest or FOLDER/latest."),
+    ],
     out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")] = Path("loss.png"),
 ) -> None:
     """Draw loss and learning rate of training runs.
 
     \b
-    Example:
+    Examples:
+      mblm plot latest
       mblm plot data/output/shakespeare_* --out curves.png
     """
+    from mblm.train.plot import LOSS_FILE
     from mblm.train.plot import plot as plot_runs
 
-    plot_runs(runs, out)
+    curves = plot_runs([find_run(run, holds=LOSS_FILE) for run in runs], out)
+    typer.echo(f"Wrote {out}: {', '.join(run.name for run in curves)}")
 
 
 @app.command()
 def overview(
     configs: Annotated[list[Path], typer.Argument(help="YAML files of experiments or models.")],
+    imports: Imports = None,
 ) -> None:
     """Tell what configurations make: layers, parameters, context, memory in training.
 
@@ -273,6 +310,19 @@ def overview(
     from mblm.train.overview import format_overview, load_overview
 
     typer.echo("\n\n".join(format_overview(file, load_overview(file)) for file in configs))
+
+
+@app.command()
+def config(imports: Imports = None) -> None:
+    """Print the JSON schema of an experiment's YAML file, for editors and other programs.
+
+    \b
+    Example:
+      mblm config > experiment.schema.json
+    """
+    from mblm.train.schema import experiment_schema
+
+    typer.echo(json.dumps(experiment_schema(), indent=2))
 
 
 @app.command()
@@ -307,7 +357,8 @@ def demo(
     """
     from mblm.demo import FILTER_THRES, TEMPERATURE, train_demo
 
-    model = train_demo(minutes * 60, out, seed)
+    with interrupt.raises():
+        model = train_demo(minutes * 60, out, seed)
     typer.echo(f"Saved the model in {out}. What it writes after the prompt:\n", err=True)
     typer.echo(prompt, nl=False)
     return stream(

@@ -1,0 +1,34 @@
+"""The command line, `mblm …`: how it begins and ends; its commands are in `app`.
+
+Nothing that takes time is imported here, so that Ctrl-C is answered quietly from the beginning.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+from mblm.utils import interrupt
+
+
+def main() -> NoReturn:
+    """Run the command line and exit.
+
+    Expected errors are told on standard error and end with 1, wrong usage with 2. Ctrl-C ends with
+    130, a reader of standard output that leaves with 1, and neither is told.
+    """
+    if sys.stdout is None:  # closed by whoever called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    with interrupt.ends_at_once():
+        try:
+            from mblm.cli.app import run
+
+            status = run()
+        except KeyboardInterrupt:
+            status = interrupt.EXIT_STATUS
+        except BrokenPipeError:
+            status = 1
+        try:
+            sys.stdout.flush()
+        except OSError:  # told already; Python would fail with it again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

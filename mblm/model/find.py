@@ -1,0 +1,83 @@
+"""Find a model or a training run by what a person types: a folder, a `.pth` file, `latest`."""
+
+import os
+import re
+from pathlib import Path
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+RUN_CONFIG_FILE = "config.yaml"
+
+DEFAULT_RUNS = Path("data", "output")
+"""Where the runs of the configurations that come with this package go."""
+
+LATEST = "latest"
+_BEST = "*_top*.pth"
+
+
+def find_model(name: str | os.PathLike[str]) -> Path:
+    """The folder or the ``.pth`` file of a model.
+
+    Args:
+        name: A folder that ``save_pretrained`` wrote; a ``.pth`` file; a run's folder, for its best
+            model; ``latest`` or ``FOLDER/latest``, for that of the newest run in ``data/output`` or
+            in ``FOLDER`` that has one. Anything else is returned as it is: it may be a model's id.
+
+    Raises:
+        FileNotFoundError: There is no such run, or it has no model yet.
+    """
+    path = Path(name).expanduser()
+    if _is_latest(path):
+        return _best_of(_newest_run(path, holds=_BEST))
+    if path.is_dir() and not (path / CONFIG_FILE).exists():
+        if (path / RUN_CONFIG_FILE).exists():
+            return _best_of(path)
+        if any(path.glob(f"*/{RUN_CONFIG_FILE}")):
+            raise FileNotFoundError(f"{path} holds runs: name one, or the newest, {path / LATEST}")
+    return path
+
+
+def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:
+    """The folder of a run.
+
+    Args:
+        name: As for `find_model`, the run of that model. Anything else is returned as it is.
+        holds: What the newest run must have, a glob.
+
+    Raises:
+        FileNotFoundError: There is no such run.
+    """
+    path = Path(name).expanduser()
+    if _is_latest(path):
+        return _newest_run(path, holds=holds)
+    if path.suffix == ".pth" or path.name == RUN_CONFIG_FILE:
+        return path.parent
+    return path
+
+
+def _is_latest(path: Path) -> bool:
+    return path.name == LATEST and not path.exists()
+
+
+def _newest_run(path: Path, *, holds: str) -> Path:
+    folder = DEFAULT_RUNS if path == Path(LATEST) else path.parent
+    runs = [
+        file
+        for file in folder.glob(f"*/{RUN_CONFIG_FILE}")
+        if next(file.parent.glob(holds), None) is not None
+    ]
+    if not runs:
+        raise FileNotFoundError(
+            f"{path}: no run with {holds} in {folder}; of another folder the newest is "
+            f"FOLDER/{LATEST}"
+        )
+    return max(runs, key=lambda file: file.stat().st_mtime_ns).parent
+
+
+def _best_of(run: Path) -> Path:
+    """A run's best model; the files are numbered, the best first."""
+    numbered = [(re.search(r"_top(\d+)\.pth$", file.name), file) for file in run.glob(_BEST)]
+    files = [(int(match[1]), file) for match, file in numbered if match]
+    if not files:
+        raise FileNotFoundError(f"{run}: this run has saved no model yet")
+    return min(files)[1]

@@ -1,0 +1,206 @@
+"""The command line: its commands beside `generate`, how it starts and ends."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mblm
+from mblm import MBLM
+from mblm.model.config import block_registry
+from mblm.train.evaluate import evaluate
+from tests.cli.program import ENVIRONMENT, Run, command
+from tests.models import model, transformer
+
+# -- eval, plot and overview -----------------------------------------------------------------------
+
+
+def test_eval(run: Run, saved: Path, bytes_model: MBLM, tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    files[0].write_bytes(b"abc" * 9)
+    files[1].write_bytes(b"xyz" * 3)
+    scores = evaluate(bytes_model, files, length=8)
+    facts = json.loads(run("eval", saved, *files, "--length", 8, "--json").out)
+    assert [row["file"] for row in facts["files"]] == [str(file) for file in files]
+    bits = [score.bits_per_byte for score in scores]
+    assert [row["bits_per_byte"] for row in facts["files"]] == pytest.approx(bits)
+    assert facts["bytes"] == 36
+    assert facts["bits_per_byte"] == pytest.approx((27 * bits[0] + 9 * bits[1]) / 36)
+
+    table = run("eval", saved, *files, "--length", 8, "--batch-size", 2).out.decode()
+    assert table.splitlines()[-1].split() == ["in", "all", "36", f"{facts['bits_per_byte']:.4f}"]
+
+
+def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    assert run("eval", saved, tmp_path / "empty").out.split()[-2:] == [b"0", b"-"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["eval", "SAVED", "absent.txt"], "absent.txt: No such file"),
+        (["eval", "absent", "absent.txt"], "neither a folder nor a model id"),
+        (["eval", "SAVED", "FILE", "--length", -1], "at least 1"),
+        (["eval", "SAVED", "FILE", "--batch-size", 0], "at least 1"),
+        (["eval", "SAVED", "FILE", "absent.pth"], "absent.pth is a model and no text"),
+        (["eval", "SAVED", "."], ".: Is a directory"),
+        (["plot", "absent.csv"], "absent.csv: No such file"),
+        (["plot", "FILE"], "not a run's losses"),
+        (["overview", "absent.yaml"], "absent.yaml"),
+        (["overview", "FILE"], "not a YAML file"),
+        (["train", "absent.yaml"], "absent.yaml"),
+        (["train", "FILE"], "not a YAML file"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_files_are_one_line(
+    run: Run, saved: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    given = {"SAVED": saved, "FILE": tmp_path / "file"}
+    result = run(*(given.get(word, word) for word in arguments))
+    assert result.status == 1 and message in result.error
+
+
+def test_plot(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "loss.csv").write_text(
+        "gpu_rank,elements_seen,kind,loss,lr\n0,10,train,2,0.1\n0,10,valid,1,-1\n"
+    )
+    result = run("plot", tmp_path, "--out", tmp_path / "curves.png")
+    assert result == (0, f"Wrote {tmp_path}/curves.png: {tmp_path.name}\n".encode(), "")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "svgz2" in run("plot", tmp_path, "--out", tmp_path / "curves.svgz2").error
+
+
+def test_overview(run: Run, run_folder: Path, bytes_model: MBLM) -> None:
+    file = run_folder / "config.yaml"
+    text = run("overview", file, file).out.decode()
+    count = sum(p.numel() for p in bytes_model.parameters())
+    assert text.count(f"{file}: {count:,} parameters, a context of 32 bytes") == 2
+
+
+def test_the_newest_run_is_found_by_every_command(
+    run: Run, run_folder: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"abc")
+    (run_folder / "loss.csv").write_text(
+        "gpu_rank,elements_seen,kind,loss,lr\n0,10,train,2,0.1\n0,10,valid,1,-1\n"
+    )
+    arguments = ["--seed", 1, "--bytes", 20]
+    written = run("generate", saved, *arguments).out
+    scored = run("eval", saved, "text").out
+    for name in (run_folder, f"{tmp_path}/latest", run_folder / "model_top1.pth"):
+        assert run("generate", name, *arguments).out == written
+        assert run("eval", name, "text").out == scored
+        assert run("plot", name).out == b"Wrote loss.png: run\n"
+    assert "latest: no run with *_top*.pth in data/output" in run("generate", "latest").error
+    assert "saved: No such file" not in run("plot", saved).error
+
+
+# -- The other commands ----------------------------------------------------------------------------
+
+
+def test_modules_of_the_user_register_blocks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(block_registry, "_blocks", dict(block_registry._blocks))
+    (tmp_path / "my_blocks_for_a_test.py").write_text(
+        "from typing import Literal\n"
+        "from mblm import TransformerBlock\n"
+        "from mblm.model.config import block_registry\n"
+        "@block_registry.register()\n"
+        "class MyBlock(TransformerBlock):\n"
+        "    block_type: Literal['mine'] = 'mine'\n"
+    )
+    fields = model(transformer(), seq_lens=[2, 2]).config.model_dump()
+    fields["block"]["block_type"] = "mine"
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(fields))
+    assert "block" in run("overview", "m.yaml").error
+    assert "MyBlock" not in run("config").out.decode()
+    assert "no module absent" in run("config", "--import", "absent").error
+
+    imported = ["--import", "my_blocks_for_a_test"]
+    assert "1 mine" in run("overview", "m.yaml", *imported).out.decode()
+    assert "MyBlock" in json.loads(run("config", *imported).out)["$defs"]
+    for name in ("generate", "eval", "train"):
+        assert "--import" in run(name, "--help").out.decode()
+
+
+def test_asking_for_little_takes_little() -> None:
+    """Version and help import no torch."""
+    for arguments in (["--version"], ["--help"], ["generate", "--help"], ["train", "--help"]):
+        code = (
+            "import sys, mblm.cli\n"
+            f"sys.argv = ['mblm', *{arguments}]\n"
+            "try: mblm.cli.main()\n"
+            "finally: print(*sys.modules, file=sys.stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.stdout != "" and done.returncode == 0
+        assert {"torch", "numpy", "mblm.model.config"}.isdisjoint(done.stderr.split())
+
+
+@pytest.mark.parametrize("where", ["closed", "left", "full"])
+def test_a_standard_output_that_takes_nothing(where: str) -> None:
+    redirection = {"closed": ">&-", "left": "| true", "full": ">/dev/full"}[where]
+    program = shlex.join(command("--help"))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {program} {redirection}"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    error = "mblm: error: [Errno 28] No space left on device\n" if where == "full" else ""
+    assert done.stderr == error
+    assert done.returncode == 0 if where == "closed" else done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.1, 0.3, 0.6, 1.0, 1.4, 1.8])
+def test_an_interrupt_while_starting_is_quiet(saved: Path, delay: float) -> None:
+    """Wherever it comes, also while torch is imported; unless Python itself has not begun."""
+    code = "import sys; print(flush=True); import mblm.cli; mblm.cli.main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "generate", str(saved), "--bytes", "1000000"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == b""
+    assert process.returncode == 130
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version").out.decode() == f"mblm {mblm.__version__}\n"
+    assert run().out == run("--help").out
+    for name in ("generate", "train", "eval", "plot", "overview", "info", "demo", "config"):
+        assert f"\n  {name} ".encode() in run("--help").out
+        assert run(name, "--help").out.startswith(f"Usage: mblm {name}".encode())
+
+
+def test_info(run: Run) -> None:
+    text = run("info").out.decode()
+    facts = json.loads(run("info", "--json").out)
+    assert facts["mblm"] == mblm.__version__
+    assert facts["native kernels"]["loaded"] == mblm.build_info()["loaded"]
+    assert facts["missing"] == mblm.build_info()["missing"]
+    assert facts["packages"]["Pillow"] is None or facts["packages"]["Pillow"] in text
+    for fact in (mblm.__version__, facts["python"], str(torch.__version__), *facts["missing"]):
+        assert fact in text

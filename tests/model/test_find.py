@@ -1,0 +1,96 @@
+"""What a person types for a model or a run: folders, files, the newest."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mblm import MBLM
+from mblm.model.find import find_model, find_run
+from mblm.utils.io import save_model_state
+from tests.models import model, transformer
+
+MODEL = "*_top*.pth"
+
+
+def make_run(folder: Path, time: int, *files: str) -> Path:
+    folder.mkdir(parents=True)
+    for file in ("config.yaml", *files):
+        (folder / file).touch()
+    os.utime(folder / "config.yaml", (time, time))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three runs, the newest of which has no model yet."""
+    monkeypatch.chdir(tmp_path)
+    runs = Path("data", "output")
+    make_run(runs / "a_2", 2, "a_top10.pth", "a_top2.pth", "loss.csv")
+    make_run(runs / "b_1", 1, "b_top1.pth")
+    make_run(runs / "a_3", 3, "loss.csv")
+    return runs
+
+
+@pytest.mark.parametrize("name", ["latest", "data/output/latest", "data/output/a_2"])
+def test_a_run_stands_for_its_best_model(runs: Path, name: str) -> None:
+    assert find_model(name) == runs / "a_2" / "a_top2.pth"
+    os.utime(runs / "b_1" / "config.yaml", (4, 4))
+    best = runs / ("b_1/b_top1.pth" if name.endswith("latest") else "a_2/a_top2.pth")
+    assert find_model(name) == best
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/name", "absent", "data/output/b_1/b_top1.pth", "x.pth", "data/output/b_1/x"]
+)
+def test_another_name_is_left_as_it_is(runs: Path, name: str) -> None:
+    assert find_model(name) == Path(name)
+
+
+def test_a_saved_folder_is_a_model_whatever_else_it_holds(runs: Path) -> None:
+    for folder in (runs, runs / "a_2"):
+        (folder / "config.json").touch()
+        assert find_model(folder) == folder
+
+
+def test_a_folder_called_latest_is_meant_where_there_is_one(runs: Path) -> None:
+    (runs / "latest").mkdir()
+    assert find_model("data/output/latest") == runs / "latest"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("data/output/a_3", "a_3: this run has saved no model yet"),
+        ("data/output", "data/output holds runs: name one, or the newest, data/output/latest"),
+        ("data/latest", r"data/latest: no run with \*_top\*.pth in data"),
+        ("absent/latest", "absent/latest: no run with"),
+    ],
+)
+def test_says_what_is_missing(runs: Path, name: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        find_model(name)
+
+
+def test_a_run_is_found_by_any_of_its_files(runs: Path) -> None:
+    for name in ("b_1", "b_1/b_top1.pth", "b_1/config.yaml"):
+        assert find_run(runs / name, holds=MODEL) == runs / "b_1"
+    assert find_run(runs / "b_1" / "loss.csv", holds=MODEL) == runs / "b_1" / "loss.csv"
+    assert find_run("latest", holds=MODEL) == runs / "a_2"
+    assert find_run("data/output/latest", holds="loss.csv") == runs / "a_3"
+
+
+def test_a_model_is_loaded_from_what_a_run_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = model(transformer(), seq_lens=[2, 2])
+    file = save_model_state("data/output/mine_1", "mine_top1", trained, 1.0)[1]
+    params = {**trained.config.model_dump(), "input_seq_len": 4}
+    file.with_name("config.yaml").write_text(yaml.safe_dump({"params": params}))
+    for name in ("latest", "data/output/latest", file.parent, str(file)):
+        loaded = MBLM.from_pretrained(name)
+        assert torch.equal(loaded.to_logits.weight, trained.to_logits.weight)
+        assert not loaded.training
