@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mblm.inference.sampling import gumbel_sample, top_k
-from mblm.utils.modes import lasting_tensors
+from mblm.utils.modes import is_lasting, lasting_tensors
 
 __all__ = ["RoPE", "count_params", "gumbel_sample", "top_k"]
 
@@ -60,9 +60,11 @@ class RoPE(nn.Module):
     def build_rope_cache(self, max_seq_len: int) -> None:
         """Compute cosines and sines ``(max_seq_len, dim / 2, 2)``, always in float32."""
         with lasting_tensors():
-            cache = self._rotations(0, max_seq_len)
+            self._keep(self._rotations(0, max_seq_len))
+
+    def _keep(self, cache: torch.Tensor) -> None:
         self.register_buffer("cache", cache, persistent=False)
-        self.max_seq_len = max_seq_len
+        self.max_seq_len = len(cache)
 
     def _rotations(self, first: int, end: int) -> torch.Tensor:
         steps = torch.arange(first, end, device=self.theta.device).float()
@@ -72,13 +74,18 @@ class RoPE(nn.Module):
     def rotation(self, first: int, count: int) -> torch.Tensor:
         """Cosines and sines of positions ``first .. first + count - 1``: (count, dim / 2, 2)."""
         end = first + count
-        if end > len(self.cache) and torch.compiler.is_compiling():
+        if end > len(self.cache) and not torch.compiler.is_compiling():
+            self._grow(end)
+        if end > len(self.cache):  # in a trace or a transform, which ends
             return self._rotations(first, end)
-        if end > len(self.cache):
-            with _GROWTH:
-                if end > len(self.cache):  # another thread may have been here
-                    self.build_rope_cache(max(end, 2 * len(self.cache)))
         return self.cache[first:end]
+
+    def _grow(self, end: int) -> None:
+        with _GROWTH, lasting_tensors():
+            if end > len(self.cache):  # another thread may have been here
+                cache = self._rotations(0, max(end, 2 * len(self.cache)))
+                if is_lasting(cache):
+                    self._keep(cache)
 
     def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Rotate ``x``.

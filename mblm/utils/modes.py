@@ -13,6 +13,13 @@ def lasting_tensors() -> Iterator[None]:
         yield
 
 
+def is_lasting(tensor: torch.Tensor) -> bool:
+    """Whether no transform (`torch.func`) and no tracing that ends will take it along."""
+    return type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    )
+
+
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that the caller may write to, keep, and use in a loss, in whatever mode."""
     with lasting_tensors():

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mblm.inference.sampling
 from mblm.model.utils import RoPE, count_params, gumbel_sample, top_k
@@ -44,12 +45,29 @@ class TestRoPE:
         rope(x).sum().backward()
         assert not rope.cache.requires_grad
 
+    @pytest.mark.parametrize("mode", ["gradient", "forward mode", "fake tensors", "export"])
+    def test_keeps_nothing_of_a_transform_or_trace(self, mode: str) -> None:
+        rope, x = RoPE(4, max_seq_len=3), torch.randn(1, 50, 1, 4)
+        expected = naive_rope(x, torch.arange(50)[None])
+        if mode == "gradient":
+            gradient = torch.func.grad(lambda x: (rope(x) * expected).sum())(x)
+            torch.testing.assert_close(gradient, x)
+        elif mode == "forward mode":
+            torch.testing.assert_close(torch.func.jvp(rope, (x,), (x,))[1], expected)
+        elif mode == "fake tensors":
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                assert rope(fake.from_tensor(x)).shape == x.shape
+        else:
+            torch.testing.assert_close(torch.export.export(rope, (x,)).module()(x), expected)
+        assert type(rope.cache) is torch.Tensor
+        torch.testing.assert_close(rope(x), expected)
+
     def test_grows_in_several_threads_at_once(self) -> None:
         x = torch.randn(1, 400, 1, 4)
         expected = RoPE(4, max_seq_len=400)(x)
         rope = RoPE(4, max_seq_len=1)
-        build = rope.build_rope_cache
-        rope.build_rope_cache = lambda count: (time.sleep(0.002), build(count))  # type: ignore[assignment]
+        compute = rope._rotations
+        rope._rotations = lambda first, end: (time.sleep(0.002), compute(first, end))[1]  # type: ignore[assignment]
 
         def rotate(count: int) -> bool:
             return torch.equal(rope(x[:, :count]), expected[:, :count])
