@@ -56,7 +56,7 @@ class MappedBytes:
         stop = min(stop, self._length)
         if not 0 <= start <= stop:
             raise IndexError(f"bytes {start} to {stop} of {self._length}")
-        ids = torch.empty(stop - start, dtype=dtype)
+        ids = torch.empty(stop - start, dtype=dtype, device="cpu")
         if self._separator_id is not None:  # what the files, copied over it, leave
             ids.fill_(self._separator_id)
         target = ids.numpy()

@@ -54,7 +54,7 @@ def saved_on_host() -> contextlib.AbstractContextManager[Any]:
         if isinstance(tensor, nn.Parameter) or not tensor.numel():
             return tensor
         pinned = tensor.device.type == "cuda"
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
         host.copy_(tensor, non_blocking=pinned)
         return tensor.device, host
 

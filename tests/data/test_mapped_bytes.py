@@ -55,6 +55,13 @@ def test_slices_are_those_of_a_tensor(tmp_path: Path) -> None:
     assert data.dtype == data[:2].dtype == torch.uint8
 
 
+def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    with torch.device("meta"):
+        ids = MappedBytes([tmp_path / "a"]).read(1, 3)
+    assert ids.tolist() == list(b"bc")
+
+
 def test_a_separator_above_255_needs_a_wider_dtype(tmp_path: Path) -> None:
     data = MappedBytes(write(tmp_path, b"ab", b"c"), separator_id=300)
     assert data[:].tolist() == [97, 98, 300, 99]

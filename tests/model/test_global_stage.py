@@ -70,6 +70,13 @@ def test_what_is_offloaded_is_a_copy_and_weights_are_not() -> None:
     torch.testing.assert_close(gradient, saved[0].sum(0)[:, None].expand(4, 4))
 
 
+def test_what_is_offloaded_goes_to_the_host_whatever_the_default_device_is() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.device("meta"), saved_on_host():
+        out = x.exp()
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], out)
+
+
 def test_an_empty_tensor_can_be_kept() -> None:
     x = torch.randn(0, 4, requires_grad=True)
     with saved_on_host():

@@ -36,7 +36,7 @@ class StopRequest:
     def __init__(self, group: "dist.ProcessGroup | None") -> None:
         self._group = group
         self._seen = 0
-        self._agreed = torch.zeros(1, dtype=torch.int64)
+        self._agreed = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._exchange: dist.Work | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 

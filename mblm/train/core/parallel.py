@@ -78,7 +78,7 @@ class Workers:
 
     def sum(self, *values: float) -> list[float]:
         """The sums of the workers' numbers."""
-        sums = torch.tensor(values, dtype=torch.float64)
+        sums = torch.tensor(values, dtype=torch.float64, device="cpu")
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         return sums.tolist()
