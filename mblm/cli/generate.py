@@ -110,8 +110,6 @@ def stream(
     import torch
 
     to_terminal = file is None and sys.stdout.isatty()
-    if to_terminal:
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     streamer = ByteStreamer(
         file or (sys.stdout if to_terminal else sys.stdout.buffer), decode_utf8=to_terminal
     )
