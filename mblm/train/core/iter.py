@@ -37,6 +37,8 @@ def epoch_cycler(
 ) -> Generator[EpochCyclerYield[T], None, None]:
     """Yield the items of a sequence again and again, an epoch being one time through.
 
+    An epoch without items is passed over; a sequence that never has any is waited for without end.
+
     Args:
         seq: Has a length, which may change between epochs, and can be iterated over repeatedly.
             If it has a method ``iter_from(batch)``, that skips what comes before ``start_batch``.
@@ -46,19 +48,16 @@ def epoch_cycler(
         max_iters: How many items to yield in all; endless by default.
 
     Raises:
-        IndexError: ``start_batch`` is not in the sequence.
-        ValueError: An epoch is empty.
+        IndexError: ``start_batch`` is not 0 and not in the sequence.
     """
-    if start_batch >= len(seq):
+    if start_batch and start_batch >= len(seq):
         raise IndexError(f"start_batch: {start_batch} is beyond a sequence of {len(seq)} items")
     epoch, yielded = start_epoch, 0
     while True:
         if before_new_epoch is not None:
             before_new_epoch(epoch)
-        items = _skip_to(seq, start_batch)
         length = len(seq)
-        if length == 0:
-            raise ValueError(f"epoch {epoch} is empty")
+        items = _skip_to(seq, start_batch) if length else iter(())
         for batch in range(start_batch, length):
             if yielded == max_iters:
                 return

@@ -192,9 +192,10 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         config, plan, position = self.config.train, run.plan, run.position
 
         def before_new_epoch(epoch: int) -> None:
-            self._log.info(f"Epoch {epoch}")
             train_dataset.offset_to(epoch)
             run.batches.epoch = epoch
+            if len(run.batches):
+                self._log.info(f"Epoch {epoch}")
 
         items = epoch_cycler(
             run.batches,
@@ -250,6 +251,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             now = self.config.model_dump(mode="json")
             changes = check_same_as_before(resumed.manifest, now, self._lineage, resumed.path)
             self._notes += [f"The configuration has changed: {change}" for change in changes]
+        train_dataset.offset_to(0)  # the epoch that has most batches
         batches = TrainBatches(self.get_train_dataloader(train_dataset))
         if len(batches) == 0:
             raise ValueError(

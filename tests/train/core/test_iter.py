@@ -51,7 +51,14 @@ def test_a_sequence_may_grow_between_epochs():
     ]
 
 
-def test_an_epoch_without_items_is_an_error_and_no_endless_loop():
-    items = [1]
-    with pytest.raises(ValueError, match="epoch 1 is empty"):
-        list(epoch_cycler(items, before_new_epoch=lambda epoch: epoch and items.clear()))
+def test_an_epoch_without_items_is_passed_over():
+    items = []
+
+    def fill_every_other(epoch):
+        items[:] = "ab" if epoch % 2 else ""
+
+    assert places(items, before_new_epoch=fill_every_other, max_iters=3) == [
+        (1, 0, "a", 1, 1),
+        (1, 1, "b", 2, 0),
+        (3, 0, "a", 3, 1),
+    ]

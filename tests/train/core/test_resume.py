@@ -124,6 +124,22 @@ def test_what_loader_workers_draw_is_the_same_after_a_stop(tmp_path, trainer):
     assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
 
 
+def test_a_run_stopped_before_an_epoch_without_batches_goes_on(tmp_path):
+    cfg: dict[str, Any] = {"batches": 3, "batch_size": 2}
+
+    def two_samples(samples=2):
+        return jobs.Ids(2)
+
+    whole = train_alone(jobs.Trainer, jobs.config(tmp_path / "whole", **cfg), two_samples)
+    StopsItself.stop_in = 1
+    with pytest.raises(TrainingInterrupted):
+        train_alone(StopsItself, jobs.config(tmp_path / "cut", **cfg), two_samples)
+    state = find_latest_state(jobs.run_of(tmp_path / "cut"))
+    cfg["resume"] = state
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path / "cut", **cfg), two_samples)
+    assert jobs.losses(run) == jobs.losses(whole)
+
+
 def test_the_own_loader_skips_without_loading(tmp_path):
     StopsItself.stop_in = 9
     with pytest.raises(TrainingInterrupted):

@@ -114,6 +114,15 @@ def test_epochs_are_offset_and_the_last_short_batch_is_dropped(tmp_path):
     assert dataset.seen[4:8] == [1, 9, 17, 25]
 
 
+def test_epochs_whose_offset_leaves_no_batch_are_passed_over(tmp_path):
+    dataset = jobs.Ids(2)  # any offset but 0 leaves one sample
+    trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path, batches=3, batch_size=2))
+    trainer.train(dataset, jobs.Ids(2))
+    assert dataset.seen == [0, 8] * 3
+    valid = [row for row in rows(trainer._folder.path) if row["kind"] == "valid"]
+    assert [row["epoch"] for row in valid] == ["0", "8", "16"]
+
+
 class Bad(jobs.Trainer):
     """Loses its loss in some batches."""
 
