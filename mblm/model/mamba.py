@@ -1,5 +1,6 @@
 """The Mamba stage block; its models are built by `mamba1` and `mamba2`."""
 
+import warnings
 from importlib.util import find_spec
 from typing import Literal
 
@@ -24,7 +25,7 @@ class MambaBlock(StageBlock):
         headdim: Channels of a head; Mamba-2 only.
         dropout: Dropout before the final norm, in training; Mamba-2 only.
         block_type: ``"mamba1"`` or ``"mamba2"``; either is built on any device. The default is
-            ``"mamba2"`` where ``mamba_ssm`` is installed, else ``"mamba1"``.
+            ``"mamba2"`` where ``mamba_ssm`` is installed, else ``"mamba1"``, with a warning.
     """
 
     d_state: PositiveInt
@@ -44,6 +45,13 @@ class MambaBlock(StageBlock):
             "expand": self.expand,
         }
         if self.block_type == "mamba1":
+            if "block_type" not in self.model_fields_set:
+                warnings.warn(
+                    "a Mamba block without block_type becomes a Mamba-1, because mamba_ssm is not "
+                    "installed; the published experiments are of Mamba-2. This line in the block "
+                    "decides it: `block_type: mamba2`, or `block_type: mamba1`",
+                    stacklevel=2,
+                )
             from mblm.model.mamba1 import Mamba1
 
             return Mamba1(**sizes)

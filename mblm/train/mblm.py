@@ -253,9 +253,14 @@ def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
             dataset = registry.retrieve(config.io.dataset_id)
 
             def part(mode: ModelMode, worker: int = 0, workers: int = 1) -> Any:
-                return dataset.from_train_entry_config(
-                    config, mode=mode, worker_id=worker, num_workers=workers
-                )
+                try:
+                    return dataset.from_train_entry_config(
+                        config, mode=mode, worker_id=worker, num_workers=workers
+                    )
+                except ValueError as error:
+                    raise ValueError(
+                        f"the {mode.value} part of the dataset {config.io.dataset_id!r}: {error}"
+                    ) from error
 
             training = part(ModelMode.TRAIN, run_vars.rank or 0, run_vars.world_size)
             validation = part(ModelMode.VALID)

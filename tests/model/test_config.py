@@ -1,6 +1,7 @@
 """Model configurations: what they accept and refuse, and that they survive every format."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -162,6 +163,20 @@ class TestBlockType:
         for found, name in ((None, "mamba1"), (object(), "mamba2")):
             monkeypatch.setattr("mblm.model.mamba.find_spec", lambda _, found=found: found)
             assert config(block=fields).block.block_type == name  # type: ignore[union-attr]
+
+    def test_mamba_without_one_says_what_it_becomes_and_what_decides_it(
+        self, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setattr("mblm.model.mamba.find_spec", lambda _: None)
+        fields = {"d_state": 4, "d_conv": 3, "expand": 2, "headdim": 4}
+        without = config(block=fields)
+        with pytest.warns(UserWarning, match="becomes a Mamba-1.*`block_type: mamba2`") as said:
+            MBLM(without)
+        assert len({(line.filename, line.lineno) for line in said}) == 1  # which is shown once
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            MBLM(config(block={**fields, "block_type": "mamba1"}))
+            MBLM(config(block=fields | {"block_type": "mamba2"}))
 
 
 def test_stage_blocks_are_one_per_stage() -> None:

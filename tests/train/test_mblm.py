@@ -156,6 +156,13 @@ def test_an_error_is_logged_and_raised(tmp_path, fields):
     assert not torch.distributed.is_initialized()
 
 
+def test_a_part_of_the_data_that_is_too_small_is_named(fields):
+    fields["params"]["input_seq_len"] = 20
+    fields["io"]["dataset_args"] = {"valid_fraction": 0.002}
+    with pytest.raises(ValueError, match=r"the valid part of .*'bytes': .*: data_size: 8 is too"):
+        train_mblm(TrainEntryConfig.model_validate(fields))
+
+
 def test_the_registries():
     # Other tests of this process may have registered theirs.
     assert dataset_registry.keys() >= {"bytes", "clevr", "pg19"}

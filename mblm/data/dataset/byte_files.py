@@ -123,9 +123,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         try:
             super().__init__(data_size=stop - self._first, is_sequential=True, **config)
         except ValueError as error:
-            raise ValueError(
-                f"the {mode.value} part of {str(data_dir)!r}, split by {args.split_by}: {error}"
-            ) from None
+            raise ValueError(f"{str(data_dir)!r}, split by {args.split_by}: {error}") from None
 
     @staticmethod
     def from_train_entry_config(

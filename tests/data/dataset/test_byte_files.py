@@ -91,7 +91,7 @@ def test_parts_are_disjoint_and_together_complete(
         try:
             parts.append(ids_of(part(folder, mode, **arguments)))
         except ValueError as error:
-            assert f"the {mode.value} part" in str(error)
+            assert "too small" in str(error)
             parts.append([])
     together = [number for ids in parts for number in ids if number != separator]
     assert sorted(together) == list(b"".join(documents))
@@ -211,19 +211,17 @@ def test_what_holds_no_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"files: '\.' is no file in .* or holds none"):
         part(tmp_path, TRAIN)
     write(tmp_path, a=b"", b=b"")
-    with pytest.raises(ValueError, match=r"the train part of .*: data_size: 0 is too small"):
+    with pytest.raises(ValueError, match=r"split by bytes: data_size: 0 is too small"):
         part(tmp_path, TRAIN)
 
 
-def test_a_part_that_is_too_small_is_named(tmp_path: Path) -> None:
+def test_a_part_that_is_too_small_is_refused(tmp_path: Path) -> None:
     write(tmp_path, a=bytes(100))
-    with pytest.raises(
-        ValueError, match=r"the valid part of .*split by bytes: data_size: 5 is too"
-    ):
+    with pytest.raises(ValueError, match=r"split by bytes: data_size: 5 is too"):
         part(tmp_path, VALID, seq_len=6)
-    with pytest.raises(ValueError, match=r"the valid part of .*split by documents: data_size: 0"):
+    with pytest.raises(ValueError, match=r"split by documents: data_size: 0"):
         part(tmp_path, VALID, split_by="documents")
-    with pytest.raises(ValueError, match=r"the test part of .*data_size: 0"):
+    with pytest.raises(ValueError, match=r"data_size: 0"):
         part(tmp_path, TEST, test_fraction=0)
 
 
