@@ -245,7 +245,9 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(help="The files, of any length.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="The files, of any length; - is standard input.")
+    ],
     length: Annotated[
         int | None, typer.Option(help="Bytes of a window. [default: the model's context]")
     ] = None,

@@ -22,9 +22,9 @@ def evaluate_files(
     model: mblm.MBLM, files: Sequence[Path], length: int | None, batch_size: int
 ) -> dict[str, Any]:
     """Score files, with a bar on a terminal: ``{files: [{file, bytes, bits_per_byte}], …}``."""
-    total = sum(file.stat().st_size for file in files)
+    total = sum(file.stat().st_size for file in files if file.is_file())  # 0: there is no saying
     with tqdm(
-        total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
+        total=total or None, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
     ) as bar:
         scores = evaluate(
             model, files, length=length, batch_size=batch_size, on_progress=bar.update

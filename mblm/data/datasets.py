@@ -1,7 +1,7 @@
 """The base class of datasets that are shared out to the workers of a distributed run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict, TypeVar
 
 import numpy as np
@@ -58,7 +58,8 @@ class DistributedDataset(ABC, Dataset[_T]):
     Args:
         data_size: Elements (such as bytes) that all workers have together.
         is_sequential: Whether a sample is a run of ``seq_len`` elements, or a single one.
-        seq_len: Length of a sample.
+        seq_len: Length of a sample; if not sequential, any integer, such as -1 where it means
+            nothing to the subclass.
         worker_id: This worker, in ``[0, num_workers)``.
         num_workers: Workers that share the data.
 
@@ -82,7 +83,7 @@ class DistributedDataset(ABC, Dataset[_T]):
             raise ValueError(f"num_workers: expected at least 1, got {num_workers}")
         if not 0 <= worker_id < num_workers:
             raise ValueError(f"worker_id: expected one in [0, {num_workers}), got {worker_id}")
-        if seq_len < 1:
+        if is_sequential and seq_len < 1:
             raise ValueError(f"seq_len: expected at least 1, got {seq_len}")
         needed = (seq_len if is_sequential else 1) * num_workers
         if data_size < needed:
@@ -132,8 +133,15 @@ class DistributedDataset(ABC, Dataset[_T]):
             return self._worker_numel
         return (self._worker_numel - self.sample_offset) // self.seq_len
 
+    def __iter__(self) -> Iterator[_T]:
+        return (self[idx] for idx in range(len(self)))
+
     def __getitem__(self, idx: int) -> _T:
-        if not 0 <= idx < len(self):
+        """A sample; ``dataset[len(dataset)]`` is what follows the last.
+
+        As in the published package: a subclass pads what the end of the data cuts off.
+        """
+        if not 0 <= idx <= len(self):
             raise IndexError(f"sample {idx} of a dataset with {len(self)} samples")
         stride = self.seq_len if self.is_sequential else 1
         return self.get_sample(self._worker_range_start + self.sample_offset + idx * stride)

@@ -1,15 +1,18 @@
 """How well a model predicts files: bits per byte, in memory that does not grow with the files."""
 
+import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mblm.model.mblm import MBLM
 from mblm.utils.checks import check_integer
+
+_STANDARD_INPUT = Path("-")
 
 
 @dataclass
@@ -42,12 +45,12 @@ def evaluate(
     """Score files of any length.
 
     A file is cut into windows, the last of which may be shorter; a byte is predicted from the
-    bytes before it in its window. Files are mapped into memory, not read as a whole; of a window,
-    only the most global stage's positions are held at once.
+    bytes before it in its window. Files are read to their end, a batch of windows at a time; of a
+    window, only the most global stage's positions are held at once.
 
     Args:
         model: The model, in evaluation mode.
-        files: The files.
+        files: The files; pipes and the like are read once, and ``-`` is standard input.
         length: Bytes of a window. Default: the model's context.
         batch_size: How many windows are looked at together. Default 8.
         on_progress: Called with a number of bytes whenever so many more are done.
@@ -68,7 +71,7 @@ def evaluate(
     if model.max_length is not None and length > model.max_length:
         raise ValueError(f"length: {length} exceeds the model's context of {model.max_length}")
     for file in files:
-        file.open("rb").close()
+        _check_readable(file)
     return [_score_file(model, file, length, batch_size, on_progress) for file in files]
 
 
@@ -92,14 +95,25 @@ def _score_file(
     return score
 
 
+def _check_readable(file: Path) -> None:
+    if file == _STANDARD_INPUT:
+        return
+    if file.is_file() or file.is_dir():
+        file.open("rb").close()
+    else:  # a pipe would lose its writer
+        file.stat()
+
+
 def _windows(file: Path, length: int, batch_size: int) -> Iterator[torch.Tensor]:
     """Batches of windows ``(B, length)``, uint8, then what is left ``(1, < length)``."""
-    if file.stat().st_size == 0:  # which cannot be mapped
-        return
-    data = np.memmap(file, mode="r", dtype=np.uint8)
-    whole = len(data) // length * length
-    for start in range(0, whole, batch_size * length):
-        stop = min(start + batch_size * length, whole)
-        yield torch.from_numpy(data[start:stop].copy()).view(-1, length)
-    if whole < len(data):
-        yield torch.from_numpy(data[whole:].copy())[None]
+    is_input = file == _STANDARD_INPUT
+    with contextlib.nullcontext(sys.stdin.buffer) if is_input else file.open("rb") as stream:
+        ended = False
+        while not ended:
+            data = bytearray(stream.read(batch_size * length))
+            ended = len(data) < batch_size * length
+            whole = len(data) // length * length
+            if whole:
+                yield torch.frombuffer(data, dtype=torch.uint8, count=whole).view(-1, length)
+            if whole < len(data):
+                yield torch.frombuffer(data, dtype=torch.uint8, offset=whole)[None]

@@ -269,7 +269,10 @@ def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
             trainer = trainer_class(config, run_vars=run_vars)
             best_model = trainer.train(training, validation)
             if best_model is not None and testing is not None:
-                trainer.test(testing, best_model)
+                try:
+                    trainer.test(testing, best_model)
+                except (OSError, ValueError) as error:  # data that is gone since the run began
+                    log.error(f"The run is finished, its best model not tested: {error}")
     except Exception as error:
         log.critical(error, exc_info=True)
         shutdown_log_handlers()

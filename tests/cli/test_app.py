@@ -38,6 +38,17 @@ def test_eval(run: Run, saved: Path, bytes_model: MBLM, tmp_path: Path) -> None:
     assert table.splitlines()[-1].split() == ["in", "all", "36", f"{facts['bits_per_byte']:.4f}"]
 
 
+def test_eval_of_standard_input(
+    run: Run, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").write_bytes(b"abc" * 9)
+    with (tmp_path / "f").open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        facts = json.loads(run("eval", saved, "-", tmp_path / "f", "--json").out)
+    bits = [row["bits_per_byte"] for row in facts["files"]]
+    assert facts["bytes"] == 54 and bits[0] == bits[1]
+
+
 def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert run("eval", saved, tmp_path / "empty").out.split()[-2:] == [b"0", b"-"]

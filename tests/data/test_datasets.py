@@ -86,7 +86,19 @@ def test_a_data_loader_batches_it() -> None:
     assert [tuple(batch.shape) for batch in loader] == [(2, 3), (2, 3)]
 
 
-@pytest.mark.parametrize("index", [-1, 2, 3])
+def test_the_length_is_ignored_where_a_sample_is_one_element() -> None:
+    for seq_len in (-1, 0):
+        data = Numbers(5, sequential=False, seq_len=seq_len, worker_id=1, num_workers=2)
+        assert data.seq_len == seq_len and numbers_of(data) == [2, 3]
+
+
+def test_what_follows_the_last_sample_can_be_asked_for() -> None:
+    data = Numbers(11, seq_len=4, worker_id=0, num_workers=1)
+    assert data[len(data)].tolist() == [8, 9, 10]
+    assert numbers_of(data) == list(range(8)), "it is none of the samples"
+
+
+@pytest.mark.parametrize("index", [-1, 3])
 def test_an_index_outside_is_refused(index: int) -> None:
     with pytest.raises(IndexError, match=rf"sample {index} of a dataset with 2"):
         Numbers(11, seq_len=4, worker_id=0, num_workers=1)[index]

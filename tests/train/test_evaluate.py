@@ -1,6 +1,10 @@
 """Bits per byte of files: the sum is that of the model's loss, in windows of bounded memory."""
 
+import io
 import math
+import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,3 +131,55 @@ def test_a_long_window_is_looked_at_in_tiles(tmp_path: Path) -> None:
         logits = net.to_logits(whole)[:, 1:].flatten(0, 1)[: length - 1]
         nats = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
     assert score.nats == pytest.approx(float(nats), rel=1e-3)
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
+    net = bytes_model()
+    file = write(tmp_path / "f", 100)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def fill() -> None:
+        with pipe.open("wb", buffering=0) as writer:  # in pieces that fit no window
+            for start in range(0, 100, 7):
+                writer.write(file.read_bytes()[start : start + 7])
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    scores = evaluate(net, [pipe, file], batch_size=2)
+    thread.join()
+    assert scores[0] == scores[1] and scores[0].num_bytes == 100
+
+
+def test_standard_input_is_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "f", 50)
+    with file.open("rb") as stream:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+        scores = evaluate(bytes_model(), [Path("-"), Path("-"), file])
+        assert not stream.closed
+    assert scores == [scores[2], Score(), scores[2]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_of_which_the_system_tells_no_size() -> None:
+    version = Path("/proc/version")
+    assert version.stat().st_size == 0
+    (score,) = evaluate(bytes_model(), [version])
+    assert score.num_bytes == len(version.read_bytes())
+
+
+def test_a_file_that_is_cut_short_is_scored_as_far_as_it_goes(tmp_path: Path) -> None:
+    file = write(tmp_path / "f", 3 * 2**20)
+    cut = 2**20 // 32 * 32
+
+    def shorten(_: int) -> None:
+        os.truncate(file, cut)
+
+    net = bytes_model(seq_lens=[64, 64])
+    (score,) = evaluate(net, [file], length=4096, batch_size=64, on_progress=shorten)
+    assert score.num_bytes == cut
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        evaluate(bytes_model(), [tmp_path])

@@ -1,5 +1,6 @@
 """train_mblm and train_encoder_mblm: from a configuration to models, tests and errors."""
 
+import os
 import random
 import subprocess
 import sys
@@ -132,6 +133,22 @@ class Masked(DistributedDataset):
         ids = torch.arange(from_idx, from_idx + 32) % 7
         hidden = torch.rand(32) < 0.3
         return ids.masked_fill(hidden, 256), torch.ones(32, dtype=torch.bool), ids
+
+
+def test_a_run_whose_data_are_gone_at_its_end_is_finished(tmp_path, fields, monkeypatch):
+    """All but the test, which needs what a file has lost."""
+    test = MegabyteTrainer.test
+
+    def shorten_and_test(*arguments):
+        os.truncate(tmp_path / "data" / "letters.txt", 100)
+        return test(*arguments)
+
+    monkeypatch.setattr(MegabyteTrainer, "test", shorten_and_test)
+    train_mblm(TrainEntryConfig.model_validate(fields))
+    assert {row[2] for row in jobs.losses(run_of(tmp_path))[1:]} == {"train", "valid"}
+    log = (tmp_path / "out" / "mblm.train.mblm.log").read_text()
+    assert "not tested" in log and "letters.txt' had 4000 bytes and now has 100" in log
+    assert list(run_of(tmp_path).glob("*.pth"))
 
 
 def test_an_encoder(tmp_path, fields, monkeypatch):

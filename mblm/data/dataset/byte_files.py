@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self, Unpack
 
 from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
+from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
-from mblm.data.mapped_bytes import MappedBytes
 from mblm.data.types import BatchWithLossMask, ModelMode
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class ByteFilesArgs(BaseModel):
 class ByteFiles(DistributedDataset[BatchWithLossMask]):
     """Files for a decoder: a sample is ``(ids, loss_mask)``, int64 and float16, ``(seq_len,)``.
 
-    The files follow one another, with ``separator_id`` between two if it is given. They are
-    memory-mapped: making the dataset looks at their sizes, a sample is read when it is asked for.
+    The files follow one another, with ``separator_id`` between two if it is given. Making
+    the dataset looks at their sizes; a sample is read when it is asked for.
     The same files and arguments give the same parts, always:
 
     - ``valid_files`` and ``test_files`` are parts of their own; their files are in no other part.
@@ -101,27 +101,28 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         **config: Unpack[DistributedDatasetConfig],
     ) -> None:
         mode, args = ModelMode(mode), optional_args or ByteFilesArgs()
-        own_files, files = _files_of_part(Path(data_dir), mode, args)
-        self._data = MappedBytes(files, args.separator_id)
-        self._first, stop = 0, len(self._data)
+        own_files, files = _files_of_part(Path(data_dir).expanduser(), mode, args)
+        self._data = FileBytes(files, args.separator_id)
+        self._first, self._stop = 0, len(self._data)
         shares = args.shares()
         if not own_files and args.split_by == "documents":
             parts = deal_documents(self._data.sizes, shares)
             files = [
                 file for file, part in zip(self._data.files, parts, strict=True) if part is mode
             ]
-            self._data = MappedBytes(files, args.separator_id)
-            stop = len(self._data)
+            self._data = FileBytes(files, args.separator_id)
+            self._stop = len(self._data)
         elif not own_files:
+            stop = self._stop
             valid, test = (int(stop * shares[part]) for part in (ModelMode.VALID, ModelMode.TEST))
             cuts = {
                 ModelMode.TRAIN: (0, stop - valid - test),
                 ModelMode.VALID: (stop - valid - test, stop - test),
                 ModelMode.TEST: (stop - test, stop),
             }
-            self._first, stop = cuts[mode]
+            self._first, self._stop = cuts[mode]
         try:
-            super().__init__(data_size=stop - self._first, is_sequential=True, **config)
+            super().__init__(data_size=self._stop - self._first, is_sequential=True, **config)
         except ValueError as error:
             raise ValueError(f"{str(data_dir)!r}, split by {args.split_by}: {error}") from None
 
@@ -158,7 +159,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
         """The ids from position ``from_idx`` of this part on, and their loss mask."""
         start = self._first + from_idx
-        ids = self._data.read(start, start + self.seq_len)
+        ids = self._data.read(start, min(start + self.seq_len, self._stop))
         return ids, torch.ones_like(ids, dtype=torch.float16)
 
 

@@ -114,9 +114,10 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
         images_root: The folder of their images.
 
     Raises:
-        FileNotFoundError: No file of questions, or, for a sample, of its image.
-        ValueError: A file of questions or an image that cannot be read, fewer questions than
-            workers, a sample that is longer than ``seq_len``.
+        FileNotFoundError: No file of questions.
+        OSError: A sample's image is missing or cannot be read.
+        ValueError: A file of questions that holds none, fewer questions than workers, a sample
+            that is longer than ``seq_len``.
     """
 
     ANSWER_CLASS_MAP: ClassVar[dict[str, str]] = dict(
@@ -169,11 +170,9 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
                 som_image_token_id=optional_args.som_image_token_id,
             )
         ).pipeline
-        part = _PARTS[mode]
-        self.images_root = Path(data_dir) / "images" / part
-        self.entries = _read_questions(
-            Path(data_dir) / "questions" / f"CLEVR_{part}_questions.json"
-        )
+        part, data_dir = _PARTS[mode], Path(data_dir).expanduser()
+        self.images_root = data_dir / "images" / part
+        self.entries = _read_questions(data_dir / "questions" / f"CLEVR_{part}_questions.json")
         super().__init__(data_size=len(self.entries), is_sequential=False, **config)
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Unpack
 
 from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
-from mblm.data.mapped_bytes import MappedBytes
+from mblm.data.file_bytes import FileBytes
 from mblm.data.types import BatchWithLossMask, ModelMode
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class PG19Books(DistributedDataset[_T]):
     ``data_dir`` has the dataset's own folders ``train``, ``validation`` and ``test``, of text files
     (https://github.com/google-deepmind/pg19). Books follow one another in the order of their
     names, so that every machine of a run has the same row; the published package takes them as
-    the file system lists them. They are memory-mapped, not loaded.
+    the file system lists them. Hidden files are no books. A sample is read when it is asked for.
 
     Args:
         data_dir: The dataset's folder.
@@ -47,13 +47,15 @@ class PG19Books(DistributedDataset[_T]):
         self, data_dir: str | Path, mode: ModelMode, **config: Unpack[DistributedDatasetConfig]
     ) -> None:
         mode = ModelMode(mode)
-        folder = Path(data_dir) / ("validation" if mode is ModelMode.VALID else mode.value)
+        part = "validation" if mode is ModelMode.VALID else mode.value
+        folder = Path(data_dir).expanduser() / part
         if not folder.is_dir():
             raise FileNotFoundError(f"data_dir: no folder {str(folder)!r}")
-        self.txt_files = [folder / name for name in sorted(os.listdir(folder))]
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        self.txt_files = [folder / name for name in names]
         if not self.txt_files:
             raise ValueError(f"data_dir: no books in {str(folder)!r}")
-        self.data = MappedBytes(self.txt_files)
+        self.data = FileBytes(self.txt_files)
         super().__init__(data_size=len(self.data), is_sequential=True, **config)
 
     @staticmethod

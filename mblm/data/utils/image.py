@@ -38,9 +38,10 @@ class ImagePipeline:
         color_space: What the image is converted to.
 
     Raises:
-        FileNotFoundError: No such file.
+        OSError: A file that is missing, cannot be read, is no image (``UnidentifiedImageError``)
+            or is damaged.
         TypeError: Nothing that an image can be made of.
-        ValueError: A file that is no image or is damaged; an array of another dtype or shape.
+        ValueError: An array of another dtype or shape.
         ImportError: Pillow is not installed.
     """
 
@@ -160,11 +161,13 @@ def _read_image(path: str | Path, color_space: ColorSpace) -> PILImage:
     try:
         with pillow.open(path) as image:
             return image.convert(color_space.value)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image: no file {str(path)!r}") from None
+    except OSError as error:
+        if error.errno is not None:  # the system's own errors name the file
+            raise
+        raise type(error)(f"image: {str(path)!r} cannot be read: {error}") from error
     # What Pillow raises for damaged files depends on where the damage is.
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"image: {str(path)!r} cannot be read: {error}") from error
+    except (SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        raise OSError(f"image: {str(path)!r} cannot be read: {error}") from error
 
 
 def _channels_last(image: torch.Tensor, color_space: ColorSpace) -> NDArray[Any]:

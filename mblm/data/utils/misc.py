@@ -33,7 +33,7 @@ def shift_remap_tensor(
     """Renumber the values of a tensor: the smallest becomes ``range_start``, the next one more.
 
     Args:
-        tensor: Integers of any shape.
+        tensor: Numbers of any shape.
         range_start: The first of the new values.
 
     Returns:
@@ -41,13 +41,12 @@ def shift_remap_tensor(
         and for every entry the index of its old value, so that ``values[indices]`` is ``tensor``.
 
     Raises:
-        ValueError: The new values do not fit into the dtype.
+        ValueError: The new values do not fit into the dtype, or it cannot tell them apart.
     """
     values, indices = torch.unique(tensor, return_inverse=True, sorted=True)
-    last, room = range_start + len(values) - 1, torch.iinfo(tensor.dtype)
-    if range_start < room.min or last > room.max:
+    new = torch.arange(range_start, range_start + len(values), device=tensor.device)
+    if not torch.equal(new.to(tensor.dtype).double(), new.double()):
         raise ValueError(
-            f"range_start: {len(values)} values from {range_start} do not fit into {tensor.dtype}, "
-            f"which ends at {room.max}"
+            f"range_start: {len(values)} values from {range_start} do not fit into {tensor.dtype}"
         )
-    return (indices + range_start).to(tensor.dtype), values, indices
+    return new.to(tensor.dtype)[indices], values, indices

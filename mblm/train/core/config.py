@@ -4,9 +4,11 @@ An experiment with parameters of its own subclasses the models here. Unknown fie
 and all errors are reported at once.
 """
 
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+import os
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -114,7 +116,9 @@ class CoreIoConfig(Fields):
     """What a run writes, and where."""
 
     name_model: str = Field(min_length=1, description="Name of the model; begins its files' names")
-    output_dir: str = Field(description="Folder of the run's folder; both are created")
+    output_dir: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        description="Folder of the run's folder; both are created"
+    )
     num_models_to_save: NonNegativeInt = Field(description="How many of the best models to keep")
     validate_amount: PositiveInt = Field(
         description="How often to validate, always at the end; at least num_models_to_save for as "

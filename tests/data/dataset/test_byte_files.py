@@ -170,6 +170,17 @@ def train_config(folder: Path, **dataset_args: Any) -> Any:
     )
 
 
+def test_nothing_of_another_part_follows_the_last_sample(tmp_path: Path) -> None:
+    data = part(write(tmp_path, a=bytes(range(100))), TRAIN, seq_len=40)
+    assert data[len(data)][0].tolist() == list(range(80, 90))
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, a=bytes(range(100)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert text_of(Path("~"), TRAIN) == text_of(Path("~/a"), TRAIN) == bytes(range(90))
+
+
 def test_from_a_training_configuration(tmp_path: Path) -> None:
     config = train_config(write(tmp_path, a=bytes(range(100)), b=b"not read"), files=["a"])
     data = ByteFiles.from_train_entry_config(config, TRAIN, worker_id=1, num_workers=2)

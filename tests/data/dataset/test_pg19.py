@@ -44,6 +44,12 @@ def test_samples_are_the_bytes_of_the_books_of_a_part(
         assert mask.tolist() == [1.0] * 20
 
 
+def test_hidden_files_are_no_books(books: Path) -> None:
+    before = PG19(books, ModelMode.TRAIN, seq_len=20, **ALONE).data[:]
+    (books / "train" / ".DS_Store").write_bytes(b"hidden")
+    assert torch.equal(PG19(books, ModelMode.TRAIN, seq_len=20, **ALONE).data[:], before)
+
+
 def test_workers_and_offsets(books: Path) -> None:
     data = PG19(books, ModelMode.TRAIN, seq_len=7, worker_id=1, num_workers=2).offset_to(3)
     start = len(data.data) // 2 + 3

@@ -53,6 +53,9 @@ def test_a_sample_over_the_end_is_padded_and_padding_is_not_hidden(books: Path) 
     assert ids.tolist() == [-100] * 4 + [-101] * 6
     assert mask.tolist() == [True] * 4 + [False] * 6
     assert labels.tolist() == [252, 253, 254, 255] + [-101] * 6
+    left = len(data.data) % 10
+    assert all(row.shape == (10,) for row in data[len(data)])
+    assert data[len(data)][0].tolist() == [-100] * left + [-101] * (10 - left)
 
 
 def test_from_a_training_configuration(books: Path) -> None:

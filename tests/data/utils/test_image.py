@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mblm.data.utils import ColorSpace, ImagePipeline
 
@@ -131,11 +131,29 @@ def test_wrong_arrays_are_refused(image: Any, message: str) -> None:
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"image: expected a path, .* got BytesIO"):
         ImagePipeline(BytesIO(), RGB)  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match=r"image: no file '.*nothing\.png'"):
+
+
+def test_files_that_cannot_be_read_are_the_errors_of_the_system_and_of_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         ImagePipeline(tmp_path / "nothing.png", RGB)
+    with pytest.raises(IsADirectoryError):
+        ImagePipeline(tmp_path, RGB)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"image: '.*text\.png' cannot be read"):
+    with pytest.raises(UnidentifiedImageError, match=r"image: '.*text\.png' cannot be read"):
         ImagePipeline(tmp_path / "text.png", RGB)
+    Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match=r"image: '.*large\.png' cannot be read: .*exceeds limit"):
+        ImagePipeline(tmp_path / "large.png", RGB)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", denied)
+    with pytest.raises(PermissionError, match=r"large\.png"):
+        ImagePipeline(tmp_path / "large.png", RGB)
 
 
 @settings(deadline=None, max_examples=40)
@@ -151,5 +169,5 @@ def test_damaged_files_are_an_image_or_one_clear_error(
     file.write_bytes(content[: max(len(content) - cut, 0)])
     try:
         assert ImagePipeline(file, GRAY).to_tensor().ndim == 2
-    except ValueError as error:
+    except OSError as error:
         assert "damaged' cannot be read" in str(error)

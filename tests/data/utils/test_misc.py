@@ -37,3 +37,17 @@ def test_values_that_do_not_fit_are_refused(start: int) -> None:
     with pytest.raises(ValueError, match=rf"range_start: 3 values from {start} do not fit .*uint8"):
         shift_remap_tensor(tensor, start)
     assert shift_remap_tensor(tensor, 253)[0].tolist() == [253, 254, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_floats_are_renumbered_too(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([0.5, 2.0, -1.0, 0.5], dtype=dtype)
+    shifted, olds, indices = shift_remap_tensor(tensor, 7)
+    assert shifted.dtype == dtype and shifted.tolist() == [8.0, 9.0, 7.0, 8.0]
+    assert torch.equal(olds[indices], tensor)
+
+
+def test_floats_that_cannot_tell_the_new_values_apart_are_refused() -> None:
+    tensor = torch.tensor([1.0, 2.0], dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"2 values from 2048 do not fit into torch.float16"):
+        shift_remap_tensor(tensor, 2048)

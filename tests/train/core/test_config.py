@@ -50,6 +50,13 @@ def test_the_references_fields_suffice():
     assert config.resume is None
 
 
+def test_a_run_may_be_written_below_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    entry = fields()
+    entry["io"]["output_dir"] = "~/runs"
+    assert TrainEntryConfig.model_validate(entry).io.output_dir == "/home/me/runs"
+
+
 def test_all_errors_are_told_at_once():
     data = fields()
     data["train"] |= {"batch_size": 0, "learning_rat": 1}

@@ -1,5 +1,6 @@
 """Many files read like one row of bytes, and only what is asked for is read."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mblm.data.mapped_bytes import MappedBytes
+from mblm.data.file_bytes import FileBytes
 
 
 def write(folder: Path, *contents: bytes) -> list[Path]:
@@ -37,7 +38,7 @@ def test_reading_is_slicing_the_files_in_a_row(
     row: list[int] = []
     for content in filter(None, contents):
         row += [separator] * (separator is not None and row != []) + list(content)
-    data = MappedBytes(write(tmp_path_factory.mktemp("files"), *contents), separator)
+    data = FileBytes(write(tmp_path_factory.mktemp("files"), *contents), separator)
     assert (len(data), data.numel(), tuple(data.shape)) == (len(row), len(row), (len(row),))
 
     start = min(start, len(row))
@@ -47,7 +48,7 @@ def test_reading_is_slicing_the_files_in_a_row(
 
 
 def test_slices_are_those_of_a_tensor(tmp_path: Path) -> None:
-    data = MappedBytes(write(tmp_path, b"abc", b"", b"defgh"))
+    data = FileBytes(write(tmp_path, b"abc", b"", b"defgh"))
     tensor = torch.tensor(list(b"abcdefgh"), dtype=torch.uint8)
     for taken in (slice(None), slice(1, 5), slice(-3, None), slice(None, None, 3), slice(5, 2)):
         assert torch.equal(data[taken], tensor[taken])
@@ -58,12 +59,12 @@ def test_slices_are_those_of_a_tensor(tmp_path: Path) -> None:
 def test_another_default_device_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     with torch.device("meta"):
-        ids = MappedBytes([tmp_path / "a"]).read(1, 3)
+        ids = FileBytes([tmp_path / "a"]).read(1, 3)
     assert ids.tolist() == list(b"bc")
 
 
 def test_a_separator_above_255_needs_a_wider_dtype(tmp_path: Path) -> None:
-    data = MappedBytes(write(tmp_path, b"ab", b"c"), separator_id=300)
+    data = FileBytes(write(tmp_path, b"ab", b"c"), separator_id=300)
     assert data[:].tolist() == [97, 98, 300, 99]
     assert data.dtype == data[:].dtype == torch.int64
 
@@ -71,28 +72,28 @@ def test_a_separator_above_255_needs_a_wider_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", [3, -4])
 def test_an_index_outside_is_refused(tmp_path: Path, index: int) -> None:
     with pytest.raises(IndexError, match=f"byte {index} of 3"):
-        MappedBytes(write(tmp_path, b"abc"))[index]
+        FileBytes(write(tmp_path, b"abc"))[index]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (4, 5)])
 def test_reading_outside_is_refused(tmp_path: Path, start: int, stop: int) -> None:
     with pytest.raises(IndexError, match="of 3"):
-        MappedBytes(write(tmp_path, b"abc")).read(start, stop)
+        FileBytes(write(tmp_path, b"abc")).read(start, stop)
 
 
 def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MappedBytes, "MAX_OPEN", 3)
-    data = MappedBytes(write(tmp_path, *[bytes([index]) for index in range(20)]))
-    assert len(data._maps) == 0
+    monkeypatch.setattr(FileBytes, "MAX_OPEN", 3)
+    data = FileBytes(write(tmp_path, *[bytes([index]) for index in range(20)]))
+    opened = data._opened
     for _ in range(2):
         assert data[:].tolist() == list(range(20))
-        assert list(data._maps) == [17, 18, 19]
+        assert [file.name for file in opened] == ["17", "18", "19"]
     assert data[18:19].tolist() == [18]
-    assert list(data._maps) == [17, 19, 18], "the one used last is closed last"
+    assert [file.name for file in opened] == ["17", "19", "18"], "the one used last stays longest"
 
 
-def test_it_is_sent_to_processes_without_its_maps(tmp_path: Path) -> None:
-    data = MappedBytes(write(tmp_path, b"ab", bytes(100_000)))
+def test_it_is_sent_to_processes_without_its_open_files(tmp_path: Path) -> None:
+    data = FileBytes(write(tmp_path, b"ab", bytes(100_000)))
     assert int(data[50_000]) == 0
     sent = pickle.dumps(data)
     assert len(sent) < 2000
@@ -102,25 +103,83 @@ def test_it_is_sent_to_processes_without_its_maps(tmp_path: Path) -> None:
 def test_the_working_folder_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, b"abc")
     monkeypatch.chdir(tmp_path)
-    data = MappedBytes([Path("0")])
+    data = FileBytes([Path("0")])
     monkeypatch.chdir("/")
     assert data[:].tolist() == list(b"abc")
 
 
-def test_a_file_that_changed_its_size_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    files = write(tmp_path, b"abc", bytes(100_000))
+    data = FileBytes(files)
+    assert len(data[:]) == 100_003
+    os.truncate(files[1], 5000)
+    assert len(data[:5003]) == 5003
+    with pytest.raises(ValueError, match="1' had 100000 bytes and now has 5000"):
+        data[:]
+    with pytest.raises(ValueError, match="1' had 100000 bytes and now has 5000"):
+        data[99_000:]
+
+
+def test_a_file_that_grows_keeps_its_bytes(tmp_path: Path) -> None:
     files = write(tmp_path, b"abc", b"def")
-    data = MappedBytes(files)
-    files[1].write_bytes(b"d")
-    assert data[:3].tolist() == list(b"abc")
-    with pytest.raises(ValueError, match="1' had 3 bytes and now has 1"):
-        data[3:]
+    data = FileBytes(files)
+    with files[0].open("ab") as file:
+        file.write(b"more")
+    assert data[:].tolist() == list(b"abcdef")
+
+
+def test_a_file_may_be_deleted_or_replaced_while_it_is_open(tmp_path: Path) -> None:
+    files = write(tmp_path, b"abc", b"def", b"other")
+    data = FileBytes(files[:2])
+    files[0].unlink()
+    files[2].replace(files[1])
+    assert data[:].tolist() == list(b"abcdef")
+
+
+def test_a_file_that_is_opened_again_must_have_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileBytes, "MAX_OPEN", 1)
+    files = write(tmp_path, b"abc", b"def")
+    data = FileBytes(files)
+    files[0].write_bytes(b"abcd")
+    with pytest.raises(ValueError, match="0' had 3 bytes and now has 4"):
+        data[0]
+
+
+def test_a_system_may_read_less_than_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, at: pread(file, min(count, 3), at))
+    assert FileBytes(write(tmp_path, b"abcdefgh"))[1:8].tolist() == list(b"bcdefgh")
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = FileBytes(write(tmp_path, b"abc"))
+
+    def broken(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/0'"):
+        data[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_are_closed_with_it(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    data = FileBytes(write(tmp_path, b"abc", b"def"))
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 2
+    del data
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*nothing"):
-        MappedBytes([tmp_path / "nothing"])
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        FileBytes([tmp_path / "nothing"])
     with pytest.raises(ValueError, match="is no file"):
-        MappedBytes([tmp_path])
+        FileBytes([tmp_path])
 
 
 GIGABYTES = 6

@@ -1,0 +1,146 @@
+"""The bytes of many files in a row, read where they are asked for: a corpus larger than memory."""
+
+import os
+import stat
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class FileBytes:
+    """Files as one row of bytes that is read where it is asked for, and nowhere else.
+
+    Making one opens every file once and notes its size; at most ``MAX_OPEN`` files stay open, so
+    that a file may be deleted or replaced meanwhile. They are read, not mapped into memory, where
+    a file that is cut short would end the process. It reads like a one-dimensional tensor: ``len``,
+    ``numel()``, ``shape``, ``dtype``, and slices, which are copies. A process that it is sent to
+    opens the files itself.
+
+    Args:
+        files: Files in their order. Empty ones count for nothing.
+        separator_id: The id between two files; none by default. May be above 255.
+
+    Attributes:
+        files: The files that have bytes.
+        sizes: Their sizes.
+
+    Raises:
+        OSError: A file does not exist or cannot be read; also when reading.
+        ValueError: A file is none, such as a folder. When reading: a file has lost bytes, or has
+            been opened again and has another size.
+    """
+
+    MAX_OPEN = 64
+
+    def __init__(self, files: Sequence[Path], separator_id: int | None = None) -> None:
+        self._opened: OrderedDict[Path, _OpenFile] = OrderedDict()
+        # Absolute, so that a program may change its folder before a file is opened again.
+        paths = [file.absolute() for file in files]
+        sizes = [self._open(path).size for path in paths]
+        self.files = [path for path, size in zip(paths, sizes, strict=True) if size]
+        self.sizes = [size for size in sizes if size]
+        self._separator_id = separator_id
+        between = 0 if separator_id is None else 1
+        # Where each file starts, and where another one would.
+        *self._starts, end = accumulate((size + between for size in self.sizes), initial=0)
+        self._length = max(end - between, 0)
+
+    def read(self, start: int, stop: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """The ids from ``start`` up to ``stop``, which the end cuts off: ``(stop - start,)``."""
+        stop = min(stop, self._length)
+        if not 0 <= start <= stop:
+            raise IndexError(f"bytes {start} to {stop} of {self._length}")
+        ids = torch.empty(stop - start, dtype=dtype, device="cpu")
+        if self._separator_id is not None:  # what the files, copied over it, leave
+            ids.fill_(self._separator_id)
+        target = ids.numpy()
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        for file in range(first, bisect_left(self._starts, stop)):
+            origin = self._starts[file]
+            begin, end = max(start - origin, 0), min(stop - origin, self.sizes[file])
+            at = max(origin - start, 0)
+            target[at : at + max(end - begin, 0)] = self._read_file(file, begin, end)
+        return ids
+
+    def _read_file(self, file: int, begin: int, end: int) -> NDArray[np.uint8]:
+        path, size = self.files[file], self.sizes[file]
+        opened = self._open(path)
+        if opened.size != size:
+            raise ValueError(f"{str(path)!r} had {size} bytes and now has {opened.size}")
+        return opened.read(begin, end)
+
+    def _open(self, path: Path) -> "_OpenFile":
+        """An open file; the one that was not used for longest is closed for it."""
+        opened = self._opened.pop(path, None) or _OpenFile(path)
+        self._opened[path] = opened
+        if len(self._opened) > self.MAX_OPEN:
+            self._opened.popitem(last=False)
+        return opened
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of slices: uint8, or int64 if the separator is above 255."""
+        return torch.uint8 if (self._separator_id or 0) < 256 else torch.int64
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([self._length])
+
+    def numel(self) -> int:
+        return self._length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int | slice) -> torch.Tensor:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._length)
+            return self.read(start, max(start, stop), self.dtype)[::step]
+        start = index + self._length if index < 0 else index
+        if not 0 <= start < self._length:
+            raise IndexError(f"byte {index} of {self._length}")
+        return self.read(start, start + 1, self.dtype)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": OrderedDict()}
+
+
+class _OpenFile:
+    """A file that is open until nobody holds this; it has no position, so processes may share it.
+
+    Attributes:
+        size: Its size when it was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._path = path
+        if not stat.S_ISREG(path.stat().st_mode):  # before a pipe is opened, which would wait
+            raise ValueError(f"{str(path)!r} is no file")
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """The bytes from ``begin`` up to ``end``."""
+        pieces = []
+        while begin < end:  # a system reads 2 GiB at most at once
+            try:
+                pieces.append(os.pread(self._descriptor, end - begin, begin))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
+            if not pieces[-1]:
+                now = os.fstat(self._descriptor).st_size
+                raise ValueError(f"{str(self._path)!r} had {self.size} bytes and now has {now}")
+            begin += len(pieces[-1])
+        return np.frombuffer(b"".join(pieces), dtype=np.uint8)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
