@@ -173,6 +173,18 @@ def test_two_sessions_of_one_model_do_not_mix(m: MBLM) -> None:
         torch.testing.assert_close(session.logits(), m.session().feed(row).logits(), **CLOSE)
 
 
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_half_precision_samples_what_the_logits_say(is_ragged: bool) -> None:
+    m = model(transformer(), seq_lens=[80], num_tokens=257)
+    with torch.no_grad():
+        m.to_logits.weight.zero_()
+        m.to_logits.bias.zero_()
+    session = m.bfloat16().session(8)
+    session.feed([b"a" * (1 + row * is_ragged) for row in range(8)])
+    ids = session.generate(64, filter_thres=0.0)
+    assert abs(ids.double().mean() - 128) < 4 * 257 / (12 * ids.numel()) ** 0.5
+
+
 class TestGenerate:
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
