@@ -143,8 +143,8 @@ def load_checked_state(
         messages: Gets a line for every tensor that was extended.
 
     Raises:
-        ValueError: Tensors are missing, unexpected or mismatched, all of them named; or a weight
-            is NaN or infinite.
+        ValueError: Tensors are missing, unexpected or mismatched, all of them named; a weight is
+            NaN or infinite; or weights differ that are tied in the model.
     """
     own = model.state_dict()
     own_names = {_uncompiled(name): name for name in own}
@@ -155,6 +155,7 @@ def load_checked_state(
     state = _extend(state, expected, extend, [] if messages is None else messages)
     _check_fit(file, state, expected, type(model).__name__)
     _check_finite(file, state, model)
+    _check_tied(file, state, model)
     model.load_state_dict({own_names[name]: value for name, value in state.items()}, strict=True)
 
 
@@ -271,6 +272,18 @@ def _check_finite(file: File, state: StateDict, model: torch.nn.Module) -> None:
     ]
     if bad:
         raise ValueError(f"{file} holds NaN or infinite values in {_listing(bad, ', ')}")
+
+
+def _check_tied(file: File, state: StateDict, model: torch.nn.Module) -> None:
+    """Name two weights that differ and are one in the model, which could keep but one of them."""
+    names: dict[int, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        name = _uncompiled(name)
+        first = names.setdefault(id(weight), name)
+        if first != name and not torch.equal(state[first], state[name]):
+            raise ValueError(
+                f"{file}: {first} and {name} differ, but are tied in {type(model).__name__}"
+            )
 
 
 def _is_dense(value: Any) -> TypeGuard[torch.Tensor]:

@@ -115,6 +115,17 @@ class TestRoundTrip:
             loaded = model_class.from_pretrained(tmp_path)
             assert torch.equal(loaded(ids), m(ids))
 
+    def test_of_weights_that_share_memory_in_part(self, tmp_path: Path) -> None:
+        m = build()
+        table = torch.randn(2 * 19, 8)
+        m.token_embs_rev[0].embedding.weight.data = table[5:24]
+        m.token_embs_rev[1].embedding.weight.data = table[:19]
+        m.to_logits.weight.data = table[19:]
+        m.save_pretrained(tmp_path)
+        loaded = MBLM.from_pretrained(tmp_path)
+        for name, weight in m.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], weight)
+
     def test_of_a_subclass(self, tmp_path: Path) -> None:
         class Own(MBLM):
             pass

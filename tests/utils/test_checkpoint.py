@@ -332,3 +332,33 @@ def test_a_lazy_model_gets_its_shapes_from_the_file(tmp_path):
     _, path = save_model_state(tmp_path, "x", source := nn.Linear(3, 2), 1)
     model, _ = load_model_state(path, nn.LazyLinear(2))
     assert torch.equal(model.weight, source.weight)
+
+
+class Tied(Tiny):
+    """Embedding and projection are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_logits.weight = self.emb.weight
+
+
+def test_tied_weights_come_back(tmp_path):
+    source = Tied()
+    _, path = save_model_state(tmp_path, "x", source, 1)
+    for target in (Tied(), Tiny()):
+        load_model_state(path, target)
+        assert_same(copy_of(target), copy_of(source))
+
+
+def test_weights_that_differ_do_not_fit_where_they_are_tied(tmp_path):
+    _, path = save_model_state(tmp_path, "x", Tiny(), 1)
+    assert_refused(path, "emb.weight and to_logits.weight differ, but are tied in Tied", Tied())
+
+
+def test_weights_that_are_views_of_one_another_come_back(tmp_path):
+    target, half = Tiny(), Tiny()
+    half.to_logits.weight = nn.Parameter(half.emb.weight.detach()[:])
+    half.to_logits.bias = nn.Parameter(half.emb.weight.detach()[:, 0])
+    _, path = save_model_state(tmp_path, "x", half, 1)
+    load_model_state(path, target)
+    assert_same(copy_of(target), copy_of(half))
