@@ -1,6 +1,7 @@
 """The mean loss over batches, shared out among the workers."""
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,6 +40,14 @@ class Evaluation(NamedTuple):
         return ""
 
 
+class EvaluationStoppedError(Exception):
+    """Signals came between two batches; on all workers after the same one."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"stopped by {number.name}")
+        self.number = number
+
+
 def evaluate(
     forward: Callable[[Any], torch.Tensor],
     count: Callable[[Any], int],
@@ -48,6 +57,7 @@ def evaluate(
     max_batches: int | None,
     in_step: bool,
     show: Callable[[range], Any] = iter,
+    stop: Callable[[], signal.Signals | None] = lambda: None,
 ) -> Evaluation:
     """The mean of the batches' losses, weighted; each worker takes every ``world_size``-th.
 
@@ -58,9 +68,11 @@ def evaluate(
         workers: The workers.
         max_batches: At most how many batches to take, all workers together.
         in_step: Whether all workers must call ``forward`` equally often, as they do with FSDP.
-        show: Wraps the indices of this worker's batches, as a progress bar does.
+        show: Wraps the numbers of a worker's batches, as a progress bar does.
+        stop: Asked after each but the last, by all workers equally often: the signal to stop for.
 
     Raises:
+        EvaluationStoppedError: There was one.
         ValueError: There is no batch.
     """
     sampler: Any = loader.batch_sampler
@@ -74,15 +86,19 @@ def evaluate(
     losses: list[torch.Tensor] = []  # on the device: nothing waits for them here
     weights: list[int] = []
     seconds = 0.0
-    for _ in show(mine):
-        batch = next(batches)
-        start = workers.clock()
-        losses.append(forward(batch))
-        seconds += workers.clock() - start
-        weights.append(count(batch))
-    if in_step and len(mine) < math.ceil(total / workers.world_size):
-        # The others gather weights for one more batch, and need this worker's shards.
-        forward(loader.collate_fn([loader.dataset[0]]))
+    rounds = math.ceil(total / workers.world_size)
+    for number in show(range(rounds)):
+        if number < len(mine):
+            batch = next(batches)
+            start = workers.clock()
+            losses.append(forward(batch))
+            seconds += workers.clock() - start
+            weights.append(count(batch))
+        elif in_step:
+            # The others gather weights for one more batch, and need this worker's shards.
+            forward(loader.collate_fn([loader.dataset[0]]))
+        if number + 1 < rounds and (seen := stop()) is not None:
+            raise EvaluationStoppedError(seen)
     values = [float(loss) for loss in losses]
     bad = [index for index, value in zip(mine, values, strict=True) if not math.isfinite(value)]
     counted = [

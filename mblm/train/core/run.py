@@ -31,6 +31,7 @@ class Position:
         non_finite: Steps left out in a row.
         without_gradient: Steps whose gradient was zero.
         avg_grad, avg_grad_clipped: Mean gradient of the last step that was looked at, or -1.
+        validates_after: Epoch and batch that a validation is due after, if one is.
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class Position:
     without_gradient: int = 0
     avg_grad: float = -1.0
     avg_grad_clipped: float = -1.0
+    validates_after: tuple[int, int] | None = None
 
     def advance(self, next_epoch: int, next_batch: int, elements: int) -> None:
         """Note that a batch of so many elements is done, and where the next one is."""

@@ -76,10 +76,10 @@ def check_start(plan: Plan, *, done: int, batch: int, batches: int) -> None:
             f"train.target_elements: they are reached after {plan.batches} batches, and the run "
             f"that is to go on has {done} behind it; expected at least as many"
         )
-    if batch and batch >= batches:  # an epoch without batches is passed over
+    if batch and not 0 < batch < batches:  # an epoch without batches is passed over
         raise ValueError(
-            f"resume.next_batch_index: batch {batch} of an epoch of {batches}: the data have fewer "
-            "than those of the run before"
+            f"resume.next_batch_index: expected a batch of an epoch of {batches}, got {batch}: are "
+            "the data fewer than those of the run before?"
         )
 
 

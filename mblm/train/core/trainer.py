@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from mblm.train.core.config import (
     TModelParams,
     TTrainConfig,
 )
-from mblm.train.core.evaluation import Evaluation, evaluate
+from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, evaluate
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
 from mblm.train.core.interrupt import StopRequest, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
@@ -206,6 +207,9 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         )
         run.model.call.train()
         with StopRequest(self._workers.group) as request, self._progress(run) as progress:
+            if position.validates_after is not None:  # where the run was stopped
+                self._validate(run, request)
+                self._save(run, replaces=True)
             for item in items:
                 index = position.step
                 is_last = position.done + 1 == plan.batches
@@ -218,7 +222,8 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                     self._step(run, item)
                 validates = index in plan.validation_points and not self.options.skip_validation
                 if validates:
-                    self._validate(run, item)
+                    position.validates_after = item.epoch, item.batch
+                    self._validate(run, request)
                 signal = request.seen(is_last=is_last)
                 if validates or is_last or signal:
                     self._save(run)
@@ -437,19 +442,32 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if position.without_gradient == 1:
             self._tell(message)
 
-    def _validate(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
-        """Validate, log the loss, and keep the model if it is among the best."""
-        position = run.position
-        result = self._evaluate(run.model.to_evaluate, run.validation, position)
-        run.model.call.train()
+    def _validate(self, run: Run, request: StopRequest) -> None:
+        """Validate, log the loss, and keep the model if it is among the best.
+
+        Stopped on the way, the run goes on with the whole validation, as it was before it.
+        """
+        position, rng = run.position, get_rng()
         index = position.step - 1
+        try:
+            result = self._evaluate(run.model.to_evaluate, run.validation, position, request)
+        except EvaluationStoppedError as stopped:
+            set_rng(rng)
+            self._save(run)
+            raise TrainingInterrupted(
+                f"Stopped by {stopped.number.name} in the validation after batch {index}; "
+                "the state is saved"
+            ) from None
+        assert position.validates_after is not None
+        (epoch, batch), position.validates_after = position.validates_after, None
+        run.model.call.train()
         self._log.info(f"[{index}] Validation loss: {result.loss}")
         self._folder.write_loss(
             ModelMode.VALID,
             result.loss,
             elements_seen=position.elements_seen,
-            epoch=item.epoch,
-            batch=item.batch,
+            epoch=epoch,
+            batch=batch,
             cum_batch=index,
         )
         trouble = result.trouble()
@@ -462,9 +480,13 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             raise NonFiniteLossError(f"No model can be ranked. Validation: {trouble}")
 
     def _evaluate(
-        self, model: nn.Module, loader: "DataLoader[TBatch]", position: Position
+        self,
+        model: nn.Module,
+        loader: "DataLoader[TBatch]",
+        position: Position,
+        request: StopRequest | None = None,
     ) -> Evaluation:
-        """The mean loss over a loader's batches."""
+        """The mean loss over a loader's batches; raises `EvaluationStoppedError` on request."""
         if isinstance(loader.batch_sampler, EpochBatches):
             loader.batch_sampler.begin(position.step)  # another order, if it is shuffled
 
@@ -490,6 +512,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 max_batches=self.config.train.max_eval_steps,
                 in_step=self._parallel.is_sharded,
                 show=show,
+                stop=(lambda: None) if request is None else partial(request.seen, is_last=False),
             )
         if self.options.track_first_fw_bw_exec_times:
             self._folder.write_timemem(
@@ -499,7 +522,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- States ----------------------------------------------------------------------------------
 
-    def _save(self, run: Run) -> None:
+    def _save(self, run: Run, *, replaces: bool = False) -> None:
         """Save the training state."""
         manifest = {
             "strategy": self.config.train.strategy,
@@ -514,6 +537,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             {**run.common_state(), "seed": self._seed},
             run.own_state(),
             self._workers,
+            replaces=replaces,
         )
         self._folder.clean_up()
         self._log.debug(f"Saved the training state after {run.position.step} batches")

@@ -103,9 +103,16 @@ def state_dir_at(run_dir: Path, step: int) -> Path:
 
 
 def save_training_state(
-    run_dir: Path, step: int, manifest: State, common: State, own: State, workers: Workers
+    run_dir: Path,
+    step: int,
+    manifest: State,
+    common: State,
+    own: State,
+    workers: Workers,
+    *,
+    replaces: bool = False,
 ) -> None:
-    """Save a state; called by all workers.
+    """Save a state, unless there is one of this step; called by all workers.
 
     Args:
         run_dir: The run folder.
@@ -115,6 +122,7 @@ def save_training_state(
         common: What all share; the main worker's counts.
         own: What is this worker's.
         workers: The workers.
+        replaces: Whether to replace the state of this step, if there is one.
 
     Raises:
         OSError: On all workers: the state cannot be written; the states before are as they were.
@@ -122,7 +130,7 @@ def save_training_state(
     """
     common, own = _plain(common, "common"), _plain(own, f"rank {workers.rank}")
     final = state_dir_at(run_dir, step)
-    if workers.from_main(is_training_state(final)):
+    if workers.from_main(is_training_state(final)) and not replaces:
         return
     temporary = final.with_name(f".{final.name}.tmp")
 
@@ -137,7 +145,12 @@ def save_training_state(
             told = {"format": FORMAT, "workers": workers.world_size, **manifest}
             with atomic_write(temporary / _MANIFEST) as file:
                 file.write(json.dumps(told).encode())
-            os.rename(temporary, final)
+            if final.exists():  # no system replaces a folder; the states before are whole
+                os.rename(final, before := final.with_name(f".{final.name}.old.tmp"))
+                os.rename(temporary, final)
+                shutil.rmtree(before, ignore_errors=True)
+            else:
+                os.rename(temporary, final)
             sync_directory(final.parent)
 
     for part in (write, complete):

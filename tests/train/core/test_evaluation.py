@@ -1,12 +1,13 @@
 """evaluate: what a batch weighs, and what becomes of one whose loss is not finite."""
 
 import math
+import signal
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mblm.train.core.evaluation import evaluate
+from mblm.train.core.evaluation import EvaluationStoppedError, evaluate
 from mblm.train.core.parallel import Workers
 from mblm.utils.distributed import ElasticRunVars
 
@@ -48,3 +49,16 @@ def test_takes_no_more_than_asked_and_needs_one_batch():
     assert evaluate_losses([1.0, 2.0, 9.0], max_batches=2).loss == 1.5
     with pytest.raises(ValueError, match="no batch to evaluate on"):
         evaluate_losses([])
+
+
+def test_stops_between_two_batches():
+    seen = []
+
+    def stop():
+        seen.append(1)
+        return signal.SIGINT if len(seen) == 2 else None
+
+    with pytest.raises(EvaluationStoppedError, match="SIGINT"):
+        evaluate_losses([1.0, 2.0, 3.0, 4.0], stop=stop)
+    seen.clear()
+    assert evaluate_losses([1.0, 2.0], stop=stop).loss == 1.5  # after the last it is too late

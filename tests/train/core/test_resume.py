@@ -93,7 +93,7 @@ def test_a_run_stopped_in_any_batch_ends_the_same(tmp_path, stop_in, trainers):
     whole = train_alone(whole_trainer, jobs.config(tmp_path / "whole", **EVERYTHING))
     stopping.stop_in = stop_in
     with pytest.raises(
-        TrainingInterrupted, match=f"Stopped by SIGTERM after batch {stop_in - 1}"
+        TrainingInterrupted, match=f"Stopped by SIGTERM .*after batch {stop_in - 1}"
     ) as stop:
         train_alone(stopping, jobs.config(tmp_path / "cut", **EVERYTHING))
     assert stop.value.code == EXIT_INTERRUPTED
@@ -103,6 +103,41 @@ def test_a_run_stopped_in_any_batch_ends_the_same(tmp_path, stop_in, trainers):
     state = find_latest_state(run)
     resumed = train_alone(whole_trainer, jobs.config(tmp_path / "cut", **EVERYTHING, resume=state))
     assert resumed == run
+    assert jobs.losses(run) == jobs.losses(whole)
+    assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
+    for name in ("tiny_top1.pth", "tiny_top2.pth"):
+        assert jobs.same(torch.load(run / name), torch.load(whole / name))
+
+
+class StopsInValidation(jobs.Trainer):
+    """Asks itself to stop in the first batch of a validation, and draws random numbers in all."""
+
+    stop_in = 0
+    batches = 0
+
+    def model_forward(self, model, batch, device):
+        if not model.training:
+            type(self).batches += 1
+            type(self).stop_in -= 1
+            torch.rand(1)
+            if self.stop_in == 0:
+                signal.raise_signal(signal.SIGINT)
+        return super().model_forward(model, batch, device)
+
+
+@pytest.mark.parametrize("validation", [0, 1, 3], ids=["first", "second", "last"])
+def test_a_validation_stops_after_a_batch_and_is_made_whole(tmp_path, validation):
+    """A validation has three batches."""
+    StopsInValidation.stop_in = -1
+    whole = train_alone(StopsInValidation, jobs.config(tmp_path / "whole", **EVERYTHING))
+    StopsInValidation.stop_in, StopsInValidation.batches = 3 * validation + 1, 0
+    with pytest.raises(TrainingInterrupted, match="Stopped by SIGINT in the validation after"):
+        train_alone(StopsInValidation, jobs.config(tmp_path / "cut", **EVERYTHING))
+    assert StopsInValidation.batches == 3 * validation + 1
+
+    run = jobs.run_of(tmp_path / "cut")
+    state = find_latest_state(run)
+    train_alone(StopsInValidation, jobs.config(tmp_path / "cut", **EVERYTHING, resume=state))
     assert jobs.losses(run) == jobs.losses(whole)
     assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
     for name in ("tiny_top1.pth", "tiny_top2.pth"):
@@ -268,9 +303,10 @@ def test_a_smaller_number_of_models_to_keep_takes_effect(tmp_path):
 def test_a_place_that_the_data_do_not_have_is_refused(tmp_path):
     run = train_alone(jobs.Trainer, jobs.config(tmp_path / "first"))
     cfg = jobs.config(tmp_path / "next", resume=run / "tiny_top1.pth")
-    cfg.resume.next_batch_index = 90
-    with pytest.raises(ValueError, match=r"next_batch_index: batch 90 of an epoch of 12"):
-        train_alone(jobs.Trainer, cfg)
+    for index in (90, -3):
+        cfg.resume.next_batch_index = index
+        with pytest.raises(ValueError, match=f"batch of an epoch of 12, got {index}"):
+            train_alone(jobs.Trainer, cfg)
     assert not (tmp_path / "next").exists()
 
 

@@ -162,6 +162,39 @@ def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, workers, st
     assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
 
 
+class StopsRankOneInValidation(jobs.Trainer):
+    def model_forward(self, model, batch, device):
+        self.evaluated = getattr(self, "evaluated", 0) + (not model.training)
+        if self.evaluated == 1 and self._workers.rank == 1 and not self.config.resume:
+            signal.raise_signal(signal.SIGINT)
+        return super().model_forward(model, batch, device)
+
+
+def train_and_validate_long(cfg, trainer):
+    with process_group(backend="gloo") as run_vars:
+        made = trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
+        made.train(jobs.Ids(worker_id=run_vars.rank, num_workers=2), jobs.Ids(36))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_validation_is_stopped_on_all_workers(tmp_path, strategy):
+    fields = {"workers": 2, "strategy": strategy, "validate_amount": 2}  # of 9 batches
+    whole, cut = (jobs.config(tmp_path / name, **fields) for name in ("whole", "cut"))
+    assert jobs.join(jobs.start(train_and_validate_long, 2, whole, jobs.Trainer)) == [0, 0]
+    codes = jobs.join(jobs.start(train_and_validate_long, 2, cut, StopsRankOneInValidation))
+    assert codes == [EXIT_INTERRUPTED] * 2
+    run = jobs.run_of(tmp_path / "cut")
+    assert "valid" not in (run / "loss.csv").read_text()
+    cut = jobs.config(tmp_path / "cut", **fields, resume=find_latest_state(run))
+    assert jobs.join(jobs.start(train_and_validate_long, 2, cut, StopsRankOneInValidation)) == [
+        0,
+        0,
+    ]
+    whole_run = jobs.run_of(tmp_path / "whole")
+    assert jobs.losses(run) == jobs.losses(whole_run)
+    assert jobs.same(jobs.final_state(run), jobs.final_state(whole_run))
+
+
 class NanOnRankOne(jobs.Trainer):
     def model_forward(self, model, batch, device):
         loss = super().model_forward(model, batch, device)
