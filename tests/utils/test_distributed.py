@@ -2,6 +2,7 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_without_torchrun_the_process_is_a_group_of_its_own(monkeypatch):
         torch.distributed.all_reduce(total := torch.tensor(3))
     assert total.item() == 3
     assert not torch.distributed.is_initialized()
+
+
+def test_waits_no_longer_than_asked(torchrun, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the other never comes
+    with (
+        pytest.raises(torch.distributed.DistError),
+        process_group(backend="gloo", timeout=timedelta(seconds=0.1)),
+    ):
+        pytest.fail("joined")
 
 
 def test_missing_variables_are_named(torchrun, monkeypatch):

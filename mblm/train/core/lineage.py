@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mblm.data.datasets import DistributedDataset
-from mblm.train.core.config import DataLineage, Lineage
+from mblm.train.core.config import DataLineage, GenericEntryConfig, Lineage
 from mblm.train.core.parallel import Workers
+
+Config = GenericEntryConfig[Any, Any, Any]
 
 _LISTED = 100
 
@@ -23,6 +25,8 @@ _FIXED = {
     },
     "io": {"name_model", "dataset_id", "dataset_args"},
 }
+
+_OF_A_MACHINE = {"io": {"output_dir", "dataset_dir"}}
 
 
 def lineage_of(dataset: DistributedDataset[Any]) -> DataLineage:
@@ -46,6 +50,31 @@ def check_same_on_all(lineage: Lineage, workers: Workers) -> None:
     for rank, other in enumerate(workers.gather(lineage)):
         if differences := _differences(workers.from_main(lineage), other):
             raise ValueError(f"rank 0 and rank {rank} do not train the same: {differences[0]}")
+
+
+def check_same_settings(config: Config, workers: Workers, **others: object) -> None:
+    """Refuse workers whose settings differ: they would diverge, or wait for one another forever.
+
+    Args:
+        config: The configuration; its folders may be others on another machine.
+        workers: The workers.
+        others: What must not differ beside it.
+
+    Raises:
+        ValueError: On all workers: a field that differs between the main one and another.
+    """
+    settings: dict[str, object] = dict(others)
+    for part, fields in config.model_dump(mode="json", exclude=_OF_A_MACHINE).items():
+        settings |= {f"{part}.{name}": value for name, value in (fields or {}).items()}
+    of_all = workers.gather(settings)
+    for rank, of_rank in enumerate(of_all):
+        for name in sorted(of_all[0].keys() | of_rank.keys()):
+            main, other = of_all[0].get(name), of_rank.get(name)
+            if main != other:
+                raise ValueError(
+                    f"the processes of a run need the same settings: {name} is {main!r} on rank 0 "
+                    f"and {other!r} on rank {rank}"
+                )
 
 
 def check_same_as_before(

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mblm.utils.distributed import ElasticRunVars
+from mblm.utils.distributed import ElasticRunVars, cpu_group
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Workers:
                     "trainer inside `with process_group() as run_vars`"
                 )
             self.rank = dist.get_rank()
-            self.group = dist.new_group(backend="gloo")
+            self.group = cpu_group()
         self.is_main = self.rank == 0
 
     def clock(self) -> float:

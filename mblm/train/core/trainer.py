@@ -27,7 +27,12 @@ from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, evalu
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
 from mblm.train.core.interrupt import StopRequest, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
-from mblm.train.core.lineage import check_same_as_before, check_same_on_all, lineage_of
+from mblm.train.core.lineage import (
+    check_same_as_before,
+    check_same_on_all,
+    check_same_settings,
+    lineage_of,
+)
 from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
 from mblm.train.core.parallel import ParallelModel, Workers
 from mblm.train.core.precision import Precision
@@ -81,6 +86,13 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         self._precision = Precision(
             config.train.precision, self._workers.device_type, self.options.amp_dtype
         )
+        check_same_settings(
+            config,
+            self._workers,
+            package=__version__,
+            precision=self._precision.dtype,
+            skip_validation=self.options.skip_validation,
+        )
         self._plan(start=0)  # which refuses what cannot be planned, before anything is written
 
         self._is_open = False
@@ -97,7 +109,8 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if self._restores:
             self._load_checkpoint(model)
         drawn = int(torch.randint(2**31, ())) if seed is None else seed
-        self._seed: int = self._workers.from_main(drawn)
+        # All wait for all here: a worker that has failed is noticed before nccl would wait for it.
+        self._seed: int = self._workers.gather(drawn)[0]
         if self._resumed is not None:
             self._seed = self._resumed.common["seed"]
         elif seed is not None or self._workers.rank:  # what is drawn differs between workers

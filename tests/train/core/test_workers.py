@@ -1,5 +1,6 @@
 """Several workers: what each sees, what they agree on, and how they fail."""
 
+import contextlib
 import csv
 import json
 import math
@@ -223,6 +224,58 @@ def test_too_many_bad_losses_end_the_run_on_all(tmp_path):
     assert jobs.join(jobs.start(train_with_nans, 2, cfg)) == [1, 1]
     text = (jobs.run_of(tmp_path) / "config.yaml").read_text()
     assert "NonFiniteLossError" in text
+
+
+def start_and_note(function, folder):
+    """Start a run of two, note the random numbers that each would draw next, or its error."""
+    with contextlib.suppress(Exception):
+        note = folder / os.environ["RANK"]
+        try:
+            with process_group(backend="gloo") as run_vars:
+                function(run_vars)
+                note.write_text(str(torch.rand(())))
+        except Exception as error:
+            note.write_text(f"{type(error).__name__}: {error}")
+            raise
+
+
+def construct(run_vars, cfg):
+    jobs.Trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
+
+
+def construct_others(run_vars):
+    construct(run_vars, jobs.config(Path("out"), workers=2, batch_size=4 + run_vars.rank))
+
+
+def construct_without_a_seed(run_vars):
+    construct(run_vars, jobs.config(Path("out"), workers=2, seed=None))
+
+
+def construct_without_data(run_vars):
+    if run_vars.rank == 1:
+        raise FileNotFoundError("no folder 'data' on this machine")
+    construct_without_a_seed(run_vars)
+
+
+def notes_of(tmp_path, function):
+    jobs.join(jobs.start(start_and_note, 2, function, tmp_path))
+    return [(tmp_path / str(rank)).read_text() for rank in range(2)]
+
+
+def test_without_a_seed_workers_draw_different_numbers(tmp_path):
+    first, second = notes_of(tmp_path, construct_without_a_seed)
+    assert first.startswith("tensor") and second.startswith("tensor") and first != second
+
+
+def test_workers_whose_settings_differ_are_refused_by_name(tmp_path):
+    for note in notes_of(tmp_path, construct_others):
+        assert "ValueError" in note and "train.batch_size is 4 on rank 0 and 5 on rank 1" in note
+
+
+def test_a_worker_that_fails_while_starting_ends_all_with_its_message(tmp_path):
+    main, other = notes_of(tmp_path, construct_without_data)
+    assert other == "FileNotFoundError: no folder 'data' on this machine"
+    assert main == f"RuntimeError: another process failed: rank 1: {other}"
 
 
 class FailsOnRankOne(jobs.Trainer):
