@@ -97,8 +97,9 @@ def _score_file(
 
 def _check_readable(file: Path) -> None:
     if file == _STANDARD_INPUT:
-        return
-    if file.is_file() or file.is_dir():
+        if sys.stdin is None:
+            raise OSError("standard input is closed")
+    elif file.is_file() or file.is_dir():
         file.open("rb").close()
     else:  # a pipe would lose its writer
         file.stat()

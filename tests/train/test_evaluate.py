@@ -160,6 +160,12 @@ def test_standard_input_is_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert scores == [scores[2], Score(), scores[2]]
 
 
+def test_a_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(OSError, match="standard input is closed"):
+        evaluate(bytes_model(), [Path("-")])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_files_of_which_the_system_tells_no_size() -> None:
     version = Path("/proc/version")
