@@ -49,11 +49,13 @@ def how_many(asked: int | None, prompt: int, context: int | None) -> int:
 
 
 def load(checkpoint: Path, config: Path | None, device: str | None) -> MBLM:
-    """The model of a folder or a ``.pth`` file, on a device that works."""
+    """The model of a folder or a ``.pth`` file, in float32, on a device that works."""
     from mblm import MBLM
     from mblm.model.pretrained import load_checkpoint
 
-    return load_checkpoint(MBLM, checkpoint, config_file=config, map_location=find_device(device))
+    place = find_device(device)
+    model = load_checkpoint(MBLM, checkpoint, config_file=config, map_location=place)
+    return model.float()  # the fast way to generate, also from weights saved in bfloat16
 
 
 def check_out(out: Path, checkpoint: Path, *inputs: Path | None) -> None:

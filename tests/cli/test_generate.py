@@ -1,5 +1,6 @@
 """`mblm generate`: the bytes it writes where, and what it refuses in one line."""
 
+import copy
 import io
 import json
 import os
@@ -59,6 +60,15 @@ def test_weights_are_read_as_asked(
     monkeypatch.setattr(MBLM, "generate", spy)
     assert run(*arguments).out == whole
     assert asked == [weights]
+
+
+def test_a_model_saved_in_bfloat16_is_run_in_float32(
+    run: Run, bytes_model: MBLM, tmp_path: Path
+) -> None:
+    rounded = copy.deepcopy(bytes_model).bfloat16()
+    rounded.save_pretrained(tmp_path / "rounded")
+    out = run("generate", tmp_path / "rounded", "--seed", 1, "--bytes", COUNT).out
+    assert out == expected(rounded.float())
 
 
 def test_stops_after_any_stop_text(run: Run, saved: Path) -> None:
