@@ -71,8 +71,8 @@ class CoreTrainConfig(Fields):
     seed: NonNegativeInt | None = Field(
         default=None,
         lt=2**32,
-        description="Seed of weights, dropout and shuffling; by default the first rank's generators "
-        "are used as the program left them, and seed the others'",
+        description="Seed of weights, dropout and shuffling; by default the first rank's "
+        "generators are used as the program left them, and seed those of the others",
     )
     non_finite_loss: Literal["skip", "stop"] = Field(
         default="stop",
