@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from mblm.train.mblm import TrainEntryConfig, TrainMaskedEntryConfig
 
 
+STOPPED_MARK = "MBLM_STOPPED_MARK"
+"""Environment variable: a file that a process makes when it was stopped and its state is saved."""
+
+
 class _Fields(RootModel[dict[str, Any]]):
     """The fields of a YAML file, not looked at."""
 
@@ -84,6 +88,8 @@ def train_experiment(config: "TrainEntryConfig | TrainMaskedEntryConfig") -> Non
     except NonFiniteLossError as error:  # of the data or of the learning rate, and no bug
         raise ValueError(str(error)) from error
     except TrainingInterrupted as stopped:
+        if mark := os.environ.get(STOPPED_MARK):
+            Path(mark).touch()
         if os.environ.get("RANK", "0") == "0":
             print(f"mblm: {stopped}; go on with --resume latest", file=sys.stderr)
         raise

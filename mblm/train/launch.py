@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mblm.train.core.interrupt import EXIT_INTERRUPTED
-from mblm.train.experiment import load_experiment, train_experiment
+from mblm.train.experiment import STOPPED_MARK, load_experiment, train_experiment
 from mblm.utils.imports import import_modules
 
 # Workers finish their step and save when they are told to stop; later they are killed.
@@ -97,16 +98,24 @@ def _run_workers(
     )
     # It tells of a failed worker in pages; here that takes a line.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    try:
-        elastic_launch(config, sys.executable)("-m", "mblm.train", *arguments)
-    except SignalException:  # passed on to the workers, which have saved and ended since
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        status = failure.exitcode
-        if status != EXIT_INTERRUPTED:
-            said = (
-                failure.message["message"] if isinstance(failure.message, dict) else failure.message
-            )
-            print(f"mblm: error: rank {rank}: {said}", file=sys.stderr)
-        raise SystemExit(128 - status if status < 0 else status) from None
+    # The launcher does not tell how the workers ended that a signal was passed on to.
+    with tempfile.TemporaryDirectory() as folder:
+        mark = Path(folder, "saved")
+        os.environ[STOPPED_MARK] = str(mark)
+        try:
+            elastic_launch(config, sys.executable)("-m", "mblm.train", *arguments)
+        except SignalException as stopped:
+            raise SystemExit(EXIT_INTERRUPTED if mark.exists() else 128 + stopped.sigval) from None
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            status = failure.exitcode
+            if status != EXIT_INTERRUPTED:
+                said = (
+                    failure.message["message"]
+                    if isinstance(failure.message, dict)
+                    else failure.message
+                )
+                print(f"mblm: error: rank {rank}: {said}", file=sys.stderr)
+            raise SystemExit(128 - status if status < 0 else status) from None
+        finally:
+            del os.environ[STOPPED_MARK]

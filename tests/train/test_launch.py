@@ -7,12 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.distributed.elastic.multiprocessing import SignalException
 
+from mblm.train.core.interrupt import TrainingInterrupted
+from mblm.train.experiment import load_experiment, train_experiment
 from mblm.train.launch import launch
 from mblm.train.plot import read_curves
 
@@ -259,6 +263,30 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
     assert weights[0]["LOSS"] == weights[1]["LOSS"]
     for name, tensor in weights[0]["MODEL"].items():
         assert torch.equal(tensor, weights[1]["MODEL"][name]), name
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_only_what_was_saved_ends_as_interrupted(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, saved: bool, number: signal.Signals
+) -> None:
+    def launcher(*_: object) -> Callable[..., None]:
+        def run(*_: object) -> None:
+            if saved:
+                monkeypatch.setattr("mblm.train.mblm.train_mblm", stopped)
+                with pytest.raises(TrainingInterrupted):
+                    train_experiment(load_experiment(experiment))
+            raise SignalException("as torchrun does when all its workers have ended", number)
+
+        return run
+
+    def stopped(_: object) -> None:
+        raise TrainingInterrupted("Stopped")
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launcher)
+    with pytest.raises(SystemExit) as ended:
+        launch(experiment, nproc=2)
+    assert ended.value.code == (INTERRUPTED if saved else 128 + number)
 
 
 def test_a_checkpoint_begins_another_run(experiment: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -362,3 +363,15 @@ def test_weights_that_are_views_of_one_another_come_back(tmp_path):
     _, path = save_model_state(tmp_path, "x", half, 1)
     load_model_state(path, target)
     assert_same(copy_of(target), copy_of(half))
+
+
+@pytest.mark.parametrize("room", [0, 100, 100_000])
+def test_a_disk_that_fills_up_is_an_os_error_that_names_the_file(tmp_path, room):
+    old, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*model\.pth"):
+            save_model_state(tmp_path, "model.pth", {"w": torch.zeros(100_000)}, 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (old, hard))
+    assert list(tmp_path.iterdir()) == []

@@ -128,6 +128,12 @@ class CoreIoConfig(Fields):
     enabled_loss_log_for_gpus: list[int] = Field(
         default=[0], description="The (global) ranks that log their losses"
     )
+    save_every_minutes: float = Field(
+        default=15,
+        ge=0,
+        description="Save a training state after so many minutes without one, besides after every "
+        "validation; 0: not by time",
+    )
     tensorboard: bool = Field(
         default=False, description="Write the losses for TensorBoard, too; needs mblm[tensorboard]"
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
+from mblm.train.core.interrupt import start_loading
 from mblm.train.core.parallel import Workers
 from mblm.train.core.sampling import ShardedBatches
 
@@ -82,7 +83,7 @@ def evaluate(
     if total == 0:
         raise ValueError("no batch to evaluate on: the dataset is empty")
     mine = range(workers.rank, total, workers.world_size)
-    batches = iter(loader) if is_sharded else _every(loader, workers)
+    batches = start_loading(loader) if is_sharded else _every(loader, workers)
     losses: list[torch.Tensor] = []  # on the device: nothing waits for them here
     weights: list[int] = []
     seconds = 0.0
@@ -112,6 +113,6 @@ def evaluate(
 
 
 def _every(loader: "DataLoader[Any]", workers: Workers) -> Iterator[Any]:
-    for index, batch in enumerate(loader):
+    for index, batch in enumerate(start_loading(loader)):
         if index % workers.world_size == workers.rank:
             yield batch

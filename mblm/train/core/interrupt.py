@@ -1,18 +1,26 @@
-"""Stop at the end of a step when the process is asked to, on all workers after the same one."""
+"""What a run is asked for while it trains, to stop and to save: by all workers at one batch."""
 
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from typing_extensions import Self
+
+T = TypeVar("T")
 
 EXIT_INTERRUPTED = 75
 """Exit code of a run that was stopped by a signal and saved its state: start it again to go on."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class TrainingInterrupted(SystemExit):
@@ -26,48 +34,111 @@ class TrainingInterrupted(SystemExit):
         return self.message
 
 
-class StopRequest:
-    """Notes SIGTERM and SIGINT while the block runs, and lets the workers agree on when to stop.
+class Requests:
+    """Notes signals and the time while the block runs, and lets the workers agree on what to do.
 
     Signals come to the workers at different moments. What a worker has seen by the end of a step
-    is exchanged while the next one runs, so that asking costs no waiting.
+    is exchanged while the next one runs, so that asking costs no waiting. SIGTERM and SIGINT ask a
+    run to stop, and so does SIGHUP, unless it is ignored, as after ``nohup``.
+
+    Args:
+        group: What the workers exchange it over; None for a single one.
+        save_every: Seconds after which to save; 0 for never.
     """
 
-    def __init__(self, group: "dist.ProcessGroup | None") -> None:
+    def __init__(self, group: "dist.ProcessGroup | None", save_every: float) -> None:
         self._group = group
-        self._seen = 0
-        self._agreed = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._save_every = save_every
+        self._saved = time.monotonic()
+        self._signal = 0
+        self._agreed = torch.zeros(2, dtype=torch.int64, device="cpu")  # signal, whether to save
         self._exchange: dist.Work | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # others cannot take signals
-            self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            for number in _SIGNALS:
+                if number in (signal.SIGTERM, signal.SIGINT) or not _is_ignored(number):
+                    self._handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._seen = number
+        self._signal = number
 
-    def seen(self, *, is_last: bool) -> signal.Signals | None:
-        """The signal to stop for now; to be called after every step, by all workers.
+    def saved(self) -> None:
+        """Note that the run was saved just now."""
+        self._saved = time.monotonic()
+
+    def after_batch(self, *, is_last: bool) -> tuple[signal.Signals | None, bool]:
+        """The signal to stop for now, and whether it is time to save; called by all workers.
 
         Args:
-            is_last: Whether no step follows, so that nothing needs to be exchanged.
+            is_last: Whether no batch follows, so that nothing needs to be exchanged.
         """
-        if self._group is None:
-            return signal.Signals(self._seen) if self._seen else None
-        if self._exchange is not None:
-            self._exchange.wait()
-            self._exchange = None
-            if number := int(self._agreed):
-                return signal.Signals(number)
-        if not is_last:
-            self._agreed.fill_(self._seen)
-            self._exchange = dist.all_reduce(
-                self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True
-            )
-        return None
+        number, saves = self._signal, self._is_due()
+        if self._group is not None:
+            mine, (number, saves) = (number, saves), self._exchanged()
+            if not is_last and not number:
+                self._agreed[0], self._agreed[1] = mine
+                self._exchange = dist.all_reduce(
+                    self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True
+                )
+        return signal.Signals(number) if number else None, bool(saves)
+
+    def stop(self) -> signal.Signals | None:
+        """The signal to stop for now, after a batch of a validation that is not the last."""
+        return self.after_batch(is_last=False)[0]
+
+    def _is_due(self) -> bool:
+        return 0 < self._save_every <= time.monotonic() - self._saved
+
+    def _exchanged(self) -> tuple[int, bool]:
+        if self._exchange is None:
+            return 0, False
+        self._exchange.wait()
+        self._exchange = None
+        number, saves = self._agreed.tolist()
+        return number, bool(saves)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+def start_loading(loader: "DataLoader[T]") -> Iterator[T]:
+    """Iterate over a loader whose processes live on when a signal reaches the whole process group.
+
+    The batch that is being trained on needs them. They end when this process tells them to.
+    """
+    if not loader.num_workers or not hasattr(signal, "sigwaitinfo"):
+        return iter(loader)
+    if not isinstance(loader.worker_init_fn, _LoaderProcess):
+        loader.worker_init_fn = _LoaderProcess(os.getpid(), loader.worker_init_fn)
+    # Blocked signals are so for the processes, too, from their start.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _LoaderProcess:
+    """What a loader's process does first: from now on only its owner can end it by SIGTERM."""
+
+    def __init__(self, owner: int, init: Callable[[int], None] | None) -> None:
+        self._owner = owner
+        self._init = init
+
+    def __call__(self, worker: int) -> None:
+        threading.Thread(target=self._wait, daemon=True).start()
+        if self._init is not None:
+            self._init(worker)
+
+    def _wait(self) -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != self._owner:
+            pass
+        os._exit(0)

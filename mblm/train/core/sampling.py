@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from mblm.data.datasets import Batch, DistributedDataset
+from mblm.train.core.interrupt import start_loading
 from mblm.train.core.rng import Rng, get_rng, set_rng
 
 T = TypeVar("T")
@@ -159,7 +160,7 @@ class TrainBatches(Generic[T]):
         if self._ours is not None:
             self._ours.begin(self.epoch, batch if self._skips else 0)
         if self._skips:
-            return iter(self._loader)
+            return start_loading(self._loader)
         if batch == 0 or self.epoch_rng is None:
             self.epoch_rng = get_rng(self._loader.generator)
             return self._after(batch)
@@ -170,7 +171,7 @@ class TrainBatches(Generic[T]):
         return items
 
     def _after(self, batch: int) -> Iterator[T]:
-        items = iter(self._loader)
+        items = start_loading(self._loader)
         for _ in range(batch):
             next(items)
         return items

@@ -5,7 +5,6 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from mblm.train.core.config import (
 )
 from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, evaluate
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
-from mblm.train.core.interrupt import StopRequest, TrainingInterrupted
+from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
 from mblm.train.core.lineage import (
     check_same_as_before,
@@ -219,9 +218,10 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             max_iters=plan.batches - position.done,
         )
         run.model.call.train()
-        with StopRequest(self._workers.group) as request, self._progress(run) as progress:
+        requests = Requests(self._workers.group, 60 * self.config.io.save_every_minutes)
+        with requests, self._progress(run) as progress:
             if position.validates_after is not None:  # where the run was stopped
-                self._validate(run, request)
+                self._validate(run, requests)
                 self._save(run, replaces=True)
             for item in items:
                 index = position.step
@@ -236,10 +236,11 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 validates = index in plan.validation_points and not self.options.skip_validation
                 if validates:
                     position.validates_after = item.epoch, item.batch
-                    self._validate(run, request)
-                signal = request.seen(is_last=is_last)
-                if validates or is_last or signal:
+                    self._validate(run, requests)
+                signal, is_due = requests.after_batch(is_last=is_last)
+                if validates or is_last or signal or is_due:
                     self._save(run)
+                    requests.saved()
                 if progress is not None:
                     progress.update(loss)
                 if signal and not is_last:
@@ -455,7 +456,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if position.without_gradient == 1:
             self._tell(message)
 
-    def _validate(self, run: Run, request: StopRequest) -> None:
+    def _validate(self, run: Run, requests: Requests) -> None:
         """Validate, log the loss, and keep the model if it is among the best.
 
         Stopped on the way, the run goes on with the whole validation, as it was before it.
@@ -463,7 +464,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         position, rng = run.position, get_rng()
         index = position.step - 1
         try:
-            result = self._evaluate(run.model.to_evaluate, run.validation, position, request)
+            result = self._evaluate(run.model.to_evaluate, run.validation, position, requests)
         except EvaluationStoppedError as stopped:
             set_rng(rng)
             self._save(run)
@@ -497,7 +498,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         model: nn.Module,
         loader: "DataLoader[TBatch]",
         position: Position,
-        request: StopRequest | None = None,
+        requests: Requests | None = None,
     ) -> Evaluation:
         """The mean loss over a loader's batches; raises `EvaluationStoppedError` on request."""
         if isinstance(loader.batch_sampler, EpochBatches):
@@ -525,7 +526,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 max_batches=self.config.train.max_eval_steps,
                 in_step=self._parallel.is_sharded,
                 show=show,
-                stop=(lambda: None) if request is None else partial(request.seen, is_last=False),
+                stop=(lambda: None) if requests is None else requests.stop,
             )
         if self.options.track_first_fw_bw_exec_times:
             self._folder.write_timemem(

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mblm.train.core import training_state
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.interrupt import EXIT_INTERRUPTED
 from mblm.train.core.training_state import find_latest_state
@@ -304,3 +306,43 @@ def test_every_enabled_rank_logs_its_own_losses(tmp_path):
     by_rank = {rank: [r["loss"] for r in rows if r["gpu_rank"] == rank] for rank in "01"}
     assert len(by_rank["0"]) == len(by_rank["1"]) == 4
     assert by_rank["0"] != by_rank["1"]
+
+
+def train_with_a_full_disk_on_rank_one(cfg):
+    write = training_state._write
+
+    def write_or_fail(path, content):
+        if path.name == "rank_1.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    training_state._write = write_or_fail
+    try:
+        jobs.train(cfg)
+    except OSError as error:
+        assert "No space left on device; there is no earlier state" in str(error)
+        os._exit(3)
+
+
+def test_a_full_disk_of_one_worker_ends_all_and_leaves_nothing_half_done(tmp_path):
+    cfg = jobs.config(tmp_path, workers=2, batches=2, batch_size=2)
+    processes = jobs.start(train_with_a_full_disk_on_rank_one, 2, cfg)
+    assert jobs.join(processes) == [3, 3]
+    assert [file.name for file in (jobs.run_of(tmp_path) / "state").iterdir()] == ["best"]
+
+
+def train_on_other_data(cfg):
+    with process_group(backend="gloo") as run_vars:
+        worker, workers = run_vars.rank, run_vars.world_size
+        trainer = jobs.Trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
+        try:
+            trainer.train(jobs.Ids(jobs.SAMPLES + worker, worker, workers), jobs.Ids(10))
+        except ValueError as error:
+            assert "rank 0 and rank 1 do not train the same: training_data" in str(error)
+            os._exit(3)
+
+
+def test_workers_that_do_not_train_on_the_same_are_refused(tmp_path):
+    cfg = jobs.config(tmp_path, workers=2, batches=2)
+    assert jobs.join(jobs.start(train_on_other_data, 2, cfg)) == [3, 3]
+    assert list(tmp_path.iterdir()) == []
