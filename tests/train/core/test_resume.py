@@ -76,6 +76,11 @@ class LoaderWorkersThatStay(LoaderWorkers):
     stay = True
 
 
+class ForeignLoaderWorkers(jobs.Trainer):
+    def get_train_dataloader(self, dataset, **kwargs):
+        return super().get_train_dataloader(dataset, shuffle=True, num_workers=2)
+
+
 def train_alone(trainer, cfg, dataset=jobs.Ids):
     made = jobs.alone(trainer, cfg)
     made.train(dataset(), dataset(10))
@@ -144,7 +149,7 @@ def test_a_validation_stops_after_a_batch_and_is_made_whole(tmp_path, validation
         assert jobs.same(torch.load(run / name), torch.load(whole / name))
 
 
-@pytest.mark.parametrize("trainer", [LoaderWorkers, LoaderWorkersThatStay])
+@pytest.mark.parametrize("trainer", [LoaderWorkers, LoaderWorkersThatStay, ForeignLoaderWorkers])
 def test_what_loader_workers_draw_is_the_same_after_a_stop(tmp_path, trainer):
     class Stops(StopsItself, trainer):
         stop_in = 6

@@ -207,6 +207,17 @@ def test_accumulated_batches_make_whole_steps_and_it_is_said(tmp_path):
     assert not any(jobs.final_state(trainer._folder.path)[1]["gradients"])
 
 
+def test_a_step_has_all_of_its_batches_wherever_an_epoch_ends(tmp_path):
+    class Steps(jobs.Trainer):
+        def _step(self, run, item):
+            taken.append((item.epoch, item.batch, len(run.losses)))
+            super()._step(run, item)
+
+    taken = []
+    train(jobs.config(tmp_path, batches=20, gradient_accumulate_every=5), Steps)
+    assert taken == [(0, 4, 5), (0, 9, 5), (1, 2, 5), (1, 7, 5)]  # an epoch has 12 and 11 batches
+
+
 def test_a_step_of_more_batches_than_there_are_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"takes 13 batches, .* no more than 12"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, gradient_accumulate_every=13))
