@@ -6,7 +6,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 
-def find_files(folder: Path, entries: Sequence[str]) -> dict[str, Path]:
+def find_files(
+    folder: Path, entries: Sequence[str], without: str | Path | None = None
+) -> dict[str, Path]:
     """The files that entries mean, by their real path.
 
     An entry is a file, a folder (all in it) or a glob of files (``**`` for any folders), relative
@@ -14,7 +16,8 @@ def find_files(folder: Path, entries: Sequence[str]) -> dict[str, Path]:
     as it is written means itself. Entries keep their order, and the files of one are sorted by the
     parts of their path. Names that start with a dot are left out unless an entry says them, and so
     are links to folders inside a folder or below ``**``. A file that several entries or links lead
-    to counts once, the first time.
+    to counts once, the first time. What is in the folder ``without`` is left out, unless the entry
+    itself is.
 
     Raises:
         FileNotFoundError: An entry that means no file.
@@ -22,7 +25,10 @@ def find_files(folder: Path, entries: Sequence[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for entry in entries:
-        files = _files_of(folder, Path(os.path.expanduser(entry)))
+        path = Path(os.path.expanduser(entry))
+        files = _files_of(folder, path)
+        if without is not None and not _is_in(without, folder / path):
+            files = [file for file in files if not _is_in(without, file)]
         if not files:
             raise FileNotFoundError(f"files: {entry!r} is no file in {str(folder)!r} or holds none")
         # Of several paths to a file the shortest counts.
@@ -31,6 +37,10 @@ def find_files(folder: Path, entries: Sequence[str]) -> dict[str, Path]:
         for real, file in sorted(nearest.items(), key=lambda item: item[1].parts):
             found.setdefault(real, file)
     return found
+
+
+def _is_in(folder: str | Path, path: str | Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _files_of(folder: Path, entry: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pydantic import RootModel, ValidationError
 from mblm.model.find import RUN_CONFIG_FILE
 from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.non_finite import NonFiniteLossError
-from mblm.train.core.training_state import find_latest_state, is_training_state
+from mblm.train.core.training_state import find_latest_state, is_training_state, read_manifest
 from mblm.utils.errors import with_title
 from mblm.utils.io import load_yml, parse_yml
 
@@ -135,17 +135,20 @@ def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any
             and the place in the data that its configuration names; a training state; or a
             ``.pth`` file, whose weights start anew.
         output_dir: The folder of the runs.
-        name_model: The name that their folders begin with.
+        name_model: The name of the model of these runs.
 
     Raises:
         FileNotFoundError: There is no such thing.
         ValueError: There is nothing to resume from in it.
     """
     if resume == "latest":
-        runs = [run for run in output_dir.glob(f"{glob.escape(name_model)}_*") if run.is_dir()]
-        states = [state for run in runs if (state := find_latest_state(run)) is not None]
+        runs = output_dir.glob(f"{glob.escape(name_model)}_*")  # of longer names, too
+        latest = [state for run in runs if (state := find_latest_state(run)) is not None]
+        states = [state for state in latest if _name_of(state) == name_model]
         if not states:
-            raise ValueError(f"resume: no run {output_dir / name_model}_* with a training state")
+            raise ValueError(
+                f"resume: no run of {name_model!r} in {str(output_dir)!r} with a training state"
+            )
         return {"checkpoint_file": str(max(states, key=lambda state: state.stat().st_mtime_ns))}
     path = Path(resume)
     if not path.exists():
@@ -162,3 +165,11 @@ def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any
         raise ValueError(f"resume: {resume} has neither a training state nor a checkpoint")
     names = ("checkpoint_file", "next_epoch_index", "next_batch_index")
     return {name: said[name] for name in names if name in said}
+
+
+def _name_of(state: Path) -> str | None:
+    try:
+        name: str = read_manifest(state)["config"]["io"]["name_model"]
+    except (ValueError, LookupError, TypeError):
+        return None  # of an older format, or damaged
+    return name

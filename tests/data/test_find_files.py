@@ -136,3 +136,26 @@ def test_an_entry_without_files_is_refused(tree: Path, entry: str) -> None:
     (tree / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"files: '.*' is no file in .*tree' or holds none"):
         find_files(tree, ["a.txt", entry])
+
+
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        (["."], ["[odd].txt", "a-b/x.txt", "a.txt", "b.txt"]),
+        (["**/*.txt"], ["[odd].txt", "a-b/x.txt", "a.txt", "b.txt"]),
+        (["b.txt", "a"], ["b.txt", "a/deep/y.md", "a/z.txt"]),
+        (["a/*.txt"], ["a/z.txt"]),
+    ],
+    ids=" ".join,
+)
+def test_a_folder_is_left_out_unless_an_entry_is_in_it(
+    tree: Path, entries: list[str], found: list[str]
+) -> None:
+    files = find_files(tree, entries, without=tree / "a-b" / ".." / "a").values()
+    assert [os.path.relpath(file, tree) for file in files] == found
+
+
+def test_a_folder_that_is_left_out_may_have_all_there_is(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"'\.' is no file in .* or holds none"):
+        find_files(tmp_path, ["."], without=tree)
+    assert find_files(tree / "a", ["."], without=tree)

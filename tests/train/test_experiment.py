@@ -1,5 +1,6 @@
 """Experiments: settings replace fields, what to resume from is found, mistakes are named."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,11 @@ def test_bad_fields_are_named_with_the_file(settings: list[str], message: str) -
 # -- What to resume from ---------------------------------------------------------------------------
 
 
-def state_of(run: Path, step: int) -> Path:
+def state_of(run: Path, step: int, name: str = "model") -> Path:
     """A training state, as far as finding it goes."""
     state = state_dir_at(run, step)
     state.mkdir(parents=True)
-    (state / "COMPLETE").write_text("{}")
+    (state / "COMPLETE").write_text(json.dumps({"config": {"io": {"name_model": name}}}))
     return state
 
 
@@ -138,6 +139,8 @@ def test_the_latest_state_of_the_runs_of_that_name(tmp_path: Path) -> None:
         newest = state_of(tmp_path / name, step)
     (tmp_path / "model_2" / "state" / "step_00000005").mkdir()  # not whole
     state_of(tmp_path / "another_3", 9)
+    state_of(tmp_path / "model_large_1", 9, "model_large")
+    (state_of(tmp_path / "model_3", 9) / "COMPLETE").write_text("{}")  # of an older format
     assert find_resume("latest", tmp_path, "model") == {"checkpoint_file": str(newest)}
 
 
@@ -166,7 +169,7 @@ def test_a_run_without_state_goes_on_as_its_configuration_says(tmp_path: Path) -
 @pytest.mark.parametrize(
     "resume, message",
     [
-        ("latest", r"no run .*model_\* with a training state"),
+        ("latest", "no run of 'model' in .* with a training state"),
         ("absent", "no file or folder absent"),
         ("EMPTY", "config.yaml"),
         ("NEW", "has neither a training state nor a checkpoint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -86,6 +87,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         data_dir: The folder that the arguments are relative to; or a single file.
         mode: Which part.
         optional_args: What to read; everything in ``data_dir`` by default.
+        without: A folder that is left out, such as the one that runs write to.
         config: ``seq_len, worker_id, num_workers`` of ``DistributedDataset``.
 
     Raises:
@@ -98,10 +100,13 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         data_dir: str | Path,
         mode: ModelMode,
         optional_args: ByteFilesArgs | None = None,
+        without: str | Path | None = None,
         **config: Unpack[DistributedDatasetConfig],
     ) -> None:
         mode, args = ModelMode(mode), optional_args or ByteFilesArgs()
-        own_files, files = _files_of_part(Path(data_dir).expanduser(), mode, args)
+        root = Path(data_dir).expanduser()
+        own_files, files = _files_of_part(root, mode, args, without)
+        self._root = root if root.is_dir() else root.parent
         self._data = FileBytes(files, args.separator_id)
         self._first, self._stop = 0, len(self._data)
         shares = args.shares()
@@ -142,10 +147,17 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
                 f"separator_id: expected one in [0, {num_tokens}), the vocabulary of num_tokens, "
                 f"got {args.separator_id}"
             )
+        data_dir, output_dir = Path(config.io.dataset_dir).expanduser(), Path(config.io.output_dir)
+        if data_dir.is_dir() and data_dir.resolve() == output_dir.resolve():
+            raise ValueError(
+                f"io.output_dir: expected another folder than io.dataset_dir {str(data_dir)!r}: "
+                "a run would be trained on what runs have written"
+            )
         return ByteFiles(
-            data_dir=config.io.dataset_dir,
+            data_dir=data_dir,
             mode=mode,
             optional_args=args,
+            without=output_dir,
             seq_len=config.params.input_seq_len,
             worker_id=worker_id,
             num_workers=num_workers,
@@ -155,6 +167,11 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
     def supports_test_mode() -> bool:
         """Whether there is a test part: yes; one without bytes is an error."""
         return True
+
+    def sources(self) -> list[tuple[str, int]]:
+        """The files by their place in the folder, and how many ids of them are this part."""
+        names = [os.path.relpath(file, self._root.absolute()) for file in self._data.files]
+        return [*super().sources(), *zip(names, self._data.sizes, strict=True)]
 
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
         """The ids from position ``from_idx`` of this part on, and their loss mask."""
@@ -176,7 +193,9 @@ def deal_documents(sizes: Iterable[int], shares: dict[ModelMode, float]) -> list
     return parts
 
 
-def _files_of_part(root: Path, mode: ModelMode, args: ByteFilesArgs) -> tuple[bool, list[Path]]:
+def _files_of_part(
+    root: Path, mode: ModelMode, args: ByteFilesArgs, without: str | Path | None
+) -> tuple[bool, list[Path]]:
     """Whether the part has files of its own, and its files, or else those that parts share."""
     if root.is_file():
         if "files" in args.model_fields_set:
@@ -187,12 +206,12 @@ def _files_of_part(root: Path, mode: ModelMode, args: ByteFilesArgs) -> tuple[bo
     else:
         raise FileNotFoundError(f"data_dir: no file or folder {str(root)!r}")
     named = {ModelMode.VALID: args.valid_files, ModelMode.TEST: args.test_files}
-    own = {part: find_files(root, entries) for part, entries in named.items() if entries}
+    own = {part: find_files(root, entries, without) for part, entries in named.items() if entries}
     if len(own) == 2 and (both := own[ModelMode.VALID].keys() & own[ModelMode.TEST].keys()):
         raise ValueError(f"test_files: {min(both)!r} is one of valid_files, too")
     if mode in own:
         return True, list(own[mode].values())
-    shared = find_files(root, everything)
+    shared = find_files(root, everything, without)
     return False, [
         file for real, file in shared.items() if not any(real in files for files in own.values())
     ]

@@ -172,7 +172,8 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
         ).pipeline
         part, data_dir = _PARTS[mode], Path(data_dir).expanduser()
         self.images_root = data_dir / "images" / part
-        self.entries = _read_questions(data_dir / "questions" / f"CLEVR_{part}_questions.json")
+        self._questions = data_dir / "questions" / f"CLEVR_{part}_questions.json"
+        self.entries = _read_questions(self._questions)
         super().__init__(data_size=len(self.entries), is_sequential=False, **config)
 
     @staticmethod
@@ -194,6 +195,10 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
     def supports_test_mode() -> bool:
         """Whether there is a test part with answers: no."""
         return False
+
+    def sources(self) -> list[tuple[str, int]]:
+        """The file of the questions; the images are those that it names."""
+        return [(self._questions.name, self._questions.stat().st_size)]
 
     def process_and_flatten_img(self, image: ImagePipeline) -> torch.Tensor:
         """Crop, resize and downsample an image as the arguments say; its bytes, uint8 ``(L,)``."""

@@ -197,6 +197,21 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     return kept
 
 
+def read_manifest(state_dir: Path) -> State:
+    """What a state says of itself: ``config``, the configuration of its run, among other things.
+
+    Raises:
+        ValueError: It is no whole state.
+    """
+    try:
+        manifest = json.loads((state_dir / _MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{state_dir} is not a whole training state: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{state_dir} is not a whole training state: {_MANIFEST} was changed")
+    return manifest
+
+
 def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> SavedState:
     """Load a state, what all share and what is this worker's; nothing is changed.
 
@@ -204,10 +219,7 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
         ValueError: No whole state of this format, one of another number of workers or strategy,
             or a damaged file.
     """
-    try:
-        manifest = json.loads((state_dir / _MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{state_dir} is not a whole training state: {error}") from error
+    manifest = read_manifest(state_dir)
     expected = {"format": FORMAT, "workers": workers.world_size, "strategy": strategy}
     for field, value in expected.items():
         if manifest.get(field) != value:

@@ -165,7 +165,11 @@ def test_loading_processes_read_the_same(tmp_path: Path) -> None:
 
 def train_config(folder: Path, **dataset_args: Any) -> Any:
     return SimpleNamespace(
-        io=SimpleNamespace(dataset_dir=str(folder), dataset_args=dataset_args or None),
+        io=SimpleNamespace(
+            dataset_dir=str(folder),
+            dataset_args=dataset_args or None,
+            output_dir=str(folder / "output"),
+        ),
         params=SimpleNamespace(input_seq_len=5, num_tokens=257),
     )
 
@@ -249,3 +253,28 @@ def test_shakespeare(shared: Path) -> None:
     size = int(len(text) * 0.05)
     start = len(text) - 2 * size + size // 2
     assert bytes(data[3][0].tolist()) == text[start + 3000 : start + 4000]
+
+
+def test_what_runs_write_is_no_data(tmp_path: Path) -> None:
+    config = train_config(write(tmp_path, a=bytes(range(100))))
+    config.io.output_dir = str(tmp_path / "out" / "put")
+    before = ByteFiles.from_train_entry_config(config, TRAIN, 0, 1)
+    (tmp_path / "out" / "put").mkdir(parents=True)
+    write(tmp_path / "out" / "put", model=b"weights")
+    after = ByteFiles.from_train_entry_config(config, TRAIN, 0, 1)
+    assert ids_of(after) == ids_of(before)
+    config.io.output_dir = str(tmp_path / "out" / "..")
+    with pytest.raises(ValueError, match=r"io.output_dir: expected another folder than io.dataset"):
+        ByteFiles.from_train_entry_config(config, TRAIN, 0, 1)
+
+
+def test_its_sources_are_its_part_and_the_files_wherever_the_folder_is(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "moved"):
+        (folder / "in").mkdir(parents=True)
+        write(folder, b=bytes(60))
+        write(folder / "in", a=bytes(40))
+        files = ["in", "b"]
+        sources = [("in/a", 40), ("b", 60)]
+        assert part(folder, TRAIN, files=files).sources() == [("ByteFiles", 90), *sources]
+        assert part(folder, VALID, files=files).sources() == [("ByteFiles", 5), *sources]
+    assert part(tmp_path / "b", TEST).sources() == [("ByteFiles", 3), ("b", 60)]

@@ -220,3 +220,8 @@ def test_a_real_sample(shared: Path) -> None:
     assert len(question) == Clevr.MAX_QUESTION_LEN_BYTES
     assert len(image) == np.prod(Clevr.IMAGE_SHAPE_C_W_H)
     assert len(answer) == Clevr.MAX_ANSWER_LEN_BYTESN
+
+
+def test_its_source_is_the_file_of_questions(folder: Path) -> None:
+    ((name, size),) = clevr(folder).sources()
+    assert (folder / "questions" / name).stat().st_size == size

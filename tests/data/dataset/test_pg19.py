@@ -113,3 +113,9 @@ def test_a_real_book(shared: Path, tmp_path: Path) -> None:
     text = (shared / "corpus" / "pg19_860.txt").read_bytes()
     assert bytes(data[len(data) - 1][0].tolist()) == text[(len(data) - 1) * 1000 :][:1000]
     assert data.book("860.txt") == text.decode().replace("\r\n", "\n")
+
+
+def test_its_sources_are_the_books(books: Path) -> None:
+    size = len("train 1.txt\r\né".encode()) * 5
+    sources = PG19(books, ModelMode.TRAIN, seq_len=20, **ALONE).sources()
+    assert sources == [("1.txt", size), ("2.txt", size), ("3.txt", size)]

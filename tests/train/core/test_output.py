@@ -1,8 +1,10 @@
 """BestModels: which models are kept, and in which order."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
-from mblm.train.core.output import BestModels, Ranked
+from mblm.train.core.output import BestModels, Ranked, new_run_dir
 
 WEIGHTS = {"w": torch.zeros(1)}
 
@@ -25,3 +27,10 @@ def test_a_loss_that_leaves_batches_out_gives_way_to_any_that_is_whole(tmp_path)
     assert rank(tmp_path, (1.0, 1), (2.0, 3)) == [1.0, 2.0]
     assert rank(tmp_path, (1.0, 1), (2.0, 3), (9.0, 0)) == [9.0]
     assert rank(tmp_path, (9.0, 0), (1.0, 1)) == [9.0]
+
+
+def test_runs_that_start_at_once_have_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(new_run_dir, [tmp_path / "out" / "tiny_1"] * 16))
+    numbered = {f"tiny_1_{number}" for number in range(2, 17)}
+    assert {folder.name for folder in folders} == {"tiny_1"} | numbered

@@ -428,6 +428,35 @@ def test_a_checkpoint_of_the_reference_gives_the_weights_and_says_so(tmp_path):
     assert jobs.same(dict(best.state_dict()), torch.load(checkpoint)["MODEL"])
 
 
+class OtherData(jobs.Ids):
+    """Ids that are nothing like those of `jobs.Ids`."""
+
+    def __init__(self, samples=jobs.SAMPLES):
+        super().__init__(samples)
+        self.ids = (self.ids + 5) % jobs.NUM_TOKENS
+
+
+def test_a_checkpoint_ranks_by_its_loss_on_the_data_it_is_trained_on(tmp_path):
+    before = train_alone(jobs.Trainer, jobs.config(tmp_path / "before", batches=100))
+    old = torch.load(before / "tiny_top1.pth")
+    cfg = jobs.config(tmp_path / "after", resume=before / "tiny_top1.pth")
+    trainer = jobs.alone(jobs.Trainer, cfg)
+    best = trainer.train(OtherData(), OtherData(10))
+    new = torch.load(trainer._folder.path / "tiny_top1.pth")
+    assert new["LOSS"] > old["LOSS"]
+    assert not jobs.same(new["MODEL"], old["MODEL"])
+    assert jobs.same(dict(best.state_dict()), new["MODEL"])
+
+
+def test_a_checkpoint_that_nothing_improves_stays_the_best_with_its_new_loss(tmp_path):
+    before = train_alone(jobs.Trainer, jobs.config(tmp_path / "before"))
+    old = torch.load(before / "tiny_top1.pth")
+    torch.save({**old, "LOSS": 1e9}, tmp_path / "model.pth")
+    cfg = jobs.config(tmp_path, resume=tmp_path / "model.pth", learning_rate=5.0)
+    new = torch.load(train_alone(jobs.Trainer, cfg) / "tiny_top1.pth")
+    assert jobs.same(new, old)
+
+
 def rows_written(folder):
     """How many rows of losses the runs in a folder have."""
     return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*/loss.csv"))

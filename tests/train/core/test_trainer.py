@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import mblm
 from mblm.train.core.config import CSVLossEntry, CSVTimeAndMemSnapshotEntry, GenericOutputConfig
 from mblm.train.core.non_finite import NonFiniteLossError
 from mblm.utils.checkpoint import load_model_state
@@ -63,6 +64,10 @@ def test_the_run_folder(tmp_path):
     assert config.summary.error is None
     assert config.summary.parameter_count == sum(p.numel() for p in model.parameters())
     assert load_yml(run / "config.yaml", jobs.Config).train == config.train
+    assert config.lineage.package == mblm.__version__
+    assert (config.lineage.stages, config.lineage.seed) == (["Model"], 5)
+    assert config.lineage.training_data.first == ["Ids: 384"]
+    assert config.lineage.validation_data.size == 80
 
 
 def test_a_seed_decides_everything(tmp_path):
@@ -325,6 +330,35 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         jobs.config(tmp_path, gradient_accumulate_every=0)
     with pytest.raises(ValueError, match="neither a checkpoint nor the folder"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=tmp_path / "none.pth"))
+
+
+class Fails(jobs.Trainer):
+    def init_model(self):
+        raise RuntimeError("no model")
+
+
+class FailsLate(jobs.Trainer):
+    def configure_optimizer(self, parameters):
+        raise RuntimeError("no optimizer")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "fields", "message"),
+    [
+        (Fails, {}, "no model"),
+        (FailsLate, {}, "no optimizer"),
+        (jobs.Trainer, {"batch_size": 64}, "not one batch of 64"),
+        (jobs.Trainer, {"tensorboard": True}, "needs TensorBoard"),
+        (jobs.Trainer, {"resume": __file__}, "cannot be read as a checkpoint"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_nothing_behind(
+    tmp_path, monkeypatch, trainer, fields, message
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train(jobs.config(tmp_path / "out", **fields), trainer)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensorboard_gets_the_losses_of_loss_csv(tmp_path):
