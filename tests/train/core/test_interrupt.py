@@ -95,8 +95,8 @@ class HastyOnRankOne(jobs.Trainer):
     """Has workers whose clocks differ."""
 
     def __init__(self, cfg, run_vars, options):
-        cfg.io.save_every_minutes = 1e-9 if run_vars.rank else 0
         super().__init__(cfg, run_vars, options)
+        cfg.io.save_every_minutes = 1e-9 if run_vars.rank else 0
 
     def _save(self, run):
         with (self._folder.path / f"{self._workers.rank}.txt").open("a") as file:
