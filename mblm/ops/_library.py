@@ -2,17 +2,43 @@
 
 Every operator of the namespace ``mblm`` is defined once, in Python. The reference is its
 CompositeExplicitAutograd kernel: it runs wherever no native kernel is loaded for the device.
+
+Kernels know nothing of derivatives but an operator's own gradient. All else that PyTorch derives,
+it derives from plain PyTorch, the operator's ``derivable``: second derivatives, forward-mode AD
+and every transform of ``torch.func``.
 """
 
 import functools
 import os
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
+
+from mblm.utils.transforms import is_transformed
 
 LIBRARY = torch.library.Library("mblm", "DEF")
+
+# PyTorch dispatches here first within a transform of torch.func, and nowhere else.
+_TRANSFORMED = "FuncTorchDynamicLayerFrontMode"
+
+
+class Like(NamedTuple):
+    """What a gradient has to know of a tensor whose values it does not use."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Call(NamedTuple):
+    """A call of an operator, as its gradient is told of it."""
+
+    inputs: tuple[Any, ...]  # the arguments, a `Like` in place of those of no values
+    intermediates: tuple[Tensor, ...]  # results kept for the gradient
+    needed: tuple[bool, ...]  # which arguments need a gradient
 
 
 def register_operator(
@@ -20,8 +46,10 @@ def register_operator(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
+    derivable: Callable[..., Any] | None = None,
+    backward: Callable[..., Sequence[Tensor | None]] | None = None,
+    intermediates: int = 0,
+    linear_in: Sequence[int] = (),
 ) -> None:
     """Register one operator.
 
@@ -29,19 +57,125 @@ def register_operator(
         schema: The operator's schema, ``name(arguments) -> results``.
         reference: Readable PyTorch implementation, the specification of the native kernels.
         fake: Shapes and dtypes of the results, from shapes and dtypes of the arguments.
-        backward: Gradient, ``backward(ctx, *grads) -> gradients of the arguments``. An operator
-            without one is not differentiable.
-        setup_context: ``setup_context(ctx, inputs, output)``, saves what ``backward`` needs.
+        derivable: The reference, as PyTorch can differentiate it. An operator without one, such as
+            a gradient, has no derivatives: asked for them, it raises.
+        backward: Gradient, ``backward(call, *grads) -> gradients of the arguments``; ``grads`` are
+            those of the results but the intermediates, None for one that is not used. Default:
+            that of ``derivable``.
+        intermediates: So many of the last results are for ``backward`` alone.
+        linear_in: Indices of arguments, each of which is added or is a factor of one term, so that
+            ``backward`` needs no values of theirs: they are not kept.
     """
     name = schema.split("(", 1)[0].strip()
-    qualified = f"mblm::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _said_on_cuda(name, reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=LIBRARY
+    torch.library.register_fake(f"mblm::{name}", fake, lib=LIBRARY)
+    if derivable is not None:
+        LIBRARY.impl(name, derivable, _TRANSFORMED)
+    operator = getattr(torch.ops.mblm, name).default
+    derive = derivable or functools.partial(_refuse, name)
+    run = _function(operator, derive, backward, intermediates, linear_in)
+
+    def differentiated(keyset: Any, *args: Any) -> Any:
+        if is_transformed():
+            return derive(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return run(keyset, *args)
+        return _below_autograd(operator, keyset, args)
+
+    LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
+
+
+def _refuse(name: str, *_: Any) -> NoReturn:
+    raise NotImplementedError(
+        f"mblm::{name} has no derivatives; differentiate mblm::{name.removesuffix('_backward')}, "
+        "as often as you like"
+    )
+
+
+def _below_autograd(operator: Any, keyset: Any, args: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _function(
+    operator: Any,
+    derive: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor | None]] | None,
+    intermediates: int,
+    linear_in: Sequence[int],
+) -> Callable[..., Any]:
+    """The operator as a node of autograd's graph, called with the dispatcher's keys first."""
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        results = _below_autograd(operator, keyset, args)
+        kept = results[len(results) - intermediates :] if intermediates else ()
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
+        tensors = [arg if isinstance(arg, Tensor) else None for arg in args]
+        for index in linear_in:
+            if (tensor := tensors[index]) is not None:
+                ctx.others[index] = Like(tensor.shape, tensor.dtype, tensor.device)
+                tensors[index] = None
+        ctx.save_for_backward(*tensors, *kept)
+        return results
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        inputs = tuple(
+            other if tensor is None else tensor
+            for tensor, other in zip(saved, ctx.others, strict=False)
         )
+        if all(grad is None for grad in grads):
+            return (None,) * (1 + len(inputs))
+        if backward is None or torch.is_grad_enabled() or is_transformed():
+            return None, *_derived(derive, inputs, needed, grads)
+        call = Call(inputs, saved[len(inputs) :], needed)
+        return None, *backward(call, *grads[: len(grads) - intermediates])
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: Any = type(operator.name().replace("::", "_"), (torch.autograd.Function,), methods)
+    run: Callable[..., Any] = function.apply
+    return run
+
+
+def _derived(
+    derive: Callable[..., Any],
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the inputs as plain PyTorch computes them, differentiable in turn."""
+    with torch.enable_grad():
+        # Views: a tensor that is given twice has two gradients.
+        own = [
+            _zeros(value) if isinstance(value, Like) else value.view_as(value) if of_it else value
+            for value, of_it in zip(inputs, needed, strict=True)
+        ]
+        results = derive(*own)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [
+            (result, grad)
+            for result, grad in zip(results, grads, strict=True)
+            if grad is not None and result.requires_grad
+        ]
+        wanted = [value for value, of_it in zip(own, needed, strict=True) if of_it]
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    return [next(found) if of_it else None for of_it in needed]
+
+
+def _zeros(like: Like) -> Tensor:
+    zero = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+    return zero.expand(like.shape)
 
 
 def _said_on_cuda(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:

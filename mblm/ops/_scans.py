@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mblm.ops._library import Call
+
 
 def check_tensors(
     expected: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
@@ -33,31 +35,50 @@ def backward_fake(
     return tuple(tensor.new_empty(tensor.shape) for tensor in shaped)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save the inputs and the states before the chunks."""
-    *tensors, initial_state, ctx.chunk_size = inputs
-    _, final_state, chunk_states = output
-    ctx.save_for_backward(*tensors, chunk_states)
-    ctx.state_shape = final_state.shape
-    ctx.has_initial_state = initial_state is not None
-    ctx.mark_non_differentiable(chunk_states)
-    ctx.set_materialize_grads(False)
+def derivable(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A scan that takes one step after the other, as PyTorch can differentiate it."""
+
+    def scan(
+        x: Tensor,
+        steps: Tensor,
+        rates: Tensor,
+        weight_in: Tensor,
+        weight_out: Tensor,
+        direct: Tensor,
+        initial_state: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (x.shape[0], *x.shape[2:], weight_in.shape[2])
+        state = rates.new_zeros(shape) if initial_state is None else initial_state.clone()
+        outputs, states = [x[:, :0]], [rates.new_zeros(shape)[:, None][:, :0]]
+        for position in range(x.shape[1]):
+            if position % chunk_size == 0:
+                states.append(state[:, None])
+            at = (t[:, position] for t in (x, steps, weight_in, weight_out))
+            inputs, size, to_state, from_state = at
+            y, state = step(inputs, size, rates, to_state, from_state, direct, state)
+            outputs.append(y[:, None])
+        return torch.cat(outputs, 1), state, torch.cat(states, 1)
+
+    return scan
 
 
 def gradient(operator: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """The gradient of a scan, by the operator ``<operator>_backward``."""
 
     def backward(
-        ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None, _: Tensor | None
+        call: Call, grad_y: Tensor | None, grad_final_state: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, steps, rates, *others = ctx.saved_tensors
+        *tensors, initial_state, chunk_size = call.inputs
+        (chunk_states,) = call.intermediates
         if grad_y is None:
-            grad_y = torch.zeros_like(x)
+            grad_y = torch.zeros_like(tensors[0])
         if grad_final_state is None:
-            grad_final_state = rates.new_zeros(ctx.state_shape)
+            shape = (chunk_states.shape[0], *chunk_states.shape[2:])
+            grad_final_state = chunk_states.new_zeros(shape)
         *grads, grad_initial_state = getattr(torch.ops.mblm, f"{operator}_backward")(
-            grad_y, grad_final_state, x, steps, rates, *others, ctx.chunk_size
+            grad_y, grad_final_state, *tensors, chunk_states, chunk_size
         )
-        return *grads, grad_initial_state if ctx.has_initial_state else None, None
+        return *grads, None if initial_state is None else grad_initial_state, None
 
     return backward

@@ -1,9 +1,7 @@
 """``assemble_stage``: a stage's input from its start token, embeddings, positions and context."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mblm.ops._checks import (
     check_device,
@@ -13,9 +11,8 @@ from mblm.ops._checks import (
     check_like,
     check_shape,
     compute_dtype,
-    no_second_derivative,
 )
-from mblm.ops._library import register_operator
+from mblm.ops._library import Call, register_operator
 
 
 def assemble_stage(
@@ -79,7 +76,8 @@ def assemble_stage_reference(
     rows, length = _check(start_token, embeddings, ids, positions, rotation, context)
     if ids is not None:
         check_ids_range(ids, embeddings.shape[0])
-        embeddings = embeddings[ids]
+        padding = padding_idx if 0 <= padding_idx < embeddings.shape[0] else None
+        embeddings = nn.functional.embedding(ids, embeddings, padding)
     compute = compute_dtype(embeddings.dtype)
     vectors = embeddings.to(compute)
     if rotation is not None:
@@ -244,18 +242,11 @@ def _backward_fake(
     return grad.new_empty(width), grad_embeddings, grad.new_empty(num_positions, width)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, embeddings, ids, positions, rotation, context, ctx.padding_idx = inputs
-    ctx.num_embeddings = embeddings.shape[0]
-    ctx.num_positions = 0 if positions is None else positions.shape[0]
-    ctx.has_positions, ctx.has_context = positions is not None, context is not None
-    ctx.save_for_backward(ids, rotation)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    ids, rotation = ctx.saved_tensors
+def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _, embeddings, ids, positions, rotation, context, padding_idx = call.inputs
+    num_positions = 0 if positions is None else positions.shape[0]
     grad_start, grad_embeddings, grad_positions = torch.ops.mblm.assemble_stage_backward(
-        grad, ids, rotation, ctx.num_embeddings, ctx.num_positions, ctx.padding_idx
+        grad, ids, rotation, embeddings.shape[0], num_positions, padding_idx
     )
     if ids is None and rotation is None:
         grad_embeddings = grad[:, 1:]
@@ -263,9 +254,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_start,
         grad_embeddings,
         None,
-        grad_positions if ctx.has_positions else None,
+        None if positions is None else grad_positions,
         None,
-        grad[:, 1:] if ctx.has_context else None,
+        None if context is None else grad[:, 1:],
         None,
     )
 
@@ -275,8 +266,9 @@ register_operator(
     "Tensor? rotation, Tensor? context, int padding_idx) -> Tensor",
     reference=assemble_stage_reference,
     fake=_fake,
+    derivable=assemble_stage_reference,
     backward=_backward,
-    setup_context=_setup_context,
+    linear_in=(0, 1, 3, 5),
 )
 register_operator(
     "assemble_stage_backward(Tensor grad, Tensor? ids, Tensor? rotation, "
@@ -284,5 +276,4 @@ register_operator(
     "-> (Tensor grad_start, Tensor grad_embeddings, Tensor grad_positions)",
     reference=assemble_stage_backward_reference,
     fake=_backward_fake,
-    backward=no_second_derivative("assemble_stage"),
 )

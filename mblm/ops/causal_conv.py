@@ -1,7 +1,5 @@
 """``causal_conv``: the short depthwise causal convolution of the Mamba blocks, and its SiLU."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -12,9 +10,8 @@ from mblm.ops._checks import (
     check_like,
     check_shape,
     compute_dtype,
-    no_second_derivative,
 )
-from mblm.ops._library import register_operator
+from mblm.ops._library import Call, register_operator
 
 
 def causal_conv(
@@ -170,19 +167,14 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
 def _backward(
-    ctx: Any, grad_y: Tensor | None, grad_next_window: Tensor | None
+    call: Call, grad_y: Tensor | None, grad_next_window: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias, window = ctx.saved_tensors
+    x, *_, window = call.inputs
     if grad_y is None:
         grad_y = torch.zeros_like(x)
     *grads, grad_window = torch.ops.mblm.causal_conv_backward(
-        grad_y, grad_next_window, x, weight, bias, window
+        grad_y, grad_next_window, *call.inputs
     )
     return *grads, grad_window if window is not None else None
 
@@ -192,8 +184,8 @@ register_operator(
     "-> (Tensor y, Tensor next_window)",
     reference=causal_conv_reference,
     fake=_fake,
+    derivable=causal_conv_reference,
     backward=_backward,
-    setup_context=_setup_context,
 )
 register_operator(
     "causal_conv_backward(Tensor grad_y, Tensor? grad_next_window, Tensor x, Tensor weight, "
@@ -201,5 +193,4 @@ register_operator(
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_window)",
     reference=causal_conv_backward_reference,
     fake=_backward_fake,
-    backward=no_second_derivative("causal_conv"),
 )

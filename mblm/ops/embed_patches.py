@@ -1,7 +1,5 @@
 """``embed_patches``: pad and nest ids, gather their embeddings and normalize each patch."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +11,8 @@ from mblm.ops._checks import (
     check_like,
     check_shape,
     compute_dtype,
-    no_second_derivative,
 )
-from mblm.ops._library import register_operator
+from mblm.ops._library import Call, register_operator
 
 
 def embed_patches(
@@ -126,7 +123,8 @@ def _gather(
     padded = nn.functional.pad(
         ids, (0, num_patches * patch_size - ids.shape[1]), value=pad_token_id
     )
-    return table[padded].reshape(ids.shape[0], num_patches, patch_size * table.shape[1])
+    vectors = nn.functional.embedding(padded, table, pad_token_id)
+    return vectors.reshape(ids.shape[0], num_patches, patch_size * table.shape[1])
 
 
 def _check(
@@ -230,16 +228,10 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ids, table, weight, _, _, ctx.patch_size, ctx.pad_token_id, _ = inputs
-    _, mean, inverse_std = output
-    ctx.mark_non_differentiable(mean, inverse_std)
-    ctx.save_for_backward(ids, table, weight, mean, inverse_std)
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ids, table, weight, _, _, patch_size, pad_token_id, _ = call.inputs
     grads = torch.ops.mblm.embed_patches_backward(
-        grad, *ctx.saved_tensors, ctx.patch_size, ctx.pad_token_id
+        grad, ids, table, weight, *call.intermediates, patch_size, pad_token_id
     )
     return (None, *grads, None, None, None, None)
 
@@ -250,8 +242,9 @@ register_operator(
     "-> (Tensor out, Tensor mean, Tensor inverse_std)",
     reference=embed_patches_reference,
     fake=_fake,
+    derivable=embed_patches_reference,
     backward=_backward,
-    setup_context=_setup_context,
+    intermediates=2,
 )
 register_operator(
     "embed_patches_backward(Tensor grad, Tensor ids, Tensor table, Tensor weight, Tensor mean, "
@@ -259,5 +252,4 @@ register_operator(
     "-> (Tensor grad_table, Tensor grad_weight, Tensor grad_bias)",
     reference=embed_patches_backward_reference,
     fake=_backward_fake,
-    backward=no_second_derivative("embed_patches"),
 )

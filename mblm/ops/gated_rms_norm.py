@@ -1,7 +1,5 @@
 """``gated_rms_norm``: RMSNorm with the gate of Mamba-2 before it, in one pass over activations."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -12,9 +10,8 @@ from mblm.ops._checks import (
     check_like,
     check_shape,
     compute_dtype,
-    no_second_derivative,
 )
-from mblm.ops._library import register_operator
+from mblm.ops._library import Call, register_operator
 
 
 def gated_rms_norm(
@@ -142,16 +139,10 @@ def _backward_fake(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_gate
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, gate, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, gate, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, gate, inverse_norm = ctx.saved_tensors
+def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, gate, eps = call.inputs
     grad_x, grad_weight, grad_gate = torch.ops.mblm.gated_rms_norm_backward(
-        grad, x, weight, gate, inverse_norm, ctx.eps
+        grad, x, weight, gate, *call.intermediates, eps
     )
     return grad_x, grad_weight, grad_gate if gate is not None else None, None
 
@@ -161,8 +152,9 @@ register_operator(
     "-> (Tensor out, Tensor inverse_norm)",
     reference=gated_rms_norm_reference,
     fake=_fake,
+    derivable=gated_rms_norm_reference,
     backward=_backward,
-    setup_context=_setup_context,
+    intermediates=1,
 )
 register_operator(
     "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? gate, "
@@ -170,5 +162,4 @@ register_operator(
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_gate)",
     reference=gated_rms_norm_backward_reference,
     fake=_backward_fake,
-    backward=no_second_derivative("gated_rms_norm"),
 )

@@ -1,14 +1,13 @@
 """``linear``: a linear map, each by the library or kernel that is fastest at its size."""
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mblm.ops import _native
-from mblm.ops._library import register_operator
+from mblm.ops._library import Call, register_operator
 from mblm.ops.linear_rows import MAX_ROWS, linear_fake, linear_reference
 
 # Multiplications below which calling oneDNN takes longer than it saves.
@@ -89,13 +88,9 @@ def _onednn_is_faster() -> bool:
     return bool(torch.ops.mblm.onednn_is_faster())
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    of_x, of_weight, of_bias = ctx.needs_input_grad
+def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, _ = call.inputs
+    of_x, of_weight, of_bias = call.needed
     product = torch.ops.mblm.linear
     return (
         product(grad, weight.T, None) if of_x else None,
@@ -108,6 +103,6 @@ register_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=linear_reference,
     fake=linear_fake,
+    derivable=linear_reference,
     backward=_backward,
-    setup_context=_setup_context,
 )

@@ -1,7 +1,5 @@
 """``linear_rows``: a linear map of a few rows; decoding is made of it and reads weights once."""
 
-from typing import Any, NoReturn
-
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -37,13 +35,9 @@ def linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _backward(ctx: Any, grad: Tensor) -> NoReturn:
-    raise NotImplementedError("linear_rows has no gradient; `linear` takes another way with one")
-
-
 register_operator(
     "linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=linear_reference,
     fake=linear_fake,
-    backward=_backward,
+    derivable=linear_reference,
 )

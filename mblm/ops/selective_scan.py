@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mblm.ops._library import register_operator
-from mblm.ops._scans import backward_fake, check_tensors, gradient, setup_context
+from mblm.ops._scans import backward_fake, check_tensors, derivable, gradient
 
 # Entries of a (chunk, rows, channels, N) buffer held at a time; one tile has up to three of them.
 _TILE_ENTRIES = 2**21
@@ -69,7 +69,7 @@ def selective_scan_step(
     D: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One position of :func:`selective_scan`; for inference, not differentiable.
+    """One position of :func:`selective_scan`; differentiable by PyTorch.
 
     Args:
         x, delta: (B, D).
@@ -83,9 +83,9 @@ def selective_scan_step(
     """
     dtype = A.dtype
     inputs = x.to(dtype)
-    decayed = (delta.unsqueeze(-1) * A).exp_().mul_(state)
-    state = decayed.addcmul_((delta * inputs).unsqueeze(-1), B.to(dtype).unsqueeze(1))
-    y = (state * C.to(dtype).unsqueeze(1)).sum(-1).addcmul_(inputs, D)
+    decayed = (delta.unsqueeze(-1) * A).exp() * state
+    state = decayed.addcmul((delta * inputs).unsqueeze(-1), B.to(dtype).unsqueeze(1))
+    y = (state * C.to(dtype).unsqueeze(1)).sum(-1).addcmul(inputs, D)
     return y.to(x.dtype), state
 
 
@@ -284,8 +284,9 @@ register_operator(
     "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
     reference=_reference,
     fake=_fake,
+    derivable=derivable(selective_scan_step),
     backward=gradient("selective_scan"),
-    setup_context=setup_context,
+    intermediates=1,
 )
 register_operator(
     "selective_scan_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor delta, "

@@ -1,7 +1,5 @@
 """``shift_rms_norm``: the causal shift fused with RMSNorm, in one pass over the activations."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,8 @@ from mblm.ops._checks import (
     check_like,
     check_shape,
     compute_dtype,
-    no_second_derivative,
 )
-from mblm.ops._library import register_operator
+from mblm.ops._library import Call, register_operator
 
 
 def shift_rms_norm(
@@ -60,7 +57,10 @@ def shift_rms_norm_reference(
     dtype = torch.result_type(x, weight)
     compute = compute_dtype(dtype)
     s = _shift(x, previous, shift).to(compute)
-    norm = torch.linalg.vector_norm(s, dim=-1) * x.shape[-1] ** -0.5
+    measured = s
+    if s.requires_grad:  # the second derivative of a norm of 0, which eps bounds, would be NaN
+        measured = s.masked_fill((s == 0).all(-1, keepdim=True), eps / 2)
+    norm = torch.linalg.vector_norm(measured, dim=-1) * x.shape[-1] ** -0.5
     inverse_norm = 1 / norm.clamp(min=eps)
     out = s * inverse_norm[..., None] * weight.to(compute)
     return out.to(dtype).contiguous(), inverse_norm.contiguous()
@@ -173,16 +173,10 @@ def _backward_fake(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_previous
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, previous, ctx.shift, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, previous, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, previous, inverse_norm = ctx.saved_tensors
+def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, previous, shift, eps = call.inputs
     grad_x, grad_weight, grad_previous = torch.ops.mblm.shift_rms_norm_backward(
-        grad, x, weight, previous, inverse_norm, ctx.shift, ctx.eps
+        grad, x, weight, previous, *call.intermediates, shift, eps
     )
     return grad_x, grad_weight, grad_previous if previous is not None else None, None, None
 
@@ -192,8 +186,9 @@ register_operator(
     "-> (Tensor out, Tensor inverse_norm)",
     reference=shift_rms_norm_reference,
     fake=_fake,
+    derivable=shift_rms_norm_reference,
     backward=_backward,
-    setup_context=_setup_context,
+    intermediates=1,
 )
 register_operator(
     "shift_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? previous, "
@@ -201,5 +196,4 @@ register_operator(
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_previous)",
     reference=shift_rms_norm_backward_reference,
     fake=_backward_fake,
-    backward=no_second_derivative("shift_rms_norm"),
 )

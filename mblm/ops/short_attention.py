@@ -1,7 +1,5 @@
 """``short_attention``: rotary positions and causal attention of many short sequences."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,8 @@ from mblm.ops._checks import (
     check_like,
     check_shape,
     compute_dtype,
-    no_second_derivative,
 )
-from mblm.ops._library import register_operator
+from mblm.ops._library import Call, register_operator
 
 # The longest sequence that the operator takes: one head's work stays in a core's cache.
 MAX_POSITIONS = 64
@@ -152,12 +149,8 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.mblm.short_attention_backward(grad, *ctx.saved_tensors)
+def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.mblm.short_attention_backward(grad, *call.inputs)
     return *grads, None, None
 
 
@@ -165,13 +158,12 @@ register_operator(
     "short_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin) -> Tensor",
     reference=short_attention_reference,
     fake=_fake,
+    derivable=short_attention_reference,
     backward=_backward,
-    setup_context=_setup_context,
 )
 register_operator(
     "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, "
     "Tensor? sin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference=short_attention_backward_reference,
     fake=_backward_fake,
-    backward=no_second_derivative("short_attention"),
 )

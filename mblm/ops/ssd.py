@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mblm.ops._library import register_operator
-from mblm.ops._scans import backward_fake, check_tensors, gradient, setup_context
+from mblm.ops._scans import backward_fake, check_tensors, derivable, gradient
 
 # Entries of the (rows, H, T, T) and (rows, H, P, N) buffers of one group of rows.
 _GROUP_ENTRIES = 2**21
@@ -63,7 +63,7 @@ def ssd(
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One position of :func:`ssd`; for inference, not differentiable.
+    """One position of :func:`ssd`; differentiable by PyTorch.
 
     Args:
         x: (B, H, P).
@@ -77,9 +77,9 @@ def ssd_step(
     """
     dtype = A.dtype
     inputs = x.to(dtype)
-    state = (dt * A).exp_()[..., None, None] * state
-    state.addcmul_((dt.unsqueeze(-1) * inputs).unsqueeze(-1), B.to(dtype)[:, None, None])
-    y = (state * C.to(dtype)[:, None, None]).sum(-1).addcmul_(inputs, D.unsqueeze(-1))
+    decayed = (dt * A).exp()[..., None, None] * state
+    state = decayed.addcmul((dt.unsqueeze(-1) * inputs).unsqueeze(-1), B.to(dtype)[:, None, None])
+    y = (state * C.to(dtype)[:, None, None]).sum(-1).addcmul(inputs, D.unsqueeze(-1))
     return y.to(x.dtype), state
 
 
@@ -303,8 +303,9 @@ register_operator(
     "int chunk_size) -> (Tensor y, Tensor final_state, Tensor chunk_states)",
     reference=_reference,
     fake=_fake,
+    derivable=derivable(ssd_step),
     backward=gradient("ssd"),
-    setup_context=setup_context,
+    intermediates=1,
 )
 register_operator(
     "ssd_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor dt, Tensor A, "

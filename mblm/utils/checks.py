@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from mblm.utils.transforms import values_of
+
 _ID_DTYPES = frozenset(
     getattr(torch, sign + width) for sign in ("int", "uint") for width in ("8", "16", "32", "64")
 )
@@ -72,14 +74,6 @@ def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> tor
                 f"outside [0, {num_tokens}), the vocabulary of num_tokens = {num_tokens}"
             )
     return ids
-
-
-def values_of(tensor: Any) -> torch.Tensor:
-    """The tensor that ``torch.func`` wraps, with a dimension more for each ``vmap``."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    unwrapped: torch.Tensor = tensor
-    return unwrapped
 
 
 def check_finite_weights(module: torch.nn.Module) -> None:

@@ -199,17 +199,6 @@ def test_reference_gradient_is_that_of_the_reference(terms):
         torch.testing.assert_close(positions, expected["positions"])
 
 
-def test_second_derivatives_are_refused():
-    arguments = sample()
-    arguments["embeddings"].requires_grad_()
-    out = assemble_stage(**arguments)
-    (grad,) = torch.autograd.grad(
-        out, arguments["embeddings"], torch.ones_like(out, requires_grad=True), create_graph=True
-    )
-    with pytest.raises(NotImplementedError, match="assemble_stage has no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("terms", [(), ("rotation",), ("ids", "positions"), TERMS], ids=str)
 def test_opcheck(terms):
     arguments = sample(terms=terms)

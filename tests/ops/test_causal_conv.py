@@ -118,14 +118,6 @@ def test_gradient_of_one_output(output: int, length: int) -> None:
     torch.testing.assert_close(gradients(causal_conv), gradients(causal_conv_reference))
 
 
-def test_second_derivatives_are_refused() -> None:
-    x, weight, bias, _ = make_arguments(2, 3, 4, 2)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(causal_conv(x, weight, bias)[0].sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="causal_conv has no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("length", [0, 2, 5])
 def test_operator_contract(length: int) -> None:
     arguments = make_arguments(2, length, 3, 4)

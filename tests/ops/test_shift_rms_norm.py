@@ -170,14 +170,6 @@ def test_reference_gradient_is_that_of_the_reference(shape):
     torch.testing.assert_close(ours, expected)
 
 
-def test_second_derivatives_are_refused():
-    x, weight, _ = sample(2, 3, 4)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(shift_rms_norm(x, weight).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="shift_rms_norm has no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("previous", [False, True], ids=["zeros", "previous"])
 def test_opcheck(previous):
     x, weight, first = sample(2, 3, 5, previous=previous)

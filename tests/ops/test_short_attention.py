@@ -83,15 +83,6 @@ def test_gradients(queries: int, keys: int, rotary: bool) -> None:
     assert torch.autograd.gradcheck(lambda *a: short_attention(*a, table), arguments)
 
 
-def test_second_derivatives_are_refused() -> None:
-    q, k, v = make_arguments(1, 3, 3, 1, 4)
-    (grad,) = torch.autograd.grad(
-        short_attention(q.requires_grad_(), k, v).sum(), q, create_graph=True
-    )
-    with pytest.raises(NotImplementedError, match="short_attention has no second derivative"):
-        grad.sum().backward()
-
-
 def test_autocast_does_not_lower_the_precision() -> None:
     arguments = [t.requires_grad_() for t in make_arguments(2, 9, 9, 2, 4, torch.float32)]
 

@@ -1,0 +1,306 @@
+"""Every operator under every way that PyTorch derives one function from another.
+
+Each is right, or refused by name. An operator without a sample here fails.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import mblm.ops
+from mblm.model import tiled_operators  # noqa: F401  its operators are of the same library
+
+for _module in pkgutil.iter_modules(mblm.ops.__path__, "mblm.ops."):
+    importlib.import_module(_module.name)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's
+
+IDS = torch.tensor([[0, 3, 1, 3], [2, 0, 4, 1]])
+
+
+def normal(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+class Sample(NamedTuple):
+    """Arguments by position; those at the indices given are differentiated."""
+
+    arguments: tuple[Any, ...]
+    differentiated: tuple[int, ...]
+    results: int = 1  # that are not for the gradient alone
+
+
+ANGLES = normal(4, 2)
+SCAN = (normal(2, 3, 2), normal(2, 3, 2).exp(), -normal(2, 2).exp(), normal(2, 3, 2))
+SSD = (normal(2, 3, 2, 2), normal(2, 3, 2).exp(), -normal(2).exp(), normal(2, 3, 2))
+SAMPLES: dict[str, list[Sample]] = {
+    "assemble_stage": [
+        Sample(
+            (normal(4), normal(5, 4), IDS, normal(5, 4), None, normal(2, 4, 4), 3), (0, 1, 3, 5)
+        ),
+        Sample(
+            (normal(4), normal(2, 3, 4), None, None, normal(3, 2, 2), normal(2, 3, 4), -1),
+            (0, 1, 5),
+        ),
+        Sample((normal(4), normal(2, 3, 4), None, None, None, None, -1), (0, 1)),
+    ],
+    "causal_conv": [
+        Sample((normal(2, 3, 2), normal(2, 1, 3), normal(2), None), (0, 1, 2), 2),
+        Sample((normal(2, 3, 2), normal(2, 1, 3), normal(2), normal(2, 2, 2)), (0, 1, 2, 3), 2),
+    ],
+    "embed_patches": [Sample((IDS, normal(5, 2), normal(6), normal(6), 2, 3, 4, 1e-5), (1, 2, 3))],
+    "gated_rms_norm": [
+        Sample((normal(2, 3), normal(3), normal(2, 3) + 1, 1e-5), (0, 1, 2)),
+        Sample((normal(2, 3), normal(3), None, 1e-5), (0, 1)),
+    ],
+    "linear": [
+        Sample((normal(2, 3), normal(4, 3), normal(4)), (0, 1, 2)),
+        Sample((normal(2, 3), normal(4, 3), None), (0, 1)),
+    ],
+    "linear_rows": [Sample((normal(2, 3), normal(4, 3), normal(4)), (0, 1, 2))],
+    "selective_scan": [
+        Sample((*SCAN, normal(2, 3, 2) + 1, normal(2), None, 2), (0, 1, 2, 3, 4, 5), 2),
+        Sample((*SCAN, normal(2, 3, 2) + 1, normal(2), normal(2, 2, 2), 2), tuple(range(7)), 2),
+    ],
+    "shift_rms_norm": [
+        Sample((normal(2, 3, 4), normal(4), None, True, 1e-8), (0, 1)),
+        Sample((normal(2, 3, 5), normal(5), normal(2, 2), True, 1e-8), (0, 1, 2)),
+        Sample((normal(2, 3, 4), normal(4), None, False, 1e-8), (0, 1)),
+    ],
+    "short_attention": [
+        Sample(
+            (normal(2, 3, 1, 4), normal(2, 4, 1, 4), normal(2, 4, 1, 4) + 1, None, None), (0, 1, 2)
+        ),
+        Sample(
+            (
+                normal(1, 3, 2, 4),
+                normal(1, 4, 2, 4),
+                normal(1, 4, 2, 4) + 1,
+                ANGLES.cos().float(),
+                ANGLES.sin().float(),
+            ),
+            (0, 1, 2),
+        ),
+    ],
+    "ssd": [
+        Sample((*SSD, normal(2, 3, 2) + 1, normal(2), None, 2), (0, 1, 2, 3, 4, 5), 2),
+        Sample((*SSD, normal(2, 3, 2) + 1, normal(2), normal(2, 2, 2, 2), 2), tuple(range(7)), 2),
+    ],
+}
+# Gradients by name of their operator, and passes in tiles, which are tested as a whole.
+GRADIENTS = {f"{name}_backward" for name in SAMPLES} - {"linear_backward", "linear_rows_backward"}
+TILED = {"loss_in_tiles", "global_tokens", "global_tokens_backward"}
+ALL = pytest.mark.parametrize(
+    ("name", "sample"),
+    [
+        pytest.param(name, sample, id=f"{name}-{number}")
+        for name, samples in SAMPLES.items()
+        for number, sample in enumerate(samples)
+    ],
+)
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def function_of(name: str, sample: Sample) -> tuple[Function, tuple[Tensor, ...]]:
+    """The operator as a function of what is differentiated, and that."""
+    operator = getattr(torch.ops.mblm, name)
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(sample.arguments)
+        for index, value in zip(sample.differentiated, given, strict=True):
+            arguments[index] = value
+        results = operator(*arguments)
+        return results[: sample.results] if isinstance(results, tuple) else (results,)
+
+    return function, tuple(sample.arguments[index] for index in sample.differentiated)
+
+
+def scalar_of(name: str, sample: Sample) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A number that depends on every result of the operator, of the second order too."""
+    function, inputs = function_of(name, sample)
+    return lambda *given: torch.stack([r.sin().sum() for r in function(*given)]).sum(), inputs
+
+
+def directions(sample: Sample, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One for every input, 0 where a table's row gets no gradient."""
+    found = [normal(*t.shape).roll(1) for t in inputs]
+    if sample.arguments[0] is IDS:
+        found[0][4] = 0
+    if any(argument is IDS for argument in sample.arguments[1:]):
+        found[1][3] = 0
+    return tuple(found)
+
+
+def by_differences(function: Function, inputs: Any, along: Any) -> Iterator[Tensor]:
+    step = 1e-6
+    ends = [
+        function(*(t + sign * step * d for t, d in zip(inputs, along, strict=True)))
+        for sign in (1, -1)
+    ]
+    return ((a - b) / (2 * step) for a, b in zip(*ends, strict=True))
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(tuple(actual), tuple(expected), atol=1e-7, rtol=1e-5)
+
+
+def test_every_operator_has_a_sample() -> None:
+    with_reference = {
+        name.removeprefix("mblm::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("mblm::")
+        and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+    }
+    assert with_reference == {*SAMPLES, *GRADIENTS, *TILED}
+
+
+@ALL
+def test_forward_mode(name: str, sample: Sample) -> None:
+    function, inputs = function_of(name, sample)
+    along = directions(sample, inputs)
+    expected = list(by_differences(function, inputs, along))
+
+    results, tangents = torch.func.jvp(function, inputs, along)
+    assert_close(results, function(*inputs))
+    assert_close(tangents, expected)
+
+    for gradients in (False, True):
+        with forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+            duals = function(*map(forward_ad.make_dual, inputs, along))
+            assert_close((forward_ad.unpack_dual(dual).tangent for dual in duals), expected)
+
+
+@ALL
+def test_gradients_of_torch_func(name: str, sample: Sample) -> None:
+    scalar, inputs = scalar_of(name, sample)
+    indices = tuple(range(len(inputs)))
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(scalar(*leaves), leaves)
+    assert_close(torch.func.grad(scalar, indices)(*inputs), expected)
+
+
+@ALL
+@pytest.mark.parametrize("transform", ["alone", "gradients"])
+def test_vmap(name: str, sample: Sample, transform: str) -> None:
+    """Over all inputs, and over the first alone."""
+    function, inputs = function_of(name, sample)
+    if transform == "gradients":
+        function = torch.func.grad(scalar_of(name, sample)[0], tuple(range(len(inputs))))
+    for mapped in (len(inputs), 1):
+        batches = [torch.stack([t, t * 1.1, t * 0.9]) for t in inputs[:mapped]]
+        dims = (0,) * mapped + (None,) * (len(inputs) - mapped)
+        actual = torch.vmap(function, dims)(*batches, *inputs[mapped:])
+        each = [function(*(b[i] for b in batches), *inputs[mapped:]) for i in range(3)]
+        assert_close(actual, map(torch.stack, zip(*each, strict=True)))
+
+
+@ALL
+def test_second_derivatives(name: str, sample: Sample) -> None:
+    """By autograd, whose first ones are then plain PyTorch's, and by torch.func."""
+    scalar, inputs = scalar_of(name, sample)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    plain = torch.autograd.grad(scalar(*leaves), leaves)
+    graphed = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
+    assert_close(graphed, plain)
+
+    along = directions(sample, inputs)
+    slope = torch.stack([(g * d).sum() for g, d in zip(graphed, along, strict=True)]).sum()
+    found = torch.autograd.grad(slope, leaves, allow_unused=True)
+    second = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
+
+    gradients = torch.func.grad(scalar, tuple(range(len(inputs))))
+    expected = list(by_differences(gradients, inputs, along))
+    if name == "embed_patches":
+        second[0][4] = expected[0][4] = 0
+    assert_close(second, expected)
+    forward_over_reverse = list(torch.func.jvp(gradients, inputs, along)[1])
+    if name == "embed_patches":
+        forward_over_reverse[0][4] = 0
+    assert_close(forward_over_reverse, expected)
+
+
+@ALL
+def test_gradients_in_a_batch(name: str, sample: Sample) -> None:
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` takes them."""
+    function, inputs = function_of(name, sample)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = function(*leaves)[0]
+    given = normal(3, *out.shape)
+    batched = torch.autograd.grad(
+        out, leaves, given, retain_graph=True, is_grads_batched=True, allow_unused=True
+    )
+    each = [
+        torch.autograd.grad(out, leaves, g, retain_graph=True, allow_unused=True) for g in given
+    ]
+    for actual, expected in zip(batched, zip(*each, strict=True), strict=True):
+        assert (actual is None) == (expected[0] is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.compile:UserWarning")
+@ALL
+def test_compiled(name: str, sample: Sample) -> None:
+    scalar, inputs = scalar_of(name, sample)
+    indices = tuple(range(len(inputs)))
+
+    def gradients(*given: Tensor) -> Any:
+        leaves = [t.clone().requires_grad_() for t in given]
+        scalar(*leaves).backward()
+        return [t.grad for t in leaves]
+
+    expected = gradients(*inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(scalar, backend="aot_eager", fullgraph=True)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
+    transformed = torch.func.grad(scalar, indices)
+    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(*inputs), expected)
+
+
+def test_a_tensor_given_twice_has_the_gradients_of_both() -> None:
+    x = normal(1, 3, 1, 4).requires_grad_()
+
+    def gradient(create_graph: bool) -> Tensor:
+        out = torch.ops.mblm.short_attention(x, x, x, None, None).sin().sum()
+        return torch.autograd.grad(out, x, create_graph=create_graph)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_second_derivatives_of_rows_of_zeros_are_finite() -> None:
+    x = normal(1, 3, 4)
+    x[0, 1] = 0
+    x.requires_grad_()
+    out = torch.ops.mblm.shift_rms_norm(x, normal(4), None, False, 1e-8)[0]
+    (grad,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad[0, 0].sum(), x)
+    assert second.isfinite().all() and second[0, 0].any()
+
+
+@pytest.mark.parametrize("how", ["autograd", "dual", "torch.func.grad", "torch.func.jvp"])
+def test_a_gradient_operator_called_by_itself_is_refused(how: str) -> None:
+    q = normal(1, 3, 1, 4)
+
+    def call(grad: Tensor) -> Tensor:
+        grads = torch.ops.mblm.short_attention_backward(grad, q, q, q, None, None)
+        return grads[0].sum()
+
+    with pytest.raises(NotImplementedError, match="short_attention_backward has no derivatives"):
+        if how == "autograd":
+            call(q.clone().requires_grad_()).backward()
+        elif how == "dual":
+            with forward_ad.dual_level():
+                call(forward_ad.make_dual(q, q))
+        elif how == "torch.func.grad":
+            torch.func.grad(call)(q)
+        else:
+            torch.func.jvp(call, (q,), (q,))
