@@ -76,6 +76,7 @@ def model(
         seq_lens=seq_lens,
         train_checkpoint_chunks=fields.pop("train_checkpoint_chunks", None),
         block=list(blocks) if len(blocks) > 1 else blocks[0],
+        **fields,
     )
     return MBLM(config).eval()
 

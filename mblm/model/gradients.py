@@ -16,6 +16,24 @@ from mblm.ops.linear import add_outer_products, linear
 not_compiled: Any = torch._disable_dynamo
 
 
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that raises where it is to be differentiated in turn.
+
+    PyTorch's own lets the gradients pass for constants where those that it is given are.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a model that is computed piece by piece has no second derivatives "
+                "(create_graph=True): set tile to None and checkpoint_global to False"
+            )
+        return backward(ctx, *grads)
+
+    return once
+
+
 class GradientSums:
     """Gradients of parameters, added up over tiles and over the tiles within them.
 
@@ -135,7 +153,7 @@ class _LinearIntoSums(torch.autograd.Function):
         return linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors  # (.., K); the weight is (N, K)
         of_x = None

@@ -22,6 +22,7 @@ from mblm.model.tiled_pass import INFERENCE_TILE
 from mblm.model.tiles import map_over_tiles, map_with_sums
 from mblm.model.utils import RoPE, rotate_pairs
 from mblm.utils.checks import check_token_ids
+from mblm.utils.transforms import is_transformed
 
 # A stage's token embeddings: (rows, P_n, D_n) and None, or a table (V, D_n) and ids (rows, P_n).
 StageTokens = tuple[torch.Tensor, torch.Tensor | None]
@@ -173,9 +174,11 @@ class Hierarchy(nn.Module):
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""
         model: Any = self.stage_models[stage]
-        if stage == 0 and (self.config.checkpoint_global or self.config.offload):
+        chunks, config = self.checkpoint_chunks[stage], self.config
+        if is_transformed():  # recomputation is not made for that
+            chunks = None
+        elif stage == 0 and (config.checkpoint_global or config.offload):
             return self._run_global_stage(x, *inputs)
-        chunks = self.checkpoint_chunks[stage]
         if getattr(model, "takes_shared_start", False):  # the rows begin with the start token
             model = functools.partial(model, shared_start=True)
         if chunks is None:
@@ -227,6 +230,8 @@ class Hierarchy(nn.Module):
 
     def tile_for(self, num_bytes: int) -> int | None:
         """Positions of a tile in a pass over so many bytes, None for a pass without tiles."""
+        if is_transformed():
+            return None
         tile = self.config.tile
         if tile is None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             tile = INFERENCE_TILE

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mblm.model.gradients import GradientSums, autocast_of, gradients_are_watched, not_compiled
+from mblm.model.gradients import (
+    GradientSums,
+    autocast_of,
+    gradients_are_watched,
+    not_compiled,
+    once_differentiable,
+)
 
 
 def suits(model: nn.Module, x: Tensor) -> bool:
@@ -82,7 +88,7 @@ class _InSegments(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *states = ctx.saved_tensors
         model, segment, sums = ctx.computation
@@ -129,7 +135,7 @@ class _InLayers(torch.autograd.Function):
         return kept[-1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layers, sums = ctx.computation
         grad = grad.clone()

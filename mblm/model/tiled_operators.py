@@ -14,10 +14,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from mblm.model.gradients import gradients_are_watched, not_compiled
+from mblm.model.gradients import gradients_are_watched, not_compiled, once_differentiable
 from mblm.model.tiled_pass import TiledPass, parameters_below_global
 from mblm.model.tiles import SumAndCount, gradients_of_map, map_over_tiles
-from mblm.ops._library import LIBRARY
+from mblm.ops._library import LIBRARY, TRANSFORMED
+from mblm.utils.transforms import is_transformed
 
 if TYPE_CHECKING:
     from mblm.model.hierarchy import Hierarchy
@@ -182,6 +183,7 @@ def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     ctx.save_for_backward(of_attended, *of_parameters)
 
 
+@once_differentiable
 def _loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     of_attended, *of_parameters = (t * grad.to(t.dtype) for t in ctx.saved_tensors)
     return of_attended, None, None, None, None, of_parameters, *[None] * 5
@@ -240,6 +242,7 @@ def _tokens_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(ids, *parameters)
 
 
+@once_differentiable
 def _tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ids, *parameters = ctx.saved_tensors
     gradients = torch.ops.mblm.global_tokens_backward(grad, ids, parameters, *ctx.numbers)
@@ -248,8 +251,17 @@ def _tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _register(schema: str, run: Any, fake: Any, backward: Any = None, context: Any = None) -> None:
     name = schema.split("(", 1)[0]
+
+    def kernel(*arguments: Any) -> Any:
+        if is_transformed():
+            raise NotImplementedError(
+                f"mblm::{name} has no derivatives but a gradient; set tile to None"
+            )
+        return not_compiled(run)(*arguments)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, not_compiled(run), "CompositeExplicitAutograd")
+    for key in ("CompositeExplicitAutograd", TRANSFORMED):
+        LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"mblm::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mblm.model.gradients import GradientSums, autocast_of, not_compiled, without_autocast
+from mblm.model.gradients import (
+    GradientSums,
+    autocast_of,
+    not_compiled,
+    once_differentiable,
+    without_autocast,
+)
 
 # What a tile adds to a loss: the sum of its entries and how many of them are not zero.
 SumAndCount = tuple[Tensor, Tensor]
@@ -115,7 +121,7 @@ class _SumWithGradients(torch.autograd.Function):
         return total, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
@@ -184,7 +190,7 @@ class _MapWithSums(torch.autograd.Function):
         return map_over_tiles(function, size, rows)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         function, size, sums, autocast = ctx.computation

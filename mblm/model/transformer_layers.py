@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from mblm.model.attention import attention, causal_mask, fused_attention
 from mblm.model.linear import Linear
 from mblm.ops.linear import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm
@@ -155,12 +155,11 @@ class Attention(nn.Module):
             out = short_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             return self.to_out(out.flatten(-2))
         if is_causal and (count < total or short):
-            mask, is_causal = torch.ones(count, total, dtype=torch.bool, device=q.device), False
-            mask = mask.tril_(total - count)
+            mask, is_causal = causal_mask(q, k), False
         if short:
-            out = _short_attention(q, k, v, mask, dropout)
+            out = attention(q, k, v, mask, dropout=dropout)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+            out = fused_attention(q, k, v, mask, dropout=dropout, is_causal=is_causal)
         return self.to_out(out.transpose(1, 2).flatten(-2))
 
     def forward(
@@ -176,27 +175,6 @@ class Attention(nn.Module):
             nothing = ~mask.any(-1)[:, None, None, None]
             q, mask = q.masked_fill(nothing, 0), mask[:, None, None] | nothing
         return self.attend(q, k, v, mask, is_causal=self.causal)
-
-
-def _short_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Attention that forms the scores ``(B * H, S, S_k)``; ``mask`` is broadcast to them."""
-    bias = q.new_zeros(() if mask is None else mask.shape)
-    if mask is not None:
-        bias.masked_fill_(~mask, -torch.inf)
-    scores = torch.baddbmm(
-        bias.expand(*q.shape[:3], k.shape[2]).flatten(0, 1),
-        q.flatten(0, 1),
-        k.flatten(0, 1).transpose(1, 2),
-        alpha=q.shape[-1] ** -0.5,
-    )
-    probabilities = F.dropout(scores.softmax(-1), dropout)
-    return torch.bmm(probabilities, v.flatten(0, 1)).view_as(q)
 
 
 class FeedForward(nn.Sequential):

@@ -22,7 +22,7 @@ from mblm.utils.transforms import is_transformed
 LIBRARY = torch.library.Library("mblm", "DEF")
 
 # PyTorch dispatches here first within a transform of torch.func, and nowhere else.
-_TRANSFORMED = "FuncTorchDynamicLayerFrontMode"
+TRANSFORMED = "FuncTorchDynamicLayerFrontMode"
 
 
 class Like(NamedTuple):
@@ -71,7 +71,7 @@ def register_operator(
     LIBRARY.impl(name, _said_on_cuda(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mblm::{name}", fake, lib=LIBRARY)
     if derivable is not None:
-        LIBRARY.impl(name, derivable, _TRANSFORMED)
+        LIBRARY.impl(name, derivable, TRANSFORMED)
     operator = getattr(torch.ops.mblm, name).default
     derive = derivable or functools.partial(_refuse, name)
     run = _function(operator, derive, backward, intermediates, linear_in)
@@ -130,7 +130,7 @@ def _function(
         if all(grad is None for grad in grads):
             return (None,) * (1 + len(inputs))
         if backward is None or torch.is_grad_enabled() or is_transformed():
-            return None, *_derived(derive, inputs, needed, grads)
+            return None, *derived_gradients(derive, inputs, needed, grads)
         call = Call(inputs, saved[len(inputs) :], needed)
         return None, *backward(call, *grads[: len(grads) - intermediates])
 
@@ -140,13 +140,13 @@ def _function(
     return run
 
 
-def _derived(
+def derived_gradients(
     derive: Callable[..., Any],
     inputs: Sequence[Any],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of the inputs as plain PyTorch computes them, differentiable in turn."""
+    """The gradients of the inputs as PyTorch computes them from ``derive``, differentiable too."""
     with torch.enable_grad():
         # Views: a tensor that is given twice has two gradients.
         own = [
