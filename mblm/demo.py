@@ -18,6 +18,7 @@ from mblm.data.types import BatchWithLossMask, ModelMode
 from mblm.model.config import MBLMModelConfig
 from mblm.model.mblm import MBLM
 from mblm.model.transformer import TransformerBlock
+from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.trainer import CoreTrainerOptions
 from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
 from mblm.train.plot import read_curves
@@ -175,11 +176,15 @@ def _train(config: TrainEntryConfig, *, is_calibration: bool = False) -> tuple[M
     )
     options = CoreTrainerOptions(
         display_progress=sys.stderr.isatty() and not is_calibration,
+        announce=False,
         skip_validation=is_calibration,
     )
     run_vars = ElasticRunVars(local_rank=0, world_size=1, is_cuda=torch.cuda.is_available())
     trainer = _Timed(config, run_vars, options)
-    model = trainer.train(training, validation)
+    try:
+        model = trainer.train(training, validation)
+    except TrainingInterrupted:
+        raise KeyboardInterrupt from None  # what it has saved goes, too
     assert model is not None  # as the type allows for trainers that make none
     steps = [later - earlier for earlier, later in pairwise(trainer.begins)]
     return model, median(steps) if steps else math.nan

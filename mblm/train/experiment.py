@@ -87,11 +87,11 @@ def train_experiment(config: "TrainEntryConfig | TrainMaskedEntryConfig") -> Non
             train_mblm(config)
     except NonFiniteLossError as error:  # of the data or of the learning rate, and no bug
         raise ValueError(str(error)) from error
-    except TrainingInterrupted as stopped:
+    except TrainingInterrupted:
         if mark := os.environ.get(STOPPED_MARK):
             Path(mark).touch()
         if os.environ.get("RANK", "0") == "0":
-            print(f"mblm: {stopped}; go on with --resume latest", file=sys.stderr)
+            print("mblm: to go on with it, add --resume latest", file=sys.stderr)
         raise
 
 

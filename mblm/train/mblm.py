@@ -5,7 +5,9 @@ Run by torchrun, or by itself as a single worker; one YAML file says all of an e
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -176,6 +178,10 @@ class _HierarchyTrainer(
 class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
     """Trains an MBLM to predict the next byte."""
 
+    def configure_next_command(self, run_dir: Path) -> str:
+        """To generate with the best model."""
+        return f"mblm generate {shlex.quote(str(run_dir))} --prompt 'The '"
+
     def init_model(self) -> MBLM:
         """The model of ``config.params``."""
         params = self.config.params
@@ -202,6 +208,10 @@ class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
 
 class MaskedTrainer(_HierarchyTrainer[MBLMEncoder, BatchMaskedForMLM, CoreIoConfig]):
     """Trains an MBLM encoder to fill in masked bytes."""
+
+    def configure_next_command(self, run_dir: Path) -> str:
+        """To draw its losses."""
+        return f"mblm plot {shlex.quote(str(run_dir))}"
 
     def init_model(self) -> MBLMEncoder:
         """The model of ``config.params``."""
@@ -273,6 +283,7 @@ def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
                     trainer.test(testing, best_model)
                 except (OSError, ValueError) as error:  # data that is gone since the run began
                     log.error(f"The run is finished, its best model not tested: {error}")
+            trainer.tell_result()
     except Exception as error:
         log.critical(error, exc_info=True)
         shutdown_log_handlers()

@@ -116,6 +116,47 @@ def test_trains_in_this_process(experiment: Path) -> None:
     assert (folder / "tiny_top1.pth").is_file()
 
 
+def test_says_what_it_does_and_what_came_out(
+    experiment: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(experiment, nproc=1)
+    lines = capsys.readouterr().err.splitlines()
+    folder = the_run(experiment)
+    assert lines[0].startswith("Model: ") and "stage 2" in lines[0]
+    assert lines[1] == "Data: text, 2,400 bytes; 2,160 bytes to train on, 120 to validate"
+    assert lines[2] == f"Plan: 24 steps of 32 bytes, 2 validations; writes to {folder}"
+    assert lines[3].startswith("  4% ") and " left" in lines[3]
+    assert lines[4].startswith("100% ")
+    best = min(bits for _, bits in read_curves(folder).valid)
+    assert lines[5].startswith(f"Best validation: {best:.3f} bits per byte; test: ")
+    assert lines[5].endswith(f"; the run is in {folder}")
+    assert lines[6] == f"Next: mblm generate {folder} --prompt 'The '"
+    assert len(lines) == 7
+
+
+def test_a_module_of_the_users_is_imported_by_every_worker(experiment: Path) -> None:
+    """Registered there: a block, and a dataset, which the workers look up by name."""
+    (experiment.parent / "my_parts_for_a_test.py").write_text(
+        "from typing import Literal\n"
+        "from mblm import TransformerBlock\n"
+        "from mblm.data.dataset.byte_files import ByteFiles\n"
+        "from mblm.model.config import block_registry\n"
+        "from mblm.train.mblm import dataset_registry\n"
+        "@block_registry.register()\n"
+        "class MyBlock(TransformerBlock):\n"
+        "    block_type: Literal['mine'] = 'mine'\n"
+        "@dataset_registry.register('my-bytes')\n"
+        "class MyBytes(ByteFiles): pass\n"
+    )
+    settings = ["--set", "io.dataset_id=my-bytes", "--set", "params.block.block_type=mine"]
+    command = [*mblm_train(experiment, "--nproc", 2), *settings]
+    done = run(
+        *command, "--import", "my_parts_for_a_test", PYTHONPATH=f"{ROOT}:{experiment.parent}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "my-bytes" in (the_run(experiment) / "config.yaml").read_text()
+
+
 def test_refuses_before_anything_is_written(experiment: Path) -> None:
     for arguments, message in (
         ({"settings": ["train.colour=1"]}, "train.colour"),
@@ -219,7 +260,7 @@ def test_a_failure_has_its_message_and_status(experiment: Path, processes: int) 
 
 
 def test_a_loss_that_is_not_finite_ends_in_a_line(experiment: Path) -> None:
-    settings = ["train.learning_rate=1e30", "train.max_non_finite_steps=2"]
+    settings = ["train.learning_rate=1e30", "train.max_non_finite_steps=2", "io.validate_amount=1"]
     with pytest.raises(ValueError, match="2 in a row"):
         launch(experiment, settings=settings, nproc=1)
 
@@ -250,7 +291,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)
     said = stopped.communicate(timeout=120)[1]
-    assert "go on with --resume latest" in said and "Traceback" not in said
+    assert "--resume latest" in said and "Traceback" not in said
     assert stopped.returncode == INTERRUPTED
     interrupted = the_run(experiment)
     assert len(losses_of(interrupted)) < len(losses_of(whole))

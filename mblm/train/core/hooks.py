@@ -36,7 +36,10 @@ class CoreTrainerOptions:
         max_train_restarts: How often a run of one worker goes on from its last training state
             after an error.
         skip_validation: Train without validating, and so without checkpoints.
-        display_progress: Whether to show a bar; by default on a terminal.
+        display_progress: Whether to show a bar; by default on a terminal. Elsewhere it is a line a
+            minute.
+        announce: Whether to say on standard error what is trained, how far it is and what came out;
+            train.log has it anyway.
         train_prog_min_interval_seconds, valid_prog_min_interval_seconds: Between two updates.
         track_first_fw_bw_exec_times: How many passes ``timemem.csv`` tells about.
         amp_dtype: What ``precision: auto`` computes in on CUDA.
@@ -48,6 +51,7 @@ class CoreTrainerOptions:
     max_train_restarts: int = 0
     skip_validation: bool = False
     display_progress: bool = field(default_factory=lambda: sys.stdout.isatty())
+    announce: bool = True
     train_prog_min_interval_seconds: int = 1
     valid_prog_min_interval_seconds: int = 1
     track_first_fw_bw_exec_times: int | None = 30
@@ -131,6 +135,14 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def configure_run_id(self) -> str:
         """What follows the model's name in that of the run folder. Default: the time."""
         return f"{time.time():.0f}"
+
+    def configure_next_command(self, run_dir: Path) -> str | None:
+        """What to type next, told when the run has ended. Default: nothing.
+
+        Args:
+            run_dir: The run's folder, in which there is a model.
+        """
+        return None
 
     def configure_fsdp_units(self, model: TModel) -> Iterable[nn.Module]:
         """For ``strategy: fsdp``, the submodules to gather one at a time. Default: none.

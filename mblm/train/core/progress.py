@@ -8,7 +8,9 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Self
 
-SECONDS_PER_LINE = 30
+from mblm.train.core.telling import format_loss
+
+SECONDS_PER_LINE = 60
 _SMOOTHING = 0.95
 
 
@@ -62,21 +64,14 @@ class Progress:
         self._looked = self._done
         speed = self._done * self._elements / max(elapsed, 1e-9)
         left = elapsed / self._done * (self._total - self._done)
-        facts = f"{self._measure()}, {speed:,.0f} {self._unit}s/s, {_duration(left)} left"
+        shown = format_loss(self._loss, self._unit)
+        facts = f"{shown}, {speed:,.0f} {self._unit}s/s, {_duration(left)} left"
         share = f"{self._done / self._total:4.0%}"
         if self._bar is None:
             self._say(f"{share} {facts}")
         else:
             self._bar.bar_format = f"{share} |{{bar}}| {facts}"
             self._bar.update(self._done - self._bar.n)
-
-    def _measure(self) -> str:
-        loss = self._loss or 0.0
-        return (
-            f"{loss / math.log(2):.3f} bits per byte"
-            if self._unit == "byte"
-            else f"loss {loss:.4f}"
-        )
 
     def __enter__(self) -> Self:
         return self

@@ -41,6 +41,13 @@ from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder
 from mblm.train.core.sampling import EpochBatches, TrainBatches
 from mblm.train.core.schedule import Plan, check_start, plan_run
+from mblm.train.core.telling import (
+    Sources,
+    describe_data,
+    describe_model,
+    describe_plan,
+    format_loss,
+)
 from mblm.train.core.training_state import (
     SavedState,
     find_latest_state,
@@ -95,6 +102,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         self._plan(start=0)  # which refuses what cannot be planned, before anything is written
 
         self._is_open = False
+        self._test_loss: float | None = None
         self._resumed: SavedState | None = None
         if (state_dir := state_to_resume(config.resume)) is not None:
             self._resumed = load_training_state(state_dir, self._workers, config.train.strategy)
@@ -149,6 +157,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         """
         run = self._start(train_dataset, valid_dataset)
         self._open()
+        self._announce(run, train_dataset.sources(), valid_dataset.sources())
         self._folder.lineage = self._lineage
         summary = self._folder.summary
         summary.training_start = datetime.now().isoformat()
@@ -172,7 +181,7 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         except BaseException as error:
             summary.error = f"{type(error).__name__}: {error}"
             if isinstance(error, TrainingInterrupted):
-                self._tell(str(error))
+                self._say(str(error))
             else:
                 self._log.critical(f"Training failed: {summary.error}", exc_info=error)
             with suppress(OSError):  # such as the disk being full, which is the error, then
@@ -194,6 +203,20 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             self._tell(f"Test: {trouble}")
         self._log.info(f"Test loss: {result.loss}")
         self._folder.write_loss(ModelMode.TEST, result.loss)
+        self._test_loss = result.loss
+
+    def tell_result(self) -> None:
+        """Say what came out, where it is, and what to type next; called when all is done."""
+        best, folder = self._folder.best.entries, self._folder.path
+        measured = {"Best validation": best[0][0] if best else None, "test": self._test_loss}
+        losses = [
+            f"{name}: {format_loss(loss, self.progress_unit)}"
+            for name, loss in measured.items()
+            if loss is not None
+        ]
+        self._say("; ".join([*losses, f"the run is in {folder}"]))
+        if best and (command := self.configure_next_command(folder)):
+            self._say(f"Next: {command}")
 
     def avg_gradient_value(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
@@ -570,6 +593,34 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- Small things ----------------------------------------------------------------------------
 
+    def _announce(self, run: Run, training: Sources, validation: Sources) -> None:
+        """Say what is trained."""
+        every, unit = self.config.train.gradient_accumulate_every, self.progress_unit
+        self._say(describe_model(*self._parameters))
+        self._say(describe_data(training, validation, unit))
+        self._say(
+            describe_plan(
+                steps=run.plan.gradient_steps,
+                done=run.position.done // every,
+                elements=self._elements_per_batch() * every,
+                unit=unit,
+                validations=len(run.plan.validation_points),
+                workers=self._workers.world_size,
+                folder=self._folder.path,
+            )
+        )
+
+    def _elements_per_batch(self) -> int:
+        """Elements of a batch, all workers together."""
+        train, length = self.config.train, self.config.params.input_seq_len
+        return train.batch_size * length * self._workers.world_size
+
+    def _say(self, message: str) -> None:
+        """Say something that who watches wants to know."""
+        self._log.info(message)
+        if self._workers.is_main and self.options.announce:
+            print(message, file=sys.stderr, flush=True)
+
     def _tell(self, message: str) -> None:
         """Say something once that must not be missed."""
         self._log.error(message)
@@ -597,12 +648,11 @@ class CoreTrainer(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         """Shows the main worker's progress."""
         if not self._workers.is_main:
             return nullcontext()
-        batch = self.config.train.batch_size * self.config.params.input_seq_len
         return Progress(
             run.plan.batches - run.position.done,
-            batch * self._workers.world_size,
+            self._elements_per_batch(),
             unit=self.progress_unit,
             bar=self.options.display_progress,
-            say=self._log.info,
+            say=self._say,
             interval=self.options.train_prog_min_interval_seconds,
         )

@@ -21,12 +21,12 @@ def test_lines_now_and_then_and_in_the_end(clock):
     lines = []
     with Progress(4, 60, unit="byte", bar=False, say=lines.append) as shown:
         for _ in range(4):
-            clock[0] += 20
+            clock[0] += 40
             shown.update(torch.tensor(2 * math.log(2)))
     assert lines == [
-        " 25% 2.000 bits per byte, 3 bytes/s, 60 s left",
-        " 75% 2.000 bits per byte, 3 bytes/s, 20 s left",
-        "100% 2.000 bits per byte, 3 bytes/s, 0 s left",
+        " 25% 2.000 bits per byte, 2 bytes/s, 2 min left",
+        " 75% 2.000 bits per byte, 2 bytes/s, 40 s left",
+        "100% 2.000 bits per byte, 2 bytes/s, 0 s left",
     ]
 
 
