@@ -121,9 +121,10 @@ class DistributedDataset(ABC, Dataset[_T]):
         """
 
     def sources(self) -> list[tuple[str, int]]:
-        """What all the data are made of, in its order: names and sizes, such as those of files.
+        """What all the data are: the class and ``data_size``, then, where a subclass adds them,
+        the files that they are of, names and sizes in their order.
 
-        A run notes them, and goes on with the same only. Default: the class and ``data_size``.
+        A run notes them, and goes on with the same only.
         """
         return [(type(self).__name__, self._data_size)]
 

@@ -198,7 +198,7 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
 
     def sources(self) -> list[tuple[str, int]]:
         """The file of the questions; the images are those that it names."""
-        return [(self._questions.name, self._questions.stat().st_size)]
+        return [*super().sources(), (self._questions.name, self._questions.stat().st_size)]
 
     def process_and_flatten_img(self, image: ImagePipeline) -> torch.Tensor:
         """Crop, resize and downsample an image as the arguments say; its bytes, uint8 ``(L,)``."""

@@ -66,7 +66,7 @@ class PG19Books(DistributedDataset[_T]):
     def sources(self) -> list[tuple[str, int]]:
         """The books by their names, and their sizes."""
         names = [file.name for file in self.data.files]
-        return list(zip(names, self.data.sizes, strict=True))
+        return [*super().sources(), *zip(names, self.data.sizes, strict=True)]
 
     def book(self, name: str) -> str:
         """The text of the book with this file name, such as ``44381.txt``.

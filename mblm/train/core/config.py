@@ -163,18 +163,18 @@ class SummaryStats(BaseModel):
 
 
 class DataLineage(BaseModel):
-    """What data are: the names and sizes of their parts in their order, such as of files.
+    """What data are: see `DistributedDataset.sources`.
 
     Attributes:
         digest: SHA-256 of all names and sizes.
-        count: The number of parts.
-        size: Their size.
-        first: The first hundred of them.
+        size: The elements of this part.
+        files: The number of files.
+        first: The first hundred names and sizes.
     """
 
     digest: str
-    count: int
     size: int
+    files: int
     first: list[str]
 
 

@@ -35,8 +35,8 @@ def lineage_of(dataset: DistributedDataset[Any]) -> DataLineage:
     text = "".join(f"{size} {name}\n" for name, size in sources)
     return DataLineage(
         digest=hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),
-        count=len(sources),
-        size=sum(size for _, size in sources),
+        size=sources[0][1],
+        files=len(sources) - 1,
         first=[f"{name}: {size}" for name, size in sources[:_LISTED]],
     )
 
@@ -47,8 +47,9 @@ def check_same_on_all(lineage: Lineage, workers: Workers) -> None:
     Raises:
         ValueError: On all workers: what differs between the main one and another.
     """
-    for rank, other in enumerate(workers.gather(lineage)):
-        if differences := _differences(workers.from_main(lineage), other):
+    of_all = workers.gather(lineage)
+    for rank, of_rank in enumerate(of_all):
+        if differences := _differences(of_all[0], of_rank):
             raise ValueError(f"rank 0 and rank {rank} do not train the same: {differences[0]}")
 
 
@@ -124,7 +125,7 @@ def _differences(before: Lineage, now: Lineage) -> list[str]:
 
 
 def _told(data: DataLineage) -> str:
-    return f"{data.size:,} in {data.count}"
+    return f"{data.size:,} elements" + (f" of {data.files} files" if data.files else "")
 
 
 def _first_other(old: Sequence[str], new: Sequence[str]) -> str:

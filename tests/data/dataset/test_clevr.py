@@ -223,5 +223,6 @@ def test_a_real_sample(shared: Path) -> None:
 
 
 def test_its_source_is_the_file_of_questions(folder: Path) -> None:
-    ((name, size),) = clevr(folder).sources()
+    part, (name, size) = clevr(folder).sources()
+    assert part == ("Clevr", 3)
     assert (folder / "questions" / name).stat().st_size == size

@@ -252,8 +252,11 @@ def everything_in(folder):
         ({"seed": 6}, "train.seed: 5 -> 6"),
         ({"name_model": "other"}, "io.name_model: tiny -> other"),
         ({"batches": 7}, "train.target_elements: .* after 7 batches, .* has 8 behind it"),
-        ({"samples": 20}, "training_data: 384 in 1 -> 160 in 1, such as Ids: 384 -> Ids: 160"),
-        ({"valid_samples": 11}, "validation_data: 80 in 1 -> 88 in 1"),
+        (
+            {"samples": 20},
+            "training_data: 384 elements -> 160 elements, such as Ids: 384 -> Ids: 160",
+        ),
+        ({"valid_samples": 11}, "validation_data: 80 elements -> 88 elements"),
     ],
     ids=str,
 )

@@ -1,0 +1,212 @@
+"""A trainer before it trains: everything is read, made and checked, and only then written."""
+
+import torch
+
+from mblm import __version__
+from mblm.data.datasets import DistributedDataset
+from mblm.train.core.config import (
+    GenericEntryConfig,
+    Lineage,
+    TIoConfig,
+    TModelParams,
+    TTrainConfig,
+)
+from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
+from mblm.train.core.lineage import (
+    check_same_as_before,
+    check_same_on_all,
+    check_same_settings,
+    lineage_of,
+)
+from mblm.train.core.parallel import ParallelModel, Workers
+from mblm.train.core.precision import Precision
+from mblm.train.core.run import Position, Run
+from mblm.train.core.run_folder import RunFolder
+from mblm.train.core.sampling import TrainBatches
+from mblm.train.core.schedule import Plan, check_start, plan_run
+from mblm.train.core.training_state import (
+    SavedState,
+    find_latest_state,
+    load_training_state,
+    state_to_resume,
+)
+from mblm.utils import cuda
+from mblm.utils.checkpoint import load_model_state
+from mblm.utils.distributed import ElasticRunVars
+from mblm.utils.seed import seed_everything
+
+
+class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoConfig]):
+    """Makes what a trainer trains with; `CoreTrainer` says how it is called."""
+
+    def __init__(
+        self,
+        config: GenericEntryConfig[TModelParams, TTrainConfig, TIoConfig],
+        run_vars: ElasticRunVars,
+        options: CoreTrainerOptions | None = None,
+    ) -> None:
+        self.config = config
+        self.options = options or CoreTrainerOptions()
+        self._workers = Workers(run_vars)
+        self._device = self._workers.device
+        self._precision = Precision(
+            config.train.precision, self._workers.device_type, self.options.amp_dtype
+        )
+        check_same_settings(
+            config,
+            self._workers,
+            package=__version__,
+            precision=self._precision.dtype,
+            skip_validation=self.options.skip_validation,
+        )
+        self._plan(start=0)  # which refuses what cannot be planned, before anything is written
+
+        self._is_open = False
+        self._test_loss: float | None = None
+        self._resumed: SavedState | None = None
+        if (state_dir := state_to_resume(config.resume)) is not None:
+            self._resumed = load_training_state(state_dir, self._workers, config.train.strategy)
+
+        seed = config.train.seed
+        if seed is not None:
+            seed_everything(seed)
+        model = self.init_model()
+        self._notes: list[str] = []  # for the log, which is in the folder
+        self._restores = config.resume is not None and self._resumed is None
+        if self._restores:
+            self._load_checkpoint(model)
+        drawn = int(torch.randint(2**31, ())) if seed is None else seed
+        # All wait for all here: a worker that has failed is noticed before nccl would wait for it.
+        self._seed: int = self._workers.gather(drawn)[0]
+        if self._resumed is not None:
+            self._seed = self._resumed.common["seed"]
+        elif seed is not None or self._workers.rank:  # what is drawn differs between workers
+            seed_everything((self._seed + 1 + self._workers.rank) % 2**32)
+
+        self._parameters = self.configure_count_parameters(model)
+        self._stages = self.configure_stage_types(model)
+        self._parallel = ParallelModel(
+            model, self._workers, config.train.strategy, self.configure_fsdp_units(model)
+        )
+        self._model_dist = self._parallel.call
+
+    def _plan(self, start: int) -> Plan:
+        return plan_run(
+            self.config.train,
+            self.config.io,
+            input_seq_len=self.config.params.input_seq_len,
+            world_size=self._workers.world_size,
+            start=start,
+        )
+
+    def _start(
+        self, train_dataset: DistributedDataset[TBatch], valid_dataset: DistributedDataset[TBatch]
+    ) -> Run:
+        """Set up what trains the model, from the beginning or as a training state has it.
+
+        Everything is checked here, on all workers, and nothing is written.
+        """
+        config, resume, resumed = self.config.train, self.config.resume, self._resumed
+        self._lineage = Lineage(
+            package=__version__,
+            stages=self._stages,
+            seed=self._seed,
+            training_data=lineage_of(train_dataset),
+            validation_data=lineage_of(valid_dataset),
+        )
+        if resumed is not None:
+            now = self.config.model_dump(mode="json")
+            changes = check_same_as_before(resumed.manifest, now, self._lineage, resumed.path)
+            self._notes += [f"The configuration has changed: {change}" for change in changes]
+        train_dataset.offset_to(0)  # the epoch that has most batches
+        batches = TrainBatches(self.get_train_dataloader(train_dataset))
+        if len(batches) == 0:
+            raise ValueError(
+                f"train_dataset: not one batch of {config.batch_size} samples for each worker"
+            )
+        position = Position()
+        if resumed is not None:
+            position = Position(**resumed.own["position"])
+        elif resume is not None:
+            position.epoch, position.batch = resume.next_epoch_index, resume.next_batch_index
+            position.step = len(batches) * position.epoch + position.batch
+        plan = self._plan(position.step - position.done)
+        train_dataset.offset_to(position.epoch)
+        check_start(plan, done=position.done, batch=position.batch, batches=len(batches))
+        optimizer = self.configure_optimizer(self._parallel.parameters())
+        run = Run(
+            plan,
+            batches,
+            self.get_valid_dataloader(valid_dataset),
+            self._parallel,
+            optimizer,
+            self.configure_scheduler(optimizer, plan.gradient_steps),
+            self._precision.scaler(),
+            position,
+        )
+        if resumed is not None:
+            run.load(resumed)
+        check_same_on_all(self._lineage, self._workers)
+        self._notes.append(
+            f"Batches {position.done} to {plan.batches} of this run on each of "
+            f"{self._workers.world_size} workers, {plan.gradient_steps} gradient steps in all, "
+            f"from epoch {position.epoch}, batch {position.batch}"
+        )
+        if plan.added:
+            self._notes.append(
+                f"{plan.added} of {plan.batches} batches are more than train.target_elements, so "
+                f"that the last step has all of its {config.gradient_accumulate_every} batches"
+            )
+        return run
+
+    def _open(self) -> None:
+        """Make the run's folder, or go on in that of the state; from now on the run writes."""
+        if self._is_open:
+            return
+        self._is_open = True
+        state_dir = None if self._resumed is None else self._resumed.path
+        run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
+        self._folder = RunFolder(self.config, self.options, self._workers, run_id, state_dir)
+        self._log = self.configure_logger(self._folder.path, self._workers.is_main)
+        self._folder.summary.parameter_count, parts = self._parameters
+        self._folder.dump_config()
+        self._log.info(f"Model parameters: {self._parameters[0]}, ({parts})")
+        self._log.info(f"Configuration: {self.config}")
+        self._log.info(f"CUDA: {cuda.cuda_properties()}")
+
+    def _rewind(self, run: Run) -> None:
+        """Drop what was written after the state that the run goes on from, and tell of it."""
+        if self._resumed is not None:
+            self._log.info(f"Resuming exactly from {self._resumed.path}")
+            self._folder.rewind(self._resumed)
+            self._resumed = None
+        for note in self._notes:
+            self._log.info(note)
+        self._notes = []
+
+    def _load_checkpoint(self, model: TModel) -> None:
+        """Load weights only."""
+        resume = self.config.resume
+        assert resume is not None
+        _, loss = load_model_state(
+            resume.checkpoint_file,
+            model,
+            map_location="cpu",
+            map_extend_embeddings=(
+                self.migrate_embeddings_if_enabled() if resume.migrate_embeddings else None
+            ),
+            map_rename_modules=self.rename_modules_if_enabled() if resume.rename_modules else None,
+            on_success=self._notes.append,
+        )
+        self._notes.append(
+            f"Resuming from the weights of {resume.checkpoint_file} (loss {loss:.4f}) only: "
+            "optimizer, learning rate and random numbers start anew"
+        )
+
+    def _load_after(self, error: Exception, restarts: int) -> None:
+        """Load the last training state, if there is one."""
+        state_dir = find_latest_state(self._folder.path)
+        if state_dir is None:
+            raise error
+        self._resumed = load_training_state(state_dir, self._workers, self.config.train.strategy)
+        self._log.info(f"{restarts} restarts are left")
