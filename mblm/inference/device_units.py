@@ -56,7 +56,7 @@ class BoundRun:
         self.model = model
         self.limit = limits[0]
         self.places = [tensor.data_ptr() for part in state for tensor in part]
-        self.device = model.to_logits.weight.device
+        self.device = model.device
         self.slots = _SLOTS
 
         def integers(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:

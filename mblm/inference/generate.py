@@ -58,7 +58,7 @@ def generate(
         BaseException: What the stream raises, or Ctrl-C, has what would have been returned so far
             as its attribute ``ids``.
     """
-    device = model.to_logits.weight.device
+    device = model.device
     sampler = Sampler(temperature, filter_thres, top_p, _generator(seed, generator, device))
     stops = _check_stops(stop)
     _check_stream(stream)

@@ -8,7 +8,7 @@ stage gets no context, so that its output is the same for every sequence of the 
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -20,7 +20,7 @@ from mblm.inference.advance import after_autocast, feed
 from mblm.inference.device_run import DeviceRun
 from mblm.inference.huge_pages import HugePages
 from mblm.inference.native_hierarchy import build_native
-from mblm.inference.packing import is_on_gpu, is_plain, pack_linear
+from mblm.inference.packing import are_as_compiled, can_be_packed, is_on_gpu, pack_linear
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import (
     NATIVE_POSITIONS,
@@ -29,6 +29,7 @@ from mblm.inference.stage_cache import (
     allocate_cache,
     computes_natively,
 )
+from mblm.model.plain import Part
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,6 +44,8 @@ class DecodableHierarchy(Protocol):
     stage_models: nn.ModuleList
     to_logits: nn.Linear
 
+    @property
+    def device(self) -> torch.device: ...
     @property
     def max_length(self) -> int | None: ...
     @property
@@ -61,10 +64,12 @@ class DecodableHierarchy(Protocol):
     def project_context(
         self, stage: int, attended: torch.Tensor, project: Projection | None = None
     ) -> torch.Tensor: ...
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
     def parts_of_patches(
         self, stage: int
     ) -> tuple[nn.Embedding, nn.LayerNorm, nn.Linear, nn.LayerNorm, nn.Linear]: ...
-    def between_stages(self, first: int) -> list[nn.Module]: ...
+    def parts_between(self, stage: int) -> Iterable[Part]: ...
+    def parts_around(self, first: int) -> Iterable[Part]: ...
 
 
 @dataclass
@@ -103,22 +108,26 @@ class HierarchyCache:
         self.batch_size = batch_size
         self.weights = weights
         memory = HugePages()
-        self.packed_logits = pack_linear(model.to_logits, weights, memory)
+        self._head: list[Part] = [(model.to_logits, nn.Linear)]
+        # What compiled code cannot stand in for has nothing packed.
+        self.packed_logits: list[torch.Tensor] = []
+        if can_be_packed(self._head):
+            self.packed_logits = pack_linear(model.to_logits, weights, memory)
         # Per upper stage, the linear layers of its patches and of its context.
-        self.packed_patches = [
-            tuple(
-                pack_linear(linear, weights, memory) for linear in model.parts_of_patches(n)[2::2]
-            )
-            for n in range(len(model.seq_lens) - 1)
-        ]
+        self.packed_patches: list[list[list[torch.Tensor]]] = []
+        self._between: list[list[Part]] = []
+        for n in range(len(model.seq_lens) - 1):
+            is_packed = can_be_packed(model.parts_between(n))
+            linears = model.parts_of_patches(n)[2::2] if is_packed else ()
+            self.packed_patches.append([pack_linear(p, weights, memory) for p in linears])
+            self._between.append(list(model.parts_between(n)) if is_packed else [])
         self.length = 0
         self.stages = [self._start(stage) for stage in range(len(model.seq_lens))]
         self.stages[0].restart(begin=0, context=None)
         # The bytes of the last patch of stage 1, which no stage above the local one has seen.
-        device = model.to_logits.weight.device
-        self.window = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        self.window = torch.empty(batch_size, 0, dtype=torch.long, device=model.device)
         native = build_native(self)
-        is_on_device = is_on_gpu(model.to_logits.weight)
+        is_on_device = is_on_gpu(self.window)
         self.native = None if is_on_device else native
         self.device_run = DeviceRun(native) if is_on_device and native is not None else None
 
@@ -135,7 +144,7 @@ class HierarchyCache:
             return None
         if not computes_natively(self.stages[n].output.dtype):
             return None
-        if not is_plain(self.model.parts_of_patches(n)[2 + 2 * index]):
+        if not (self._between[n] and are_as_compiled(self._between[n])):
             return None
         return partial(torch.ops.mblm.packed_linear, linear=self.packed_patches[n][index])
 
@@ -221,9 +230,9 @@ class HierarchyCache:
         if self.length == 0:
             return self.model.empty_logits(self.batch_size)[:, 0]
         output = self.stages[-1].output
-        if computes_natively(output.dtype) and is_plain(self.model.to_logits):
+        if self.packed_logits and computes_natively(output.dtype) and are_as_compiled(self._head):
             return torch.ops.mblm.packed_linear(output, self.packed_logits)
-        return self.model.to_logits(output)
+        return self.model.compute_logits(output)
 
     def fork(self) -> "HierarchyCache":
         """An independent copy; what never changes is shared."""
@@ -269,7 +278,7 @@ class HierarchyCache:
 
     def _empty_cache(self, n: int, batch_size: int) -> StageCache:
         cache = allocate_cache(self.model.stage_models[n], batch_size, None)
-        cache.native = self.stages[n].cache.native
+        cache.native, cache.parts = self.stages[n].cache.native, self.stages[n].cache.parts
         return cache
 
     def snapshot(self) -> State:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mblm.inference.advance import begin_local_patch, joined
-from mblm.inference.packing import NONE, is_on_gpu, is_plain
+from mblm.inference.packing import NONE, are_as_compiled, can_be_packed, is_on_gpu
 from mblm.inference.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class NativeHierarchy:
     def __init__(self, cache: "HierarchyCache", first: int) -> None:
         model = cache.model
         self.first = first
+        self._parts = list(model.parts_around(first))
         tensors = [model.local_table, *cache.packed_logits]
         eps: list[float] = []
         for n in range(first, len(model.seq_lens) - 1):
@@ -46,7 +47,9 @@ class NativeHierarchy:
     def runs(self, cache: "HierarchyCache") -> bool:
         """Whether it computes what the stages do, here and now."""
         stages = cache.stages[self.first :]
-        return all(stage.cache.runs_natively(stage.output.dtype) for stage in stages)
+        return are_as_compiled(self._parts) and all(
+            stage.cache.runs_natively(stage.output.dtype) for stage in stages
+        )
 
     def run(
         self,
@@ -155,10 +158,10 @@ class NativeHierarchy:
 
 def build_native(cache: "HierarchyCache") -> NativeHierarchy | None:
     """All stages, or on a CPU the local one alone; None where not even that is compiled."""
-    firsts = {0} if is_on_gpu(cache.model.to_logits.weight) else {0, len(cache.stages) - 1}
+    firsts = {0} if is_on_gpu(cache.window) else {0, len(cache.stages) - 1}
     for first in sorted(firsts):
-        if all(stage.cache.native is not None for stage in cache.stages[first:]) and all(
-            is_plain(module) for module in cache.model.between_stages(first)
+        if all(stage.cache.native is not None for stage in cache.stages[first:]) and can_be_packed(
+            cache.model.parts_around(first)
         ):
             return NativeHierarchy(cache, first)
     return None

@@ -1,9 +1,12 @@
 """What compiled decoding stands in for, and linear layers' weights as it reads them."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from mblm.inference.huge_pages import HugePages
+from mblm.model.plain import Part, is_plain
 from mblm.ops import _native
 
 # What compiled code takes for a tensor that there is not.
@@ -15,38 +18,6 @@ WEIGHT_TYPES = ("float32", "bfloat16", "int8")
 _TILE = (4, 64)
 # Weights of a matrix that is small: see pack_linear.
 _MOST_HALVED = 1 << 17
-
-# What built-in stages consist of.
-_PLAIN_PARTS = {
-    "mblm.model.transformer.TransformerDecoder",
-    "mblm.model.transformer_layers.Attention",
-    "mblm.model.transformer_layers.FeedForward",
-    "mblm.model.transformer_layers.RMSNorm",
-    "mblm.model.transformer_layers.RotaryEmbedding",
-    "mblm.model.mamba1.Mamba1",
-    "mambapy.mamba.ResidualBlock",
-    "mambapy.mamba.MambaBlock",
-    "mambapy.mamba.RMSNorm",
-    "mblm.model.mamba2.Mamba2",
-    "mblm.model.mamba2._Layer",
-    "mblm.model.mamba2._Mixer",
-    "mblm.model.linear.Linear",
-    "torch.nn.modules.linear.Linear",
-    "mblm.model.embeddings.LocalTokenEmbedding",
-    "mblm.model.embeddings.PatchTokenEmbedding",
-    "mblm.model.utils.RoPE",
-    "torch.nn.modules.conv.Conv1d",
-    "torch.nn.modules.normalization.RMSNorm",
-    "torch.nn.modules.activation.GELU",
-    "torch.nn.modules.dropout.Dropout",
-    "torch.nn.modules.container.ModuleList",
-    "torch.nn.modules.container.Sequential",
-    "torch.nn.modules.flatten.Flatten",
-    "torch.nn.modules.flatten.Unflatten",
-    "torch.nn.modules.linear.Identity",
-    "torch.nn.modules.normalization.LayerNorm",
-    "torch.nn.modules.sparse.Embedding",
-}
 
 
 def round_weight(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
@@ -91,34 +62,33 @@ def _in_tiles(weight: Tensor) -> Tensor:
     return tiles.transpose(-3, -2).contiguous()
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether compiled code computes what a module does: its own parts alone, in float32.
+def are_as_compiled(parts: Iterable[Part]) -> bool:
+    """Whether the modules compute, here and now, what compiled code does in their place."""
+    return all(
+        is_plain(module, kind) and not (module.training and _drops(module))
+        for module, kind in parts
+    )
 
-    A part that somebody replaced, subclassed, hooked into or patched is left to PyTorch.
-    """
+
+def can_be_packed(parts: Iterable[Part]) -> bool:
+    """Whether compiled code can stand in for some modules: as they should be, and in float32."""
     if not _native.is_loaded():
         return False
     devices = ("cpu", torch.ops.mblm.device_kind())
-    return all(_is_plain_part(part, devices) for part in module.modules())
+    return all(
+        are_as_compiled([(module, kind)])
+        and all(
+            p.dtype == torch.float32 and p.device.type in devices and p.is_contiguous()
+            for p in module.parameters(recurse=False)
+        )
+        for module, kind in parts
+    )
+
+
+def _drops(module: nn.Module) -> bool:
+    return bool(module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0))
 
 
 def is_on_gpu(tensor: Tensor) -> bool:
     """Whether compiled code takes a tensor to a GPU, or to one that is emulated."""
     return _native.is_loaded() and tensor.device.type == torch.ops.mblm.device_kind()
-
-
-def _is_plain_part(part: nn.Module, devices: tuple[str, ...]) -> bool:
-    kind = type(part)
-    drops = getattr(part, "dropout", 0.0) if not isinstance(part, nn.Dropout) else part.p
-    return (
-        f"{kind.__module__}.{kind.__qualname__}" in _PLAIN_PARTS
-        and not part._forward_hooks
-        and not part._forward_pre_hooks
-        and "forward" not in part.__dict__
-        and not (part.training and drops)
-        and getattr(part, "approximate", "none") == "none"
-        and all(
-            p.dtype == torch.float32 and p.device.type in devices and p.is_contiguous()
-            for p in part.parameters(recurse=False)
-        )
-    )

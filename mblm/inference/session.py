@@ -73,7 +73,7 @@ class Session:
 
     @property
     def _device(self) -> torch.device:
-        return self._model.to_logits.weight.device
+        return self._model.device
 
     @property
     def length(self) -> int:
@@ -283,7 +283,7 @@ class Session:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, "pt", device=str(model.to_logits.weight.device)) as file:
+            with safe_open(path, "pt", device=str(model.device)) as file:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:

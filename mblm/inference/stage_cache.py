@@ -6,15 +6,19 @@ A stage model offers one of three things, tried in this order:
 2. ``forward_with_state(x, state) -> (y, state)``: the hook for recurrent models. ``x`` and ``y``
    are ``(B, S, D)``; ``state`` is None at the beginning, otherwise a nest of tuples and lists of
    tensors that the hook returned before and never writes to;
-3. neither: its inputs since the start token are kept and its ``forward`` runs on all of them.
+3. neither, or a hook on the stage, which 2 does not call: its inputs since the start token are
+   kept and its ``forward`` runs on all of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from mblm.inference.packing import are_as_compiled
+from mblm.model.plain import Part, is_bare
 
 # A nest of tuples, lists and None with tensors as leaves.
 State = Any
@@ -42,10 +46,12 @@ class StageCache(ABC):
         native: The stage in compiled code, ``torch.classes.mblm.Stage``, which then takes in up to
             `NATIVE_POSITIONS` at a time; None where there is none. It works on the tensors of
             `native_state`.
+        parts: The modules that `native` stands in for.
         position: Positions taken in, where the cache counts them.
     """
 
     native: Any = None
+    parts: Sequence[Part] = ()
     position: int = 0
 
     @abstractmethod
@@ -70,7 +76,7 @@ class StageCache(ABC):
 
     def runs_natively(self, dtype: torch.dtype) -> bool:
         """Whether `native` takes in a position of this dtype here and now."""
-        return self.native is not None and computes_natively(dtype)
+        return self.native is not None and computes_natively(dtype) and are_as_compiled(self.parts)
 
     def prefills_natively(self, x: torch.Tensor) -> bool:
         """Whether `native` takes in ``x (B, S, D)`` here and now: single positions, or a few."""
@@ -107,6 +113,11 @@ class StatefulCache(StageCache):
         self._state: State = None
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_bare(self._stage):
+            raise RuntimeError(
+                f"a hook was added to a {type(self._stage).__name__} after decoding began, which "
+                "its forward_with_state would not call; start a new session"
+            )
         y, self._state = self._stage.forward_with_state(x, self._state)
         return y
 
@@ -155,7 +166,10 @@ def allocate_cache(
         cache: StageCache = own(batch_size, max_positions)
         if weights is not None:
             cache.native = cache.build_native(weights)
+        if cache.native is not None:
+            parts: Any = stage.parts
+            cache.parts = list(parts())
         return cache
-    if hasattr(stage, "forward_with_state"):
+    if hasattr(stage, "forward_with_state") and is_bare(stage):
         return StatefulCache(stage)
     return ReplayCache(stage)

@@ -53,7 +53,19 @@ class MaskReduceStrat(str, Enum):
         return self.value
 
 
-class MBLMModelConfig(Fields):
+class _Config(Fields):
+    """A configuration that libraries can read as they read those of Hugging Face's models."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as ``model_dump()``."""
+        return self.model_dump()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A setting, or ``default`` where there is none of this name."""
+        return getattr(self, name) if name in type(self).model_fields else default
+
+
+class MBLMModelConfig(_Config):
     """Configuration of a hierarchy, from the most global stage to the local one.
 
     Attributes:
@@ -147,7 +159,7 @@ class MBLMModelConfig(Fields):
         return self.block
 
 
-class MBLMEncoderModelConfig(Fields):
+class MBLMEncoderModelConfig(_Config):
     """Configuration of a bidirectional hierarchy.
 
     Attributes:

@@ -1,11 +1,13 @@
 """Token embeddings of the stages: one vector per byte, or one per patch of bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from mblm.model.linear import Linear
+from mblm.model.linear import apply, apply_in_order
+from mblm.model.plain import Part, is_plain
 from mblm.ops.embed_patches import embed_patches
 
 # State dict entries that grow with the vocabulary when a checkpoint is loaded into a larger one.
@@ -43,6 +45,15 @@ class TokenEmbedding(nn.Module):
 class LocalTokenEmbedding(TokenEmbedding):
     """The local stage's embedding, one vector of width D_N per byte."""
 
+    def parts(self) -> Iterator[Part]:
+        """What is in it, as built."""
+        yield self.embedding, nn.Embedding
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embed bytes: ids ``(..)`` -> ``(.., D_N)``."""
+        out: torch.Tensor = self.embedding(ids)
+        return out
+
     def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings of bytes are what this stage takes: ``(..., D_N) -> (..., D_N)``."""
         return embeddings
@@ -60,7 +71,7 @@ class PatchTokenEmbedding(TokenEmbedding):
         flat_dim = patch_size * local_dim
         # The names of the entries are those of the checkpoints: norm 1, projection 2, norm 3.
         self._post = nn.Sequential(
-            nn.Flatten(-2), nn.LayerNorm(flat_dim), Linear(flat_dim, dim), nn.LayerNorm(dim)
+            nn.Flatten(-2), nn.LayerNorm(flat_dim), nn.Linear(flat_dim, dim), nn.LayerNorm(dim)
         )
 
     def forward(
@@ -71,10 +82,16 @@ class PatchTokenEmbedding(TokenEmbedding):
     ) -> torch.Tensor:
         """Embed patches: ids ``(B, L)``, padded to ``num_patches`` -> ``(B, num_patches, D_n)``.
 
-        ``project`` stands in for the linear layer.
+        ``project`` stands in for the linear layer, where nothing else is hooked or replaced.
         """
+        if not self._is_fused():
+            missing = num_patches * self.patch_size - ids.shape[1]
+            padded = nn.functional.pad(ids, (0, missing), value=self.pad_token_id)
+            return self.from_embeddings(
+                self.embedding(padded).unflatten(1, (num_patches, self.patch_size))
+            )
+        flat_norm: Any
         _, flat_norm, own, norm = self._post
-        assert isinstance(flat_norm, nn.LayerNorm)
         flat = embed_patches(
             ids,
             self.embedding.weight,
@@ -85,11 +102,30 @@ class PatchTokenEmbedding(TokenEmbedding):
             pad_token_id=self.pad_token_id,
             eps=flat_norm.eps,
         )
-        return norm((project or own)(flat))
+        out: torch.Tensor = norm(apply(own, flat) if project is None else project(flat))
+        return out
+
+    def _is_fused(self) -> bool:
+        """Whether what comes before the linear layer is computed by `embed_patches`."""
+        flatten, flat_norm, *_ = self._post
+        return (
+            is_plain(self.embedding, nn.Embedding)
+            and self.embedding.padding_idx == self.pad_token_id
+            and is_plain(self._post, nn.Sequential)
+            and is_plain(flatten, nn.Flatten)
+            and is_plain(flat_norm, nn.LayerNorm)
+        )
+
+    def parts(self) -> Iterator[Part]:
+        """Itself and what is in it, as built."""
+        yield self, PatchTokenEmbedding
+        yield self.embedding, nn.Embedding
+        yield self._post, nn.Sequential
+        yield from zip(self._post, (nn.Flatten, nn.LayerNorm, nn.Linear, nn.LayerNorm), strict=True)
 
     def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings of bytes to those of patches: ``(..., R_n, D_N) -> (..., D_n)``."""
-        return self._post(embeddings)
+        return apply_in_order(self._post, embeddings)
 
 
 def build_token_embeddings(

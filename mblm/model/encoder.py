@@ -112,7 +112,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         hidden = attended.reshape(ids.shape[0], -1, attended.shape[-1])[:, : ids.shape[1]]
         if return_type == MBLMReturnType.HIDDEN_STATE:
             return hidden.reshape(*nested_ids.shape, -1)
-        logits = self.to_logits(hidden)
+        logits = self.compute_logits(hidden)
         nested_logits = logits.reshape(*nested_ids.shape, -1)
         if targets is None:
             return nested_logits
@@ -145,7 +145,9 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         tiles = TiledPass(self, tile, IGNORED_LABEL)
 
         def head(local: torch.Tensor) -> torch.Tensor:
-            return local if return_type == MBLMReturnType.HIDDEN_STATE else self.to_logits(local)
+            return (
+                local if return_type == MBLMReturnType.HIDDEN_STATE else self.compute_logits(local)
+            )
 
         outputs = tiles.outputs(head, attended, padded, mask)  # (rows, P_N, D_N or V)
         per_byte = outputs.reshape(*padded.shape, -1)[:, : ids.shape[1]]

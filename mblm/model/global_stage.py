@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mblm.model import recomputation
+from mblm.model.gradients import with_weights_of_now
+from mblm.model.plain import is_bare
 
 
 def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) -> Tensor:
@@ -17,21 +19,25 @@ def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) 
     and the states are kept; a Transformer layer by layer, of which the inputs are kept; any other
     as a whole.
     """
-    if getattr(model, "has_state_of_pairs", False) and recomputation.suits(model, x):
-        return recomputation.run_in_segments(model, x, segment)
-    if hasattr(model, "forward_with_state") and not inputs:
+    # A hook is to see the call of the whole; FSDP's are not needed, see below.
+    in_segments = is_bare(model) or getattr(model, "_is_fsdp_managed_module", False)
+    if not inputs and in_segments and hasattr(model, "forward_with_state"):
+        if getattr(model, "has_state_of_pairs", False) and recomputation.suits(model, x):
+            return recomputation.run_in_segments(model, x, segment)
         _gather_for_segments(model)
         outputs, state = [], None
+        run = with_weights_of_now(model, model.forward_with_state)
         for part in x.split(segment, dim=1):
             # What is offloaded comes back contiguous, and must be computed with as it was.
             part = part.contiguous()
-            out, state = checkpoint(model.forward_with_state, part, state, use_reentrant=False)
+            out, state = checkpoint(run, part, state, use_reentrant=False)
             outputs.append(out)
         return torch.cat(outputs, dim=1)
     if getattr(model, "takes_recompute_layers", False):
         out = model(x, *inputs, recompute_layers=True)
     else:
-        out = checkpoint(model, x, *inputs, use_reentrant=False)
+        run = with_weights_of_now(model, model)
+        out = checkpoint(run, x, *inputs, use_reentrant=False)
     return out
 
 

@@ -2,13 +2,15 @@
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mblm.model.linear import Linear
+from mblm.model.linear import apply
+from mblm.model.plain import is_plain
 from mblm.ops.linear import add_outer_products, linear
 
 # Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
@@ -109,20 +111,15 @@ class GradientSums:
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """``layer(x)``; while sums are being added, the layer's gradients are not made first.
 
-        This suits a layer whose weight is large beside ``x``. A layer of another type than
-        `Linear`, or whose weights are computed from others, is called as it is.
+        This suits a layer whose weight is large beside ``x``. One that is not plain, or whose
+        weights are computed from others, is called as it is.
         """
-        out: Tensor
+        if not (self.is_adding and torch.is_grad_enabled() and is_plain(layer, nn.Linear)):
+            return apply(layer, x)
         weights = [w for w in (layer.weight, layer.bias) if w is not None and w.requires_grad]
-        if (
-            self.is_adding
-            and torch.is_grad_enabled()
-            and type(layer) is Linear
-            and all(self._index(weight) is not None for weight in weights)
-        ):
-            out = _LinearIntoSums.apply(x, layer.weight, layer.bias, self)
-        else:
-            out = layer(x)
+        if any(self._index(weight) is None for weight in weights):
+            return apply(layer, x)
+        out: Tensor = _LinearIntoSums.apply(x, layer.weight, layer.bias, self)
         return out
 
     def sum_for(self, parameter: Tensor | None) -> Tensor | None:
@@ -173,10 +170,45 @@ def gradients_are_watched(model: nn.Module) -> bool:
     So with FSDP, which gathers a stage's weights for its passes; with replicas of DataParallel,
     whose weights are no parameters; and with hooks on gradients, to be called once.
     """
-    return any(
-        getattr(module, "_is_fsdp_managed_module", False) or getattr(module, "_is_replica", False)
-        for module in model.modules()
-    ) or any(parameter._backward_hooks for parameter in model.parameters())
+    return (
+        _is_managed(model)
+        or any(getattr(module, "_is_replica", False) for module in model.modules())
+        or any(parameter._backward_hooks for parameter in model.parameters())
+    )
+
+
+def with_weights_of_now(model: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes with what are the model's parameters now, whenever it is called.
+
+    What is computed again in a backward pass would otherwise find others there if
+    ``torch.func.functional_call`` had put some in place for the forward pass alone.
+    """
+    if torch.compiler.is_compiling() or _is_managed(model):  # FSDP puts the weights in place
+        return function
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+
+    def call(*args: Any) -> Any:
+        if all(map(operator.is_, model.parameters(), weights.values())):
+            return function(*args)
+        named = {f"model.{name}": weight for name, weight in weights.items()}
+        return torch.func.functional_call(_Around(model), named, (function, *args))
+
+    return call
+
+
+class _Around(nn.Module):
+    """A module around a model, to run a function while the model's parameters are replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+def _is_managed(model: nn.Module) -> bool:
+    return any(getattr(m, "_is_fsdp_managed_module", False) for m in model.modules())
 
 
 def autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:

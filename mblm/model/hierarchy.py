@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from mblm.model import tiled_operators
 from mblm.model.checks import check_embeddings, check_hierarchy_shape
 from mblm.model.config import MBLMModelConfig
-from mblm.model.embeddings import build_token_embeddings, migrate_embedding_keys
+from mblm.model.embeddings import (
+    LocalTokenEmbedding,
+    PatchTokenEmbedding,
+    build_token_embeddings,
+    migrate_embedding_keys,
+)
 from mblm.model.global_stage import run_recomputed, saved_on_host
-from mblm.model.gradients import GradientSums, gradients_are_watched
-from mblm.model.linear import Linear
+from mblm.model.gradients import GradientSums, gradients_are_watched, with_weights_of_now
+from mblm.model.linear import apply, apply_in_order
+from mblm.model.plain import Part, are_plain, is_plain
 from mblm.model.tiled_pass import INFERENCE_TILE
 from mblm.model.tiles import map_over_tiles, map_with_sums
 from mblm.model.utils import RoPE, rotate_pairs
@@ -32,6 +38,7 @@ Projection = Callable[[torch.Tensor], torch.Tensor]
 # Bytes whose embeddings are held at once for the most global stage, per position of a tile: it has
 # one linear layer where a stage has many.
 _BYTES_PER_TILE_POSITION = 16
+_POSITIONS = {"fixed": nn.Embedding, "rope": RoPE, None: nn.Identity}
 
 
 class Hierarchy(nn.Module):
@@ -67,6 +74,7 @@ class Hierarchy(nn.Module):
                 [nn.Parameter(torch.randn(dim)) for dim in self.hidden_dims]
             )
         blocks = config.stage_blocks()
+        self._position_kinds = [block.pos_emb_type for block in blocks]
         self.pos_embs = nn.ModuleList()
         for block, dim, seq_len in zip(blocks, self.hidden_dims, self.seq_lens, strict=True):
             self.pos_embs.append(_positions(block.pos_emb_type, dim, seq_len))
@@ -83,11 +91,11 @@ class Hierarchy(nn.Module):
                 next_len, next_dim = self.seq_lens[n + 1], self.hidden_dims[n + 1]
                 projection = nn.Sequential(
                     nn.Identity(),  # Keeps the Linear at the index that checkpoints name.
-                    Linear(dim, next_len * next_dim),
+                    nn.Linear(dim, next_len * next_dim),
                     nn.Unflatten(-1, (next_len, next_dim)),
                 )
             self.to_next_stage_proj.append(projection)
-        self.to_logits = Linear(self.hidden_dims[-1], config.num_tokens)
+        self.to_logits = nn.Linear(self.hidden_dims[-1], config.num_tokens)
         self.register_load_state_dict_pre_hook(_migrate_before_load)
         self.number = tiled_operators.number_of(self)
 
@@ -96,6 +104,17 @@ class Hierarchy(nn.Module):
         self.number = tiled_operators.number_of(self)  # copies have one of their own
 
     # -- What the stages are made of -------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters; of the logits' layer, should they differ and it have one."""
+        weight = getattr(self.to_logits, "weight", None)
+        return (weight if isinstance(weight, torch.Tensor) else next(self.parameters())).dtype
 
     @property
     def context_size(self) -> int:
@@ -109,25 +128,48 @@ class Hierarchy(nn.Module):
 
     @property
     def _fixed_first(self) -> bool:
-        return isinstance(self.pos_embs[0], nn.Embedding)
+        return self._position_kind(0) == "fixed"
+
+    def _position_kind(self, stage: int) -> str | None:
+        if isinstance(self.pos_embs[stage], nn.Identity):
+            return None
+        return self._position_kinds[stage]
+
+    def rotates_itself(self, stage: int) -> bool:
+        """Whether a stage's rotary positions are a module to call: not as built, or hooked."""
+        return self._position_kind(stage) == "rope" and not is_plain(self.pos_embs[stage], RoPE)
 
     def positions(
         self, stage: int, first: int, count: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Fixed positions ``(count, D_n)`` or rotation ``(count, D_n / 2, 2)`` of a stage."""
-        module = self.pos_embs[stage]
-        if isinstance(module, nn.Embedding):
+        module: Any = self.pos_embs[stage]
+        kind = self._position_kind(stage)
+        if kind == "fixed" and is_plain(module, nn.Embedding):
             return module.weight[first : first + count], None
-        if isinstance(module, RoPE):
+        if kind == "fixed":
+            return module(torch.arange(first, first + count, device=self.device)), None
+        if kind == "rope":
             return None, module.rotation(first, count)
         return None, None
 
     def add_positions(self, stage: int, x: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Add a stage's positions, from ``first`` on, to its token embeddings ``(B, S, D_n)``."""
+        if self.rotates_itself(stage):
+            indices = torch.arange(first, first + x.shape[1], device=x.device)
+            rotate: Any = self.pos_embs[stage]
+            return rotate(x.unsqueeze(2), input_pos=indices.expand(x.shape[:2])).squeeze(2)
         positions, rotation = self.positions(stage, first, x.shape[1])
         if positions is not None:
             return x + positions
         return x if rotation is None else rotate_pairs(x, rotation)
+
+    def local_tokens(self, ids: torch.Tensor) -> StageTokens:
+        """The local stage's token embeddings, ids ``(rows, P_N)``: its table, where that is one."""
+        local: Any = self.token_embs_rev[0]
+        if are_plain(local.parts()) and local.embedding.padding_idx == self.pad_token_id:
+            return local.embedding.weight, ids
+        return local(ids), None
 
     def embed_patches(
         self, stage: int, ids: torch.Tensor, num_patches: int, project: Projection | None = None
@@ -154,7 +196,11 @@ class Hierarchy(nn.Module):
         projection: Any = self.to_next_stage_proj[stage]
         if project is not None:
             return projection[2](project(attended)).flatten(0, 1)
-        return projection(attended).flatten(0, 1)
+        return apply_in_order(projection, attended).flatten(0, 1)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the local stage's output, ``(.., D_N) -> (.., V)``."""
+        return apply(self.to_logits, hidden)
 
     def parts_of_patches(
         self, stage: int
@@ -165,11 +211,25 @@ class Hierarchy(nn.Module):
         projection: Any = self.to_next_stage_proj[stage]
         return embedding.embedding, flat_norm, project, norm, projection[1]
 
-    def between_stages(self, first: int) -> list[nn.Module]:
-        """All that lies between the stages from ``first`` on, and around them."""
-        embeddings = self.token_embs_rev[: self.num_stages - first]
-        contexts = self.to_next_stage_proj[first:]
-        return [*embeddings, *contexts, *self.pos_embs[first:], self.to_logits]
+    def parts_between(self, stage: int) -> Iterator[Part]:
+        """What embeds an upper stage's patches and what projects its context, as built."""
+        patches: Any = self.token_embs_rev[self.num_stages - 1 - stage]
+        yield patches, PatchTokenEmbedding
+        yield from patches.parts()
+        projection: Any = self.to_next_stage_proj[stage]
+        yield projection, nn.Sequential
+        yield from zip(projection, (nn.Identity, nn.Linear, nn.Unflatten), strict=True)
+
+    def parts_around(self, first: int) -> Iterator[Part]:
+        """All that lies between the stages from ``first`` on, and around them, as built."""
+        for stage in range(first, self.num_stages - 1):
+            yield from self.parts_between(stage)
+        local: Any = self.token_embs_rev[0]
+        yield local, LocalTokenEmbedding
+        yield from local.parts()
+        for stage in range(first, self.num_stages):
+            yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
+        yield self.to_logits, nn.Linear
 
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""
@@ -183,6 +243,7 @@ class Hierarchy(nn.Module):
             model = functools.partial(model, shared_start=True)
         if chunks is None:
             return model(x, *inputs)
+        model = with_weights_of_now(self.stage_models[stage], model)
         outputs = []
         parts = [t.chunk(chunks) if t is not None else [None] * chunks for t in (x, *inputs)]
         for part in zip(*parts, strict=True):
@@ -239,7 +300,7 @@ class Hierarchy(nn.Module):
 
     def mean_loss(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """The mean of so many losses from their sum; 0, with a gradient, if there are none."""
-        return (total / count.clamp(min=1)).to(self.to_logits.weight.dtype)
+        return (total / count.clamp(min=1)).to(self.dtype)
 
     def _global_tokens(self, padded_ids: torch.Tensor, tile: int) -> StageTokens:
         """Token embeddings of stage 1, ids ``(B, S * R_1)``.
@@ -247,7 +308,7 @@ class Hierarchy(nn.Module):
         The embeddings of bytes exist for some patches at a time, also in the backward pass.
         """
         if self.num_stages == 1:
-            return self.local_table, padded_ids
+            return self.local_tokens(padded_ids)
         if tiled_operators.suit(self):
             return tiled_operators.global_tokens(self, padded_ids, tile), None
         embed, size, rows, sums = self.global_embedding(padded_ids, tile)
@@ -274,12 +335,13 @@ class Hierarchy(nn.Module):
         def embed(ids: torch.Tensor) -> torch.Tensor:
             return self.embed_patches(0, ids, 1, functools.partial(sums.linear, layer)).squeeze(1)
 
+        embed = with_weights_of_now(self.token_embs_rev[-1], embed)
         return embed, size, padded_ids.reshape(-1, patch_size), sums
 
     def _tile_tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
         """Token embeddings of rows of a stage, ids ``(rows, P_n * R_n)``."""
         if stage + 1 == self.num_stages:
-            return self.local_table, ids
+            return self.local_tokens(ids)
         return self.embed_patches(stage, ids, self.seq_lens[stage]), None
 
     def _pad(self, per_byte: torch.Tensor, value: float) -> torch.Tensor:
@@ -304,7 +366,7 @@ class Hierarchy(nn.Module):
                 padded = self._pad(ids, self.pad_token_id)
                 rows = ids.shape[0] if stage == 0 else -1
                 seq_len = num_bytes if stage == 0 else self.seq_lens[stage]
-                return self.local_table, padded.reshape(rows, seq_len)
+                return self.local_tokens(padded.reshape(rows, seq_len))
             embedded = self.embed_patches(stage, ids, num_bytes // self.patch_sizes[stage])
             return self._as_rows(stage, embedded), None
 
@@ -362,6 +424,4 @@ def _migrate_before_load(
 def _positions(kind: str | None, dim: int, seq_len: int) -> nn.Module:
     if kind == "fixed":
         return nn.Embedding(seq_len, dim)
-    if kind == "rope":
-        return RoPE(dim, max_seq_len=seq_len)
-    return nn.Identity()
+    return RoPE(dim, max_seq_len=seq_len) if kind == "rope" else nn.Identity()

@@ -1,14 +1,25 @@
-"""A linear layer that takes the fastest way there is at its size."""
+"""Linear layers, computed the fastest way there is at their size where they are plain."""
 
 import torch
 from torch import nn
 
+from mblm.model.plain import is_plain
 from mblm.ops.linear import linear
 
 
-class Linear(nn.Linear):
-    """``torch.nn.Linear``, computed by `mblm.ops.linear.linear`."""
+def apply(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)``; a plain ``torch.nn.Linear`` is computed by `mblm.ops.linear.linear`."""
+    if is_plain(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    out: torch.Tensor = layer(x)
+    return out
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        return linear(x, self.weight, self.bias)
+
+def apply_in_order(layers: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``layers(x)`` of an ``nn.Sequential``, each as by `apply`."""
+    if not is_plain(layers, nn.Sequential):
+        out: torch.Tensor = layers(x)
+        return out
+    for layer in layers:  # type: ignore[attr-defined]
+        x = apply(layer, x)
+    return x

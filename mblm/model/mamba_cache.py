@@ -9,22 +9,26 @@ from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_mamba
 
 if TYPE_CHECKING:
-    from mblm.model.mamba1 import Mamba1
-    from mblm.model.mamba2 import Mamba2
+    from mblm.model.mamba_layers import MambaStage
 
 
 class MambaCache(StageCache):
     """SSM states ``(layers, B, ..)`` and windows ``(layers, B, K - 1, D_conv)`` of all layers."""
 
-    def __init__(self, stage: "Mamba1 | Mamba2") -> None:
+    def __init__(self, stage: "MambaStage") -> None:
         self.stage = stage
         self._state: list[torch.Tensor] | None = None
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         if self.prefills_natively(x):
             if self._state is None:
-                self.prefill(x[:, :0])  # the state before all positions
+                self.advance(x[:, :0])  # the state before all positions
             return prefill_natively([self], x)
+        y: torch.Tensor = self.stage(x, cache=self)
+        return y
+
+    def advance(self, x: torch.Tensor) -> torch.Tensor:
+        """`prefill` by the stage's layers."""
         layers = None if self._state is None else tuple(zip(*self._state, strict=True))
         y, layers = self.stage.forward_with_state(x, layers)
         if self._state is None:

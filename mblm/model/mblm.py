@@ -86,7 +86,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         attended = self._attend(self._tokens_of_ids(ids))
         if return_type == MBLMReturnType.HIDDEN_STATE:
             return self._unpatch(attended[:, 1:], nested_ids)
-        logits = self.to_logits(attended)  # (rows, 1 + P_N, V)
+        logits = self.compute_logits(attended)  # (rows, 1 + P_N, V)
         if return_type == MBLMReturnType.LOGITS:
             return self._logits_like(logits, nested_ids)
         targets = self._arrange(ids, logits.shape[:2], fill=self.pad_token_id)
@@ -160,8 +160,14 @@ class MBLM(Hierarchy, PretrainedMixin):
     ) -> torch.Tensor:
         """Output ``a_0 .. a_P`` of a stage, ``(rows, 1 + P_n, D_n)``."""
         embeddings, ids = tokens
-        seq_len = (embeddings if ids is None else ids).shape[1]
-        positions, rotation = self.positions(stage, 0, seq_len)
+        positions = rotation = None
+        if self.rotates_itself(stage):
+            if ids is not None:
+                embeddings, ids = nn.functional.embedding(ids, embeddings, self.pad_token_id), None
+            embeddings = self.add_positions(stage, embeddings)
+        else:
+            seq_len = (embeddings if ids is None else ids).shape[1]
+            positions, rotation = self.positions(stage, 0, seq_len)
         x = assemble_stage(
             self.start_tokens[stage],
             embeddings,
@@ -204,7 +210,7 @@ class MBLM(Hierarchy, PretrainedMixin):
             return self._unpatch(hidden, nested_ids)
 
         first = 0 if nested_ids.ndim > 2 else 1  # nested logits keep the start rows
-        rows = tiles.outputs(lambda local: self.to_logits(local[:, first:]), attended, padded)
+        rows = tiles.outputs(lambda local: self.compute_logits(local[:, first:]), attended, padded)
         logits = rows if first else rows[:, 1:]  # (rows, P_N, V)
         nested = self._unpatch(rows, nested_ids) if first else self._nest(rows, nested_ids)
         if return_type == MBLMReturnType.LOGITS:
@@ -255,7 +261,7 @@ class MBLM(Hierarchy, PretrainedMixin):
     def _losses_of_first(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Losses of the first bytes of ``ids (B, L)``, which the local start token predicts."""
         start = self.start_token(self.num_stages - 1, len(ids))[:, None]
-        logits = self.to_logits(self.stage_models[-1](start))  # (B, 1, V)
+        logits = self.compute_logits(self.stage_models[-1](start))  # (B, 1, V)
         weights = None if weights is None else weights[:, :1]
         return losses_per_byte(logits, ids[:, :1], weights, self.pad_token_id)
 
@@ -266,13 +272,13 @@ class MBLM(Hierarchy, PretrainedMixin):
 
         Only here does a start token get context: row 0 of what the stage above projects.
         """
-        attended = None
+        attended = torch.empty(0)
         for stage in range(self.num_stages):
             x = self.start_token(stage, batch_size)[:, None]
-            if attended is not None:
+            if stage > 0:
                 x = x + self.project_context(stage - 1, attended)[:, :1]
             attended = self.stage_models[stage](x)
-        return self.to_logits(attended)
+        return self.compute_logits(attended)
 
     def start_token(self, stage: int, batch_size: int) -> torch.Tensor:
         """A stage's start token, ``(batch_size, D_n)``."""
@@ -283,7 +289,8 @@ class MBLM(Hierarchy, PretrainedMixin):
     ) -> torch.Tensor:
         """Token embeddings of whole patches of a stage, ids ``(B, S * R_n)`` -> ``(B, S, D_n)``."""
         if stage + 1 == self.num_stages:
-            return nn.functional.embedding(ids, self.local_table)
+            table, ids_or_none = self.local_tokens(ids)
+            return table if ids_or_none is None else nn.functional.embedding(ids, table)
         return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage], project)
 
     # -- Between the rows of the local stage and the bytes of a sequence ---------------------------

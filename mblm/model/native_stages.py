@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from mblm.inference.huge_pages import HugePages
-from mblm.inference.packing import is_on_gpu, is_plain, pack_linear
+from mblm.inference.packing import can_be_packed, is_on_gpu, pack_linear
 
 if TYPE_CHECKING:
-    from mblm.model.mamba1 import Mamba1
-    from mblm.model.mamba2 import Mamba2
+    from mblm.model.mamba_layers import MambaStage
     from mblm.model.transformer import TransformerDecoder
 
 _WIDEST_HEAD_ON_GPU = 256
@@ -25,7 +24,7 @@ _WIDEST_HEAD_ON_GPU = 256
 
 def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
     """The compiled stage of a Transformer, or None where it has none."""
-    if not is_plain(stage):
+    if not can_be_packed(stage.parts()):
         return None
     if is_on_gpu(stage.norm.g) and stage.head_dim > _WIDEST_HEAD_ON_GPU:
         return None
@@ -44,11 +43,11 @@ def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
     return torch.ops.mblm.transformer_stage(_detached(tensors), stage.num_heads)
 
 
-def native_mamba(stage: "Mamba1 | Mamba2", weights: str) -> Any:
+def native_mamba(stage: "MambaStage", weights: str) -> Any:
     """The compiled stage of a Mamba, or None where it has none."""
     from mblm.model.mamba2 import Mamba2
 
-    if not is_plain(stage):
+    if not can_be_packed(stage.parts()):
         return None
     return (_build_mamba2 if isinstance(stage, Mamba2) else _build_mamba1)(stage, weights)
 
@@ -68,6 +67,9 @@ def _build_mamba1(stage: Any, weights: str) -> Any:
 
 
 def _build_mamba2(stage: Any, weights: str) -> Any:
+    norms = [module for module, kind in stage.parts() if kind is torch.nn.RMSNorm]
+    if any(norm.eps != stage.norm_f.eps for norm in norms):
+        return None
     memory = HugePages()
     tensors: list[Tensor] = [stage.norm_f.weight]
     layer: Any

@@ -18,6 +18,7 @@ from mblm.model.gradients import (
     gradients_are_watched,
     not_compiled,
     once_differentiable,
+    with_weights_of_now,
 )
 
 
@@ -43,7 +44,8 @@ def run_in_segments(model: Any, x: Tensor, segment: int) -> Tensor:
         segment: Positions that are computed at once, at least 1.
     """
     sums = GradientSums(model.parameters())
-    out: Tensor = _InSegments.apply(model, segment, sums, x, *sums.parameters)
+    run = with_weights_of_now(model, model.forward_with_state)
+    out: Tensor = _InSegments.apply(run, segment, sums, x, *sums.parameters)
     return out
 
 
@@ -66,16 +68,21 @@ def run_in_layers(
 class _InSegments(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, model: Any, segment: int, sums: GradientSums, x: Tensor, *parameters: Tensor
+        ctx: Any,
+        run: Callable[..., Any],
+        segment: int,
+        sums: GradientSums,
+        x: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         starts = range(0, x.shape[1], segment)
         ctx.circumstances = _Circumstances(len(starts))
-        ctx.computation = model, segment, sums
+        ctx.computation = run, segment, sums
         out, states, state = x, [], None
         for index, start in enumerate(starts):
             ctx.circumstances.keep(index)
             positions = slice(start, start + segment)
-            result, state = model.forward_with_state(x[:, positions], state)
+            result, state = run(x[:, positions], state)
             if index == 0:
                 out = result.new_empty(*x.shape[:2], *result.shape[2:])
                 states = [s.new_empty(len(starts) - 1, *s.shape) for s in _flat(state)]
@@ -91,7 +98,7 @@ class _InSegments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *states = ctx.saved_tensors
-        model, segment, sums = ctx.computation
+        run, segment, sums = ctx.computation
         starts = range(0, x.shape[1], segment)
         of_x = torch.empty_like(x) if ctx.needs_input_grad[3] else None
         of_state = [kept.new_zeros(kept.shape[1:]) for kept in states]  # after the segment
@@ -101,7 +108,7 @@ class _InSegments(torch.autograd.Function):
                 part = x[:, positions].detach().requires_grad_(of_x is not None)
                 before = [kept[index - 1].detach().requires_grad_() for kept in states if index]
                 with ctx.circumstances.of(index):
-                    out, after = model.forward_with_state(part, _in_pairs(before) or None)
+                    out, after = run(part, _in_pairs(before) or None)
                 results = [(out, grad[:, positions])]
                 if index + 1 < len(starts):
                     results += zip(_flat(after), of_state, strict=True)

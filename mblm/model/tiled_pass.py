@@ -8,9 +8,10 @@ three stages or more, down to the logits and the loss.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from mblm.model.gradients import GradientSums, gradients_are_watched
+from mblm.model.gradients import GradientSums, gradients_are_watched, with_weights_of_now
 from mblm.model.loss import losses_per_byte, sum_and_count
 from mblm.model.tiles import SumAndCount, map_over_tiles, sum_over_tiles
 
@@ -66,7 +67,7 @@ class TiledPass:
             above: Tensor, ids: Tensor, targets: Tensor, mask: Tensor | None, weights: Tensor | None
         ) -> SumAndCount:
             if stage == self.local:
-                logits = self.model.to_logits(above)  # (S, V)
+                logits = self.model.compute_logits(above)  # (S, V)
                 return sum_and_count(losses_per_byte(logits, targets, weights, self.ignored_id))
             below = self.model.attend(stage + 1, above, ids, mask)
             return self.loss(below, ids, targets, mask, weights, stage=stage + 1)
@@ -74,9 +75,8 @@ class TiledPass:
         size = self._size(stage)
         if len(rows) <= size:
             return tile(rows, *per_byte)  # type: ignore[arg-type]
-        return sum_over_tiles(
-            tile, size, rows, per_byte, self._gradients, recompute=self._recompute
-        )
+        run = with_weights_of_now(self.model, tile) if self._recompute else tile
+        return sum_over_tiles(run, size, rows, per_byte, self._gradients, recompute=self._recompute)
 
     def loss_of_logits(
         self, logits: Tensor, targets: Tensor, weights: Tensor | None = None
@@ -115,7 +115,8 @@ class TiledPass:
             return self.outputs(head, below, ids, mask, stage=stage + 1)
 
         per_byte = [self._by_position(stage, t) for t in (ids, mask)]
-        return map_over_tiles(tile, self._size(stage), rows, *per_byte)
+        run = with_weights_of_now(self.model, tile) if torch.is_grad_enabled() else tile
+        return map_over_tiles(run, self._size(stage), rows, *per_byte)
 
     def _size(self, stage: int) -> int:
         """How many positions of a stage have what is below them in one tile."""

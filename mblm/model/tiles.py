@@ -263,10 +263,12 @@ def _add_detached(results: Iterable[SumAndCount], length: int) -> SumAndCount:
 def _check_leaves(total: Tensor, inputs: Sequence[Tensor]) -> None:
     """Refuse a graph that leads to tensors whose gradients would be lost."""
     known = {id(tensor) for tensor in inputs}
-    nodes, seen = [total.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
+    # With ``torch.func.functional_call``, parameters may be results of others.
+    results = {(tensor.grad_fn, tensor.output_nr) for tensor in inputs if not tensor.is_leaf}
+    edges, seen = [(total.grad_fn, 0)], set()
+    while edges:
+        node, number = edges.pop()
+        if node is None or node in seen or (node, number) in results:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
@@ -276,4 +278,4 @@ def _check_leaves(total: Tensor, inputs: Sequence[Tensor]) -> None:
                 "the model's parameters, which a loss computed in tiles cannot give it; register "
                 "it as a parameter, or set tile to None"
             )
-        nodes.extend(parent for parent, _ in node.next_functions)
+        edges.extend(node.next_functions)

@@ -9,9 +9,12 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mblm.inference.stage_cache import StageCache
+from mblm.inference.stage_cache import ReplayCache, StageCache
 from mblm.model import recomputation
 from mblm.model.block import StageBlock
+from mblm.model.gradients import with_weights_of_now
+from mblm.model.linear import apply
+from mblm.model.plain import Part, are_plain, keeps_forward
 from mblm.model.transformer_cache import TransformerCache
 from mblm.model.transformer_layers import (
     SHORT,
@@ -76,6 +79,9 @@ class TransformerEncoderBlock(_TransformerBlockFields):
         return TransformerEncoder(**self._model_arguments(model_dim, num_layers))
 
 
+_LAYERS = (Attention, FeedForward)
+
+
 class _Transformer(nn.Module):
     """Layers of attention and feed-forward, and a final norm."""
 
@@ -100,7 +106,7 @@ class _Transformer(nn.Module):
             raise ValueError(
                 f"attn_head_dim: got {attn_head_dim}, rotary positions need an even width"
             )
-        self.num_heads, self.head_dim = attn_num_heads, attn_head_dim
+        self.model_dim, self.num_heads, self.head_dim = model_dim, attn_num_heads, attn_head_dim
         self.rotary_emb = RotaryEmbedding(attn_head_dim) if attn_use_rot_embs else None
         self.layers = nn.ModuleList()
         for _ in range(num_layers):
@@ -126,6 +132,18 @@ class _Transformer(nn.Module):
         layers: Any = self.layers
         yield from layers
 
+    def parts(self) -> Iterator[Part]:
+        """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
+        yield self, TransformerDecoder if self.causal else TransformerEncoder
+        yield self.norm, RMSNorm
+        if self.rotary_emb is not None:
+            yield self.rotary_emb, RotaryEmbedding
+        for attention, feed_forward in self.layer_pairs():
+            yield attention, Attention  # first: another module has no parts of its own
+            yield from attention.parts()
+            yield feed_forward, FeedForward
+            yield from feed_forward.parts()
+
     def _run_layers(
         self, x: torch.Tensor, mask: torch.Tensor | None = None, *, recompute: bool = False
     ) -> torch.Tensor:
@@ -135,6 +153,8 @@ class _Transformer(nn.Module):
             x = x + attention(x, rotary, mask)
             return x + feed_forward(x)
 
+        if recompute:
+            run = with_weights_of_now(self, run)
         if recompute and recomputation.suits(self, x):
             layers = [functools.partial(run, *layer) for layer in self.layer_pairs()]
             return self.norm(recomputation.run_in_layers(layers, self.layers.parameters(), x))
@@ -155,6 +175,7 @@ class TransformerDecoder(_Transformer):
         *,
         shared_start: bool = False,
         recompute_layers: bool = False,
+        cache: TransformerCache | None = None,
     ) -> torch.Tensor:
         """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally.
 
@@ -164,10 +185,13 @@ class TransformerDecoder(_Transformer):
                 start token: where that pays, what becomes of it is computed once.
             recompute_layers: Keep the layers' inputs only, and compute each layer again in the
                 backward pass.
+            cache: The positions come after those that it has taken in, and it takes them in.
         """
+        if cache is not None:
+            return cache.advance(input_ids)
         rows, count, _ = input_ids.shape
-        shared_start = shared_start and not recompute_layers
-        if shared_start and rows > 1 and 1 < count <= SHORT and not self._drops():
+        shared_start = shared_start and not recompute_layers and rows > 1 and 1 < count <= SHORT
+        if shared_start and not self._drops() and are_plain(self.parts()):
             return self._run_after_shared_start(input_ids[:1, :1], input_ids[:, 1:])
         return self._run_layers(input_ids, recompute=recompute_layers)
 
@@ -192,14 +216,21 @@ class TransformerDecoder(_Transformer):
             keys = torch.cat((k0.expand(rows, -1, -1, -1), k), dim=1)
             values = torch.cat((v0.expand(rows, -1, -1, -1), v), dim=1)
             x = x + attention.attend_short(q, keys, values, rotary)
-            start = start + attention.to_out(v0.flatten(-2))  # it attends to itself alone
+            start = start + apply(attention.to_out, v0.flatten(-2))  # it attends to itself alone
             x = x + feed_forward(x, delayed())
             start = start + feed_forward(start)
         return torch.cat((self.norm(start).expand(rows, -1, -1), self.norm(x)), dim=1)
 
     def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
         """Decoding state: keys, values and shifted halves; see `StageCache`."""
-        return TransformerCache(self, batch_size, max_positions)
+        layers = [
+            (part, kind)
+            for pair in self.layer_pairs()
+            for part, kind in zip(pair, _LAYERS, strict=True)
+        ]
+        if all(keeps_forward(part, kind) for part, kind in [(self, TransformerDecoder), *layers]):
+            return TransformerCache(self, batch_size, max_positions)
+        return ReplayCache(self)
 
 
 class TransformerEncoder(_Transformer):

@@ -1,5 +1,6 @@
 """Decoding state of a Transformer stage: keys, values and the delayed halves of the shifts."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,25 +36,36 @@ class TransformerCache(StageCache):
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         if self.prefills_natively(x):
             return prefill_natively([self], x)
-        first, count = self.position, x.shape[1]
-        rotary = self._rotary_at(first, count)
-        end = first + count
+        y: torch.Tensor = self.stage(x, cache=self)
+        return y
+
+    def advance(self, x: torch.Tensor) -> torch.Tensor:
+        """`prefill` by the stage's layers."""
+        end = self.position + x.shape[1]
+        rotary = self._rotary_at(self.position, x.shape[1])
         kept = x.shape[-1] - x.shape[-1] // 2
+        delayed = self._reserve_delayed(x)
         for index, (attention, feed_forward) in enumerate(self.stage.layer_pairs()):
-            # What is stored has the dtype of when it was: autocast may have begun or ended since.
-            q, k, v = attention.project(x, rotary, self._delayed_half(index, 0, x))
-            keys, values, delayed = self._reserve(end, k.dtype, x)
-            keys[index, :, :, first:end] = k
-            values[index, :, :, first:end] = v
+            extend, previous = partial(self._extend, index), self._delayed_half(index, 0, x)
             last = x[:, -1, kept:]
-            k, v = (stored[index, :, :, :end].to(q.dtype) for stored in (keys, values))
-            x = x + attention.attend(q, k, v, is_causal=True)
+            x = x + attention(x, rotary, previous=previous, extend=extend)
             delayed[index, 0] = last
             last = x[:, -1, kept:]
             x = x + feed_forward(x, self._delayed_half(index, 1, x))
             delayed[index, 1] = last
         self.position = end
         return self.stage.norm(x)
+
+    def _extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer with these, ``(B, H, S, d)``, after those so far."""
+        first, end = self.position, self.position + k.shape[2]
+        keys, values, _ = self._reserve(end, k.dtype, k)
+        keys[layer, :, :, first:end] = k
+        values[layer, :, :, first:end] = v
+        # What is stored has the dtype of when it was: autocast may have begun or ended since.
+        return keys[layer, :, :, :end].to(k.dtype), values[layer, :, :, :end].to(v.dtype)
 
     def build_native(self, weights: str) -> Any:
         return native_transformer(self.stage, weights)
@@ -112,9 +124,7 @@ class TransformerCache(StageCache):
         self, positions: int, dtype: torch.dtype, like: torch.Tensor
     ) -> list[torch.Tensor]:
         """Keys and values with room for so many positions, and the delayed halves."""
-        if self._delayed is None:
-            layers, dim = len(self.stage.layers), self.stage.norm.g.shape[0]
-            self._delayed = like.new_zeros(layers, 2, self.batch_size, dim // 2)
+        delayed = self._reserve_delayed(like)
         capacity = 0 if self._keys is None else self._keys.shape[3]
         if self._keys is None or positions > capacity:
             capacity = max(positions, 2 * capacity, _FIRST_CAPACITY)
@@ -123,7 +133,13 @@ class TransformerCache(StageCache):
             self._keys = self._grown(self._keys, capacity, dtype, like)
             self._values = self._grown(self._values, capacity, dtype, like)
         assert self._values is not None
-        return [self._keys, self._values, self._delayed]
+        return [self._keys, self._values, delayed]
+
+    def _reserve_delayed(self, like: torch.Tensor) -> torch.Tensor:
+        if self._delayed is None:
+            layers, half = len(self.stage.layers), self.stage.model_dim // 2
+            self._delayed = like.new_zeros(layers, 2, self.batch_size, half)
+        return self._delayed
 
     def _grown(
         self, buffer: torch.Tensor | None, capacity: int, dtype: torch.dtype, like: torch.Tensor

@@ -4,16 +4,17 @@ The causal shift that precedes attention and feed-forward is fused with their no
 of the channels comes from the position before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from mblm.model.attention import attention, causal_mask, fused_attention
-from mblm.model.linear import Linear
+from mblm.model.linear import apply
+from mblm.model.plain import Part, is_plain
 from mblm.ops.linear import linear
-from mblm.ops.shift_rms_norm import shift_rms_norm
+from mblm.ops.shift_rms_norm import shift_rms_norm, shifted
 from mblm.ops.short_attention import MAX_POSITIONS, short_attention
 from mblm.utils.modes import lasting_tensors
 
@@ -22,6 +23,7 @@ from mblm.utils.modes import lasting_tensors
 SHORT = MAX_POSITIONS
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (S, head width / 2) float32
+Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class RMSNorm(nn.Module):
@@ -31,14 +33,22 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.g = nn.Parameter(torch.ones(dim))
 
-    def forward(
-        self, x: torch.Tensor, *, shift: bool = False, previous: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Normalize ``(..., S, dim)``, with ``shift`` after the causal shift of half the channels.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize ``(..., S, dim)``."""
+        return shift_rms_norm(x, self.g, shift=False)
 
-        ``previous (..., dim // 2)`` is the delayed half of the position before the first.
-        """
-        return shift_rms_norm(x, self.g, previous, shift=shift)
+
+def shift_and_norm(
+    norm: nn.Module, x: torch.Tensor, previous: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``norm`` of ``x (..., S, D)`` after the causal shift of half the channels.
+
+    ``previous (..., D // 2)`` is the delayed half of the position before the first.
+    """
+    if is_plain(norm, RMSNorm):
+        return shift_rms_norm(x, norm.g, previous)  # type: ignore[arg-type]
+    out: torch.Tensor = norm(shifted(x, previous, True))
+    return out
 
 
 class RotaryEmbedding(nn.Module):
@@ -91,20 +101,29 @@ class Attention(nn.Module):
         self.causal = causal
         inner = head_dim * num_heads
         self.norm = RMSNorm(dim)
-        self.to_q = Linear(dim, inner, bias=False)
-        self.to_kv = Linear(dim, inner * 2, bias=False)
-        self.to_out = Linear(inner, dim, bias=False)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def parts(self) -> Iterator[Part]:
+        """Itself and what is in it, as built."""
+        yield self, Attention
+        yield self.norm, RMSNorm
+        yield from ((layer, nn.Linear) for layer in (self.to_q, self.to_kv, self.to_out))
 
     def heads(
         self, x: torch.Tensor, previous: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values ``(B, S, H, d)`` of ``x (B, S, D)``, not rotated yet."""
-        x = self.norm(x, shift=self.causal, previous=previous)
-        # Keys and values apart: one tensor for both would stay in memory for the values' sake.
-        to_k, to_v = self.to_kv.weight.chunk(2)
+        x = shift_and_norm(self.norm, x, previous) if self.causal else self.norm(x)
+        if is_plain(self.to_kv, nn.Linear) and self.to_kv.bias is None:
+            # Keys and values apart: one tensor for both would stay in memory for the values' sake.
+            k, v = (linear(x, weight) for weight in self.to_kv.weight.chunk(2))
+        else:
+            k, v = self.to_kv(x).chunk(2, dim=-1)
         q, k, v = (
             projected.unflatten(-1, (self.num_heads, -1))
-            for projected in (self.to_q(x), linear(x, to_k), linear(x, to_v))
+            for projected in (apply(self.to_q, x), k, v)
         )
         return q, k, v
 
@@ -126,7 +145,7 @@ class Attention(nn.Module):
         at most `SHORT`, and ``rotary`` holds T positions.
         """
         if q.device.type == "cpu":
-            return self.to_out(short_attention(q, k, v, rotary).flatten(-2))
+            return apply(self.to_out, short_attention(q, k, v, rotary).flatten(-2))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if rotary is not None:
             cos, sin = rotary
@@ -153,19 +172,36 @@ class Attention(nn.Module):
         short = count > 1 and total <= SHORT and q.device.type == "cpu"
         if short and is_causal and not dropout:
             out = short_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            return self.to_out(out.flatten(-2))
+            return apply(self.to_out, out.flatten(-2))
         if is_causal and (count < total or short):
             mask, is_causal = causal_mask(q, k), False
         if short:
             out = attention(q, k, v, mask, dropout=dropout)
         else:
             out = fused_attention(q, k, v, mask, dropout=dropout, is_causal=is_causal)
-        return self.to_out(out.transpose(1, 2).flatten(-2))
+        return apply(self.to_out, out.transpose(1, 2).flatten(-2))
 
     def forward(
-        self, x: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        rotary: Rotary | None,
+        mask: torch.Tensor | None = None,
+        *,
+        previous: torch.Tensor | None = None,
+        extend: Extend | None = None,
     ) -> torch.Tensor:
-        """Attend within ``x (B, S, D)``, in an encoder to the positions of ``mask (B, S)`` only."""
+        """Attend within ``x (B, S, D)`` and, where decoding, to the positions before.
+
+        Args:
+            x: ``(B, S, D)``.
+            rotary: Rotary positions of ``x``, if any.
+            mask: Which positions an encoder attends to, bool ``(B, S)``.
+            previous: What the shift takes from the position before, ``(B, D // 2)``.
+            extend: Puts keys and values ``(B, H, S, d)`` after those so far, and gives all.
+        """
+        if extend is not None:
+            q, k, v = self.project(x, rotary, previous)
+            return self.attend(q, *extend(k, v), is_causal=True)
         if self.causal and 1 < x.shape[1] <= SHORT and not (self.training and self.dropout):
             return self.attend_short(*self.heads(x), rotary)
         q, k, v = self.project(x, rotary)
@@ -183,14 +219,21 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, *, mult: int, dropout: float, shift: bool) -> None:
         super().__init__(
             RMSNorm(dim),
-            Linear(dim, dim * mult),
+            nn.Linear(dim, dim * mult),
             nn.GELU(),
             nn.Dropout(dropout),
-            Linear(dim * mult, dim),
+            nn.Linear(dim * mult, dim),
         )
         self.shift = shift
 
+    def parts(self) -> Iterator[Part]:
+        """Itself and what is in it, as built."""
+        yield self, FeedForward
+        kinds = (RMSNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
+        yield from zip(self, kinds, strict=True)
+
     def forward(self, x: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
-        """Map ``(B, S, D)`` to ``(B, S, D)``; ``previous`` as in `RMSNorm.forward`."""
+        """Map ``(B, S, D)`` to ``(B, S, D)``; ``previous`` as in `shift_and_norm`."""
         norm, expand, activation, dropout, contract = self
-        return contract(dropout(activation(expand(norm(x, shift=self.shift, previous=previous)))))
+        x = shift_and_norm(norm, x, previous) if self.shift else norm(x)
+        return apply(contract, dropout(activation(apply(expand, x))))

@@ -56,7 +56,7 @@ def shift_rms_norm_reference(
     _check(x, weight, previous, shift, eps)
     dtype = torch.result_type(x, weight)
     compute = compute_dtype(dtype)
-    s = _shift(x, previous, shift).to(compute)
+    s = shifted(x, previous, shift).to(compute)
     measured = s
     if s.requires_grad:  # the second derivative of a norm of 0, which eps bounds, would be NaN
         measured = s.masked_fill((s == 0).all(-1, keepdim=True), eps / 2)
@@ -79,7 +79,7 @@ def shift_rms_norm_backward_reference(
     _check_backward(grad, x, weight, previous, inverse_norm, shift, eps)
     compute = inverse_norm.dtype
     inverse = inverse_norm[..., None]
-    normalized = _shift(x, previous, shift).to(compute) * inverse
+    normalized = shifted(x, previous, shift).to(compute) * inverse
     grad = grad.to(compute)
     grad_weight = (grad * normalized).flatten(0, -2).sum(0)
 
@@ -107,7 +107,8 @@ def _halves(x: Tensor) -> tuple[int, int]:
     return x.shape[-1] - delayed, delayed
 
 
-def _shift(x: Tensor, previous: Tensor | None, shift: bool) -> Tensor:
+def shifted(x: Tensor, previous: Tensor | None, shift: bool) -> Tensor:
+    """What `shift_rms_norm` normalizes, ``(..., S, D)``."""
     if not shift:
         return x
     kept, delayed = x.split(_halves(x), dim=-1)

@@ -84,7 +84,7 @@ def _score_file(
     on_progress: Callable[[int], object] | None,
 ) -> Score:
     score = Score()
-    device = model.to_logits.weight.device
+    device = model.device
     for windows in _windows(file, length, batch_size):
         ids = windows.to(device).long()  # (B, L)
         counts = ids != model.pad_token_id

@@ -77,14 +77,16 @@ def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> tor
 
 
 def check_finite_weights(module: torch.nn.Module) -> None:
-    """Refuse a module with NaN or infinite weights.
+    """Refuse a module with NaN or infinite weights; those of other types (quantized) are not read.
 
     Raises:
         ValueError: Names the first parameter that is not finite.
     """
     for name, parameter in module.named_parameters():
+        if type(parameter) is not torch.nn.Parameter or parameter.is_meta:
+            continue
         # A sum is one fast pass; it is looked at closely only if it is not finite itself.
-        if parameter.is_meta or torch.isfinite(parameter.detach().sum()):
+        if torch.isfinite(parameter.detach().sum()):
             continue
         if broken := int((~torch.isfinite(parameter)).sum()):
             raise ValueError(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mblm.model.gradients import GradientSums
-from mblm.model.linear import Linear
 from mblm.model.tiles import map_over_tiles, map_with_sums, sum_over_tiles
 from tests.model.peak_memory import peak_bytes
 
@@ -205,7 +204,7 @@ class TestLinearIntoSums:
     @pytest.mark.parametrize("frozen", ["nothing", "weight", "bias", "input"])
     @pytest.mark.parametrize("bias", [True, False])
     def test_gradients_are_those_of_the_layer(self, bias: bool, frozen: str) -> None:
-        embed, layer = nn.Embedding(5, 4).double(), Linear(4, 3, bias=bias).double()
+        embed, layer = nn.Embedding(5, 4).double(), nn.Linear(4, 3, bias=bias).double()
         embed.weight.requires_grad_(frozen != "input")
         layer.weight.requires_grad_(frozen != "weight")
         if layer.bias is not None:
@@ -221,7 +220,7 @@ class TestLinearIntoSums:
 
     @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
     def test_half_precision(self, how: str) -> None:
-        layer, rows = Linear(16, 8), torch.randn(64, 16)
+        layer, rows = nn.Linear(16, 8), torch.randn(64, 16)
         (expected,) = torch.autograd.grad(layer(rows).square().sum(), layer.weight)
         if how == "bfloat16":
             layer, rows = layer.bfloat16(), rows.bfloat16()
@@ -234,7 +233,7 @@ class TestLinearIntoSums:
         assert (actual.float() - expected).norm() < 0.02 * expected.norm()
 
     def test_a_parametrized_layer_is_called_as_it_is(self) -> None:
-        layer, rows = nn.utils.parametrizations.weight_norm(Linear(4, 3).double()), torch.eye(4)
+        layer, rows = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double()), torch.eye(4)
         weights = [*layer.parameters()]
         sums = GradientSums(weights)
         out = map_with_sums(lambda tile: sums.linear(layer, tile), 2, rows.double(), sums)
@@ -262,7 +261,7 @@ class TestMemoryOfGradients:
         assert self.LAYERS * self.WEIGHT < peak < (self.LAYERS + 2) * self.WEIGHT
 
     def test_of_one_large_weight(self) -> None:
-        layer, rows = Linear(self.SIZE, self.SIZE), torch.randn(8, self.SIZE)
+        layer, rows = nn.Linear(self.SIZE, self.SIZE), torch.randn(8, self.SIZE)
         sums = GradientSums(layer.parameters())
 
         def step() -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from mblm.model.linear import Linear
+from mblm.model.linear import apply
 from mblm.ops import linear as module
 from mblm.ops.linear import add_outer_products, linear
 from mblm.ops.linear_rows import MAX_ROWS, linear_reference
@@ -200,8 +200,8 @@ class TestChoice:
     @pytest.mark.parametrize("shape", [(1, 6), (2, 4, 6), (6,), (1, 1, 6)])
     @torch.inference_mode()
     def test_few_rows(self, calls: list[tuple[str, int]], shape: tuple[int, ...]) -> None:
-        layer, x = Linear(6, 5), torch.randn(shape)
-        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        layer, x = nn.Linear(6, 5), torch.randn(shape)
+        torch.testing.assert_close(apply(layer, x), F.linear(x, layer.weight, layer.bias))
         assert calls == [("linear_rows", x.numel() // 6)]
 
     @torch.inference_mode()
@@ -219,17 +219,17 @@ class TestChoice:
         shape: tuple[int, ...],
         gradients: bool,
     ) -> None:
-        layer, x = Linear(6, 5), torch.randn(shape)
+        layer, x = nn.Linear(6, 5), torch.randn(shape)
         with torch.set_grad_enabled(gradients):
-            actual = layer(x)
+            actual = apply(layer, x)
         torch.testing.assert_close(actual, F.linear(x, layer.weight, layer.bias))
         assert calls == [("linear", x.numel() // 6)]
         assert actual.requires_grad == gradients
 
     def test_gradients_of_a_large_product(self, any_is_large: None) -> None:
-        layer, x = Linear(6, 5), torch.randn(2, 9, 6, requires_grad=True)
+        layer, x = nn.Linear(6, 5), torch.randn(2, 9, 6, requires_grad=True)
         inputs = [x, *layer.parameters()]
-        actual = torch.autograd.grad(layer(x).square().sum(), inputs)
+        actual = torch.autograd.grad(apply(layer, x).square().sum(), inputs)
         expected = torch.autograd.grad(F.linear(*inputs).square().sum(), inputs)
         torch.testing.assert_close(actual, expected)
 
@@ -244,7 +244,7 @@ class TestChoice:
         monkeypatch: pytest.MonkeyPatch,
         why_not: str,
     ) -> None:
-        layer, x = Linear(6, 5), torch.randn(MAX_ROWS + 1, 6)
+        layer, x = nn.Linear(6, 5), torch.randn(MAX_ROWS + 1, 6)
         context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if why_not == "small":
             monkeypatch.setattr(module, "_LARGE", 9 * 6 * 5 + 1)
@@ -259,7 +259,7 @@ class TestChoice:
         else:
             x = x[:MAX_ROWS]
         with context:
-            out = layer(x)
+            out = apply(layer, x)
             torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias))
         out.sum().backward()
         assert layer.weight.grad is not None
@@ -281,12 +281,12 @@ class TestChoice:
     def test_what_does_not_fit_is_refused_as_torch_does(
         self, calls: list[tuple[str, int]], any_is_large: None, x: Tensor, gradients: bool
     ) -> None:
-        layer = Linear(6, 5)
+        layer = nn.Linear(6, 5)
         with torch.set_grad_enabled(gradients):
             with pytest.raises(RuntimeError) as expected:
                 F.linear(x, layer.weight, layer.bias)
             with pytest.raises(RuntimeError) as actual:
-                layer(x)
+                apply(layer, x)
         assert str(actual.value) == str(expected.value)
         assert calls == []
 

@@ -1,0 +1,110 @@
+"""What both Mamba stage models have in common: the run of their layers, a state, a convolution."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from mblm.inference.stage_cache import ReplayCache, StageCache
+from mblm.model.mamba_cache import MambaCache
+from mblm.model.plain import Part, is_plain, keeps_forward
+from mblm.ops.causal_conv import causal_conv
+
+# SSM state, (B, D_inner, N) or (B, H, P, N), and conv window (B, K - 1, D_conv).
+LayerState = tuple[Tensor, Tensor]
+State = tuple[LayerState, ...]
+
+
+@dataclass
+class Carried:
+    """A layer's state, which a call of the layer replaces by that after its positions.
+
+    It is no argument and no result of its own: what hooks on a layer see are activations.
+    """
+
+    state: LayerState | None = None  # None before the first position
+
+
+def convolve(conv: nn.Module, taps: int, x: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
+    """SiLU of a causal convolution ``(B, S, D)`` after a window, and the next window.
+
+    ``taps`` is K, and a window the K - 1 inputs before: ``(B, K - 1, D)``, zeros if None.
+    """
+    if is_plain(conv, nn.Conv1d):
+        return causal_conv(x, conv.weight, conv.bias, window)  # type: ignore[arg-type]
+    count, before = x.shape[1], taps - 1
+    if window is None:
+        window = x.new_zeros(x.shape[0], before, x.shape[2])
+    extended = torch.cat((window, x), dim=1)
+    convolved = conv(extended.transpose(1, 2)).transpose(1, 2)[:, before : before + count]
+    return F.silu(convolved), extended[:, count:]
+
+
+class MambaStage(nn.Module):
+    """A stage of residual layers that carry a state.
+
+    Attributes:
+        model_dim: Width D of the stage.
+        layers: Each maps ``(x, carried)`` to the same shape as x, as does its ``mixer``.
+        kinds: The classes of a layer and of its mixer, which carry a state.
+    """
+
+    has_state_of_pairs = True  # which lets the hierarchy run it in segments of positions
+    model_dim: int
+    layers: nn.ModuleList
+    kinds: tuple[type[nn.Module], type[nn.Module]]
+
+    def forward(self, x: Tensor, *, cache: MambaCache | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D) causally: from the zero state, or from that of a cache."""
+        if cache is not None:
+            return cache.advance(x)
+        self._check(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.finish(x)
+
+    def forward_with_state(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Continue after the positions that ``state`` has seen.
+
+        Args:
+            x: (B, S, D).
+            state: What an earlier call returned, left as it is; None at the beginning.
+
+        Returns:
+            (B, S, D) and the state after the last position.
+
+        Raises:
+            ValueError: ``x`` or ``state`` does not fit this model.
+        """
+        self._check(x)
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"state must have {len(self.layers)} layers, got {len(state)}")
+        states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            carried = Carried(None if state is None else state[index])
+            x = layer(x, carried)
+            states.append(carried.state)
+        return self.finish(x), tuple(states)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What comes after the layers."""
+        return x
+
+    def parts(self) -> Iterator[Part]:
+        """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
+        raise NotImplementedError
+
+    def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
+        """Decoding state: SSM states and the windows of the convolutions; see `StageCache`."""
+        kept = keeps_forward(self, MambaStage) and all(
+            keeps_forward(layer, self.kinds[0]) and keeps_forward(layer.mixer, self.kinds[1])  # type: ignore[arg-type]
+            for layer in self.layers
+        )
+        return MambaCache(self) if kept else ReplayCache(self)
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.model_dim:
+            raise ValueError(f"x must be (B, S, {self.model_dim}), got shape {tuple(x.shape)}")
