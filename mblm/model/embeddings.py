@@ -107,18 +107,16 @@ class PatchTokenEmbedding(TokenEmbedding):
 
     def _is_fused(self) -> bool:
         """Whether what comes before the linear layer is computed by `embed_patches`."""
-        flatten, flat_norm, *_ = self._post
         return (
             is_plain(self.embedding, nn.Embedding)
             and self.embedding.padding_idx == self.pad_token_id
             and is_plain(self._post, nn.Sequential)
-            and is_plain(flatten, nn.Flatten)
-            and is_plain(flat_norm, nn.LayerNorm)
+            and is_plain(self._post[0], nn.Flatten)
+            and is_plain(self._post[1], nn.LayerNorm)
         )
 
     def parts(self) -> Iterator[Part]:
-        """Itself and what is in it, as built."""
-        yield self, PatchTokenEmbedding
+        """What is in it, as built."""
         yield self.embedding, nn.Embedding
         yield self._post, nn.Sequential
         yield from zip(self._post, (nn.Flatten, nn.LayerNorm, nn.Linear, nn.LayerNorm), strict=True)

@@ -167,7 +167,8 @@ class Hierarchy(nn.Module):
     def local_tokens(self, ids: torch.Tensor) -> StageTokens:
         """The local stage's token embeddings, ids ``(rows, P_N)``: its table, where that is one."""
         local: Any = self.token_embs_rev[0]
-        if are_plain(local.parts()) and local.embedding.padding_idx == self.pad_token_id:
+        is_table = are_plain(_parts_of(local, LocalTokenEmbedding))
+        if is_table and local.embedding.padding_idx == self.pad_token_id:
             return local.embedding.weight, ids
         return local(ids), None
 
@@ -213,9 +214,7 @@ class Hierarchy(nn.Module):
 
     def parts_between(self, stage: int) -> Iterator[Part]:
         """What embeds an upper stage's patches and what projects its context, as built."""
-        patches: Any = self.token_embs_rev[self.num_stages - 1 - stage]
-        yield patches, PatchTokenEmbedding
-        yield from patches.parts()
+        yield from _parts_of(self.token_embs_rev[self.num_stages - 1 - stage], PatchTokenEmbedding)
         projection: Any = self.to_next_stage_proj[stage]
         yield projection, nn.Sequential
         yield from zip(projection, (nn.Identity, nn.Linear, nn.Unflatten), strict=True)
@@ -224,9 +223,7 @@ class Hierarchy(nn.Module):
         """All that lies between the stages from ``first`` on, and around them, as built."""
         for stage in range(first, self.num_stages - 1):
             yield from self.parts_between(stage)
-        local: Any = self.token_embs_rev[0]
-        yield local, LocalTokenEmbedding
-        yield from local.parts()
+        yield from _parts_of(self.token_embs_rev[0], LocalTokenEmbedding)
         for stage in range(first, self.num_stages):
             yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
         yield self.to_logits, nn.Linear
@@ -325,18 +322,21 @@ class Hierarchy(nn.Module):
 
         It maps rows of ids ``(B * S, R_1)`` to ``(B * S, D_1)``.
         """
-        patch_size, layer = self.patch_sizes[0], self.parts_of_patches(0)[2]
+        patch_size = self.patch_sizes[0]
         # A tile reads the layer's weight, which is large where patches are: a few patches at least.
         # Their embeddings take 1/32 of its memory.
         fewest = max(1, self.hidden_dims[0] // 32)
         size = max(fewest, _BYTES_PER_TILE_POSITION * tile // patch_size)
         sums = GradientSums(list(self.token_embs_rev[-1].parameters()))
+        project: Projection | None = None
+        if are_plain(_parts_of(self.token_embs_rev[-1], PatchTokenEmbedding)):
+            project = functools.partial(sums.linear, self.parts_of_patches(0)[2])
 
         def embed(ids: torch.Tensor) -> torch.Tensor:
-            return self.embed_patches(0, ids, 1, functools.partial(sums.linear, layer)).squeeze(1)
+            return self.embed_patches(0, ids, 1, project).squeeze(1)
 
-        embed = with_weights_of_now(self.token_embs_rev[-1], embed)
-        return embed, size, padded_ids.reshape(-1, patch_size), sums
+        run = with_weights_of_now(self.token_embs_rev[-1], embed)
+        return run, size, padded_ids.reshape(-1, patch_size), sums
 
     def _tile_tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
         """Token embeddings of rows of a stage, ids ``(rows, P_n * R_n)``."""
@@ -419,6 +419,11 @@ def _migrate_before_load(
     migrated = migrate_embedding_keys(state_dict, prefix)
     state_dict.clear()
     state_dict.update(migrated)
+
+
+def _parts_of(module: Any, kind: type[nn.Module]) -> Iterator[Part]:
+    yield module, kind  # first: another module has no parts of its own
+    yield from module.parts()
 
 
 def _positions(kind: str | None, dim: int, seq_len: int) -> nn.Module:

@@ -9,7 +9,7 @@ from mambapy.mamba import MambaBlock, MambaConfig, RMSNorm
 from torch import Tensor, nn
 
 from mblm.model.linear import apply
-from mblm.model.mamba_layers import Carried, MambaStage, convolve
+from mblm.model.mamba_layers import Carried, MambaStage, call_mixer, convolve
 from mblm.model.mamba_scans import mamba1_scan
 from mblm.model.plain import Part, is_plain
 from mblm.ops.selective_scan import selective_scan_step
@@ -30,8 +30,7 @@ class Mamba1Layer(nn.Module):
             normed = F.rms_norm(x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.eps)
         else:
             normed = norm(x)
-        out: Tensor = self.mixer(normed, carried)
-        return out + x
+        return call_mixer(self.mixer, normed, carried) + x
 
 
 class Mamba1Mixer(MambaBlock):

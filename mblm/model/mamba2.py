@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mblm.model.linear import apply
-from mblm.model.mamba_layers import Carried, MambaStage, convolve
+from mblm.model.mamba_layers import Carried, MambaStage, call_mixer, convolve
 from mblm.model.mamba_scans import mamba2_scan
 from mblm.model.plain import Part, is_plain
 from mblm.ops.gated_rms_norm import gated_rms_norm
@@ -45,7 +45,7 @@ class Mamba2Layer(nn.Module):
 
     def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), after a state where one is carried."""
-        out = self.mixer(rms_norm(self.norm, x), carried)
+        out = call_mixer(self.mixer, rms_norm(self.norm, x), carried)
         return F.dropout(out, self.dropout, self.training) + x
 
 

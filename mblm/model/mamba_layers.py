@@ -28,6 +28,12 @@ class Carried:
     state: LayerState | None = None  # None before the first position
 
 
+def call_mixer(mixer: nn.Module, x: Tensor, carried: Carried | None) -> Tensor:
+    """A mixer on (B, S, D); one of the user's may know nothing of a state."""
+    out: Tensor = mixer(x) if carried is None else mixer(x, carried)
+    return out
+
+
 def convolve(conv: nn.Module, taps: int, x: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
     """SiLU of a causal convolution ``(B, S, D)`` after a window, and the next window.
 

@@ -142,5 +142,6 @@ def parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
         model.to_logits,
     ]
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    parameters += getattr(model, "start_tokens", [])[1:]
+    start_tokens = getattr(model, "start_tokens", [])
+    parameters += [start_tokens[n] for n in range(1, len(start_tokens))]  # a slice holds copies
     return list(dict.fromkeys(parameters))

@@ -8,7 +8,8 @@ import torch
 from mblm.inference.advance import prefill_natively
 from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_transformer
-from mblm.model.transformer_layers import Rotary
+from mblm.model.plain import is_plain
+from mblm.model.transformer_layers import Rotary, RotaryEmbedding
 
 if TYPE_CHECKING:
     from mblm.model.transformer import TransformerDecoder
@@ -155,6 +156,8 @@ class TransformerCache(StageCache):
         """Rotary positions, from a table that grows by doubling."""
         if self.stage.rotary_emb is None:
             return None
+        if not is_plain(self.stage.rotary_emb, RotaryEmbedding):
+            return self.stage.rotary(first, count)
         if self._rotary is None or first + count > self._rotary_count:
             self._rotary_count = max(first + count, 2 * self._rotary_count, _FIRST_CAPACITY)
             self._rotary = self.stage.rotary(0, self._rotary_count)

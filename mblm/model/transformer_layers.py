@@ -106,8 +106,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def parts(self) -> Iterator[Part]:
-        """Itself and what is in it, as built."""
-        yield self, Attention
+        """What is in it, as built."""
         yield self.norm, RMSNorm
         yield from ((layer, nn.Linear) for layer in (self.to_q, self.to_kv, self.to_out))
 
@@ -227,8 +226,7 @@ class FeedForward(nn.Sequential):
         self.shift = shift
 
     def parts(self) -> Iterator[Part]:
-        """Itself and what is in it, as built."""
-        yield self, FeedForward
+        """What is in it, as built."""
         kinds = (RMSNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
         yield from zip(self, kinds, strict=True)
 
