@@ -85,7 +85,7 @@ def prefill_natively(caches: Sequence[StageCache], x: torch.Tensor) -> torch.Ten
 def after_autocast(tensor: torch.Tensor, model: "DecodableHierarchy") -> torch.Tensor:
     """In the model's own dtype: when what is kept is read, autocast may have ended."""
     if torch.is_autocast_enabled(tensor.device.type):
-        return tensor.to(model.local_table.dtype)
+        return tensor.to(model.dtype)
     return tensor
 
 

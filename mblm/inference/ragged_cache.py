@@ -51,12 +51,12 @@ class RaggedCache:
     ) -> torch.Tensor:
         """``count`` bytes of every sequence, ids ``(B, count)``; the last are not taken in."""
         model, size = self.rows[0].model, len(self.rows)
-        like = model.to_logits.weight
         # The n-th bytes of all sequences have the n-th numbers, whenever they are sampled.
-        dtype = sampling_dtype(like.dtype)
-        uniform = like.new_empty(count, size, model.num_tokens, dtype=dtype)
+        uniform = torch.empty(
+            count, size, model.num_tokens, dtype=sampling_dtype(model.dtype), device=model.device
+        )
         uniform.uniform_(0, 1, generator=sampler.generator)
-        ids = torch.empty(size, count, dtype=torch.long, device=like.device)
+        ids = torch.empty(size, count, dtype=torch.long, device=model.device)
         done = [0] * size
         # The byte that each takes in first, (1,); None before the first of all.
         first = [None if pending is None else pending[r : r + 1] for r in range(size)]
