@@ -1,5 +1,6 @@
 """atomic_write: the old file or the new one, never a part, and nothing left beside it."""
 
+import errno
 import os
 import stat
 
@@ -97,3 +98,12 @@ def test_refuses_what_is_no_file_or_has_no_folder(tmp_path):
     path = tmp_path / "missing" / "file"
     with pytest.raises(FileNotFoundError, match=r"No such folder.*missing"), atomic_write(path):
         pytest.fail("opened")
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*config\.yaml"),
+        atomic_write(path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")

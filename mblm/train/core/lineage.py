@@ -95,9 +95,10 @@ def check_same_as_before(
     Raises:
         ValueError: Something has changed that the state's numbers depend on; all of it is named.
     """
-    now = json.loads(json.dumps(now))
-    taken: list[str] = []
-    refused = _differences(Lineage.model_validate(before["lineage"]), lineage)
+    now, then = json.loads(json.dumps(now)), Lineage.model_validate(before["lineage"])
+    is_same = then.package == lineage.package
+    taken = [] if is_same else [f"package: {then.package} -> {lineage.package}"]
+    refused = _differences(then, lineage)
     for part, fixed in _FIXED.items():
         for name, value in before["config"][part].items():
             if name in now[part] and now[part][name] != value:

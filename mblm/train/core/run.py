@@ -64,6 +64,7 @@ class Run:
         model, optimizer, scheduler, scaler: What is trained, and what trains it.
         position: Where it is.
         losses: The losses of the batches since the last step, scalars on the device.
+        options: Those of the optimizer's groups before the first step.
     """
 
     plan: Plan
@@ -75,6 +76,10 @@ class Run:
     scaler: torch.amp.GradScaler
     position: Position = field(default_factory=Position)
     losses: list[torch.Tensor] = field(default_factory=list)
+    options: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.options = _options(self.optimizer)
 
     def step(self, *, clip: float | None, measure: Callable[[], float] | None = None) -> float:
         """Apply the gradients, unless one of them is NaN or infinite on any worker.
@@ -111,7 +116,7 @@ class Run:
 
     def common_state(self) -> State:
         """What all workers share."""
-        state: State = {"scaler": self.scaler.state_dict()}
+        state: State = {"scaler": self.scaler.state_dict(), "options": self.options}
         return state if self.model.is_sharded else {**state, **self._weights()}
 
     def own_state(self) -> State:
@@ -135,7 +140,7 @@ class Run:
         weights = own if self.model.is_sharded else common
         self.model.load_local_state(weights["model"])
         self._repeat_schedule()
-        self._load_optimizer(weights["optimizer"])
+        self._load_optimizer(weights["optimizer"], common["options"])
         if self.scaler.is_enabled() and common["scaler"]:
             self.scaler.load_state_dict(common["scaler"])
         self.model.load_gradients(own["gradients"])
@@ -162,27 +167,37 @@ class Run:
             "optimizer": map_tensors(self.optimizer.state_dict(), to_local),
         }
 
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
+    def _load_optimizer(self, state: State, options: list[dict[str, Any]]) -> None:
         """Load the optimizer's state, the tensors of sharded parameters as shards.
 
-        The learning rate stays what configuration and schedule have made it.
+        The learning rate stays what the schedule has made it, and so does any option that was
+        configured otherwise then.
         """
         groups = self.optimizer.param_groups
+        for saved, group in zip(state["param_groups"], groups, strict=False):
+            if unknown := sorted(saved.keys() - group.keys()):
+                raise ValueError(
+                    f"the optimizer's state is of another one, which had {', '.join(unknown)}"
+                )
+        sizes = [[len(g["params"]) for g in given] for given in (state["param_groups"], groups)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the optimizer's state is of another one, with groups of {sizes[0]} parameters; "
+                f"this one has {sizes[1]}"
+            )
         parameters = [p for group in groups for p in group["params"]]
         for index, entries in state["state"].items():
             parameter = parameters[index]
             for name, value in entries.items():
                 if isinstance(value, torch.Tensor) and value.shape == to_local(parameter).shape:
                     entries[name] = like_shard(value.to(parameter.device), parameter)
-        rates: list[dict[str, Any]] = [
-            {name: group[name] for name in ("lr", "initial_lr") if name in group}
-            for group in groups
-        ]
-        for saved, group in zip(state["param_groups"], groups, strict=False):
-            if unknown := sorted(saved.keys() - group.keys()):
-                raise ValueError(
-                    f"the optimizer's state is of another one, which had {', '.join(unknown)}"
-                )
+        now = _options(self.optimizer)
         self.optimizer.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group.update(rate)
+        for number, group in enumerate(self.optimizer.param_groups):
+            before, configured = options[number], self.options[number]
+            changed = {n for n, value in configured.items() if value != before.get(n)}
+            group.update({name: now[number][name] for name in changed | {"lr"}})
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]

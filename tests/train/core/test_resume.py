@@ -230,6 +230,11 @@ class Momentum(jobs.Trainer):
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
+class Freezes(jobs.Trainer):
+    def configure_optimizer(self, parameters):
+        return super().configure_optimizer(list(parameters)[:2])
+
+
 class OtherStages(jobs.Trainer):
     def configure_stage_types(self, model):
         return ["mamba1"]
@@ -245,6 +250,7 @@ def everything_in(folder):
     [
         ({"trainer": Wider}, "weights do not fit the model: logits.2"),
         ({"trainer": Momentum}, "the optimizer's state is of another one, which had amsgrad"),
+        ({"trainer": Freezes}, r"with groups of \[5\] parameters; this one has \[2\]"),
         ({"trainer": OtherStages}, r"stages: \['Model'\] -> \['mamba1'\]"),
         ({"batch_size": 2}, "train.batch_size: 4 -> 2"),
         ({"gradient_accumulate_every": 2}, "train.gradient_accumulate_every: 1 -> 2"),
@@ -277,6 +283,10 @@ class WarmsUp(jobs.Trainer):
     configure_scheduler = MegabyteTrainer.configure_scheduler
 
 
+def final_optimizer(run):
+    return jobs.final_state(run)[0]["optimizer"]
+
+
 def rates(run, first=0):
     return [row[7] for row in jobs.losses(run)[1:] if row[2] == "train" and int(row[5]) >= first]
 
@@ -292,13 +302,44 @@ def test_the_learning_rate_is_that_of_the_step_in_the_plan_there_is(tmp_path, tr
     assert len(rates(run, 12)) == 18
 
 
-def test_a_changed_learning_rate_takes_effect_and_is_told(tmp_path):
-    run = train_alone(jobs.Trainer, jobs.config(tmp_path))
+class OneCycle(jobs.Trainer):
+    """Has a schedule that keeps what it needs in the optimizer, and moves its betas, too."""
+
+    def configure_scheduler(self, optimizer, local_gradient_steps):
+        rate = self.config.train.learning_rate
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, local_gradient_steps)
+
+
+@pytest.mark.parametrize("trainer", [jobs.Trainer, WarmsUp, OneCycle])
+def test_a_changed_learning_rate_takes_effect_and_is_told(tmp_path, trainer):
+    run = train_alone(trainer, jobs.config(tmp_path))
     before = rates(run, 8)
+    state = final_optimizer(run)
+    train_alone(trainer, jobs.config(tmp_path, resume=list_states(run)[0]))
+    assert jobs.same(final_optimizer(run), state)
     cfg = jobs.config(tmp_path, resume=list_states(run)[0], learning_rate=0.04)
-    train_alone(jobs.Trainer, cfg)
+    train_alone(trainer, cfg)
     assert rates(run, 8) == [str(2 * float(rate)) for rate in before]
     assert "train.learning_rate: 0.02 -> 0.04" in (run / "train.log").read_text()
+
+
+class Decays(jobs.Trainer):
+    decay = 0.0
+
+    def configure_optimizer(self, parameters):
+        return torch.optim.Adam(parameters, lr=0.02, weight_decay=self.decay)
+
+
+class DecaysMore(Decays):
+    decay = 0.5
+
+
+def test_a_changed_option_of_the_optimizer_takes_effect(tmp_path):
+    run = train_alone(Decays, jobs.config(tmp_path))
+    before = final_optimizer(run)
+    train_alone(DecaysMore, jobs.config(tmp_path, resume=list_states(run)[0]))
+    assert final_optimizer(run)["param_groups"][0]["weight_decay"] == 0.5
+    assert not jobs.same(final_optimizer(run)["state"], before["state"])
 
 
 def test_a_smaller_number_of_models_to_keep_takes_effect(tmp_path):
