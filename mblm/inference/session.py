@@ -16,6 +16,7 @@ from mblm.inference.sampling import Sampler
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 from mblm.utils.modes import own_copy
+from mblm.utils.transforms import not_compiled
 
 _FORMAT = "mblm-session-4"
 # Compiled code samples a local patch of bytes at a time, at most so many, and twice as many while
@@ -46,6 +47,7 @@ class Session:
     """
 
     @torch.inference_mode()
+    @not_compiled
     def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
@@ -93,6 +95,7 @@ class Session:
         """Sequences decoded side by side."""
         return len(self.lengths)
 
+    @not_compiled
     @torch.inference_mode()
     def feed(self, ids: torch.Tensor | bytes | Sequence[torch.Tensor | bytes]) -> "Session":
         """Take in the next bytes; returns the session.
@@ -159,12 +162,14 @@ class Session:
         self._advanced = RaggedCache(rows)
         return self._advanced
 
+    @not_compiled
     def logits(self) -> torch.Tensor:
         """Logits of the next byte, ``(B, V)``: the caller's own, of use in a loss too."""
         with torch.inference_mode():
             logits = self._cache.logits()
         return own_copy(logits)
 
+    @not_compiled
     def generate(
         self,
         num_tokens: int,
@@ -244,6 +249,7 @@ class Session:
             last = run[:, -1]
             yield run
 
+    @not_compiled
     def fork(self) -> "Session":
         """An independent copy that goes on from here."""
         other = object.__new__(Session)

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from mblm.model.linear import apply
 from mblm.model.plain import is_plain
 from mblm.ops.linear import add_outer_products, linear
-
-# Leaves loops over tiles to Python under `torch.compile`, which would unroll them. As
-# `torch.compiler.disable`, it imports the compiler, but no sooner than it is called.
-not_compiled: Any = torch._disable_dynamo
+from mblm.utils.transforms import is_transformed
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,10 +23,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_transformed():
             raise NotImplementedError(
-                "a model that is computed piece by piece has no second derivatives "
-                "(create_graph=True): set tile to None and checkpoint_global to False"
+                "the backward pass of a model that is computed piece by piece is neither "
+                "differentiated in turn (create_graph=True) nor transformed: set tile to None and "
+                "checkpoint_global to False"
             )
         return backward(ctx, *grads)
 

@@ -17,6 +17,7 @@ from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import INFERENCE_TILE, TiledPass
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
+from mblm.utils.transforms import not_compiled
 
 __all__ = ["MBLM", "MBLMEncoder"]
 
@@ -115,6 +116,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         weights = None if loss_mask is None else loss_mask.flatten(1)
         return self._loss_sum(self.config.tile or INFERENCE_TILE, nested_ids.flatten(1), weights)
 
+    @not_compiled
     def generate(
         self,
         prime: torch.Tensor | None = None,

@@ -16,10 +16,10 @@ from mblm.model.gradients import (
     GradientSums,
     autocast_of,
     gradients_are_watched,
-    not_compiled,
     once_differentiable,
     with_weights_of_now,
 )
+from mblm.utils.transforms import not_compiled
 
 
 def suits(model: nn.Module, x: Tensor) -> bool:

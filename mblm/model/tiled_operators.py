@@ -14,11 +14,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from mblm.model.gradients import gradients_are_watched, not_compiled, once_differentiable
+from mblm.model.gradients import gradients_are_watched, once_differentiable
 from mblm.model.tiled_pass import TiledPass, parameters_below_global
 from mblm.model.tiles import SumAndCount, gradients_of_map, map_over_tiles
 from mblm.ops._library import LIBRARY, TRANSFORMED
-from mblm.utils.transforms import is_transformed
+from mblm.utils.transforms import is_transformed, not_compiled
 
 if TYPE_CHECKING:
     from mblm.model.hierarchy import Hierarchy

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from mblm.model.gradients import (
     GradientSums,
     autocast_of,
-    not_compiled,
     once_differentiable,
     without_autocast,
 )
+from mblm.utils.transforms import not_compiled
 
 # What a tile adds to a loss: the sum of its entries and how many of them are not zero.
 SumAndCount = tuple[Tensor, Tensor]

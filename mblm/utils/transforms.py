@@ -1,10 +1,30 @@
-"""What transforms of ``torch.func`` and forward-mode AD do to tensors and to calls."""
+"""What PyTorch makes of functions: ``torch.func``, forward-mode AD, `torch.compile`."""
 
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def not_compiled(function: _F) -> _F:
+    """Leave a function and all that it calls to Python under `torch.compile`: a graph break.
+
+    Unlike `torch.compiler.disable`, it does not import the compiler.
+    """
+    left_to_python = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        compiler_is_there = "torch._dynamo" in sys.modules
+        return (left_to_python if compiler_is_there else function)(*arguments, **options)
+
+    return cast(_F, run)
 
 
 def is_transformed() -> bool:

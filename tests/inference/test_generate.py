@@ -3,6 +3,7 @@
 import errno
 import io
 import math
+import subprocess
 import sys
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from mblm import MBLM, MBLMReturnType
 from mblm.utils.stream import ByteStreamer
+from tests.conftest import ROOT
 from tests.models import LSTMBlock, mamba, model, transformer
 
 # How a reader may leave.
@@ -381,3 +383,33 @@ def test_a_custom_block_is_replayed_once_per_byte() -> None:
     m.stage_models[0].register_forward_pre_hook(lambda _, x: calls.append(x[0].shape[1]))
     generate(m)
     assert calls == [1, 6, 7, 8, 9, 10, 11, 12]  # the start token, the prompt, then each byte
+
+
+class TestCompiled:
+    """Decoding is left to Python where `torch.compile` meets it."""
+
+    def test_generate(self, m: MBLM) -> None:
+        def generated_and_doubled(prime: torch.Tensor) -> torch.Tensor:
+            ids = m.generate(prime + 1, num_tokens_to_generate=3, seed=1, enable_progress=False)
+            return ids * 2
+
+        compiled = torch.compile(generated_and_doubled, backend="eager")
+        assert torch.equal(compiled(PROMPT), generated_and_doubled(PROMPT))
+
+    def test_session(self, m: MBLM) -> None:
+        def decode(ids: torch.Tensor) -> torch.Tensor:
+            session = m.session()
+            session.feed(ids + 1)
+            fork = session.fork()
+            return torch.cat([session.logits(), fork.generate(2, filter_thres=1.0)], dim=1)
+
+        compiled = torch.compile(decode, backend="eager")
+        assert torch.equal(compiled(PROMPT), decode(PROMPT))
+
+    def test_the_compiler_is_not_imported_for_it(self) -> None:
+        program = (
+            "import sys, torch; from tests.models import *; "
+            "model(transformer(), seq_lens=[3, 4]).generate(num_tokens_to_generate=2); "
+            "assert 'torch._dynamo' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

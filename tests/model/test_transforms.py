@@ -172,6 +172,10 @@ class TestPiecewise:
         if how in ("tile", "checkpoint_global"):
             with pytest.raises(NotImplementedError, match="set tile to None and checkpoint_global"):
                 second(m)
+            loss = loss_of(m, dict(m.named_parameters()), ids)
+            parameters = list(m.stage_models.parameters())
+            with pytest.raises(NotImplementedError, match="set tile to None and checkpoint_global"):
+                torch.autograd.grad(loss, parameters, torch.ones(2).double(), is_grads_batched=True)
         else:
             torch.testing.assert_close(second(m), second(whole))
 
