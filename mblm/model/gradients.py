@@ -23,10 +23,12 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled() or is_transformed():
+        is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched
+        batched = any(is_batched(grad) for grad in grads if isinstance(grad, Tensor))
+        if torch.is_grad_enabled() or is_transformed() or batched:
             raise NotImplementedError(
                 "the backward pass of a model that is computed piece by piece is neither "
-                "differentiated in turn (create_graph=True) nor transformed: set tile to None and "
+                "differentiated in turn (create_graph=True) nor batched: set tile to None and "
                 "checkpoint_global to False"
             )
         return backward(ctx, *grads)
