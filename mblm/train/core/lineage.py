@@ -126,7 +126,8 @@ def _differences(before: Lineage, now: Lineage) -> list[str]:
 
 
 def _told(data: DataLineage) -> str:
-    return f"{data.size:,} elements" + (f" of {data.files} files" if data.files else "")
+    files = f" of {data.files:,} file{'s' * (data.files != 1)}"
+    return f"{data.size:,} elements" + (files if data.files else "")
 
 
 def _first_other(old: Sequence[str], new: Sequence[str]) -> str:

@@ -138,9 +138,12 @@ class Run:
         """
         common, own = saved.common, saved.own
         weights = own if self.model.is_sharded else common
-        self.model.load_local_state(weights["model"])
         self._repeat_schedule()
-        self._load_optimizer(weights["optimizer"], common["options"])
+        try:
+            self.model.load_local_state(weights["model"])
+            self._load_optimizer(weights["optimizer"], common["options"])
+        except ValueError as error:
+            raise ValueError(f"{saved.path} cannot be gone on from: {error}") from error
         if self.scaler.is_enabled() and common["scaler"]:
             self.scaler.load_state_dict(common["scaler"])
         self.model.load_gradients(own["gradients"])

@@ -58,6 +58,16 @@ def test_a_signal_to_the_processes_of_the_loader_too_loses_nothing(tmp_path, num
     assert int(state.name.removeprefix("step_")) == len(jobs.losses(run)) - 1
 
 
+class Fails(LoadsInProcesses):
+    def model_forward(self, model, batch, device):
+        raise RuntimeError("out of luck")
+
+
+def test_a_run_that_fails_does_not_wait_for_the_processes_of_its_loader(tmp_path):
+    (process,) = jobs.start(train_as_a_group, 1, jobs.config(tmp_path), Fails)
+    assert jobs.join([process]) == [1]
+
+
 def test_an_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mblm import __version__
 from mblm.train.core import output, training_state
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, TrainingInterrupted
 from mblm.train.core.training_state import find_latest_state, list_states
@@ -248,7 +249,10 @@ def everything_in(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trainer": Wider}, "weights do not fit the model: logits.2"),
+        (
+            {"trainer": Wider},
+            "gone on from: the saved weights do not fit the model: logits.2",
+        ),
         ({"trainer": Momentum}, "the optimizer's state is of another one, which had amsgrad"),
         ({"trainer": Freezes}, r"with groups of \[5\] parameters; this one has \[2\]"),
         ({"trainer": OtherStages}, r"stages: \['Model'\] -> \['mamba1'\]"),
@@ -321,6 +325,14 @@ def test_a_changed_learning_rate_takes_effect_and_is_told(tmp_path, trainer):
     train_alone(trainer, cfg)
     assert rates(run, 8) == [str(2 * float(rate)) for rate in before]
     assert "train.learning_rate: 0.02 -> 0.04" in (run / "train.log").read_text()
+
+
+def test_another_version_of_the_package_is_told(tmp_path):
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path))
+    manifest = find_latest_state(run) / "COMPLETE"
+    manifest.write_text(manifest.read_text().replace('"package": "', '"package": "0.'))
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(run)))
+    assert f"package: 0.{__version__} -> {__version__}" in (run / "train.log").read_text()
 
 
 class Decays(jobs.Trainer):
