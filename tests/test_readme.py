@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is true: code blocks run, links lead somewhere, names exist.
+"""What README.md, docs/ and the log show is true: code runs, links lead somewhere, names exist.
 
 A comment before a code block says how it is run: ``<!-- continues -->`` in the namespace of the
 Python block before it, ``<!-- not run: why -->`` not at all.
@@ -24,13 +24,13 @@ from mblm.model.config import block_registry
 from tests.models import mamba, model, transformer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "dev" / "LOG.md"]
 BLOCK = re.compile(
     r"^(?:<!-- (?:(?P<continues>continues)|not run: (?P<not_run>[^\n]+)) -->\n)?"
     r"```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 
 
 @dataclass
@@ -87,13 +87,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = model(
         mamba("mamba1"), transformer(), seq_lens=[512, 4], num_tokens=257, hidden_dims=[8, 8]
     )
-    small.save_pretrained(folder / "my-model")
+    for name in ("my-model", "storyteller"):
+        small.save_pretrained(folder / name)
     (folder / "prompt.txt").write_text("The first line\n")
-    (folder / "book.txt").write_text("The cat sat on the mat.\n" * 1000)
-    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "my-texts").mkdir()
+    (folder / "my-texts" / "book.txt").write_text("The cat sat on the mat.\n" * 1000)
+    for name in ("configs", "mblm", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
     program = folder / "bin" / "mblm"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mblm "$@"\n')
+    # A training run takes a minute or more: it is cut short.
+    program.write_text(
+        '#!/bin/sh\n[ "$1" != train ] || set -- "$@" --set train.target_elements=8000\n'
+        f'exec {shlex.quote(sys.executable)} -m mblm "$@"\n'
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return folder
 
@@ -201,10 +208,23 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_to_files(document: Path) -> None:
-    links = [link for link in LINK.findall(document.read_text()) if "://" not in link]
-    missing = [link for link in links if not (document.parent / link).exists()]
-    assert not missing
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for link, anchor in LINK.findall(document.read_text()):
+        if "://" not in link:
+            target = document.parent / link if link else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), f"{link}#{anchor}"
+
+
+def anchors_of(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_benchmarks_that_are_named_exist(document: Path) -> None:
+    named = re.findall(r"benchmarks/\w+\.py", document.read_text())
+    assert [file for file in named if not (ROOT / file).is_file()] == []
 
 
 def resolve(path: str) -> object:
