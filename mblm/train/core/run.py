@@ -116,8 +116,8 @@ class Run:
 
     def common_state(self) -> State:
         """What all workers share."""
-        state: State = {"scaler": self.scaler.state_dict(), "options": self.options}
-        return state if self.model.is_sharded else {**state, **self._weights()}
+        weights = {} if self.model.is_sharded else self._weights()
+        return {**weights, "options": self.options, "scaler": self.scaler.state_dict()}
 
     def own_state(self) -> State:
         """What is this worker's."""
