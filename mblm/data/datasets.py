@@ -120,7 +120,7 @@ class DistributedDataset(ABC, Dataset[_T]):
         For a sequential dataset, that is ``from_idx : from_idx + self.seq_len``.
         """
 
-    def sources(self) -> list[tuple[str, int]]:
+    def lineage(self) -> list[tuple[str, int]]:
         """What all the data are: the class and ``data_size``, then, where a subclass adds them,
         the files that they are of, names and sizes in their order.
 

@@ -168,10 +168,10 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         """Whether there is a test part: yes; one without bytes is an error."""
         return True
 
-    def sources(self) -> list[tuple[str, int]]:
+    def lineage(self) -> list[tuple[str, int]]:
         """The files by their place in the folder, and how many ids of them are this part."""
         names = [os.path.relpath(file, self._root.absolute()) for file in self._data.files]
-        return [*super().sources(), *zip(names, self._data.sizes, strict=True)]
+        return [*super().lineage(), *zip(names, self._data.sizes, strict=True)]
 
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
         """The ids from position ``from_idx`` of this part on, and their loss mask."""

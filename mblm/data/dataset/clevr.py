@@ -196,9 +196,9 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
         """Whether there is a test part with answers: no."""
         return False
 
-    def sources(self) -> list[tuple[str, int]]:
+    def lineage(self) -> list[tuple[str, int]]:
         """The file of the questions; the images are those that it names."""
-        return [*super().sources(), (self._questions.name, self._questions.stat().st_size)]
+        return [*super().lineage(), (self._questions.name, self._questions.stat().st_size)]
 
     def process_and_flatten_img(self, image: ImagePipeline) -> torch.Tensor:
         """Crop, resize and downsample an image as the arguments say; its bytes, uint8 ``(L,)``."""

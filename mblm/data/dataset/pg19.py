@@ -63,10 +63,10 @@ class PG19Books(DistributedDataset[_T]):
         """Whether there is a test part: yes."""
         return True
 
-    def sources(self) -> list[tuple[str, int]]:
+    def lineage(self) -> list[tuple[str, int]]:
         """The books by their names, and their sizes."""
         names = [file.name for file in self.data.files]
-        return [*super().sources(), *zip(names, self.data.sizes, strict=True)]
+        return [*super().lineage(), *zip(names, self.data.sizes, strict=True)]
 
     def book(self, name: str) -> str:
         """The text of the book with this file name, such as ``44381.txt``.

@@ -163,7 +163,7 @@ class SummaryStats(BaseModel):
 
 
 class DataLineage(BaseModel):
-    """What data are: see `DistributedDataset.sources`.
+    """What data are: see `DistributedDataset.lineage`.
 
     Attributes:
         digest: SHA-256 of all names and sizes.

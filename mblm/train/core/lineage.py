@@ -31,7 +31,7 @@ _OF_A_MACHINE = {"io": {"output_dir", "dataset_dir"}}
 
 def lineage_of(dataset: DistributedDataset[Any]) -> DataLineage:
     """What the data of a dataset are, on whatever machine and in whatever folder."""
-    sources = dataset.sources()
+    sources = dataset.lineage()
     text = "".join(f"{size} {name}\n" for name, size in sources)
     return DataLineage(
         digest=hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),

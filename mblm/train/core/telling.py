@@ -21,7 +21,7 @@ Sources = Sequence[tuple[str, int]]
 
 
 def describe_data(training: Sources, validation: Sources, unit: str) -> str:
-    """One line: the files, their size, and that of the parts; see `DistributedDataset.sources`."""
+    """One line: the files, their size, and that of the parts; see `DistributedDataset.lineage`."""
     (name, size), *files = training
     if files:
         name = files[0][0] if len(files) == 1 else f"{len(files):,} files"

@@ -86,7 +86,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         """
         run = self._start(train_dataset, valid_dataset)
         self._open()
-        self._announce(run, train_dataset.sources(), valid_dataset.sources())
+        self._announce(run, train_dataset.lineage(), valid_dataset.lineage())
         self._folder.lineage = self._lineage
         summary = self._folder.summary
         summary.training_start = datetime.now().isoformat()

@@ -222,7 +222,7 @@ def test_a_real_sample(shared: Path) -> None:
     assert len(answer) == Clevr.MAX_ANSWER_LEN_BYTESN
 
 
-def test_its_source_is_the_file_of_questions(folder: Path) -> None:
-    part, (name, size) = clevr(folder).sources()
+def test_its_lineage_is_the_file_of_questions(folder: Path) -> None:
+    part, (name, size) = clevr(folder).lineage()
     assert part == ("Clevr", 3)
     assert (folder / "questions" / name).stat().st_size == size

@@ -115,7 +115,7 @@ def test_a_real_book(shared: Path, tmp_path: Path) -> None:
     assert data.book("860.txt") == text.decode().replace("\r\n", "\n")
 
 
-def test_its_sources_are_the_books(books: Path) -> None:
+def test_its_lineage_is_the_books(books: Path) -> None:
     size = len("train 1.txt\r\né".encode()) * 5
-    sources = PG19(books, ModelMode.TRAIN, seq_len=20, **ALONE).sources()
-    assert sources == [("PG19", 3 * size), ("1.txt", size), ("2.txt", size), ("3.txt", size)]
+    lineage = PG19(books, ModelMode.TRAIN, seq_len=20, **ALONE).lineage()
+    assert lineage == [("PG19", 3 * size), ("1.txt", size), ("2.txt", size), ("3.txt", size)]
