@@ -20,7 +20,7 @@ from mblm.inference.advance import after_autocast, feed
 from mblm.inference.device_run import DeviceRun
 from mblm.inference.huge_pages import HugePages
 from mblm.inference.native_hierarchy import build_native
-from mblm.inference.packing import are_as_compiled, can_be_packed, is_on_gpu, pack_linear
+from mblm.inference.packing import Guard, guard, is_on_gpu, pack_linear
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import (
     NATIVE_POSITIONS,
@@ -110,19 +110,18 @@ class HierarchyCache:
         self.batch_size = batch_size
         self.weights = weights
         memory = HugePages()
-        self._head: list[Part] = [(model.to_logits, nn.Linear)]
-        # What compiled code cannot stand in for has nothing packed.
+        # What compiled code cannot stand in for has no guard and nothing packed.
+        self._guard_of_logits = guard([(model.to_logits, nn.Linear)])
         self.packed_logits: list[torch.Tensor] = []
-        if can_be_packed(self._head):
+        if self._guard_of_logits is not None:
             self.packed_logits = pack_linear(model.to_logits, weights, memory)
         # Per upper stage, the linear layers of its patches and of its context.
         self.packed_patches: list[list[list[torch.Tensor]]] = []
-        self._between: list[list[Part]] = []
+        self._guards_between: list[Guard | None] = []
         for n in range(len(model.seq_lens) - 1):
-            is_packed = can_be_packed(model.parts_between(n))
-            linears = model.parts_of_patches(n)[2::2] if is_packed else ()
+            self._guards_between.append(guard(model.parts_between(n)))
+            linears = model.parts_of_patches(n)[2::2] if self._guards_between[n] else ()
             self.packed_patches.append([pack_linear(p, weights, memory) for p in linears])
-            self._between.append(list(model.parts_between(n)) if is_packed else [])
         self.length = 0
         self.stages = [self._start(stage) for stage in range(len(model.seq_lens))]
         self.stages[0].restart(begin=0, context=None)
@@ -146,7 +145,8 @@ class HierarchyCache:
             return None
         if not computes_natively(self.stages[n].output.dtype):
             return None
-        if not (self._between[n] and are_as_compiled(self._between[n])):
+        own = self._guards_between[n]
+        if own is None or not own.holds():
             return None
         return partial(torch.ops.mblm.packed_linear, linear=self.packed_patches[n][index])
 
@@ -232,7 +232,8 @@ class HierarchyCache:
         if self.length == 0:
             return self.model.empty_logits(self.batch_size)[:, 0]
         output = self.stages[-1].output
-        if self.packed_logits and computes_natively(output.dtype) and are_as_compiled(self._head):
+        own = self._guard_of_logits
+        if own is not None and own.holds() and computes_natively(output.dtype):
             return torch.ops.mblm.packed_linear(output, self.packed_logits)
         return self.model.compute_logits(output)
 
@@ -280,7 +281,7 @@ class HierarchyCache:
 
     def _empty_cache(self, n: int, batch_size: int) -> StageCache:
         cache = allocate_cache(self.model.stage_models[n], batch_size, None)
-        cache.native, cache.parts = self.stages[n].cache.native, self.stages[n].cache.parts
+        cache.native, cache.guard = self.stages[n].cache.native, self.stages[n].cache.guard
         return cache
 
     def snapshot(self) -> State:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mblm.inference.advance import begin_local_patch, joined
-from mblm.inference.packing import NONE, are_as_compiled, can_be_packed, is_on_gpu
+from mblm.inference.packing import NONE, Guard, guard, is_on_gpu
 from mblm.inference.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ class NativeHierarchy:
         compiled: The weights, ``torch.classes.mblm.Hierarchy``.
     """
 
-    def __init__(self, cache: "HierarchyCache", first: int) -> None:
+    def __init__(self, cache: "HierarchyCache", first: int, around: Guard) -> None:
         model = cache.model
         self.first = first
-        self._parts = list(model.parts_around(first))
+        self._guard = around
         tensors = [model.local_table, *cache.packed_logits]
         eps: list[float] = []
         for n in range(first, len(model.seq_lens) - 1):
@@ -47,7 +47,7 @@ class NativeHierarchy:
     def runs(self, cache: "HierarchyCache") -> bool:
         """Whether it computes what the stages do, here and now."""
         stages = cache.stages[self.first :]
-        return are_as_compiled(self._parts) and all(
+        return self._guard.holds() and all(
             stage.cache.runs_natively(stage.output.dtype) for stage in stages
         )
 
@@ -160,10 +160,10 @@ def build_native(cache: "HierarchyCache") -> NativeHierarchy | None:
     """All stages, or on a CPU the local one alone; None where not even that is compiled."""
     firsts = {0} if is_on_gpu(cache.window) else {0, len(cache.stages) - 1}
     for first in sorted(firsts):
-        if all(stage.cache.native is not None for stage in cache.stages[first:]) and can_be_packed(
-            cache.model.parts_around(first)
-        ):
-            return NativeHierarchy(cache, first)
+        around = guard(cache.model.parts_around(first))
+        is_native = all(stage.cache.native is not None for stage in cache.stages[first:])
+        if is_native and around is not None:
+            return NativeHierarchy(cache, first, around)
     return None
 
 

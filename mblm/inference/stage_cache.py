@@ -11,14 +11,14 @@ A stage model offers one of three things, tried in this order:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from mblm.inference.packing import are_as_compiled
-from mblm.model.plain import Part, is_bare
+from mblm.inference.packing import Guard
+from mblm.model.plain import is_bare
 
 # A nest of tuples, lists and None with tensors as leaves.
 State = Any
@@ -46,12 +46,12 @@ class StageCache(ABC):
         native: The stage in compiled code, ``torch.classes.mblm.Stage``, which then takes in up to
             `NATIVE_POSITIONS` at a time; None where there is none. It works on the tensors of
             `native_state`.
-        parts: The modules that `native` stands in for.
+        guard: Watches over the modules that `native` stands in for.
         position: Positions taken in, where the cache counts them.
     """
 
     native: Any = None
-    parts: Sequence[Part] = ()
+    guard: Guard | None = None
     position: int = 0
 
     @abstractmethod
@@ -76,7 +76,12 @@ class StageCache(ABC):
 
     def runs_natively(self, dtype: torch.dtype) -> bool:
         """Whether `native` takes in a position of this dtype here and now."""
-        return self.native is not None and computes_natively(dtype) and are_as_compiled(self.parts)
+        guard = self.guard
+        return (
+            self.native is not None
+            and computes_natively(dtype)
+            and (guard is None or guard.holds())
+        )
 
     def prefills_natively(self, x: torch.Tensor) -> bool:
         """Whether `native` takes in ``x (B, S, D)`` here and now: single positions, or a few."""
@@ -168,7 +173,7 @@ def allocate_cache(
             cache.native = cache.build_native(weights)
         if cache.native is not None:
             parts: Any = stage.parts
-            cache.parts = list(parts())
+            cache.guard = Guard(list(parts()))
         return cache
     if hasattr(stage, "forward_with_state") and is_bare(stage):
         return StatefulCache(stage)

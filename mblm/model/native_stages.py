@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference.huge_pages import HugePages
-from mblm.inference.packing import can_be_packed, is_on_gpu, pack_linear
+from mblm.inference.packing import guard, is_on_gpu, pack_linear
 
 if TYPE_CHECKING:
     from mblm.model.mamba_layers import MambaStage
@@ -24,7 +24,7 @@ _WIDEST_HEAD_ON_GPU = 256
 
 def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
     """The compiled stage of a Transformer, or None where it has none."""
-    if not can_be_packed(stage.parts()):
+    if guard(stage.parts()) is None:
         return None
     if is_on_gpu(stage.norm.g) and stage.head_dim > _WIDEST_HEAD_ON_GPU:
         return None
@@ -47,7 +47,7 @@ def native_mamba(stage: "MambaStage", weights: str) -> Any:
     """The compiled stage of a Mamba, or None where it has none."""
     from mblm.model.mamba2 import Mamba2
 
-    if not can_be_packed(stage.parts()):
+    if guard(stage.parts()) is None:
         return None
     return (_build_mamba2 if isinstance(stage, Mamba2) else _build_mamba1)(stage, weights)
 
