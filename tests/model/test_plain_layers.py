@@ -16,7 +16,7 @@ from mblm.inference.session import Session
 from mblm.model.transformer import TransformerDecoder
 from mblm.model.transformer_layers import RotaryEmbedding
 from mblm.model.utils import RoPE
-from tests.models import LSTMBlock, mamba, model, transformer
+from tests.models import LSTMBlock, encoder, mamba, model, transformer
 
 BLOCKS: dict[str, Callable[[], Any]] = {
     "transformer": transformer,
@@ -99,6 +99,19 @@ class TestPeft:
         adapters = [(n, p) for n, p in adapted.named_parameters() if "lora_" in n]
         assert len(adapters) == 2 * len(linears(build(kind)))
         assert [n for n, p in adapters if p.grad is None or not p.grad.any()] == []
+
+    def test_each_adapter_of_an_encoder_gets_one(self, peft: Any) -> None:
+        adapted = self.adapted(encoder(seq_lens=[3, 4]).train(), peft)
+        adapted(IDS % 17, labels=IDS % 17)[0].backward()
+        adapters = [(n, p) for n, p in adapted.named_parameters() if "lora_" in n]
+        assert [n for n, p in adapters if p.grad is None or not p.grad.any()] == []
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", sorted(BLOCKS))
+    def test_they_are_compiled_in_one_graph(self, peft: Any, kind: str) -> None:
+        adapted = self.adapted(build(kind).train(), peft)
+        compiled = torch.compile(adapted, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IDS), adapted(IDS))
 
     def test_logits_and_decoding_change_with_it(self, peft: Any, m: MBLM) -> None:
         before = forward_logits(m)
@@ -225,7 +238,7 @@ class TestParametrizations:
         assert all(p.grad is not None and p.grad.any() for p in made_of)
 
 
-def called_modules(m: MBLM) -> dict[str, nn.Module]:
+def called_modules(m: Any) -> dict[str, nn.Module]:
     """All modules but lists, what stands for no positions, and what projects no context."""
     lists = (nn.ModuleList, nn.ParameterList)
     last = f"to_next_stage_proj.{m.num_stages - 1}"
@@ -240,15 +253,16 @@ def one_and_a_half(part: nn.Module, inputs: Any, output: Any) -> Any:
     return 1.5 * output if isinstance(output, Tensor) else None
 
 
-def silent_hooks(m: MBLM, register: str) -> list[str]:
+def silent_hooks(m: Any, register: str, **inputs: Any) -> list[str]:
     """Modules on which a hook, added alone, is not called by a training step."""
+    inputs = inputs or {"input_ids": IDS[:1]}
     silent = []
     for name, part in called_modules(m).items():
         if "backward" in register and name.endswith("rotary_emb"):
             continue  # which has no gradients
         calls: list[str] = []
         handle = getattr(part, f"register_{register}")(lambda *_, calls=calls: calls.append(""))
-        m(IDS[:1]).backward()
+        m(**inputs, return_type=MBLMReturnType.LOSS).backward()
         handle.remove()
         silent += [] if calls else [name]
     return silent
@@ -270,6 +284,11 @@ class TestHooks:
     @pytest.mark.parametrize("kind", sorted(BLOCKS))
     def test_and_where_memory_is_saved(self, kind: str, fields: dict[str, Any]) -> None:
         assert silent_hooks(build(kind, **fields).train(), "forward_hook") == []
+
+    def test_one_on_any_module_of_an_encoder_is_called(self) -> None:
+        ids = IDS[:1] % 17
+        m = encoder(seq_lens=[3, 4], pos_emb_type="rope").train()
+        assert silent_hooks(m, "forward_hook", input_ids=ids, labels=ids) == []
 
     def test_one_on_any_module_counts_in_decoding(self, m: MBLM) -> None:
         plain = forward_logits(m)
