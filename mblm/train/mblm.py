@@ -191,9 +191,7 @@ class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
     def model_forward(self, model: MBLM, batch: BatchWithLossMask, device: str) -> torch.Tensor:
         """The loss of ``(ids, loss_mask)``, both ``(B, L)``."""
         ids, loss_mask = (tensor.to(device, non_blocking=True) for tensor in batch)
-        loss: torch.Tensor = model.forward(  # type: ignore[assignment]
-            ids, return_type=MBLMReturnType.LOSS, loss_mask=loss_mask
-        )
+        loss: torch.Tensor = model(ids, return_type=MBLMReturnType.LOSS, loss_mask=loss_mask)
         return loss
 
     def count_entries(self, batch: BatchWithLossMask) -> int:
@@ -224,7 +222,7 @@ class MaskedTrainer(_HierarchyTrainer[MBLMEncoder, BatchMaskedForMLM, CoreIoConf
     ) -> torch.Tensor:
         """The loss of ``(masked ids, mask, labels)``, each ``(B, L)``."""
         ids, mask, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        loss: torch.Tensor = model.forward(  # type: ignore[assignment]
+        loss: torch.Tensor = model(
             input_ids=ids,
             attention_mask=mask,
             labels=labels,

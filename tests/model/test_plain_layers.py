@@ -16,6 +16,7 @@ from mblm.inference.session import Session
 from mblm.model.transformer import TransformerDecoder
 from mblm.model.transformer_layers import RotaryEmbedding
 from mblm.model.utils import RoPE
+from mblm.train.mblm import MaskedTrainer, MegabyteTrainer
 from tests.models import LSTMBlock, encoder, mamba, model, transformer
 
 BLOCKS: dict[str, Callable[[], Any]] = {
@@ -333,6 +334,15 @@ class TestHooks:
             handle.remove()
         assert set(called_modules(m).values()) <= trained
         assert set(called_modules(m).values()) <= seen
+
+    def test_one_on_the_model_is_called_by_its_trainers(self) -> None:
+        m, ids, calls = build("transformer"), IDS % 17, []
+        m.register_forward_hook(lambda *_: calls.append(1))
+        MegabyteTrainer.model_forward(Any, m, (ids, torch.ones_like(ids)), "cpu")
+        masked = encoder(seq_lens=[3, 4])
+        masked.register_forward_hook(lambda *_: calls.append(2))
+        MaskedTrainer.model_forward(Any, masked, (ids, ids > 3, ids), "cpu")
+        assert calls == [1, 2]
 
     def test_one_on_a_stage_with_a_state_of_the_users(self) -> None:
         m = model(LSTMBlock(with_hook=True), seq_lens=[3, 4])
