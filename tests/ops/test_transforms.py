@@ -54,6 +54,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "causal_conv": [
         Sample((normal(2, 3, 2), normal(2, 1, 3), normal(2), None), (0, 1, 2), 2),
         Sample((normal(2, 3, 2), normal(2, 1, 3), normal(2), normal(2, 2, 2)), (0, 1, 2, 3), 2),
+        # Fewer positions than the window has.
+        Sample((normal(2, 1, 2), normal(2, 1, 4), normal(2), normal(2, 3, 2)), (0, 1, 2, 3), 2),
     ],
     "embed_patches": [Sample((IDS, normal(5, 2), normal(6), normal(6), 2, 3, 4, 1e-5), (1, 2, 3))],
     "gated_rms_norm": [
@@ -243,6 +245,36 @@ def test_gradients_in_a_batch(name: str, sample: Sample) -> None:
         assert (actual is None) == (expected[0] is None)
         if actual is not None:
             torch.testing.assert_close(actual, torch.stack(expected))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one value": lambda t: t.flatten()[0].expand_as(t),  # of a sum
+    "a part": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],  # of what was concatenated
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "first dimension last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+}
+
+
+@ALL
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_and_inputs_may_be_strided(
+    name: str, sample: Sample, layout: str, dtype: torch.dtype
+) -> None:
+    fixed = [
+        a.to(dtype) if isinstance(a, Tensor) and a.dtype == torch.float64 else a
+        for a in sample.arguments
+    ]
+    function, inputs = function_of(name, sample._replace(arguments=tuple(fixed)))
+
+    def gradients(laid_out: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = [laid_out(t).detach().requires_grad_() for t in inputs]
+        results = function(*leaves)
+        given = [laid_out(normal(*r.shape).to(dtype)) for r in results]
+        return torch.autograd.grad(results, leaves, given)
+
+    as_is = gradients(LAYOUTS[layout])
+    torch.testing.assert_close(as_is, gradients(lambda t: LAYOUTS[layout](t).contiguous()))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.compile:UserWarning")
