@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mblm.model.derivatives import with_derivatives
 from mblm.ops.selective_scan import selective_scan
 from mblm.ops.ssd import ssd
 
@@ -40,11 +41,7 @@ def mamba1_scan(
     if x.is_cuda and serves:
         kernel = _mamba_ssm("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
         if kernel is not None:
-            x_t, delta_t, b_t, c_t = (
-                t.float().transpose(1, 2).contiguous() for t in (x, delta, B, C)
-            )
-            y, final_state = kernel(x_t, delta_t, A, b_t, c_t, D, return_last_state=True)
-            return y.transpose(1, 2).to(x.dtype), final_state
+            return _mamba1_by(kernel, x, delta, A, B, C, D)
     return selective_scan(x, delta, A, B, C, D, state)
 
 
@@ -62,19 +59,59 @@ def mamba2_scan(
     if x.is_cuda and serves:
         kernel = _mamba_ssm("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
         if kernel is not None:
-            y, final_state = kernel(
-                x,
-                dt,
-                A,
-                B.unsqueeze(2),  # one group for all heads
-                C.unsqueeze(2),
-                _KERNEL_CHUNK_SIZE,
-                D=D,
-                initial_states=state,
-                return_final_states=True,
-            )
-            return y, final_state
+            return _mamba2_by(kernel, x, dt, A, B, C, D, state)
     return ssd(x, dt, A, B, C, D, state)
+
+
+def _mamba1_by(
+    kernel: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By mamba_ssm's ``selective_scan_fn``, which takes positions last."""
+
+    def own(
+        x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, final_state = selective_scan(x.mT, delta.mT, A, B.mT, C.mT, D)
+        return y.mT, final_state
+
+    run = functools.partial(kernel, return_last_state=True)
+    x_t, delta_t, b_t, c_t = (t.float().mT.contiguous() for t in (x, delta, B, C))
+    y, final_state = with_derivatives(run, own, x_t, delta_t, A, b_t, c_t, D)
+    return y.mT.to(x.dtype), final_state
+
+
+def _mamba2_by(
+    kernel: Any,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """By mamba_ssm's ``mamba_chunk_scan_combined``."""
+
+    def run(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = kernel(
+            x,
+            dt,
+            A,
+            B.unsqueeze(2),  # one group for all heads
+            C.unsqueeze(2),
+            _KERNEL_CHUNK_SIZE,
+            D=D,
+            initial_states=state[0] if state else None,
+            return_final_states=True,
+        )
+        return out
+
+    y, final_state = with_derivatives(
+        run, ssd, x, dt, A, B, C, D, *(() if state is None else (state,))
+    )
+    return y, final_state
 
 
 @functools.cache

@@ -1,13 +1,18 @@
-"""How mamba_ssm is looked for: absent, broken, present."""
+"""How mamba_ssm is looked for: absent, broken, present; and what its kernels are made of."""
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from mblm.model.mamba_scans import _mamba_ssm
+from mblm.model.mamba_scans import _mamba1_by, _mamba2_by, _mamba_ssm
+from mblm.ops.selective_scan import selective_scan
+from mblm.ops.ssd import ssd
 
 MODULE = "mamba_ssm.ops.some_module"
 
@@ -42,3 +47,67 @@ def test_present_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     module.function = len
     monkeypatch.setitem(sys.modules, MODULE, module)
     assert _mamba_ssm(MODULE, "function") is len
+
+
+class _Once(torch.autograd.Function):
+    """A scan whose gradient cannot be differentiated, as those of mamba_ssm; the state has none."""
+
+    @staticmethod
+    def forward(ctx: Any, scan: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.scan = scan
+        ctx.save_for_backward(*inputs)
+        y, state = scan(*inputs)
+        ctx.mark_non_differentiable(state)
+        return y, state
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            own = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            y, _ = ctx.scan(*own)
+        return None, *(g.detach() for g in torch.autograd.grad(y, own, grad.detach()))
+
+
+def selective_scan_fn(*inputs: Tensor, return_last_state: bool) -> tuple[Tensor, Tensor]:
+    """As mamba_ssm's."""
+    assert return_last_state
+
+    def scan(x: Tensor, delta: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        rates, weight_in, weight_out, direct = rest
+        y, state = selective_scan(x.mT, delta.mT, rates, weight_in.mT, weight_out.mT, direct)
+        return y.mT, state
+
+    return _Once.apply(scan, *inputs)
+
+
+def mamba_chunk_scan_combined(x: Tensor, dt: Tensor, *rest: Any, **options: Any) -> Any:
+    """As mamba_ssm's."""
+    rates, weight_in, weight_out, chunk_size = rest
+    state, direct = options.pop("initial_states"), options.pop("D")
+    assert options == {"return_final_states": True} and chunk_size == 256 and state is None
+    return _Once.apply(ssd, x, dt, rates, weight_in.squeeze(2), weight_out.squeeze(2), direct)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_second_derivatives_are_those_of_the_operators(kind: str) -> None:
+    if kind == "mamba1":
+        shapes = [(2, 5, 3), (2, 5, 3), (3, 4), (2, 5, 4), (2, 5, 4), (3,)]
+    else:
+        shapes = [(2, 5, 3, 2), (2, 5, 3), (3,), (2, 5, 4), (2, 5, 4), (3,)]
+    inputs = [torch.randn(shape) for shape in shapes]
+    inputs[1], inputs[2] = inputs[1].exp(), -inputs[2].exp()
+    inputs = [t.requires_grad_() for t in inputs]
+
+    def derivatives(scan: Callable[..., tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
+        first = torch.autograd.grad(scan(*inputs)[0].sin().sum(), inputs)
+        graphed = torch.autograd.grad(scan(*inputs)[0].sin().sum(), inputs, create_graph=True)
+        penalty = torch.stack([grad.square().sum() for grad in graphed]).sum()
+        return [first, graphed, torch.autograd.grad(penalty, inputs)]
+
+    if kind == "mamba1":
+        by_kernel = derivatives(lambda *given: _mamba1_by(selective_scan_fn, *given))
+        expected = derivatives(selective_scan)
+    else:
+        by_kernel = derivatives(lambda *given: _mamba2_by(mamba_chunk_scan_combined, *given, None))
+        expected = derivatives(ssd)
+    torch.testing.assert_close(by_kernel, expected, atol=1e-4, rtol=1e-4)
