@@ -1,6 +1,8 @@
 """The demonstration: the sources it reads, how it trains, what it leaves."""
 
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,3 +88,29 @@ def test_refuses_a_folder_without_sources(tmp_path: Path, count: int) -> None:
         (tmp_path / f"m{number}.py").write_text("x" * (BATCH_SIZE * math.prod(SEQ_LENS) // 20))
     with pytest.raises(ValueError, match="no sources of the standard library"):
         find_sources(tmp_path)
+
+
+def test_an_interrupt_leaves_nothing_and_says_nothing_of_a_saved_state(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys\n"
+        "import mblm.demo\n"
+        "from mblm.cli import main\n"
+        "forward = mblm.demo._Timed.model_forward\n"
+        "def interrupted(self, *arguments):\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    return forward(self, *arguments)\n"
+        "mblm.demo._Timed.model_forward = interrupted\n"
+        f"sys.argv = ['mblm', 'demo', '--out', {str(tmp_path / 'demo')!r}]\n"
+        "main()"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONWARNINGS": "ignore",
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+    assert [file.name for file in tmp_path.iterdir()] == ["demo"]

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -17,17 +17,24 @@ def ends_at_once() -> Iterator[None]:
     A ``KeyboardInterrupt`` would be told by whatever it comes through: in the middle of an import,
     C++ code ends the process with a message of its own.
     """
-    before = signal.signal(signal.SIGINT, _end)
-    try:
+    with _handled_by(_end):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def raises() -> Iterator[None]:
     """Let Ctrl-C raise ``KeyboardInterrupt`` while the block runs, for what must be tidied up."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with _handled_by(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # as a shell's script has it for what it starts beside itself
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

@@ -50,7 +50,9 @@ class CoreTrainerOptions:
     timemem_file_name: str = "timemem.csv"
     max_train_restarts: int = 0
     skip_validation: bool = False
-    display_progress: bool = field(default_factory=lambda: sys.stdout.isatty())
+    display_progress: bool = field(
+        default_factory=lambda: sys.stderr is not None and sys.stderr.isatty()
+    )
     announce: bool = True
     train_prog_min_interval_seconds: int = 1
     valid_prog_min_interval_seconds: int = 1

@@ -20,13 +20,24 @@ def describe_model(parameters: int, parts: Mapping[str, int]) -> str:
 Sources = Sequence[tuple[str, int]]
 
 
-def describe_data(training: Sources, validation: Sources, unit: str) -> str:
-    """One line: the files, their size, and that of the parts; see `DistributedDataset.lineage`."""
-    (name, size), *files = training
+def describe_data(name: str, training: Sources, validation: Sources, unit: str) -> str:
+    """One line: the files, their size, and that of the parts.
+
+    Args:
+        name: The dataset's class, by which its `lineage` tells the size of the part.
+        training, validation: The lineages of the two parts.
+        unit: What is counted.
+    """
+    files = [source for source in training if source[0] != name]
     if files:
-        name = files[0][0] if len(files) == 1 else f"{len(files):,} files"
-        name += f", {sum(count for _, count in files):,} {unit}s"
-    return f"Data: {name}; {size:,} {unit}s to train on, {validation[0][1]:,} to validate"
+        told = files[0][0] if len(files) == 1 else f"{len(files):,} files"
+        told += f", {sum(size for _, size in files):,} {unit}s"
+    else:
+        told = name
+    parts = [dict(training).get(name), dict(validation).get(name)]
+    if None not in parts:
+        told += f"; {parts[0]:,} {unit}s to train on, {parts[1]:,} to validate"
+    return f"Data: {told}"
 
 
 def describe_plan(

@@ -30,7 +30,6 @@ from mblm.train.core.run import Position, Run
 from mblm.train.core.sampling import EpochBatches
 from mblm.train.core.starting import TrainerStart
 from mblm.train.core.telling import (
-    Sources,
     describe_data,
     describe_model,
     describe_plan,
@@ -86,7 +85,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         """
         run = self._start(train_dataset, valid_dataset)
         self._open()
-        self._announce(run, train_dataset.lineage(), valid_dataset.lineage())
+        self._announce(run, train_dataset, valid_dataset)
         self._folder.lineage = self._lineage
         summary = self._folder.summary
         summary.training_start = datetime.now().isoformat()
@@ -399,11 +398,14 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- Small things ----------------------------------------------------------------------------
 
-    def _announce(self, run: Run, training: Sources, validation: Sources) -> None:
+    def _announce(
+        self, run: Run, training: DistributedDataset[TBatch], validation: DistributedDataset[TBatch]
+    ) -> None:
         """Say what is trained."""
         every, unit = self.config.train.gradient_accumulate_every, self.progress_unit
         self._say(describe_model(*self._parameters))
-        self._say(describe_data(training, validation, unit))
+        name, sources = type(training).__name__, training.lineage()
+        self._say(describe_data(name, sources, validation.lineage(), unit))
         self._say(
             describe_plan(
                 steps=run.plan.gradient_steps,

@@ -22,15 +22,17 @@ def test_parameters() -> None:
 def test_data() -> None:
     training, validation = ("ByteFiles", 1110), ("ByteFiles", 60)
     files = [("book.txt", 1234), ("b", 1)]
-    assert describe_data([training, files[0]], [validation, files[0]], "byte") == (
+    assert describe_data("ByteFiles", [training, files[0]], [validation, files[0]], "byte") == (
         "Data: book.txt, 1,234 bytes; 1,110 bytes to train on, 60 to validate"
     )
-    assert describe_data([training, *files], [validation, *files], "byte") == (
+    assert describe_data("ByteFiles", [training, *files], [validation, *files], "byte") == (
         "Data: 2 files, 1,235 bytes; 1,110 bytes to train on, 60 to validate"
     )
-    assert describe_data([("Mine", 9)], [("Mine", 3)], "element") == (
+    assert describe_data("Mine", [("Mine", 9)], [("Mine", 3)], "element") == (
         "Data: Mine; 9 elements to train on, 3 to validate"
     )
+    for own in ([], [("a", 2), ("b", 3)]):  # as a dataset's own `lineage` may be
+        assert "to validate" not in describe_data("Mine", own, own, "byte")
 
 
 def test_the_plan() -> None:

@@ -1,0 +1,40 @@
+"""Ctrl-C ends a program at once, or raises, and what was set before comes back."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mblm.utils import interrupt
+
+
+def test_ends_without_a_word_and_loses_nothing_that_was_written() -> None:
+    code = (
+        "import signal\n"
+        "from mblm.utils import interrupt\n"
+        "with interrupt.ends_at_once():\n"
+        "    print('written')\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "print('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "written\n", "")
+
+
+def test_raises_within_and_leaves_the_handler_as_it_was() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt.ends_at_once():
+        with pytest.raises(KeyboardInterrupt), interrupt.raises():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt.ends_at_once(), interrupt.raises():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
