@@ -18,7 +18,7 @@ import torch
 from mblm.train.core import training_state
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.interrupt import EXIT_INTERRUPTED
-from mblm.train.core.training_state import find_latest_state
+from mblm.train.core.training_state import find_latest_state, list_states
 from mblm.utils.checkpoint import load_model_state
 from mblm.utils.distributed import process_group
 
@@ -346,3 +346,16 @@ def test_workers_that_do_not_train_on_the_same_are_refused(tmp_path):
     cfg = jobs.config(tmp_path, workers=2, batches=2)
     assert jobs.join(jobs.start(train_on_other_data, 2, cfg)) == [3, 3]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_state_of_one_worker_leaves_the_run_as_it_was(tmp_path):
+    fields = {"workers": 2, "batches": 2, "batch_size": 2}
+    assert jobs.join(jobs.start(jobs.train, 2, jobs.config(tmp_path, **fields))) == [0, 0]
+    run = jobs.run_of(tmp_path)
+    first, last = list_states(run)
+    (first / "rank_1.pt").write_bytes(b"rubbish")
+    before = jobs.losses(run)
+    cfg = jobs.config(tmp_path, **fields, resume=first)
+    assert jobs.join(jobs.start(jobs.train, 2, cfg)) == [1, 1]
+    assert jobs.losses(run) == before
+    assert list_states(run) == [first, last]
