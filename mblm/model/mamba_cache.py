@@ -7,6 +7,7 @@ import torch
 from mblm.inference.advance import prefill_natively
 from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_mamba
+from mblm.model.plain import is_bare
 
 if TYPE_CHECKING:
     from mblm.model.mamba_layers import MambaStage
@@ -24,6 +25,8 @@ class MambaCache(StageCache):
             if self._state is None:
                 self.advance(x[:, :0])  # the state before all positions
             return prefill_natively([self], x)
+        if is_bare(self.stage):  # and compiled for training, maybe
+            return self.advance(x)
         y: torch.Tensor = self.stage(x, cache=self)
         return y
 

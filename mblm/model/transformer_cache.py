@@ -8,7 +8,7 @@ import torch
 from mblm.inference.advance import prefill_natively
 from mblm.inference.stage_cache import StageCache, State
 from mblm.model.native_stages import native_transformer
-from mblm.model.plain import is_plain
+from mblm.model.plain import is_bare, is_plain
 from mblm.model.transformer_layers import Rotary, RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class TransformerCache(StageCache):
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         if self.prefills_natively(x):
             return prefill_natively([self], x)
+        if is_bare(self.stage):  # and compiled for training, maybe
+            return self.advance(x)
         y: torch.Tensor = self.stage(x, cache=self)
         return y
 

@@ -139,6 +139,15 @@ def test_encoder_config_round_trips() -> None:
     assert MBLMEncoderModelConfig(mask_token_id=1, mblm_config=config()).mask_reduce_strat == "any"
 
 
+def test_libraries_read_a_configuration_as_those_of_hugging_face() -> None:
+    of_model = config()
+    assert of_model.to_dict() == of_model.model_dump()
+    assert of_model.get("num_tokens") == 257 and of_model.get("tile", 1) is None
+    assert of_model.get("tie_word_embeddings") is None and of_model.get("copy", "no") == "no"
+    of_encoder = MBLMEncoderModelConfig(mask_token_id=255, mblm_config=of_model)
+    assert of_encoder.get("mask_token_id") == of_encoder.to_dict()["mask_token_id"] == 255
+
+
 class TestBlockType:
     """Which block a mapping becomes."""
 

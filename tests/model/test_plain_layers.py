@@ -414,6 +414,17 @@ class TestReplaced:
                 stage.forward = lambda x, **_: 2 * own(x)  # noqa: B023
             check_decodes(m)
 
+    def test_stages_compiled_for_training_decode_as_they_are(self) -> None:
+        """Caches grow from call to call: a compiler would begin anew each time."""
+
+        def refuse(graph: Any, inputs: Any) -> Any:
+            raise AssertionError("compiled")
+
+        m = build("mamba1").double()  # which is decoded in PyTorch
+        for stage in m.stage_models:
+            stage.compile(backend=refuse)
+        assert m.session().feed(IDS[0]).generate(3).shape == (1, 3)
+
     def test_rotary_positions_of_the_users(self) -> None:
         m = build("mamba2")
 
