@@ -29,11 +29,11 @@ def find_model(name: str | os.PathLike[str]) -> Path:
     path = Path(name).expanduser()
     if _is_latest(path):
         return _best_of(_newest_run(path, holds=_BEST))
-    if path.is_dir() and not (path / CONFIG_FILE).exists():
-        if (path / RUN_CONFIG_FILE).exists():
-            return _best_of(path)
-        if any(path.glob(f"*/{RUN_CONFIG_FILE}")):
-            raise FileNotFoundError(f"{path} holds runs: name one, or the newest, {path / LATEST}")
+    if (path / CONFIG_FILE).exists():
+        return path
+    if (path / RUN_CONFIG_FILE).exists():
+        return _best_of(path)
+    _refuse_runs(path)
     return path
 
 
@@ -52,7 +52,14 @@ def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:
         return _newest_run(path, holds=holds)
     if path.suffix == ".pth" or path.name == RUN_CONFIG_FILE:
         return path.parent
+    if not any(path.glob(holds)):
+        _refuse_runs(path)
     return path
+
+
+def _refuse_runs(path: Path) -> None:
+    if any(path.glob(f"*/{RUN_CONFIG_FILE}")):
+        raise FileNotFoundError(f"{path} holds runs: name one, or the newest, {path / LATEST}")
 
 
 def _is_latest(path: Path) -> bool:

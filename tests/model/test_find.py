@@ -80,6 +80,9 @@ def test_a_run_is_found_by_any_of_its_files(runs: Path) -> None:
     assert find_run(runs / "b_1" / "loss.csv", holds=MODEL) == runs / "b_1" / "loss.csv"
     assert find_run("latest", holds=MODEL) == runs / "a_2"
     assert find_run("data/output/latest", holds="loss.csv") == runs / "a_3"
+    assert find_run("absent", holds=MODEL) == Path("absent")
+    with pytest.raises(FileNotFoundError, match="data/output holds runs: name one"):
+        find_run("data/output", holds=MODEL)
 
 
 def test_a_model_is_loaded_from_what_a_run_leaves(
