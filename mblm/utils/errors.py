@@ -16,7 +16,7 @@ def describe(error: BaseException) -> str:
         if len(lines) == 1:
             return f"{error.title}: {lines[0]}"
         return "\n  ".join([f"{error.title}: {len(lines)} mistakes", *lines])
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join((str(error) or type(error).__name__).split())
 
