@@ -41,10 +41,14 @@ class PretrainedMixin:
 
         Args:
             save_directory: The folder, created if missing.
+
+        Raises:
+            TypeError: A weight is no plain tensor, such as a quantized one.
         """
         from safetensors.torch import save
 
         assert isinstance(self, torch.nn.Module)
+        weights = _separate(uncompiled(self.state_dict()))
         folder = Path(save_directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": _model_type(type(self))}
@@ -54,7 +58,7 @@ class PretrainedMixin:
         with atomic_write(folder / CONFIG_FILE) as config_file:
             config_file.write((json.dumps(config, indent=2) + "\n").encode())
             with atomic_write(folder / WEIGHTS_FILE) as weights_file:
-                weights_file.write(save(_separate(uncompiled(self.state_dict())), metadata))
+                weights_file.write(save(weights, metadata))
 
     @classmethod
     def from_pretrained(
@@ -189,11 +193,21 @@ def _separate(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     seen: set[int] = set()
     separate = {}
     for name, tensor in state.items():
+        if type(tensor) is not torch.Tensor or tensor.is_meta or tensor.is_quantized:
+            raise TypeError(
+                f"weights: {name} is {_kind(tensor)}, of which a folder cannot hold the values; "
+                "save the model before it is quantized, or by torch.save"
+            )
         tensor = tensor.contiguous()
         storage = tensor.untyped_storage().data_ptr()
         separate[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return separate
+
+
+def _kind(value: object) -> str:
+    is_meta = isinstance(value, torch.Tensor) and value.is_meta
+    return "without values (meta)" if is_meta else f"a {type(value).__name__}"
 
 
 def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str]:

@@ -102,6 +102,16 @@ class TestRoundTrip:
         loaded = MBLM.from_pretrained(tmp_path)
         assert [w.dtype for w in loaded.parameters()] == [w.dtype for w in m.parameters()]
 
+    @pytest.mark.parametrize(
+        "value", [torch.qint8, torch.empty(3, device="meta")], ids=["dtype", "meta"]
+    )
+    def test_of_what_is_no_plain_tensor_is_refused(self, tmp_path: Path, value: object) -> None:
+        m = build()
+        m.register_state_dict_post_hook(lambda *args: args[1].__setitem__("to_logits.scale", value))
+        with pytest.raises(TypeError, match=r"to_logits\.scale is"):
+            m.save_pretrained(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
     def test_of_tied_weights(self, tmp_path: Path) -> None:
         class Tied(MBLM):
             def __init__(self, cfg: MBLMModelConfig) -> None:
