@@ -303,15 +303,15 @@ def overview(
     configs: Annotated[list[Path], typer.Argument(help="YAML files of experiments or models.")],
     imports: Imports = None,
 ) -> None:
-    """Tell what configurations make: layers, parameters, context, memory in training.
+    """Tell what configurations make: layers, parameters, context, memory of weights.
 
     \b
     Example:
       mblm overview configs/*.yaml
     """
-    from mblm.train.overview import format_overview, load_overview
+    from mblm.train.overview import format_overview, load_model
 
-    typer.echo("\n\n".join(format_overview(file, load_overview(file)) for file in configs))
+    typer.echo("\n\n".join(format_overview(file, load_model(file)) for file in configs))
 
 
 @app.command()
