@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -167,7 +168,9 @@ def _find_folder(folder: Path, revision: str | None) -> Path:
                     f"{folder} holds no {file}; was it made by save_pretrained?"
                 )
         return folder
-    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is no model: expected a folder or a .pth file")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder.as_posix(), re.ASCII):
         raise FileNotFoundError(f"{folder} is neither a folder nor a model id like owner/name")
     try:
         from huggingface_hub import snapshot_download

@@ -284,10 +284,15 @@ class TestHub:
         with pytest.raises(FileNotFoundError, match=r"pip install 'mblm\[hub\]'"):
             MBLM.from_pretrained("someone/some-model")
 
-    @pytest.mark.parametrize("name", ["nothing", "a/b/c", "/no/such", "./a/b/c"])
+    @pytest.mark.parametrize("name", ["nothing", "a/b/c", "/no/such", "./a/b/c", "Bücher und/ä"])
     def test_what_is_neither_folder_nor_id(self, name: str) -> None:
         with pytest.raises(FileNotFoundError, match="neither a folder nor a model id"):
             MBLM.from_pretrained(name)
+
+    def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
+        (tmp_path / "book.txt").write_text("text")
+        with pytest.raises(FileNotFoundError, match=r"book\.txt is no model: expected a folder or"):
+            MBLM.from_pretrained(tmp_path / "book.txt")
 
 
 class TestBadFolder:

@@ -125,7 +125,7 @@ def test_says_what_it_does_and_what_came_out(
     assert lines[0].startswith("Model: ") and "stage 2" in lines[0]
     assert lines[1] == "Data: text, 2,400 bytes; 2,160 bytes to train on, 120 to validate"
     assert lines[2] == f"Plan: 24 steps of 32 bytes, 2 validations; writes to {folder}"
-    assert lines[3].startswith("  4% ") and " left" in lines[3]
+    assert lines[3].startswith("  4% ") and lines[3].endswith(" bits per byte")
     assert lines[4].startswith("100% ")
     best = min(bits for _, bits in read_curves(folder).valid)
     assert lines[5].startswith(f"Best validation: {best:.3f} bits per byte; test: ")

@@ -19,6 +19,7 @@ class Progress:
 
     Args:
         total: Batches in all.
+        done: Those that were done before, of a run that goes on.
         elements: Elements of a batch, all workers together.
         unit: What an element is. Of bytes, bits per byte are shown, else the loss.
         bar: Whether to show a bar; otherwise ``say`` is called with lines.
@@ -31,6 +32,7 @@ class Progress:
         total: int,
         elements: int,
         *,
+        done: int = 0,
         unit: str,
         bar: bool,
         say: Callable[[str], object],
@@ -41,20 +43,22 @@ class Progress:
         self._unit = unit
         self._say = say
         self._interval = interval if bar else SECONDS_PER_LINE
-        self._bar = tqdm(total=total, bar_format="{bar}", leave=True) if bar else None
-        self._done = 0
-        self._looked = 0  # batches done when the loss was last looked at
+        self._bar = tqdm(total=total, initial=done, bar_format="{bar}") if bar else None
+        self._done = self._looked = done  # now, and when the loss was last looked at
         self._loss: float | None = None
-        self._start = time.monotonic()
+        self._start = 0.0  # when the first batch was done, which takes longer than others
+        self._first = done + 1
         self._next = 0.0
 
     def update(self, loss: torch.Tensor) -> None:
         """Tell that a batch is done, and its loss, a scalar."""
         self._done += 1
-        elapsed = time.monotonic() - self._start
-        if elapsed < self._next and self._done < self._total:
+        now = time.monotonic()
+        if self._done == self._first:
+            self._start = now
+        elif now < self._next and self._done < self._total:
             return
-        self._next = elapsed + self._interval
+        self._next = now + self._interval
         value = float(loss.detach())
         if self._loss is None or not math.isfinite(self._loss):
             self._loss = value
@@ -62,10 +66,11 @@ class Progress:
             old = _SMOOTHING ** (self._done - self._looked)
             self._loss = old * self._loss + (1 - old) * value
         self._looked = self._done
-        speed = self._done * self._elements / max(elapsed, 1e-9)
-        left = elapsed / self._done * (self._total - self._done)
-        shown = format_loss(self._loss, self._unit)
-        facts = f"{shown}, {speed:,.0f} {self._unit}s/s, {_duration(left)} left"
+        facts = format_loss(self._loss, self._unit)
+        if self._done > self._first:
+            seconds = max(now - self._start, 1e-9) / (self._done - self._first)
+            left = _duration(seconds * (self._total - self._done))
+            facts += f", {self._elements / seconds:,.0f} {self._unit}s/s, {left} left"
         share = f"{self._done / self._total:4.0%}"
         if self._bar is None:
             self._say(f"{share} {facts}")

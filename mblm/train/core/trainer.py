@@ -457,8 +457,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if not self._workers.is_main:
             return nullcontext()
         return Progress(
-            run.plan.batches - run.position.done,
+            run.plan.batches,
             self._elements_per_batch(),
+            done=run.position.done,
             unit=self.progress_unit,
             bar=self.options.display_progress,
             say=self._say,

@@ -20,28 +20,43 @@ def clock(monkeypatch):
 def test_lines_now_and_then_and_in_the_end(clock):
     lines = []
     with Progress(4, 60, unit="byte", bar=False, say=lines.append) as shown:
-        for _ in range(4):
-            clock[0] += 40
+        for seconds in (1000, 40, 40, 40):  # the first batch says nothing of the others
+            clock[0] += seconds
             shown.update(torch.tensor(2 * math.log(2)))
     assert lines == [
-        " 25% 2.000 bits per byte, 2 bytes/s, 2 min left",
+        " 25% 2.000 bits per byte",
         " 75% 2.000 bits per byte, 2 bytes/s, 40 s left",
         "100% 2.000 bits per byte, 2 bytes/s, 0 s left",
     ]
 
 
+def test_a_run_that_goes_on_begins_where_it_was(clock):
+    lines = []
+    with Progress(10, 60, done=7, unit="byte", bar=False, say=lines.append) as shown:
+        for _ in range(3):
+            clock[0] += 60
+            shown.update(torch.tensor(math.log(2)))
+    assert lines == [
+        " 80% 1.000 bits per byte",
+        " 90% 1.000 bits per byte, 1 bytes/s, 60 s left",
+        "100% 1.000 bits per byte, 1 bytes/s, 0 s left",
+    ]
+
+
 def test_other_elements_have_a_loss(clock):
     lines = []
-    with Progress(1, 8, unit="element", bar=False, say=lines.append) as shown:
-        clock[0] += 2
-        shown.update(torch.tensor(1.5))
-    assert lines == ["100% loss 1.5000, 4 elements/s, 0 s left"]
+    with Progress(2, 8, unit="element", bar=False, say=lines.append) as shown:
+        for _ in range(2):
+            clock[0] += 2
+            shown.update(torch.tensor(1.5))
+    assert lines == [" 50% loss 1.5000", "100% loss 1.5000, 4 elements/s, 0 s left"]
 
 
 def test_a_bar(clock, capsys):
-    with Progress(2, 8, unit="byte", bar=True, say=pytest.fail) as shown:
-        clock[0] += 7200
-        shown.update(torch.tensor(math.log(2)))
+    with Progress(4, 8, unit="byte", bar=True, say=pytest.fail) as shown:
+        for _ in range(2):
+            clock[0] += 3600
+            shown.update(torch.tensor(math.log(2)))
     assert "50% |" in (shown_text := capsys.readouterr().err)
     assert "1.000 bits per byte, 0 bytes/s, 2.0 h left" in shown_text
 
