@@ -1,10 +1,14 @@
 """Where tests find the larger set of reference data, and what every test starts from."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from mblm.cli import main
+from tests.cli.program import Result, Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,3 +31,17 @@ def shared() -> Path:
     if folder is None:
         pytest.skip("no reference data: set MBLM_SHARED or put shared/ beside the checkout")
     return folder
+
+
+@pytest.fixture
+def run(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `mblm` in this process."""
+
+    def call(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["mblm", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capfdbinary.readouterr()
+        return Result(stopped.value.code or 0, out, err.decode())
+
+    return call

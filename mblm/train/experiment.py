@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import RootModel, ValidationError
+from pydantic import ValidationError
 
 from mblm.model.find import RUN_CONFIG_FILE
 from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.non_finite import NonFiniteLossError
 from mblm.train.core.training_state import find_latest_state, is_training_state, read_manifest
 from mblm.utils.errors import with_title
-from mblm.utils.io import load_yml, parse_yml
+from mblm.utils.io import load_fields, parse_yml
 
 if TYPE_CHECKING:
     from mblm.train.mblm import TrainEntryConfig, TrainMaskedEntryConfig
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 STOPPED_MARK = "MBLM_STOPPED_MARK"
 """Environment variable: a file that a process makes when it was stopped and its state is saved."""
-
-
-class _Fields(RootModel[dict[str, Any]]):
-    """The fields of a YAML file, not looked at."""
 
 
 def load_experiment(
@@ -49,7 +45,7 @@ def load_experiment(
         masked_dataset_registry,
     )
 
-    fields = load_yml(file, _Fields).root
+    fields = load_fields(file)
     for setting in settings:
         apply_setting(fields, setting)
     is_masked = "mblm_config" in (fields.get("params") or {})
@@ -160,7 +156,7 @@ def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any
         return {"checkpoint_file": resume}
     if (state := find_latest_state(run)) is not None:
         return {"checkpoint_file": str(state)}
-    said = load_yml(run / RUN_CONFIG_FILE if path.is_dir() else path, _Fields).root.get("resume")
+    said = load_fields(run / RUN_CONFIG_FILE if path.is_dir() else path).get("resume")
     if not isinstance(said, dict) or not said.get("checkpoint_file"):
         raise ValueError(f"resume: {resume} has neither a training state nor a checkpoint")
     names = ("checkpoint_file", "next_epoch_index", "next_batch_index")

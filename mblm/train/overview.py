@@ -5,16 +5,15 @@ Nothing is computed: the model is built on the meta device, which knows shapes a
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import RootModel, ValidationError
+from pydantic import ValidationError
 
 from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig
 from mblm.model.mblm import MBLM, MBLMEncoder
 from mblm.model.utils import ParamType, count_params
 from mblm.utils.errors import with_title
-from mblm.utils.io import load_yml
+from mblm.utils.io import load_fields
 
 FLOAT = 4  # bytes of a float32
 
@@ -26,7 +25,7 @@ def load_model(file: Path) -> MBLM | MBLMEncoder:
         OSError: The file cannot be read.
         ValueError: It is no configuration; the message names the file and the fields.
     """
-    fields = load_yml(file, RootModel[dict[str, Any]]).root
+    fields = load_fields(file)
     params = fields.get("params", fields)
     if not isinstance(params, dict):
         raise ValueError(f"{file}: params must be a mapping of fields")

@@ -48,20 +48,29 @@ def load_yml(path: str | Path, parse_to: type[Model], try_yaml_suffixes: bool = 
             that are unknown, missing or wrong: pydantic's ``ValidationError``, which names them.
     """
     path = Path(path)
-    if path.suffix not in _OTHER_SUFFIX:
-        raise ValueError(f"{path} is not a YAML file: its suffix must be .yaml or .yml")
-    if try_yaml_suffixes and not path.exists():
+    if try_yaml_suffixes and path.suffix in _OTHER_SUFFIX and not path.exists():
         other = path.with_suffix(_OTHER_SUFFIX[path.suffix])
         path = other if other.exists() else path
-    data = parse_yml(path.read_bytes(), str(path))
-    if not isinstance(data, dict) and not issubclass(parse_to, RootModel):
-        raise ValueError(
-            f"{path}: expected a mapping of fields at the top level, got {type(data).__name__}"
-        )
+    data = _read_yml(path) if issubclass(parse_to, RootModel) else load_fields(path)
     try:
         return parse_to.model_validate(data)
     except ValidationError as error:
         raise with_title(error, f"{error.title} in {path}") from None
+
+
+def load_fields(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file as they are; raises as `load_yml` does."""
+    data = _read_yml(path)
+    if not isinstance(data, dict):
+        came = "nothing" if data is None else type(data).__name__
+        raise ValueError(f"{path}: expected a mapping of fields at the top level, got {came}")
+    return data
+
+
+def _read_yml(path: Path) -> Any:
+    if path.suffix not in _OTHER_SUFFIX:
+        raise ValueError(f"{path} is not a YAML file: its suffix must be .yaml or .yml")
+    return parse_yml(path.read_bytes(), str(path))
 
 
 def parse_yml(text: str | bytes, name: str) -> Any:

@@ -1,6 +1,5 @@
-"""Run `mblm` in this process, with a small model."""
+"""A small model, as it is saved and as a run leaves it."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,24 +7,8 @@ import torch
 import yaml
 
 from mblm import MBLM
-from mblm.cli import main
 from mblm.utils.io import save_model_state
-from tests.cli.program import Result, Run
 from tests.models import model, transformer
-
-
-@pytest.fixture
-def run(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `mblm` in this process."""
-
-    def call(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["mblm", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capfdbinary.readouterr()
-        return Result(stopped.value.code or 0, out, err.decode())
-
-    return call
 
 
 @pytest.fixture(scope="session")

@@ -128,17 +128,19 @@ def test_checkpoint_of_a_training_run(
     assert run(*arguments, "--config", elsewhere).out == expected(bytes_model)
 
 
-def test_a_terminal_shows_text(saved: Path, bytes_model: MBLM) -> None:
+def test_a_terminal_shows_text(
+    run: Run, saved: Path, bytes_model: MBLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pty = pytest.importorskip("pty")
     terminal, child = pty.openpty()
-    arguments = ["generate", saved, "--seed", 1, "--bytes", 60]
-    with subprocess.Popen(command(*arguments), stdout=child, stderr=child, env=ENVIRONMENT) as done:
-        os.close(child)
-        shown = b""
-        while chunk := _read_terminal(terminal):
-            shown += chunk
+    with open(child, "w", encoding="utf-8") as opened:
+        monkeypatch.setattr(sys, "stdout", opened)
+        monkeypatch.setattr(sys, "stderr", opened)
+        assert run("generate", saved, "--seed", 1, "--bytes", 60).status == 0
+    shown = b""
+    while chunk := _read_terminal(terminal):
+        shown += chunk
     os.close(terminal)
-    assert done.returncode == 0
     text = expected(bytes_model, num_tokens_to_generate=60).decode(errors="replace")
     assert "\ufffd" in text
     # Terminals write "\n" as "\r\n".

@@ -19,6 +19,7 @@ from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.experiment import load_experiment, train_experiment
 from mblm.train.launch import launch
 from mblm.train.plot import read_curves
+from tests.cli.program import Run
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -89,7 +90,7 @@ def summary(run: Path) -> dict[str, object]:
     return said
 
 
-def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(word) for word in command],
         env=ENVIRONMENT | environment,
@@ -134,7 +135,7 @@ def test_says_what_it_does_and_what_came_out(
     assert len(lines) == 7
 
 
-def test_a_module_of_the_users_is_imported_by_every_worker(experiment: Path) -> None:
+def test_the_script_passes_all_on_and_every_worker_imports_a_users_module(experiment: Path) -> None:
     """Registered there: a block, and a dataset, which the workers look up by name."""
     (experiment.parent / "my_parts_for_a_test.py").write_text(
         "from typing import Literal\n"
@@ -149,12 +150,13 @@ def test_a_module_of_the_users_is_imported_by_every_worker(experiment: Path) -> 
         "class MyBytes(ByteFiles): pass\n"
     )
     settings = ["--set", "io.dataset_id=my-bytes", "--set", "params.block.block_type=mine"]
-    command = [*mblm_train(experiment, "--nproc", 2), *settings]
-    done = run(
+    command = ["bash", "scripts/train_mblm.sh", "-c", experiment, "--nproc", 2, *settings]
+    done = start(
         *command, "--import", "my_parts_for_a_test", PYTHONPATH=f"{ROOT}:{experiment.parent}"
     )
     assert done.returncode == 0, done.stderr
     assert "my-bytes" in (the_run(experiment) / "config.yaml").read_text()
+    assert summary(the_run(experiment))["num_workers"] == 2
 
 
 def test_refuses_before_anything_is_written(experiment: Path) -> None:
@@ -202,23 +204,18 @@ def free_port() -> int:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(["mblm", "train", "CONFIG", "--nproc", "2"], id="mblm", marks=SLOW),
-        pytest.param(
-            ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "mblm.train", "CONFIG"],
-            id="torchrun",
-        ),
-        pytest.param(
-            ["bash", "scripts/train_mblm.sh", "-c", "CONFIG", "--nproc", "2"], id="script"
-        ),
+        [sys.executable, "-m", "mblm", "train", "CONFIG", "--nproc", "2"],
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "mblm.train", "CONFIG"],
     ],
+    ids=["mblm", "torchrun"],
 )
 def test_two_processes_by_any_command(experiment: Path, command: list[str]) -> None:
-    programs = {"mblm": [sys.executable, "-m", "mblm"], "torchrun": TORCHRUN, "bash": ["bash"]}
-    words = [str(experiment) if word == "CONFIG" else word for word in command[1:]]
-    done = run(*programs[command[0]], *words, "--set", "train.gradient_clipping=0.5")
+    words = [str(experiment) if word == "CONFIG" else word for word in command]
+    done = start(*words, "--set", "train.gradient_clipping=0.5")
     assert done.returncode == 0, done.stderr
     folder = the_run(experiment)
     assert summary(folder)["num_workers"] == 2
@@ -246,17 +243,21 @@ def test_two_nodes_that_meet(experiment: Path, numbered: bool) -> None:
     assert summary(the_run(experiment))["num_workers"] == 2
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
-def test_a_failure_has_its_message_and_status(experiment: Path, processes: int) -> None:
+def test_a_failure_is_one_line(experiment: Path, run: Run) -> None:
     absent = experiment.parent / "absent"
-    done = run(*mblm_train(experiment, "--nproc", processes, "--set", f"io.dataset_dir={absent}"))
+    done = run("train", experiment, "--nproc", 1, "--set", f"io.dataset_dir={absent}")
+    assert done.status == 1 and str(absent) in done.error
+
+
+@pytest.mark.slow
+def test_a_failure_of_workers_has_their_message_and_status(experiment: Path) -> None:
+    absent = experiment.parent / "absent"
+    done = start(*mblm_train(experiment, "--nproc", 2, "--set", f"io.dataset_dir={absent}"))
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert any(line.startswith("mblm: error: ") and str(absent) in line for line in lines), lines
-    if processes == 1:
-        assert len(lines) == 1
-    else:  # which may lose one another before they come to their own error
-        assert lines[-1].startswith("mblm: error: rank ")
+    # They may lose one another before they come to their own error.
+    assert lines[-1].startswith("mblm: error: rank ")
 
 
 def test_a_loss_that_is_not_finite_ends_in_a_line(experiment: Path) -> None:
@@ -276,12 +277,12 @@ def losses_of(run: Path) -> list[tuple[float, float]]:
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
     experiment: Path, processes: int
 ) -> None:
-    options = ["--nproc", processes, "--set", f"io.output_dir={experiment.parent / 'whole'}"]
-    options += ["--set", "train.target_elements=6400"]
-    assert run(*mblm_train(experiment, *options)).returncode == 0
+    length = "train.target_elements=6400"
+    output = f"io.output_dir={experiment.parent / 'whole'}"
+    launch(experiment, settings=[length, output], nproc=processes)
     (whole,) = (experiment.parent / "whole").glob("tiny_*")
 
-    command = mblm_train(experiment, "--nproc", processes, *options[4:])
+    command = mblm_train(experiment, "--nproc", processes, "--set", length)
     stopped = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while time.monotonic() < until:
@@ -296,8 +297,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
     interrupted = the_run(experiment)
     assert len(losses_of(interrupted)) < len(losses_of(whole))
 
-    resumed = run(*command, "--resume", "latest")
-    assert resumed.returncode == 0, resumed.stderr
+    launch(experiment, settings=[length], resume="latest", nproc=processes)
     assert the_run(experiment) == interrupted
     assert losses_of(interrupted) == losses_of(whole)
     weights = [torch.load(r / "tiny_top1.pth", weights_only=True) for r in (interrupted, whole)]

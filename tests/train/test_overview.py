@@ -78,7 +78,8 @@ def test_reads_experiments_and_models(tmp_path: Path) -> None:
     [
         ("params: {num_tokens: 3, colour: 1}", "colour"),
         ("params: [1]", "must be a mapping"),
-        ("[1]", "expected a mapping|Input should be"),
+        ("[1]", "c.yaml: expected a mapping of fields at the top level, got list"),
+        ("", "c.yaml: expected a mapping of fields at the top level, got nothing"),
         ("params: {mblm_config: {}}", "mask_token_id"),
     ],
 )

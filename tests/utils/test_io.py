@@ -61,7 +61,7 @@ class TestYAML:
             (b"[" * 1500, "invalid YAML"),
             (b"width: 1\nrate: 2\nwidth: 3", "line 3, column 1: .* the key 'width' comes twice"),
             (b"{rate: {a: 1, b: 2, a: 1}}", "line 1, column 21: .* the key 'a' comes twice"),
-            (b"", "expected a mapping .* got NoneType"),
+            (b"", "expected a mapping .* got nothing"),
             (b"- width: 1", "expected a mapping .* got list"),
         ],
     )
