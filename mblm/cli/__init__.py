@@ -16,8 +16,9 @@ def main() -> NoReturn:
     Expected errors are told on standard error and end with 1, wrong usage with 2. Ctrl-C ends with
     130, a reader of standard output that leaves with 1, and neither is told.
     """
-    if sys.stdout is None:  # closed by whoever called
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     with interrupt.ends_at_once():
         try:
             from mblm.cli.app import run

@@ -20,7 +20,10 @@ from mblm.utils.imports import import_modules
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, context_settings={"max_content_width": 100}
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
 )
 
 

@@ -23,7 +23,10 @@ DEFAULT_BYTES = 256
 
 
 def read_prompt(file: Path) -> bytes:
-    return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    from mblm.utils.io import open_binary  # brings pydantic, which takes time
+
+    with open_binary(file) as stream:
+        return stream.read()
 
 
 def how_many(asked: int | None, prompt: int, context: int | None) -> int:

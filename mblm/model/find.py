@@ -59,7 +59,8 @@ def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:
 
 def _refuse_runs(path: Path) -> None:
     if any(path.glob(f"*/{RUN_CONFIG_FILE}")):
-        raise FileNotFoundError(f"{path} holds runs: name one, or the newest, {path / LATEST}")
+        newest = (path if path.name else path.absolute()) / LATEST  # "latest" is of DEFAULT_RUNS
+        raise FileNotFoundError(f"{path} holds runs: name one, or the newest, {newest}")
 
 
 def _is_latest(path: Path) -> bool:

@@ -1,8 +1,6 @@
 """How well a model predicts files: bits per byte, in memory that does not grow with the files."""
 
-import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,7 @@ import torch
 
 from mblm.model.mblm import MBLM
 from mblm.utils.checks import check_integer
-
-_STANDARD_INPUT = Path("-")
+from mblm.utils.io import STANDARD_INPUT, open_binary
 
 
 @dataclass
@@ -96,19 +93,16 @@ def _score_file(
 
 
 def _check_readable(file: Path) -> None:
-    if file == _STANDARD_INPUT:
-        if sys.stdin is None:
-            raise OSError("standard input is closed")
-    elif file.is_file() or file.is_dir():
-        file.open("rb").close()
+    if file == STANDARD_INPUT or file.is_file() or file.is_dir():
+        with open_binary(file):
+            pass
     else:  # a pipe would lose its writer
         file.stat()
 
 
 def _windows(file: Path, length: int, batch_size: int) -> Iterator[torch.Tensor]:
     """Batches of windows ``(B, length)``, uint8, then what is left ``(1, < length)``."""
-    is_input = file == _STANDARD_INPUT
-    with contextlib.nullcontext(sys.stdin.buffer) if is_input else file.open("rb") as stream:
+    with open_binary(file) as stream:
         ended = False
         while not ended:
             data = bytearray(stream.read(batch_size * length))

@@ -4,9 +4,11 @@ import csv
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, RootModel, ValidationError
@@ -31,7 +33,22 @@ T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 Row = TypeVar("Row", bound=NamedTuple)
 
+STANDARD_INPUT = Path("-")
+
 _OTHER_SUFFIX = {".yaml": ".yml", ".yml": ".yaml"}
+
+
+def open_binary(file: Path) -> AbstractContextManager[BinaryIO]:
+    """Open a file for reading bytes; ``-`` is standard input, which stays open.
+
+    Raises:
+        OSError: The file cannot be read, or standard input is closed.
+    """
+    if file != STANDARD_INPUT:
+        return file.open("rb")
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    return nullcontext(sys.stdin.buffer)
 
 
 def load_yml(path: str | Path, parse_to: type[Model], try_yaml_suffixes: bool = False) -> Model:

@@ -49,6 +49,25 @@ def test_eval_of_standard_input(
     assert facts["bytes"] == 54 and bits[0] == bits[1]
 
 
+@pytest.mark.parametrize(
+    "command", [["eval", "SAVED", "-"], ["generate", "SAVED", "--prompt-file", "-"]]
+)
+def test_a_standard_input_that_is_closed(
+    run: Run, saved: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    result = run(*(saved if word == "SAVED" else word for word in command))
+    assert (result.status, result.error) == (1, "mblm: error: standard input is closed\n")
+
+
+def test_a_standard_error_that_is_closed(
+    run: Run, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert b"in all" in run("eval", saved, tmp_path / "f").out
+
+
 def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert run("eval", saved, tmp_path / "empty").out.split()[-2:] == [b"0", b"-"]

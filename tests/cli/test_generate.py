@@ -335,5 +335,7 @@ def test_a_bug_shows_its_traceback(
 
     monkeypatch.setattr(MBLM, "generate", broken)
     monkeypatch.setattr(sys, "argv", ["mblm", "generate", str(saved)])
-    with pytest.raises(KeyError, match="a bug"):
+    with pytest.raises(KeyError, match="a bug") as bug:
         main()
+    sys.excepthook(bug.type, bug.value, bug.tb)  # as Python calls it
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")

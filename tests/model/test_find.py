@@ -74,6 +74,16 @@ def test_says_what_is_missing(runs: Path, name: str, message: str) -> None:
         find_model(name)
 
 
+def test_the_newest_of_the_working_folder_has_a_name(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = runs.absolute() / "latest"
+    assert find_model(newest).parent.name == "a_2"
+    monkeypatch.chdir(runs)
+    with pytest.raises(FileNotFoundError, match=f"or the newest, {newest}"):
+        find_model(".")
+
+
 def test_a_run_is_found_by_any_of_its_files(runs: Path) -> None:
     for name in ("b_1", "b_1/b_top1.pth", "b_1/config.yaml"):
         assert find_run(runs / name, holds=MODEL) == runs / "b_1"

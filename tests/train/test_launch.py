@@ -1,5 +1,6 @@
 """Start training: in one process, in several, on several nodes, by every command there is."""
 
+import itertools
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.experiment import load_experiment, train_experiment
 from mblm.train.launch import launch
+from mblm.train.mblm import MegabyteTrainer
 from mblm.train.plot import read_curves
 from tests.cli.program import Run
 
@@ -273,17 +276,26 @@ def losses_of(run: Path) -> list[tuple[float, float]]:
     return read_curves(run).train
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
-def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
-    experiment: Path, processes: int
-) -> None:
-    length = "train.target_elements=6400"
-    output = f"io.output_dir={experiment.parent / 'whole'}"
-    launch(experiment, settings=[length, output], nproc=processes)
-    (whole,) = (experiment.parent / "whole").glob("tiny_*")
+def stop_here(run: Run, patch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
+    """Train in this process, which gets a signal in its 40th step: exit status and what is said."""
+    forward, calls = MegabyteTrainer.model_forward, itertools.count(1)
 
-    command = mblm_train(experiment, "--nproc", processes, "--set", length)
-    stopped = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    def forward_and_stop(*args: Any) -> torch.Tensor:
+        if next(calls) == 40:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*args)
+
+    with patch.context() as now:
+        now.setattr(MegabyteTrainer, "model_forward", forward_and_stop)
+        done = run("train", *arguments)
+    return done.status, done.err
+
+
+def stop_elsewhere(experiment: Path, *arguments: object) -> tuple[int, str]:
+    """The same in a process of its own, which passes a signal on to its workers."""
+    stopped = subprocess.Popen(
+        mblm_train(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 120
     while time.monotonic() < until:
         logs = list((experiment.parent / "out").glob("tiny_*/loss.csv"))
@@ -292,8 +304,26 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)
     said = stopped.communicate(timeout=120)[1]
+    return stopped.returncode, said
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
+def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
+    experiment: Path, run: Run, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    # 60 steps, or what lasts until another process is told to stop.
+    length = f"train.target_elements={1920 if processes == 1 else 6400}"
+    output = f"io.output_dir={experiment.parent / 'whole'}"
+    launch(experiment, settings=[length, output], nproc=processes)
+    (whole,) = (experiment.parent / "whole").glob("tiny_*")
+
+    arguments = [experiment, "--nproc", processes, "--set", length]
+    if processes == 1:
+        status, said = stop_here(run, monkeypatch, *arguments)
+    else:
+        status, said = stop_elsewhere(experiment, *arguments)
     assert "--resume latest" in said and "Traceback" not in said
-    assert stopped.returncode == INTERRUPTED
+    assert status == INTERRUPTED
     interrupted = the_run(experiment)
     assert len(losses_of(interrupted)) < len(losses_of(whole))
 
