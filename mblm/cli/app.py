@@ -94,7 +94,7 @@ def _root(
     Examples:
       mblm demo                                      train a small model, let it write Python
       mblm generate mblm-demo --prompt "class "      go on writing from a saved model
-      mblm train configs/small_2d_st.yaml            train from a configuration
+      mblm train configs/first.yaml                  train from a configuration
       mblm generate latest --prompt "The "           write with what was trained last
       mblm eval latest book.txt                      bits per byte of files
       mblm info                                      what is installed, compiled and missing
@@ -124,11 +124,16 @@ def generate(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Divides the logits: below 1, likely bytes get likelier.")
+        float,
+        typer.Option(
+            help="Divides the logits: below 1, likely bytes get likelier; 0 takes the likeliest."
+        ),
     ] = 1.0,
     filter_thres: Annotated[
         float,
-        typer.Option(help="Sample from the top 1 - F of the vocabulary; 1 takes the likeliest."),
+        typer.Option(
+            metavar="F", help="Sample from the top 1 - F of the vocabulary; 1 takes the likeliest."
+        ),
     ] = 0.9,
     top_p: Annotated[
         float | None,
@@ -141,7 +146,8 @@ def generate(
         int | None, typer.Option(help="The same seed gives the same bytes. [default: a new one]")
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End after this text; may be given several times.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End after this text; may be given several times."),
     ] = None,
     weights: Annotated[
         str,
