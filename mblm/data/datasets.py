@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypedDict, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
@@ -26,6 +26,19 @@ class DistributedDatasetConfig(TypedDict):
     seq_len: int
     worker_id: int
     num_workers: int
+
+
+class DatasetEntryConfig(Protocol):
+    """The configuration of a run, of which a dataset reads what it needs: `TrainEntryConfig`."""
+
+    @property
+    def params(self) -> Any: ...
+
+    @property
+    def train(self) -> Any: ...
+
+    @property
+    def io(self) -> Any: ...
 
 
 class Batch(list[int]):
@@ -121,12 +134,12 @@ class DistributedDataset(ABC, Dataset[_T]):
         """
 
     def lineage(self) -> list[tuple[str, int]]:
-        """What all the data are: the class and ``data_size``, then, where a subclass adds them,
-        the files that they are of, names and sizes in their order.
+        """Names and sizes of the files that the data are of, in their order. Default: none.
 
-        A run notes them, and goes on with the same only.
+        A run notes them and goes on with the same only; in any case with the same class of dataset
+        and as many elements.
         """
-        return [(type(self).__name__, self._data_size)]
+        return []
 
     def __len__(self) -> int:
         """How many samples this worker has at the present offset."""

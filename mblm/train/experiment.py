@@ -165,7 +165,7 @@ def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any
 
 def _name_of(state: Path) -> str | None:
     try:
-        name: str = read_manifest(state)["config"]["io"]["name_model"]
+        name: str = read_manifest(state)["facts"]["io.name_model"]
     except (ValueError, LookupError, TypeError):
         return None  # of an older format, or damaged
     return name

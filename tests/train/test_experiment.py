@@ -130,7 +130,7 @@ def state_of(run: Path, step: int, name: str = "model") -> Path:
     """A training state, as far as finding it goes."""
     state = state_dir_at(run, step)
     state.mkdir(parents=True)
-    (state / "COMPLETE").write_text(json.dumps({"config": {"io": {"name_model": name}}}))
+    (state / "COMPLETE").write_text(json.dumps({"facts": {"io.name_model": name}}))
     return state
 
 

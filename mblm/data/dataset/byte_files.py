@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self, Unpack
 
-from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
+from mblm.data.datasets import (
+    DatasetEntryConfig,
+    DistributedDataset,
+    DistributedDatasetConfig,
+)
 from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
 from mblm.data.types import BatchWithLossMask, ModelMode
-
-if TYPE_CHECKING:
-    from mblm.train.mblm import TrainEntryConfig
 
 
 class ByteFilesArgs(BaseModel):
@@ -133,7 +134,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
     @staticmethod
     def from_train_entry_config(
-        config: TrainEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
     ) -> ByteFiles:
         """The part of the files that a training configuration names.
 
@@ -171,7 +172,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
     def lineage(self) -> list[tuple[str, int]]:
         """The files by their place in the folder, and how many ids of them are this part."""
         names = [os.path.relpath(file, self._root.absolute()) for file in self._data.files]
-        return [*super().lineage(), *zip(names, self._data.sizes, strict=True)]
+        return list(zip(names, self._data.sizes, strict=True))
 
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
         """The ids from position ``from_idx`` of this part on, and their loss mask."""

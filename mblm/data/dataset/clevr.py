@@ -8,13 +8,17 @@ import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict, overload
+from typing import ClassVar, Literal, TypedDict, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import Unpack
 
-from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
+from mblm.data.datasets import (
+    DatasetEntryConfig,
+    DistributedDataset,
+    DistributedDatasetConfig,
+)
 from mblm.data.types import BatchWithLossMask, ModelMode
 from mblm.data.utils import (
     Bytes,
@@ -25,9 +29,6 @@ from mblm.data.utils import (
     shift_remap_tensor,
     target_loss_mask,
 )
-
-if TYPE_CHECKING:
-    from mblm.train.mblm import TrainEntryConfig
 
 _PARTS = {ModelMode.TRAIN: "train", ModelMode.VALID: "val", ModelMode.TEST: "test"}
 _ANSWERS = """
@@ -178,7 +179,7 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
 
     @staticmethod
     def from_train_entry_config(
-        config: TrainEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
     ) -> Clevr:
         """The part of the dataset that a training configuration names."""
         return Clevr(
@@ -198,7 +199,7 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
 
     def lineage(self) -> list[tuple[str, int]]:
         """The file of the questions; the images are those that it names."""
-        return [*super().lineage(), (self._questions.name, self._questions.stat().st_size)]
+        return [(self._questions.name, self._questions.stat().st_size)]
 
     def process_and_flatten_img(self, image: ImagePipeline) -> torch.Tensor:
         """Crop, resize and downsample an image as the arguments say; its bytes, uint8 ``(L,)``."""

@@ -6,17 +6,18 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from typing_extensions import Unpack
 
-from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
+from mblm.data.datasets import (
+    DatasetEntryConfig,
+    DistributedDataset,
+    DistributedDatasetConfig,
+)
 from mblm.data.file_bytes import FileBytes
 from mblm.data.types import BatchWithLossMask, ModelMode
-
-if TYPE_CHECKING:
-    from mblm.train.mblm import TrainEntryConfig
 
 _T = TypeVar("_T")
 
@@ -66,7 +67,7 @@ class PG19Books(DistributedDataset[_T]):
     def lineage(self) -> list[tuple[str, int]]:
         """The books by their names, and their sizes."""
         names = [file.name for file in self.data.files]
-        return [*super().lineage(), *zip(names, self.data.sizes, strict=True)]
+        return list(zip(names, self.data.sizes, strict=True))
 
     def book(self, name: str) -> str:
         """The text of the book with this file name, such as ``44381.txt``.
@@ -115,7 +116,7 @@ class PG19(PG19Books[BatchWithLossMask]):
 
     @staticmethod
     def from_train_entry_config(
-        config: TrainEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
     ) -> PG19:
         """The part of the dataset that a training configuration names."""
         return PG19(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import Unpack
 
 from mblm.data.dataset.pg19 import PG19Books
-from mblm.data.datasets import DistributedDatasetConfig
+from mblm.data.datasets import DatasetEntryConfig, DistributedDatasetConfig
 from mblm.data.types import BatchMaskedForMLM, ModelMode
-
-if TYPE_CHECKING:
-    from mblm.train.mblm import TrainMaskedEntryConfig
 
 
 class PG19Masked(PG19Books[BatchMaskedForMLM]):
@@ -58,7 +54,7 @@ class PG19Masked(PG19Books[BatchMaskedForMLM]):
 
     @staticmethod
     def from_train_entry_config(
-        config: TrainMaskedEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
     ) -> PG19Masked:
         """The part of the dataset that a training configuration names."""
         return PG19Masked(

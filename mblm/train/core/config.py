@@ -163,19 +163,22 @@ class SummaryStats(BaseModel):
 
 
 class DataLineage(BaseModel):
-    """What data are: see `DistributedDataset.lineage`.
+    """What data are; `DistributedDataset.lineage` tells the files.
 
     Attributes:
-        digest: SHA-256 of all names and sizes.
+        dataset: The class.
         size: The elements of this part.
-        files: The number of files.
+        files, total: The number of files and their sizes together.
         first: The first hundred names and sizes.
+        digest: SHA-256 of all names and sizes.
     """
 
-    digest: str
+    dataset: str
     size: int
     files: int
-    first: list[str]
+    total: int
+    first: list[tuple[str, int]]
+    digest: str
 
 
 class Lineage(BaseModel):
@@ -195,14 +198,17 @@ class Lineage(BaseModel):
     validation_data: DataLineage
 
 
-class GenericEntryConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfig]):
-    """The configuration of a run. That which a run has written is one, too."""
-
+class _Parts(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfig]):
     model_config = ConfigDict(extra="forbid")
 
     params: SerializeAsAny[TModelParams]
     train: SerializeAsAny[TTrainConfig]
     io: SerializeAsAny[TIoConfig]
+
+
+class GenericEntryConfig(_Parts[TModelParams, TTrainConfig, TIoConfig]):
+    """The configuration of a run. That which a run has written is one, too."""
+
     resume: ResumeConfig | None = None
 
     @model_validator(mode="before")
@@ -218,14 +224,9 @@ class GenericEntryConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfi
         return data
 
 
-class GenericOutputConfig(BaseModel, Generic[TModelParams, TTrainConfig, TIoConfig]):
+class GenericOutputConfig(_Parts[TModelParams, TTrainConfig, TIoConfig]):
     """What a run writes to its ``config.yaml``: its configuration, how to go on, what it was."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    params: SerializeAsAny[TModelParams]
-    train: SerializeAsAny[TTrainConfig]
-    io: SerializeAsAny[TIoConfig]
     resume: ResumeConfig
     summary: SummaryStats
     lineage: Lineage | None = None

@@ -3,14 +3,17 @@
 import math
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
 
 from mblm.train.core.interrupt import start_loading
 from mblm.train.core.parallel import Workers
-from mblm.train.core.sampling import ShardedBatches
+from mblm.train.core.sampling import EpochBatches
+
+Stop: TypeAlias = Callable[[], signal.Signals | None]
+"""Asked between two batches: the signal to stop for."""
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +61,7 @@ def evaluate(
     max_batches: int | None,
     in_step: bool,
     show: Callable[[range], Any] = iter,
-    stop: Callable[[], signal.Signals | None] = lambda: None,
+    stop: Stop = lambda: None,
 ) -> Evaluation:
     """The mean of the batches' losses, weighted; each worker takes every ``world_size``-th.
 
@@ -77,7 +80,7 @@ def evaluate(
         ValueError: There is no batch.
     """
     sampler: Any = loader.batch_sampler
-    is_sharded = isinstance(sampler, ShardedBatches)
+    is_sharded = isinstance(sampler, EpochBatches) and sampler.world_size > 1
     total = sampler.total if is_sharded else len(loader)
     total = min(total, max_batches or total)
     if total == 0:

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,7 +19,7 @@ from mblm.data.datasets import DistributedDataset
 from mblm.model.utils import count_params
 from mblm.train.core.config import GenericEntryConfig, TIoConfig, TModelParams, TTrainConfig
 from mblm.train.core.parallel import Workers
-from mblm.train.core.sampling import EpochBatches, EpochSampler, ShardedBatches
+from mblm.train.core.sampling import EpochBatches
 from mblm.utils import cuda
 from mblm.utils.logging import create_logger
 
@@ -169,13 +169,12 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         The default starts within an epoch without loading what comes before. Any other loader may
         be returned: after a resume it is asked for the batches before, which are dropped.
         """
-        shuffle = self.config.train.shuffle_train
-        sampler = EpochSampler(dataset, shuffle=shuffle, seed=self._seed + 1 + self._workers.rank)
+        order = {
+            "shuffle": self.config.train.shuffle_train,
+            "seed": self._seed + 1 + self._workers.rank,
+        }
         return self._get_dataloader(
-            dataset,
-            lambda size, drop_last: EpochBatches(sampler, size, drop_last=drop_last),
-            {"drop_last": True},
-            additional_data_loader_kwargs,
+            dataset, order, {"drop_last": True, **additional_data_loader_kwargs}
         )
 
     def get_valid_dataloader(
@@ -185,48 +184,36 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
         Of another loader, which gives every worker all batches, each takes its own.
         """
-        return self._sharded_loader(
-            dataset, self.config.train.shuffle_eval, **additional_data_loader_kwargs
-        )
+        order = self._shared_order(self.config.train.shuffle_eval)
+        return self._get_dataloader(dataset, order, additional_data_loader_kwargs)
 
     def get_test_dataloader(
         self, dataset: DistributedDataset[TBatch], **additional_data_loader_kwargs: Any
     ) -> "DataLoader[TBatch]":
         """Make the loader for testing, as that for validation."""
-        return self._sharded_loader(dataset, False, **additional_data_loader_kwargs)
+        order = self._shared_order(shuffle=False)
+        return self._get_dataloader(dataset, order, additional_data_loader_kwargs)
 
-    def _sharded_loader(
-        self, dataset: DistributedDataset[TBatch], shuffle: bool, **theirs: Any
-    ) -> "DataLoader[TBatch]":
-        sampler = EpochSampler(dataset, shuffle=shuffle, seed=self._seed)
-        rank, world_size = self._workers.rank, self._workers.world_size
-        return self._get_dataloader(
-            dataset,
-            lambda size, drop_last: ShardedBatches(
-                sampler, size, drop_last=drop_last, rank=rank, world_size=world_size
-            ),
-            {"drop_last": False},
-            theirs,
-        )
+    def _shared_order(self, shuffle: bool) -> dict[str, Any]:
+        ours = {"rank": self._workers.rank, "world_size": self._workers.world_size}
+        return {"shuffle": shuffle, "seed": self._seed, **ours}
 
     def _get_dataloader(
-        self,
-        dataset: DistributedDataset[TBatch],
-        make_batches: Callable[[int, bool], EpochBatches],
-        ours: dict[str, Any],
-        theirs: dict[str, Any],
+        self, dataset: DistributedDataset[TBatch], order: dict[str, Any], given: dict[str, Any]
     ) -> "DataLoader[TBatch]":
-        """A loader of ours with the keywords that a subclass gives, which may say what to sample.
+        """A loader of `EpochBatches` in an order, or of what the keywords given say to sample.
 
         Ours draws no random numbers of the program's; one that the subclass made to sample draws
         those that `TrainBatches` can repeat.
         """
-        sizes = {"batch_size": self.config.train.batch_size, **ours, **theirs}
-        loader: dict[str, Any] = {"pin_memory": self._workers.device_type == "cuda"}
-        if "batch_sampler" in theirs:
-            return DataLoader(dataset, **{**loader, **theirs})
-        if {"shuffle", "sampler"} & theirs.keys() or sizes["batch_size"] is None:
-            return DataLoader(dataset, **{**loader, **sizes})
-        batches = make_batches(sizes.pop("batch_size"), sizes.pop("drop_last"))
-        loader |= {"batch_sampler": batches, "generator": batches.generator}
-        return DataLoader(dataset, **{**loader, **sizes})
+        given = {"pin_memory": self._workers.device_type == "cuda", **given}
+        if "batch_sampler" in given:
+            given.pop("drop_last", None)
+            return DataLoader(dataset, **given)
+        size = given.pop("batch_size", self.config.train.batch_size)
+        if {"shuffle", "sampler"} & given.keys() or size is None:
+            return DataLoader(dataset, batch_size=size, **given)
+        batches = EpochBatches(dataset, size, drop_last=given.pop("drop_last", False), **order)
+        return DataLoader(
+            dataset, **{"batch_sampler": batches, "generator": batches.generator, **given}
+        )

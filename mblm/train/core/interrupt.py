@@ -38,8 +38,8 @@ class Requests:
     """Notes signals and the time while the block runs, and lets the workers agree on what to do.
 
     Signals come to the workers at different moments. What a worker has seen by the end of a step
-    is exchanged while the next one runs, so that asking costs no waiting. SIGTERM and SIGINT ask a
-    run to stop, and so does SIGHUP, unless it is ignored, as after ``nohup``.
+    is exchanged while the next one runs, so that asking costs no waiting. SIGTERM asks a run to
+    stop, and so do SIGINT and SIGHUP unless they are ignored, as after ``nohup``.
 
     Args:
         group: What the workers exchange it over; None for a single one.
@@ -58,7 +58,7 @@ class Requests:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # others cannot take signals
             for number in _SIGNALS:
-                if number in (signal.SIGTERM, signal.SIGINT) or not _is_ignored(number):
+                if number == signal.SIGTERM or not _is_ignored(number):
                     self._handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -134,6 +134,7 @@ class _LoaderProcess:
         self._init = init
 
     def __call__(self, worker: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # not so from a server that was there
         threading.Thread(target=self._wait, daemon=True).start()
         if self._init is not None:
             self._init(worker)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -52,12 +53,13 @@ def epoch_cycler(
     """
     if start_batch and start_batch >= len(seq):
         raise IndexError(f"start_batch: {start_batch} is beyond a sequence of {len(seq)} items")
+    iter_from = getattr(seq, "iter_from", lambda start: islice(seq, start, None))
     epoch, yielded = start_epoch, 0
-    while True:
+    while yielded != max_iters:
         if before_new_epoch is not None:
             before_new_epoch(epoch)
         length = len(seq)
-        items = _skip_to(seq, start_batch) if length else iter(())
+        items = iter_from(start_batch) if length else iter(())
         for batch in range(start_batch, length):
             if yielded == max_iters:
                 return
@@ -72,13 +74,3 @@ def epoch_cycler(
             yielded += 1
         start_batch = 0
         epoch += 1
-
-
-def _skip_to(seq: SizedIterable[T], start: int) -> Iterator[T]:
-    if hasattr(seq, "iter_from"):
-        items: Iterator[T] = seq.iter_from(start)
-        return items
-    items = iter(seq)
-    for _ in range(start):
-        next(items)
-    return items

@@ -1,137 +1,114 @@
-"""What a run is trained on: told in its files, compared when it goes on and between workers."""
+"""What a run depends on: told in its files, compared when it goes on and between workers."""
 
 import hashlib
-import json
-from collections.abc import Sequence
-from typing import Any
+from collections import ChainMap
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from mblm.data.datasets import DistributedDataset
 from mblm.train.core.config import DataLineage, GenericEntryConfig, Lineage
 from mblm.train.core.parallel import Workers
 
-Config = GenericEntryConfig[Any, Any, Any]
+Facts: TypeAlias = dict[str, Any]
+"""Plain values by dotted names, such as ``train.batch_size``."""
 
-_LISTED = 100
+_LISTED_FILES = 100
+_LISTED_CHANGES = 4
 
 # What the place in the data, the steps of the schedule and the random numbers of a state mean.
-_FIXED = {
-    "params": {"input_seq_len"},
-    "train": {
-        "target_elements_strategy",
-        "batch_size",
-        "shuffle_train",
-        "gradient_accumulate_every",
-        "seed",
-    },
-    "io": {"name_model", "dataset_id", "dataset_args"},
-}
-
-_OF_A_MACHINE = {"io": {"output_dir", "dataset_dir"}}
+_FIXED = (
+    "params.input_seq_len",
+    "train.target_elements_strategy",
+    "train.batch_size",
+    "train.shuffle_train",
+    "train.gradient_accumulate_every",
+    "train.seed",
+    "io.name_model",
+    "io.dataset_id",
+    "io.dataset_args",
+    "stages",
+    "training_data",
+    "validation_data",
+)
+_OF_A_MACHINE = ("io.output_dir", "io.dataset_dir")
 
 
 def lineage_of(dataset: DistributedDataset[Any]) -> DataLineage:
     """What the data of a dataset are, on whatever machine and in whatever folder."""
-    sources = dataset.lineage()
-    text = "".join(f"{size} {name}\n" for name, size in sources)
+    files = dataset.lineage()
+    text = "".join(f"{size} {name}\n" for name, size in files)
     return DataLineage(
+        dataset=type(dataset).__name__,
+        size=dataset._data_size,
+        files=len(files),
+        total=sum(size for _, size in files),
+        first=files[:_LISTED_FILES],
         digest=hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),
-        size=sources[0][1],
-        files=len(sources) - 1,
-        first=[f"{name}: {size}" for name, size in sources[:_LISTED]],
     )
 
 
-def check_same_on_all(lineage: Lineage, workers: Workers) -> None:
-    """Refuse workers that do not train the same; returns when all of them have come here.
+def facts_of(*parts: GenericEntryConfig[Any, Any, Any] | Lineage) -> Facts:
+    """What is configured but for where to resume, and what it is trained on."""
+    return _flat(ChainMap(*(part.model_dump(mode="json", exclude={"resume"}) for part in parts)))
+
+
+def check_same_on_all(facts: Facts, workers: Workers) -> None:
+    """Refuse workers that do not train the same: they would diverge, or wait without end.
+
+    Folders may be others on another machine. Returns when all workers have come here.
 
     Raises:
         ValueError: On all workers: what differs between the main one and another.
     """
-    of_all = workers.gather(lineage)
+    of_all = workers.gather({n: value for n, value in facts.items() if n not in _OF_A_MACHINE})
     for rank, of_rank in enumerate(of_all):
-        if differences := _differences(of_all[0], of_rank):
-            raise ValueError(f"rank 0 and rank {rank} do not train the same: {differences[0]}")
+        if changes := _changes(of_all[0], of_rank):
+            raise ValueError(
+                f"rank 0 and rank {rank} do not train the same: {_listing(list(changes.values()))}"
+            )
 
 
-def check_same_settings(config: Config, workers: Workers, **others: object) -> None:
-    """Refuse workers whose settings differ: they would diverge, or wait for one another forever.
-
-    Args:
-        config: The configuration; its folders may be others on another machine.
-        workers: The workers.
-        others: What must not differ beside it.
-
-    Raises:
-        ValueError: On all workers: a field that differs between the main one and another.
-    """
-    settings: dict[str, object] = dict(others)
-    for part, fields in config.model_dump(mode="json", exclude=_OF_A_MACHINE).items():
-        settings |= {f"{part}.{name}": value for name, value in (fields or {}).items()}
-    of_all = workers.gather(settings)
-    for rank, of_rank in enumerate(of_all):
-        for name in sorted(of_all[0].keys() | of_rank.keys()):
-            main, other = of_all[0].get(name), of_rank.get(name)
-            if main != other:
-                raise ValueError(
-                    f"the processes of a run need the same settings: {name} is {main!r} on rank 0 "
-                    f"and {other!r} on rank {rank}"
-                )
-
-
-def check_same_as_before(
-    before: dict[str, Any], now: dict[str, Any], lineage: Lineage, state: object
-) -> list[str]:
+def check_same_as_before(before: Facts, now: Facts, state: object) -> list[str]:
     """Compare a run with the one that a training state is of.
 
     Args:
-        before: The configuration and the lineage that the state was saved with.
-        now: The configuration.
-        lineage: What the run would be trained on.
+        before: The facts that the state was saved with.
+        now: The facts.
         state: The state, for the message.
 
     Returns:
-        The fields that have changed and take effect from now on.
+        What has changed and takes effect from now on.
 
     Raises:
-        ValueError: Something has changed that the state's numbers depend on; all of it is named.
+        ValueError: Something has changed that the state's numbers depend on.
     """
-    now, then = json.loads(json.dumps(now)), Lineage.model_validate(before["lineage"])
-    is_same = then.package == lineage.package
-    taken = [] if is_same else [f"package: {then.package} -> {lineage.package}"]
-    refused = _differences(then, lineage)
-    for part, fixed in _FIXED.items():
-        for name, value in before["config"][part].items():
-            if name in now[part] and now[part][name] != value:
-                change = f"{part}.{name}: {value} -> {now[part][name]}"
-                (refused if name in fixed else taken).append(change)
+    changes = _changes(before, now)
+    refused = [n for n in changes if any(f"{n}.".startswith(f"{fixed}.") for fixed in _FIXED)]
     if refused:
         raise ValueError(
-            f"{state} cannot be gone on from, since these have changed: {'; '.join(refused)}. "
-            "Change them back, or begin a new run with the weights of a .pth file"
+            f"{state} cannot be gone on from, since these have changed: "
+            f"{_listing([changes[name] for name in refused])}. Change them back, or begin a new "
+            "run with the weights of a .pth file"
         )
-    return taken
+    return list(changes.values())
 
 
-def _differences(before: Lineage, now: Lineage) -> list[str]:
-    changes = []
-    if before.stages != now.stages:
-        changes.append(f"stages: {before.stages} -> {now.stages}")
-    for name in ("training_data", "validation_data"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            changes.append(
-                f"{name}: {_told(old)} -> {_told(new)}{_first_other(old.first, new.first)}"
-            )
-    return changes
+def _flat(value: Any, name: str = "") -> Facts:
+    """Nested containers as one, in which the names of the items follow those around them."""
+    if not isinstance(value, (Mapping, list)) or not value:
+        return {name: value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    prefix = f"{name}." if name else ""
+    return {n: v for key, item in items for n, v in _flat(item, f"{prefix}{key}").items()}
 
 
-def _told(data: DataLineage) -> str:
-    files = f" of {data.files:,} file{'s' * (data.files != 1)}"
-    return f"{data.size:,} elements" + (files if data.files else "")
+def _changes(before: Facts, now: Facts) -> dict[str, str]:
+    names = [*before, *(name for name in now if name not in before)]
+    pairs = {name: (before.get(name), now.get(name)) for name in names}
+    return {n: f"{n}: {old} -> {new}" for n, (old, new) in pairs.items() if old != new}
 
 
-def _first_other(old: Sequence[str], new: Sequence[str]) -> str:
-    for before, now in zip([*old, "nothing"], [*new, "nothing"], strict=False):
-        if before != now:
-            return f", such as {before} -> {now}"
-    return ""
+def _listing(changes: list[str]) -> str:
+    more = len(changes) - _LISTED_CHANGES
+    listed = "; ".join(changes[:_LISTED_CHANGES])
+    return f"{listed} and {more} more" if more > 0 else listed

@@ -43,17 +43,16 @@ class CsvLog(Generic[Row]):
         with self._file.open("ab", buffering=0) as file:
             file.write(_csv_lines([row]).encode())
 
-    def keep_before(self, cum_batch: int) -> None:
-        """Drop what was written about this batch or later ones, and what a crash cut off."""
-        column = self._columns.index("cum_batch")
+    def keep_before(self, **batches: int) -> None:
+        """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut."""
+        batch, kind = self._columns.index("cum_batch"), self._columns.index("kind")
         text = self._file.read_text() if self._file.exists() else ""
-        rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
         kept = [
             row
-            for row in rows
+            for row in csv.reader(text[: text.rfind("\n") + 1].splitlines())
             if len(row) == len(self._columns)
-            and row[column].isdigit()
-            and int(row[column]) < cum_batch
+            and row[batch].isdigit()
+            and int(row[batch]) < batches.get(row[kind], 0)
         ]
         with atomic_write(self._file) as stream:
             stream.write(_csv_lines([self._columns, *kept]).encode())
@@ -99,19 +98,9 @@ class BestModels:
         best = sorted(whole or candidates, key=_worth)[: self._count]
         if best != self.entries:
             if self._writes and model in best:
-                self._save(model.loss, state, model.file)
+                save_model_state(self._run_dir / _BEST, model.file, state, model.loss)
             self.entries = best
             self._publish()
-
-    def _save(self, loss: float, state: dict[str, Any], file_name: str) -> None:
-        try:
-            save_model_state(self._run_dir / _BEST, file_name, state, loss)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot save the model: {error.strerror or error}; those before it are whole",
-                str(self._run_dir / _BEST / file_name),
-            ) from error
 
     def restore(self, entries: Iterable[Iterable[Any]]) -> None:
         """Take over what `entries` were, the best of them, and publish it."""

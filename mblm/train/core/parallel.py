@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mblm.utils.distributed import ElasticRunVars, cpu_group
 
 T = TypeVar("T")
-Tensors = dict[str, torch.Tensor]
+State = dict[str, Any]
+"""A state dict: tensors, and a module's extra state."""
 
 
 class Workers:
@@ -108,7 +109,7 @@ class ParallelModel:
         self.is_sharded = strategy == "fsdp" and workers.world_size > 1
         self._ddp: DistributedDataParallel | None = None
         if self.is_sharded:
-            _broadcast(model.state_dict().values(), workers)
+            _broadcast([*model.parameters(), *model.buffers()], workers)
             mesh = init_device_mesh(workers.device_type, (workers.world_size,))
             for module in (*units, model):
                 fully_shard(module, mesh=mesh)
@@ -161,7 +162,7 @@ class ParallelModel:
 
     # -- Weights --------------------------------------------------------------------------------
 
-    def full_state(self) -> Tensors:
+    def full_state(self) -> State:
         """The state dict of the whole model, for the main worker; on the CPU if it was sharded."""
         if not self.is_sharded:
             return self.base.state_dict()
@@ -169,15 +170,19 @@ class ParallelModel:
         for name, value in self.base.state_dict().items():
             full = _full(value)  # one tensor at a time is gathered
             if self._workers.is_main:
-                whole[name] = full.detach().cpu()
+                whole[name] = full.detach().cpu() if isinstance(full, torch.Tensor) else full
         return whole
 
-    def load_full_state(self, state: Tensors | None) -> None:
+    def load_full_state(self, state: State | None) -> None:
         """Give all workers the weights that the main one has."""
         own = self.base.state_dict()
         with torch.no_grad():
             for name in sorted(own):
                 target = own[name]
+                if not isinstance(target, torch.Tensor):  # a module's extra state
+                    extra = self._workers.from_main(state and state[name])
+                    self.base.load_state_dict({name: extra}, strict=False)
+                    continue
                 full = torch.empty(target.shape, dtype=target.dtype, device=self._workers.device)
                 if state is not None:
                     full.copy_(state[name])
@@ -188,26 +193,29 @@ class ParallelModel:
                 else:
                     target.copy_(full)
 
-    def local_state(self) -> Tensors:
+    def local_state(self) -> State:
         """The part of the state dict that this worker holds."""
         return {name: to_local(value) for name, value in self.base.state_dict().items()}
 
-    def load_local_state(self, state: Tensors) -> None:
+    def load_local_state(self, state: State) -> None:
         """Load what `local_state` gave.
 
         Raises:
             ValueError: The state is not that of this model on this worker.
         """
         own = self.local_state()
+        tensors = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
         wrong = sorted(
             own.keys() ^ state.keys()
-            | {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
+            | {n for n in tensors.keys() & state.keys() if tensors[n].shape != state[n].shape}
         )
         if wrong:
             raise ValueError(f"the saved weights do not fit the model: {', '.join(wrong[:8])}")
         with torch.no_grad():
-            for name, value in own.items():
+            for name, value in tensors.items():
                 value.copy_(state[name])
+        extra = {name: state[name] for name in own.keys() - tensors.keys()}
+        self.base.load_state_dict(extra, strict=False)
 
     def gradients(self) -> list[torch.Tensor | None]:
         """This worker's part of the gradients, by parameter."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from mblm.train.core.config import Lineage
 from mblm.train.core.parallel import ParallelModel, like_shard, to_local
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.sampling import TrainBatches
@@ -60,6 +61,7 @@ class Run:
 
     Attributes:
         plan: How long it is.
+        lineage: What it is made of.
         batches, validation: What it is trained and validated on.
         model, optimizer, scheduler, scaler: What is trained, and what trains it.
         position: Where it is.
@@ -68,6 +70,7 @@ class Run:
     """
 
     plan: Plan
+    lineage: Lineage
     batches: TrainBatches[Any]
     validation: "DataLoader[Any]"
     model: ParallelModel
@@ -80,6 +83,16 @@ class Run:
 
     def __post_init__(self) -> None:
         self.options = _options(self.optimizer)
+
+    def backward(self, loss: torch.Tensor, every: int) -> None:
+        """Add the gradients of a batch, one of so many of a step.
+
+        A loss that is not finite makes all gradients NaN, so that no worker applies the step.
+        """
+        divisor = torch.where(torch.isfinite(loss.detach()), float(every), math.nan)
+        scaled: Any = self.scaler.scale(loss / divisor)
+        scaled.backward()
+        self.losses.append(loss.detach())
 
     def step(self, *, clip: float | None, measure: Callable[[], float] | None = None) -> float:
         """Apply the gradients, unless one of them is NaN or infinite on any worker.
@@ -123,7 +136,7 @@ class Run:
         """What is this worker's."""
         state: State = {
             "position": asdict(self.position),
-            "rng": get_rng(),
+            "rng": get_rng(self.validation.generator),
             "epoch_rng": self.batches.epoch_rng,
             "gradients": self.model.gradients(),
             "losses": [loss.detach().cpu() for loss in self.losses],
@@ -149,7 +162,7 @@ class Run:
         self.model.load_gradients(own["gradients"])
         self.losses = list(own["losses"])
         self.batches.epoch_rng = own["epoch_rng"]
-        set_rng(own["rng"])
+        set_rng(own["rng"], self.validation.generator)
 
     def _repeat_schedule(self) -> None:
         """Bring the schedule to where it was: it depends on the plan and the steps, nothing else.

@@ -9,6 +9,7 @@
     tensorboard/            if configured
 """
 
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,19 @@ from mblm.train.core.training_state import (
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 Config = GenericEntryConfig[Any, Any, Any]
 
 
 class RunFolder:
     """Writes what a run tells. All workers have one; the main worker writes, all may log losses.
 
-    Making one makes the folder: everything else must have been checked before.
+    Making one makes the folder: everything else must have been checked before. While it exists,
+    no other process may have one of that folder.
 
     Args:
         config: The run's configuration.
@@ -77,6 +84,7 @@ class RunFolder:
             path = new_run_dir(Path(io.output_dir, f"{io.name_model}_{run_id}"))
         path = Path(workers.from_main(str(path)))
         path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
+        self._lock = hold_run(path) if workers.is_main else None
         self.path = path
         self._config = config
         self._config_file = path / options.config_file_name
@@ -115,8 +123,9 @@ class RunFolder:
         """Go back to a training state: drop what was written after it."""
         if self._workers.is_main:
             step = step_of(saved.path)
-            self._loss.keep_before(step)
-            self._timemem.keep_before(step)
+            validated = step - (saved.own["position"]["validates_after"] is not None)
+            for log in (self._loss, self._timemem):
+                log.keep_before(train=step, valid=validated)
             prune_states(self.path, after=step)
         self.best.restore(saved.manifest["best"])
         self._workers.barrier()
@@ -134,80 +143,37 @@ class RunFolder:
             )
             dump_yml(self._config_file, output)
 
-    def write_loss(
-        self,
-        kind: ModelMode,
-        loss: float,
-        *,
-        elements_seen: int = -1,
-        epoch: int = -1,
-        batch: int = -1,
-        cum_batch: int = -1,
-        lr: float = -1,
-        avg_grad: float = -1,
-        avg_grad_clipped: float = -1,
-    ) -> None:
-        """Append a row to ``loss.csv``, if this worker does."""
-        self._loss.write_row(
-            CSVLossEntry(
-                gpu_rank=self._workers.rank,
-                timestamp=str(datetime.now()),
-                elements_seen=elements_seen,
-                kind=kind.value,
-                epoch=epoch,
-                batch=batch,
-                cum_batch=cum_batch,
-                loss=loss,
-                lr=lr,
-                avg_grad=avg_grad,
-                avg_grad_clipped=avg_grad_clipped,
-            )
-        )
+    def write_loss(self, kind: ModelMode, loss: float, **columns: float) -> None:
+        """Append a row to ``loss.csv``, if this worker does; columns that are not given are -1."""
+        told: dict[str, Any] = {"gpu_rank": self._workers.rank, "timestamp": str(datetime.now())}
+        told |= {"kind": kind.value, "loss": loss, **columns}
+        row = CSVLossEntry(**{**dict.fromkeys(CSVLossEntry._fields, -1), **told})
+        self._loss.write_row(row)
         if self._board is not None:
-            self._board.add_scalar(f"loss/{kind.value}", loss, cum_batch)
+            self._board.add_scalar(f"loss/{kind.value}", loss, row.cum_batch)
             if kind is ModelMode.TRAIN:
-                self._board.add_scalar("learning rate", lr, cum_batch)
+                self._board.add_scalar("learning rate", row.lr, row.cum_batch)
             self._board.flush()
 
-    def write_timemem(
-        self,
-        cum_batch: int,
-        num_items: int,
-        kind: ModelMode,
-        fw_time: float,
-        bw_time: float | None,
-    ) -> None:
-        """Append a row to ``timemem.csv``."""
-        memory = cuda_memory_snapshot(self._workers.device)
-        self._timemem.write_row(
-            CSVTimeAndMemSnapshotEntry(
-                cum_batch=cum_batch,
-                num_items=num_items,
-                kind=kind.value,
-                fw_time=fw_time,
-                bw_time=bw_time,
-                allocated=memory.allocated,
-                allocated_max=memory.allocated_max,
-                reserved=memory.reserved,
-                reserved_max=memory.reserved_max,
-                total=memory.total,
-            )
-        )
+    def write_timemem(self, kind: ModelMode, **columns: Any) -> None:
+        """Append a row to ``timemem.csv``: these columns, and the GPU's memory now."""
+        memory = asdict(cuda_memory_snapshot(self._workers.device))
+        del memory["unit"]
+        self._timemem.write_row(CSVTimeAndMemSnapshotEntry(kind=kind.value, **columns, **memory))
 
     def add_model(
-        self, loss: float, state: dict[str, Any], position: Position | None, *, left_out: int = 0
+        self, loss: float, left_out: int, state: dict[str, Any], position: Position
     ) -> None:
         """Offer a model for the best; ``config.yaml`` then tells how to go on from the best.
 
         Args:
-            loss: Its validation loss.
+            loss, left_out: Its validation loss, and how many batches that does not count.
             state: Its whole state dict; the main worker's counts.
-            position: Where it was made; None for the one that the run started from.
-            left_out: How many batches the loss does not count.
+            position: Where it was made.
         """
-        name = "resumed.pth" if position is None else f"step_{position.step:08d}.pth"
+        name = f"step_{position.step:08d}.pth" if position.done else "resumed.pth"
         self.best.add(Ranked(loss, name, left_out), state)
-        if position is not None:
+        if position.done:
             self._resume.next_epoch_index = position.epoch
             self._resume.next_batch_index = position.batch
             self._resume.checkpoint_file = str(self.best.best_file() or "")
@@ -224,6 +190,24 @@ class RunFolder:
             return ResumeConfig.model_validate(told)
         except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
             return self._resume  # The file is lost or was changed: it is written anew.
+
+
+def hold_run(folder: Path) -> Any:
+    """Keep other processes from a run while the file that this returns is open.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    (folder / "state").mkdir(exist_ok=True)
+    file = (folder / "state" / "lock").open("ab")
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder}: another process is training this run") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def _tensorboard() -> Any:

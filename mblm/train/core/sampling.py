@@ -1,7 +1,6 @@
 """Which samples come when: shuffled by seed and epoch, started anywhere, shared among workers."""
 
 from collections.abc import Iterator, Sized
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,105 +13,68 @@ from mblm.train.core.rng import Rng, get_rng, set_rng
 
 T = TypeVar("T")
 
-_CHUNK = 1 << 16  # indices that are Python integers at a time
-
-
-class EpochSampler(Sampler[int]):
-    """All indices of a dataset, in order or shuffled by nothing but the seed and the epoch.
-
-    Attributes:
-        dataset, seed: As given.
-        epoch: The epoch whose order comes next.
-        start: How many indices to leave out the next time; then it is 0 again.
-    """
-
-    def __init__(self, dataset: Sized, *, shuffle: bool, seed: int) -> None:
-        self.dataset = dataset
-        self._shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        start, self.start = self.start, 0
-        if not self._shuffle:
-            yield from range(start, len(self))
-            return
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        for chunk in torch.randperm(len(self), generator=generator)[start:].split(_CHUNK):
-            yield from chunk.tolist()
-
 
 class EpochBatches(Sampler[Batch]):
-    """The batches of an epoch, in the order of a sampler, from any of them on.
+    """The batches of an epoch, in order or shuffled by seed and epoch alone, from any of them on.
 
     Args:
-        sampler: Gives the order of the samples.
+        dataset: Has a length, which may change between epochs.
         batch_size: Samples of a batch.
+        shuffle, seed: Whether to shuffle, and what decides the orders.
         drop_last: Whether to leave out a last batch that is short.
+        rank, world_size: Of several workers that share the batches out, which this is.
 
     Attributes:
         generator: For the loader, which seeds its workers with it: by seed and epoch alone.
+        world_size: As given.
     """
 
-    def __init__(self, sampler: EpochSampler, batch_size: int, *, drop_last: bool) -> None:
-        self._sampler = sampler
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._dataset = dataset
         self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
         self._drop_last = drop_last
-        self._start = 0
+        self._rank = rank
+        self.world_size = world_size
         self.generator = torch.Generator()
         self.begin(0)
 
     def begin(self, epoch: int, start: int = 0) -> None:
         """Let an epoch come next, from the batch ``start`` on."""
-        self._sampler.epoch = epoch
-        self._start = start
-        self.generator.manual_seed(_mix(self._sampler.seed, epoch))
+        self._epoch, self._start = epoch, start
+        self.generator.manual_seed(_mix(self._seed, epoch))
 
     @property
     def total(self) -> int:
-        """How many batches there are; of a sharded epoch, all workers together."""
+        """How many batches there are, all workers together."""
         short = 0 if self._drop_last else self._batch_size - 1
-        return (len(self._sampler) + short) // self._batch_size
+        return (len(self._dataset) + short) // self._batch_size
 
     def __len__(self) -> int:
-        return self.total
+        return len(range(self._rank, self.total, self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        start, self._start = self._start, 0
-        epoch, offset = self._sampler.epoch, getattr(self._sampler.dataset, "sample_offset", 0)
-        self._sampler.start = start * self._batch_size
-        indices = iter(self._sampler)
-        for number in range(start, self.total):
-            seed = (self._sampler.seed, epoch, number)
-            of_batch = islice(indices, self._batch_size)
-            yield Batch(of_batch, seed, offset)
-
-
-class ShardedBatches(EpochBatches):
-    """Every ``world_size``-th batch of a dataset, from batch ``rank`` on."""
-
-    def __init__(
-        self,
-        sampler: EpochSampler,
-        batch_size: int,
-        *,
-        rank: int,
-        world_size: int,
-        drop_last: bool = False,
-    ) -> None:
-        super().__init__(sampler, batch_size, drop_last=drop_last)
-        self._rank = rank
-        self._world_size = world_size
-
-    def __len__(self) -> int:
-        return len(range(self._rank, self.total, self._world_size))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return islice(super().__iter__(), self._rank, None, self._world_size)
+        epoch, start, self._start = self._epoch, self._start, 0
+        offset = getattr(self._dataset, "sample_offset", 0)
+        samples: Any = range(len(self._dataset))
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
+            samples = torch.randperm(len(samples), generator=generator).numpy()
+        for number in range(self._rank, self.total, self.world_size)[start:]:
+            of_batch = samples[number * self._batch_size :][: self._batch_size]
+            indices = of_batch.tolist() if self._shuffle else of_batch
+            yield Batch(indices, (self._seed, epoch, number), offset)
 
 
 class TrainBatches(Generic[T]):

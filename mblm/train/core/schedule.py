@@ -1,10 +1,11 @@
 """How long a run is, and when in it to log and to validate."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from mblm.train.core.config import CoreIoConfig, CoreTrainConfig
+from mblm.train.core.config import GenericEntryConfig
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,16 @@ class Plan:
     validation_points: frozenset[int]
 
 
-def plan_run(
-    train: CoreTrainConfig, io: CoreIoConfig, *, input_seq_len: int, world_size: int, start: int
-) -> Plan:
+def plan_run(config: GenericEntryConfig[Any, Any, Any], world_size: int, start: int = 0) -> Plan:
     """Plan a run of ``world_size`` workers from the batch with the cumulative index ``start``.
 
     Raises:
         ValueError: A step takes more batches than the run has.
     """
+    train, io = config.train, config.io
     elements = train.batch_size
     if train.target_elements_strategy == "sequence":
-        elements *= input_seq_len
+        elements *= config.params.input_seq_len
     wanted = -(-train.target_elements // (world_size * elements))
     every = train.gradient_accumulate_every
     if every > wanted:
@@ -62,13 +62,13 @@ def plan_run(
     )
 
 
-def check_start(plan: Plan, *, done: int, batch: int, batches: int) -> None:
+def check_start(plan: Plan, done: int, epoch: int, batch: int, batches: int) -> None:
     """Refuse a place to start from that is past the run's end or not in its data.
 
     Args:
         plan: The run.
         done: Batches of it that are done.
-        batch: Which of the first epoch's batches comes next.
+        epoch, batch: Where the next batch is.
         batches: How many that epoch has.
     """
     if done > plan.batches:
@@ -76,6 +76,8 @@ def check_start(plan: Plan, *, done: int, batch: int, batches: int) -> None:
             f"train.target_elements: they are reached after {plan.batches} batches, and the run "
             f"that is to go on has {done} behind it; expected at least as many"
         )
+    if epoch < 0:
+        raise ValueError(f"resume.next_epoch_index: expected at least 0, got {epoch}")
     if batch and not 0 < batch < batches:  # an epoch without batches is passed over
         raise ValueError(
             f"resume.next_batch_index: expected a batch of an epoch of {batches}, got {batch}: are "

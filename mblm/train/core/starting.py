@@ -1,5 +1,7 @@
 """A trainer before it trains: everything is read, made and checked, and only then written."""
 
+import sys
+
 import torch
 
 from mblm import __version__
@@ -15,7 +17,7 @@ from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHoo
 from mblm.train.core.lineage import (
     check_same_as_before,
     check_same_on_all,
-    check_same_settings,
+    facts_of,
     lineage_of,
 )
 from mblm.train.core.parallel import ParallelModel, Workers
@@ -23,7 +25,8 @@ from mblm.train.core.precision import Precision
 from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder
 from mblm.train.core.sampling import TrainBatches
-from mblm.train.core.schedule import Plan, check_start, plan_run
+from mblm.train.core.schedule import check_start, plan_run
+from mblm.train.core.telling import describe_data, describe_model, describe_plan, format_loss
 from mblm.train.core.training_state import (
     SavedState,
     find_latest_state,
@@ -52,15 +55,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self._precision = Precision(
             config.train.precision, self._workers.device_type, self.options.amp_dtype
         )
-        check_same_settings(
-            config,
-            self._workers,
-            package=__version__,
-            precision=self._precision.dtype,
-            skip_validation=self.options.skip_validation,
-        )
-        self._plan(start=0)  # which refuses what cannot be planned, before anything is written
-
+        plan_run(config, self._workers.world_size)  # refuses what cannot be planned
         self._is_open = False
         self._test_loss: float | None = None
         self._resumed: SavedState | None = None
@@ -75,28 +70,29 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self._restores = config.resume is not None and self._resumed is None
         if self._restores:
             self._load_checkpoint(model)
+        self._parameters = self.configure_count_parameters(model)
+        self._stages = self.configure_stage_types(model)
+        # Here: a worker that has failed, or has another model, is noticed before nccl waits for it.
+        check_same_on_all(
+            {
+                **facts_of(config),
+                "package": __version__,
+                "precision": self._precision.dtype,
+                "skip_validation": self.options.skip_validation,
+                "stages": self._stages,
+                "parameters": self._parameters[0],
+            },
+            self._workers,
+        )
         drawn = int(torch.randint(2**31, ())) if seed is None else seed
-        # All wait for all here: a worker that has failed is noticed before nccl would wait for it.
-        self._seed: int = self._workers.gather(drawn)[0]
+        self._seed = self._workers.from_main(drawn)
         if self._resumed is not None:
             self._seed = self._resumed.common["seed"]
         elif seed is not None or self._workers.rank:  # what is drawn differs between workers
             seed_everything((self._seed + 1 + self._workers.rank) % 2**32)
 
-        self._parameters = self.configure_count_parameters(model)
-        self._stages = self.configure_stage_types(model)
         self._parallel = ParallelModel(
             model, self._workers, config.train.strategy, self.configure_fsdp_units(model)
-        )
-        self._model_dist = self._parallel.call
-
-    def _plan(self, start: int) -> Plan:
-        return plan_run(
-            self.config.train,
-            self.config.io,
-            input_seq_len=self.config.params.input_seq_len,
-            world_size=self._workers.world_size,
-            start=start,
         )
 
     def _start(
@@ -107,7 +103,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         Everything is checked here, on all workers, and nothing is written.
         """
         config, resume, resumed = self.config.train, self.config.resume, self._resumed
-        self._lineage = Lineage(
+        lineage = Lineage(
             package=__version__,
             stages=self._stages,
             seed=self._seed,
@@ -115,8 +111,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             validation_data=lineage_of(valid_dataset),
         )
         if resumed is not None:
-            now = self.config.model_dump(mode="json")
-            changes = check_same_as_before(resumed.manifest, now, self._lineage, resumed.path)
+            then, now = resumed.manifest["facts"], facts_of(self.config, lineage)
+            changes = check_same_as_before(then, now, resumed.path)
             self._notes += [f"The configuration has changed: {change}" for change in changes]
         train_dataset.offset_to(0)  # the epoch that has most batches
         batches = TrainBatches(self.get_train_dataloader(train_dataset))
@@ -130,12 +126,13 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         elif resume is not None:
             position.epoch, position.batch = resume.next_epoch_index, resume.next_batch_index
             position.step = len(batches) * position.epoch + position.batch
-        plan = self._plan(position.step - position.done)
+        plan = plan_run(self.config, self._workers.world_size, position.step - position.done)
         train_dataset.offset_to(position.epoch)
-        check_start(plan, done=position.done, batch=position.batch, batches=len(batches))
+        check_start(plan, position.done, position.epoch, position.batch, len(batches))
         optimizer = self.configure_optimizer(self._parallel.parameters())
         run = Run(
             plan,
+            lineage,
             batches,
             self.get_valid_dataloader(valid_dataset),
             self._parallel,
@@ -146,7 +143,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         )
         if resumed is not None:
             run.load(resumed)
-        check_same_on_all(self._lineage, self._workers)
+        check_same_on_all(facts_of(lineage), self._workers)
         self._notes.append(
             f"Batches {position.done} to {plan.batches} of this run on each of "
             f"{self._workers.world_size} workers, {plan.gradient_steps} gradient steps in all, "
@@ -210,3 +207,53 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             raise error
         self._resumed = load_training_state(state_dir, self._workers, self.config.train.strategy)
         self._log.info(f"{restarts} restarts are left")
+
+    # -- What is said ----------------------------------------------------------------------------
+
+    def _announce(self, run: Run) -> None:
+        """Say what is trained."""
+        every, unit = self.config.train.gradient_accumulate_every, self.progress_unit
+        lineage = run.lineage
+        self._say(describe_model(*self._parameters))
+        self._say(describe_data(lineage.training_data, lineage.validation_data, unit))
+        self._say(
+            describe_plan(
+                steps=run.plan.gradient_steps,
+                done=run.position.done // every,
+                elements=self._elements_per_batch() * every,
+                unit=unit,
+                validations=len(run.plan.validation_points),
+                workers=self._workers.world_size,
+                folder=self._folder.path,
+            )
+        )
+
+    def tell_result(self) -> None:
+        """Say what came out, where it is, and what to type next; called when all is done."""
+        best, folder = self._folder.best.entries, self._folder.path
+        measured = {"Best validation": best[0][0] if best else None, "test": self._test_loss}
+        losses = [
+            f"{name}: {format_loss(loss, self.progress_unit)}"
+            for name, loss in measured.items()
+            if loss is not None
+        ]
+        self._say("; ".join([*losses, f"the run is in {folder}"]))
+        if best and (command := self.configure_next_command(folder)):
+            self._say(f"Next: {command}")
+
+    def _elements_per_batch(self) -> int:
+        """Elements of a batch, all workers together."""
+        train, length = self.config.train, self.config.params.input_seq_len
+        return train.batch_size * length * self._workers.world_size
+
+    def _say(self, message: str) -> None:
+        """Say something that who watches wants to know."""
+        self._log.info(message)
+        if self._workers.is_main and self.options.announce:
+            print(message, file=sys.stderr, flush=True)
+
+    def _tell(self, message: str) -> None:
+        """Say something once that must not be missed."""
+        self._log.error(message)
+        if self._workers.is_main:
+            print(message, file=sys.stderr, flush=True)

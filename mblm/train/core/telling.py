@@ -1,8 +1,10 @@
 """What a run says on standard error: what it will do, and what came out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+
+from mblm.train.core.config import DataLineage
 
 
 def format_loss(loss: float, unit: str) -> str:
@@ -17,27 +19,14 @@ def describe_model(parameters: int, parts: Mapping[str, int]) -> str:
     return f"Model: {parameters:,} parameters" + (f" ({told})" if told else "")
 
 
-Sources = Sequence[tuple[str, int]]
-
-
-def describe_data(name: str, training: Sources, validation: Sources, unit: str) -> str:
-    """One line: the files, their size, and that of the parts.
-
-    Args:
-        name: The dataset's class, by which its `lineage` tells the size of the part.
-        training, validation: The lineages of the two parts.
-        unit: What is counted.
-    """
-    files = [source for source in training if source[0] != name]
-    if files:
-        told = files[0][0] if len(files) == 1 else f"{len(files):,} files"
-        told += f", {sum(size for _, size in files):,} {unit}s"
-    else:
-        told = name
-    parts = [dict(training).get(name), dict(validation).get(name)]
-    if None not in parts:
-        told += f"; {parts[0]:,} {unit}s to train on, {parts[1]:,} to validate"
-    return f"Data: {told}"
+def describe_data(training: DataLineage, validation: DataLineage, unit: str) -> str:
+    """One line: the files, their size, and that of the parts in elements of this name."""
+    source = training.dataset
+    if training.files:
+        source = training.first[0][0] if training.files == 1 else f"{training.files:,} files"
+        source += f", {training.total:,} bytes"
+    parts = f"{training.size:,} {unit}s to train on, {validation.size:,} to validate"
+    return f"Data: {source}; {parts}"
 
 
 def describe_plan(

@@ -1,10 +1,11 @@
 """The trainer: what a subclass gives, trained in a loop that loses nothing."""
 
 import math
-import sys
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,30 +15,19 @@ from tqdm import tqdm
 
 from mblm.data.datasets import DistributedDataset
 from mblm.data.types import ModelMode
-from mblm.train.core.config import (
-    TIoConfig,
-    TModelParams,
-    TTrainConfig,
-)
-from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, evaluate
+from mblm.train.core.config import TIoConfig, TModelParams, TTrainConfig
+from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, Stop, evaluate
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
+from mblm.train.core.lineage import facts_of
 from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
 from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
 from mblm.train.core.sampling import EpochBatches
 from mblm.train.core.starting import TrainerStart
-from mblm.train.core.telling import (
-    describe_data,
-    describe_model,
-    describe_plan,
-    format_loss,
-)
-from mblm.train.core.training_state import (
-    save_training_state,
-)
+from mblm.train.core.training_state import save_training_state
 
 __all__ = ["CoreTrainer", "CoreTrainerOptions"]
 
@@ -85,15 +75,18 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         """
         run = self._start(train_dataset, valid_dataset)
         self._open()
-        self._announce(run, train_dataset, valid_dataset)
-        self._folder.lineage = self._lineage
+        self._announce(run)
+        self._folder.lineage = run.lineage
         summary = self._folder.summary
         summary.training_start = datetime.now().isoformat()
         restarts = self.options.max_train_restarts if self._workers.world_size == 1 else 0
         try:
             self._folder.dump_config()
-            if self._restores:
-                self._rank_restored(run)
+            if self._restores and not self.options.skip_validation:
+                rng = get_rng(run.validation.generator)
+                result = self._rank(run, place := "Validation of the weights that it starts from")
+                self._log.info(f"{place}: loss {result.loss}")
+                set_rng(rng, run.validation.generator)
             while True:
                 self._rewind(run)
                 try:
@@ -126,25 +119,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         loader = self.get_test_dataloader(test_dataset)
         is_ours = model is self._parallel.base
         callee = self._parallel.to_evaluate if is_ours else model
-        result = self._evaluate(callee, loader, Position(step=0, elements_seen=-1))
-        if trouble := result.trouble():
-            self._tell(f"Test: {trouble}")
-        self._log.info(f"Test loss: {result.loss}")
-        self._folder.write_loss(ModelMode.TEST, result.loss)
-        self._test_loss = result.loss
-
-    def tell_result(self) -> None:
-        """Say what came out, where it is, and what to type next; called when all is done."""
-        best, folder = self._folder.best.entries, self._folder.path
-        measured = {"Best validation": best[0][0] if best else None, "test": self._test_loss}
-        losses = [
-            f"{name}: {format_loss(loss, self.progress_unit)}"
-            for name, loss in measured.items()
-            if loss is not None
-        ]
-        self._say("; ".join([*losses, f"the run is in {folder}"]))
-        if best and (command := self.configure_next_command(folder)):
-            self._say(f"Next: {command}")
+        self._test_loss = self._evaluate(callee, loader, Position(elements_seen=-1), "Test").loss
+        self._log.info(f"Test loss: {self._test_loss}")
+        self._folder.write_loss(ModelMode.TEST, self._test_loss)
 
     def avg_gradient_value(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
@@ -170,10 +147,18 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         )
         run.model.call.train()
         requests = Requests(self._workers.group, 60 * self.config.io.save_every_minutes)
-        with requests, self._progress(run) as progress:
+        progress = Progress(
+            plan.batches,
+            self._elements_per_batch(),
+            done=position.done,
+            unit=self.progress_unit,
+            bar=self.options.display_progress and self._workers.is_main,
+            say=self._say,
+            interval=self.options.train_prog_min_interval_seconds,
+        )
+        with requests, progress:
             if position.validates_after is not None:  # where the run was stopped
                 self._validate(run, requests)
-                self._save(run, replaces=True)
             for item in items:
                 index = position.step
                 is_last = position.done + 1 == plan.batches
@@ -181,7 +166,17 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 loss = self._forward_backward(run, item.item, completes=completes)
                 position.advance(item.next_epoch, item.next_batch, plan.elements_per_batch)
                 if index in plan.log_points:
-                    self._log_train_loss(run, item, float(loss))
+                    # The gradients are those of the last step.
+                    self._log_loss(
+                        ModelMode.TRAIN,
+                        float(loss),
+                        position,
+                        item.epoch,
+                        item.batch,
+                        lr=float(run.optimizer.param_groups[0]["lr"]),
+                        avg_grad=position.avg_grad,
+                        avg_grad_clipped=position.avg_grad_clipped,
+                    )
                 if completes:
                     self._step(run, item)
                 validates = index in plan.validation_points and not self.options.skip_validation
@@ -192,8 +187,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 if validates or is_last or signal or is_due:
                     self._save(run)
                     requests.saved()
-                if progress is not None:
-                    progress.update(loss)
+                progress.update(loss)
                 if signal and not is_last:
                     raise TrainingInterrupted(
                         f"Stopped by {signal.name} after batch {index}; the state is saved"
@@ -202,32 +196,29 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- Training and validating -----------------------------------------------------------------
 
-    def _forward_backward(self, run: Run, batch: TBatch, *, completes: bool) -> torch.Tensor:
-        """Add a batch's gradients to those there are; returns the loss, a scalar on the device.
+    def _forward(self, model: nn.Module, batch: TBatch) -> torch.Tensor:
+        # Not around a loader: autocast has no type for the float16 that datasets collate.
+        with self._precision.autocast():
+            return self.model_forward(cast(TModel, model), batch, self._device)
 
-        A loss that is not finite makes all gradients NaN, so that no worker applies the step.
-        """
+    def _forward_backward(self, run: Run, batch: TBatch, *, completes: bool) -> torch.Tensor:
+        """Add a batch's gradients to those there are; returns the loss, a scalar on the device."""
+        measures = run.position.done < (self.options.track_first_fw_bw_exec_times or 0)
+        clock = self._workers.clock if measures else time.perf_counter
         with run.model.accumulate(is_last=completes):
-            measures = run.position.done < (self.options.track_first_fw_bw_exec_times or 0)
-            clock = self._workers.clock if measures else time.perf_counter
             start = clock()
-            with self._precision.autocast():
-                loss = self.model_forward(cast(TModel, run.model.call), batch, self._device)
+            loss = self._forward(run.model.call, batch)
             forward = clock()
-            every = self.config.train.gradient_accumulate_every
-            divisor = torch.where(torch.isfinite(loss.detach()), float(every), math.nan)
-            scaled: Any = run.scaler.scale(loss / divisor)
-            scaled.backward()
-            if measures:
-                backward = clock()
-                self._folder.write_timemem(
-                    run.position.step,
-                    self.config.train.batch_size,
-                    ModelMode.TRAIN,
-                    forward - start,
-                    backward - forward,
-                )
-        run.losses.append(loss.detach())
+            run.backward(loss, self.config.train.gradient_accumulate_every)
+            backward = clock()
+        if measures:
+            self._folder.write_timemem(
+                ModelMode.TRAIN,
+                cum_batch=run.position.step,
+                num_items=self.config.train.batch_size,
+                fw_time=forward - start,
+                bw_time=backward - forward,
+            )
         return loss.detach()
 
     def _step(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
@@ -277,12 +268,12 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
         Stopped on the way, the run goes on with the whole validation, as it was before it.
         """
-        position, rng = run.position, get_rng()
-        index = position.step - 1
+        position, generator = run.position, run.validation.generator
+        index, rng = position.step - 1, get_rng(generator)
         try:
-            result = self._evaluate(run.model.to_evaluate, run.validation, position, requests)
+            result = self._rank(run, f"Validation after batch {index}", requests.stop)
         except EvaluationStoppedError as stopped:
-            set_rng(rng)
+            set_rng(rng, generator)
             self._save(run)
             raise TrainingInterrupted(
                 f"Stopped by {stopped.number.name} in the validation after batch {index}; "
@@ -291,86 +282,70 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         assert position.validates_after is not None
         (epoch, batch), position.validates_after = position.validates_after, None
         run.model.call.train()
-        self._log.info(f"[{index}] Validation loss: {result.loss}")
-        self._folder.write_loss(
-            ModelMode.VALID,
-            result.loss,
-            elements_seen=position.elements_seen,
-            epoch=epoch,
-            batch=batch,
-            cum_batch=index,
-        )
-        trouble = result.trouble()
-        if trouble:
-            self._tell(f"Validation after batch {index}: {trouble}")
-        if math.isfinite(result.loss):
-            state = run.model.full_state()
-            self._folder.add_model(result.loss, state, position, left_out=len(result.left_out))
-        elif self.config.io.num_models_to_save and not self._folder.best.entries:
-            raise NonFiniteLossError(f"No model can be ranked. Validation: {trouble}")
+        self._log_loss(ModelMode.VALID, result.loss, position, epoch, batch)
+        if self.config.io.num_models_to_save and not self._folder.best.entries:
+            raise NonFiniteLossError(f"No model can be ranked. Validation: {result.trouble()}")
 
-    def _rank_restored(self, run: Run) -> None:
-        """Count the weights that the run starts from among the best, by their loss on its data."""
-        if self.options.skip_validation:
-            return
-        rng = get_rng()
-        result = self._evaluate(run.model.to_evaluate, run.validation, run.position)
-        set_rng(rng)
-        self._notes.append(f"Validation loss of the weights that it starts from: {result.loss}")
+    def _rank(self, run: Run, place: str, stop: Stop = lambda: None) -> Evaluation:
+        """Keep the model if its validation loss is among the best."""
+        position = run.position
+        result = self._evaluate(run.model.to_evaluate, run.validation, position, place, stop)
         if math.isfinite(result.loss):
-            state, left_out = run.model.full_state(), len(result.left_out)
-            self._folder.add_model(result.loss, state, None, left_out=left_out)
+            left_out, state = len(result.left_out), run.model.full_state()
+            self._folder.add_model(result.loss, left_out, state, position)
+        return result
 
     def _evaluate(
         self,
         model: nn.Module,
         loader: "DataLoader[TBatch]",
         position: Position,
-        requests: Requests | None = None,
+        place: str,
+        stop: Stop = lambda: None,
     ) -> Evaluation:
         """The mean loss over a loader's batches; raises `EvaluationStoppedError` on request."""
+        options = self.options
         if isinstance(loader.batch_sampler, EpochBatches):
             loader.batch_sampler.begin(position.step)  # another order, if it is shuffled
-
-        def forward(batch: TBatch) -> torch.Tensor:
-            # Not around the loader: autocast has no type for the float16 that datasets collate.
-            with self._precision.autocast():
-                return self.model_forward(cast(TModel, model), batch, self._device)
-
-        def show(indices: range) -> Any:
-            is_shown = self.options.display_progress and self._workers.is_main
-            interval = self.options.valid_prog_min_interval_seconds
-            return tqdm(
-                indices, "Evaluating", leave=False, disable=not is_shown, mininterval=interval
-            )
-
+        show: Callable[[range], Any] = partial(
+            tqdm,
+            desc="Evaluating",
+            leave=False,
+            disable=not (options.display_progress and self._workers.is_main),
+            mininterval=options.valid_prog_min_interval_seconds,
+        )
         model.eval()
         with torch.no_grad():  # inference mode would reach what FSDP gathers
             result = evaluate(
-                forward,
+                partial(self._forward, model),
                 self.count_entries,
                 loader,
                 self._workers,
                 max_batches=self.config.train.max_eval_steps,
                 in_step=self._parallel.is_sharded,
                 show=show,
-                stop=(lambda: None) if requests is None else requests.stop,
+                stop=stop,
             )
-        if self.options.track_first_fw_bw_exec_times:
+        if trouble := result.trouble():
+            self._tell(f"{place}: {trouble}")
+        if options.track_first_fw_bw_exec_times:
             self._folder.write_timemem(
-                position.step - 1, position.elements_seen, ModelMode.VALID, result.seconds, None
+                ModelMode.VALID,
+                cum_batch=position.step - 1,
+                num_items=position.elements_seen,
+                fw_time=result.seconds,
+                bw_time=None,
             )
         return result
 
     # -- States ----------------------------------------------------------------------------------
 
-    def _save(self, run: Run, *, replaces: bool = False) -> None:
+    def _save(self, run: Run) -> None:
         """Save the training state."""
         manifest = {
             "strategy": self.config.train.strategy,
             "best": self._folder.best.entries,
-            "config": self.config.model_dump(mode="json"),
-            "lineage": self._lineage.model_dump(mode="json"),
+            "facts": facts_of(self.config, run.lineage),
         }
         save_training_state(
             self._folder.path,
@@ -379,7 +354,6 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             {**run.common_state(), "seed": self._seed},
             run.own_state(),
             self._workers,
-            replaces=replaces,
         )
         self._folder.clean_up()
         self._log.debug(f"Saved the training state after {run.position.step} batches")
@@ -398,70 +372,10 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     # -- Small things ----------------------------------------------------------------------------
 
-    def _announce(
-        self, run: Run, training: DistributedDataset[TBatch], validation: DistributedDataset[TBatch]
+    def _log_loss(
+        self, kind: ModelMode, loss: float, at: Position, epoch: int, batch: int, **more: float
     ) -> None:
-        """Say what is trained."""
-        every, unit = self.config.train.gradient_accumulate_every, self.progress_unit
-        self._say(describe_model(*self._parameters))
-        name, sources = type(training).__name__, training.lineage()
-        self._say(describe_data(name, sources, validation.lineage(), unit))
-        self._say(
-            describe_plan(
-                steps=run.plan.gradient_steps,
-                done=run.position.done // every,
-                elements=self._elements_per_batch() * every,
-                unit=unit,
-                validations=len(run.plan.validation_points),
-                workers=self._workers.world_size,
-                folder=self._folder.path,
-            )
-        )
-
-    def _elements_per_batch(self) -> int:
-        """Elements of a batch, all workers together."""
-        train, length = self.config.train, self.config.params.input_seq_len
-        return train.batch_size * length * self._workers.world_size
-
-    def _say(self, message: str) -> None:
-        """Say something that who watches wants to know."""
-        self._log.info(message)
-        if self._workers.is_main and self.options.announce:
-            print(message, file=sys.stderr, flush=True)
-
-    def _tell(self, message: str) -> None:
-        """Say something once that must not be missed."""
-        self._log.error(message)
-        if self._workers.is_main:
-            print(message, file=sys.stderr, flush=True)
-
-    def _log_train_loss(self, run: Run, item: EpochCyclerYield[TBatch], loss: float) -> None:
-        """Log this worker's loss; the gradients are those of the last step."""
-        position, index = run.position, run.position.step - 1
-        rate = float(run.optimizer.param_groups[0]["lr"])
-        self._log.info(f"[{index}] Training loss: {loss}")
-        self._folder.write_loss(
-            ModelMode.TRAIN,
-            loss,
-            elements_seen=position.elements_seen,
-            epoch=item.epoch,
-            batch=item.batch,
-            cum_batch=index,
-            lr=rate,
-            avg_grad=position.avg_grad,
-            avg_grad_clipped=position.avg_grad_clipped,
-        )
-
-    def _progress(self, run: Run) -> AbstractContextManager[Progress | None]:
-        """Shows the main worker's progress."""
-        if not self._workers.is_main:
-            return nullcontext()
-        return Progress(
-            run.plan.batches,
-            self._elements_per_batch(),
-            done=run.position.done,
-            unit=self.progress_unit,
-            bar=self.options.display_progress,
-            say=self._say,
-            interval=self.options.train_prog_min_interval_seconds,
-        )
+        """Log this worker's loss of the batch before, which was there."""
+        self._log.info(f"[{at.step - 1}] {kind.value} loss: {loss}")
+        where = {"elements_seen": at.elements_seen, "epoch": epoch, "batch": batch}
+        self._folder.write_loss(kind, loss, **where, cum_batch=at.step - 1, **more)

@@ -5,8 +5,8 @@ A training state is a folder ``<run>/state/step_<n>``, n being the batches train
     common.pt      what all workers share: scaler, seed, and the weights and the optimizer's state
                    if every worker holds them
     rank_<r>.pt    what is one worker's: position, random numbers, pending gradients, its shard
-    COMPLETE       JSON: format, workers, strategy, configuration and lineage of the run, and the
-                   best models' losses and files
+    COMPLETE       JSON: format, workers, strategy, what the run depends on, and the best models'
+                   losses and files
 
 It is written as ``.step_<n>.tmp`` and renamed when all files are on the disk, so that a folder with
 that name is whole. All workers must see the same folder. Nothing but tensors and plain values is
@@ -109,20 +109,17 @@ def save_training_state(
     common: State,
     own: State,
     workers: Workers,
-    *,
-    replaces: bool = False,
 ) -> None:
     """Save a state, unless there is one of this step; called by all workers.
 
     Args:
         run_dir: The run folder.
         step: Batches trained on.
-        manifest: What `load_training_state` and others want to know of it: plain values,
-            ``strategy`` and ``best`` (loss, file and more) among them; the main worker's counts.
+        manifest: What others want to know of it, plain values: ``strategy``, ``facts``, and
+            ``best`` (loss, file and more); the main worker's counts.
         common: What all share; the main worker's counts.
         own: What is this worker's.
         workers: The workers.
-        replaces: Whether to replace the state of this step, if there is one.
 
     Raises:
         OSError: On all workers: the state cannot be written; the states before are as they were.
@@ -130,27 +127,22 @@ def save_training_state(
     """
     common, own = _plain(common, "common"), _plain(own, f"rank {workers.rank}")
     final = state_dir_at(run_dir, step)
-    if workers.from_main(is_training_state(final)) and not replaces:
+    if workers.from_main(is_training_state(final)):
         return
     temporary = final.with_name(f".{final.name}.tmp")
 
     def write() -> None:
         temporary.mkdir(parents=True, exist_ok=True)
-        _write(temporary / f"rank_{workers.rank}.pt", own)
+        save_tensors(temporary / f"rank_{workers.rank}.pt", own)
         if workers.is_main:
-            _write(temporary / "common.pt", common)
+            save_tensors(temporary / "common.pt", common)
 
     def complete() -> None:
         if workers.is_main:
             told = {"format": FORMAT, "workers": workers.world_size, **manifest}
             with atomic_write(temporary / _MANIFEST) as file:
                 file.write(json.dumps(told).encode())
-            if final.exists():  # no system replaces a folder; the states before are whole
-                os.rename(final, before := final.with_name(f".{final.name}.old.tmp"))
-                os.rename(temporary, final)
-                shutil.rmtree(before, ignore_errors=True)
-            else:
-                os.rename(temporary, final)
+            os.rename(temporary, final)
             sync_directory(final.parent)
 
     for part in (write, complete):
@@ -198,7 +190,7 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
 
 
 def read_manifest(state_dir: Path) -> State:
-    """What a state says of itself: ``config``, the configuration of its run, among other things.
+    """What a state says of itself: ``facts``, what its run depends on, among other things.
 
     Raises:
         ValueError: It is no whole state.
@@ -265,10 +257,6 @@ def _plain(value: Any, name: str) -> Any:
         f"{name}: expected a tensor or a plain value, got {type(value).__name__}, which could not "
         "be loaded again from a training state"
     )
-
-
-def _write(path: Path, content: State) -> None:
-    save_tensors(path, content)
 
 
 def _read(path: Path) -> State:

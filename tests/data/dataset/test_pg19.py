@@ -118,4 +118,4 @@ def test_a_real_book(shared: Path, tmp_path: Path) -> None:
 def test_its_lineage_is_the_books(books: Path) -> None:
     size = len("train 1.txt\r\né".encode()) * 5
     lineage = PG19(books, ModelMode.TRAIN, seq_len=20, **ALONE).lineage()
-    assert lineage == [("PG19", 3 * size), ("1.txt", size), ("2.txt", size), ("3.txt", size)]
+    assert lineage == [("1.txt", size), ("2.txt", size), ("3.txt", size)]

@@ -68,14 +68,15 @@ def test_a_run_that_fails_does_not_wait_for_the_processes_of_its_loader(tmp_path
     assert jobs.join([process]) == [1]
 
 
-def test_an_ignored_hangup_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_so(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with Requests(None, 0) as requests:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(number)
             assert requests.after_batch(is_last=False) == (None, False)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_states_are_saved_by_time_and_change_nothing(tmp_path):

@@ -9,48 +9,45 @@ from torch.utils.data import DataLoader
 
 from mblm.data.datasets import DistributedDataset
 from mblm.train.core.rng import get_rng, set_rng
-from mblm.train.core.sampling import EpochBatches, EpochSampler, ShardedBatches, TrainBatches
+from mblm.train.core.sampling import EpochBatches, TrainBatches
 
 
-def order(seed=1, epoch=0, start=0, size=200_000):
-    sampler = EpochSampler(range(size), shuffle=True, seed=seed)
-    sampler.epoch, sampler.start = epoch, start
-    return list(sampler)
+def order(size=20, epoch=0, start=0, seed=1, shuffle=True, **kwargs):
+    batches = EpochBatches(range(size), 3, shuffle=shuffle, seed=seed, **kwargs)
+    batches.begin(epoch, start)
+    first = list(batches)
+    assert len(first) == len(batches) - start
+    return first
 
 
 def test_shuffles_by_seed_and_epoch_alone():
     first = order()
     torch.manual_seed(99)
     assert order() == first
-    assert sorted(first) == list(range(200_000))
+    assert sorted(index for batch in first for index in batch) == list(range(20))
     assert first != order(seed=2)
     assert first != order(epoch=1)
-    assert order(start=70_001) == first[70_001:]
+    assert order(start=2) == first[2:]
+
+
+def test_in_order_the_last_may_be_short_or_left_out():
+    assert order(5, shuffle=False) == [[0, 1, 2], [3, 4]]
+    assert order(5, shuffle=False, drop_last=True) == [[0, 1, 2]]
+    assert order(6, shuffle=False, drop_last=True) == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_starts_late_once():
-    sampler = EpochSampler(range(5), shuffle=False, seed=0)
-    sampler.start = 3
-    assert [list(sampler), list(sampler)] == [[3, 4], [0, 1, 2, 3, 4]]
+    batches = EpochBatches(range(5), 2, shuffle=False, seed=0)
+    batches.begin(0, 2)
+    assert [list(batches), list(batches)] == [[[4]], [[0, 1], [2, 3], [4]]]
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 12])
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_workers_share_the_batches(size, workers):
-    shards = [
-        ShardedBatches(
-            EpochSampler(range(size), shuffle=True, seed=3), 3, rank=rank, world_size=workers
-        )
-        for rank in range(workers)
-    ]
-    batches = [list(shard) for shard in shards]
-    assert [len(shard) for shard in shards] == list(map(len, batches))
-    whole = list(
-        torch.utils.data.BatchSampler(EpochSampler(range(size), shuffle=True, seed=3), 3, False)
-    )
-    assert shards[0].total == len(whole)
-    for rank, of_worker in enumerate(batches):
-        assert of_worker == whole[rank::workers]
+    whole = order(size)
+    for rank in range(workers):
+        assert order(size, rank=rank, world_size=workers) == whole[rank::workers]
 
 
 def test_another_loader_is_replayed_and_the_generators_stay():
@@ -82,7 +79,7 @@ class Drawn(DistributedDataset):
 def drawn_in_workers(epochs, start=0, seed=7, workers=2, **kwargs):
     """The batches that loaders' workers give in some epochs, the first from ``start`` on."""
     dataset = Drawn()
-    batches = EpochBatches(EpochSampler(dataset, shuffle=True, seed=seed), 4, drop_last=True)
+    batches = EpochBatches(dataset, 4, shuffle=True, seed=seed, drop_last=True)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,

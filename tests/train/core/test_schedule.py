@@ -15,8 +15,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 
 def plan(world_size=1, start=0, **fields):
-    cfg = jobs.config("out", **fields)
-    return plan_run(cfg.train, cfg.io, input_seq_len=8, world_size=world_size, start=start)
+    return plan_run(jobs.config("out", **fields), world_size, start)
 
 
 def test_counts_sequences_or_their_elements():
@@ -41,8 +40,7 @@ def test_a_step_of_more_batches_than_the_run_is_refused_with_the_figures():
 def test_the_shipped_configurations_are_planned_in_whole_steps(file, workers):
     config = load_experiment(file)
     train = config.train
-    seq_len = config.params.input_seq_len
-    planned = plan_run(train, config.io, input_seq_len=seq_len, world_size=workers, start=0)
+    planned = plan_run(config, workers)
     assert planned.batches == planned.gradient_steps * train.gradient_accumulate_every
     per_step = planned.elements_per_batch * workers * train.gradient_accumulate_every
     seen = planned.gradient_steps * per_step

@@ -2,8 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import ClassVar
 
+from mblm.train.core.lineage import lineage_of
 from mblm.train.core.telling import describe_data, describe_model, describe_plan, format_loss
+
+from . import jobs
 
 
 def test_losses_of_bytes_are_in_bits() -> None:
@@ -20,19 +24,20 @@ def test_parameters() -> None:
 
 
 def test_data() -> None:
-    training, validation = ("ByteFiles", 1110), ("ByteFiles", 60)
-    files = [("book.txt", 1234), ("b", 1)]
-    assert describe_data("ByteFiles", [training, files[0]], [validation, files[0]], "byte") == (
-        "Data: book.txt, 1,234 bytes; 1,110 bytes to train on, 60 to validate"
-    )
-    assert describe_data("ByteFiles", [training, *files], [validation, *files], "byte") == (
-        "Data: 2 files, 1,235 bytes; 1,110 bytes to train on, 60 to validate"
-    )
-    assert describe_data("Mine", [("Mine", 9)], [("Mine", 3)], "element") == (
-        "Data: Mine; 9 elements to train on, 3 to validate"
-    )
-    for own in ([], [("a", 2), ("b", 3)]):  # as a dataset's own `lineage` may be
-        assert "to validate" not in describe_data("Mine", own, own, "byte")
+    class Mine(jobs.Ids):
+        files: ClassVar[list[tuple[str, int]]] = []
+
+        def lineage(self) -> list[tuple[str, int]]:
+            return self.files
+
+    def told(unit: str, *files: tuple[str, int]) -> str:
+        Mine.files = list(files)
+        return describe_data(lineage_of(Mine(200)), lineage_of(Mine(9)), unit)
+
+    assert told("element") == "Data: Mine; 1,600 elements to train on, 72 to validate"
+    book, parts = ("book.txt", 1234), "; 1,600 bytes to train on, 72 to validate"
+    assert told("byte", book) == f"Data: book.txt, 1,234 bytes{parts}"
+    assert told("byte", book, ("b", 1)) == f"Data: 2 files, 1,235 bytes{parts}"
 
 
 def test_the_plan() -> None:

@@ -66,7 +66,7 @@ def test_the_run_folder(tmp_path):
     assert load_yml(run / "config.yaml", jobs.Config).train == config.train
     assert config.lineage.package == mblm.__version__
     assert (config.lineage.stages, config.lineage.seed) == (["Model"], 5)
-    assert config.lineage.training_data.first == ["Ids: 384"]
+    assert config.lineage.training_data.dataset == "Ids"
     assert config.lineage.validation_data.size == 80
 
 
@@ -262,6 +262,14 @@ def test_a_run_of_which_no_model_can_be_ranked_fails(tmp_path):
 
     with pytest.raises(NonFiniteLossError, match=r"No model can be ranked.* 3 of 3 batches"):
         train(jobs.config(tmp_path), Always)
+
+
+def test_a_bad_batch_under_the_weights_that_a_run_starts_from_is_said(tmp_path, capsys):
+    train(jobs.config(tmp_path / "first", batches=1))
+    checkpoint = jobs.run_of(tmp_path / "first") / "tiny_top1.pth"
+    train(jobs.config(tmp_path, resume=checkpoint), BadValidation)
+    said = "weights that it starts from: 1 of 3 batches are left out"
+    assert said in capsys.readouterr().err
 
 
 def test_every_rank_draws_other_samples_in_its_loaders_workers(tmp_path):

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -107,39 +105,20 @@ def test_what_four_workers_see_is_disjoint_and_complete(tmp_path):
     assert_disjoint_and_complete(tmp_path, 4)
 
 
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-from tests.train.core import jobs
-from tests.train.core.test_workers import train_and_note
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-train_and_note(jobs.config(folder, batches=6, workers=2), folder)
-"""
+def train_as_a_node(cfg, folder):
+    os.environ["LOCAL_RANK"] = "0"  # which both of two nodes of one worker have
+    train_and_note(cfg, folder)
 
 
 def test_two_nodes_of_one_worker_see_different_bytes(tmp_path):
-    # Both have the local rank 0.
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    with jobs.socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=tests"]
-    root = Path(__file__).parents[3]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    nodes = [
-        subprocess.Popen([*command, program, tmp_path], env=env, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    errors = [node.communicate(timeout=120)[1].decode() for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors
+    cfg = jobs.config(tmp_path, batches=6, workers=2)
+    assert jobs.join(jobs.start(train_as_a_node, 2, cfg, tmp_path)) == [0, 0]
     assert_disjoint_and_complete(tmp_path, 2)
 
 
-@pytest.mark.parametrize(("workers", "strategy"), [(4, "ddp"), (2, "fsdp")])
-def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, workers, strategy):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, strategy):
+    workers = 2
     fields = {
         "batches": 40,
         "workers": workers,
@@ -249,6 +228,22 @@ def construct_others(run_vars):
     construct(run_vars, jobs.config(Path("out"), workers=2, batch_size=4 + run_vars.rank))
 
 
+class OtherStages(jobs.Trainer):
+    """Builds what this machine has, as Mamba-1 where `mamba_ssm` is missing."""
+
+    def init_model(self):
+        model = super().init_model()
+        model.logits[1] = torch.nn.Linear(8, 8) if self._workers.rank else torch.nn.GELU()
+        return model
+
+    def configure_stage_types(self, model):
+        return [type(model.logits[1]).__name__]
+
+
+def construct_other_stages(run_vars):
+    OtherStages(jobs.config(Path("out"), workers=2), run_vars)
+
+
 def construct_without_a_seed(run_vars):
     construct(run_vars, jobs.config(Path("out"), workers=2, seed=None))
 
@@ -271,7 +266,13 @@ def test_without_a_seed_workers_draw_different_numbers(tmp_path):
 
 def test_workers_whose_settings_differ_are_refused_by_name(tmp_path):
     for note in notes_of(tmp_path, construct_others):
-        assert "ValueError" in note and "train.batch_size is 4 on rank 0 and 5 on rank 1" in note
+        assert "rank 0 and rank 1 do not train the same" in note
+        assert "train.batch_size: 4 -> 5" in note
+
+
+def test_workers_whose_models_differ_are_refused_by_name(tmp_path):
+    for note in notes_of(tmp_path, construct_other_stages):
+        assert "do not train the same: stages: ['GELU'] -> ['Linear']; parameters: 344" in note
 
 
 def test_a_worker_that_fails_while_starting_ends_all_with_its_message(tmp_path):
@@ -309,14 +310,14 @@ def test_every_enabled_rank_logs_its_own_losses(tmp_path):
 
 
 def train_with_a_full_disk_on_rank_one(cfg):
-    write = training_state._write
+    write = training_state.save_tensors
 
     def write_or_fail(path, content):
         if path.name == "rank_1.pt":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    training_state._write = write_or_fail
+    training_state.save_tensors = write_or_fail
     try:
         jobs.train(cfg)
     except OSError as error:
@@ -328,7 +329,7 @@ def test_a_full_disk_of_one_worker_ends_all_and_leaves_nothing_half_done(tmp_pat
     cfg = jobs.config(tmp_path, workers=2, batches=2, batch_size=2)
     processes = jobs.start(train_with_a_full_disk_on_rank_one, 2, cfg)
     assert jobs.join(processes) == [3, 3]
-    assert [file.name for file in (jobs.run_of(tmp_path) / "state").iterdir()] == ["best"]
+    assert [file.name for file in (jobs.run_of(tmp_path) / "state").glob("*step*")] == []
 
 
 def train_on_other_data(cfg):
