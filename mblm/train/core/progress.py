@@ -44,6 +44,8 @@ class Progress:
         self._say = say
         self._interval = interval if bar else SECONDS_PER_LINE
         self._bar = tqdm(total=total, initial=done, bar_format="{bar}") if bar else None
+        if self._bar is not None and (self._bar.nrows or 0) < 1:  # of a terminal without a size
+            self._bar.ncols, self._bar.nrows = 80, 24  # or it shows nothing
         self._done = self._looked = done  # now, and when the loss was last looked at
         self._loss: float | None = None
         self._start = 0.0  # when the first batch was done, which takes longer than others
