@@ -28,6 +28,23 @@ def test_writes_to_a_file_in_a_folder_it_creates(tmp_path, name, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_writes_what_is_no_text(tmp_path, name, capsys):
+    create_logger(name, log_dir=str(tmp_path)).info(os.fsdecode(b"\xff.txt"))
+    assert (tmp_path / f"{name}.log").read_text("utf-8").endswith(" - \\udcff.txt\n")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_not_told_by_every_line(tmp_path, name, capsys):
+    (tmp_path / f"{name}.log").symlink_to("/dev/full")
+    log = create_logger(name, log_dir=str(tmp_path))
+    log.info("lost")
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(OSError, match="No space"):
+        log.handlers[0].close()
+    log.handlers.clear()
+
+
 def test_writes_to_stderr_by_default(name, capsys):
     create_logger(name).info("hello")
     assert capsys.readouterr().err.endswith(f" - {name} - INFO - hello\n")

@@ -40,8 +40,13 @@ class CsvLog(Generic[Row]):
         """Append a row, if this worker does."""
         if not self._enabled:
             return
-        with self._file.open("ab", buffering=0) as file:
-            file.write(_csv_lines([row]).encode())
+        line = _csv_lines([row]).encode()
+        try:
+            with self._file.open("ab", buffering=0) as file:
+                while line:  # a full disk takes a part first
+                    line = line[file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._file)) from error
 
     def keep_before(self, **batches: int) -> None:
         """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut."""

@@ -69,12 +69,15 @@ def test_a_run_that_fails_does_not_wait_for_the_processes_of_its_loader(tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_is_ignored_stays_so(number):
-    before = signal.signal(number, signal.SIG_IGN)
+def test_a_signal_stops_unless_it_is_ignored(number):
+    before = signal.getsignal(number)
     try:
-        with Requests(None, 0) as requests:
-            signal.raise_signal(number)
-            assert requests.after_batch(is_last=False) == (None, False)
+        for handler, seen in ((signal.SIG_DFL, number), (signal.SIG_IGN, None)):
+            signal.signal(number, handler)
+            with Requests(None, 0) as requests:
+                signal.raise_signal(number)
+                assert requests.after_batch(is_last=False) == (seen, False)
+            assert signal.getsignal(number) == handler
     finally:
         signal.signal(number, before)
 

@@ -155,7 +155,7 @@ class StopsInValidation(jobs.Trainer):
             type(self).stop_in -= 1
             torch.rand(1)
             if self.stop_in == 0:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
         return super().model_forward(model, batch, device)
 
 
@@ -165,7 +165,7 @@ def test_a_validation_stops_after_a_batch_and_is_made_whole(tmp_path, validation
     StopsInValidation.stop_in = -1
     whole = train_alone(StopsInValidation, jobs.config(tmp_path / "whole", **EVERYTHING))
     StopsInValidation.stop_in, StopsInValidation.batches = 3 * validation + 1, 0
-    with pytest.raises(TrainingInterrupted, match="Stopped by SIGINT in the validation after"):
+    with pytest.raises(TrainingInterrupted, match="Stopped by SIGTERM in the validation after"):
         train_alone(StopsInValidation, jobs.config(tmp_path / "cut", **EVERYTHING))
     assert StopsInValidation.batches == 3 * validation + 1
 

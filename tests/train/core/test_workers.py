@@ -148,7 +148,7 @@ class StopsRankOneInValidation(jobs.Trainer):
     def model_forward(self, model, batch, device):
         self.evaluated = getattr(self, "evaluated", 0) + (not model.training)
         if self.evaluated == 1 and self._workers.rank == 1 and not self.config.resume:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
         return super().model_forward(model, batch, device)
 
 
