@@ -213,20 +213,12 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def _announce(self, run: Run) -> None:
         """Say what is trained."""
         every, unit = self.config.train.gradient_accumulate_every, self.progress_unit
-        lineage = run.lineage
+        elements = f"{self._elements_per_batch() * every:,} {unit}s"
+        done, workers = run.position.done // every, self._workers.world_size
+        data = run.lineage.training_data, run.lineage.validation_data
         self._say(describe_model(*self._parameters))
-        self._say(describe_data(lineage.training_data, lineage.validation_data, unit))
-        self._say(
-            describe_plan(
-                steps=run.plan.gradient_steps,
-                done=run.position.done // every,
-                elements=self._elements_per_batch() * every,
-                unit=unit,
-                validations=len(run.plan.validation_points),
-                workers=self._workers.world_size,
-                folder=self._folder.path,
-            )
-        )
+        self._say(describe_data(*data, unit))
+        self._say(describe_plan(run.plan, done, elements, workers, self._folder.path))
 
     def tell_result(self) -> None:
         """Say what came out, where it is, and what to type next; called when all is done."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mblm.train.core.config import DataLineage
+from mblm.train.core.schedule import Plan
 
 
 def format_loss(loss: float, unit: str) -> str:
@@ -29,13 +30,12 @@ def describe_data(training: DataLineage, validation: DataLineage, unit: str) -> 
     return f"Data: {source}; {parts}"
 
 
-def describe_plan(
-    *, steps: int, done: int, elements: int, unit: str, validations: int, workers: int, folder: Path
-) -> str:
+def describe_plan(plan: Plan, done: int, elements: str, workers: int, folder: Path) -> str:
     """One line: steps and how much each takes, validations, processes, and where it writes."""
-    counts = [f"{steps:,} steps of {elements:,} {unit}s"]
+    counts = [f"{plan.gradient_steps:,} steps of {elements}"]
     if done:
         counts.append(f"of which {done:,} are done")
+    validations = len(plan.validation_points)
     counts.append(f"{validations} validation{'s' * (validations != 1)}")
     if workers > 1:
         counts.append(f"{workers} processes")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mblm.train.core.lineage import lineage_of
+from mblm.train.core.schedule import plan_run
 from mblm.train.core.telling import describe_data, describe_model, describe_plan, format_loss
 
 from . import jobs
@@ -41,19 +42,11 @@ def test_data() -> None:
 
 
 def test_the_plan() -> None:
-    told = describe_plan(
-        steps=1000,
-        done=0,
-        elements=2048,
-        unit="byte",
-        validations=10,
-        workers=1,
-        folder=Path("out/run"),
-    )
+    fields = {"batches": 1000, "validate_amount": 10}
+    plan = plan_run(jobs.config(Path("out"), **fields), 1)
+    told = describe_plan(plan, 0, "2,048 bytes", 1, Path("out/run"))
     assert told == "Plan: 1,000 steps of 2,048 bytes, 10 validations; writes to out/run"
-    told = describe_plan(
-        steps=9, done=2, elements=8, unit="element", validations=1, workers=2, folder=Path("run")
-    )
-    assert told == (
+    plan = plan_run(jobs.config(Path("out"), batches=9, workers=2, validate_amount=1), 2)
+    assert describe_plan(plan, 2, "8 elements", 2, Path("run")) == (
         "Plan: 9 steps of 8 elements, of which 2 are done, 1 validation, 2 processes; writes to run"
     )

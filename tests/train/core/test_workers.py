@@ -92,28 +92,18 @@ def train_and_note(cfg, folder):
         (folder / f"{run_vars.rank}.json").write_text(json.dumps(dataset.seen))
 
 
-def assert_disjoint_and_complete(folder, workers):
-    seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(workers)]
-    together = sorted(start for of_worker in seen for start in of_worker)
-    assert together == list(range(0, jobs.SAMPLES * jobs.SEQ_LEN, jobs.SEQ_LEN))
-    assert all(len(of_worker) == jobs.SAMPLES // workers for of_worker in seen)
-
-
-def test_what_four_workers_see_is_disjoint_and_complete(tmp_path):
-    cfg = jobs.config(tmp_path, batches=3, workers=4, shuffle_train=True)
-    assert jobs.join(jobs.start(train_and_note, 4, cfg, tmp_path)) == [0] * 4
-    assert_disjoint_and_complete(tmp_path, 4)
-
-
-def train_as_a_node(cfg, folder):
-    os.environ["LOCAL_RANK"] = "0"  # which both of two nodes of one worker have
+def train_as_two_nodes(cfg, folder):
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
     train_and_note(cfg, folder)
 
 
-def test_two_nodes_of_one_worker_see_different_bytes(tmp_path):
-    cfg = jobs.config(tmp_path, batches=6, workers=2)
-    assert jobs.join(jobs.start(train_as_a_node, 2, cfg, tmp_path)) == [0, 0]
-    assert_disjoint_and_complete(tmp_path, 2)
+def test_what_two_nodes_of_two_workers_see_is_disjoint_and_complete(tmp_path):
+    cfg = jobs.config(tmp_path, batches=3, workers=4, shuffle_train=True)
+    assert jobs.join(jobs.start(train_as_two_nodes, 4, cfg, tmp_path)) == [0] * 4
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    together = sorted(start for of_worker in seen for start in of_worker)
+    assert together == list(range(0, jobs.SAMPLES * jobs.SEQ_LEN, jobs.SEQ_LEN))
+    assert all(len(of_worker) == jobs.SAMPLES // 4 for of_worker in seen)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
