@@ -101,7 +101,11 @@ class HierarchyCache:
         weights: Type of the weights that compiled code reads.
         native: Samples in compiled code on a CPU; None where not even the local stage is compiled.
         device_run: Samples on a GPU; None where not all stages are compiled.
+        goes_on: Whether compiled code has sampled last and has all stages, so that nothing of the
+            user's runs with the next byte.
     """
+
+    goes_on = False
 
     def __init__(
         self, model: DecodableHierarchy, batch_size: int, weights: str = "float32"
@@ -182,11 +186,13 @@ class HierarchyCache:
         Returns:
             Ids ``(B, n)`` with n >= 1. All but the last are taken in.
         """
+        self.goes_on = False
         if self.native is None or not self.can_run(pending):
             if pending is not None:
                 self.feed(pending[:, None])
             return sampler(self.logits())[:, None]
         (ids,) = self.native.run([self], pending, [max_tokens], sampler, ends=ends)
+        self.goes_on = self.native.first == 0
         return ids
 
     def can_run(self, pending: torch.Tensor | None) -> bool:
@@ -194,11 +200,6 @@ class HierarchyCache:
         # Before the first byte, a start token gets context: see `empty_logits`.
         is_empty = self.length == 0 and pending is None
         return self.native is not None and not is_empty and self.native.runs(self)
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether compiled code has all stages, so that nothing of the user's runs with a byte."""
-        return self.native is not None and self.native.first == 0
 
     def append_run(self, ids: torch.Tensor) -> None:
         """Note the bytes that compiled code took in: all of ``ids`` but the last."""
@@ -280,8 +281,11 @@ class HierarchyCache:
         return other
 
     def _empty_cache(self, n: int, batch_size: int) -> StageCache:
-        cache = allocate_cache(self.model.stage_models[n], batch_size, None)
-        cache.native, cache.guard = self.stages[n].cache.native, self.stages[n].cache.guard
+        own = self.stages[n].cache
+        cache = own.empty(batch_size)
+        if cache is None:
+            cache = allocate_cache(self.model.stage_models[n], batch_size, None)
+        cache.native, cache.guard = own.native, own.guard
         return cache
 
     def snapshot(self) -> State:

@@ -11,6 +11,7 @@ import torch
 from mblm.inference.advance import begin_local_patch, joined
 from mblm.inference.packing import NONE, Guard, guard, is_on_gpu
 from mblm.inference.sampling import Sampler
+from mblm.inference.stage_cache import computes_natively
 
 if TYPE_CHECKING:
     from mblm.inference.hierarchy_cache import HierarchyCache
@@ -25,10 +26,10 @@ class NativeHierarchy:
         compiled: The weights, ``torch.classes.mblm.Hierarchy``.
     """
 
-    def __init__(self, cache: "HierarchyCache", first: int, around: Guard) -> None:
+    def __init__(self, cache: "HierarchyCache", first: int, watched: Guard) -> None:
         model = cache.model
         self.first = first
-        self._guard = around
+        self._guard = watched
         tensors = [model.local_table, *cache.packed_logits]
         eps: list[float] = []
         for n in range(first, len(model.seq_lens) - 1):
@@ -46,10 +47,8 @@ class NativeHierarchy:
 
     def runs(self, cache: "HierarchyCache") -> bool:
         """Whether it computes what the stages do, here and now."""
-        stages = cache.stages[self.first :]
-        return self._guard.holds() and all(
-            stage.cache.runs_natively(stage.output.dtype) for stage in stages
-        )
+        dtypes = {stage.output.dtype for stage in cache.stages[self.first :]}
+        return all(map(computes_natively, dtypes)) and self._guard.holds()
 
     def run(
         self,
@@ -160,10 +159,11 @@ def build_native(cache: "HierarchyCache") -> NativeHierarchy | None:
     """All stages, or on a CPU the local one alone; None where not even that is compiled."""
     firsts = {0} if is_on_gpu(cache.window) else {0, len(cache.stages) - 1}
     for first in sorted(firsts):
-        around = guard(cache.model.parts_around(first))
-        is_native = all(stage.cache.native is not None for stage in cache.stages[first:])
-        if is_native and around is not None:
-            return NativeHierarchy(cache, first, around)
+        guards = [guard(cache.model.parts_around(first))]
+        guards += [stage.cache.guard for stage in cache.stages[first:]]
+        if None not in guards:
+            watched = [part for own in guards if own is not None for part in own.parts]
+            return NativeHierarchy(cache, first, Guard(watched))
     return None
 
 

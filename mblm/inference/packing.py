@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from mblm.inference.huge_pages import HugePages
-from mblm.model.plain import Part, is_plain
+from mblm.model.plain import Part, is_plain, keeps_class
 from mblm.ops import _native
 
 # What compiled code takes for a tensor that there is not.
@@ -69,8 +69,10 @@ class Guard:
     """Watches over modules that compiled code stands in for, at the cost of a few microseconds."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
         self._modules = [module for module, _ in parts]
         self._kinds = [kind for _, kind in parts]
+        self._classes = set(self._kinds)
         self._own = [module.__dict__ for module in self._modules]
         names = ("_forward_hooks", "_forward_pre_hooks")
         self._hooks = [own[name] for own in self._own for name in names]
@@ -84,6 +86,7 @@ class Guard:
             or any(map(operator.contains, self._own, itertools.repeat("forward")))
             or any(module.training for module in self._dropping)
             or list(map(type, self._modules)) != self._kinds
+            or not all(map(keeps_class, self._classes))
         )
 
 

@@ -202,7 +202,7 @@ class Session:
     def _append(self, ids: torch.Tensor) -> None:
         """Take in one more byte of every sequence, ids ``(B,)``: now, or with what comes next."""
         cache = self._advanced
-        if isinstance(cache, HierarchyCache) and cache.can_run(ids) and cache.is_compiled:
+        if isinstance(cache, HierarchyCache) and cache.goes_on:
             self._pending = ids.clone()
         else:
             self.feed(ids[:, None])

@@ -11,7 +11,6 @@ A stage model offers one of three things, tried in this order:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +60,10 @@ class StageCache(ABC):
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """Take in the next position: ``(B, D) -> (B, D)``."""
         return self.prefill(x[:, None])[:, 0]
+
+    def empty(self, batch_size: int) -> "StageCache | None":
+        """Another of the same kind that has taken in nothing; None: `allocate_cache` makes it."""
+        return None
 
     def build_native(self, weights: str) -> Any:
         """The stage in compiled code with weights of this type, or None."""
@@ -117,6 +120,9 @@ class StatefulCache(StageCache):
         self._stage: Any = stage
         self._state: State = None
 
+    def empty(self, batch_size: int) -> "StatefulCache":
+        return StatefulCache(self._stage)
+
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         if not is_bare(self._stage):
             raise RuntimeError(
@@ -137,12 +143,16 @@ class ReplayCache(StageCache):
     """Cache of a stage model that offers nothing: inputs are kept and run again."""
 
     def __init__(self, stage: nn.Module) -> None:
-        self._stage: Callable[[torch.Tensor], torch.Tensor] = stage
+        self._stage: Any = stage
         self._inputs: torch.Tensor | None = None
+
+    def empty(self, batch_size: int) -> "ReplayCache":
+        return ReplayCache(self._stage)
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         self._inputs = x if self._inputs is None else torch.cat((self._inputs, x), dim=1)
-        return self._stage(self._inputs)[:, -x.shape[1] :]
+        y: torch.Tensor = self._stage(self._inputs)
+        return y[:, -x.shape[1] :]
 
     def rows_of_state(self, state: State, rows: slice) -> State:
         return None if state is None else state[rows]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mblm.ops._library import derived_gradients
-from mblm.utils.transforms import is_transformed
+from mblm.utils.transforms import is_transformed, saves_elsewhere
 
 
 def with_derivatives(
@@ -31,7 +31,7 @@ def with_derivatives(
         not torch.is_grad_enabled()
         or not any(tensor.requires_grad for tensor in inputs)
         or torch.compiler.is_compiling()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True)
+        or saves_elsewhere()
     ):
         return kernel(*inputs)
     gate = _Gate(derivable)
@@ -83,6 +83,6 @@ class _Exit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or is_transformed():
-            ctx.gate.grads = grads
+        differentiated = torch.is_grad_enabled() or is_transformed()
+        ctx.gate.grads = grads if differentiated else None
         return None, *grads

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mblm.model.linear import apply, apply_in_order
-from mblm.model.plain import Part, is_plain
+from mblm.model.plain import Part, is_plain, parts_in
 from mblm.ops.embed_patches import embed_patches
 
 # State dict entries that grow with the vocabulary when a checkpoint is loaded into a larger one.
@@ -91,7 +91,7 @@ class PatchTokenEmbedding(TokenEmbedding):
                 self.embedding(padded).unflatten(1, (num_patches, self.patch_size))
             )
         flat_norm: Any
-        _, flat_norm, own, norm = self._post
+        _, flat_norm, own, *rest = self._post
         flat = embed_patches(
             ids,
             self.embedding.weight,
@@ -102,7 +102,9 @@ class PatchTokenEmbedding(TokenEmbedding):
             pad_token_id=self.pad_token_id,
             eps=flat_norm.eps,
         )
-        out: torch.Tensor = norm(apply(own, flat) if project is None else project(flat))
+        out = apply(own, flat) if project is None else project(flat)
+        for layer in rest:
+            out = layer(out)
         return out
 
     def _is_fused(self) -> bool:
@@ -119,7 +121,7 @@ class PatchTokenEmbedding(TokenEmbedding):
         """What is in it, as built."""
         yield self.embedding, nn.Embedding
         yield self._post, nn.Sequential
-        yield from zip(self._post, (nn.Flatten, nn.LayerNorm, nn.Linear, nn.LayerNorm), strict=True)
+        yield from parts_in(self._post, nn.Flatten, nn.LayerNorm, nn.Linear, nn.LayerNorm)
 
     def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings of bytes to those of patches: ``(..., R_n, D_N) -> (..., D_n)``."""

@@ -23,7 +23,7 @@ from mblm.model.embeddings import (
 from mblm.model.global_stage import run_recomputed, saved_on_host
 from mblm.model.gradients import GradientSums, gradients_are_watched, with_weights_of_now
 from mblm.model.linear import apply, apply_in_order
-from mblm.model.plain import Part, are_plain, is_plain
+from mblm.model.plain import Part, are_plain, is_plain, parts_in
 from mblm.model.tiled_pass import INFERENCE_TILE
 from mblm.model.tiles import map_over_tiles, map_with_sums
 from mblm.model.utils import RoPE, rotate_pairs
@@ -131,9 +131,8 @@ class Hierarchy(nn.Module):
         return self._position_kind(0) == "fixed"
 
     def _position_kind(self, stage: int) -> str | None:
-        if isinstance(self.pos_embs[stage], nn.Identity):
-            return None
-        return self._position_kinds[stage]
+        kind = self._position_kinds[stage]
+        return None if kind is None or type(self.pos_embs[stage]) is nn.Identity else kind
 
     def rotates_itself(self, stage: int) -> bool:
         """Whether a stage's rotary positions are a module to call: not as built, or hooked."""
@@ -143,15 +142,15 @@ class Hierarchy(nn.Module):
         self, stage: int, first: int, count: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Fixed positions ``(count, D_n)`` or rotation ``(count, D_n / 2, 2)`` of a stage."""
-        module: Any = self.pos_embs[stage]
         kind = self._position_kind(stage)
+        if kind is None:
+            return None, None
+        module: Any = self.pos_embs[stage]
         if kind == "fixed" and is_plain(module, nn.Embedding):
             return module.weight[first : first + count], None
         if kind == "fixed":
             return module(torch.arange(first, first + count, device=self.device)), None
-        if kind == "rope":
-            return None, module.rotation(first, count)
-        return None, None
+        return None, module.rotation(first, count)
 
     def add_positions(self, stage: int, x: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Add a stage's positions, from ``first`` on, to its token embeddings ``(B, S, D_n)``."""
@@ -167,9 +166,10 @@ class Hierarchy(nn.Module):
     def local_tokens(self, ids: torch.Tensor) -> StageTokens:
         """The local stage's token embeddings, ids ``(rows, P_N)``: its table, where that is one."""
         local: Any = self.token_embs_rev[0]
-        is_table = are_plain(_parts_of(local, LocalTokenEmbedding))
-        if is_table and local.embedding.padding_idx == self.pad_token_id:
-            return local.embedding.weight, ids
+        if is_plain(local, LocalTokenEmbedding):
+            table = local.embedding
+            if is_plain(table, nn.Embedding) and table.padding_idx == self.pad_token_id:
+                return table.weight, ids
         return local(ids), None
 
     def embed_patches(
@@ -217,7 +217,7 @@ class Hierarchy(nn.Module):
         yield from _parts_of(self.token_embs_rev[self.num_stages - 1 - stage], PatchTokenEmbedding)
         projection: Any = self.to_next_stage_proj[stage]
         yield projection, nn.Sequential
-        yield from zip(projection, (nn.Identity, nn.Linear, nn.Unflatten), strict=True)
+        yield from parts_in(projection, nn.Identity, nn.Linear, nn.Unflatten)
 
     def parts_around(self, first: int) -> Iterator[Part]:
         """All that lies between the stages from ``first`` on, and around them, as built."""

@@ -41,6 +41,9 @@ class MambaCache(StageCache):
                 torch._foreach_copy_(list(own.unbind()), list(parts))
         return y
 
+    def empty(self, batch_size: int) -> "MambaCache":
+        return MambaCache(self.stage)
+
     def build_native(self, weights: str) -> Any:
         return native_mamba(self.stage, weights)
 

@@ -6,17 +6,27 @@ its own and nobody hooked into it. Anything else (an adapter, a quantized weight
 a hook) is called as the module it is.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 # A module, and the class that it must be of.
 Part = tuple[nn.Module, type[nn.Module]]
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_PLAIN_PARAMETERS = (nn.Parameter, Tensor, type(None))
+# What PyTorch's classes compute: libraries put functions of their own in its place.
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    kind: kind.forward
+    for kind in (
+        *(nn.Embedding, nn.Linear, nn.Conv1d, nn.LayerNorm, nn.RMSNorm),
+        *(nn.GELU, nn.Dropout, nn.Identity, nn.Flatten, nn.Unflatten, nn.Sequential),
+    )
+}
 # Of PyTorch's classes, what else they can be told to compute is left to them.
 _IS_AS_USUAL: dict[type[nn.Module], Callable[[Any], bool]] = {
     nn.Embedding: lambda m: m.max_norm is None and not m.scale_grad_by_freq and not m.sparse,
@@ -43,8 +53,8 @@ def is_bare(module: nn.Module) -> bool:
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or "forward" in own
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
         or (torch.is_grad_enabled() and _has_hooks_on_gradients(own))
     )
 
@@ -58,15 +68,20 @@ def _has_hooks_on_gradients(own: dict[str, Any]) -> bool:
     )
 
 
+def keeps_class(kind: type[nn.Module]) -> bool:
+    """Whether nobody replaced the ``forward`` of a class of PyTorch's."""
+    return _FORWARDS.get(kind, kind.forward) is kind.forward
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module computes what ``kind`` does with parameters that can be read.
 
     Its children, where it has any, are modules of their own: see `are_plain`.
     """
-    if type(module) is not kind or not is_bare(module):
+    if type(module) is not kind or not keeps_class(kind) or not is_bare(module):
         return False
     for parameter in module._parameters.values():
-        if parameter is not None and type(parameter) not in _PLAIN_TENSORS:
+        if type(parameter) not in _PLAIN_PARAMETERS:
             return False
     is_as_usual = _IS_AS_USUAL.get(kind)
     return is_as_usual is None or is_as_usual(module)
@@ -75,6 +90,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def are_plain(parts: Iterable[Part]) -> bool:
     """Whether all are plain; those after the first that is not are not asked for."""
     return all(is_plain(module, kind) for module, kind in parts)
+
+
+def parts_in(sequence: Any, *kinds: type[nn.Module]) -> Iterator[Part]:
+    """The modules of a sequence, as built; none is plain where there are more or fewer."""
+    yield from zip_longest(sequence, kinds)
 
 
 def keeps_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

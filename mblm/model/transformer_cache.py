@@ -70,6 +70,9 @@ class TransformerCache(StageCache):
         # What is stored has the dtype of when it was: autocast may have begun or ended since.
         return keys[layer, :, :, :end].to(k.dtype), values[layer, :, :, :end].to(v.dtype)
 
+    def empty(self, batch_size: int) -> "TransformerCache":
+        return TransformerCache(self.stage, batch_size, None)
+
     def build_native(self, weights: str) -> Any:
         return native_transformer(self.stage, weights)
 
@@ -79,11 +82,8 @@ class TransformerCache(StageCache):
         if self._keys is not None and self._values is not None:  # stored under autocast
             self._keys, self._values = self._keys.float(), self._values.float()
         state = self._reserve(end, weight.dtype, weight)
-        if self.stage.rotary_emb is None:
-            return state
-        self._rotary_at(0, end)
-        assert self._rotary is not None
-        return [*state, *self._rotary]
+        self._plain_rotary_at(0, end)
+        return state if self._rotary is None else [*state, *self._rotary]
 
     def native_start(self, state: State) -> list[torch.Tensor]:
         _, _, delayed = state  # keys and values of the start token stay where they are
@@ -155,11 +155,15 @@ class TransformerCache(StageCache):
         return grown
 
     def _rotary_at(self, first: int, count: int) -> Rotary | None:
-        """Rotary positions, from a table that grows by doubling."""
+        """Rotary positions, from a table where nobody changed what they are."""
+        if self.stage.rotary_emb is None or is_plain(self.stage.rotary_emb, RotaryEmbedding):
+            return self._plain_rotary_at(first, count)
+        return self.stage.rotary(first, count)
+
+    def _plain_rotary_at(self, first: int, count: int) -> Rotary | None:
+        """The same from a table that grows by doubling."""
         if self.stage.rotary_emb is None:
             return None
-        if not is_plain(self.stage.rotary_emb, RotaryEmbedding):
-            return self.stage.rotary(first, count)
         if self._rotary is None or first + count > self._rotary_count:
             self._rotary_count = max(first + count, 2 * self._rotary_count, _FIRST_CAPACITY)
             self._rotary = self.stage.rotary(0, self._rotary_count)

@@ -12,7 +12,7 @@ from torch import nn
 
 from mblm.model.attention import attention, causal_mask, fused_attention
 from mblm.model.linear import apply
-from mblm.model.plain import Part, is_plain
+from mblm.model.plain import Part, is_plain, parts_in
 from mblm.ops.linear import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm, shifted
 from mblm.ops.short_attention import MAX_POSITIONS, short_attention
@@ -227,11 +227,12 @@ class FeedForward(nn.Sequential):
 
     def parts(self) -> Iterator[Part]:
         """What is in it, as built."""
-        kinds = (RMSNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
-        yield from zip(self, kinds, strict=True)
+        yield from parts_in(self, RMSNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
 
     def forward(self, x: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
         """Map ``(B, S, D)`` to ``(B, S, D)``; ``previous`` as in `shift_and_norm`."""
-        norm, expand, activation, dropout, contract = self
+        norm, *layers = self
         x = shift_and_norm(norm, x, previous) if self.shift else norm(x)
-        return apply(contract, dropout(activation(apply(expand, x))))
+        for layer in layers:
+            x = apply(layer, x)
+        return x

@@ -21,6 +21,6 @@ def is_lasting(tensor: torch.Tensor) -> bool:
 
 
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that the caller may write to, keep, and use in a loss, in whatever mode."""
-    with lasting_tensors():
+    """A copy of what has no gradient, to write to, keep, and use in a loss, in whatever mode."""
+    with torch.inference_mode(False):
         return tensor.clone()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mblm import MBLM
 from mblm.inference import hierarchy_cache
+from mblm.inference.native_hierarchy import NativeHierarchy
 from mblm.inference.packing import round_weight
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
@@ -36,6 +37,7 @@ def in_pytorch() -> Iterator[None]:
     """Sessions take PyTorch's way."""
     with (
         patch.object(StageCache, "runs_natively", lambda *_: False),
+        patch.object(NativeHierarchy, "runs", lambda *_: False),
         patch.object(hierarchy_cache, "computes_natively", lambda *_: False),
     ):
         yield

@@ -349,8 +349,9 @@ class TestHooks:
         session = Session(m, len(IDS))
         m.stage_models[0].register_forward_hook(one_and_a_half)
         torch.testing.assert_close(decoded_logits(m), forward_logits(m))
-        with pytest.raises(RuntimeError, match="a hook was added to a LSTMWithHook after decoding"):
-            session.feed(IDS)
+        for begun in (session, session.fork()):
+            with pytest.raises(RuntimeError, match="was added to a LSTMWithHook after decoding"):
+                begun.feed(IDS)
 
 
 class _Wrapped(nn.Module):
@@ -402,6 +403,31 @@ class TestReplaced:
             attention.to_kv.bias += 1
         assert not torch.equal(forward_logits(m), before)
         check_decodes(m)
+
+    def test_the_forward_of_a_class_of_pytorchs(
+        self, m: MBLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain, session, own = forward_logits(m), Session(m).feed(IDS[0, :6]), nn.Linear.forward
+        before, calls = session.fork(), []
+
+        def doubled(layer: nn.Linear, x: Tensor) -> Tensor:
+            calls.append(layer)
+            return 1.5 * own(layer, x)
+
+        monkeypatch.setattr(nn.Linear, "forward", doubled)
+        assert not torch.equal(forward_logits(m), plain)
+        check_decodes(m)
+        calls.clear()
+        before.generate(5)
+        assert set(calls) == set(linears(m).values())
+
+    def test_a_layer_more(self, m: MBLM) -> None:
+        for parts in (m.to_next_stage_proj[0], m.token_embs_rev[1]._post):  # type: ignore[union-attr]
+            parts.append(nn.Tanh())  # type: ignore[operator,union-attr]
+        for _, feed_forward in getattr(m.stage_models[0], "layer_pairs", list)():
+            feed_forward.append(nn.Tanh())
+        check_decodes(m)
+        m(IDS).backward()
 
     def test_a_stage_with_another_forward(self) -> None:
         for change in ("class", "instance"):
