@@ -1,13 +1,14 @@
 """Token embeddings of the stages: one vector per byte, or one per patch of bytes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from mblm.model.linear import apply, apply_in_order
-from mblm.model.plain import Part, is_plain, parts_in
+from mblm.model.plain import Part, are_plain, parts_in
 from mblm.ops.embed_patches import embed_patches
 
 # State dict entries that grow with the vocabulary when a checkpoint is loaded into a larger one.
@@ -109,13 +110,8 @@ class PatchTokenEmbedding(TokenEmbedding):
 
     def _is_fused(self) -> bool:
         """Whether what comes before the linear layer is computed by `embed_patches`."""
-        return (
-            is_plain(self.embedding, nn.Embedding)
-            and self.embedding.padding_idx == self.pad_token_id
-            and is_plain(self._post, nn.Sequential)
-            and is_plain(self._post[0], nn.Flatten)
-            and is_plain(self._post[1], nn.LayerNorm)
-        )
+        is_built = are_plain(islice(self.parts(), 4))
+        return is_built and self.embedding.padding_idx == self.pad_token_id
 
     def parts(self) -> Iterator[Part]:
         """What is in it, as built."""

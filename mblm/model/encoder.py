@@ -90,11 +90,8 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
             raise ValueError(
                 f"input_ids: expected at least one byte, got {tuple(nested_ids.shape)}"
             )
-        for name, tensor in (
-            ("attention_mask", attention_mask),
-            ("labels", labels),
-            ("loss_mask", loss_mask),
-        ):
+        given = {"attention_mask": attention_mask, "labels": labels, "loss_mask": loss_mask}
+        for name, tensor in given.items():
             check_same_shape(name, tensor, nested_ids)
 
         ids = nested_ids.flatten(1)
@@ -144,11 +141,8 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
 
         tiles = TiledPass(self, tile, IGNORED_LABEL)
 
-        def head(local: torch.Tensor) -> torch.Tensor:
-            return (
-                local if return_type == MBLMReturnType.HIDDEN_STATE else self.compute_logits(local)
-            )
-
+        is_hidden = return_type == MBLMReturnType.HIDDEN_STATE
+        head = nn.Identity() if is_hidden else self.compute_logits
         outputs = tiles.outputs(head, attended, padded, mask)  # (rows, P_N, D_N or V)
         per_byte = outputs.reshape(*padded.shape, -1)[:, : ids.shape[1]]
         nested = per_byte.reshape(*nested_ids.shape, -1)

@@ -23,17 +23,10 @@ def sum_and_count(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return losses.sum(dtype=dtype), losses.count_nonzero()
 
 
-def mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
-    """Mean of the entries that are not zero; 0, with a gradient, if there are none."""
-    total, count = sum_and_count(losses)
-    return (total / count.clamp(min=1)).to(losses.dtype)
-
-
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, ignored_id: int
 ) -> torch.Tensor:
-    """The mean of the losses of ``logits (.., V)`` for ``targets (..)`` that are not zero.
-
-    The arguments are those of `losses_per_byte`.
-    """
-    return mean_of_nonzero(losses_per_byte(logits, targets, weights, ignored_id))
+    """The mean of those `losses_per_byte` that are not zero; 0, with a gradient, without any."""
+    losses = losses_per_byte(logits, targets, weights, ignored_id)
+    total, count = sum_and_count(losses)
+    return (total / count.clamp(min=1)).to(losses.dtype)

@@ -57,9 +57,4 @@ class MambaBlock(StageBlock):
             return Mamba1(**sizes)
         from mblm.model.mamba2 import Mamba2
 
-        if model_dim * self.expand % self.headdim:
-            raise ValueError(
-                f"headdim: got {self.headdim}, expected a divisor of expand * model_dim = "
-                f"{self.expand * model_dim}"
-            )
         return Mamba2(**sizes, headdim=self.headdim, dropout=self.dropout)

@@ -55,27 +55,12 @@ class Mamba1Mixer(MambaBlock):
         delta = F.softplus(apply(self.dt_proj, delta).to(dtype))  # (B, S, D_inner)
 
         if scan_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            y, scan_state = selective_scan_step(
-                inner[:, 0],
-                delta[:, 0],
-                rates,
-                weight_in[:, 0],
-                weight_out[:, 0],
-                direct,
-                scan_state,
-            )
+            inputs = inner[:, 0], delta[:, 0], rates, weight_in[:, 0], weight_out[:, 0], direct
+            y, scan_state = selective_scan_step(*inputs, scan_state)
             y = y.unsqueeze(1)
         else:
-            y, scan_state = mamba1_scan(
-                inner,
-                delta,
-                rates,
-                weight_in,
-                weight_out,
-                direct,
-                scan_state,
-                y_only=carried is None,
-            )
+            inputs = (inner, delta, rates, weight_in, weight_out, direct)
+            y, scan_state = mamba1_scan(inputs, scan_state, y_only=carried is None)
         if carried is not None:
             carried.state = scan_state, window
         return apply(self.out_proj, y * F.silu(gate))
@@ -103,25 +88,11 @@ class Mamba1(MambaStage):
     def __init__(
         self, *, model_dim: int, num_layers: int, d_state: int, d_conv: int, expand: int
     ) -> None:
-        super().__init__()
-        sizes = {
-            "model_dim": model_dim,
-            "num_layers": num_layers,
-            "d_state": d_state,
-            "d_conv": d_conv,
-            "expand": expand,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        config = MambaConfig(
-            d_model=model_dim,
-            n_layers=num_layers,
-            d_state=d_state,
-            d_conv=d_conv,
-            expand_factor=expand,
+        super().__init__(
+            model_dim, num_layers=num_layers, d_state=d_state, d_conv=d_conv, expand=expand
         )
-        self.model_dim = model_dim
+        sizes = {"d_state": d_state, "d_conv": d_conv, "expand_factor": expand}
+        config = MambaConfig(model_dim, num_layers, **sizes)
         self.layers = nn.ModuleList(Mamba1Layer(config) for _ in range(num_layers))
 
     def parts(self) -> Iterator[Part]:

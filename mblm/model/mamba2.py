@@ -92,11 +92,11 @@ class Mamba2Mixer(nn.Module):
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (B, S, H)
 
         if scan_state is not None and length == 1 and not torch.is_grad_enabled():
-            y, scan_state = ssd_step(
-                inner[:, 0], dt[:, 0], rates, weight_in[:, 0], weight_out[:, 0], direct, scan_state
-            )
+            inputs = inner[:, 0], dt[:, 0], rates, weight_in[:, 0], weight_out[:, 0], direct
+            y, scan_state = ssd_step(*inputs, scan_state)
         else:
-            y, scan_state = mamba2_scan(inner, dt, rates, weight_in, weight_out, direct, scan_state)
+            inputs = inner, dt, rates, weight_in, weight_out, direct
+            y, scan_state = mamba2_scan(inputs, scan_state)
         if carried is not None:
             carried.state = scan_state, window
         return apply(self.out_proj, rms_norm(self.norm, y.reshape(gate.shape), gate))
@@ -137,18 +137,8 @@ class Mamba2(MambaStage):
         headdim: int,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        sizes = {
-            "model_dim": model_dim,
-            "num_layers": num_layers,
-            "d_state": d_state,
-            "d_conv": d_conv,
-            "expand": expand,
-            "headdim": headdim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        sizes = {"num_layers": num_layers, "d_state": d_state, "d_conv": d_conv}
+        super().__init__(model_dim, **sizes, expand=expand, headdim=headdim)
         if (expand * model_dim) % headdim:
             raise ValueError(
                 f"headdim must divide the inner width expand · model_dim = {expand * model_dim}, "
@@ -156,7 +146,6 @@ class Mamba2(MambaStage):
             )
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
-        self.model_dim = model_dim
         dropouts = [0.0] * (num_layers - 1) + [dropout]
         self.layers = nn.ModuleList(
             Mamba2Layer(model_dim, d_state, d_conv, expand * model_dim, headdim, dropout)

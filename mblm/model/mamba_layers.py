@@ -59,9 +59,15 @@ class MambaStage(nn.Module):
     """
 
     has_state_of_pairs = True  # which lets the hierarchy run it in segments of positions
-    model_dim: int
     layers: nn.ModuleList
     kinds: tuple[type[nn.Module], type[nn.Module]]
+
+    def __init__(self, model_dim: int, **sizes: int) -> None:
+        super().__init__()
+        for name, size in {"model_dim": model_dim, **sizes}.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.model_dim = model_dim
 
     def forward(self, x: Tensor, *, cache: MambaCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D) causally: from the zero state, or from that of a cache."""

@@ -16,51 +16,40 @@ from mblm.model.derivatives import with_derivatives
 from mblm.ops.selective_scan import selective_scan
 from mblm.ops.ssd import ssd
 
+# What is scanned, step sizes, A, B, C and D.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 # Positions per chunk of mamba_ssm's kernel, its own default.
 _KERNEL_CHUNK_SIZE = 256
 
 
-def mamba1_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor | None,
-    *,
-    y_only: bool,
-) -> tuple[Tensor, Tensor]:
+def mamba1_scan(inputs: Inputs, state: Tensor | None, *, y_only: bool) -> tuple[Tensor, Tensor]:
     """:func:`mblm.ops.selective_scan.selective_scan`, by mamba_ssm's kernel where it serves.
 
     That kernel takes no initial state and gives no gradient to the final one: ``y_only`` says
     that none will be asked for.
     """
-    serves = state is None and (y_only or not torch.is_grad_enabled())
-    serves = serves and x.shape[1] > 0 and A.dtype == torch.float32 and A.shape[1] <= 256
-    if x.is_cuda and serves:
+    x, _, rates, *_ = inputs
+    serves = _may_serve(x, rates) and rates.shape[1] <= 256
+    if serves and state is None and (y_only or not torch.is_grad_enabled()):
         kernel = _mamba_ssm("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
         if kernel is not None:
-            return _mamba1_by(kernel, x, delta, A, B, C, D)
-    return selective_scan(x, delta, A, B, C, D, state)
+            return _mamba1_by(kernel, *inputs)
+    return selective_scan(*inputs, state)
 
 
-def mamba2_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def mamba2_scan(inputs: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """:func:`mblm.ops.ssd.ssd`, by mamba_ssm's kernel where it serves."""
-    serves = x.shape[1] > 0 and A.dtype == torch.float32
-    if x.is_cuda and serves:
+    x, _, rates, *_ = inputs
+    if _may_serve(x, rates):
         kernel = _mamba_ssm("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
         if kernel is not None:
-            return _mamba2_by(kernel, x, dt, A, B, C, D, state)
-    return ssd(x, dt, A, B, C, D, state)
+            return _mamba2_by(kernel, *inputs, *(() if state is None else (state,)))
+    return ssd(*inputs, state)
+
+
+def _may_serve(x: Tensor, rates: Tensor) -> bool:
+    return x.is_cuda and x.shape[1] > 0 and rates.dtype == torch.float32
 
 
 def _mamba1_by(
@@ -80,17 +69,8 @@ def _mamba1_by(
     return y.mT.to(x.dtype), final_state
 
 
-def _mamba2_by(
-    kernel: Any,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """By mamba_ssm's ``mamba_chunk_scan_combined``."""
+def _mamba2_by(kernel: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """By mamba_ssm's ``mamba_chunk_scan_combined``; a state may be the last input."""
 
     def run(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *state: Tensor
@@ -108,10 +88,8 @@ def _mamba2_by(
         )
         return out
 
-    y, final_state = with_derivatives(
-        run, ssd, x, dt, A, B, C, D, *(() if state is None else (state,))
-    )
-    return y, final_state
+    out: tuple[Tensor, Tensor] = with_derivatives(run, ssd, *inputs)
+    return out
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mblm.model.gradients import gradients_are_watched, once_differentiable
 from mblm.model.tiled_pass import TiledPass, parameters_below_global
 from mblm.model.tiles import SumAndCount, gradients_of_map, map_over_tiles
-from mblm.ops._library import LIBRARY, TRANSFORMED
+from mblm.ops._library import LIBRARY, TRANSFORMED, as_outside
 from mblm.utils.transforms import is_transformed, not_compiled
 
 if TYPE_CHECKING:
@@ -99,13 +99,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 @contextlib.contextmanager
 def _as_outside(device_type: str, autocast: torch.dtype | None, gradients: bool) -> Iterator[None]:
     """Record gradients, if asked to, under the autocast given, within an operator."""
-    with contextlib.ExitStack() as stack:
-        # PyTorch runs an operator's kernel with these left out.
-        for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
-            key = getattr(torch._C.DispatchKey, name)
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(_autocast(device_type, autocast)())
+    with as_outside(), torch.set_grad_enabled(gradients), _autocast(device_type, autocast)():
         yield
 
 

@@ -48,10 +48,10 @@ def check_ids_type(ids: Tensor) -> None:
 
 
 def check_ids_range(ids: Tensor, num_embeddings: int) -> None:
-    """Every id lies in [0, num_embeddings). Looks at the data: not for fake functions."""
-    if torch.compiler.is_compiling():  # the reference is traced, on tensors without values
-        return
+    """Every id lies in [0, num_embeddings), where ids have values."""
     ids = values_of(ids)
+    if type(ids) is not Tensor or ids.is_meta:  # traced
+        return
     outside = ((ids < 0) | (ids >= num_embeddings)).flatten()
     if outside.any():
         index = int(outside.to(torch.uint8).argmax())

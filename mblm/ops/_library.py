@@ -8,15 +8,18 @@ it derives from plain PyTorch, the operator's ``derivable``: second derivatives,
 and every transform of ``torch.func``.
 """
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from mblm.ops._checks import check_shape
 from mblm.utils.transforms import is_transformed
 
 LIBRARY = torch.library.Library("mblm", "DEF")
@@ -45,7 +48,7 @@ def register_operator(
     schema: str,
     *,
     reference: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
     derivable: Callable[..., Any] | None = None,
     backward: Callable[..., Sequence[Tensor | None]] | None = None,
     intermediates: int = 0,
@@ -56,12 +59,13 @@ def register_operator(
     Args:
         schema: The operator's schema, ``name(arguments) -> results``.
         reference: Readable PyTorch implementation, the specification of the native kernels.
-        fake: Shapes and dtypes of the results, from shapes and dtypes of the arguments.
+        fake: Shapes and dtypes of the results, from shapes and dtypes of the arguments. Default:
+            the reference, which then looks at no values of tensors that have none.
         derivable: The reference, as PyTorch can differentiate it. An operator without one, such as
             a gradient, has no derivatives: asked for them, it raises.
-        backward: Gradient, ``backward(call, *grads) -> gradients of the arguments``; ``grads`` are
-            those of the results but the intermediates, None for one that is not used. Default:
-            that of ``derivable``.
+        backward: Gradient, ``backward(call, *grads) -> gradients of the first arguments``; those
+            that are not needed are ignored. ``grads`` are those of the results but the
+            intermediates, None for one that is not used. Default: that of ``derivable``.
         intermediates: So many of the last results are for ``backward`` alone.
         linear_in: Indices of arguments, each of which is added or is a factor of one term, so that
             ``backward`` needs no values of theirs: they are not kept.
@@ -69,7 +73,7 @@ def register_operator(
     name = schema.split("(", 1)[0].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _said_on_cuda(name, reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mblm::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"mblm::{name}", fake or reference, lib=LIBRARY)
     if derivable is not None:
         LIBRARY.impl(name, derivable, TRANSFORMED)
     operator = getattr(torch.ops.mblm, name).default
@@ -132,7 +136,9 @@ def _function(
         if backward is None or torch.is_grad_enabled() or is_transformed():
             return None, *derived_gradients(derive, inputs, needed, grads)
         call = Call(inputs, saved[len(inputs) :], needed)
-        return None, *backward(call, *grads[: len(grads) - intermediates])
+        found = backward(call, *grads[: len(grads) - intermediates])
+        pairs = zip_longest(found, needed)  # there are none of the last arguments
+        return None, *(grad if of_it else None for grad, of_it in pairs)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type(operator.name().replace("::", "_"), (torch.autograd.Function,), methods)
@@ -145,6 +151,8 @@ def derived_gradients(
     inputs: Sequence[Any],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
+    *,
+    create_graph: bool = True,
 ) -> list[Tensor | None]:
     """The gradients of the inputs as PyTorch computes them from ``derive``, differentiable too."""
     with torch.enable_grad():
@@ -166,11 +174,64 @@ def derived_gradients(
                 [result for result, _ in pairs],
                 wanted,
                 [grad for _, grad in pairs],
-                create_graph=True,
+                create_graph=create_graph,
                 allow_unused=True,
             )
         )
     return [next(found) if of_it else None for of_it in needed]
+
+
+def gradients_of(
+    count: int,
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    grads: Mapping[str, Tensor | None],
+    **kept: Tensor,
+) -> tuple[Tensor, ...]:
+    """New gradients of the tensors among the first ``count`` inputs, contiguous.
+
+    For the references of operators that are gradients: these are called without a graph. By name,
+    ``grads`` are those of the first results, and ``kept`` is what was kept of the last; each must
+    be like its result.
+    """
+
+    def checked(*args: Any) -> Any:
+        results = reference(*args)
+        named = {**grads, **kept}.items()
+        several = results if isinstance(results, tuple) else (results,)
+        for (name, tensor), result in zip(named, several, strict=True):
+            if tensor is not None:
+                check_shape(name, tensor, tuple(result.shape))
+                if tensor.dtype != result.dtype:
+                    raise TypeError(f"{name} must be {result.dtype}, got {tensor.dtype}")
+        return results
+
+    needed = [index < count and isinstance(value, Tensor) for index, value in enumerate(inputs)]
+    with as_outside(), torch.enable_grad():
+        leaves = [
+            value.detach().requires_grad_() if of_it else value
+            for value, of_it in zip(inputs, needed, strict=True)
+        ]
+        of_results = [*grads.values(), *[None] * len(kept)]
+        found = derived_gradients(checked, leaves, needed, of_results, create_graph=False)
+    return tuple(
+        torch.zeros_like(value, memory_format=torch.contiguous_format)
+        if grad is None
+        else grad.detach().clone(memory_format=torch.contiguous_format)
+        for value, grad, of_it in zip(inputs, found, needed, strict=True)
+        if of_it
+    )
+
+
+@contextlib.contextmanager
+def as_outside() -> Iterator[None]:
+    """Record gradients, if they are enabled, within an operator's kernel."""
+    with contextlib.ExitStack() as stack:
+        # PyTorch runs an operator's kernel with these left out.
+        for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+            key = getattr(torch._C.DispatchKey, name)
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
 
 
 def _zeros(like: Like) -> Tensor:

@@ -26,6 +26,24 @@ def check_tensors(
             raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
+def fake(
+    x: Tensor,
+    _steps: Tensor,
+    rates: Tensor,
+    weight_in: Tensor,
+    _weight_out: Tensor,
+    _direct: Tensor,
+    _initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x, and states of as many entries as a position has, times N."""
+    rows, length, *widths = x.shape
+    state = (*widths, weight_in.shape[2])
+    num_chunks = (length + chunk_size - 1) // chunk_size
+    states = rates.new_empty(rows, num_chunks, *state)
+    return x.new_empty(x.shape), rates.new_empty(rows, *state), states
+
+
 def backward_fake(
     grad_y: Tensor, grad_final_state: Tensor, *inputs: Tensor | int
 ) -> tuple[Tensor, ...]:
@@ -69,16 +87,16 @@ def gradient(operator: str) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(
         call: Call, grad_y: Tensor | None, grad_final_state: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, initial_state, chunk_size = call.inputs
+        *tensors, _, chunk_size = call.inputs
         (chunk_states,) = call.intermediates
         if grad_y is None:
             grad_y = torch.zeros_like(tensors[0])
         if grad_final_state is None:
             shape = (chunk_states.shape[0], *chunk_states.shape[2:])
             grad_final_state = chunk_states.new_zeros(shape)
-        *grads, grad_initial_state = getattr(torch.ops.mblm, f"{operator}_backward")(
+        grads: tuple[Tensor, ...] = getattr(torch.ops.mblm, f"{operator}_backward")(
             grad_y, grad_final_state, *tensors, chunk_states, chunk_size
         )
-        return *grads, None if initial_state is None else grad_initial_state, None
+        return grads
 
     return backward

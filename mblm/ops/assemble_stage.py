@@ -12,7 +12,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, register_operator
+from mblm.ops._library import Call, gradients_of, register_operator
 
 
 def assemble_stage(
@@ -105,30 +105,24 @@ def assemble_stage_backward_reference(
     ``grad[:, 1:]``. The third is ``(num_positions, D)``.
     """
     _check_backward(grad, ids, rotation, num_positions)
-    width = grad.shape[2]
-    compute = compute_dtype(grad.dtype)
-    grad_start, grad_vectors = grad.to(compute).split((1, grad.shape[1] - 1), dim=1)
-    used = min(num_positions, grad_vectors.shape[1])
-    grad_positions = grad_vectors.new_zeros(num_positions, width)
-    grad_positions[:used] = grad_vectors[:, :used].sum(0)
+    rows, length, width = grad.shape[0], grad.shape[1] - 1, grad.shape[2]
+    own, compute = grad.dtype, compute_dtype(grad.dtype)
+    shape = (rows, length) if ids is None else (num_embeddings,)
+    # Of what is but added, values do not matter.
+    zeros = [
+        grad.new_zeros(*sizes, width, dtype=compute)
+        for sizes in ((), shape, (max(num_positions, length),))
+    ]
 
-    grad_embeddings = grad_vectors if ids is not None else grad_vectors.new_empty(0)
-    if rotation is not None:
-        # The inverse of a rotation has its sine negated.
-        inverse = rotation[: grad_vectors.shape[1]].to(compute) * rotation.new_tensor([1, -1])
-        grad_embeddings = _rotate(grad_vectors, inverse)
-    if ids is not None:
-        check_ids_range(ids, num_embeddings)
-        table = grad.new_zeros(num_embeddings, width, dtype=compute)
-        table.index_add_(0, ids.flatten(), grad_embeddings.flatten(0, 1))
-        if 0 <= padding_idx < num_embeddings:
-            table[padding_idx] = 0
-        grad_embeddings = table
-    return (
-        grad_start.sum((0, 1)).to(grad.dtype),
-        grad_embeddings.to(grad.dtype).contiguous(),
-        grad_positions.to(grad.dtype),
-    )
+    def assemble(start_token: Tensor, embeddings: Tensor, positions: Tensor) -> Tensor:
+        inputs = (start_token, embeddings, ids, positions, rotation, None, padding_idx)
+        return assemble_stage_reference(*inputs)
+
+    grads = gradients_of(3, assemble, zeros, {"grad": grad.to(compute)})
+    of_start, of_embeddings, of_positions = (of_it.to(own) for of_it in grads)
+    if ids is None and rotation is None:
+        of_embeddings = grad.new_empty(0)
+    return of_start, of_embeddings, of_positions[:num_positions]
 
 
 def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
@@ -210,62 +204,21 @@ def _check_backward(
         raise ValueError(f"num_positions must not be negative, got {num_positions}")
 
 
-def _fake(
-    start_token: Tensor,
-    embeddings: Tensor,
-    ids: Tensor | None,
-    positions: Tensor | None,
-    rotation: Tensor | None,
-    context: Tensor | None,
-    padding_idx: int,
-) -> Tensor:
-    rows, length = _check(start_token, embeddings, ids, positions, rotation, context)
-    return embeddings.new_empty(rows, 1 + length, embeddings.shape[-1])
-
-
-def _backward_fake(
-    grad: Tensor,
-    ids: Tensor | None,
-    rotation: Tensor | None,
-    num_embeddings: int,
-    num_positions: int,
-    padding_idx: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, ids, rotation, num_positions)
-    rows, length, width = grad.shape[0], grad.shape[1] - 1, grad.shape[2]
-    if ids is not None:
-        grad_embeddings = grad.new_empty(num_embeddings, width)
-    elif rotation is not None:
-        grad_embeddings = grad.new_empty(rows, length, width)
-    else:
-        grad_embeddings = grad.new_empty(0)
-    return grad.new_empty(width), grad_embeddings, grad.new_empty(num_positions, width)
-
-
 def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, embeddings, ids, positions, rotation, context, padding_idx = call.inputs
+    _, embeddings, ids, positions, rotation, _, padding_idx = call.inputs
     num_positions = 0 if positions is None else positions.shape[0]
     grad_start, grad_embeddings, grad_positions = torch.ops.mblm.assemble_stage_backward(
         grad, ids, rotation, embeddings.shape[0], num_positions, padding_idx
     )
     if ids is None and rotation is None:
         grad_embeddings = grad[:, 1:]
-    return (
-        grad_start,
-        grad_embeddings,
-        None,
-        None if positions is None else grad_positions,
-        None,
-        None if context is None else grad[:, 1:],
-        None,
-    )
+    return grad_start, grad_embeddings, None, grad_positions, None, grad[:, 1:]
 
 
 register_operator(
     "assemble_stage(Tensor start_token, Tensor embeddings, Tensor? ids, Tensor? positions, "
     "Tensor? rotation, Tensor? context, int padding_idx) -> Tensor",
     reference=assemble_stage_reference,
-    fake=_fake,
     derivable=assemble_stage_reference,
     backward=_backward,
     linear_in=(0, 1, 3, 5),
@@ -275,5 +228,4 @@ register_operator(
     "SymInt num_embeddings, SymInt num_positions, int padding_idx) "
     "-> (Tensor grad_start, Tensor grad_embeddings, Tensor grad_positions)",
     reference=assemble_stage_backward_reference,
-    fake=_backward_fake,
 )

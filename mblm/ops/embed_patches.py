@@ -68,7 +68,11 @@ def embed_patches_reference(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the result and, for backward, mean and ``1 / std``, both ``(B, num_patches)``."""
-    _check(ids, table, weight, bias, num_patches, patch_size, pad_token_id, eps)
+    _check(ids, table, weight, num_patches, patch_size, pad_token_id)
+    check_like("bias", bias, "table", table)
+    check_shape("bias", bias, (patch_size * table.shape[1],))
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     check_ids_range(ids, table.shape[0])
     compute = compute_dtype(table.dtype)
     flat = _gather(ids, table, num_patches, patch_size, pad_token_id).to(compute)
@@ -131,23 +135,6 @@ def _check(
     ids: Tensor,
     table: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    num_patches: int,
-    patch_size: int,
-    pad_token_id: int,
-    eps: float,
-) -> None:
-    _check_sizes(ids, table, weight, num_patches, patch_size, pad_token_id)
-    check_like("bias", bias, "table", table)
-    check_shape("bias", bias, (patch_size * table.shape[1],))
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-
-
-def _check_sizes(
-    ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
     num_patches: int,
     patch_size: int,
     pad_token_id: int,
@@ -182,7 +169,7 @@ def _check_backward(
 ) -> None:
     if mean.dim() != 2:
         raise ValueError(f"mean must have shape [B, num_patches], got {list(mean.shape)}")
-    _check_sizes(ids, table, weight, mean.shape[1], patch_size, pad_token_id)
+    _check(ids, table, weight, mean.shape[1], patch_size, pad_token_id)
     check_shape("mean", mean, (ids.shape[0], mean.shape[1]))
     check_shape("inverse_std", inverse_std, tuple(mean.shape))
     check_like("grad", grad, "table", table)
@@ -193,47 +180,12 @@ def _check_backward(
             raise TypeError(f"{name} must be {compute}, got {moments.dtype}")
 
 
-def _fake(
-    ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_patches: int,
-    patch_size: int,
-    pad_token_id: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(ids, table, weight, bias, num_patches, patch_size, pad_token_id, eps)
-    shape = (ids.shape[0], num_patches)
-    out = table.new_empty(*shape, patch_size * table.shape[1])
-    compute = compute_dtype(table.dtype)
-    return out, table.new_empty(shape, dtype=compute), table.new_empty(shape, dtype=compute)
-
-
-def _backward_fake(
-    grad: Tensor,
-    ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    inverse_std: Tensor,
-    patch_size: int,
-    pad_token_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, ids, table, weight, mean, inverse_std, patch_size, pad_token_id)
-    return (
-        table.new_empty(table.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape),
-    )
-
-
 def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     ids, table, weight, _, _, patch_size, pad_token_id, _ = call.inputs
     grads = torch.ops.mblm.embed_patches_backward(
         grad, ids, table, weight, *call.intermediates, patch_size, pad_token_id
     )
-    return (None, *grads, None, None, None, None)
+    return None, *grads
 
 
 register_operator(
@@ -241,7 +193,6 @@ register_operator(
     "SymInt patch_size, int pad_token_id, float eps) "
     "-> (Tensor out, Tensor mean, Tensor inverse_std)",
     reference=embed_patches_reference,
-    fake=_fake,
     derivable=embed_patches_reference,
     backward=_backward,
     intermediates=2,
@@ -251,5 +202,4 @@ register_operator(
     "Tensor inverse_std, SymInt patch_size, int pad_token_id) "
     "-> (Tensor grad_table, Tensor grad_weight, Tensor grad_bias)",
     reference=embed_patches_backward_reference,
-    fake=_backward_fake,
 )

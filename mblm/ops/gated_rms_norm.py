@@ -11,7 +11,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, register_operator
+from mblm.ops._library import Call, gradients_of, register_operator
 
 
 def gated_rms_norm(
@@ -63,27 +63,11 @@ def gated_rms_norm_backward_reference(
     gate: Tensor | None,
     inverse_norm: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Returns the gradients of ``x``, ``weight`` and ``gate`` (empty if that is None)."""
-    _check_backward(grad, x, weight, gate, inverse_norm, eps)
-    compute = inverse_norm.dtype
-    values, grad, inverse = x.to(compute), grad.to(compute), inverse_norm[..., None]
-    grad_gate = x.new_empty(0)
-    if gate is None:
-        normalized = values * inverse
-    else:
-        logits = gate.to(compute)
-        silu = F.silu(logits)
-        normalized = values * silu * inverse
-    grad_weight = (grad * normalized).reshape(-1, x.shape[-1]).sum(0)
-
-    scaled = grad * weight.to(compute)
-    along = (scaled * normalized).mean(-1, keepdim=True)
-    grad_x = inverse * torch.addcmul(scaled, normalized, along, value=-1)  # of the gated x
-    if gate is not None:
-        grad_gate = torch.ops.aten.silu_backward(grad_x * values, logits).to(x.dtype).contiguous()
-        grad_x = grad_x * silu
-    return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype), grad_gate
+    inputs, kept = (x, weight, gate, eps), {"inverse_norm": inverse_norm}
+    grads = gradients_of(3, gated_rms_norm_reference, inputs, {"grad": grad}, **kept)
+    return grads if gate is not None else (*grads, x.new_empty(0))
 
 
 def _compute(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -104,54 +88,18 @@ def _check(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> None:
         check_like("gate", gate, "x", x)
 
 
-def _check_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    inverse_norm: Tensor,
-    eps: float,
-) -> None:
-    _check(x, weight, gate, eps)
-    check_shape("grad", grad, tuple(x.shape))
-    check_like("grad", grad, "weight", weight)
-    check_shape("inverse_norm", inverse_norm, tuple(x.shape[:-1]))
-    if inverse_norm.dtype != _compute(x, weight):
-        raise TypeError(f"inverse_norm must be {_compute(x, weight)}, got {inverse_norm.dtype}")
-
-
-def _fake(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    _check(x, weight, gate, eps)
-    inverse_norm = x.new_empty(x.shape[:-1], dtype=_compute(x, weight))
-    return x.new_empty(x.shape, dtype=weight.dtype), inverse_norm
-
-
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    inverse_norm: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, x, weight, gate, inverse_norm, eps)
-    grad_gate = x.new_empty(0 if gate is None else gate.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_gate
-
-
 def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, gate, eps = call.inputs
-    grad_x, grad_weight, grad_gate = torch.ops.mblm.gated_rms_norm_backward(
+    grads: tuple[Tensor, ...] = torch.ops.mblm.gated_rms_norm_backward(
         grad, x, weight, gate, *call.intermediates, eps
     )
-    return grad_x, grad_weight, grad_gate if gate is not None else None, None
+    return grads
 
 
 register_operator(
     "gated_rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
     reference=gated_rms_norm_reference,
-    fake=_fake,
     derivable=gated_rms_norm_reference,
     backward=_backward,
     intermediates=1,
@@ -161,5 +109,4 @@ register_operator(
     "Tensor inverse_norm, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_gate)",
     reference=gated_rms_norm_backward_reference,
-    fake=_backward_fake,
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mblm.ops import _native
 from mblm.ops._library import Call, register_operator
-from mblm.ops.linear_rows import MAX_ROWS, linear_fake, linear_reference
+from mblm.ops.linear_rows import MAX_ROWS, linear_reference
 
 # Multiplications below which calling oneDNN takes longer than it saves.
 _LARGE = 2**22
@@ -102,7 +102,6 @@ def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
 register_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=linear_reference,
-    fake=linear_fake,
     derivable=linear_reference,
     backward=_backward,
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mblm.ops._library import register_operator
-from mblm.ops._scans import backward_fake, check_tensors, derivable, gradient
+from mblm.ops._scans import backward_fake, check_tensors, derivable, fake, gradient
 
 # Entries of a (chunk, rows, channels, N) buffer held at a time; one tile has up to three of them.
 _TILE_ENTRIES = 2**21
@@ -189,25 +189,6 @@ def _reference(
     return y, final_state, chunk_states
 
 
-def _fake(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial_state: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, length, channels = x.shape
-    num_chunks = (length + chunk_size - 1) // chunk_size
-    return (
-        x.new_empty(x.shape),
-        A.new_empty(rows, channels, A.shape[1]),
-        A.new_empty(rows, num_chunks, channels, A.shape[1]),
-    )
-
-
 def _backward_reference(
     grad_y: Tensor,
     grad_final_state: Tensor,
@@ -283,7 +264,7 @@ register_operator(
     "Tensor? initial_state, int chunk_size) "
     "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
     reference=_reference,
-    fake=_fake,
+    fake=fake,
     derivable=derivable(selective_scan_step),
     backward=gradient("selective_scan"),
     intermediates=1,

@@ -10,7 +10,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, register_operator
+from mblm.ops._library import Call, gradients_of, register_operator
 
 
 def shift_rms_norm(
@@ -74,45 +74,20 @@ def shift_rms_norm_backward_reference(
     inverse_norm: Tensor,
     shift: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Returns the gradients of ``x``, ``weight`` and ``previous`` (empty if that is None)."""
-    _check_backward(grad, x, weight, previous, inverse_norm, shift, eps)
-    compute = inverse_norm.dtype
-    inverse = inverse_norm[..., None]
-    normalized = shifted(x, previous, shift).to(compute) * inverse
-    grad = grad.to(compute)
-    grad_weight = (grad * normalized).flatten(0, -2).sum(0)
-
-    # The norm takes part in the gradient only where eps does not bound it.
-    scaled = grad * weight.to(compute)
-    along = (scaled * normalized).mean(-1, keepdim=True)
-    bounded = inverse >= inverse.new_tensor(eps).reciprocal()
-    grad_s = inverse * (scaled - normalized * along.masked_fill(bounded, 0))
-
-    grad_previous = x.new_empty(0)
-    if shift:
-        # Every position's delayed half came from the position before; the last one's went nowhere.
-        kept, delayed = grad_s.split(_halves(x), dim=-1)
-        before = torch.cat((delayed, torch.zeros_like(delayed[..., :1, :])), dim=-2)
-        if previous is not None:
-            grad_previous = before[..., 0, :] if x.shape[-2] else torch.zeros_like(previous)
-            grad_previous = grad_previous.to(x.dtype).contiguous()
-        grad_s = torch.cat((kept, before[..., before.shape[-2] - x.shape[-2] :, :]), dim=-1)
-    return grad_s.to(x.dtype).contiguous(), grad_weight.to(weight.dtype), grad_previous
-
-
-def _halves(x: Tensor) -> tuple[int, int]:
-    """Sizes of the kept and of the delayed half; the kept one is the larger."""
-    delayed = x.shape[-1] // 2
-    return x.shape[-1] - delayed, delayed
+    inputs, kept = (x, weight, previous, shift, eps), {"inverse_norm": inverse_norm}
+    grads = gradients_of(3, shift_rms_norm_reference, inputs, {"grad": grad}, **kept)
+    return grads if previous is not None else (*grads, x.new_empty(0))
 
 
 def shifted(x: Tensor, previous: Tensor | None, shift: bool) -> Tensor:
     """What `shift_rms_norm` normalizes, ``(..., S, D)``."""
     if not shift:
         return x
-    kept, delayed = x.split(_halves(x), dim=-1)
-    first = previous if previous is not None else delayed.new_zeros(*x.shape[:-2], x.shape[-1] // 2)
+    half = x.shape[-1] // 2
+    kept, delayed = x.split((x.shape[-1] - half, half), dim=-1)
+    first = previous if previous is not None else delayed.new_zeros(*x.shape[:-2], half)
     delayed = torch.cat((first[..., None, :], delayed), dim=-2)[..., : x.shape[-2], :]
     return torch.cat((kept, delayed), dim=-1)
 
@@ -133,60 +108,18 @@ def _check(x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps:
         check_like("previous", previous, "x", x)
 
 
-def _check_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    previous: Tensor | None,
-    inverse_norm: Tensor,
-    shift: bool,
-    eps: float,
-) -> None:
-    _check(x, weight, previous, shift, eps)
-    check_shape("grad", grad, tuple(x.shape))
-    check_shape("inverse_norm", inverse_norm, tuple(x.shape[:-1]))
-    dtype = torch.result_type(x, weight)
-    if grad.dtype != dtype:
-        raise TypeError(f"grad must be {dtype}, got {grad.dtype}")
-    if inverse_norm.dtype != compute_dtype(dtype):
-        raise TypeError(f"inverse_norm must be {compute_dtype(dtype)}, got {inverse_norm.dtype}")
-
-
-def _fake(
-    x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    _check(x, weight, previous, shift, eps)
-    dtype = torch.result_type(x, weight)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=compute_dtype(dtype))
-
-
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    previous: Tensor | None,
-    inverse_norm: Tensor,
-    shift: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, x, weight, previous, inverse_norm, shift, eps)
-    grad_previous = x.new_empty(0 if previous is None else previous.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_previous
-
-
 def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, previous, shift, eps = call.inputs
-    grad_x, grad_weight, grad_previous = torch.ops.mblm.shift_rms_norm_backward(
+    grads: tuple[Tensor, ...] = torch.ops.mblm.shift_rms_norm_backward(
         grad, x, weight, previous, *call.intermediates, shift, eps
     )
-    return grad_x, grad_weight, grad_previous if previous is not None else None, None, None
+    return grads
 
 
 register_operator(
     "shift_rms_norm(Tensor x, Tensor weight, Tensor? previous, bool shift, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
     reference=shift_rms_norm_reference,
-    fake=_fake,
     derivable=shift_rms_norm_reference,
     backward=_backward,
     intermediates=1,
@@ -196,5 +129,4 @@ register_operator(
     "Tensor inverse_norm, bool shift, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_previous)",
     reference=shift_rms_norm_backward_reference,
-    fake=_backward_fake,
 )

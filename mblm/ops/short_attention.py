@@ -10,7 +10,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, register_operator
+from mblm.ops._library import Call, gradients_of, register_operator
 
 # The longest sequence that the operator takes: one head's work stays in a core's cache.
 MAX_POSITIONS = 64
@@ -70,31 +70,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | No
         check_device(name, table, "q", q)
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, *, back: bool = False) -> Tensor:
-    """Rotate (B, H, S, d) to the positions of the last S rows of the tables, or back."""
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Rotate (B, H, S, d) to the positions of the last S rows of the tables."""
     if cos is None or sin is None:
         return x
     cos, sin = (table[table.shape[0] - x.shape[2] :] for table in (cos, sin))
-    sin = -sin if back else sin
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """(B, S, H, d) to (B, H, S, d), in the precision of the computation."""
-    return x.transpose(1, 2).to(compute_dtype(x.dtype))
-
-
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """Causal softmax of rotated queries and keys: (B, H, S, T)."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-    return scores.masked_fill(later.triu_(k.shape[2] - q.shape[2] + 1), -torch.inf).softmax(-1)
-
-
-def _laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, S, d) to a contiguous (B, S, H, d)."""
-    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def short_attention_reference(
@@ -103,61 +85,31 @@ def short_attention_reference(
     """The specification of the native kernel."""
     _check(q, k, v, cos, sin)
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys = _rotate(_by_head(q), cos, sin), _rotate(_by_head(k), cos, sin)
-        return _laid_out(_probabilities(queries, keys) @ _by_head(v), q.dtype)
+        queries, keys, values = (x.transpose(1, 2).to(compute_dtype(q.dtype)) for x in (q, k, v))
+        queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
+        scores = queries @ keys.mT * q.shape[-1] ** -0.5  # (B, H, S, T)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        later = later.triu_(k.shape[1] - q.shape[1] + 1)
+        out = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
+        return out.transpose(1, 2).to(q.dtype).contiguous()
 
 
 def short_attention_backward_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of q, k and v."""
-    _check_backward(grad, q, k, v, cos, sin)
-    with torch.autocast(q.device.type, enabled=False):
-        queries, keys = _rotate(_by_head(q), cos, sin), _rotate(_by_head(k), cos, sin)
-        probabilities = _probabilities(queries, keys)
-        grad_out = _by_head(grad)
-        grad_v = probabilities.mT @ grad_out
-        grad_probabilities = grad_out @ _by_head(v).mT
-        along = (probabilities * grad_probabilities).sum(-1, keepdim=True)
-        grad_scores = probabilities * (grad_probabilities - along) * q.shape[-1] ** -0.5
-        grad_q = _rotate(grad_scores @ keys, cos, sin, back=True)
-        grad_k = _rotate(grad_scores.mT @ queries, cos, sin, back=True)
-        return (
-            _laid_out(grad_q, q.dtype),
-            _laid_out(grad_k, q.dtype),
-            _laid_out(grad_v, q.dtype),
-        )
-
-
-def _check_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> None:
-    _check(q, k, v, cos, sin)
-    check_shape("grad", grad, tuple(q.shape))
-    check_like("grad", grad, "q", q)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    _check(q, k, v, cos, sin)
-    return q.new_empty(q.shape)
-
-
-def _backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, q, k, v, cos, sin)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    inputs = (q, k, v, cos, sin)
+    return gradients_of(3, short_attention_reference, inputs, {"grad": grad})
 
 
 def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.mblm.short_attention_backward(grad, *call.inputs)
-    return *grads, None, None
+    grads: tuple[Tensor, ...] = torch.ops.mblm.short_attention_backward(grad, *call.inputs)
+    return grads
 
 
 register_operator(
     "short_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin) -> Tensor",
     reference=short_attention_reference,
-    fake=_fake,
     derivable=short_attention_reference,
     backward=_backward,
 )
@@ -165,5 +117,4 @@ register_operator(
     "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, "
     "Tensor? sin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     reference=short_attention_backward_reference,
-    fake=_backward_fake,
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mblm.ops._library import register_operator
-from mblm.ops._scans import backward_fake, check_tensors, derivable, gradient
+from mblm.ops._scans import backward_fake, check_tensors, derivable, fake, gradient
 
 # Entries of the (rows, H, T, T) and (rows, H, P, N) buffers of one group of rows.
 _GROUP_ENTRIES = 2**21
@@ -198,25 +198,6 @@ def _reference(
     return y, final_state, chunk_states
 
 
-def _fake(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial_state: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, length, heads, head_dim = x.shape
-    num_chunks = (length + chunk_size - 1) // chunk_size
-    return (
-        x.new_empty(x.shape),
-        A.new_empty(rows, heads, head_dim, B.shape[2]),
-        A.new_empty(rows, num_chunks, heads, head_dim, B.shape[2]),
-    )
-
-
 def _backward_reference(
     grad_y: Tensor,
     grad_final_state: Tensor,
@@ -302,7 +283,7 @@ register_operator(
     "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, "
     "int chunk_size) -> (Tensor y, Tensor final_state, Tensor chunk_states)",
     reference=_reference,
-    fake=_fake,
+    fake=fake,
     derivable=derivable(ssd_step),
     backward=gradient("ssd"),
     intermediates=1,

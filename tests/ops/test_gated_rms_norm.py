@@ -272,7 +272,7 @@ def test_bad_input_is_refused(implementation, change, error, message):
     ("change", "error", "message"),
     [
         ({"grad": torch.zeros(2, 2, 4)}, ValueError, r"grad must have shape \[2, 3, 4\]"),
-        ({"grad": torch.zeros(2, 3, 4).double()}, TypeError, "grad must have the dtype of weight"),
+        ({"grad": torch.zeros(2, 3, 4).double()}, TypeError, r"grad must (be|have)"),
         ({"inverse_norm": torch.zeros(2)}, ValueError, r"inverse_norm must have shape \[2, 3\]"),
         ({"inverse_norm": torch.zeros(2, 3).double()}, TypeError, "inverse_norm must be"),
     ],
