@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from mblm.inference.huge_pages import HugePages
-from mblm.model.plain import Part, is_plain, keeps_class
+from mblm.model.plain import Part, is_plain
 from mblm.ops import _native
 
 # What compiled code takes for a tensor that there is not.
@@ -72,7 +72,7 @@ class Guard:
         self.parts = parts
         self._modules = [module for module, _ in parts]
         self._kinds = [kind for _, kind in parts]
-        self._classes = set(self._kinds)
+        self._forwards = [(kind, kind.forward) for kind in set(self._kinds)]
         self._own = [module.__dict__ for module in self._modules]
         names = ("_forward_hooks", "_forward_pre_hooks")
         self._hooks = [own[name] for own in self._own for name in names]
@@ -86,7 +86,7 @@ class Guard:
             or any(map(operator.contains, self._own, itertools.repeat("forward")))
             or any(module.training for module in self._dropping)
             or list(map(type, self._modules)) != self._kinds
-            or not all(map(keeps_class, self._classes))
+            or any(kind.forward is not own for kind, own in self._forwards)
         )
 
 

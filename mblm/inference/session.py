@@ -197,7 +197,8 @@ class Session:
             if runs:
                 self._append(runs[-1][:, -1])
         runs = runs or [torch.empty(self.batch_size, 0, dtype=torch.long, device=self._device)]
-        return own_copy(torch.cat(runs, dim=1).to(self._device))
+        with torch.inference_mode(False):  # the caller's own, as `logits`
+            return torch.cat(runs, dim=1).to(self._device)
 
     def _append(self, ids: torch.Tensor) -> None:
         """Take in one more byte of every sequence, ids ``(B,)``: now, or with what comes next."""

@@ -68,17 +68,13 @@ def _has_hooks_on_gradients(own: dict[str, Any]) -> bool:
     )
 
 
-def keeps_class(kind: type[nn.Module]) -> bool:
-    """Whether nobody replaced the ``forward`` of a class of PyTorch's."""
-    return _FORWARDS.get(kind, kind.forward) is kind.forward
-
-
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module computes what ``kind`` does with parameters that can be read.
 
     Its children, where it has any, are modules of their own: see `are_plain`.
     """
-    if type(module) is not kind or not keeps_class(kind) or not is_bare(module):
+    own = _FORWARDS.get(kind, kind.forward)
+    if type(module) is not kind or kind.forward is not own or not is_bare(module):
         return False
     for parameter in module._parameters.values():
         if type(parameter) not in _PLAIN_PARAMETERS:
