@@ -73,8 +73,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     Its children, where it has any, are modules of their own: see `are_plain`.
     """
-    own = _FORWARDS.get(kind, kind.forward)
-    if type(module) is not kind or kind.forward is not own or not is_bare(module):
+    if type(module) is not kind or not is_bare(module):
+        return False
+    if kind.forward is not _FORWARDS.get(kind, kind.forward):
         return False
     for parameter in module._parameters.values():
         if type(parameter) not in _PLAIN_PARAMETERS:
