@@ -14,7 +14,7 @@ out=$PWD/build/sanitize
 build() { # folder, sanitizers, targets
   # -O1 compiles quickly and optimizes fewer accesses away than what is shipped.
   cmake -S . -B "$out/$1" -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 -DMBLM_BUILD_TESTS=ON \
-    -DMBLM_SANITIZE="$2" -DPython_EXECUTABLE="$python"
+    -DMBLM_BUILD_EXTENSION=ON -DMBLM_SANITIZE="$2" -DPython_EXECUTABLE="$python"
   cmake --build "$out/$1" --parallel "${MAX_JOBS:-$(nproc)}" --target "${@:3}"
 }
 

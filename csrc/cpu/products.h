@@ -77,9 +77,9 @@ MBLM_INLINE void product_columns(int64_t rows, int64_t depth, const C* a, int64_
 // the rows of b, from and to are contiguous and columns is a multiple of the lanes. from has to's
 // strides and may be to; null stands for zeros.
 template <class C>
-MBLM_INLINE void product(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row,
-                         int64_t a_column, const C* b, int64_t b_row, C keep, const C* from, C* to,
-                         int64_t to_row) {
+MBLM_INLINE void inline_product(int64_t rows, int64_t columns, int64_t depth, const C* a,
+                                int64_t a_row, int64_t a_column, const C* b, int64_t b_row, C keep,
+                                const C* from, C* to, int64_t to_row) {
   const auto at = [from](int64_t c) { return from ? from + c : nullptr; };
   int64_t c = 0;
   for (; c + 2 * kLaneCount<C> <= columns; c += 2 * kLaneCount<C>) {
@@ -89,6 +89,13 @@ MBLM_INLINE void product(int64_t rows, int64_t columns, int64_t depth, const C* 
     product_columns<1>(rows, depth, a, a_row, a_column, b + c, b_row, keep, at(c), to + c, to_row);
   }
 }
+
+// The same, compiled once: as an inline function it would take most of the compiler's time. One of
+// a's strides is 1.
+template <class C>
+void product(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row,
+             int64_t a_column, const C* b, int64_t b_row, C keep, const C* from, C* to,
+             int64_t to_row);
 
 // Rows to take at a time where a triangle is cut into products.
 constexpr int64_t kProductRows = 4;

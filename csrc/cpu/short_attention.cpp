@@ -131,27 +131,44 @@ struct Head {
 
 // to (S, padded d) = a (S, padded T) b (T, padded d), a zero where causality forbids.
 template <class C>
-MBLM_INLINE void causal_sum(int64_t queries, int64_t offset, int64_t width, int64_t span,
-                            const C* a, const C* b, std::vector<C>& to) {
-  std::fill(to.begin(), to.end(), C(0));
+MBLM_INLINE void inline_causal_sum(int64_t queries, int64_t offset, int64_t width, int64_t span,
+                                   const C* a, const C* b, C* to) {
+  std::fill(to, to + queries * width, C(0));
   for (int64_t i = 0; i < queries; i += kProductRows) {
+    C* const sums = to + i * width;
     const int64_t stop = std::min(i + kProductRows, queries);
-    add_product(stop - i, width, offset + stop, a + i * span, span, int64_t(1), b, width,
-                to.data() + i * width, width);
+    inline_product(stop - i, width, offset + stop, a + i * span, span, int64_t(1), b, width, C(1),
+                   static_cast<const C*>(sums), sums, width);
   }
 }
 
 // to (T, padded d) = a (S, padded T) transposed times b (S, padded d).
 template <class C>
-MBLM_INLINE void transposed_sum(int64_t queries, int64_t keys, int64_t offset, int64_t width,
-                                int64_t span, const C* a, const C* b, std::vector<C>& to) {
-  std::fill(to.begin(), to.end(), C(0));
+MBLM_INLINE void inline_transposed_sum(int64_t queries, int64_t keys, int64_t offset, int64_t width,
+                                       int64_t span, const C* a, const C* b, C* to) {
+  std::fill(to, to + keys * width, C(0));
   for (int64_t j = 0; j < keys; j += kProductRows) {
+    C* const sums = to + j * width;
     const int64_t first = std::max<int64_t>(j - offset, 0);  // query that sees key j
-    add_product(std::min(kProductRows, keys - j), width, queries - first, a + first * span + j,
-                int64_t(1), span, b + first * width, width, to.data() + j * width, width);
+    inline_product(std::min(kProductRows, keys - j), width, queries - first, a + first * span + j,
+                   int64_t(1), span, b + first * width, width, C(1), static_cast<const C*>(sums),
+                   sums, width);
   }
 }
+
+// The same, compiled once for all types that are computed in C.
+#define MBLM_SUMS(C)                                                                            \
+  MBLM_CLONES void causal_sum(int64_t queries, int64_t offset, int64_t width, int64_t span,     \
+                              const C* a, const C* b, C* to) {                                  \
+    inline_causal_sum(queries, offset, width, span, a, b, to);                                  \
+  }                                                                                             \
+  MBLM_CLONES void transposed_sum(int64_t queries, int64_t keys, int64_t offset, int64_t width, \
+                                  int64_t span, const C* a, const C* b, C* to) {                \
+    inline_transposed_sum(queries, keys, offset, width, span, a, b, to);                        \
+  }
+MBLM_SUMS(float)
+MBLM_SUMS(double)
+#undef MBLM_SUMS
 
 template <class T>
 MBLM_INLINE void forward(const ShortAttentionInput<T>& in, T* out, int64_t begin, int64_t end) {
@@ -162,7 +179,7 @@ MBLM_INLINE void forward(const ShortAttentionInput<T>& in, T* out, int64_t begin
     const int64_t row = item / in.heads, head = item % in.heads;
     own.read(row, head);
     causal_sum(in.queries, own.offset, own.width, own.span, own.probabilities.data(), own.v.data(),
-               sums);
+               sums.data());
     for (int64_t i = 0; i < in.queries; ++i) {
       T* to = out + ((row * in.queries + i) * in.heads + head) * in.width;
       for (int64_t c = 0; c < in.width; ++c) to[c] = T(sums[i * own.width + c]);
@@ -191,7 +208,7 @@ MBLM_INLINE void backward(const ShortAttentionInput<T>& in, const HeadsView<T>& 
     };
 
     transposed_sum(queries, keys, own.offset, width, span, own.probabilities.data(),
-                   grad_out.data(), sums);
+                   grad_out.data(), sums.data());
     for (int64_t j = 0; j < keys; ++j) {
       write_rotated_back(sums.data() + j * width, in.width, nullptr, nullptr, C(1),
                          place(grad_v, keys, j));
@@ -207,12 +224,14 @@ MBLM_INLINE void backward(const ShortAttentionInput<T>& in, const HeadsView<T>& 
       const C mean = sum(along);
       for (int64_t j = 0; j < span; ++j) g[j] = p[j] * (g[j] - mean);
     }
-    causal_sum(queries, own.offset, width, span, grad_scores.data(), own.k.data(), query_sums);
+    causal_sum(queries, own.offset, width, span, grad_scores.data(), own.k.data(),
+               query_sums.data());
     for (int64_t i = 0; i < queries; ++i) {
       write_rotated_back(query_sums.data() + i * width, in.width, own.table(in.cos, own.offset + i),
                          own.table(in.sin, own.offset + i), own.scale, place(grad_q, queries, i));
     }
-    transposed_sum(queries, keys, own.offset, width, span, grad_scores.data(), own.q.data(), sums);
+    transposed_sum(queries, keys, own.offset, width, span, grad_scores.data(), own.q.data(),
+                   sums.data());
     for (int64_t j = 0; j < keys; ++j) {
       write_rotated_back(sums.data() + j * width, in.width, own.table(in.cos, j),
                          own.table(in.sin, j), C(1), place(grad_k, keys, j));

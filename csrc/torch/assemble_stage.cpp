@@ -1,21 +1,14 @@
-// Glue of assemble_stage: checks, allocation, the kernels' registration.
+// Glue of assemble_stage: checks, allocation, calls of the kernels.
 #include "cpu/assemble_stage.h"
-
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "common.h"
 #include "cpu/sum_rows.h"
 #include "cuda/assemble_stage.h"
 #include "groups.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 void check_rotation(const Tensor& rotation, int64_t length, int64_t width) {
   check_floating("rotation", rotation);
@@ -31,9 +24,12 @@ OptionalTensor contiguous(const OptionalTensor& tensor, at::ScalarType type) {
   return tensor ? OptionalTensor(tensor->to(type).contiguous()) : std::nullopt;
 }
 
-Tensor forward(const Tensor& start_token, const Tensor& embeddings, const OptionalTensor& ids,
-               const OptionalTensor& positions, const OptionalTensor& rotation,
-               const OptionalTensor& context, int64_t /*padding_idx*/) {
+}  // namespace
+
+Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,
+                      const OptionalTensor& ids, const OptionalTensor& positions,
+                      const OptionalTensor& rotation, const OptionalTensor& context,
+                      int64_t /*padding_idx*/) {
   check_floating("embeddings", embeddings);
   if (ids) {
     check_ids_type(*ids);
@@ -73,7 +69,7 @@ Tensor forward(const Tensor& start_token, const Tensor& embeddings, const Option
   OptionalTensor context_in;
   if (context) context_in = with_unit_stride(context->to(type));
 
-  Tensor out = at::empty({rows, 1 + length, width}, start_in.options());
+  Tensor out = make::empty({rows, 1 + length, width}, start_in.options());
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     const cpu::AssembleStageInput<T> in = {length,
@@ -102,9 +98,9 @@ Tensor forward(const Tensor& start_token, const Tensor& embeddings, const Option
   return out.to(embeddings.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTensor& ids,
-                                            const OptionalTensor& rotation, int64_t num_embeddings,
-                                            int64_t num_positions, int64_t padding_idx) {
+std::tuple<Tensor, Tensor, Tensor> assemble_stage_backward(
+    const Tensor& grad, const OptionalTensor& ids, const OptionalTensor& rotation,
+    int64_t num_embeddings, int64_t num_positions, int64_t padding_idx) {
   check_floating("grad", grad);
   TORCH_CHECK_VALUE(grad.dim() == 3 && grad.size(1) >= 1,
                     "grad must have shape [rows, 1 + P, D], got ", grad.sizes());
@@ -128,12 +124,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
   const OptionalTensor rotation_in = contiguous(rotation, compute_type(type));
   // The start token's gradient and the positions' that there are, one after the other.
   const int64_t used = std::min(num_positions, length);
-  Tensor sums = at::empty({1 + used, width}, grad_in.options());
-  Tensor grad_embeddings = at::empty({0}, grad_in.options());
+  Tensor sums = make::empty({1 + used, width}, grad_in.options());
+  Tensor grad_embeddings = make::empty({0}, grad_in.options());
   if (ids) {
-    grad_embeddings = at::empty({num_embeddings, width}, grad_in.options());
+    grad_embeddings = make::empty({num_embeddings, width}, grad_in.options());
   } else if (rotation) {
-    grad_embeddings = at::empty({rows, length, width}, grad_in.options());
+    grad_embeddings = make::empty({rows, length, width}, grad_in.options());
   }
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
@@ -174,19 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const OptionalTe
       });
     }
   });
-  Tensor grad_positions = at::zeros({num_positions, width}, grad.options());
+  Tensor grad_positions = make::zeros({num_positions, width}, grad.options());
   grad_positions.narrow(0, 0, used).copy_(sums.narrow(0, 1, used));
   return {sums.select(0, 0).to(grad.scalar_type(), /*non_blocking=*/false, /*copy=*/true),
           grad_embeddings.to(grad.scalar_type()), grad_positions};
 }
-
-void add(torch::Library& library) {
-  library.impl("assemble_stage", forward);
-  library.impl("assemble_stage_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,7 +1,5 @@
-// Checks and binds the arguments of a run: see bound_run.h.
+// Checks and binds the arguments of a run, and runs it: see bound_run.h.
 #include "bound_run.h"
-
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -31,7 +29,7 @@ Tensor copy_of(const char* name, const Tensor& tensor, at::IntArrayRef shape) {
   check_shape(name, tensor, shape);
   check_type(name, tensor, at::kFloat);
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU");
-  Tensor copy = at::empty(shape, tensor.options());
+  Tensor copy = make::empty(shape, tensor.options());
   return copy.copy_(tensor);
 }
 
@@ -195,7 +193,7 @@ Tensor BoundRun::bind_contexts(size_t n, int64_t end) {
     return copy_of("contexts", given, {num_rows_, positions, stage.dim});
   }
   if (!may_restart(n)) return given;
-  return at::zeros({num_rows_, stage.seq_len, stage.dim}, outputs_.back().options());
+  return make::zeros({num_rows_, stage.seq_len, stage.dim}, outputs_.back().options());
 }
 
 void BoundRun::bind_sampling() {
@@ -230,7 +228,7 @@ void BoundRun::bind_rows() {
     check_ids_range(pending, vocabulary_);
   }
   run_.has_pending = pending.defined();
-  ids_ = at::zeros({num_rows_, largest(given_.max_tokens)}, at::kLong);
+  ids_ = make::zeros({num_rows_, largest(given_.max_tokens)}, at::kLong);
   for (size_t cache = 0; cache < caches_; ++cache) bind_cache_rows(cache, pending);
 }
 
@@ -285,6 +283,25 @@ RunResults BoundRun::results() const {
     num_tokens.push_back(run_.rows.at(row).num_tokens);
   }
   return {ids_.narrow(1, 0, largest(num_tokens)), outputs_, contexts_, positions, num_tokens};
+}
+
+RunResults Hierarchy::run(const std::vector<Tensor>& state, const std::vector<int64_t>& cached,
+                          const std::vector<int64_t>& positions, const std::vector<Tensor>& outputs,
+                          const std::vector<Tensor>& start_outputs,
+                          const std::vector<Tensor>& contexts, const std::vector<Tensor>& tables,
+                          const std::vector<Tensor>& history, const std::vector<int64_t>& lengths,
+                          const std::optional<Tensor>& pending,
+                          const std::vector<int64_t>& max_tokens, const std::vector<int64_t>& room,
+                          double temperature, int64_t top_k, double top_p,
+                          const std::optional<at::Generator>& generator,
+                          const std::optional<Tensor>& uniform,
+                          const std::optional<Tensor>& ends) const {
+  TORCH_CHECK_VALUE(weights.front().device().is_cpu(), "weights must be on the CPU");
+  BoundRun bound(
+      *this, {state, cached, positions, outputs, start_outputs, contexts, tables, history, lengths,
+              pending, max_tokens, room, temperature, top_k, top_p, generator, uniform, ends});
+  bound.work();
+  return bound.results();
 }
 
 }  // namespace mblm

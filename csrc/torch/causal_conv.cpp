@@ -1,19 +1,12 @@
-// Glue of causal_conv: checks, allocation, the kernels' registration.
+// Glue of causal_conv: checks, allocation, calls of the kernels.
 #include "cpu/causal_conv.h"
-
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "common.h"
 #include "cuda/causal_conv.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& bias,
            const OptionalTensor& window) {
@@ -47,7 +40,7 @@ struct Inputs {
         channels(x_.size(2)),
         taps(weight.size(2)),
         x(with_unit_stride(x_.to(type))),
-        weight_bias(at::empty({taps + 1, channels}, x_.options().dtype(compute_type(type)))) {
+        weight_bias(make::empty({taps + 1, channels}, x_.options().dtype(compute_type(type)))) {
     weight_bias.narrow(0, 0, taps).copy_(weight.squeeze(1).t());
     weight_bias[taps].copy_(bias);
     if (window_) window = window_->to(type).contiguous();
@@ -63,7 +56,7 @@ struct Inputs {
 
 // The last inputs, of x and where it is short of the window before it.
 Tensor next_window(const Tensor& x, const OptionalTensor& window, int64_t positions) {
-  Tensor next = at::zeros({x.size(0), positions, x.size(2)}, x.options());
+  Tensor next = make::zeros({x.size(0), positions, x.size(2)}, x.options());
   const int64_t from_x = std::min(positions, x.size(1));
   next.narrow(1, positions - from_x, from_x).copy_(x.narrow(1, x.size(1) - from_x, from_x));
   const int64_t kept = positions - from_x;
@@ -71,12 +64,14 @@ Tensor next_window(const Tensor& x, const OptionalTensor& window, int64_t positi
   return next;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                   const OptionalTensor& window) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> causal_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                       const OptionalTensor& window) {
   check(x, weight, bias, window);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, bias, window);
-  Tensor y = at::empty(x.sizes(), in.x.options());
+  Tensor y = make::empty(x.sizes(), in.x.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
@@ -94,11 +89,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {y.to(x.scalar_type()), next_window(x, window, in.taps - 1)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
-                                                    const OptionalTensor& grad_next_window,
-                                                    const Tensor& x, const Tensor& weight,
-                                                    const Tensor& bias,
-                                                    const OptionalTensor& window) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
+    const Tensor& grad_y, const OptionalTensor& grad_next_window, const Tensor& x,
+    const Tensor& weight, const Tensor& bias, const OptionalTensor& window) {
   check(x, weight, bias, window);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, bias, window);
@@ -112,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
     from_window = grad_next_window->to(in.type).contiguous();
   }
 
-  Tensor grad_x = at::empty(x.sizes(), in.x.options());
-  Tensor grad_window = at::empty({in.rows, in.taps - 1, in.channels}, in.x.options());
+  Tensor grad_x = make::empty(x.sizes(), in.x.options());
+  Tensor grad_window = make::empty({in.rows, in.taps - 1, in.channels}, in.x.options());
   Tensor sums;
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
@@ -121,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
     const auto input = in.kernel_input<T>();
     if constexpr (kCuda) {
       if (on_gpu(x)) {
-        Tensor parts = at::empty({cuda::causal_conv_parts(input), in.taps + 1, in.channels},
-                                 in.weight_bias.options());
+        Tensor parts = make::empty({cuda::causal_conv_parts(input), in.taps + 1, in.channels},
+                                   in.weight_bias.options());
         const cpu::CausalConvGradients<T> grad{
             data<T>(from_y), data<T>(from_window), mutable_data<T>(grad_x),
             mutable_data<T>(grad_window), mutable_data<C>(parts)};
@@ -139,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
     const int64_t blocks = in.rows * input.blocks(), tiles = input.tiles();
     const int64_t each = (blocks + kGroups - 1) / kGroups;
     const int64_t groups = each > 0 ? (blocks + each - 1) / each : 0;
-    Tensor parts = at::empty({groups, in.taps + 1, in.channels}, in.weight_bias.options());
+    Tensor parts = make::empty({groups, in.taps + 1, in.channels}, in.weight_bias.options());
     const cpu::CausalConvGradients<T> first{data<T>(from_y), data<T>(from_window),
                                             mutable_data<T>(grad_x), mutable_data<T>(grad_window),
                                             mutable_data<C>(parts)};
@@ -161,14 +154,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y,
           sums[in.taps].to(bias.scalar_type(), /*non_blocking=*/false, /*copy=*/true),
           grad_window.to(x.scalar_type())};
 }
-
-void add(torch::Library& library) {
-  library.impl("causal_conv", forward);
-  library.impl("causal_conv_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

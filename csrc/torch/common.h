@@ -1,10 +1,9 @@
 // What the operators' glue shares: checks in the references' words, dtypes, data pointers, threads,
-// and where a GPU's kernels are compiled in, launching and registering them.
+// and where a GPU's kernels are compiled in, launching them.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/accumulate.h>
 
@@ -15,6 +14,7 @@
 #include "cpu/bfloat16.h"
 #include "cpu/ids.h"
 #include "cuda/stream.h"
+#include "tensors.h"
 
 #if defined(MBLM_CUDA) && !defined(MBLM_CUDA_EMULATED)
 // Of torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), which spares the glue
@@ -51,21 +51,6 @@ void launch([[maybe_unused]] const c10::Device& device, Launcher launcher) {
   const cuda::Error error = launcher(stream);
   TORCH_CHECK(!error, "a CUDA kernel could not be launched on ", device, ": ", error);
 }
-
-// Registers what add(library) adds, for all devices that kernels are compiled for.
-#define MBLM_REGISTER_CPU(add)             \
-  TORCH_LIBRARY_IMPL(mblm, CPU, library) { \
-    add(library);                          \
-  }
-#ifdef MBLM_CUDA
-#define MBLM_REGISTER(add)                  \
-  MBLM_REGISTER_CPU(add)                    \
-  TORCH_LIBRARY_IMPL(mblm, CUDA, library) { \
-    add(library);                           \
-  }
-#else
-#define MBLM_REGISTER(add) MBLM_REGISTER_CPU(add)
-#endif
 
 inline void check_device(const char* name, const at::Tensor& tensor, const char* other_name,
                          const at::Tensor& other) {

@@ -1,7 +1,6 @@
 // Glue of runs on a GPU: checks and binding.
+#ifdef MBLM_CUDA
 #include "device_run.h"
-
-#include <ATen/ops/empty.h>
 
 #include <type_traits>
 
@@ -9,19 +8,7 @@
 #include "stage_state.h"
 
 namespace mblm {
-std::string device_kind() {
-#ifdef MBLM_CUDA_EMULATED
-  return "cpu";
-#else
-  return kCuda ? "cuda" : "";
-#endif
-}
 
-void set_dependent_launches(bool value) {
-  cuda::dependent_launches = value;
-}
-
-#ifdef MBLM_CUDA
 namespace {
 
 using at::Tensor;
@@ -127,7 +114,7 @@ c10::intrusive_ptr<DeviceRun> device_run(const c10::intrusive_ptr<Hierarchy>& hi
   const auto floats = at::TensorOptions().device(device).dtype(at::kFloat);
   std::vector<Tensor> working;
   const auto allocate = [&](int64_t size) {
-    working.push_back(at::empty({size}, floats));
+    working.push_back(make::empty({size}, floats));
     return working.back().mutable_data_ptr<float>();
   };
   for (size_t n = 0; n < count; ++n) {
@@ -211,6 +198,5 @@ void DeviceRun::begin_anew(int64_t stage) const {
   queue([&](cuda::Stream stream) { return run.begin_anew(stage, stream); });
 }
 
-#endif
-
 }  // namespace mblm
+#endif

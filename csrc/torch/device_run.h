@@ -1,7 +1,8 @@
 // A run on a GPU, bound to the tensors of one decoding state, as Python holds it.
 #pragma once
 
-#include <torch/custom_class.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 
 #include <string>
 #include <vector>

@@ -1,18 +1,13 @@
-// Glue of embed_patches: checks, allocation, the kernels' registration.
+// Glue of embed_patches: checks, allocation, calls of the kernels.
 #include "cpu/embed_patches.h"
-
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "common.h"
 #include "cuda/embed_patches.h"
 #include "groups.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
 
 void check_sizes(const Tensor& ids, const Tensor& table, const Tensor& weight, int64_t num_patches,
                  int64_t patch_size, int64_t pad_token_id) {
@@ -68,10 +63,12 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& ids, const Tensor& table,
-                                           const Tensor& weight, const Tensor& bias,
-                                           int64_t num_patches, int64_t patch_size,
-                                           int64_t pad_token_id, double eps) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> embed_patches(const Tensor& ids, const Tensor& table,
+                                                 const Tensor& weight, const Tensor& bias,
+                                                 int64_t num_patches, int64_t patch_size,
+                                                 int64_t pad_token_id, double eps) {
   check_sizes(ids, table, weight, num_patches, patch_size, pad_token_id);
   check_like("bias", bias, "table", table);
   check_shape("bias", bias, {patch_size * table.size(1)});
@@ -81,10 +78,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& ids, const Tensor& tabl
   const Tensor bias_in = bias.to(in.type).contiguous();
 
   const int64_t patches = in.all_patches(), patch_width = patch_size * in.width;
-  Tensor out = at::empty({in.batch, num_patches, patch_width}, in.table.options());
+  Tensor out = make::empty({in.batch, num_patches, patch_width}, in.table.options());
   const auto moment_options = in.table.options().dtype(compute_type(in.type));
-  Tensor mean = at::empty({in.batch, num_patches}, moment_options);
-  Tensor inverse_std = at::empty({in.batch, num_patches}, moment_options);
+  Tensor mean = make::empty({in.batch, num_patches}, moment_options);
+  Tensor inverse_std = make::empty({in.batch, num_patches}, moment_options);
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
@@ -94,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& ids, const Tensor& tabl
     T* to = mutable_data<T>(out);
     if constexpr (kCuda) {
       if (on_gpu(table)) {
-        Tensor scratch = at::empty({in.num_embeddings, 2}, out.options().dtype(at::kDouble));
+        Tensor scratch = make::empty({in.num_embeddings, 2}, out.options().dtype(at::kDouble));
         return launch(table.device(), [&](cuda::Stream stream) {
           return cuda::embed_patches(input, patches, in.num_embeddings, data<T>(bias_in), eps,
                                      mutable_data<cpu::Moments>(scratch), to_mean, to_std, to,
@@ -120,10 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& ids, const Tensor& tabl
   return {out.to(table.scalar_type()), mean, inverse_std};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& ids,
-                                            const Tensor& table, const Tensor& weight,
-                                            const Tensor& mean, const Tensor& inverse_std,
-                                            int64_t patch_size, int64_t pad_token_id) {
+std::tuple<Tensor, Tensor, Tensor> embed_patches_backward(
+    const Tensor& grad, const Tensor& ids, const Tensor& table, const Tensor& weight,
+    const Tensor& mean, const Tensor& inverse_std, int64_t patch_size, int64_t pad_token_id) {
   TORCH_CHECK_VALUE(mean.dim() == 2, "mean must have shape [B, num_patches], got ", mean.sizes());
   check_sizes(ids, table, weight, mean.size(1), patch_size, pad_token_id);
   const int64_t patch_width = patch_size * table.size(1);
@@ -142,9 +138,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
   const Tensor grad_in = grad.to(in.type).contiguous();
   const Tensor mean_in = mean.contiguous(), inverse_in = inverse_std.contiguous();
   const int64_t patches = in.all_patches();
-  Tensor grad_table = at::empty({in.num_embeddings, in.width}, in.table.options());
-  Tensor grad_weight = at::empty({patch_width}, in.table.options());
-  Tensor grad_bias = at::empty({patch_width}, in.table.options());
+  Tensor grad_table = make::empty({in.num_embeddings, in.width}, in.table.options());
+  Tensor grad_weight = make::empty({patch_width}, in.table.options());
+  Tensor grad_bias = make::empty({patch_width}, in.table.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
@@ -155,9 +151,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
       if (on_gpu(table)) {
         const GroupsOnDevice groups(in.ids, in.num_embeddings);
         const auto options = in.table.options().dtype(compute_type(in.type));
-        Tensor terms = at::empty({patches, 2}, options.dtype(at::kDouble));
+        Tensor terms = make::empty({patches, 2}, options.dtype(at::kDouble));
         Tensor sums = groups.sums(in.width, options);
-        Tensor parts = at::empty({cuda::embed_patches_parts(patches), 2, patch_width}, options);
+        Tensor parts = make::empty({cuda::embed_patches_parts(patches), 2, patch_width}, options);
         launch(table.device(), [&](cuda::Stream stream) {
           return cuda::embed_patches_backward(
               input, patches, groups.groups(), mutable_data<cpu::PatchTerms>(terms),
@@ -187,14 +183,5 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& id
   return {grad_table.to(table.scalar_type()), grad_weight.to(weight.scalar_type()),
           grad_bias.to(weight.scalar_type())};
 }
-
-void add(torch::Library& library) {
-  library.impl("embed_patches", forward);
-  library.impl("embed_patches_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

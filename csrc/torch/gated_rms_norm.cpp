@@ -1,19 +1,13 @@
-// Glue of gated_rms_norm: checks, allocation, the kernels' registration.
+// Glue of gated_rms_norm: checks, allocation, calls of the kernels.
 #include "cpu/gated_rms_norm.h"
-
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "common.h"
 #include "cpu/sum_rows.h"
 #include "cuda/gated_rms_norm.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& gate, double eps) {
   check_floating("x", x);
@@ -63,14 +57,16 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
-                                   const OptionalTensor& gate, double eps) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> gated_rms_norm(const Tensor& x, const Tensor& weight,
+                                          const OptionalTensor& gate, double eps) {
   check(x, weight, gate, eps);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, gate, eps);
-  Tensor out = at::empty(x.sizes(), x.options().dtype(in.type));
+  Tensor out = make::empty(x.sizes(), x.options().dtype(in.type));
   Tensor inverse_norm =
-      at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(compute_type(in.type)));
+      make::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(compute_type(in.type)));
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
@@ -90,9 +86,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
   return {out.to(weight.scalar_type()), inverse_norm};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
-                                            const Tensor& weight, const OptionalTensor& gate,
-                                            const Tensor& inverse_norm, double eps) {
+std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(const Tensor& grad, const Tensor& x,
+                                                           const Tensor& weight,
+                                                           const OptionalTensor& gate,
+                                                           const Tensor& inverse_norm, double eps) {
   check(x, weight, gate, eps);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, gate, eps);
@@ -103,10 +100,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   check_device("inverse_norm", inverse_norm, "x", x);
 
   const Tensor grad_in = grad.to(in.type).contiguous(), inverse_in = inverse_norm.contiguous();
-  Tensor grad_x = at::empty(x.sizes(), x.options().dtype(in.type));
+  Tensor grad_x = make::empty(x.sizes(), x.options().dtype(in.type));
   Tensor grad_gate =
-      gate ? at::empty(x.sizes(), grad_x.options()) : at::empty({0}, grad_x.options());
-  Tensor grad_weight = at::empty({in.width}, in.weight.options());
+      gate ? make::empty(x.sizes(), grad_x.options()) : make::empty({0}, grad_x.options());
+  Tensor grad_weight = make::empty({in.width}, in.weight.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
@@ -116,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     if constexpr (kCuda) {
       if (on_gpu(x)) {
         Tensor parts =
-            at::empty({cuda::gated_rms_norm_parts(in.positions), in.width}, in.weight.options());
+            make::empty({cuda::gated_rms_norm_parts(in.positions), in.width}, in.weight.options());
         launch(x.device(), [&](cuda::Stream stream) {
           return cuda::gated_rms_norm_backward(input, in.positions, data<T>(grad_in),
                                                data<C>(inverse_in), to_x, to_gate,
@@ -130,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     // the same for any number of threads.
     constexpr int64_t kBlock = 64;
     const int64_t blocks = (in.positions + kBlock - 1) / kBlock;
-    Tensor partial = at::empty({blocks, in.width}, in.weight.options());
+    Tensor partial = make::empty({blocks, in.width}, in.weight.options());
     C* sums = mutable_data<C>(partial);
     parallel(blocks, kBlock * in.width, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -147,14 +144,5 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   return {grad_x.to(x.scalar_type()), grad_weight.to(weight.scalar_type()),
           grad_gate.to(x.scalar_type())};
 }
-
-void add(torch::Library& library) {
-  library.impl("gated_rms_norm", forward);
-  library.impl("gated_rms_norm_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

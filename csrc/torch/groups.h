@@ -2,32 +2,16 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/cumsum.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/floor_divide.h>
-#include <ATen/ops/searchsorted.h>
-#include <ATen/ops/sort.h>
-
-#include <tuple>
 
 #include "cuda/groups.h"
+#include "tensors.h"
 
 namespace mblm {
 
 // Ids outside [0, num_ids) are in no group.
 class GroupsOnDevice {
  public:
-  GroupsOnDevice(const at::Tensor& ids, int64_t num_ids) : num_ids_(num_ids) {
-    at::Tensor sorted;
-    std::tie(sorted, order_) = at::sort(ids.flatten(), /*stable=*/true, /*dim=*/0,
-                                        /*descending=*/false);
-    offsets_ = at::searchsorted(sorted, at::arange(num_ids + 1, ids.options()));
-    const at::Tensor pieces =
-        at::floor_divide(offsets_.diff().add(cuda::kPiecePositions - 1), cuda::kPiecePositions);
-    pieces_ = at::constant_pad_nd(at::cumsum(pieces, 0), {1, 0});
-  }
+  GroupsOnDevice(const at::Tensor& ids, int64_t num_ids);
 
   cuda::Groups groups() const {
     return {order_.numel(), num_ids_, order_.const_data_ptr<int64_t>(),
@@ -36,7 +20,7 @@ class GroupsOnDevice {
 
   // Scratch for sums of this many columns.
   at::Tensor sums(int64_t width, const at::TensorOptions& options) const {
-    return at::empty({groups().max_pieces(), width}, options);
+    return make::empty({groups().max_pieces(), width}, options);
   }
 
  private:

@@ -1,7 +1,8 @@
 // The stages of a model in compiled code and what lies between them, as Python holds them.
 #pragma once
 
-#include <torch/custom_class.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 
 #include <optional>
 #include <tuple>

@@ -4,17 +4,15 @@
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
-#include <torch/library.h>
 
 #include <string_view>
 
 #include "cpu/transpose.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Scalars = c10::List<std::optional<at::Scalar>>;
 using OneDnnLinear = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
                             Scalars, std::optional<std::string_view>);
@@ -33,24 +31,13 @@ const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& onednn_linear() {
   return handle;
 }
 
-// Whether MKL, PyTorch's choice, leaves half of this machine unused: it computes with 64 bytes at
-// once on Intel's processors alone.
-bool onednn_is_faster() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return at::hasMKL() && onednn_linear() && __builtin_cpu_supports("avx512f") &&
-         !__builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
 // A matrix that is contiguous. A transposed one is copied by several threads, which
 // PyTorch does by one.
 Tensor contiguous(const Tensor& matrix) {
   if (matrix.is_contiguous() || matrix.stride(0) != 1) return matrix.contiguous();
   const cpu::TransposeInput input{matrix.size(1), matrix.size(0), data<float>(matrix),
                                   matrix.stride(1)};
-  Tensor out = at::empty(matrix.sizes(), matrix.options());
+  Tensor out = make::empty(matrix.sizes(), matrix.options());
   float* to = mutable_data<float>(out);
   parallel(input.blocks(), cpu::kTransposeColumns * input.rows,
            [&](int64_t begin, int64_t end) { cpu::transpose_matrix(input, to, begin, end); });
@@ -61,6 +48,19 @@ Tensor contiguous(const Tensor& matrix) {
 // oneDNN takes a loop that is a thousand times slower.
 Tensor without_gaps(const Tensor& matrix) {
   return matrix.stride(0) == 1 ? matrix.t().contiguous().t() : matrix.contiguous();
+}
+
+}  // namespace
+
+// Whether MKL, PyTorch's choice, leaves half of this machine unused: it computes with 64 bytes at
+// once on Intel's processors alone.
+bool onednn_is_faster() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return at::hasMKL() && onednn_linear() && __builtin_cpu_supports("avx512f") &&
+         !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
@@ -74,16 +74,4 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   return onednn_linear()->call(contiguous(x), without_gaps(weight), offset, "none", Scalars(), "");
 }
 
-void add(torch::Library& library) {
-  library.impl("linear", linear);
-}
-
-}  // namespace
-
-MBLM_REGISTER_CPU(add)
-
 }  // namespace mblm
-
-TORCH_LIBRARY_FRAGMENT(mblm, m) {
-  m.def("onednn_is_faster() -> bool", &mblm::onednn_is_faster);
-}

@@ -1,25 +1,20 @@
-// Glue of linear_rows: checks, allocation, the kernels' registration.
+// Glue of linear_rows: checks, allocation, calls of the kernels.
 #include "cpu/linear_rows.h"
-
-#include <torch/library.h>
 
 #include "common.h"
 #include "cuda/linear_rows.h"
 #include "linear.h"
+#include "operators.h"
 
 namespace mblm {
-namespace {
-
-using at::Tensor;
-
-Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   check_linear(x, weight, bias);
   const c10::DeviceGuard device(x.device());
   const at::ScalarType type = kernel_type(x.scalar_type());
   const Tensor rows = x.to(type).contiguous(), matrix = weight.to(type).contiguous();
   std::optional<Tensor> offset;
   if (bias) offset = bias->to(type).contiguous();
-  Tensor out = at::empty({x.size(0), weight.size(0)}, rows.options());
+  Tensor out = make::empty({x.size(0), weight.size(0)}, rows.options());
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     const cpu::LinearRowsInput<T> input{x.size(0),     x.size(1),       weight.size(0),
@@ -36,13 +31,5 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
   });
   return out.to(x.scalar_type());
 }
-
-void add(torch::Library& library) {
-  library.impl("linear_rows", linear_rows);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,21 +1,12 @@
-// Glue of selective_scan: checks, allocation, the kernels' registration.
+// Glue of selective_scan: checks, allocation, calls of the kernels.
 #include "cpu/selective_scan.h"
-
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "common.h"
 #include "cuda/selective_scan.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 void check(const Tensor& x, const Tensor& delta, const Tensor& rates, const Tensor& weight_in,
            const Tensor& weight_out, const Tensor& direct, const OptionalTensor& initial_state,
@@ -75,7 +66,7 @@ struct Inputs {
 
   Tensor padded(const Tensor& tensor) const {
     const Tensor whole = tensor.to(compute).contiguous();
-    if (padded_states > states) return at::constant_pad_nd(whole, {0, padded_states - states});
+    if (padded_states > states) return make::padded(whole, {0, padded_states - states});
     // A GPU's kernels load 16 bytes at once, which a new tensor's address allows for.
     const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
     return on_gpu(x) && !aligned ? whole.clone() : whole;
@@ -99,63 +90,25 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& delta,
-                                           const Tensor& rates, const Tensor& weight_in,
-                                           const Tensor& weight_out, const Tensor& direct,
-                                           const OptionalTensor& initial_state,
-                                           int64_t chunk_size) {
-  check(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
-  const c10::DeviceGuard device(x.device());
-  const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
-  Tensor y = at::empty(x.sizes(), in.x.options());
-  Tensor state = at::zeros({in.rows, in.channels, in.states}, in.rates.options());
-  if (initial_state) state.copy_(*initial_state);
-  Tensor chunk_states = at::empty({in.rows, in.chunks, in.channels, in.states}, in.rates.options());
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
-    const auto input = in.kernel_input<T>();
-    T* to_y = mutable_data<T>(y);
-    C* to_state = mutable_data<C>(state);
-    C* to_chunk_states = mutable_data<C>(chunk_states);
-    if constexpr (kCuda) {
-      if (on_gpu(x)) {
-        Tensor sums = at::empty({in.rows, in.chunks, in.channels}, in.rates.options());
-        return launch(x.device(), [&](cuda::Stream stream) {
-          return cuda::selective_scan(input, to_y, to_state, to_chunk_states, mutable_data<C>(sums),
-                                      stream);
-        });
-      }
-    }
-    parallel(in.rows * divide_up(in.channels, cpu::kScanTile),
-             cpu::kScanTile * in.length * in.padded_states, [&](int64_t begin, int64_t end) {
-               cpu::selective_scan(input, to_y, to_state, to_chunk_states, begin, end);
-             });
-  });
-  return {y.to(x.scalar_type()), state, chunk_states};
-}
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 #ifdef MBLM_CUDA
 // The gradients on a GPU, of all chunks at once.
 Gradients backward_on_device(const Inputs& in, const Tensor& from_y, const Tensor& before,
                              Tensor grad_state, at::ScalarType x_type, at::ScalarType weight_type) {
   const auto options = in.rates.options();
   const int64_t parts = cuda::selective_scan_parts(in.channels, in.padded_states);
-  Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
-  Tensor grad_delta = at::empty(in.x.sizes(), options);
-  Tensor rates_parts = at::empty({in.rows, in.chunks, in.channels, in.padded_states}, options);
-  Tensor direct_parts = at::empty({in.rows, in.chunks, in.channels}, options);
-  Tensor in_parts = at::empty({parts, in.rows, in.length, in.padded_states}, options);
-  Tensor out_parts = at::empty_like(in_parts);
+  Tensor grad_x = make::empty(in.x.sizes(), in.x.options());
+  Tensor grad_delta = make::empty(in.x.sizes(), options);
+  Tensor rates_parts = make::empty({in.rows, in.chunks, in.channels, in.padded_states}, options);
+  Tensor direct_parts = make::empty({in.rows, in.chunks, in.channels}, options);
+  Tensor in_parts = make::empty({parts, in.rows, in.length, in.padded_states}, options);
+  Tensor out_parts = make::empty_like(in_parts);
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
     const auto input = in.kernel_input<T>();
-    Tensor carries = at::empty_like(before);
-    Tensor sums = at::empty_like(direct_parts);
-    Tensor kept = at::empty({cuda::selective_scan_kept(input)}, options);
+    Tensor carries = make::empty_like(before);
+    Tensor sums = make::empty_like(direct_parts);
+    Tensor kept = make::empty({cuda::selective_scan_kept(input)}, options);
     const cuda::SelectiveScanGradients<T> grad{data<C>(before),
                                                data<T>(from_y),
                                                mutable_data<C>(grad_state),
@@ -197,10 +150,50 @@ struct Cut {
   }
 };
 
-Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x,
-                   const Tensor& delta, const Tensor& rates, const Tensor& weight_in,
-                   const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
-                   int64_t chunk_size) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& x, const Tensor& delta,
+                                                  const Tensor& rates, const Tensor& weight_in,
+                                                  const Tensor& weight_out, const Tensor& direct,
+                                                  const OptionalTensor& initial_state,
+                                                  int64_t chunk_size) {
+  check(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
+  const c10::DeviceGuard device(x.device());
+  const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
+  Tensor y = make::empty(x.sizes(), in.x.options());
+  Tensor state = make::zeros({in.rows, in.channels, in.states}, in.rates.options());
+  if (initial_state) state.copy_(*initial_state);
+  Tensor chunk_states =
+      make::empty({in.rows, in.chunks, in.channels, in.states}, in.rates.options());
+  dispatch(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    using C = cpu::compute_t<T>;
+    const auto input = in.kernel_input<T>();
+    T* to_y = mutable_data<T>(y);
+    C* to_state = mutable_data<C>(state);
+    C* to_chunk_states = mutable_data<C>(chunk_states);
+    if constexpr (kCuda) {
+      if (on_gpu(x)) {
+        Tensor sums = make::empty({in.rows, in.chunks, in.channels}, in.rates.options());
+        return launch(x.device(), [&](cuda::Stream stream) {
+          return cuda::selective_scan(input, to_y, to_state, to_chunk_states, mutable_data<C>(sums),
+                                      stream);
+        });
+      }
+    }
+    parallel(in.rows * divide_up(in.channels, cpu::kScanTile),
+             cpu::kScanTile * in.length * in.padded_states, [&](int64_t begin, int64_t end) {
+               cpu::selective_scan(input, to_y, to_state, to_chunk_states, begin, end);
+             });
+  });
+  return {y.to(x.scalar_type()), state, chunk_states};
+}
+
+Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final_state,
+                                  const Tensor& x, const Tensor& delta, const Tensor& rates,
+                                  const Tensor& weight_in, const Tensor& weight_out,
+                                  const Tensor& direct, const Tensor& chunk_states,
+                                  int64_t chunk_size) {
   check(x, delta, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
@@ -212,7 +205,7 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const T
   const Cut cut(in);
   const auto options = in.rates.options();
   const Tensor from_y = grad_y.to(in.type).contiguous(), before = chunk_states.contiguous();
-  Tensor grad_state = at::empty({in.rows, in.channels, in.states}, options);
+  Tensor grad_state = make::empty({in.rows, in.channels, in.states}, options);
   grad_state.copy_(grad_final_state);
 #ifdef MBLM_CUDA
   if (on_gpu(x)) {
@@ -220,17 +213,17 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const T
                               weight_in.scalar_type());
   }
 #endif
-  Tensor grad_x = at::empty(x.sizes(), in.x.options());
-  Tensor grad_delta = at::empty(x.sizes(), options);
-  Tensor grad_weight_in = at::empty(weight_in.sizes(), weight_in.options());
-  Tensor grad_weight_out = at::empty(weight_in.sizes(), weight_in.options());
-  Tensor rates_parts = at::zeros({cut.row_blocks, in.channels, in.padded_states}, options);
-  Tensor direct_parts = at::zeros({cut.row_blocks, in.channels}, options);
+  Tensor grad_x = make::empty(x.sizes(), in.x.options());
+  Tensor grad_delta = make::empty(x.sizes(), options);
+  Tensor grad_weight_in = make::empty(weight_in.sizes(), weight_in.options());
+  Tensor grad_weight_out = make::empty(weight_in.sizes(), weight_in.options());
+  Tensor rates_parts = make::zeros({cut.row_blocks, in.channels, in.padded_states}, options);
+  Tensor direct_parts = make::zeros({cut.row_blocks, in.channels}, options);
   for (int64_t chunk = in.chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * chunk_size;
     const int64_t positions = std::min(chunk_size, in.length - start);
     // Of weight_in and of weight_out.
-    Tensor parts = at::zeros({2, cut.groups, in.rows, positions, in.padded_states}, options);
+    Tensor parts = make::zeros({2, cut.groups, in.rows, positions, in.padded_states}, options);
     dispatch(in.type, [&](auto zero) {
       using T = decltype(zero);
       using C = cpu::compute_t<T>;
@@ -272,14 +265,5 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const T
           direct_parts.sum(0),
           grad_state};
 }
-
-void add(torch::Library& library) {
-  library.impl("selective_scan", forward);
-  library.impl("selective_scan_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

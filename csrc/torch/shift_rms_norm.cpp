@@ -1,20 +1,13 @@
-// Glue of shift_rms_norm: checks, allocation, the kernels' registration.
+// Glue of shift_rms_norm: checks, allocation, calls of the kernels.
 #include "cpu/shift_rms_norm.h"
-
-#include <ATen/ops/result_type.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "common.h"
 #include "cpu/sum_rows.h"
 #include "cuda/shift_rms_norm.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& previous, bool shift,
            double eps) {
@@ -45,7 +38,7 @@ struct Inputs {
 
   Inputs(const Tensor& x_, const Tensor& weight_, const OptionalTensor& previous_, bool shift,
          double eps)
-      : out_type(at::result_type(x_, weight_)),
+      : out_type(c10::promoteTypes(x_.scalar_type(), weight_.scalar_type())),
         type(kernel_type(out_type)),
         rows(c10::multiply_integers(x_.sizes().slice(0, x_.dim() - 2))),
         length(x_.size(-2)),
@@ -74,14 +67,16 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
-                                   const OptionalTensor& previous, bool shift, double eps) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> shift_rms_norm(const Tensor& x, const Tensor& weight,
+                                          const OptionalTensor& previous, bool shift, double eps) {
   check(x, weight, previous, shift, eps);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, previous, shift, eps);
-  Tensor out = at::empty(x.sizes(), x.options().dtype(in.type));
+  Tensor out = make::empty(x.sizes(), x.options().dtype(in.type));
   Tensor inverse_norm =
-      at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(compute_type(in.type)));
+      make::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(compute_type(in.type)));
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
@@ -101,9 +96,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
   return {out.to(in.out_type), inverse_norm};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
-                                            const Tensor& weight, const OptionalTensor& previous,
-                                            const Tensor& inverse_norm, bool shift, double eps) {
+std::tuple<Tensor, Tensor, Tensor> shift_rms_norm_backward(const Tensor& grad, const Tensor& x,
+                                                           const Tensor& weight,
+                                                           const OptionalTensor& previous,
+                                                           const Tensor& inverse_norm, bool shift,
+                                                           double eps) {
   check(x, weight, previous, shift, eps);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, previous, shift, eps);
@@ -117,11 +114,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const int64_t positions = in.rows * in.length;
   const Tensor grad_in = grad.to(in.type).contiguous();
   const Tensor inverse_in = inverse_norm.contiguous();
-  Tensor grad_x = at::empty(x.sizes(), x.options().dtype(in.type));
-  Tensor grad_previous = at::empty({0}, grad_x.options());
-  if (previous) grad_previous = at::empty(previous->sizes(), grad_x.options());
+  Tensor grad_x = make::empty(x.sizes(), x.options().dtype(in.type));
+  Tensor grad_previous = make::empty({0}, grad_x.options());
+  if (previous) grad_previous = make::empty(previous->sizes(), grad_x.options());
   if (previous && positions == 0) grad_previous.zero_();
-  Tensor grad_weight = at::empty({in.width}, in.weight.options());
+  Tensor grad_weight = make::empty({in.width}, in.weight.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
@@ -131,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     if constexpr (kCuda) {
       if (on_gpu(x)) {
         Tensor parts =
-            at::empty({cuda::shift_rms_norm_parts(positions), in.width}, in.weight.options());
+            make::empty({cuda::shift_rms_norm_parts(positions), in.width}, in.weight.options());
         launch(x.device(), [&](cuda::Stream stream) {
           return cuda::shift_rms_norm_backward(input, positions, data<T>(grad_in),
                                                data<C>(inverse_in), to_x, to_previous,
@@ -145,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     // is the same for any number of threads.
     constexpr int64_t kBlock = 64;
     const int64_t blocks = (positions + kBlock - 1) / kBlock;
-    Tensor partial = at::empty({blocks, in.width}, in.weight.options());
+    Tensor partial = make::empty({blocks, in.width}, in.weight.options());
     C* sums = mutable_data<C>(partial);
     parallel(blocks, kBlock * in.width, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -162,14 +159,5 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   return {grad_x.to(x.scalar_type()), grad_weight.to(weight.scalar_type()),
           grad_previous.to(x.scalar_type())};
 }
-
-void add(torch::Library& library) {
-  library.impl("shift_rms_norm", forward);
-  library.impl("shift_rms_norm_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,18 +1,12 @@
-// Glue of short_attention: checks, allocation, the kernels' registration.
+// Glue of short_attention: checks, allocation, calls of the kernels.
 #include "cpu/short_attention.h"
-
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "common.h"
 #include "cuda/short_attention.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxPositions = 64;
 
@@ -75,12 +69,14 @@ struct Inputs {
   }
 };
 
-Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
-               const OptionalTensor& sin) {
+}  // namespace
+
+Tensor short_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
+                       const OptionalTensor& sin) {
   check(q, k, v, cos, sin);
   const c10::DeviceGuard device(q.device());
   const Inputs in(q, k, v, cos, sin);
-  Tensor out = at::empty(q.sizes(), in.q.options());
+  Tensor out = make::empty(q.sizes(), in.q.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
@@ -98,18 +94,19 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   return out.to(q.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const OptionalTensor& cos,
-                                            const OptionalTensor& sin) {
+std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, const Tensor& q,
+                                                            const Tensor& k, const Tensor& v,
+                                                            const OptionalTensor& cos,
+                                                            const OptionalTensor& sin) {
   check(q, k, v, cos, sin);
   check_shape("grad", grad, q.sizes());
   check_like("grad", grad, "q", q);
   const c10::DeviceGuard device(q.device());
   const Inputs in(q, k, v, cos, sin);
   const Tensor grad_out = with_unit_stride(grad.to(in.type));
-  Tensor grad_q = at::empty(q.sizes(), in.q.options());
-  Tensor grad_k = at::empty(k.sizes(), in.q.options());
-  Tensor grad_v = at::empty(v.sizes(), in.q.options());
+  Tensor grad_q = make::empty(q.sizes(), in.q.options());
+  Tensor grad_k = make::empty(k.sizes(), in.q.options());
+  Tensor grad_v = make::empty(v.sizes(), in.q.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
@@ -129,14 +126,5 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   });
   return {grad_q.to(q.scalar_type()), grad_k.to(q.scalar_type()), grad_v.to(q.scalar_type())};
 }
-
-void add(torch::Library& library) {
-  library.impl("short_attention", forward);
-  library.impl("short_attention_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

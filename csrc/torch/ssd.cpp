@@ -1,22 +1,14 @@
-// Glue of ssd: checks, allocation, the kernels' registration.
+// Glue of ssd: checks, allocation, calls of the kernels.
 #include "cpu/ssd.h"
 
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <array>
-#include <tuple>
 
 #include "common.h"
 #include "cuda/ssd.h"
+#include "operators.h"
 
 namespace mblm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 void check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
            const Tensor& weight_out, const Tensor& direct, const OptionalTensor& initial_state,
@@ -85,8 +77,7 @@ struct Inputs {
 
   Tensor padded(const Tensor& tensor) const {
     const Tensor whole = tensor.to(compute).contiguous();
-    return padded_states == states ? whole
-                                   : at::constant_pad_nd(whole, {0, padded_states - states});
+    return padded_states == states ? whole : make::padded(whole, {0, padded_states - states});
   }
 
   Tensor unpadded(const Tensor& tensor) const {
@@ -96,12 +87,10 @@ struct Inputs {
   // For the scores of any one chunk, and for so many times what is as large.
   Tensor zero_scores(int64_t times) const {
     const int64_t span = std::min(chunk_size, length);
-    return at::zeros({times, span, divide_up(span, cpu::kSsdLanes) * cpu::kSsdLanes},
-                     rates.options());
+    return make::zeros({times, span, divide_up(span, cpu::kSsdLanes) * cpu::kSsdLanes},
+                       rates.options());
   }
 };
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 #ifdef MBLM_CUDA
 // The inputs of a GPU's kernels, with their scratch; chunks are no longer than the sequences.
@@ -113,8 +102,8 @@ struct DeviceInputs {
   explicit DeviceInputs(const Inputs& in)
       : in(in),
         chunk_size(std::min(in.chunk_size, std::max<int64_t>(in.length, 1))),
-        sums(at::empty({in.rows, in.length, in.heads}, in.rates.options().dtype(at::kDouble))),
-        scores(at::empty({in.rows, in.chunks, chunk_size, chunk_size}, in.rates.options())) {}
+        sums(make::empty({in.rows, in.length, in.heads}, in.rates.options().dtype(at::kDouble))),
+        scores(make::empty({in.rows, in.chunks, chunk_size, chunk_size}, in.rates.options())) {}
 
   template <class T>
   cuda::SsdInput<T> kernel_input() {
@@ -144,10 +133,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_on_device(const Inputs& in,
                                                      const OptionalTensor& initial_state,
                                                      at::ScalarType type) {
   const auto options = in.rates.options();
-  Tensor y = at::empty(in.x.sizes(), in.x.options());
-  Tensor state = at::zeros({in.rows, in.heads, in.head_dim, in.states}, options);
+  Tensor y = make::empty(in.x.sizes(), in.x.options());
+  Tensor state = make::zeros({in.rows, in.heads, in.head_dim, in.states}, options);
   if (initial_state) state.copy_(*initial_state);
-  Tensor chunk_states = at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
+  Tensor chunk_states =
+      make::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
   DeviceInputs own(in);
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
@@ -164,20 +154,20 @@ Gradients backward_on_device(const Inputs& in, const Tensor& grad_y, const Tenso
                              const Tensor& chunk_states, at::ScalarType type) {
   const auto options = in.rates.options();
   const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
-  Tensor grad_state = at::empty(grad_final_state.sizes(), options);
+  Tensor grad_state = make::empty(grad_final_state.sizes(), options);
   grad_state.copy_(grad_final_state);
   DeviceInputs own(in);
-  Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
-  Tensor grad_dt = at::empty_like(in.dt);
-  Tensor grad_in = at::empty({in.rows, in.length, in.states}, options);
-  Tensor grad_out = at::empty_like(grad_in);
-  Tensor rates = at::empty({in.rows, in.chunks, in.heads}, options);
-  Tensor direct = at::empty_like(rates);
+  Tensor grad_x = make::empty(in.x.sizes(), in.x.options());
+  Tensor grad_dt = make::empty_like(in.dt);
+  Tensor grad_in = make::empty({in.rows, in.length, in.states}, options);
+  Tensor grad_out = make::empty_like(grad_in);
+  Tensor rates = make::empty({in.rows, in.chunks, in.heads}, options);
+  Tensor direct = make::empty_like(rates);
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
-    Tensor carries = at::empty_like(states_before), scores = at::empty_like(own.scores);
-    Tensor terms = at::empty({4, in.rows, in.length, in.heads}, own.sums.options());
+    Tensor carries = make::empty_like(states_before), scores = make::empty_like(own.scores);
+    Tensor terms = make::empty({4, in.rows, in.length, in.heads}, own.sums.options());
     const cuda::SsdGradients<T> grad{
         data<C>(states_before),   data<T>(from_y),          mutable_data<C>(grad_state),
         mutable_data<T>(grad_x),  mutable_data<C>(grad_dt), mutable_data<C>(rates),
@@ -222,22 +212,24 @@ cpu::SsdInput<T> chunk_input(const Inputs& in, int64_t index, Tensor& scores) {
   return input;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, const Tensor& rates,
-                                           const Tensor& weight_in, const Tensor& weight_out,
-                                           const Tensor& direct,
-                                           const OptionalTensor& initial_state,
-                                           int64_t chunk_size) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& rates,
+                                       const Tensor& weight_in, const Tensor& weight_out,
+                                       const Tensor& direct, const OptionalTensor& initial_state,
+                                       int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
 #ifdef MBLM_CUDA
   if (on_gpu(x)) return forward_on_device(in, initial_state, x.scalar_type());
 #endif
-  Tensor y = at::empty(x.sizes(), in.x.options());
+  Tensor y = make::empty(x.sizes(), in.x.options());
   // The states before the chunks, each followed by the next chunk's or by the final ones.
-  Tensor chunk_states =
-      at::empty({in.rows, in.chunks, in.heads, in.head_dim, in.padded_states}, in.rates.options());
-  Tensor state = at::empty({in.rows, in.heads, in.head_dim, in.padded_states}, in.rates.options());
+  Tensor chunk_states = make::empty({in.rows, in.chunks, in.heads, in.head_dim, in.padded_states},
+                                    in.rates.options());
+  Tensor state =
+      make::empty({in.rows, in.heads, in.head_dim, in.padded_states}, in.rates.options());
   Tensor first = in.chunks > 0 ? chunk_states.select(1, 0) : state;
   initial_state ? first.copy_(in.padded(*initial_state)) : first.zero_();
   Tensor scores = in.zero_scores(in.rows);
@@ -259,10 +251,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, co
   return {y.to(x.scalar_type()), in.unpadded(state), in.unpadded(chunk_states)};
 }
 
-Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x,
-                   const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
-                   const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
-                   int64_t chunk_size) {
+Gradients ssd_backward(const Tensor& grad_y, const Tensor& grad_final_state, const Tensor& x,
+                       const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
+                       const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
+                       int64_t chunk_size) {
   check(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
   const c10::DeviceGuard device(x.device());
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
@@ -285,16 +277,16 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const T
 
   const auto options = in.rates.options();
   const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = in.padded(chunk_states);
-  Tensor grad_state = at::empty({in.rows, in.heads, in.head_dim, in.padded_states}, options);
+  Tensor grad_state = make::empty({in.rows, in.heads, in.head_dim, in.padded_states}, options);
   grad_state.copy_(in.padded(grad_final_state));
-  Tensor grad_x = at::empty(x.sizes(), in.x.options());
-  Tensor grad_dt = at::empty(dt.sizes(), options);
-  Tensor grad_weight_in = at::empty(in.weight_in.sizes(), in.x.options());
-  Tensor grad_weight_out = at::empty(in.weight_in.sizes(), in.x.options());
-  Tensor rates_and_direct = at::zeros({2, in.rows, in.heads}, options);
+  Tensor grad_x = make::empty(x.sizes(), in.x.options());
+  Tensor grad_dt = make::empty(dt.sizes(), options);
+  Tensor grad_weight_in = make::empty(in.weight_in.sizes(), in.x.options());
+  Tensor grad_weight_out = make::empty(in.weight_in.sizes(), in.x.options());
+  Tensor rates_and_direct = make::zeros({2, in.rows, in.heads}, options);
   // What the groups of heads give to the scores, to weight_in and to weight_out.
   Tensor scores = in.zero_scores(in.rows), grad_scores = in.zero_scores(in.rows * groups);
-  Tensor weights = at::zeros({2, in.rows * groups, scores.size(1), in.padded_states}, options);
+  Tensor weights = make::zeros({2, in.rows * groups, scores.size(1), in.padded_states}, options);
   for (int64_t index = in.chunks - 1; index >= 0; --index) {
     const Tensor before = states_before.select(1, index);
     dispatch(in.type, [&](auto zero) {
@@ -348,14 +340,5 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_final_state, const T
           sums[1].clone(),
           in.unpadded(grad_state)};
 }
-
-void add(torch::Library& library) {
-  library.impl("ssd", forward);
-  library.impl("ssd_backward", backward);
-}
-
-}  // namespace
-
-MBLM_REGISTER(add)
 
 }  // namespace mblm

@@ -1,9 +1,5 @@
-// Glue of a compiled stage's next positions and of packed linear layers, and the registration of
-// what decodes.
+// Glue of a compiled stage's next positions and of packed linear layers.
 #include "stage.h"
-
-#include <ATen/ops/full.h>
-#include <torch/library.h>
 
 #include <memory>
 #include <type_traits>
@@ -12,8 +8,6 @@
 #include "cuda/decode_product.h"
 #include "cuda/stage_step.h"
 #include "decoding_team.h"
-#include "device_run.h"
-#include "hierarchy.h"
 #include "stage_state.h"
 
 namespace mblm {
@@ -27,7 +21,7 @@ Tensor copy_of_input(const Tensor& x, int64_t dim, const c10::Device& device) {
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) > 0 && x.size(1) > 0 && x.size(2) == dim,
                     "x must have shape [B >= 1, S >= 1, ", dim, "], got ", x.sizes());
   TORCH_CHECK_VALUE(x.device() == device, "x must be on ", device, ", got ", x.device());
-  Tensor copy = at::empty(x.sizes(), x.options());
+  Tensor copy = make::empty(x.sizes(), x.options());
   return copy.copy_(x);
 }
 
@@ -42,8 +36,8 @@ Tensor prefill_on_gpu(const Model& model, const typename Model::State& state,
   int64_t first = 0;
   for (size_t cache = 0; cache < sizes.size(); first += sizes[cache++]) {
     const int64_t rows = sizes[cache];
-    Tensor at = at::full({rows}, positions[cache], x.options().dtype(at::kLong));
-    Tensor workspace = at::empty({cuda::workspace_size(model, rows)}, x.options());
+    Tensor at = make::full({rows}, positions[cache], x.options().dtype(at::kLong));
+    Tensor workspace = make::empty({cuda::workspace_size(model, rows)}, x.options());
     cuda::StageStep step;
     step.rows = rows;
     step.is_dependent = false;  // the weights may just have been packed
@@ -73,7 +67,7 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
   const Tensor rows = x.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = matrix.outputs;
-  Tensor out = at::empty(shape, rows.options());
+  Tensor out = make::empty(shape, rows.options());
   const int64_t count = matrix.outputs ? out.numel() / matrix.outputs : 0;
   if constexpr (kCuda) {
     if (on_gpu(x)) {
@@ -127,35 +121,3 @@ Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
 }
 
 }  // namespace mblm
-
-TORCH_LIBRARY_FRAGMENT(mblm, library) {
-  library.class_<mblm::Stage>("Stage").def("prefill", &mblm::Stage::prefill);
-  library.class_<mblm::Hierarchy>("Hierarchy").def("run", &mblm::Hierarchy::run);
-  library.def("packed_linear(Tensor x, Tensor[] linear) -> Tensor", &mblm::packed_linear);
-  library.def(
-      "transformer_stage(Tensor[] weights, int heads) -> "
-      "__torch__.torch.classes.mblm.Stage",
-      &mblm::transformer_stage);
-  library.def(
-      "hierarchy(__torch__.torch.classes.mblm.Stage[] stages, int[] seq_lens, Tensor[] weights, "
-      "float[] eps) -> __torch__.torch.classes.mblm.Hierarchy",
-      &mblm::hierarchy);
-#ifdef MBLM_CUDA
-  library.class_<mblm::DeviceRun>("DeviceRun")
-      .def("embed_byte", &mblm::DeviceRun::embed_byte)
-      .def("step_and_sample", &mblm::DeviceRun::step_and_sample)
-      .def("sample", &mblm::DeviceRun::sample)
-      .def("take_patch", &mblm::DeviceRun::take_patch)
-      .def("begin_anew", &mblm::DeviceRun::begin_anew);
-  library.def(
-      "device_run(__torch__.torch.classes.mblm.Hierarchy hierarchy, Tensor[] tensors, int[] "
-      "counts, int[] limits) -> __torch__.torch.classes.mblm.DeviceRun",
-      &mblm::device_run);
-#endif
-  library.def("device_kind() -> str", &mblm::device_kind);
-  library.def("set_dependent_launches(bool value) -> ()", &mblm::set_dependent_launches);
-  library.def("mamba1_stage(Tensor[] weights) -> __torch__.torch.classes.mblm.Stage",
-              &mblm::mamba1_stage);
-  library.def("mamba2_stage(Tensor[] weights, float eps) -> __torch__.torch.classes.mblm.Stage",
-              &mblm::mamba2_stage);
-}

@@ -1,7 +1,8 @@
 // A stage model in compiled code, as Python holds it: packed weights, no state.
 #pragma once
 
-#include <torch/custom_class.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 
 #include <tuple>
 #include <variant>

@@ -3,7 +3,6 @@
 
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/uniform.h>
 #include <c10/core/InferenceMode.h>
 
@@ -32,7 +31,7 @@ class UniformNumbers {
     if (is_given_) {
       numbers_ = check_state("uniform", *given, {rows, most, vocabulary});
     } else {
-      numbers_ = at::empty({is_exact ? kAhead : 1, rows, vocabulary}, options);
+      numbers_ = make::empty({is_exact ? kAhead : 1, rows, vocabulary}, options);
     }
   }
 

@@ -4,15 +4,18 @@ import importlib.util
 import json
 import os
 import warnings
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent.parent
-REBUILD = "in the source folder, run `pip install --no-deps --force-reinstall -e .`"
+from mblm.ops._reinstall import how_to_compile
 
-_loaded = False
+PACKAGE = Path(__file__).resolve().parent.parent
+
+_library: ModuleType | None = None  # mblm._C
 
 
 def load() -> None:
@@ -25,29 +28,44 @@ def load() -> None:
         ValueError: ``MBLM_NATIVE`` has another value.
         ImportError: the kernels are required and cannot be loaded.
     """
-    global _loaded
+    global _library
     setting = os.environ.get("MBLM_NATIVE", "")
     if setting not in ("", "0", "require"):
         raise ValueError(f"MBLM_NATIVE is {setting!r}; expected 0, require or nothing")
-    if _loaded or setting == "0":
+    if _library or setting == "0":
         return
     problem = _problem(_record())
     if problem is None:
         try:
-            torch.ops.load_library(str(PACKAGE / "_C.so"))
-            _loaded = True
+            _library = load_library(PACKAGE)
             return
-        except OSError as error:
+        except ImportError as error:
             problem = f"cannot be loaded ({error})"
-    message = f"mblm's native kernels are not used: {problem}. To get them, {REBUILD}."
+    message = (
+        f"mblm's native kernels are not used: {problem}. To get them, {how_to_compile(PACKAGE)}."
+    )
     if setting == "require":
         raise ImportError(message)
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def load_library(folder: Path) -> ModuleType:
+    """Load ``mblm._C`` from a folder; the operators then use its kernels.
+
+    Raises:
+        ImportError: it cannot be loaded, or is not there.
+    """
+    spec = _find_library(folder)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder} holds none")
+    library = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(library)
+    return library
+
+
 def is_loaded() -> bool:
     """Whether the compiled kernels are in use."""
-    return _loaded
+    return _library is not None
 
 
 def build_info() -> dict[str, Any]:
@@ -62,24 +80,23 @@ def build_info() -> dict[str, Any]:
     """
     record = _record()
     reason = None
-    if not _loaded:
+    if _library is None:
         reason = _problem(record) or (
             "MBLM_NATIVE=0 is set" if os.environ.get("MBLM_NATIVE") == "0" else "cannot be loaded"
         )
-    facts = json.loads(torch.ops.mblm.compiled_with()) if _loaded else {}
     info = {
         "compiled": "torch" in record,
-        "loaded": _loaded,
+        "loaded": _library is not None,
         "reason": reason,
         "torch_built": record.get("torch"),
         "torch_running": str(torch.__version__),
         "mode": record.get("mode"),
-        "compiler": facts.get("compiler"),
-        "openmp": facts.get("openmp"),
+        "compiler": getattr(_library, "compiler", None),
+        "openmp": getattr(_library, "openmp", None),
         "gpu_architectures": record.get("cuda_architectures"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-    return {**info, "missing": _missing(info)}
+    return {**info, "missing": _missing(info, record.get("without_cuda"))}
 
 
 def _record() -> dict[str, Any]:
@@ -88,26 +105,32 @@ def _record() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def _find_library(folder: Path) -> ModuleSpec | None:
+    return PathFinder.find_spec("mblm._C", [str(folder)])
+
+
 def _problem(record: dict[str, Any]) -> str | None:
     """Why the kernels of this record cannot be loaded, None if they can."""
     if "reason" in record:
         return f"they were not compiled: {record['reason']}"
-    if "torch" not in record or not (PACKAGE / "_C.so").exists():
-        return f"none were compiled in {PACKAGE}"
-    if record["torch"] != str(torch.__version__):
+    if "torch" not in record or _find_library(PACKAGE) is None:
+        return f"none were compiled in {PACKAGE} for this Python"
+    # Releases 2.13.0 and 2.13.1 have one binary interface, as the package's requirement says.
+    if record["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
         return f"they were compiled for torch {record['torch']}, this is torch {torch.__version__}"
     return None
 
 
-def _missing(info: dict[str, Any]) -> list[str]:
+def _missing(info: dict[str, Any], without_cuda: str | None) -> list[str]:
     """What a user of this machine could have and does not, with how to get it."""
-    missing = []
+    missing, compile_again = [], how_to_compile(PACKAGE)
     if not info["loaded"]:
-        missing.append(f"native kernels: {info['reason']}; {REBUILD}")
+        missing.append(f"native kernels: {info['reason']}; {compile_again}")
     elif not info["openmp"]:
-        missing.append(f"several threads in native kernels: with g++ (CXX=g++), {REBUILD}")
+        missing.append(f"several threads in native kernels: with g++ (CXX=g++), {compile_again}")
     if torch.version.cuda and info["mode"] != "cuda":
-        missing.append(f"native CUDA kernels: with the CUDA toolkit installed, {REBUILD}")
+        why = without_cuda or "with the CUDA toolkit installed"
+        missing.append(f"native CUDA kernels: {why}; {compile_again}")
     if torch.version.cuda and importlib.util.find_spec("mamba_ssm") is None:
         missing.append("mamba_ssm's CUDA kernels: `pip install mamba-ssm causal-conv1d`")
     return missing

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mblm.ops import _native
+from mblm.ops._reinstall import how_to_compile
 
 RUNNING = str(torch.__version__)
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -24,10 +26,13 @@ def test_what_tests_of_compiled_code_need_is_there() -> None:
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package folder in which nothing was built yet and nothing is loaded."""
-    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
-    monkeypatch.setattr(_native, "_loaded", False)
+    folder = tmp_path / "mblm"
+    folder.mkdir()
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(_native, "PACKAGE", folder)
+    monkeypatch.setattr(_native, "_library", None)
     monkeypatch.delenv("MBLM_NATIVE", raising=False)
-    return tmp_path
+    return folder
 
 
 def built(package: Path, **record: object) -> None:
@@ -37,12 +42,12 @@ def built(package: Path, **record: object) -> None:
 
 
 def test_source_folder_never_built(package: Path) -> None:
-    with pytest.warns(RuntimeWarning, match=r"none were compiled in .* run `pip install"):
+    with pytest.warns(RuntimeWarning, match=r"none were compiled in .*setup.py build_ext"):
         _native.load()
     info = _native.build_info()
     assert (info["compiled"], info["loaded"], info["torch_built"]) == (False, False, None)
     assert str(package) in info["reason"]
-    assert any("native kernels" in line and "pip install" in line for line in info["missing"])
+    assert any("native kernels" in line and "build_ext" in line for line in info["missing"])
 
 
 def test_pure_install_tells_why(package: Path) -> None:
@@ -59,6 +64,12 @@ def test_library_of_another_torch_is_not_loaded(package: Path) -> None:
     info = _native.build_info()
     assert (info["compiled"], info["loaded"], info["torch_built"]) == (True, False, "1.0.0")
     assert info["torch_running"] == RUNNING
+
+
+def test_library_of_a_patch_release_is_taken_for_its_own(package: Path) -> None:
+    release = ".".join(RUNNING.split(".")[:2])
+    built(package, torch=f"{release}.99+cpu", mode="cpu")
+    assert _native._problem(_native._record()) is None
 
 
 def test_library_that_cannot_be_loaded(package: Path) -> None:
@@ -81,7 +92,7 @@ def test_require_makes_absence_an_error(
 ) -> None:
     monkeypatch.setenv("MBLM_NATIVE", "require")
     built(package, torch=torch_built, mode="cpu")
-    with pytest.raises(ImportError, match="run `pip install"):
+    with pytest.raises(ImportError, match="run `python setup.py"):
         _native.load()
 
 
@@ -110,3 +121,47 @@ def test_build_info_is_plain_data() -> None:
     assert info["loaded"] == (info["compiler"] is not None)
     if info["loaded"]:
         assert info["torch_built"] == RUNNING
+
+
+GIT = {"url": "https://host/mblm", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+
+
+@pytest.mark.parametrize(
+    ("origin", "installer", "command"),
+    [
+        ({"url": "file:///a%20b", "dir_info": {}}, "pip", "--no-cache-dir '/a b'"),
+        (GIT, "pip", "pip install --no-deps --force-reinstall --no-cache-dir git+https://host/mblm@abc"),
+        (GIT, "uv", f"MBLM_TORCH_PYTHON={sys.executable} uv pip install --python {sys.executable}"),
+        ({"url": "file:///mblm-1.whl", "archive_info": {}}, "pip", "pip wheel --no-deps"),
+        ({"url": "file:///mblm-1.tar.gz", "archive_info": {}}, "pip", "file:///mblm-1.tar.gz`"),
+        (None, "pip", "--no-binary mblm mblm==1`"),
+    ],
+    ids=["folder", "git", "uv", "wheel", "sdist", "index"],
+)
+def test_what_to_run_fits_how_it_was_installed(
+    tmp_path: Path, origin: dict[str, object] | None, installer: str, command: str
+) -> None:
+    installed(tmp_path, origin, installer)
+    assert command in how_to_compile(tmp_path / "mblm")
+
+
+def test_what_to_run_fits_an_editable_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, environment = tmp_path / "source", tmp_path / "environment"
+    source.mkdir()
+    (source / "setup.py").touch()
+    assert "setup.py build_ext --inplace" in how_to_compile(source / "mblm")
+    installed(environment, {"url": source.as_uri(), "dir_info": {"editable": True}}, "pip")
+    monkeypatch.syspath_prepend(environment)
+    assert f"-e {source}`" in how_to_compile(source / "mblm")
+
+
+def installed(folder: Path, origin: dict[str, object] | None, installer: str) -> None:
+    """Lay out what an installer writes of a package beside it."""
+    info = folder / "mblm-1+pure.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mblm\nVersion: 1+pure\n")
+    (info / "INSTALLER").write_text(installer + "\n")
+    if origin:
+        (info / "direct_url.json").write_text(json.dumps(origin))

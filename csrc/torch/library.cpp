@@ -1,0 +1,94 @@
+// Registers the operators' kernels and what decodes with PyTorch: its headers for that are the
+// slowest to compile of all.
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include "common.h"
+#include "device_run.h"
+#include "hierarchy.h"
+#include "operators.h"
+#include "stage.h"
+
+namespace mblm {
+
+std::string device_kind() {
+#ifdef MBLM_CUDA_EMULATED
+  return "cpu";
+#else
+  return kCuda ? "cuda" : "";
+#endif
+}
+
+void set_dependent_launches(bool value) {
+  cuda::dependent_launches = value;
+}
+
+}  // namespace mblm
+
+namespace {
+
+void add_kernels(torch::Library& library) {
+  library.impl("assemble_stage", mblm::assemble_stage);
+  library.impl("assemble_stage_backward", mblm::assemble_stage_backward);
+  library.impl("causal_conv", mblm::causal_conv);
+  library.impl("causal_conv_backward", mblm::causal_conv_backward);
+  library.impl("embed_patches", mblm::embed_patches);
+  library.impl("embed_patches_backward", mblm::embed_patches_backward);
+  library.impl("gated_rms_norm", mblm::gated_rms_norm);
+  library.impl("gated_rms_norm_backward", mblm::gated_rms_norm_backward);
+  library.impl("selective_scan", mblm::selective_scan);
+  library.impl("selective_scan_backward", mblm::selective_scan_backward);
+  library.impl("shift_rms_norm", mblm::shift_rms_norm);
+  library.impl("shift_rms_norm_backward", mblm::shift_rms_norm_backward);
+  library.impl("short_attention", mblm::short_attention);
+  library.impl("short_attention_backward", mblm::short_attention_backward);
+  library.impl("ssd", mblm::ssd);
+  library.impl("ssd_backward", mblm::ssd_backward);
+  library.impl("linear_rows", mblm::linear_rows);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mblm, CPU, library) {
+  add_kernels(library);
+  library.impl("linear", mblm::linear);
+}
+
+#ifdef MBLM_CUDA
+TORCH_LIBRARY_IMPL(mblm, CUDA, library) {
+  add_kernels(library);
+}
+#endif
+
+TORCH_LIBRARY_FRAGMENT(mblm, library) {
+  library.def("onednn_is_faster() -> bool", &mblm::onednn_is_faster);
+  library.class_<mblm::Stage>("Stage").def("prefill", &mblm::Stage::prefill);
+  library.class_<mblm::Hierarchy>("Hierarchy").def("run", &mblm::Hierarchy::run);
+  library.def("packed_linear(Tensor x, Tensor[] linear) -> Tensor", &mblm::packed_linear);
+  library.def(
+      "transformer_stage(Tensor[] weights, int heads) -> "
+      "__torch__.torch.classes.mblm.Stage",
+      &mblm::transformer_stage);
+  library.def(
+      "hierarchy(__torch__.torch.classes.mblm.Stage[] stages, int[] seq_lens, Tensor[] weights, "
+      "float[] eps) -> __torch__.torch.classes.mblm.Hierarchy",
+      &mblm::hierarchy);
+#ifdef MBLM_CUDA
+  library.class_<mblm::DeviceRun>("DeviceRun")
+      .def("embed_byte", &mblm::DeviceRun::embed_byte)
+      .def("step_and_sample", &mblm::DeviceRun::step_and_sample)
+      .def("sample", &mblm::DeviceRun::sample)
+      .def("take_patch", &mblm::DeviceRun::take_patch)
+      .def("begin_anew", &mblm::DeviceRun::begin_anew);
+  library.def(
+      "device_run(__torch__.torch.classes.mblm.Hierarchy hierarchy, Tensor[] tensors, int[] "
+      "counts, int[] limits) -> __torch__.torch.classes.mblm.DeviceRun",
+      &mblm::device_run);
+#endif
+  library.def("device_kind() -> str", &mblm::device_kind);
+  library.def("set_dependent_launches(bool value) -> ()", &mblm::set_dependent_launches);
+  library.def("mamba1_stage(Tensor[] weights) -> __torch__.torch.classes.mblm.Stage",
+              &mblm::mamba1_stage);
+  library.def("mamba2_stage(Tensor[] weights, float eps) -> __torch__.torch.classes.mblm.Stage",
+              &mblm::mamba2_stage);
+}
