@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools._distutils import dir_util
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -163,7 +163,9 @@ def run_setup(
         """Without what an earlier build of this folder left."""
 
         def run(self) -> None:
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+            for path in Path(self.build_lib).rglob("*"):
+                if path.is_file():
+                    path.unlink()
             super().run()
 
     version = re.search('__version__ = "(.*)"', Path("mblm/__init__.py").read_text("utf-8"))
@@ -196,6 +198,8 @@ def main() -> None:
             if wanted:
                 sys.exit(f"MBLM_BUILD={wanted}, but {why}")
             reason = record[f"without_{mode}"] = str(why)
+        # The folders that distutils has made may be gone, and would not be made again.
+        getattr(dir_util, "SkipRepeatAbsolutePaths", dir_util.__dict__.get("_path_created")).clear()
         if "--dist-info-dir" in sys.argv:  # written for the version that was to be
             at = sys.argv.index("--dist-info-dir")
             del sys.argv[at : at + 2]
@@ -206,11 +210,10 @@ def main() -> None:
     run_setup(build_ext, Extension("mblm._C", []), {"reason": reason}, local="pure")
 
 
-if os.name == "posix":
-    import fcntl
+BUILD.mkdir(exist_ok=True)
+with open(BUILD / ".lock", "w") as lock:
+    if os.name == "posix":  # two installs from one folder share what they write
+        import fcntl
 
-    BUILD.mkdir(exist_ok=True)
-    # Two installs from one folder share what they write.
-    lock = open(BUILD / ".lock", "w")  # noqa: SIM115
-    fcntl.flock(lock, fcntl.LOCK_EX)
-main()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    main()

@@ -1,16 +1,22 @@
-"""setup.py and CMakeLists.txt: what is compiled, what is not compiled twice, what is said."""
+"""setup.py: what is compiled, what is not compiled twice, what is said; CMake's tests."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 LOUD = "WITHOUT its native kernels"
+RELEASE = ".".join(torch.__version__.split(".")[:2])
 
 needs_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")),
@@ -18,34 +24,72 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def build(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run setup.py's build of the library into ``target``, as an install does."""
-    clean = {k: v for k, v in os.environ.items() if k != "MBLM_BUILD"}
-    return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)],
+def start(source: Path, *command: str, **environment: str) -> "subprocess.Popen[str]":
+    """Run setup.py as an installer does."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MBLM_")}
+    return subprocess.Popen(
+        [sys.executable, "setup.py", *command],
         cwd=source,
         env={**clean, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def build(source: Path, target: Path, **environment: str) -> str:
+    """Build the library into ``target``; returns what was said."""
+    process = start(source, "build_ext", "--build-lib", str(target), **environment)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return said
 
 
 def record(target: Path) -> dict[str, str | None]:
     return json.loads((target / "mblm" / "_build.json").read_text())
 
 
+def library(target: Path) -> Path | None:
+    return next((target / "mblm").glob("_C*.so"), None)
+
+
+def loads(target: Path) -> bool:
+    """Whether a Python takes the library for its module."""
+    path = library(target)
+    code = f"import importlib.util as u; s = u.spec_from_file_location('mblm._C', {str(path)!r});"
+    code += "import torch; s.loader.exec_module(u.module_from_spec(s))"
+    return path is not None and subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @needs_compiler
-def test_compiles_once(tmp_path: Path) -> None:
-    first = build(ROOT, tmp_path / "first", MBLM_BUILD="cpu")
-    assert first.returncode == 0, first.stdout + first.stderr
-    again = build(ROOT, tmp_path / "again", MBLM_BUILD="cpu")
-    assert "no work to do" in again.stdout or "Built target _C" in again.stdout, again.stdout
-    assert "Building CXX" not in again.stdout
+def test_compiles_once(clone: Path, tmp_path: Path) -> None:
+    first = build(clone, tmp_path / "first", MAX_JOBS="1")
+    assert "csrc/cpu/ids.cpp" in first
+    assert "ninja: no work to do" in build(clone, tmp_path / "again")
     for target in (tmp_path / "first", tmp_path / "again"):
-        assert record(target)["mode"] == "cpu"
-    library = (tmp_path / "again" / "mblm" / "_C.so").read_bytes()
-    for folder in (ROOT, Path(sys.prefix)):
-        assert f"{folder}/".encode() not in library, "the library holds a path of this machine"
+        assert record(target)["mode"] == "cpu" and loads(target)
+    content = library(tmp_path / "again").read_bytes()  # type: ignore[union-attr]
+    for folder in (clone, torch.__path__[0]):
+        assert f"{folder}/".encode() not in content, "the library holds a path of this machine"
+
+
+@needs_compiler
+def test_a_copied_clone_is_built_afresh(clone: Path, tmp_path: Path) -> None:
+    build(clone, tmp_path / "first")
+    moved = tmp_path / "moved"
+    clone.rename(moved)
+    said = build(moved, tmp_path / "second")
+    assert LOUD not in said and loads(tmp_path / "second")
+
+
+@needs_compiler
+def test_two_builds_at_once_get_the_library_both(clone: Path, tmp_path: Path) -> None:
+    targets = [tmp_path / "first", tmp_path / "second"]
+    builds = [start(clone, "build_ext", "--build-lib", str(target)) for target in targets]
+    for process, target in zip(builds, targets, strict=True):
+        said = process.communicate()[0]
+        assert process.returncode == 0, said
+        assert loads(target)
 
 
 @pytest.mark.parametrize(
@@ -54,78 +98,163 @@ def test_compiles_once(tmp_path: Path) -> None:
         ({"MBLM_BUILD": "none"}, "MBLM_BUILD=none was set"),
         ({"CXX": "/nowhere/g++"}, "no C++ compiler was found (looked for /nowhere/g++)"),
         ({"MBLM_TORCH_PYTHON": "/nowhere/python"}, "no torch to compile against was found"),
+        ({"CXXFLAGS": "-DMBLM_BROKEN", "CFLAGS": "-DMBLM_BROKEN"}, "a kernel that is broken"),
     ],
-    ids=["unwanted", "no-compiler", "no-torch"],
+    ids=["unwanted", "no-compiler", "no-torch", "broken"],
 )
-def test_falls_back_loudly(tmp_path: Path, environment: dict[str, str], reason: str) -> None:
-    done = build(ROOT, tmp_path, **environment)
-    assert done.returncode == 0, done.stderr
-    assert LOUD in done.stderr and reason in done.stderr
-    assert reason in record(tmp_path)["reason"]
-    assert not (tmp_path / "mblm" / "_C.so").exists()
-
-
-def test_fallback_removes_an_earlier_library(tmp_path: Path) -> None:
+def test_falls_back_loudly(
+    clone: Path, tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
     (tmp_path / "mblm").mkdir()
     (tmp_path / "mblm" / "_C.so").write_text("of an earlier build")
-    build(ROOT, tmp_path, MBLM_BUILD="none")
-    assert not (tmp_path / "mblm" / "_C.so").exists()
+    said = build(clone, tmp_path, **environment)
+    assert LOUD in said and reason in said
+    assert reason in str(record(tmp_path)["reason"])
+    assert library(tmp_path) is None
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"MBLM_BUILD": "cpu", "CXX": "/nowhere/g++"}, "MBLM_BUILD=cpu, but no C++ compiler"),
+        ({"MBLM_BUILD": "cpu", "CFLAGS": "-DMBLM_BROKEN"}, "a kernel that is broken"),
         ({"MBLM_BUILD": "gpu"}, "MBLM_BUILD is 'gpu'; expected cpu, cuda, none"),
     ],
+    ids=["no-compiler", "broken", "unknown"],
 )
 def test_demands_that_cannot_be_met_are_errors(
-    tmp_path: Path, environment: dict[str, str], message: str
+    clone: Path, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
-    done = build(ROOT, tmp_path, **environment)
-    assert done.returncode != 0
-    assert message in done.stderr
+    process = start(clone, "build_ext", "--build-lib", str(tmp_path), **environment)
+    assert message in process.communicate()[0]
+    assert process.returncode != 0 and library(tmp_path) is None
+
+
+@needs_compiler
+def test_without_ninja(clone: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("c++", "g++", "gcc", "cc", "as", "ld", "which"):
+        if path := shutil.which(tool):
+            (tools / tool).symlink_to(path)
+    build(clone, tmp_path / "out", PATH=str(tools))
+    assert loads(tmp_path / "out")
+
+
+def metadata(source: Path, target: Path, **environment: str) -> str:
+    """What an installer is told of the package before it is built."""
+    target.mkdir()
+    process = start(source, "dist_info", "--output-dir", str(target), **environment)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    (file,) = target.glob("*.dist-info/METADATA")
+    return file.read_text()
+
+
+@needs_compiler
+def test_the_version_says_what_is_compiled(clone: Path, tmp_path: Path) -> None:
+    compiled = metadata(clone, tmp_path / "compiled")
+    assert re.search(rf"^Version: [\d.]+\+cpu\.torch{re.escape(RELEASE)}$", compiled, re.MULTILINE)
+    assert f"Requires-Dist: torch=={RELEASE}.*" in compiled
+    pure = metadata(clone, tmp_path / "pure", MBLM_BUILD="none")
+    assert re.search(r"^Version: [\d.]+\+pure$", pure, re.MULTILINE)
+    assert "Requires-Dist: torch>=2.6" in pure
+
+
+def test_a_release_of_sources_keeps_its_version(clone: Path, tmp_path: Path) -> None:
+    """pip refuses a file whose content has another version than its name."""
+    (clone / "PKG-INFO").touch()
+    text = metadata(clone, tmp_path / "metadata", MBLM_BUILD="none")
+    assert re.search(r"^Version: [\d.]+$", text, re.MULTILINE)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_a_wheel_says_what_failed_after_its_metadata_was_written(
+    clone: Path, tmp_path: Path, kind: str
+) -> None:
+    code = f"""
+import os, sys
+from setuptools import build_meta
+target = sys.argv[1]
+info = build_meta.prepare_metadata_for_build_{kind}(target)
+assert "+cpu." in info, info
+os.environ["CFLAGS"] = "-DMBLM_BROKEN"
+print(build_meta.build_{kind}(target, None, os.path.join(target, info)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=clone, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "+pure" in done.stdout.splitlines()[-1]
+    wheel = tmp_path / done.stdout.splitlines()[-1]
+    shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
+    (file,) = (tmp_path / "wheel").glob("*+pure.dist-info/METADATA")
+    assert "Requires-Dist: torch>=2.6" in file.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_built_elsewhere(clone: Path, tmp_path: Path) -> None:
+    for folder in (clone, *clone.rglob("*")):
+        folder.chmod(0o555 if folder.is_dir() else 0o444)
+    assert "Version" in metadata(clone, tmp_path / "metadata", MBLM_BUILD="none")
+    build(clone, tmp_path / "out", MBLM_BUILD="none")
 
 
 @pytest.fixture
-def broken_source(tmp_path: Path) -> Path:
-    """The sources, with a kernel that does not compile and none that do."""
-    source = tmp_path / "source"
-    for name in ("cmake", "csrc"):
-        shutil.copytree(ROOT / name, source / name)
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    (source / "mblm").mkdir()
-    (source / "mblm" / "__init__.py").write_text('__version__ = "0"\n')
-    for path in (source / "csrc").glob("*/*.cpp"):
-        path.unlink()
-    (source / "csrc" / "torch" / "broken.cpp").write_text('#error "a kernel that is broken"\n')
-    return source
+def find_tools() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("find_tools", ROOT / "find_tools.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @needs_compiler
-def test_compile_errors_are_shown_and_survived(broken_source: Path, tmp_path: Path) -> None:
-    done = build(broken_source, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert LOUD in done.stderr and "a kernel that is broken" in done.stderr
-    assert "a kernel that is broken" in record(tmp_path / "out")["reason"]
-
-
-@needs_compiler
-def test_compile_errors_are_errors_where_kernels_are_demanded(
-    broken_source: Path, tmp_path: Path
+def test_headers_of_python_that_are_missing_are_named(
+    find_tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = build(broken_source, tmp_path / "out", MBLM_BUILD="cpu")
-    assert done.returncode != 0
-    assert "a kernel that is broken" in done.stderr
+    find_tools.check_compiler()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(find_tools.NotCompiledError, match=r"Python.h is missing.*python3-dev"):
+        find_tools.check_compiler()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "release", "message"),
+    [
+        (None, None, "was built without CUDA"),
+        ("13.0", None, "nvcc was not found"),
+        ("13.0", "12.8", "nvcc is of CUDA 12, torch's is 13.0"),
+        ("12.6", "12.8", None),
+    ],
+)
+def test_cuda_needs_a_toolkit_of_its_major_version(
+    find_tools: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    release: str | None,
+    message: str | None,
+) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    if release:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\necho Cuda tools, release {release}\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    fake = SimpleNamespace(__version__="2.99", version=SimpleNamespace(cuda=cuda))
+    if message is None:
+        find_tools.check_nvcc(fake)
+        return
+    with pytest.raises(find_tools.NotCompiledError, match=message):
+        find_tools.check_nvcc(fake)
 
 
 @needs_compiler
 @pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake on PATH")
 def test_kernels_pass_their_own_tests(tmp_path: Path) -> None:
-    options = ["-DMBLM_BUILD_EXTENSION=OFF", "-DMBLM_BUILD_TESTS=ON"]
     for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options],
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DMBLM_BUILD_TESTS=ON"],
         ["cmake", "--build", str(tmp_path), "--parallel", "2"],
         ["ctest", "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
     ):
