@@ -11,8 +11,15 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # The package is installed editable: only these need another install.
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*/*)
+SOURCES := pyproject.toml setup.py find_tools.py $(wildcard csrc/*/*)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+# pip hides what a build says for minutes: of that, tell what is compiled, and all if it fails.
+SHELL := bash
+INSTALL = echo 'Compiling for this torch, two to three minutes on two cores'; set -o pipefail; \
+  $(PIP) install -v -e '.$(1)' 2>&1 | tee $(VENV)/install.log | sed -unE \
+  -e "s|^ *\[([0-9]+)/([0-9]+)\] .* -c .*(csrc/[^ ']*)'? -o .*|compiled \1 of \2: \3|p" \
+  -e '/^ *!{80}/,/^ *!{80}/p' -e '/^(Collecting|Successfully installed)/p' || \
+  { tail -n 60 $(VENV)/install.log; exit 1; }
 PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -35,15 +42,15 @@ sanitize: $(VENV)/installed-test ## Run decoding under sanitizers: address, unde
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON="$(abspath $(BIN))/python" scripts/sanitize.sh
 
 install_cpu: $(VENV)/torch ## Install into $(VENV), compiled for the CPU
-	MBLM_BUILD=cpu $(PIP) install -e .
+	@export MBLM_BUILD=cpu; $(INSTALL)
 
 install_cuda: $(VENV)/torch ## Install into $(VENV) beside a torch with CUDA
 	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
 	  { echo 'The torch in $(VENV) has no CUDA: run `make clean_venv`, set TORCH to one that has'; exit 1; }
-	$(PIP) install -e .
+	@$(INSTALL)
 
 install_mamba: install_cuda ## Install mamba-ssm's CUDA kernels too
-	$(PIP) install setuptools wheel cmake ninja packaging
+	$(PIP) install setuptools wheel ninja packaging
 	$(PIP) install --no-build-isolation -e '.[mamba]'
 
 lint: $(VENV)/installed-dev ## Look for mistakes in Python
@@ -61,7 +68,7 @@ check_types: $(VENV)/installed-dev ## Check types
 	$(BIN)/mypy
 
 clean: ## Remove what was built and cached, $(VENV) aside
-	rm -rf build dist *.egg-info mblm/_C.so mblm/_build.json $(VENV)/installed*
+	rm -rf build dist *.egg-info mblm/_C*.so mblm/_build.json $(VENV)/installed*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mblm tests -name __pycache__ -prune -exec rm -rf {} +
 
@@ -75,9 +82,9 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) install -e .
+	@$(INSTALL)
 	touch $@
 
 $(VENV)/installed-%: $(VENV)/torch $(SOURCES)
-	$(PIP) install -e '.[$*]'
+	@$(call INSTALL,[$*])
 	touch $@

@@ -26,27 +26,26 @@ def import_torch() -> Any:
     """Import the torch that mblm will run with: an isolated build hides it."""
     given = os.environ.get("MBLM_TORCH_PYTHON")
     problems = []
-    if given or not PathFinder.find_spec("torch"):
-        for python in [given] if given else outer_pythons():
-            try:
-                tag, folders = ask(python)
-            except (OSError, ValueError, subprocess.CalledProcessError) as error:
-                problems.append(f"{python}: {error}")
-                continue
-            if tag != sys.implementation.cache_tag:
-                problems.append(f"{python} is {tag}")
-            elif not PathFinder.find_spec("torch", folders):
-                problems.append(f"{python} has no torch")
-            else:
-                # Last, so that the build's own tools stay what they are; unless it was named.
-                at = 0 if given else len(sys.path)
-                sys.path[at:at] = [folder for folder in folders if folder not in sys.path]
-                break
+    for python in [given] if given else outer_pythons():
+        try:
+            tag, folders = ask(python)
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            problems.append(f"{python}: {error}")
+            continue
+        if tag != sys.implementation.cache_tag:
+            problems.append(f"{python} is {tag}")
+        elif not PathFinder.find_spec("torch", folders if given else [*sys.path, *folders]):
+            problems.append(f"{python} has no torch")
         else:
-            raise NotCompiledError(
-                f"no torch to compile against was found ({'; '.join(problems)}): install torch"
-                " first, or set MBLM_TORCH_PYTHON to the Python of the environment that has it"
-            )
+            # Last, so that the build's own tools stay what they are; unless it was named.
+            at = 0 if given else len(sys.path)
+            sys.path[at:at] = [folder for folder in folders if folder not in sys.path]
+            break
+    else:
+        raise NotCompiledError(
+            f"no torch to compile against was found ({'; '.join(problems)}): install torch first,"
+            " or set MBLM_TORCH_PYTHON to the Python of the environment that has it"
+        )
     try:
         torch = importlib.import_module("torch")
     except Exception as error:

@@ -1,13 +1,7 @@
 """Compiles the native library, ``mblm._C``, as an extension of the torch that is installed.
 
-Environment:
-    MBLM_BUILD: ``cpu`` or ``cuda`` make anything that stands in the way an error, ``none`` compiles
-        nothing. Unset, what can be compiled is; if nothing can, the install is pure Python, and its
-        version and the import say so.
-    MBLM_TORCH_PYTHON: Python interpreter of the environment whose torch to compile against, where
-        it cannot be found from the build.
-    CXX, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST: as for all of torch's extensions; GPU
-        architectures are 8.0 and 9.0, and newer ones through PTX, where none are named.
+What can be compiled is: for CUDA, or for the CPU, or nothing, which the version and the import then
+say. CONTRIBUTING.md has the variables that decide otherwise.
 """
 
 from __future__ import annotations
@@ -32,21 +26,13 @@ sys.path.append(str(ROOT))
 
 from find_tools import NotCompiledError, check_compiler, check_nvcc, import_torch  # noqa: E402
 
-REQUIRED = [
-    "numpy",
-    "pydantic>=2.9",
-    "pyyaml",
-    "mambapy",
-    "tqdm",
-    "safetensors",
-    "typer",
-    "typing_extensions",
-]
+REQUIRED = ["numpy", "pydantic>=2.9", "pyyaml", "mambapy", "tqdm", "safetensors", "typer"]
+REQUIRED += ["typing_extensions"]
 COMPILE = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
-RECORD = "_build.json"  # what was compiled, or why nothing: mblm/ops/_native.py reads it
-# In a folder that is read only, as in a container, what is built goes elsewhere.
+RECORD = "mblm/_build.json"  # what was compiled, or why nothing: mblm/ops/_native.py reads it
+# A folder that is read only, as in a container, is built elsewhere.
 BUILD = ROOT / "build" if os.access(ROOT, os.W_OK) else Path(tempfile.mkdtemp())
-os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+BUILDS = bool(COMPILE & set(sys.argv))
 
 
 def build_compiled(mode: str, record: dict[str, Any]) -> None:
@@ -62,7 +48,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
     # __FILE__ tells the path inside the project, wherever that is.
     flags = ["-std=c++20", "-g0", "-fno-wrapv", "-fvisibility=hidden"]
     flags += [f"-fmacro-prefix-map={ROOT}/=", f"-fmacro-prefix-map={torch_root}/=torch/"]
-    kernel_flags = {"cxx": [*flags, "-O3"], "nvcc": ["-std=c++20", "-O3"]}
+    nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
     glue_flags = [*flags, "-O1"]  # it calls the kernels, and is quick to compile
     if mode == "cuda":
         glue_flags.append("-DMBLM_CUDA")
@@ -70,46 +56,50 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
         # at::parallel_for is inlined and must meet torch's own runtime: none is linked.
         glue_flags.append("-fopenmp")
 
-    class BuildKernels(cpp_extension.BuildExtension):  # type: ignore[name-defined, misc]
+    class BuildKernels(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
             self.build_temp = str(BUILD / f"torch-{torch.__version__}-{mode}")
 
         def build_extension(self, extension: Extension) -> None:
             folder = str(BUILD / "kernels")  # which know no torch: they serve every version
-            kernels = sources("csrc/cpu/*.cpp")
+            kernels = sources("cpu/*.cpp")
             if mode == "cuda":
-                kernels = [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp"), *kernels]
+                kernels = [*sources("cuda/*.cu"), *sources("cuda/*.cpp"), *kernels]
             try:
                 extension.extra_objects = self.compiler.compile(
-                    kernels, folder, include_dirs=[csrc], extra_postargs=kernel_flags
+                    kernels,
+                    folder,
+                    include_dirs=[csrc],
+                    extra_postargs={"cxx": [*flags, "-O3"], "nvcc": nvcc_flags},
                 )
                 super().build_extension(extension)
             except Exception as error:
                 said = compiler_output(folder) or compiler_output(self.build_temp)
-                raise NotCompiledError(f"it did not compile: {error}\n{said}") from error
+                raise NotCompiledError(f"it did not compile: {said or error}") from error
 
-    release = ".".join(torch.__version__.split(".")[:2])
-    cuda = "cpu" if mode == "cpu" else "cu" + torch.version.cuda.replace(".", "")
-    architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if mode == "cuda" else None
     extension = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
-    run_setup(
-        BuildKernels,
-        extension(
-            "mblm._C",
-            sources("csrc/torch/*.cpp"),
-            include_dirs=[csrc],
-            extra_compile_args={"cxx": glue_flags},
-        ),
-        {"torch": torch.__version__, "mode": mode, "cuda_architectures": architectures, **record},
-        local=f"{cuda}.torch{release}",
-        torch=f"torch=={release}.*",
+    library = extension(
+        "mblm._C",
+        sources("torch/*.cpp"),
+        include_dirs=[csrc],
+        extra_compile_args={"cxx": glue_flags},
     )
+    release = ".".join(torch.__version__.split(".")[:2])
+    name = "cpu" if mode == "cpu" else "cu" + torch.version.cuda.replace(".", "")
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if mode == "cuda" else None
+    record = {
+        "torch": torch.__version__,
+        "mode": mode,
+        "cuda_architectures": architectures,
+        **record,
+    }
+    run_setup(BuildKernels, library, record, f"{name}.torch{release}", f"torch=={release}.*")
 
 
 def sources(pattern: str) -> list[str]:
     """The files, the longest first: compiled side by side, they then end together."""
-    return [str(path) for path in sorted(Path().glob(pattern), key=lambda p: -p.stat().st_size)]
+    return [str(p) for p in sorted(Path("csrc").glob(pattern), key=lambda p: -p.stat().st_size)]
 
 
 def compiler_output(folder: str) -> str:
@@ -123,59 +113,46 @@ def compiler_output(folder: str) -> str:
 
 def run_setup(
     base: type[build_ext],
-    extension: Extension,
+    library: Extension,
     record: dict[str, Any],
-    local: str,
-    torch: str = "torch>=2.6",
+    local_version: str,  # which pip shows when it has installed the package
+    torch: str,
 ) -> None:
-    """Run the command that setup.py was called with.
+    """Run the command that setup.py was called with; a library without sources is none."""
 
-    Args:
-        base: The command that compiles.
-        extension: What it compiles; nothing if it has no sources.
-        record: What the package is to tell of its library.
-        local: The local part of the version, which pip shows when it has installed the package.
-        torch: The requirement.
-    """
+    class BuildLibrary(base):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.extensions = [library] if library.sources else []
 
-    class BuildLibrary(base):  # type: ignore[valid-type, misc]
         def run(self) -> None:
-            package = Path("mblm") if self.inplace else Path(self.build_lib, "mblm")
-            package.mkdir(parents=True, exist_ok=True)
-            if extension.sources:
-                super().run()
-            else:
-                for library in package.glob("_C*.so"):
-                    library.unlink()
-            (package / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-        def get_outputs(self) -> list[str]:
-            library = super().get_outputs() if extension.sources else []
-            return [*library, str(Path(self.build_lib, "mblm", RECORD))]
+            super().run()
+            file = Path(RECORD) if self.inplace else Path(self.build_lib, RECORD)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for earlier in [] if self.extensions else file.parent.glob("_C*.so"):
+                earlier.unlink()
+            file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
         def get_output_mapping(self) -> dict[str, str]:
-            if not self.inplace:
-                return {}
-            library = super().get_output_mapping() if extension.sources else {}
-            return {**library, str(Path(self.build_lib, "mblm", RECORD)): f"mblm/{RECORD}"}
+            mapping = super().get_output_mapping()
+            return (
+                {**mapping, str(Path(self.build_lib, RECORD)): RECORD} if self.inplace else mapping
+            )
 
     class BuildAfresh(build):
-        """Without what an earlier build of this folder left."""
-
         def run(self) -> None:
-            for path in Path(self.build_lib).rglob("*"):
+            for path in Path(self.build_lib).rglob("*"):  # what an earlier build left
                 if path.is_file():
                     path.unlink()
             super().run()
 
-    version = re.search('__version__ = "(.*)"', Path("mblm/__init__.py").read_text("utf-8"))
-    assert version
+    version = re.findall('__version__ = "(.*)"', Path("mblm/__init__.py").read_text("utf-8"))[0]
     # pip takes a release of sources for what its file name says.
-    is_release = Path("PKG-INFO").exists() or not COMPILE & set(sys.argv)
+    is_release = Path("PKG-INFO").exists() or not BUILDS
     setup(
-        version=version[1] if is_release else f"{version[1]}+{local}",
+        version=version if is_release else f"{version}+{local_version}",
         install_requires=[torch, *REQUIRED],
-        ext_modules=[extension],
+        ext_modules=[library],
         cmdclass={"build": BuildAfresh, "build_ext": BuildLibrary},
         options={"build": {"build_base": str(BUILD)}}
         | ({} if BUILD.parent == ROOT else {"egg_info": {"egg_base": str(BUILD)}}),
@@ -184,14 +161,14 @@ def run_setup(
 
 def main() -> None:
     """Build what can be built, or what MBLM_BUILD demands."""
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
     wanted = os.environ.get("MBLM_BUILD", "")
     if wanted not in ("", "cpu", "cuda", "none"):
         sys.exit(f"MBLM_BUILD is {wanted!r}; expected cpu, cuda, none or nothing")
-    record = {}
+    record: dict[str, Any] = {}
     reason = "MBLM_BUILD=none was set when it was installed"
-    for mode in [wanted] if wanted else ["cuda", "cpu"]:
-        if mode == "none" or not COMPILE & set(sys.argv):
-            break
+    modes = [] if wanted == "none" or not BUILDS else [wanted] if wanted else ["cuda", "cpu"]
+    for mode in modes:
         try:
             return build_compiled(mode, record)
         except NotCompiledError as why:
@@ -199,15 +176,15 @@ def main() -> None:
                 sys.exit(f"MBLM_BUILD={wanted}, but {why}")
             reason = record[f"without_{mode}"] = str(why)
         # The folders that distutils has made may be gone, and would not be made again.
-        getattr(dir_util, "SkipRepeatAbsolutePaths", dir_util.__dict__.get("_path_created")).clear()
+        getattr(dir_util, "SkipRepeatAbsolutePaths", getattr(dir_util, "_path_created", {})).clear()
         if "--dist-info-dir" in sys.argv:  # written for the version that was to be
             at = sys.argv.index("--dist-info-dir")
             del sys.argv[at : at + 2]
-    if COMPILE & set(sys.argv):
+    if BUILDS:
         line = "!" * 80
-        print(f"\n{line}\nmblm is built WITHOUT its native kernels: it works, but slowly.\n{reason}")
+        print(f"{line}\nmblm is built WITHOUT its native kernels: it works, but slowly.\n{reason}")
         print(line, flush=True)
-    run_setup(build_ext, Extension("mblm._C", []), {"reason": reason}, local="pure")
+    run_setup(build_ext, Extension("mblm._C", []), {"reason": reason}, "pure", "torch>=2.6")
 
 
 BUILD.mkdir(exist_ok=True)

@@ -46,6 +46,7 @@ LEARNING_RATE = 4e-3
 VALIDATIONS = 2  # after the first step and the last
 VALIDATION_BATCHES = 24
 CALIBRATION_STEPS = 8
+FIRST_SAMPLE = 30  # seconds of training after which it writes something
 # How it samples: words get plausible, and runs of spaces still end, as at 0.6 they seldom do.
 FILTER_THRES = 0.97
 TEMPERATURE = 0.8
@@ -181,6 +182,7 @@ def _train(config: TrainEntryConfig, *, is_calibration: bool = False) -> tuple[M
     )
     run_vars = ElasticRunVars(local_rank=0, world_size=1, is_cuda=torch.cuda.is_available())
     trainer = _Timed(config, run_vars, options)
+    trainer.has_written = is_calibration
     try:
         model = trainer.train(training, validation)
     except TrainingInterrupted:
@@ -191,16 +193,36 @@ def _train(config: TrainEntryConfig, *, is_calibration: bool = False) -> tuple[M
 
 
 class _Timed(MegabyteTrainer):
-    """Remembers when its training steps begin."""
+    """Remembers when its training steps begin, and shows early what its model writes."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.begins: list[float] = []
+        self.has_written = False
 
     def model_forward(self, model: MBLM, batch: BatchWithLossMask, device: Any) -> torch.Tensor:
         if model.training:
             self.begins.append(time.monotonic())
+            if not self.has_written and self.begins[-1] - self.begins[0] >= FIRST_SAMPLE:
+                self.has_written = True
+                _show(model)
         return super().model_forward(model, batch, device)
+
+
+def _show(model: MBLM) -> None:
+    """Let a model in training write a little."""
+    model.eval()
+    ids = model.generate(
+        torch.tensor(list(b"def ")),
+        num_tokens_to_generate=160,
+        filter_thres=FILTER_THRES,
+        temperature=TEMPERATURE,
+        seed=0,
+        enable_progress=False,
+    )
+    model.train()
+    text = bytes(id for id in ids.flatten().tolist() if id < 256).decode(errors="replace")
+    _say(f"What it writes after {FIRST_SAMPLE:g} seconds, and goes on to improve:\n\n{text}\n")
 
 
 def _say(text: str) -> None:

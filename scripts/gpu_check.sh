@@ -45,7 +45,7 @@ NEEDED = {"torch": "torch", "numpy": "numpy", "pydantic": "pydantic", "yaml": "p
           "typing_extensions": "typing_extensions", "pytest": "pytest", "hypothesis": "hypothesis",
           "setuptools": "setuptools"}
 missing = [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]
-missing += [tool for tool in ("cmake",) if not shutil.which(tool)]
+missing += [tool for tool in ("ninja",) if not shutil.which(tool)]
 if missing:
     sys.exit(f"missing: {' '.join(missing)}; put their wheels into a folder and name it")
 import torch

@@ -28,7 +28,7 @@ ctest --test-dir "$out/address" --output-on-failure --no-tests=error
 rm -rf "$out/package"
 mkdir "$out/package"
 cp -r mblm tests pyproject.toml "$out/package"
-cp "$out/address/_C.so" "$out/package/mblm"
+cp "$out/address/"_C*.so "$out/package/mblm"
 "$python" - >"$out/package/mblm/_build.json" <<'END'
 import json, torch
 print(json.dumps({"torch": str(torch.__version__), "mode": "cpu", "cuda_architectures": None}))

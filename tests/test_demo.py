@@ -29,11 +29,13 @@ def test_trains_saves_and_writes(
     out = tmp_path / "demo"
     flags = ["--minutes", "0.05", "--out", str(out), "--bytes", "20", "--prompt", "def "]
     monkeypatch.setattr(sys, "argv", ["mblm", "demo", *flags])
+    monkeypatch.setattr("mblm.demo.FIRST_SAMPLE", 0.0)
     with pytest.raises(SystemExit) as stopped:
         main()
     written, told = capfdbinary.readouterr()
     assert stopped.value.code == 0
     assert "Bits per byte" in told.decode() and "bytes/s" in told.decode()
+    assert told.decode().count("goes on to improve:\n\ndef ") == 1
 
     model = MBLM.from_pretrained(out)
     assert not torch.equal(model.to_logits.weight, MBLM(demo_config()).to_logits.weight)

@@ -19,10 +19,10 @@ def how_to_compile(package: Path = PACKAGE) -> str:
     """
     folder = package.parent
     if (folder / "setup.py").exists():  # sources, maybe installed editable
-        for installed in distributions(name="mblm"):
-            origin = _origin(installed)
+        for editable in distributions(name="mblm"):
+            origin = _origin(editable)
             if origin.get("dir_info", {}).get("editable") and _path(origin) == folder:
-                return f"run `{_install(installed)} -e {shlex.quote(str(folder))}`"
+                return f"run `{_install(editable)} -e {shlex.quote(str(folder))}`"
         return f"in {folder}, run `python setup.py build_ext --inplace`"
     installed = next(iter(distributions(name="mblm", path=[str(folder)])), None)
     if installed is None:
@@ -30,7 +30,9 @@ def how_to_compile(package: Path = PACKAGE) -> str:
     origin = _origin(installed)
     url = origin.get("url", "")
     if url.endswith(".whl"):
-        return "build a wheel beside this torch, `pip wheel --no-deps` in its sources, and install it"
+        return (
+            "build a wheel beside this torch, `pip wheel --no-deps` in its sources, and install it"
+        )
     if "vcs_info" in origin:
         vcs = origin["vcs_info"]
         target = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
@@ -38,7 +40,9 @@ def how_to_compile(package: Path = PACKAGE) -> str:
         target = str(_path(origin))
     else:
         target = url or f"--no-binary mblm mblm=={installed.version.partition('+')[0]}"
-    return f"run `{_install(installed)} {target if target.startswith('--') else shlex.quote(target)}`"
+    return (
+        f"run `{_install(installed)} {target if target.startswith('--') else shlex.quote(target)}`"
+    )
 
 
 def _install(installed: Distribution) -> str:

@@ -92,7 +92,7 @@ def test_require_makes_absence_an_error(
 ) -> None:
     monkeypatch.setenv("MBLM_NATIVE", "require")
     built(package, torch=torch_built, mode="cpu")
-    with pytest.raises(ImportError, match="run `python setup.py"):
+    with pytest.raises(ImportError, match=r"run `python setup\.py"):
         _native.load()
 
 
@@ -130,7 +130,11 @@ GIT = {"url": "https://host/mblm", "vcs_info": {"vcs": "git", "commit_id": "abc"
     ("origin", "installer", "command"),
     [
         ({"url": "file:///a%20b", "dir_info": {}}, "pip", "--no-cache-dir '/a b'"),
-        (GIT, "pip", "pip install --no-deps --force-reinstall --no-cache-dir git+https://host/mblm@abc"),
+        (
+            GIT,
+            "pip",
+            "pip install --no-deps --force-reinstall --no-cache-dir git+https://host/mblm@abc",
+        ),
         (GIT, "uv", f"MBLM_TORCH_PYTHON={sys.executable} uv pip install --python {sys.executable}"),
         ({"url": "file:///mblm-1.whl", "archive_info": {}}, "pip", "pip wheel --no-deps"),
         ({"url": "file:///mblm-1.tar.gz", "archive_info": {}}, "pip", "file:///mblm-1.tar.gz`"),
