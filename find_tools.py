@@ -47,7 +47,7 @@ def import_torch() -> Any:
             " or set MBLM_TORCH_PYTHON to the Python of the environment that has it"
         )
     try:
-        torch = importlib.import_module("torch")
+        torch: Any = importlib.import_module("torch")
     except Exception as error:
         raise NotCompiledError(f"torch cannot be imported: {error}") from error
     if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 6]:

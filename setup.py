@@ -49,6 +49,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
     flags = ["-std=c++20", "-g0", "-fno-wrapv", "-fvisibility=hidden"]
     flags += [f"-fmacro-prefix-map={ROOT}/=", f"-fmacro-prefix-map={torch_root}/=torch/"]
     nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
+    kernel_flags = {"cxx": [*flags, "-O3"], "nvcc": nvcc_flags}
     glue_flags = [*flags, "-O1"]  # it calls the kernels, and is quick to compile
     if mode == "cuda":
         glue_flags.append("-DMBLM_CUDA")
@@ -68,10 +69,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
                 kernels = [*sources("cuda/*.cu"), *sources("cuda/*.cpp"), *kernels]
             try:
                 extension.extra_objects = self.compiler.compile(
-                    kernels,
-                    folder,
-                    include_dirs=[csrc],
-                    extra_postargs={"cxx": [*flags, "-O3"], "nvcc": nvcc_flags},
+                    kernels, folder, include_dirs=[csrc], extra_postargs=kernel_flags
                 )
                 super().build_extension(extension)
             except Exception as error:
@@ -79,12 +77,8 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
                 raise NotCompiledError(f"it did not compile: {said or error}") from error
 
     extension = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
-    library = extension(
-        "mblm._C",
-        sources("torch/*.cpp"),
-        include_dirs=[csrc],
-        extra_compile_args={"cxx": glue_flags},
-    )
+    arguments = {"include_dirs": [csrc], "extra_compile_args": {"cxx": glue_flags}}
+    library = extension("mblm._C", sources("torch/*.cpp"), **arguments)
     release = ".".join(torch.__version__.split(".")[:2])
     name = "cpu" if mode == "cpu" else "cu" + torch.version.cuda.replace(".", "")
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if mode == "cuda" else None
@@ -112,13 +106,9 @@ def compiler_output(folder: str) -> str:
 
 
 def run_setup(
-    base: type[build_ext],
-    library: Extension,
-    record: dict[str, Any],
-    local_version: str,  # which pip shows when it has installed the package
-    torch: str,
+    base: type[build_ext], library: Extension, record: dict[str, Any], local: str, torch: str
 ) -> None:
-    """Run the command that setup.py was called with; a library without sources is none."""
+    """Run setup.py's command; a library without sources is none. pip shows the local version."""
 
     class BuildLibrary(base):
         def finalize_options(self) -> None:
@@ -150,7 +140,7 @@ def run_setup(
     # pip takes a release of sources for what its file name says.
     is_release = Path("PKG-INFO").exists() or not BUILDS
     setup(
-        version=version if is_release else f"{version}+{local_version}",
+        version=version if is_release else f"{version}+{local}",
         install_requires=[torch, *REQUIRED],
         ext_modules=[library],
         cmdclass={"build": BuildAfresh, "build_ext": BuildLibrary},
@@ -181,9 +171,8 @@ def main() -> None:
             at = sys.argv.index("--dist-info-dir")
             del sys.argv[at : at + 2]
     if BUILDS:
-        line = "!" * 80
-        print(f"{line}\nmblm is built WITHOUT its native kernels: it works, but slowly.\n{reason}")
-        print(line, flush=True)
+        line, what = "!" * 80, "mblm is built WITHOUT its native kernels: it works, but slowly."
+        print(line, what, reason, line, sep="\n", flush=True)
     run_setup(build_ext, Extension("mblm._C", []), {"reason": reason}, "pure", "torch>=2.6")
 
 

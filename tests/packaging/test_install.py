@@ -151,7 +151,7 @@ def test_git(environment: Environment, clone: Path) -> None:
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "all"]):
         subprocess.run(["git", *command], cwd=clone, check=True)
     environment.pip(f"git+{clone.as_uri()}", MBLM_BUILD="none")
-    assert "--no-cache-dir git+file://" in environment.run("python", "-c", LOAD)
+    assert "--no-cache-dir 'git+file://" in environment.run("python", "-c", LOAD)
     environment.pip(f"git+{clone.as_uri()}")  # another version: it replaces the pure one
     assert environment.build_info()["loaded"]
 
