@@ -19,7 +19,14 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 
 def cut_clone(target: Path) -> Path:
     """Copy what a build needs to ``target``, with one kernel and one file of glue."""
-    for name in ("setup.py", "find_tools.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (
+        "setup.py",
+        "find_tools.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+    ):
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target)
     for name in ("csrc/cpu/ids.cpp", "csrc/cpu/ids.h", "mblm/__init__.py", "mblm/py.typed"):
