@@ -22,7 +22,8 @@ def plain(x, weight, previous=None, shift=True, eps=1e-8):
         kept, delayed = x[..., : x.shape[-1] - x.shape[-1] // 2], x[..., -(x.shape[-1] // 2) :]
         if x.shape[-1] == 1:
             delayed = x[..., :0]
-        delayed = nn.functional.pad(delayed, (0, 0, 1, -1))
+        first = torch.zeros_like(delayed[..., :1, :])
+        delayed = torch.cat((first, delayed[..., :-1, :]), dim=-2)
         if previous is not None:
             delayed = torch.cat((previous.unsqueeze(-2), delayed[..., 1:, :]), dim=-2)
         x = torch.cat((kept, delayed), dim=-1)
