@@ -26,7 +26,8 @@ sys.path.append(str(ROOT))
 
 from find_tools import NotCompiledError, check_compiler, check_nvcc, import_torch  # noqa: E402
 
-REQUIRED = "numpy pydantic>=2.9 pyyaml mambapy tqdm safetensors typer typing_extensions".split()
+REQUIRED = ["numpy", "pydantic>=2.9", "pyyaml", "mambapy", "tqdm", "safetensors", "typer"]
+REQUIRED += ["typing_extensions"]
 COMPILE = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
 RECORD = "mblm/_build.json"  # what was compiled, or why nothing: mblm/ops/_native.py reads it
 # A folder that is read only, as in a container, is built elsewhere.
