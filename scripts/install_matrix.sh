@@ -4,12 +4,12 @@
 #
 #   bash scripts/install_matrix.sh [PYTHON:TORCH...]
 #
-# PYTHON is a version that uv has or gets, TORCH a version (nothing: the newest). TORCH_INDEX is the
-# index of torch's wheels, that of the CPU by default; OUT the folder of the environments and logs.
+# PYTHON is a version that uv has or gets, TORCH a version (nothing: the newest). TORCH_INDEX names an
+# index of torch's wheels, such as PyTorch's own for the CPU; OUT is the folder of environments and logs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- 3.10:2.7.1 3.12:2.6.0 3.11:2.13.0 3.13:
-index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+index=(${TORCH_INDEX:+--index "$TORCH_INDEX" --index-strategy unsafe-best-match})
 out=${OUT:-$PWD/build/matrix}
 mkdir -p "$out"
 rows=()
@@ -17,8 +17,7 @@ rows=()
 try() { # python, torch's version or nothing, environment
   uv venv -q --clear --seed --python "$1" "$3" || return
   local python="$3/bin/python"
-  uv pip install -q --python "$python" --index "$index" --index-strategy unsafe-best-match \
-    "torch${2:+==$2}" numpy || return
+  uv pip install -q --python "$python" "${index[@]}" "torch${2:+==$2}" numpy || return
   MBLM_BUILD=cpu "$python" -m pip install '.[test]' || return
   "$python" -c 'from importlib.metadata import version; print("version", version("mblm"))'
   # Not in this folder, whose package is another.
