@@ -338,4 +338,5 @@ def test_a_bug_shows_its_traceback(
     with pytest.raises(KeyError, match="a bug") as bug:
         main()
     sys.excepthook(bug.type, bug.value, bug.tb)  # as Python calls it
-    assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
+    # Python's own, before which PyTorch puts the rank where there has been a process group.
+    assert "Traceback (most recent call last):\n" in capsys.readouterr().err
