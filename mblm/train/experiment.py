@@ -48,10 +48,11 @@ def load_experiment(
     fields = load_fields(file)
     for setting in settings:
         apply_setting(fields, setting)
-    is_masked = "mblm_config" in (fields.get("params") or {})
+    params, said = fields.get("params"), fields.get("resume") or {}
+    is_masked = isinstance(params, dict) and "mblm_config" in params
     entry = TrainMaskedEntryConfig if is_masked else TrainEntryConfig
-    if resume is not None:
-        fields["resume"] = {**(fields.get("resume") or {}), "checkpoint_file": resume}
+    if resume is not None and isinstance(said, dict):  # anything else is refused below
+        fields["resume"] = {**said, "checkpoint_file": resume}
     try:
         config = entry.model_validate(fields)
     except ValidationError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
@@ -39,6 +39,7 @@ from mblm.train.core.config import (
 from mblm.train.core.hooks import TBatch, TModel
 from mblm.train.core.trainer import CoreTrainer
 from mblm.utils.distributed import process_group
+from mblm.utils.errors import with_title
 from mblm.utils.logging import create_logger, shutdown_log_handlers
 
 
@@ -265,6 +266,8 @@ def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
                     return dataset.from_train_entry_config(
                         config, mode=mode, worker_id=worker, num_workers=workers
                     )
+                except ValidationError as error:
+                    raise with_title(error, "io.dataset_args") from None
                 except ValueError as error:
                     raise ValueError(
                         f"the {mode.value} part of the dataset {config.io.dataset_id!r}: {error}"

@@ -110,6 +110,7 @@ def test_a_masked_experiment_is_recognized() -> None:
         (["train.batch_size=many"], "train.batch_size"),
         (["train.batch_size=0", "io.name_model="], "train.batch_size(.|\n)*io.name_model"),
         (["params=null"], "params"),
+        (["params=3"], "params(.|\n)*Input should be a valid"),
         (["train.batch_size=yes"], "train.batch_size(.|\n)*no truth value"),
         (["params.num_layers=[2, on]"], "params.num_layers(.|\n)*no truth value"),
         (["params.block.0.d_state=true"], "d_state: expected a number, no truth value"),
@@ -121,6 +122,11 @@ def test_bad_fields_are_named_with_the_file(settings: list[str], message: str) -
     with pytest.raises(ValueError, match=message) as refused:
         load_experiment(SMALL, settings)
     assert str(SMALL) in str(refused.value)
+
+
+def test_a_resume_that_is_no_mapping_is_named_though_another_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"resume\n  Input should be a valid"):
+        load_experiment(SMALL, ["resume=3"], resume="latest")
 
 
 # -- What to resume from ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mblm import MBLM, MBLMModelConfig
 from mblm.data.datasets import DistributedDataset
@@ -21,6 +22,7 @@ from mblm.train.mblm import (
     train_mblm,
 )
 from mblm.utils.distributed import ElasticRunVars
+from mblm.utils.errors import describe
 from mblm.utils.io import load_model_state
 
 from .core import jobs
@@ -178,6 +180,16 @@ def test_a_part_of_the_data_that_is_too_small_is_named(fields):
     fields["io"]["dataset_args"] = {"valid_fraction": 0.002}
     with pytest.raises(ValueError, match=r"the valid part of .*'bytes': .*: data_size: 8 is too"):
         train_mblm(TrainEntryConfig.model_validate(fields))
+
+
+def test_mistakes_in_the_arguments_of_a_dataset_are_a_line_each(fields):
+    fields["io"]["dataset_args"] = {"valid_fraction": True, "files": 3}
+    with pytest.raises(ValidationError) as refused:
+        train_mblm(TrainEntryConfig.model_validate(fields))
+    title, *lines = describe(refused.value).splitlines()
+    assert title == "io.dataset_args: 2 mistakes"
+    assert lines[0].startswith("  files: Input should be a valid list, got 3")
+    assert lines[1].startswith("  valid_fraction: expected a number, no truth value")
 
 
 def test_the_registries():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self, Unpack
 
 from mblm.data.datasets import (
@@ -19,15 +19,14 @@ from mblm.data.datasets import (
 from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
 from mblm.data.types import BatchWithLossMask, ModelMode
+from mblm.utils.fields import Fields
 
 
-class ByteFilesArgs(BaseModel):
+class ByteFilesArgs(Fields):
     """What ``ByteFiles`` reads: ``io.dataset_args`` of a training configuration.
 
     An entry of a list is a file, a folder or a glob; ``find_files`` says what each means.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     files: list[str] = Field(default=["."], min_length=1, description="What to read")
     valid_files: list[str] | None = Field(

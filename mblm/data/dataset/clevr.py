@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypedDict, overload
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from typing_extensions import Unpack
 
 from mblm.data.datasets import (
@@ -29,6 +29,7 @@ from mblm.data.utils import (
     shift_remap_tensor,
     target_loss_mask,
 )
+from mblm.utils.fields import Fields
 
 _PARTS = {ModelMode.TRAIN: "train", ModelMode.VALID: "val", ModelMode.TEST: "test"}
 _ANSWERS = """
@@ -55,13 +56,11 @@ class ClevrQuestion(TypedDict):
     program: list[ClevrFunction]
 
 
-class ClevrOptionalArgs(BaseModel):
+class ClevrOptionalArgs(Fields):
     """How a sample is made: ``io.dataset_args`` of a training configuration.
 
     A number that is 0 counts as not given, as in the published package.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     target_mode: Literal["qiqa", "a"] = Field(description="What is learned; for the record")
     qiqa_loss_mask: tuple[float, float, float, float] = Field(
