@@ -183,7 +183,7 @@ def test_a_part_of_the_data_that_is_too_small_is_named(fields):
 
 
 def test_mistakes_in_the_arguments_of_a_dataset_are_a_line_each(fields):
-    fields["io"]["dataset_args"] = {"valid_fraction": True, "files": 3}
+    fields["io"]["dataset_args"] = {"valid_fraction": False, "files": 3}
     with pytest.raises(ValidationError) as refused:
         train_mblm(TrainEntryConfig.model_validate(fields))
     title, *lines = describe(refused.value).splitlines()
