@@ -92,7 +92,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small.save_pretrained(folder / name)
     (folder / "prompt.txt").write_text("The first line\n")
     (folder / "my-texts").mkdir()
-    (folder / "my-texts" / "book.txt").write_text("The cat sat on the mat.\n" * 1000)
+    (folder / "my-texts" / "any.txt").write_text("The cat sat on the mat.\n" * 1000)
     for name in ("configs", "mblm", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     program = folder / "bin" / "mblm"

@@ -109,6 +109,10 @@ def test_a_masked_experiment_is_recognized() -> None:
         (["params.colour=1"], "params.colour"),
         (["train.batch_size=many"], "train.batch_size"),
         (["train.batch_size=0", "io.name_model="], "train.batch_size(.|\n)*io.name_model"),
+        (
+            ["train.target_elements=99999999999999999999"],
+            "train.target_elements(.|\n)*should be less than",
+        ),
         (["params=null"], "params"),
         (["params=3"], "params(.|\n)*Input should be a valid"),
         (["train.batch_size=yes"], "train.batch_size(.|\n)*no truth value"),

@@ -33,7 +33,8 @@ class CoreTrainConfig(Fields):
     """How to train."""
 
     target_elements: PositiveInt = Field(
-        description="At least how many elements all workers train on together, in whole steps"
+        lt=2**63,
+        description="At least how many elements all workers train on together, in whole steps",
     )
     target_elements_strategy: Literal["batch", "sequence"] = Field(
         description="What an element is: 'batch' counts the sequences of a batch, 'sequence' their "
