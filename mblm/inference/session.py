@@ -16,7 +16,7 @@ from mblm.inference.sampling import Sampler
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 from mblm.utils.modes import own_copy
-from mblm.utils.transforms import not_compiled
+from mblm.utils.transforms import decoding
 
 _FORMAT = "mblm-session-4"
 # Compiled code samples a local patch of bytes at a time, at most so many, and twice as many while
@@ -47,7 +47,7 @@ class Session:
     """
 
     @torch.inference_mode()
-    @not_compiled
+    @decoding
     def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
@@ -95,7 +95,7 @@ class Session:
         """Sequences decoded side by side."""
         return len(self.lengths)
 
-    @not_compiled
+    @decoding
     @torch.inference_mode()
     def feed(self, ids: torch.Tensor | bytes | Sequence[torch.Tensor | bytes]) -> "Session":
         """Take in the next bytes; returns the session.
@@ -162,14 +162,14 @@ class Session:
         self._advanced = RaggedCache(rows)
         return self._advanced
 
-    @not_compiled
+    @decoding
     def logits(self) -> torch.Tensor:
         """Logits of the next byte, ``(B, V)``: the caller's own, of use in a loss too."""
         with torch.inference_mode():
             logits = self._cache.logits()
         return own_copy(logits)
 
-    @not_compiled
+    @decoding
     def generate(
         self,
         num_tokens: int,
@@ -250,7 +250,7 @@ class Session:
             last = run[:, -1]
             yield run
 
-    @not_compiled
+    @decoding
     def fork(self) -> "Session":
         """An independent copy that goes on from here."""
         other = object.__new__(Session)

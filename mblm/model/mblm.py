@@ -17,7 +17,7 @@ from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import INFERENCE_TILE, TiledPass
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
-from mblm.utils.transforms import not_compiled
+from mblm.utils.transforms import decoding
 
 __all__ = ["MBLM", "MBLMEncoder"]
 
@@ -116,7 +116,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         weights = None if loss_mask is None else loss_mask.flatten(1)
         return self._loss_sum(self.config.tile or INFERENCE_TILE, nested_ids.flatten(1), weights)
 
-    @not_compiled
+    @decoding
     def generate(
         self,
         prime: torch.Tensor | None = None,
@@ -322,11 +322,9 @@ class MBLM(Hierarchy, PretrainedMixin):
         byte of the next patch. Start rows predict nothing, but the first patch's predicts byte 0.
         """
         batch_size, length = per_byte.shape
-        arranged = per_byte.new_full(local_shape, fill).view(batch_size, -1, local_shape[1])
-        patches, positions = arranged.shape[1], local_shape[1] - 1
-        later = nn.functional.pad(
-            per_byte[:, 1:], (0, patches * positions - length + 1), value=fill
-        )
-        arranged[:, :, 1:] = later.reshape(batch_size, patches, positions)
-        arranged[:, 0, 0] = per_byte[:, 0]
-        return arranged.view(local_shape)
+        patches, positions = local_shape[0] // batch_size, local_shape[1] - 1
+        pad = nn.functional.pad  # and no writing in place, which torch.func.linearize would lose
+        starts = pad(per_byte[:, :1], (0, patches - 1), value=fill)
+        later = pad(per_byte[:, 1:], (0, patches * positions - length + 1), value=fill)
+        later = later.reshape(batch_size, patches, positions)
+        return torch.cat([starts[..., None], later], dim=2).view(local_shape)

@@ -6,7 +6,7 @@ The native glue refuses the same input in the same words.
 import torch
 from torch import Tensor
 
-from mblm.utils.transforms import values_of
+from mblm.utils.transforms import is_traced, values_of
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,7 +50,7 @@ def check_ids_type(ids: Tensor) -> None:
 def check_ids_range(ids: Tensor, num_embeddings: int) -> None:
     """Every id lies in [0, num_embeddings), where ids have values."""
     ids = values_of(ids)
-    if type(ids) is not Tensor or ids.is_meta:  # traced
+    if type(ids) is not Tensor or ids.is_meta or is_traced():
         return
     outside = ((ids < 0) | (ids >= num_embeddings)).flatten()
     if outside.any():

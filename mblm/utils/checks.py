@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mblm.utils.transforms import values_of
+from mblm.utils.transforms import is_traced, values_of
 
 _ID_DTYPES = frozenset(
     getattr(torch, sign + width) for sign in ("int", "uint") for width in ("8", "16", "32", "64")
@@ -64,7 +64,7 @@ def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> tor
     """
     given = ids
     ids = check_id_dtype(name, ids)
-    if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
+    if ids.numel() and not ids.is_meta and not is_traced():
         values = values_of(ids)
         lowest, highest = (int(bound) for bound in torch.aminmax(values))
         if lowest < 0 or highest >= num_tokens:

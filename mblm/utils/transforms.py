@@ -27,6 +27,33 @@ def not_compiled(function: _F) -> _F:
     return cast(_F, run)
 
 
+def decoding(function: _F) -> _F:
+    """`not_compiled`, and refused within ``torch.func``, whose tensors compiled code cannot read.
+
+    Raises:
+        NotImplementedError: Called within a transform.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{function.__qualname__}: no decoding within torch.func's transforms (vmap, grad, "
+                "jvp); decode outside of them, or call the model, which has them"
+            )
+        return function(*arguments, **options)
+
+    return not_compiled(cast(_F, run))
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made of what runs, of which values cannot be asked."""
+    # Proxies are of make_fx, by which torch.func.linearize traces.
+    return torch.compiler.is_compiling() or (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
 def is_transformed() -> bool:
     """Whether PyTorch derives another function from what runs, other than by a backward pass."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

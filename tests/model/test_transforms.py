@@ -79,6 +79,20 @@ def test_forward_mode(m: Any, how: str) -> None:
     torch.testing.assert_close(slope, by_gradients)
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_linearize() -> None:
+    m = model(transformer(), seq_lens=[2]).double()
+    ids, weights = draw_ids(m), weights_of(m)
+    name = "token_embs_rev.0.embedding.weight"
+
+    def loss_at(weight: Tensor) -> Tensor:
+        return loss_of(m, {**weights, name: weight}, ids)
+
+    grad = gradients(m, ids)[name]
+    _, slope_along = torch.func.linearize(loss_at, weights[name])
+    torch.testing.assert_close(slope_along(grad), grad.square().sum())
+
+
 def test_gradients_of_every_text(m: Any) -> None:
     ids = draw_ids(m)
     per_text = torch.vmap(torch.func.grad(functools.partial(loss_of, m)), (None, 0))
@@ -195,3 +209,20 @@ def test_a_compiled_pass_in_tiles_is_refused_by_its_operators(how: str) -> None:
         else:
             with forward_ad.dual_level():
                 call(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+def test_decoding_is_refused(transform: Callable[..., Any]) -> None:
+    m = MAKERS["transformers"]()
+    session = m.session()
+    calls: dict[str, Callable[[], Any]] = {
+        "MBLM.generate": lambda: m.generate(num_tokens_to_generate=1, enable_progress=False),
+        "Session.__init__": m.session,
+        "Session.feed": lambda: session.feed(b"\1"),
+        "Session.logits": session.logits,
+        "Session.generate": lambda: session.generate(1),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NotImplementedError, match=f"{name}: no decoding within torch.func"):
+            transform(lambda x, call=call: call() * x.sum())(torch.ones(2))
+    assert session.length == 0
