@@ -83,7 +83,9 @@ def register_operator(
     def differentiated(keyset: Any, *args: Any) -> Any:
         if is_transformed():
             return derive(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
             return run(keyset, *args)
         return _below_autograd(operator, keyset, args)
 
