@@ -408,8 +408,8 @@ class TestCompiled:
 
     def test_the_compiler_is_not_imported_for_it(self) -> None:
         program = (
-            "import sys, torch; from tests.models import *; "
+            "import sys, torch; sys.path.insert(0, sys.argv[1]); from tests.models import *; "
             "model(transformer(), seq_lens=[3, 4]).generate(num_tokens_to_generate=2); "
             "assert 'torch._dynamo' not in sys.modules"
         )
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-c", program, str(ROOT)], check=True)
