@@ -323,8 +323,11 @@ class MBLM(Hierarchy, PretrainedMixin):
         """
         batch_size, length = per_byte.shape
         patches, positions = local_shape[0] // batch_size, local_shape[1] - 1
-        pad = nn.functional.pad  # and no writing in place, which torch.func.linearize would lose
-        starts = pad(per_byte[:, :1], (0, patches - 1), value=fill)
+        # No writing in place, which torch.func.linearize would lose, and no torch.cat, for which
+        # autocast on a CPU refuses masks of another half precision.
+        pad = nn.functional.pad
         later = pad(per_byte[:, 1:], (0, patches * positions - length + 1), value=fill)
-        later = later.reshape(batch_size, patches, positions)
-        return torch.cat([starts[..., None], later], dim=2).view(local_shape)
+        arranged = pad(later.reshape(batch_size, patches, positions), (1, 0), value=fill)
+        is_first = torch.arange(arranged[0].numel(), device=per_byte.device) == 0
+        first = is_first.view(patches, 1 + positions)
+        return torch.where(first, per_byte[:, :1, None], arranged).view(local_shape)
