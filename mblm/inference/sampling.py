@@ -7,9 +7,9 @@ import torch
 from mblm.utils.checks import check_number
 
 # Below, a temperature is as good as 0: noise decides nothing, but quotients may become infinite.
-_COLDEST = 1e-30
+COLDEST = 1e-30
 # Above, a temperature would be infinite in float32, and what is filtered out become NaN.
-_HOTTEST = torch.finfo(torch.float32).max
+HOTTEST = torch.finfo(torch.float32).max
 
 
 def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
@@ -55,7 +55,7 @@ def gumbel_sample(
     logits = logits.to(sampling_dtype(logits.dtype))
     if uniform is None:
         uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
-    if abs(temperature) < _COLDEST:
+    if abs(temperature) < COLDEST:
         return logits.argmax(dim=dim)
     return (logits / temperature - _log(-_log(uniform))).argmax(dim=dim)
 
@@ -104,9 +104,9 @@ class Sampler:
             raise ValueError(f"filter_thres: expected a number in [0, 1], got {filter_thres}")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-        if temperature < _COLDEST:
+        if temperature < COLDEST:
             temperature, filter_thres, top_p = 1.0, 1.0, None
-        self.temperature = min(temperature, _HOTTEST)
+        self.temperature = min(temperature, HOTTEST)
         self.filter_thres = filter_thres
         self.top_p = top_p
         self.generator = generator

@@ -1,0 +1,162 @@
+"""How a row is to be continued, and the random numbers that it draws."""
+
+import math
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mblm.inference.automaton import Automaton
+from mblm.inference.sampling import COLDEST, HOTTEST
+from mblm.utils.checks import check_integer, check_number
+
+
+class Draws:
+    """Random numbers for one or more rows, the *lanes*, that are sampled side by side.
+
+    The n-th byte of every lane has the n-th numbers ``(lanes, V)`` that ``uniform_`` draws. They
+    are drawn when the first lane needs them, and kept for the others; nothing is drawn for a byte
+    that is not sampled. A lane serves one row at a time, and goes on with the next one. Numbers are
+    kept for a lane until it has left a row.
+
+    Args:
+        generator: Where they come from. Default: torch's default generator of the device.
+        lanes: How many rows. Default 1.
+
+    Raises:
+        TypeError, ValueError: No generator, or lanes below 1.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None, lanes: int = 1) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {generator!r}")
+        lanes = check_integer("lanes", lanes)
+        if lanes < 1:
+            raise ValueError(f"lanes: expected a number >= 1, got {lanes}")
+        self.generator = generator
+        self.lanes = lanes
+        self._lock = threading.Lock()
+        self._first = 0  # which numbers are kept first
+        self._kept: list[Tensor] = []
+        self._next = [0] * lanes  # per lane, which numbers come next
+        self._in_use: set[int] = set()
+        self._waited_for = set(range(lanes))
+
+    def enter(self, lane: int) -> int:
+        """Have a lane serve a row; returns which numbers come first.
+
+        Raises:
+            ValueError: See `check_free`.
+        """
+        with self._lock:
+            self.check_free(lane)
+            self._in_use.add(lane)
+            self._waited_for.add(lane)
+            return self._next[lane]
+
+    def check_free(self, lane: int) -> None:
+        """Refuse a lane that serves a row, or has missed numbers that are kept no longer."""
+        if lane in self._in_use:
+            raise ValueError(f"lane: {lane} of these draws serves another row")
+        if self._next[lane] < self._first:
+            raise ValueError(
+                f"lane: {lane} of these draws has ended after {self._next[lane]} bytes, and the "
+                f"others have gone on to {self._first}"
+            )
+
+    def leave(self, lane: int, n: int) -> None:
+        """The lane serves its row no longer, and would go on with the n-th numbers."""
+        with self._lock:
+            self._next[lane] = n
+            self._in_use.discard(lane)
+            self._waited_for.discard(lane)
+            self._forget()
+
+    def numbers(self, lane: int, n: int, like: Tensor) -> Tensor:
+        """The n-th numbers of a lane, ``(V,)``, for logits ``like (.., V)``.
+
+        They may be asked for again; those before may not.
+        """
+        with self._lock:
+            self._next[lane] = n
+            while n >= self._first + len(self._kept):
+                drawn = like.new_zeros(self.lanes, like.shape[-1])
+                self._kept.append(drawn.uniform_(0, 1, generator=self.generator))
+            numbers = self._kept[n - self._first][lane]
+            self._forget()
+            return numbers
+
+    def _forget(self) -> None:
+        """Let go of numbers that no lane will ask for."""
+        first = min((self._next[lane] for lane in self._waited_for), default=max(self._next))
+        del self._kept[: first - self._first]
+        self._first = max(first, self._first)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a row is to be continued.
+
+    The logits of a byte go through ``allow``, then ``top_p`` if it is not 0, otherwise ``top_k``,
+    then ``min_p``; of what they leave, the highest of ``logits / temperature + gumbel`` is chosen.
+
+    Attributes:
+        max_tokens: Bytes to choose at most, >= 0.
+        temperature: Divides the logits, finite and >= 0; 0 takes the likeliest byte, whatever the
+            filters say, and draws numbers all the same. Default 1.
+        top_k: So many of the highest logits are kept, >= 1. Default 1, the likeliest byte alone.
+        top_p: The fewest likeliest bytes that reach this probability are kept, in [0, 1]. Default
+            0, not used.
+        min_p: Bytes are kept that are at least this share as likely as the likeliest, in [0, 1].
+            Default 0, not used.
+        draws: Where random numbers come from. Default: one lane of the device's default generator.
+        lane: Which lane of ``draws``. Default 0.
+        allow: What the chosen bytes may be. Where its acceptance can be reached with the bytes
+            left, it stays reachable.
+        stop: Ends the row with the byte that makes it accept. It reads chosen bytes only.
+        log_probs: Also return the log-probability of each chosen byte, of the model's own logits.
+        pause: Leave each byte to the caller.
+
+    Raises:
+        TypeError: An attribute of another type.
+        ValueError: An attribute outside its range.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 1
+    top_p: float = 0.0
+    min_p: float = 0.0
+    draws: Draws | None = None
+    lane: int = 0
+    allow: Automaton | None = None
+    stop: Automaton | None = None
+    log_probs: bool = False
+    pause: bool = False
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("max_tokens", 0), ("top_k", 1), ("lane", 0)):
+            value = check_integer(name, getattr(self, name))
+            if value < lowest:
+                raise ValueError(f"{name}: expected a number >= {lowest}, got {value}")
+            object.__setattr__(self, name, value)
+        temperature = check_number("temperature", self.temperature)
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+        temperature = 0.0 if temperature < COLDEST else min(temperature, HOTTEST)
+        object.__setattr__(self, "temperature", temperature)
+        for name in ("top_p", "min_p"):
+            share = check_number(name, getattr(self, name))
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {share}")
+            object.__setattr__(self, name, share)
+        for name, kind in (("draws", Draws), ("allow", Automaton), ("stop", Automaton)):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                raise TypeError(f"{name}: expected {kind.__name__} or None, got {given!r}")
+        if self.lane >= (lanes := 1 if self.draws is None else self.draws.lanes):
+            raise ValueError(f"lane: expected a number below the {lanes} of draws, got {self.lane}")
+        for name in ("log_probs", "pause"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")

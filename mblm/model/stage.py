@@ -1,0 +1,114 @@
+"""What a stage model may offer, beside a causal forward pass.
+
+A stage model is a ``torch.nn.Module`` with ``forward (B, S, D) -> (B, S, D)``. Everything else here
+is optional, and is asked for with ``getattr``: a user's module needs no class of ours. A stage with
+hooks on it is called, never bypassed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mblm.model.plain import Part
+
+
+@dataclass
+class Carried:
+    """A state that a call takes along, and replaces by that after its positions.
+
+    It is no argument and no result of its own: what hooks see are activations.
+    """
+
+    state: Any = None  # None before the first position
+
+
+class Stage(Protocol):
+    """Every ability that a stage model may have; only ``forward`` must be there.
+
+    Decoding uses the first of `takes_carried`, `forward_with_state` and ``forward`` that it can.
+    With ``forward`` alone, the inputs since the start token are kept and run again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, S, D)`` to ``(B, S, D)``; position s depends on positions up to s alone."""
+        ...
+
+    # -- Decoding ----------------------------------------------------------------------------------
+
+    def forward_with_state(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Continue ``x (B, S, D)`` after the positions that a state has seen.
+
+        ``state`` is None at the beginning, otherwise what an earlier call returned: a nest of
+        tuples, lists and None with tensors as leaves, or an object of the stage's own with
+        `state_tensors`. States are never written to.
+        """
+        ...
+
+    @property
+    def takes_carried(self) -> bool:
+        """Whether ``forward (x, carried=Carried)`` does what `forward_with_state` does.
+
+        So that hooks on the stage are called with it. Where a stage says no, because its layers are
+        not what they were, `forward_with_state` is not used either.
+        """
+        ...
+
+    def stack_states(self, states: Sequence[Any]) -> Any:
+        """The state of a batch whose rows are those of states, which may be of different lengths.
+
+        None among them is the state before the first position.
+        """
+        ...
+
+    def split_state(self, state: Any) -> list[Any]:
+        """The rows of a batch's state, each a state of a batch of one."""
+        ...
+
+    def state_tensors(self, state: Any) -> dict[str, Tensor]:
+        """The state of a batch of one by names, without the dimension of the batch.
+
+        A Transformer's are ``keys`` and ``values (layers, heads, positions, head_dim)``, those of
+        the start token included, and ``delayed (layers, 2, D // 2)``; a Mamba's are
+        ``ssm (layers, ..)`` and ``window (layers, taps - 1, channels)``.
+        """
+        ...
+
+    def state_of(self, tensors: Mapping[str, Tensor], positions: int) -> Any:
+        """The state of a batch of one from what `state_tensors` gave, after so many positions.
+
+        Raises:
+            ValueError: A tensor is missing, or is of another shape or kind.
+        """
+        ...
+
+    # -- Compiled decoding -------------------------------------------------------------------------
+
+    def parts(self) -> Iterator[Part]:
+        """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
+        ...
+
+    def pack(self, weights: str, memory: Any) -> Any:
+        """The stage in compiled code with weights of this type, or None; see `parts`."""
+        ...
+
+    # -- Training ----------------------------------------------------------------------------------
+
+    @property
+    def takes_shared_start(self) -> bool:
+        """Whether ``forward (x, shared_start=True)`` may be told that all rows begin alike."""
+        ...
+
+    @property
+    def takes_recompute_layers(self) -> bool:
+        """Whether ``forward (x, recompute_layers=True)`` keeps its layers' inputs alone."""
+        ...
+
+    @property
+    def has_state_of_pairs(self) -> bool:
+        """Whether the state of `forward_with_state` is a tuple of pairs of tensors.
+
+        Then training can recompute the stage in segments of positions.
+        """
+        ...

@@ -1,0 +1,134 @@
+"""Plans and draws: their ranges, and which numbers a lane gets."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from mblm.inference.automaton import Automaton
+from mblm.inference.plan import Draws, Plan
+
+LIKE = torch.zeros(1, 7)
+
+
+def drawn(seed: int, lanes: int, count: int) -> torch.Tensor:
+    """What the contract says: one call of ``uniform_`` per byte."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.zeros(lanes, 7).uniform_(generator=generator) for _ in range(count)])
+
+
+class TestDraws:
+    def test_each_byte_of_all_lanes_is_one_drawing(self) -> None:
+        draws = Draws(torch.Generator().manual_seed(1), lanes=3)
+        want = drawn(1, 3, 4)
+        for lane in (2, 0, 1):
+            assert draws.enter(lane) == 0
+            for n in range(4):
+                assert torch.equal(draws.numbers(lane, n, LIKE), want[n, lane])
+
+    def test_numbers_may_be_asked_for_again(self) -> None:
+        draws = Draws(torch.Generator().manual_seed(1))
+        draws.enter(0)
+        assert torch.equal(draws.numbers(0, 0, LIKE), draws.numbers(0, 0, LIKE))
+        assert torch.equal(draws.numbers(0, 1, LIKE), drawn(1, 1, 2)[1, 0])
+
+    def test_nothing_is_drawn_before_it_is_needed(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        draws = Draws(generator, lanes=2)
+        before = generator.get_state()
+        draws.enter(0)
+        assert torch.equal(generator.get_state(), before)
+
+    def test_a_lane_goes_on_with_the_next_row(self) -> None:
+        draws = Draws(torch.Generator().manual_seed(1))
+        draws.enter(0)
+        draws.numbers(0, 0, LIKE)
+        draws.leave(0, 1)
+        n = draws.enter(0)
+        assert n == 1 and torch.equal(draws.numbers(0, n, LIKE), drawn(1, 1, 2)[1, 0])
+
+    def test_a_lane_serves_one_row_at_a_time(self) -> None:
+        draws = Draws(lanes=2)
+        draws.enter(1)
+        with pytest.raises(ValueError, match="lane: 1 of these draws serves another row"):
+            draws.enter(1)
+
+    def test_a_lane_that_has_left_is_not_waited_for(self) -> None:
+        draws = Draws(lanes=2)
+        for lane in range(2):
+            draws.enter(lane)
+            draws.numbers(lane, 0, LIKE)
+        draws.leave(0, 1)
+        for n in range(1, 100):
+            draws.numbers(1, n, LIKE)
+        assert len(draws._kept) == 1
+        with pytest.raises(ValueError, match="0 of these draws has ended after 1 bytes, and the"):
+            draws.enter(0)
+        draws.leave(1, 100)
+        assert not draws._kept and draws.enter(1) == 100
+
+    def test_the_default_generator_and_the_dtype_of_the_logits(self) -> None:
+        torch.manual_seed(3)
+        draws = Draws()
+        draws.enter(0)
+        numbers = draws.numbers(0, 0, LIKE.double())
+        torch.manual_seed(3)
+        assert torch.equal(numbers, torch.zeros(1, 7).double().uniform_()[0])
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"generator": 5}, TypeError, "generator: expected a torch.Generator, got 5"),
+            ({"lanes": 0}, ValueError, "lanes: expected a number >= 1, got 0"),
+            ({"lanes": 1.5}, TypeError, "lanes: expected an integer"),
+        ],
+    )
+    def test_refuses_by_name(
+        self, arguments: dict[str, Any], error: type[Exception], words: str
+    ) -> None:
+        with pytest.raises(error, match=words):
+            Draws(**arguments)
+
+
+class TestPlan:
+    def test_default_is_greedy(self) -> None:
+        plan = Plan(5)
+        assert (plan.top_k, plan.temperature, plan.top_p, plan.min_p) == (1, 1.0, 0.0, 0.0)
+
+    def test_temperatures_of_no_effect_are_0_and_those_without_a_float32_are_finite(self) -> None:
+        assert Plan(1, temperature=5e-324).temperature == 0
+        assert math.isfinite(torch.tensor(Plan(1, temperature=1e300).temperature).item())
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"max_tokens": -1}, ValueError, "max_tokens: expected a number >= 0, got -1"),
+            ({"max_tokens": 1.0}, TypeError, "max_tokens: expected an integer"),
+            ({"temperature": -1.0}, ValueError, "temperature: expected a finite number >= 0"),
+            ({"temperature": math.nan}, ValueError, "temperature"),
+            ({"temperature": "1"}, TypeError, "temperature"),
+            ({"top_k": 0}, ValueError, "top_k: expected a number >= 1, got 0"),
+            ({"top_k": None}, TypeError, "top_k"),
+            ({"top_p": 1.1}, ValueError, r"top_p: expected a number in \[0, 1\], got 1.1"),
+            ({"top_p": math.nan}, ValueError, "top_p"),
+            ({"min_p": -0.1}, ValueError, r"min_p: expected a number in \[0, 1\]"),
+            ({"draws": torch.Generator()}, TypeError, "draws: expected Draws or None"),
+            ({"lane": 1}, ValueError, "lane: expected a number below the 1 of draws, got 1"),
+            ({"draws": Draws(lanes=2), "lane": 2}, ValueError, "lane: .* below the 2 of draws"),
+            ({"lane": -1}, ValueError, "lane"),
+            ({"allow": [b"a"]}, TypeError, "allow: expected Automaton or None"),
+            ({"stop": b"a"}, TypeError, "stop: expected Automaton or None"),
+            ({"pause": 1}, TypeError, "pause: expected a bool, got 1"),
+            ({"log_probs": None}, TypeError, "log_probs"),
+        ],
+    )
+    def test_refuses_by_name(
+        self, arguments: dict[str, Any], error: type[Exception], words: str
+    ) -> None:
+        with pytest.raises(error, match=words):
+            Plan(**{"max_tokens": 1, **arguments})
+
+    def test_takes_automata(self) -> None:
+        stop = Automaton.of_strings([b"a"], 256)
+        assert Plan(1, stop=stop).stop is stop
