@@ -1,0 +1,129 @@
+// Layout of rows' state, and copying what is shared before it is written: see memory.h.
+#include "decode/memory.h"
+
+#include <algorithm>
+
+namespace mblm::decode {
+namespace {
+
+constexpr int64_t kPagePositions = 64;
+
+}  // namespace
+
+StageLayout::StageLayout(const Parts& parts, int64_t n) {
+  using cpu::cache_lines::round_up;
+  const StageParts& stage = parts.stages[n];
+  dim = stage.dim;
+  seq_len = parts.schedule.seq_len(n);
+  if (const auto* model = std::get_if<cpu::TransformerStage>(&stage.model)) {
+    const bool is_bounded = n > 0 || parts.max_length > 0;
+    const auto layers = int64_t(model->layers.size());
+    state = layers * 2 * (dim / 2);
+    planes = layers * model->heads;
+    head_dim = model->head_dim;
+    page_positions = is_bounded ? std::min(kPagePositions, 1 + seq_len) : kPagePositions;
+    plane = page_positions * head_dim;
+    values = round_up(planes * plane);
+    page = 2 * values;
+  } else if (const auto* model = std::get_if<cpu::Mamba1Stage>(&stage.model)) {
+    const auto layers = int64_t(model->layers.size());
+    ssm = layers * model->inner * model->states;
+    state = ssm + layers * (model->taps - 1) * model->inner;
+  } else if (const auto* model = std::get_if<cpu::Mamba2Stage>(&stage.model)) {
+    const auto layers = int64_t(model->layers.size());
+    ssm = layers * model->inner * model->states;
+    state = ssm + layers * (model->taps - 1) * (model->inner + 2 * model->states);
+  }
+  output = round_up(state);
+  context = output + round_up(dim);
+  context_size = n > 0 ? seq_len * dim : 0;
+  blob = context + context_size;
+}
+
+Memory::Memory(const Parts& parts) {
+  for (int64_t n = 0; n < parts.schedule.stages(); ++n) {
+    layouts_.emplace_back(parts, n);
+    blobs_.push_back(std::make_unique<Pool>(layouts_.back().blob));
+    pages_.push_back(std::make_unique<Pool>(layouts_.back().page));
+  }
+}
+
+void Memory::copy_positions(int64_t n, const float* from, float* to, int64_t begin,
+                            int64_t end) const {
+  const StageLayout& layout = layouts_[n];
+  const int64_t first = begin % layout.page_positions * layout.head_dim;
+  for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t plane = 0; plane < layout.planes; ++plane) {
+      const int64_t at = half * layout.values + plane * layout.plane + first;
+      std::copy_n(from + at, (end - begin) * layout.head_dim, to + at);
+    }
+  }
+}
+
+void Memory::own_blob(int64_t n, StageState& stage, bool is_kept) {
+  if (stage.blob && !stage.blob.is_shared()) return;
+  Block own(*blobs_[n]);
+  if (stage.blob && is_kept) std::copy_n(stage.blob.data(), layouts_[n].blob, own.data());
+  stage.blob = std::move(own);
+}
+
+// Of positions, the start token counted, [begin, end) are to be written; before `kept` they matter.
+void Memory::own_pages(const Parts& parts, int64_t n, StageState& stage, int64_t kept,
+                       int64_t begin, int64_t end) {
+  const StageLayout& layout = layouts_[n];
+  const int64_t size = layout.page_positions, count = (end + size - 1) / size;
+  stage.pages.reserve(count);
+  stage.keys.reserve(count);
+  stage.values.reserve(count);
+  for (int64_t index = begin / size; index < count; ++index) {
+    const bool is_new = index >= int64_t(stage.pages.size());
+    if (!is_new && !stage.pages[index].is_shared()) continue;
+    Block own(*pages_[n]);
+    float* const keys = own.data();
+    float* const values = keys + layout.values;
+    if (is_new) {
+      const StartState& start = parts.stages[n].start;
+      for (int64_t plane = 0; index == 0 && plane < layout.planes; ++plane) {
+        const int64_t from = plane * layout.head_dim;
+        std::copy_n(start.keys + from, layout.head_dim, keys + plane * layout.plane);
+        std::copy_n(start.values + from, layout.head_dim, values + plane * layout.plane);
+      }
+      stage.pages.push_back(std::move(own));
+      stage.keys.push_back(keys);
+      stage.values.push_back(values);
+      continue;
+    }
+    const int64_t end_kept = std::min(kept, (index + 1) * size);
+    if (index * size < end_kept) {
+      copy_positions(n, stage.pages[index].data(), keys, index * size, end_kept);
+    }
+    stage.pages[index] = std::move(own);
+    stage.keys[index] = keys;
+    stage.values[index] = values;
+  }
+}
+
+void Memory::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
+  const Schedule& schedule = parts.schedule;
+  const int64_t from = row.taken, room = to - from + 1;
+  for (int64_t n = 0; n < schedule.stages(); ++n) {
+    if (!schedule.touches(n, from, to)) continue;
+    StageState& stage = row.stages[n];
+    const bool begins = schedule.begins_anew(n, from, to);
+    const bool begins_first = begins && (jumps || schedule.begins_anew(n, from, from + 1));
+    own_blob(n, stage, row.is_supplied || !begins_first);
+    if (!layouts_[n].has_pages()) continue;
+    const int64_t kept = 1 + (begins_first ? 0 : schedule.position(n, from));
+    int64_t end = 1 + schedule.position(n, to);
+    // Then it goes through the end of a sequence.
+    if (!jumps && schedule.begin(n, from) < schedule.begin(n, to)) end = 1 + schedule.seq_len(n);
+    own_pages(parts, n, stage, kept, begins ? 0 : kept, end);
+  }
+  const int64_t dropped = first_kept(schedule, from) - (row.length - int64_t(row.tail.size()));
+  if (dropped > 0) row.tail.erase(row.tail.begin(), row.tail.begin() + dropped);
+  row.tail.reserve(row.tail.size() + room);
+  row.ids.reserve(row.ids.size() + room);
+  if (row.plan && row.plan->wants_log_probs) row.log_probs.reserve(row.ids.size() + room);
+}
+
+}  // namespace mblm::decode

@@ -1,0 +1,139 @@
+// Slots of rows, and who uses them: see rows.h.
+#include "decode/rows.h"
+
+#if __has_include(<pthread.h>)
+#include <pthread.h>
+#define MBLM_HAS_FORK
+#endif
+
+#include <stdexcept>
+#include <string>
+
+namespace mblm::decode {
+namespace {
+
+constexpr int64_t kMostRows = int64_t(1) << 24;
+
+int64_t slot_of(RowId id) {
+  return id & 0xffffffff;
+}
+
+[[noreturn]] void refuse(RowId id, const char* why) {
+  throw std::invalid_argument("rows: row " + std::to_string(id) + " " + why);
+}
+
+}  // namespace
+
+std::mutex& table_mutex() {
+  static std::mutex* const mutex = [] {
+    static std::mutex made;
+#ifdef MBLM_HAS_FORK
+    // A child has only the thread that forked: what another one held would stay locked.
+    pthread_atfork([] { made.lock(); }, [] { made.unlock(); }, [] { made.unlock(); });
+#endif
+    return &made;
+  }();
+  return *mutex;
+}
+
+std::vector<RowId> Rows::add(int64_t count) {
+  if (count < 0 || count > kMostRows) {
+    throw std::invalid_argument("count: expected a number from 0 to " + std::to_string(kMostRows) +
+                                ", got " + std::to_string(count));
+  }
+  std::vector<RowId> ids;
+  ids.reserve(count);
+  std::vector<std::unique_ptr<Row>> made(count);
+  for (auto& row : made) {
+    row = std::make_unique<Row>();
+    row->stages.resize(stages_);
+  }
+  const std::lock_guard lock(table_mutex());
+  const int64_t all = std::max<int64_t>(0, count - int64_t(free_.size())) + int64_t(slots_.size());
+  if (all > kMostRows) {
+    throw std::invalid_argument("count: more than " + std::to_string(kMostRows) + " rows");
+  }
+  free_.reserve(all);
+  slots_.reserve(all);
+  for (auto& row : made) {
+    int64_t slot = int64_t(slots_.size());
+    if (free_.empty()) {
+      slots_.emplace_back();
+    } else {
+      slot = free_.back();
+      free_.pop_back();
+    }
+    slots_[slot].row = std::move(row);
+    ids.push_back(slot | slots_[slot].generation << 32);
+  }
+  return ids;
+}
+
+Rows::Slot* Rows::find(RowId id) noexcept {
+  const int64_t slot = slot_of(id);
+  if (id < 0 || slot >= int64_t(slots_.size())) return nullptr;
+  Slot& found = slots_[slot];
+  return found.row && !found.is_dropped && found.generation == id >> 32 ? &found : nullptr;
+}
+
+// The row of a slot that becomes free; it is destroyed when the table is no longer locked.
+std::unique_ptr<Row> Rows::vacate(int64_t slot) noexcept {
+  Slot& of = slots_[slot];
+  of.is_busy = of.is_dropped = false;
+  of.generation = (of.generation + 1) & 0x7fffffff;
+  free_.push_back(slot);
+  return std::move(of.row);
+}
+
+void Rows::drop(std::span<const RowId> ids) noexcept {
+  for (const RowId id : ids) {
+    std::unique_ptr<Row> dropped;
+    const std::lock_guard lock(table_mutex());
+    Slot* const slot = find(id);
+    if (!slot) continue;
+    if (slot->is_busy) {
+      slot->is_dropped = true;
+    } else {
+      dropped = vacate(slot_of(id));
+    }
+  }
+}
+
+Rows::Lease::Lease(Rows& rows, std::span<const RowId> ids) : rows_(rows) {
+  held_.reserve(ids.size());
+  const char* why = nullptr;
+  RowId which = 0;
+  {
+    const std::lock_guard lock(table_mutex());
+    for (const RowId id : ids) {
+      Slot* const slot = rows_.find(id);
+      which = id;
+      why = slot ? nullptr : "is not there: it was dropped, or never added";
+      if (slot && slot->is_busy) {
+        why = "is in another call";
+        for (const Held& held : held_) {
+          if (held.slot == slot_of(id)) why = "is given twice";
+        }
+      }
+      if (why) break;
+      slot->is_busy = true;
+      held_.push_back({slot_of(id), slot->row.get()});
+    }
+  }
+  if (why) {
+    release(held_.size());
+    refuse(which, why);
+  }
+}
+
+void Rows::Lease::release(size_t count) noexcept {
+  for (size_t i = 0; i < count; ++i) {
+    std::unique_ptr<Row> dropped;
+    const std::lock_guard lock(table_mutex());
+    Slot& slot = rows_.slots_[held_[i].slot];
+    slot.is_busy = false;
+    if (slot.is_dropped) dropped = rows_.vacate(held_[i].slot);
+  }
+}
+
+}  // namespace mblm::decode
