@@ -78,7 +78,8 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
 
     extension = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
     arguments = {"include_dirs": [csrc], "extra_compile_args": {"cxx": glue_flags}}
-    library = extension("mblm._C", sources("torch/*.cpp"), **arguments)
+    glue = sources("torch/*.cpp") + sources("decode/*.cpp")
+    library = extension("mblm._C", glue, **arguments)
     release = ".".join(torch.__version__.split(".")[:2])
     name = "cpu" if mode == "cpu" else "cu" + torch.version.cuda.replace(".", "")
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if mode == "cuda" else None

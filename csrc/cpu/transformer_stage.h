@@ -42,6 +42,9 @@ class TransformerStage {
   int64_t dim = 0, heads = 0, head_dim = 0;
   std::vector<TransformerLayer> layers;
   const float* norm = nullptr;  // (dim)
+  // Of rotary positions, (angles, head_dim / 2), or null.
+  const float *cos = nullptr, *sin = nullptr;
+  int64_t angles = 0;
 
   // Weights of the matrices, with each of which a position is multiplied.
   int64_t weights() const;

@@ -1,0 +1,384 @@
+// Checks packed weights and points to them: see weights.h.
+#include "decode/weights.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/stack.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <utility>
+
+#include "cuda/decode_attention.h"
+#include "torch/common.h"
+
+namespace mblm::decode {
+namespace {
+
+using at::Tensor;
+
+// Positions that tables are made for at first.
+constexpr int64_t kFewestPositions = 64;
+
+// Takes tensors off a list, each checked to be what its reader says, and all on one device.
+class Reader {
+ public:
+  explicit Reader(const std::vector<Tensor>& tensors) : tensors_(tensors) {
+    TORCH_CHECK_VALUE(!tensors.empty(), "weights must not be empty");
+    const c10::Device device = tensors.front().device();
+    TORCH_CHECK_VALUE(device.is_cpu() || (kCuda && device.is_cuda()),
+                      "weights must be on the CPU, or on a GPU that this library is compiled for");
+  }
+
+  bool empty() const { return next_ == tensors_.size(); }
+
+  // A float32 tensor of this shape; -1 stands for any size.
+  Tensor tensor(at::IntArrayRef shape) {
+    const Tensor& tensor = take();
+    check(tensor, shape);
+    check_type("weights", tensor, at::kFloat);
+    return tensor;
+  }
+  // The same, or an undefined one for a tensor without elements.
+  Tensor optional(at::IntArrayRef shape) {
+    if (next_ < tensors_.size() && tensors_[next_].numel() == 0) {
+      ++next_;
+      return {};
+    }
+    return tensor(shape);
+  }
+  const float* vector(int64_t size) { return tensor({size}).const_data_ptr<float>(); }
+
+  // A linear layer's three tensors; outputs of -1 stands for any number.
+  cpu::Matrix matrix(int64_t outputs, int64_t inputs) {
+    const Tensor& weight = take();
+    const size_t index = next_ - 1;
+    cpu::Matrix matrix;
+    matrix.inputs = inputs;
+    matrix.type = weight_type(weight);
+    if (matrix.type == cpu::WeightType::kInt8 && !on_gpu(weight)) {
+      // Its scale, which comes next, tells how many outputs the last tile is for.
+      TORCH_CHECK_VALUE(next_ < tensors_.size() && tensors_[next_].dim() == 1, "weights[", next_,
+                        "] must be the scale of each output of weights[", index, "]");
+      matrix.outputs = outputs == -1 ? tensors_[next_].size(0) : outputs;
+      const auto tiles = [](int64_t size, int64_t of_tile) {
+        return (size + of_tile - 1) / of_tile;
+      };
+      check(weight, {tiles(matrix.outputs, cpu::kTileOutputs), tiles(inputs, cpu::kTileInputs),
+                     cpu::kTileOutputs, cpu::kTileInputs});
+    } else {
+      check(weight, {outputs, inputs});
+      matrix.outputs = weight.size(0);
+    }
+    matrix.weight = weight.const_data_ptr();
+    const auto values = [&](bool is_needed) {
+      const Tensor found = is_needed ? tensor({matrix.outputs}) : optional({matrix.outputs});
+      return found.defined() ? found.const_data_ptr<float>() : nullptr;
+    };
+    matrix.scale = values(matrix.type == cpu::WeightType::kInt8);
+    matrix.bias = values(false);
+    return matrix;
+  }
+
+ private:
+  const Tensor& take() {
+    TORCH_CHECK_VALUE(next_ < tensors_.size(), "weights must hold more than ", tensors_.size(),
+                      " tensors");
+    return tensors_[next_++];
+  }
+
+  void check(const Tensor& tensor, at::IntArrayRef shape) const {
+    const c10::Device device = tensors_.front().device();
+    TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous(), "weights[", next_ - 1,
+                      "] must be contiguous and on ", device, ", got ", tensor.device());
+    bool fits = tensor.dim() == int64_t(shape.size());
+    for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
+      fits = shape[d] == -1 || tensor.size(d) == shape[d];
+    }
+    TORCH_CHECK_VALUE(fits, "weights[", next_ - 1, "] must have shape ", shape, ", got ",
+                      tensor.sizes());
+  }
+
+  cpu::WeightType weight_type(const Tensor& weight) const {
+    switch (weight.scalar_type()) {
+      case at::kFloat:
+        return cpu::WeightType::kFloat32;
+      case at::kBFloat16:
+        return cpu::WeightType::kBFloat16;
+      case at::kChar:
+        return cpu::WeightType::kInt8;
+      default:
+        TORCH_CHECK_TYPE(false, "weights[", next_ - 1, "] must be float32, bfloat16 or int8, got ",
+                         weight.scalar_type());
+    }
+  }
+
+  const std::vector<Tensor>& tensors_;
+  size_t next_ = 0;
+};
+
+const float* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+}
+
+// Cosines and sines of positions 0 .. count - 1, (count, frequencies) each.
+std::array<Tensor, 2> rotations(const Tensor& frequencies, int64_t count) {
+  const Tensor positions = at::arange(count, frequencies.options());
+  const Tensor angles = positions.outer(frequencies);
+  return {angles.cos(), angles.sin()};
+}
+
+}  // namespace
+
+std::shared_ptr<const Stage> transformer_stage(std::vector<Tensor> weights, int64_t heads) {
+  auto result = std::make_shared<Stage>();
+  result->weights = std::move(weights);
+  Reader list(result->weights);
+  cpu::TransformerStage stage;
+  const Tensor norm = list.tensor({-1});
+  stage.norm = norm.const_data_ptr<float>();
+  stage.dim = norm.size(0);
+  stage.heads = heads;
+  result->frequencies = list.optional({-1});
+  TORCH_CHECK_VALUE(!list.empty(), "weights must hold those of a layer");
+  while (!list.empty()) {
+    cpu::TransformerLayer layer{};
+    layer.attention_norm = list.vector(stage.dim);
+    layer.q = list.matrix(-1, stage.dim);
+    const int64_t width = layer.q.outputs;
+    TORCH_CHECK_VALUE(heads > 0 && width > 0 && width % heads == 0, "heads must divide ", width,
+                      ", got ", heads);
+    TORCH_CHECK_VALUE(stage.layers.empty() || width == heads * stage.head_dim,
+                      "weights: layers must have one width");
+    stage.head_dim = width / heads;
+    layer.kv = list.matrix(2 * width, stage.dim);
+    layer.out = list.matrix(stage.dim, width);
+    layer.feed_forward_norm = list.vector(stage.dim);
+    layer.expand = list.matrix(-1, stage.dim);
+    TORCH_CHECK_VALUE(
+        stage.layers.empty() || layer.expand.outputs == stage.layers[0].expand.outputs,
+        "weights: layers must have one inner width");
+    layer.contract = list.matrix(stage.dim, layer.expand.outputs);
+    stage.layers.push_back(layer);
+  }
+  TORCH_CHECK_VALUE(
+      !result->frequencies.defined() || 2 * result->frequencies.size(0) == stage.head_dim,
+      "weights[1] must hold a frequency for each pair of a head's ", stage.head_dim, " channels");
+  TORCH_CHECK_VALUE(!on_gpu(norm) || stage.head_dim <= cuda::kWidestHead,
+                    "on a GPU, heads must be at most ", cuda::kWidestHead, " wide, got ",
+                    stage.head_dim);
+  result->dim = stage.dim;
+  result->model = std::move(stage);
+  return result;
+}
+
+std::shared_ptr<const Stage> mamba1_stage(std::vector<Tensor> weights,
+                                          const std::vector<double>& eps) {
+  auto result = std::make_shared<Stage>();
+  result->weights = std::move(weights);
+  Reader list(result->weights);
+  cpu::Mamba1Stage stage;
+  while (!list.empty()) {
+    const bool is_first = stage.layers.empty();
+    TORCH_CHECK_VALUE(stage.layers.size() < eps.size(), "eps must have one value per layer, got ",
+                      eps.size());
+    cpu::Mamba1Layer layer{};
+    const Tensor norm = list.tensor({is_first ? -1 : stage.dim});
+    layer.norm = norm.const_data_ptr<float>();
+    layer.eps = float(eps[stage.layers.size()]);
+    const Tensor rates = list.tensor({is_first ? -1 : stage.inner, is_first ? -1 : stage.states});
+    layer.rates = rates.const_data_ptr<float>();
+    const Tensor conv = list.tensor({rates.size(0), is_first ? -1 : stage.taps});
+    layer.conv = conv.const_data_ptr<float>();
+    if (is_first) {
+      stage.dim = norm.size(0);
+      stage.inner = rates.size(0);
+      stage.states = rates.size(1);
+      stage.taps = conv.size(1);
+      TORCH_CHECK_VALUE(stage.taps > 0, "weights: the convolution needs a tap");
+    }
+    layer.conv_bias = list.vector(stage.inner);
+    layer.direct = list.vector(stage.inner);
+    layer.in = list.matrix(2 * stage.inner, stage.dim);
+    layer.x = list.matrix(-1, stage.inner);
+    const int64_t rank = layer.x.outputs - 2 * stage.states;
+    TORCH_CHECK_VALUE(rank > 0 && (is_first || rank == stage.rank),
+                      "weights: layers must have one rank, which is positive, got ", rank);
+    stage.rank = rank;
+    layer.dt = list.matrix(stage.inner, rank);
+    layer.out = list.matrix(stage.dim, stage.inner);
+    stage.layers.push_back(layer);
+  }
+  check_count("eps", eps.size(), stage.layers.size());
+  result->dim = stage.dim;
+  result->model = std::move(stage);
+  return result;
+}
+
+std::shared_ptr<const Stage> mamba2_stage(std::vector<Tensor> weights, double eps) {
+  auto result = std::make_shared<Stage>();
+  result->weights = std::move(weights);
+  Reader list(result->weights);
+  cpu::Mamba2Stage stage;
+  const Tensor final_norm = list.tensor({-1});
+  stage.norm = final_norm.const_data_ptr<float>();
+  stage.dim = final_norm.size(0);
+  stage.eps = float(eps);
+  TORCH_CHECK_VALUE(!list.empty(), "weights must hold those of a layer");
+  while (!list.empty()) {
+    const bool is_first = stage.layers.empty();
+    cpu::Mamba2Layer layer{};
+    layer.norm = list.vector(stage.dim);
+    const Tensor gated_norm = list.tensor({is_first ? -1 : stage.inner});
+    layer.gated_norm = gated_norm.const_data_ptr<float>();
+    const Tensor rates = list.tensor({is_first ? -1 : stage.heads});
+    layer.rates = rates.const_data_ptr<float>();
+    const Tensor conv = list.tensor({-1, is_first ? -1 : stage.taps});
+    layer.conv = conv.const_data_ptr<float>();
+    if (is_first) {
+      stage.inner = gated_norm.size(0);
+      stage.heads = rates.size(0);
+      stage.taps = conv.size(1);
+      stage.states = (conv.size(0) - stage.inner) / 2;
+      TORCH_CHECK_VALUE(stage.heads > 0 && stage.inner % stage.heads == 0 && stage.taps > 0,
+                        "weights: heads must divide the inner width, and there must be a tap");
+    }
+    TORCH_CHECK_VALUE(stage.states > 0 && conv.size(0) == stage.inner + 2 * stage.states,
+                      "weights: the convolution's channels must be the inner width and twice the "
+                      "states, got ",
+                      conv.size(0));
+    layer.conv_bias = list.vector(conv.size(0));
+    layer.dt_bias = list.vector(stage.heads);
+    layer.direct = list.vector(stage.heads);
+    layer.in = list.matrix(stage.inner + conv.size(0) + stage.heads, stage.dim);
+    layer.out = list.matrix(stage.dim, stage.inner);
+    stage.layers.push_back(layer);
+  }
+  result->dim = stage.dim;
+  result->model = std::move(stage);
+  return result;
+}
+
+std::shared_ptr<const Stage> hosted_stage(int64_t dim) {
+  TORCH_CHECK_VALUE(dim > 0, "dim must be positive, got ", dim);
+  auto result = std::make_shared<Stage>();
+  result->dim = dim;
+  return result;
+}
+
+Hierarchy::Hierarchy(std::vector<std::shared_ptr<const Stage>> stages,
+                     std::vector<int64_t> seq_lens, std::vector<Tensor> weights,
+                     const std::vector<double>& eps)
+    : stages_(std::move(stages)), weights_(std::move(weights)), frequencies_(stages_.size()) {
+  const size_t count = stages_.size();
+  TORCH_CHECK_VALUE(count > 0, "stages must not be empty");
+  check_count("seq_lens", seq_lens.size(), count);
+  check_count("eps", eps.size(), 2 * (count - 1));
+  int64_t bytes = 1;
+  for (const int64_t seq_len : seq_lens) {
+    TORCH_CHECK_VALUE(seq_len > 0 && seq_len <= kMostBytes / bytes,
+                      "seq_lens must be positive and of a product of at most ", kMostBytes,
+                      ", got ", c10::IntArrayRef(seq_lens));
+    bytes *= seq_len;
+  }
+  TORCH_CHECK_VALUE(stages_.back() && !std::holds_alternative<Hosted>(stages_.back()->model),
+                    "the last of the stages must not be hosted");
+  Reader list(weights_);
+  for (const auto& stage : stages_) {
+    TORCH_CHECK_VALUE(stage, "stages must not hold None");
+    TORCH_CHECK_VALUE(stage->weights.empty() || stage->weights.front().device() == device(),
+                      "stages must be on the weights' device");
+  }
+  const int64_t width = stages_.back()->dim;
+  const Tensor table = list.tensor({-1, width});
+  const int64_t num_tokens = table.size(0);
+  TORCH_CHECK_VALUE(num_tokens > 0, "weights[0] must have a row for each token");
+  parts_.to_logits = list.matrix(num_tokens, width);
+  parts_.empty_logits = list.vector(num_tokens);
+  parts_.schedule = Schedule(seq_lens);
+  parts_.stages.resize(count);
+  for (size_t n = 0; n < count; ++n) {
+    StageParts& part = parts_.stages[n];
+    part.dim = stages_[n]->dim;
+    part.model = stages_[n]->model;
+    part.start_token = list.vector(part.dim);
+    const Tensor fixed = list.optional({-1, part.dim});
+    TORCH_CHECK_VALUE(!fixed.defined() || fixed.size(0) >= seq_lens[n],
+                      "weights: fixed positions must be at least ", seq_lens[n], ", got ",
+                      fixed.sizes());
+    part.fixed = data_or_null(fixed);
+    frequencies_[n] = list.optional({-1});
+    TORCH_CHECK_VALUE(!frequencies_[n].defined() || 2 * frequencies_[n].size(0) == part.dim,
+                      "weights: rotary positions must have a frequency for each pair of ", part.dim,
+                      " channels, got ", frequencies_[n].sizes());
+    if (n + 1 == count) {
+      part.table = table.const_data_ptr<float>();
+      continue;
+    }
+    const std::array<int64_t, 2> below = {seq_lens[n + 1], stages_[n + 1]->dim};
+    if (part.is_hosted()) {
+      part.start.output = list.vector(part.dim);
+      part.start.context_below = list.tensor(below).const_data_ptr<float>();
+      continue;
+    }
+    const int64_t flat = parts_.schedule.patch_size(int64_t(n)) * width;
+    part.table = list.tensor({num_tokens, width}).const_data_ptr<float>();
+    part.flat_norm.weight = list.vector(flat);
+    part.flat_norm.bias = list.vector(flat);
+    part.flat_norm.eps = float(eps[2 * n]);
+    part.project = list.matrix(part.dim, flat);
+    part.norm.weight = list.vector(part.dim);
+    part.norm.bias = list.vector(part.dim);
+    part.norm.eps = float(eps[2 * n + 1]);
+    part.to_context = list.matrix(below[0] * below[1], part.dim);
+  }
+  TORCH_CHECK_VALUE(list.empty(), "weights holds more than there are stages for");
+  if (parts_.stages[0].fixed) parts_.max_length = bytes;
+}
+
+std::shared_ptr<const Parts> Hierarchy::parts(int64_t most_bytes) const {
+  TORCH_CHECK_VALUE(most_bytes >= 0 && most_bytes <= kMostBytes, "a row must have at most ",
+                    kMostBytes, " bytes, got ", most_bytes);
+  std::shared_ptr<const Parts> last;
+  {
+    const std::lock_guard lock(mutex_);
+    last = last_;
+  }
+  if (last && last->most_bytes >= most_bytes) return last;
+  struct Held {
+    Parts parts;
+    std::vector<Tensor> tables;  // kept alive
+  };
+  auto held = std::make_shared<Held>();
+  Parts& parts = held->parts;
+  parts = parts_;
+  const int64_t patch_size = parts.schedule.patch_size(0);
+  // Of the most global stage, which has no end, twice as many from time to time.
+  const int64_t earlier = last ? last->most_bytes : 0;
+  parts.most_bytes = std::max({most_bytes, 2 * earlier, kFewestPositions * patch_size});
+  const auto keep = [&](Tensor table) {
+    held->tables.push_back(std::move(table));
+    return held->tables.back().const_data_ptr<float>();
+  };
+  for (int64_t n = 0; n < parts.schedule.stages(); ++n) {
+    const bool has_end = n > 0 || parts.max_length > 0;
+    const int64_t count = has_end ? parts.schedule.seq_len(n) : parts.most_bytes / patch_size;
+    StageParts& part = parts.stages[n];
+    if (frequencies_[n].defined()) {
+      const auto [cos, sin] = rotations(frequencies_[n], count);
+      part.rotation = keep(at::stack({cos, sin}, -1));
+    }
+    if (!stages_[n]->frequencies.defined()) continue;
+    auto& model = std::get<cpu::TransformerStage>(part.model);
+    model.angles = 1 + count;  // with the start token
+    const auto [cos, sin] = rotations(stages_[n]->frequencies, model.angles);
+    model.cos = keep(cos);
+    model.sin = keep(sin);
+  }
+  std::shared_ptr<const Parts> made(held, &parts);
+  const std::lock_guard lock(mutex_);
+  if (!last_ || last_->most_bytes < parts.most_bytes) last_ = made;
+  return made;
+}
+
+}  // namespace mblm::decode
