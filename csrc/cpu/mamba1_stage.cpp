@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/call_rows.h"
 #include "cpu/mamba_step.h"
 #include "cpu/rms_norm.h"
 
@@ -39,18 +40,6 @@ int64_t per_thread(int64_t positions, int64_t dim, int64_t rank) {
 
 }  // namespace
 
-void restart(const MambaRow& row, int64_t layers, int64_t ssm_size, int64_t window_size) {
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    std::copy_n(row.start_ssm + layer * row.ssm_stride, ssm_size, row.ssm + layer * row.ssm_stride);
-    std::copy_n(row.start_window + layer * row.window_stride, window_size,
-                row.window + layer * row.window_stride);
-  }
-}
-
-void Mamba1Stage::restart(MambaRow& row) const {
-  cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * inner);
-}
-
 int64_t Mamba1Stage::weights() const {
   int64_t count = 0;
   for (const Mamba1Layer& layer : layers) {
@@ -59,15 +48,15 @@ int64_t Mamba1Stage::weights() const {
   return count;
 }
 
-int64_t Mamba1Stage::scratch_size(const State& state, int64_t count, int64_t threads) const {
-  const int64_t positions = int64_t(state.rows.size()) * count;
+int64_t Mamba1Stage::scratch_size(int64_t positions, int64_t, int64_t threads) const {
   return positions * (2 * inner + 3 * inner + rank + 2 * states) +
          threads * per_thread(positions, dim, rank);
 }
 
-const float* Mamba1Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
-                                  float* block) const {
-  const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
+void Mamba1Stage::prefill(const Worker& worker, std::span<const Row> given, float* x,
+                          float* block) const {
+  const CallRows<Row> rows(given);
+  const int64_t positions = rows.positions();
   const int64_t projected = rank + 2 * states;
   float* both = block;  // (positions, 2 inner): the scanned branch and the gate
   float* convolved = both + positions * 2 * inner;    // (positions, inner)
@@ -81,11 +70,12 @@ const float* Mamba1Stage::prefill(const Worker& worker, const State& state, int6
   // positions, and a part of its channels.
   const auto for_channels = [&](auto function) {
     const int64_t parts = (inner + kChannels - 1) / kChannels;
-    worker.share(rows * parts, 1, [&](int64_t first, int64_t last) {
+    worker.share(rows.size() * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
-        for (int64_t at = row * count; at < (row + 1) * count; ++at) {
-          function(state.rows[row], at, begin, std::min(begin + kChannels, inner));
+        const int64_t from = rows.first(row);
+        for (int64_t at = from; at < from + rows[row].count; ++at) {
+          function(rows[row], at, begin, std::min(begin + kChannels, inner));
         }
       }
     });
@@ -126,7 +116,6 @@ const float* Mamba1Stage::prefill(const Worker& worker, const State& state, int6
     multiply(worker, layer.out, scanned, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
-  return x;
 }
 
 // It has none.

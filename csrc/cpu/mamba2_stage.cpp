@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/call_rows.h"
 #include "cpu/mamba_step.h"
 #include "cpu/rms_norm.h"
 
@@ -38,10 +39,6 @@ int64_t per_thread(int64_t positions, int64_t dim, int64_t inner) {
 
 }  // namespace
 
-void Mamba2Stage::restart(MambaRow& row) const {
-  cpu::restart(row, int64_t(layers.size()), inner * states, (taps - 1) * (inner + 2 * states));
-}
-
 int64_t Mamba2Stage::weights() const {
   int64_t count = 0;
   for (const Mamba2Layer& layer : layers) {
@@ -50,16 +47,16 @@ int64_t Mamba2Stage::weights() const {
   return count;
 }
 
-int64_t Mamba2Stage::scratch_size(const State& state, int64_t count, int64_t threads) const {
+int64_t Mamba2Stage::scratch_size(int64_t positions, int64_t, int64_t threads) const {
   const int64_t convolved = inner + 2 * states;
-  const int64_t positions = int64_t(state.rows.size()) * count;
   return positions * (inner + convolved + heads + convolved + inner) +
          threads * per_thread(positions, dim, inner);
 }
 
-const float* Mamba2Stage::prefill(const Worker& worker, const State& state, int64_t count, float* x,
-                                  float* block) const {
-  const int64_t rows = int64_t(state.rows.size()), positions = rows * count;
+void Mamba2Stage::prefill(const Worker& worker, std::span<const Row> given, float* x,
+                          float* block) const {
+  const CallRows<Row> rows(given);
+  const int64_t positions = rows.positions();
   const int64_t width = inner / heads;
   const int64_t channels = inner + 2 * states, projected = inner + channels + heads;
   float* both = block;                                // (positions, projected): gate, x B C, dt
@@ -78,11 +75,12 @@ const float* Mamba2Stage::prefill(const Worker& worker, const State& state, int6
     wait_for(worker, &layer.out);
 
     const int64_t parts = (channels + kChannels - 1) / kChannels;
-    worker.share(rows * parts, 1, [&](int64_t first, int64_t last) {
+    worker.share(rows.size() * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / parts, begin = item % parts * kChannels;
-        float* window = state.rows[row].window + index * state.rows[row].window_stride;
-        for (int64_t at = row * count; at < (row + 1) * count; ++at) {
+        float* window = rows[row].window + index * rows[row].window_stride;
+        const int64_t from = rows.first(row);
+        for (int64_t at = from; at < from + rows[row].count; ++at) {
           convolve_position(both + at * projected + inner, layer.conv, layer.conv_bias, window,
                             channels, taps, convolved + at * channels, begin,
                             std::min(begin + kChannels, channels));
@@ -91,11 +89,12 @@ const float* Mamba2Stage::prefill(const Worker& worker, const State& state, int6
     });
     wait_for(worker, &layer.out);
 
-    worker.share(rows * heads, 1, [&](int64_t first, int64_t last) {
+    worker.share(rows.size() * heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / heads, head = item % heads;
-        float* ssm = state.rows[row].ssm + index * state.rows[row].ssm_stride;
-        for (int64_t at = row * count; at < (row + 1) * count; ++at) {
+        float* ssm = rows[row].ssm + index * rows[row].ssm_stride;
+        const int64_t from = rows.first(row);
+        for (int64_t at = from; at < from + rows[row].count; ++at) {
           const float* projection = both + at * projected;
           const float* mixed = convolved + at * channels;
           scan_head(layer, head, width, states, projection[inner + channels + head],
@@ -114,7 +113,6 @@ const float* Mamba2Stage::prefill(const Worker& worker, const State& state, int6
     multiply(worker, layer.out, normed, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
   }
-  return x;
 }
 
 void Mamba2Stage::normalize(const float* x, int64_t positions, float* out) const {

@@ -22,7 +22,7 @@ struct Mamba2Layer {
 
 class Mamba2Stage {
  public:
-  using State = MambaState;
+  using Row = MambaRow;
 
   int64_t dim = 0, inner = 0, states = 0, heads = 0, taps = 0;
   float eps = 0;
@@ -31,11 +31,9 @@ class Mamba2Stage {
 
   // As TransformerStage's.
   int64_t weights() const;
-  int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
-  const float* prefill(const Worker& worker, const State& state, int64_t count, float* x,
-                       float* scratch) const;
+  int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
+  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch) const;
   void normalize(const float* x, int64_t positions, float* out) const;
-  void restart(MambaRow& row) const;
 };
 
 }  // namespace mblm::cpu

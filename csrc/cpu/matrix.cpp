@@ -64,29 +64,23 @@ struct Columns {
   int64_t first, count, streams, apart;
 };
 
-// out[begin + i] = values[i], scaled, with bias and residual (outputs) added, for i < count.
-MBLM_INLINE void finish_values(const Matrix& matrix, int64_t begin, int64_t count, float* values,
-                               float* out, const float* residual) {
-  const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
-    for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
-  };
-  const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
-  each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
-  each(matrix.bias, add);
-  each(residual, add);
-  std::copy_n(values, count, out + begin);
-}
-
-// out[first + k * apart + i] = sums[i * stride + k], those of the other half added if there is one,
-// scaled, with bias and residual (outputs) added, for each stream k and i < count.
-MBLM_CLONES void finish(const Matrix& matrix, const float* sums, const float* other, int64_t stride,
+// out[first + k * apart + i] = sums[i * stride + k], scaled, with bias and residual (outputs)
+// added, for each stream k and i < count.
+MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t stride,
                         const Columns& columns, float* out, const float* residual) {
   const int64_t count = columns.count;
   for (int64_t k = 0; k < columns.streams; ++k) {
+    const int64_t begin = columns.first + k * columns.apart;
     float values[kMaxBlock];
     for (int64_t i = 0; i < count; ++i) values[i] = sums[i * stride + k];
-    for (int64_t i = 0; other && i < count; ++i) values[i] += other[i * stride + k];
-    finish_values(matrix, columns.first + k * columns.apart, count, values, out, residual);
+    const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
+      for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
+    };
+    const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
+    each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
+    each(matrix.bias, add);
+    each(residual, add);
+    std::copy_n(values, count, out + begin);
   }
 }
 
@@ -104,47 +98,28 @@ int64_t columns_of_part(int64_t threads, int64_t outputs) {
   return round_up(columns, kFewestColumns);
 }
 
-// How many matrices lie one behind the other, and how many inputs each has.
-int64_t halves_of(const Matrix& matrix) {
-  return matrix.is_halved ? 2 : 1;
-}
-
-int64_t inputs_of_half(const Matrix& matrix) {
-  return matrix.inputs / halves_of(matrix);
-}
-
-// What tiles fill up.
-int64_t filled(const Matrix& matrix, int64_t size, int64_t of_tile) {
-  return matrix.type == WeightType::kInt8 ? round_up(size, of_tile) : size;
-}
-
-// Bytes from an output's weights to the next one's, of tiles on average.
+// Bytes from an output's weights to the next one's, of tiles on average: these fill inputs up.
 int64_t bytes_of_output(const Matrix& matrix) {
-  return filled(matrix, inputs_of_half(matrix), kTileInputs) * size_of(matrix.type);
+  const bool has_tiles = matrix.type == WeightType::kInt8;
+  return (has_tiles ? round_up(matrix.inputs, kTileInputs) : matrix.inputs) * size_of(matrix.type);
 }
 
-// Bytes from the first half to the second.
-int64_t bytes_of_half(const Matrix& matrix) {
-  return filled(matrix, matrix.outputs, kTileOutputs) * bytes_of_output(matrix);
-}
-
-// Rows as a kernel wants them: each one, or one half of it and then the other.
+// Rows as a kernel wants them.
 struct Prepared {
   const float* x;
-  int64_t row_stride, half_stride;
+  int64_t row_stride;
 };
 
 // Every thread has its own, which is quicker than to wait.
 Prepared prepare_rows(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows) {
   const Kernel& kernel = kernel_of(matrix.type);
-  const int64_t halves = halves_of(matrix), n = inputs_of_half(matrix);
-  if (!kernel.prepare) return {x, matrix.inputs, n};
-  const int64_t stride = prepared_size(n);
-  worker.prepared.resize(std::max<size_t>(worker.prepared.size(), rows * halves * stride));
-  for (int64_t half = 0; half < rows * halves; ++half) {
-    kernel.prepare(x + half * n, n, worker.prepared.data() + half * stride);
+  if (!kernel.prepare) return {x, matrix.inputs};
+  const int64_t stride = prepared_size(matrix.inputs);
+  worker.prepared.resize(std::max<size_t>(worker.prepared.size(), rows * stride));
+  for (int64_t row = 0; row < rows; ++row) {
+    kernel.prepare(x + row * matrix.inputs, matrix.inputs, worker.prepared.data() + row * stride);
   }
-  return {worker.prepared.data(), halves * stride, stride};
+  return {worker.prepared.data(), stride};
 }
 
 // See matrix.h; columns [begin, end) of the product with prepared rows.
@@ -152,7 +127,7 @@ void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared
                       int64_t rows, int64_t begin, int64_t end, float* out, Then then,
                       const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
-  const int64_t inputs = inputs_of_half(matrix), outputs = matrix.outputs;
+  const int64_t outputs = matrix.outputs;
   const int64_t bytes = bytes_of_output(matrix), divisor = std::max<int64_t>(bytes, 1);
   const Dots dots = worker.reads_once && kernel.dots_once ? kernel.dots_once : kernel.dots;
   const int64_t side_by_side = kernel.streams;
@@ -161,20 +136,16 @@ void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared
   const int64_t block = rows == 1 ? kMaxBlock : most / fewest * fewest;
 
   const auto multiply_streams = [&](Columns columns) {
-    float sums[kStreams * kMaxBlock], other[kStreams * kMaxBlock];
+    float sums[kStreams * kMaxBlock];
     for (const int64_t last = columns.first + columns.count; columns.first < last;
          columns.first += block) {
       columns.count = std::min(block, last - columns.first);
       const char* weight = static_cast<const char*>(matrix.weight) + columns.first * bytes;
       for (int64_t row = 0; row < rows; ++row) {
         const float* x = prepared.x + row * prepared.row_stride;
-        dots(weight, columns.apart, x, inputs, sums, columns.count);
-        if (matrix.is_halved) {
-          dots(weight + bytes_of_half(matrix), columns.apart, x + prepared.half_stride, inputs,
-               other, columns.count);
-        }
-        finish(matrix, sums, matrix.is_halved ? other : nullptr, side_by_side, columns,
-               out + row * outputs, residual ? residual + row * outputs : nullptr);
+        dots(weight, columns.apart, x, matrix.inputs, sums, columns.count);
+        finish(matrix, sums, side_by_side, columns, out + row * outputs,
+               residual ? residual + row * outputs : nullptr);
       }
     }
   };
@@ -243,7 +214,7 @@ void ask_for(const Worker& worker, const float* values, int64_t count) {
 void wait_for(const Worker& worker, const Matrix* next) {
   // What a core's second cache has room for, and what a turn takes.
   constexpr int64_t kMostBytes = 1 << 17, kLine = 64, kTurn = 4 * kLine;
-  if (!next || next->is_halved || kernel_of(next->type).streams > 1) return worker.wait();
+  if (!next || kernel_of(next->type).streams > 1) return worker.wait();
   const int64_t columns = columns_of_part(worker.team.threads(), next->outputs);
   const int64_t begin = std::min(worker.index * columns, next->outputs);
   const int64_t bytes = bytes_of_output(*next);
@@ -292,30 +263,6 @@ void multiply_alone(const Worker& worker, std::span<const Product> products, con
   const Prepared prepared = prepare_rows(worker, products.front().matrix, x, rows);
   for (const auto& [matrix, out] : products) {
     multiply_columns(worker, matrix, prepared, rows, 0, matrix.outputs, out, then, nullptr);
-  }
-}
-
-void multiply_half(const Worker& worker, const Matrix& matrix, int64_t half, const float* x,
-                   int64_t rows, float* sums) {
-  Matrix part;
-  part.outputs = matrix.outputs;
-  part.inputs = inputs_of_half(matrix);
-  part.type = matrix.type;
-  part.weight = static_cast<const char*>(matrix.weight) + half * bytes_of_half(matrix);
-  const Product product[] = {{part, sums}};
-  multiply_alone(worker, product, x, rows);
-}
-
-MBLM_CLONES void add_halves(const Matrix& matrix, const float* first, const float* second,
-                            int64_t rows, float* out, const float* residual) {
-  const int64_t outputs = matrix.outputs;
-  for (int64_t at = 0; at < rows * outputs; at += outputs) {
-    for (int64_t begin = 0; begin < outputs; begin += kMaxBlock) {
-      const int64_t count = std::min(kMaxBlock, outputs - begin), from = at + begin;
-      float values[kMaxBlock];
-      for (int64_t i = 0; i < count; ++i) values[i] = first[from + i] + second[from + i];
-      finish_values(matrix, begin, count, values, out + at, residual ? residual + at : nullptr);
-    }
   }
 }
 

@@ -26,14 +26,11 @@ struct Matrix {
   const void* weight = nullptr;
   const float* scale = nullptr;  // (outputs), of int8 only
   const float* bias = nullptr;   // (outputs), or null
-  // Whether what the first half of the inputs is multiplied with comes first, as a matrix of its
-  // own, and then the second half's: each of two threads then has one in order.
-  bool is_halved = false;
 
   int64_t weights() const { return outputs * inputs; }
 };
 
-// Some of the outputs of a matrix that is not halved. The first begins a tile.
+// Some of the outputs of a matrix. The first begins a tile.
 Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count);
 
 // What becomes of a product.
@@ -58,16 +55,6 @@ void multiply(const Worker& worker, std::span<const Product> products, const flo
 // The same, all of it the calling thread's.
 void multiply_alone(const Worker& worker, std::span<const Product> products, const float* x,
                     int64_t rows, Then then = Then::kStore);
-
-// sums (rows, outputs) = x (rows, inputs / 2) @ weight.T of one half of a halved matrix, all of it
-// the calling thread's.
-void multiply_half(const Worker& worker, const Matrix& matrix, int64_t half, const float* x,
-                   int64_t rows, float* sums);
-
-// out (rows, outputs) = both halves' sums + bias + residual, which has the bits of multiply().
-// residual may be out. Work of the calling thread alone.
-void add_halves(const Matrix& matrix, const float* first, const float* second, int64_t rows,
-                float* out, const float* residual);
 
 // Whether so many threads have equal parts of so many outputs, one behind the other.
 bool has_even_parts(int64_t threads, int64_t outputs);

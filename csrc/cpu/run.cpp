@@ -79,9 +79,9 @@ void Run::work(const Worker& worker, float* scratch, Team::Clock::time_point unt
     const int64_t count = int64_t(active.size());
     outputs.resize(x_.size());
     if (is_pending) {
-      const float* x = local().model->step(worker, x_.data(), scratch);
-      ask_for(worker, x, count * local().dim);
-      local().model->normalize(x, count, outputs.data());
+      local().model->step(worker, x_.data(), scratch);
+      ask_for(worker, x_.data(), count * local().dim);
+      local().model->normalize(x_.data(), count, outputs.data());
     } else {
       std::copy(x_.begin(), x_.end(), outputs.begin());
     }
@@ -275,9 +275,9 @@ void Run::take_in(const Worker& worker, size_t index, const Rows& which, float* 
     stage.model->select(which);
   }
   worker.wait();
-  const float* x = stage.model->step(worker, upper_.data(), scratch);
+  stage.model->step(worker, upper_.data(), scratch);
   if (worker.is_first()) {
-    stage.model->normalize(x, count, upper_.data());
+    stage.model->normalize(upper_.data(), count, upper_.data());
     stage.model->advance();
     for (int64_t place = 0; place < count; ++place) {
       StageRow& row = stage.rows[which[place]];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "cpu/matrix.h"
@@ -15,54 +16,49 @@ struct TransformerLayer {
   Matrix expand, contract;
 };
 
-// State of one of the rows that decode side by side, each at a position of its own.
+// Keys and values are kept in pages of so many positions, or of fewer where a sequence is shorter.
+constexpr int64_t kPagePositions = 64;
+
+// One of the rows of a call, and its state, which is written to.
 struct TransformerRow {
-  int64_t position = 0;  // the next one
-  int64_t capacity = 0;
-  float *keys = nullptr, *values = nullptr;  // (heads, capacity, head_dim), of the first layer
-  int64_t layer_stride = 0;                  // from there to the next layer's
-  float* delayed = nullptr;    // (dim / 2), what the shift before the first attention delays
-  int64_t part_stride = 0;     // from there to the next shift's: there are two in a layer
-  const float* cos = nullptr;  // (>= capacity, head_dim / 2), or null without rotary positions
-  const float* sin = nullptr;
-  const float* start_delayed = nullptr;  // as delayed, after the start token; null if never needed
-  int64_t start_stride = 0;
+  int64_t position = 0;  // of the first in the cache, start token counted
+  int64_t count = 1;     // positions of this call, at least 1
+  // For each page, where its (heads, positions, head_dim) of the first layer begin.
+  float* const* keys = nullptr;
+  float* const* values = nullptr;
+  int64_t layer_stride = 0, head_stride = 0;  // within a page
+  float* delayed = nullptr;  // (dim / 2), what the shift before the first attention delays
+  int64_t part_stride = 0;   // from there to the next shift's: there are two in a layer
 
-  void advance(int64_t count) { position += count; }
-};
-
-struct TransformerState {
-  std::vector<TransformerRow> rows;
+  void advance(int64_t by) { position += by; }
 };
 
 class TransformerStage {
  public:
-  using State = TransformerState;
+  using Row = TransformerRow;
 
   int64_t dim = 0, heads = 0, head_dim = 0;
   std::vector<TransformerLayer> layers;
   const float* norm = nullptr;  // (dim)
-  // Of rotary positions, (angles, head_dim / 2), or null.
+  // Rotary tables (angles, head_dim / 2), as long as any row's positions; null without.
   const float *cos = nullptr, *sin = nullptr;
   int64_t angles = 0;
 
   // Weights of the matrices, with each of which a position is multiplied.
   int64_t weights() const;
 
-  // Floats of working memory that a call with so many positions of every row needs.
-  int64_t scratch_size(const State& state, int64_t count, int64_t threads) const;
+  // Floats of working memory for calls with at most so many positions of all rows together, after
+  // which no row has more than `end` in its cache.
+  int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
 
-  // Takes in x (rows, count, dim) and returns the output before the last norm: x or, of the calling
-  // thread alone, a part of scratch. All threads of the team call it. The caller then advances the
-  // rows. Several positions have the bits of as many calls with one; they read the weights once.
-  const float* prefill(const Worker& worker, const State& state, int64_t count, float* x,
-                       float* scratch) const;
+  // Takes in x (positions, dim), those of one row after the other; the output before the last norm
+  // replaces it. All threads of the team call it. The caller then advances the rows. A position's
+  // bits do not depend on how positions are cut into calls, nor on other rows; each call reads the
+  // weights once.
+  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch) const;
 
   // The last norm, of so many positions; out may be x. Work of the calling thread alone.
   void normalize(const float* x, int64_t positions, float* out) const;
-
-  // Goes back to the state after the start token, whose keys and values are still there.
-  void restart(TransformerRow& row) const;
 };
 
 }  // namespace mblm::cpu

@@ -15,16 +15,15 @@ LayerNormOf norm_of(const cpu::LayerNorm& norm) {
 }
 
 // What changes of a stage's state, all rows and layers.
-void add_parts(const ModelOnDevice<cpu::TransformerStage, cpu::TransformerRow>& of,
-               Restart& restart) {
+void add_parts(const ModelOnDevice<cpu::TransformerStage, TransformerRow>& of, Restart& restart) {
   const auto& row = of.row;
   const int64_t parts = 2 * int64_t(of.model->layers.size());
   restart.parts[1] = {row.start_delayed, row.delayed, parts * row.part_stride};
 }
 
 template <class Model>
-void add_parts(const ModelOnDevice<Model, cpu::MambaRow>& of, Restart& restart) {
-  const cpu::MambaRow& row = of.row;
+void add_parts(const ModelOnDevice<Model, MambaRow>& of, Restart& restart) {
+  const MambaRow& row = of.row;
   const int64_t layers = int64_t(of.model->layers.size());
   restart.parts[1] = {row.start_ssm, row.ssm, layers * row.ssm_stride};
   restart.parts[2] = {row.start_window, row.window, layers * row.window_stride};

@@ -22,9 +22,9 @@ struct ModelOnDevice {
   const Model* model;
   Row row;
 };
-using AnyModel = std::variant<ModelOnDevice<cpu::TransformerStage, cpu::TransformerRow>,
-                              ModelOnDevice<cpu::Mamba1Stage, cpu::MambaRow>,
-                              ModelOnDevice<cpu::Mamba2Stage, cpu::MambaRow>>;
+using AnyModel = std::variant<ModelOnDevice<cpu::TransformerStage, TransformerRow>,
+                              ModelOnDevice<cpu::Mamba1Stage, MambaRow>,
+                              ModelOnDevice<cpu::Mamba2Stage, MambaRow>>;
 
 struct DeviceStage {
   cpu::RunStage part;  // without model and rows

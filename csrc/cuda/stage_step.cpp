@@ -58,8 +58,8 @@ int64_t workspace_size(const cpu::Mamba2Stage& stage, int64_t rows) {
   return rows * (projected_width(stage) + stage.inner);
 }
 
-Error step(const cpu::TransformerStage& stage, const cpu::TransformerRow& state,
-           const StageStep& in, Stream stream) {
+Error step(const cpu::TransformerStage& stage, const TransformerRow& state, const StageStep& in,
+           Stream stream) {
   const int64_t width = stage.heads * stage.head_dim;
   float* q = in.workspace;                      // (rows, width)
   float* kv = q + in.rows * width;              // (rows, 2, width)
@@ -117,7 +117,7 @@ Error step(const cpu::TransformerStage& stage, const cpu::TransformerRow& state,
   return launches.error();
 }
 
-Error step(const cpu::Mamba1Stage& stage, const cpu::MambaRow& state, const StageStep& in,
+Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep& in,
            Stream stream) {
   const int64_t projected = stage.rank + 2 * stage.states;
   float* both = in.workspace;                            // (rows, 2 inner): convolved and the gate
@@ -162,7 +162,7 @@ Error step(const cpu::Mamba1Stage& stage, const cpu::MambaRow& state, const Stag
   return launches.error();
 }
 
-Error step(const cpu::Mamba2Stage& stage, const cpu::MambaRow& state, const StageStep& in,
+Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep& in,
            Stream stream) {
   const int64_t inner = stage.inner, channels = inner + 2 * stage.states;
   const int64_t projected = projected_width(stage);

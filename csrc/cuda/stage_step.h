@@ -1,6 +1,6 @@
 // One position of every row of a stage model on a GPU: the kernels of its layers, queued.
 //
-// The stages are those of the CPU, whose pointers lead to the GPU's memory.
+// The stages are those of the CPU, whose pointers lead to the GPU's memory; the states are not.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,26 @@
 #include "cuda/stream.h"
 
 namespace mblm::cuda {
+
+// State of the first row; the others' lie after it, in each layer.
+struct TransformerRow {
+  int64_t capacity = 0;
+  float *keys = nullptr, *values = nullptr;  // (heads, capacity, head_dim), of the first layer
+  int64_t layer_stride = 0;                  // from there to the next layer's
+  float* delayed = nullptr;  // (dim / 2), what the shift before the first attention delays
+  int64_t part_stride = 0;   // from there to the next shift's: there are two in a layer
+  const float *cos = nullptr, *sin = nullptr;  // (angles, head_dim / 2), or null
+  int64_t angles = 0;
+  const float* start_delayed = nullptr;  // as delayed, after the start token; null if never needed
+};
+
+struct MambaRow {
+  float* ssm = nullptr;     // of the first layer, Mamba-1 (inner, states), Mamba-2 (.., P, states)
+  float* window = nullptr;  // (taps - 1, channels of the convolution)
+  int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
+  // The same after the start token; null if never needed.
+  const float *start_ssm = nullptr, *start_window = nullptr;
+};
 
 struct StageStep {
   int64_t rows = 0;
@@ -26,12 +46,11 @@ int64_t workspace_size(const cpu::TransformerStage& stage, int64_t rows);
 int64_t workspace_size(const cpu::Mamba1Stage& stage, int64_t rows);
 int64_t workspace_size(const cpu::Mamba2Stage& stage, int64_t rows);
 
-// `state` is that of the first row; the others' lie after it, in each layer.
-Error step(const cpu::TransformerStage& stage, const cpu::TransformerRow& state,
-           const StageStep& step, Stream stream);
-Error step(const cpu::Mamba1Stage& stage, const cpu::MambaRow& state, const StageStep& step,
+Error step(const cpu::TransformerStage& stage, const TransformerRow& state, const StageStep& step,
            Stream stream);
-Error step(const cpu::Mamba2Stage& stage, const cpu::MambaRow& state, const StageStep& step,
+Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep& step,
+           Stream stream);
+Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep& step,
            Stream stream);
 
 }  // namespace mblm::cuda

@@ -53,12 +53,10 @@ class StageRows {
     }
   }
 
-  // Takes in x (positions, dim), one row's after another's, and returns the output before the last
-  // norm: x or, of the calling thread alone, a part of scratch. All threads of the team call it.
-  const float* prefill(const cpu::Worker& worker, float* x, float* scratch) const {
-    return visit([&](const auto& model, const auto& rows) {
-      return model.prefill(worker, rows, x, scratch);
-    });
+  // Takes in x (positions, dim), one row's after another's; the output before the last norm
+  // replaces it. All threads of the team call it.
+  void prefill(const cpu::Worker& worker, float* x, float* scratch) const {
+    visit([&](const auto& model, const auto& rows) { model.prefill(worker, rows, x, scratch); });
   }
 
   // The last norm, of so many positions; out may be x. Work of the calling thread alone.
@@ -74,11 +72,7 @@ class StageRows {
   // Floats of working memory, for so many positions of all rows, none after number `end`.
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const {
     return visit([&](const auto& model, const auto&) {
-      if constexpr (std::is_same_v<std::decay_t<decltype(model)>, cpu::TransformerStage>) {
-        return model.scratch_size(positions, 1 + end, threads);
-      } else {
-        return model.scratch_size(positions, threads);
-      }
+      return model.scratch_size(positions, 1 + end, threads);
     });
   }
 

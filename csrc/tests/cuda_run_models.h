@@ -10,6 +10,7 @@
 #include "cpu/mamba2_stage.h"
 #include "cpu/run.h"
 #include "cpu/transformer_stage.h"
+#include "cuda/stage_step.h"
 #include "pack.h"
 
 namespace mblm::test {
@@ -140,28 +141,30 @@ inline void fill(Store& store, const Sizes& sizes, cpu::Mamba2Stage& stage) {
 
 // A cache of so many rows, laid out as the package's are, in which `filled` numbers stand for what
 // came before: of a Transformer, one position.
-inline cpu::TransformerState make_state(Store& store, const cpu::TransformerStage& stage,
-                                        int64_t rows, int64_t capacity, bool has_rotary = true) {
+inline std::vector<cuda::TransformerRow> make_state(Store& store,
+                                                    const cpu::TransformerStage& stage,
+                                                    int64_t rows, int64_t capacity,
+                                                    bool has_rotary = true) {
   const int64_t of_row = stage.heads * capacity * stage.head_dim, half = stage.dim / 2;
   const int64_t layers = int64_t(stage.layers.size());
-  cpu::TransformerRow row;
-  row.position = 1;
+  cuda::TransformerRow row;
   row.capacity = capacity;
   row.keys = store.vector(layers * rows * of_row);
   row.values = store.vector(layers * rows * of_row);
   row.layer_stride = rows * of_row;
   row.delayed = store.vector(layers * 2 * rows * half);
-  row.part_stride = row.start_stride = rows * half;
+  row.part_stride = rows * half;
   float* start = store.zeros(layers * 2 * rows * half);
   std::copy_n(row.delayed, layers * 2 * rows * half, start);
   row.start_delayed = start;
   if (has_rotary) {
+    row.angles = capacity;
     row.cos = store.vector(capacity * (stage.head_dim / 2));
     row.sin = store.vector(capacity * (stage.head_dim / 2));
   }
-  cpu::TransformerState state;
+  std::vector<cuda::TransformerRow> state;
   for (int64_t i = 0; i < rows; ++i) {
-    state.rows.push_back(row);
+    state.push_back(row);
     row.keys += of_row;
     row.values += of_row;
     row.delayed += half;
@@ -171,10 +174,11 @@ inline cpu::TransformerState make_state(Store& store, const cpu::TransformerStag
 }
 
 template <class Stage>
-cpu::MambaState make_mamba_state(Store& store, const Stage& stage, int64_t rows, int64_t channels) {
+std::vector<cuda::MambaRow> make_mamba_state(Store& store, const Stage& stage, int64_t rows,
+                                             int64_t channels) {
   const int64_t layers = int64_t(stage.layers.size());
   const int64_t ssm = stage.inner * stage.states, window = (stage.taps - 1) * channels;
-  cpu::MambaRow row;
+  cuda::MambaRow row;
   row.ssm = store.vector(layers * rows * ssm);
   row.window = store.vector(layers * rows * window);
   row.ssm_stride = rows * ssm;
@@ -185,9 +189,9 @@ cpu::MambaState make_mamba_state(Store& store, const Stage& stage, int64_t rows,
   std::copy_n(row.window, layers * rows * window, start_window);
   row.start_ssm = start_ssm;
   row.start_window = start_window;
-  cpu::MambaState state;
+  std::vector<cuda::MambaRow> state;
   for (int64_t i = 0; i < rows; ++i) {
-    state.rows.push_back(row);
+    state.push_back(row);
     row.ssm += ssm;
     row.window += window;
     row.start_ssm += ssm;
@@ -196,13 +200,13 @@ cpu::MambaState make_mamba_state(Store& store, const Stage& stage, int64_t rows,
   return state;
 }
 
-inline cpu::MambaState make_state(Store& store, const cpu::Mamba1Stage& stage, int64_t rows,
-                                  int64_t) {
+inline std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba1Stage& stage,
+                                              int64_t rows, int64_t) {
   return make_mamba_state(store, stage, rows, stage.inner);
 }
 
-inline cpu::MambaState make_state(Store& store, const cpu::Mamba2Stage& stage, int64_t rows,
-                                  int64_t) {
+inline std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba2Stage& stage,
+                                              int64_t rows, int64_t) {
   return make_mamba_state(store, stage, rows, stage.inner + 2 * stage.states);
 }
 

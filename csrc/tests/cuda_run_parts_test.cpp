@@ -11,6 +11,7 @@
 #include "cuda/decode_scan.cu"
 #include "cuda/stage_step.cpp"
 #include "cuda_run_models.h"
+#include "torch/bound_rows.h"
 
 using namespace mblm;
 using test::Store;
@@ -124,13 +125,16 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
   const float* inputs = numbers.vector(kSteps * rows * sizes.dim);
   const auto on_cpu = [&] {
     Store store;
-    auto state = test::make_state(store, cpu_stage, rows, kCapacity);
+    const auto state = test::make_state(store, cpu_stage, rows, kCapacity);
+    const auto bound = bind_rows(cpu_stage, state, std::vector<int64_t>(rows, 1));
+    auto bound_rows = bound.rows(1);
     std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
-    std::vector<float> scratch(cpu_stage.scratch_size(state, 1, 1));
+    std::vector<float> scratch(cpu_stage.scratch_size(rows, kCapacity, 1));
     for (int64_t n = 0; n < kSteps; ++n) {
       float* const x = outputs.data() + n * rows * sizes.dim;
-      cpu_stage.normalize(cpu_stage.prefill(worker(), state, 1, x, scratch.data()), rows, x);
-      for (auto& row : state.rows) row.advance(1);
+      bound.stage().prefill(worker(), bound_rows, x, scratch.data());
+      cpu_stage.normalize(x, rows, x);
+      for (auto& row : bound_rows) row.advance(1);
     }
     return outputs;
   }();
@@ -141,7 +145,7 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     std::vector<float> workspace(cuda::workspace_size(stage, rows), NAN);
     for (int64_t n = 0; n < kSteps; ++n) {
       const std::vector<int64_t> positions(rows, 1 + n);
-      CHECK(!cuda::step(stage, state.rows[0],
+      CHECK(!cuda::step(stage, state[0],
                         {rows, true, nullptr, positions.data(), kCapacity,
                          outputs.data() + n * rows * sizes.dim, workspace.data()},
                         nullptr));

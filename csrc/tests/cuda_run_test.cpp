@@ -13,6 +13,7 @@
 #include "cuda/run.cpp"
 #include "cuda/stage_step.cpp"
 #include "cuda_run_models.h"
+#include "torch/bound_rows.h"
 
 using namespace mblm;
 using test::Store;
@@ -87,8 +88,9 @@ Left on_cpu(const Model& model, int64_t rows, int64_t bytes, const float* unifor
     std::visit(
         [&](const auto& stage) {
           using Stage = std::decay_t<decltype(stage)>;
-          auto state = test::make_state(store, stage, rows, kCapacity);
-          bound.push_back(std::make_unique<cpu::BoundStageOf<Stage>>(stage, std::move(state)));
+          const auto state = test::make_state(store, stage, rows, kCapacity);
+          bound.push_back(std::make_unique<cpu::BoundStageOf<Stage>>(
+              bind_rows(stage, state, std::vector<int64_t>(rows, 1))));
         },
         model.stages[n]);
     run.stages[n].model = bound.back().get();
@@ -168,13 +170,13 @@ struct OnDevice {
   }
 
   static cuda::AnyModel bind(Store& store, const cpu::TransformerStage& stage, int64_t rows) {
-    return cuda::ModelOnDevice<cpu::TransformerStage, cpu::TransformerRow>{
-        &stage, test::make_state(store, stage, rows, kCapacity).rows[0]};
+    return cuda::ModelOnDevice<cpu::TransformerStage, cuda::TransformerRow>{
+        &stage, test::make_state(store, stage, rows, kCapacity)[0]};
   }
   template <class Stage>
   static cuda::AnyModel bind(Store& store, const Stage& stage, int64_t rows) {
-    return cuda::ModelOnDevice<Stage, cpu::MambaRow>{
-        &stage, test::make_state(store, stage, rows, kCapacity).rows[0]};
+    return cuda::ModelOnDevice<Stage, cuda::MambaRow>{
+        &stage, test::make_state(store, stage, rows, kCapacity)[0]};
   }
 
   // The stages above the local one, which see that `length` bytes are complete.

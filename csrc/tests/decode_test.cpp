@@ -112,76 +112,6 @@ void check_product(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_
   }
 }
 
-// However they are shared, and with whomever a row is, products in halves have the same bits.
-template <class W>
-void check_halves(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_t rows) {
-  test::Numbers numbers;
-  const auto x = numbers.vector<float>(rows * inputs), bias = numbers.vector<float>(outputs);
-  const auto residual = numbers.vector<float>(rows * outputs);
-  const std::vector<float> scale(outputs, sizeof(W) == 1 ? 0.01f : 1.f);
-  std::vector<W> weight(outputs * inputs);
-  for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
-  const auto packed = test::pack_in_halves(weight, outputs, inputs);
-  const bool scaled = type == cpu::WeightType::kInt8;
-  cpu::Matrix matrix{outputs,    inputs, type, packed.data(), scaled ? scale.data() : nullptr,
-                     bias.data()};
-  matrix.is_halved = true;
-  const auto multiply = [&](int64_t threads, int64_t first, int64_t count) {
-    std::vector<float> out(residual.begin() + first * outputs,
-                           residual.begin() + (first + count) * outputs);
-    with_team(threads, [&](const cpu::Worker& worker) {
-      cpu::multiply(worker, matrix, x.data() + first * inputs, count, out.data(), cpu::Then::kStore,
-                    out.data());
-    });
-    return out;
-  };
-  const auto out = multiply(1, 0, rows);
-  for (int64_t i = 0; i < rows * outputs; ++i) {
-    const int64_t row = i / outputs, column = i % outputs;
-    double sum = 0, size = 0;
-    for (int64_t k = 0; k < inputs; ++k) {
-      const double term =
-          double(x[row * inputs + k]) * float(weight[column * inputs + k]) * scale[column];
-      sum += term;
-      size += std::fabs(term);
-    }
-    CHECK(std::fabs(out[i] - (sum + bias[column] + residual[i])) <=
-          1e-5 + 1.2 * test::kDotTolerance<W> * size);
-  }
-  CHECK(multiply(2, 0, rows) == out);
-  CHECK(multiply(3, 0, rows) == out);
-  CHECK(std::equal(out.end() - outputs, out.end(), multiply(1, rows - 1, 1).begin()));
-
-  std::vector<float> sums[2], added[2];
-  with_team(2, [&](const cpu::Worker& worker) {
-    const int64_t half = inputs / 2;
-    std::vector<float> own;  // (rows, half)
-    for (int64_t row = 0; row < rows; ++row) {
-      const auto first = x.begin() + row * inputs + worker.index * half;
-      own.insert(own.end(), first, first + half);
-    }
-    sums[worker.index].resize(rows * outputs);
-    cpu::multiply_half(worker, matrix, worker.index, own.data(), rows, sums[worker.index].data());
-    worker.wait();
-    added[worker.index] = residual;
-    float* const to = added[worker.index].data();
-    cpu::add_halves(matrix, sums[0].data(), sums[1].data(), rows, to, to);
-  });
-  for (const auto& one : added) CHECK(one == out);
-}
-
-void multiplies_halves_of_the_inputs() {
-  for (const int64_t inputs : {2, 32, 90, 256}) {
-    for (const int64_t outputs : {1, 17, 200}) {
-      for (const int64_t rows : {1, 3}) {
-        check_halves<float>(cpu::WeightType::kFloat32, inputs, outputs, rows);
-        check_halves<cpu::BFloat16>(cpu::WeightType::kBFloat16, inputs, outputs, rows);
-        check_halves<int8_t>(cpu::WeightType::kInt8, inputs, outputs, rows);
-      }
-    }
-  }
-}
-
 void multiplies_packed_weights() {
   for (const int64_t inputs : {1, 31, 32, 100}) {
     for (const int64_t outputs : {1, 17, 200}) {
@@ -252,7 +182,6 @@ int main() {
   erf_and_what_is_made_of_it();
   a_team_shares_every_item_once_and_waits();
   multiplies_packed_weights();
-  multiplies_halves_of_the_inputs();
   every_instruction_set_that_the_machine_has();
   samples_what_the_filters_keep();
   return test::result();

@@ -29,20 +29,4 @@ inline std::vector<int8_t> pack(const std::vector<int8_t>& rows, int64_t outputs
   return tiles;
 }
 
-// The same, what the first half of the inputs is multiplied with before that of the second.
-template <class W>
-std::vector<W> pack_in_halves(const std::vector<W>& rows, int64_t outputs, int64_t inputs) {
-  std::vector<W> result;
-  for (const int64_t begin : {int64_t(0), inputs / 2}) {
-    std::vector<W> half;
-    for (int64_t output = 0; output < outputs; ++output) {
-      const auto first = rows.begin() + output * inputs + begin;
-      half.insert(half.end(), first, first + inputs / 2);
-    }
-    const std::vector<W> packed = pack(half, outputs, inputs / 2);
-    result.insert(result.end(), packed.begin(), packed.end());
-  }
-  return result;
-}
-
 }  // namespace mblm::test

@@ -24,7 +24,6 @@ constexpr auto kNever = cpu::Team::Clock::time_point::max();
 
 // Of matrices.
 cpu::WeightType weight_type = cpu::WeightType::kFloat32;
-bool has_halves = false;  // those that can be cut so
 
 // Random weights that live as long as the stages that point to them.
 class Weights {
@@ -35,9 +34,8 @@ class Weights {
     return values.data();
   }
 
-  cpu::Matrix matrix(int64_t outputs, int64_t inputs, bool may_be_halved = false) {
+  cpu::Matrix matrix(int64_t outputs, int64_t inputs) {
     cpu::Matrix matrix;
-    matrix.is_halved = may_be_halved && has_halves;
     matrix.outputs = outputs;
     matrix.inputs = inputs;
     matrix.type = weight_type;
@@ -47,8 +45,7 @@ class Weights {
     } else {
       std::vector<int8_t> rows(outputs * inputs);
       for (int8_t& value : rows) value = int8_t(127 * numbers_.next());
-      kept_bytes_.push_back(matrix.is_halved ? test::pack_in_halves(rows, outputs, inputs)
-                                             : test::pack(rows, outputs, inputs));
+      kept_bytes_.push_back(test::pack(rows, outputs, inputs));
       matrix.weight = kept_bytes_.back().data();
       matrix.scale = vector(outputs, 0.3 / 127);
     }
@@ -70,9 +67,9 @@ cpu::TransformerStage make_stage(Weights& weights, const cpu::TransformerStage&)
   const int64_t width = kHeads * kHeadDim;
   for (int64_t layer = 0; layer < kLayers; ++layer) {
     stage.layers.push_back({weights.vector(kDim), weights.matrix(width, kDim),
-                            weights.matrix(2 * width, kDim), weights.matrix(kDim, width, true),
+                            weights.matrix(2 * width, kDim), weights.matrix(kDim, width),
                             weights.vector(kDim), weights.matrix(kInner, kDim),
-                            weights.matrix(kDim, kInner, true)});
+                            weights.matrix(kDim, kInner)});
   }
   return stage;
 }
@@ -139,26 +136,34 @@ void on_team(int64_t threads, Function function) {
   for (std::thread& other : others) other.join();
 }
 
-// A row's empty cache, cut from zeros.
-void add_row(Weights& zeros, cpu::TransformerState& state) {
-  const int64_t capacity = 1 + std::max(kPatch, kPatches);
-  const int64_t of_layer = kHeads * capacity * kHeadDim;
-  cpu::TransformerRow row;
-  row.capacity = capacity;
-  row.position = 1;
-  row.keys = zeros.vector(kLayers * of_layer, 0);
-  row.values = zeros.vector(kLayers * of_layer, 0);
-  row.layer_stride = of_layer;
-  row.delayed = zeros.vector(kLayers * kDim, 0);
-  row.part_stride = row.start_stride = kDim / 2;
-  row.start_delayed = zeros.vector(kLayers * kDim, 0);
-  state.rows.push_back(row);
+// Of a row's cache.
+constexpr int64_t kPage = cpu::kPagePositions, kPages = 2, kMorePositions = 8;
+
+template <class Row>
+using Rows = std::vector<cpu::BoundRow<Row>>;
+
+// A row without positions, its cache cut from zeros.
+void add_row(Weights& zeros, Rows<cpu::TransformerRow>& rows) {
+  const int64_t delayed = kLayers * kDim, of_page = kLayers * kHeads * kPage * kHeadDim;
+  cpu::BoundRow<cpu::TransformerRow>& bound = rows.emplace_back();
+  for (int64_t page = 0; page < 2 * kPages; ++page) bound.pages.push_back(zeros.vector(of_page, 0));
+  bound.row.position = 1;
+  bound.row.keys = bound.pages.data();
+  bound.row.values = bound.pages.data() + kPages;
+  bound.row.layer_stride = kHeads * kPage * kHeadDim;
+  bound.row.head_stride = kPage * kHeadDim;
+  bound.row.delayed = zeros.vector(delayed, 0);
+  bound.row.part_stride = kDim / 2;
+  bound.start = {{zeros.vector(delayed, 0), bound.row.delayed, delayed}};
 }
 
-void add_row(Weights& zeros, cpu::MambaState& state) {
+void add_row(Weights& zeros, Rows<cpu::MambaRow>& rows) {
   const int64_t ssm = kInner * kStates, window = (kTaps - 1) * (kInner + 2 * kStates);
-  state.rows.push_back({zeros.vector(kLayers * ssm, 0), zeros.vector(kLayers * window, 0), ssm,
-                        window, zeros.vector(kLayers * ssm, 0), zeros.vector(kLayers * window, 0)});
+  const int64_t of_ssm = kLayers * ssm, of_window = kLayers * window;
+  cpu::MambaRow& row = rows.emplace_back().row;
+  row = {1, zeros.vector(of_ssm, 0), zeros.vector(of_window, 0), ssm, window};
+  rows.back().start = {{zeros.vector(of_ssm, 0), row.ssm, of_ssm},
+                       {zeros.vector(of_window, 0), row.window, of_window}};
 }
 
 // What a run leaves of a row.
@@ -211,15 +216,15 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
   cpu::Run run;
   for (const int64_t patch_size : kPatchSizes) {
     const Stage& stage = stages.emplace_back(make_stage(weights, Stage()));
-    typename Stage::State state;
-    for (size_t row = 0; row < rows; ++row) add_row(zeros, state);
+    Rows<typename Stage::Row> cache;
+    for (size_t row = 0; row < rows; ++row) add_row(zeros, cache);
     run.stages.push_back(make_part(weights, zeros, patch_size, run.stages.empty(), rows));
     for (size_t row = 0; row < rows && patch_size == kPatch; ++row) {
       const int64_t taken_in = std::max<int64_t>(pending[row] - 1, 0);
-      state.rows[row].advance(taken_in);
+      cache[row].row.advance(taken_in);
       run.stages.back().rows[row].position = taken_in;
     }
-    run.stages.back().model = &bound.emplace_back(stage, state);
+    run.stages.back().model = &bound.emplace_back(stage, std::move(cache), kPages * kPage);
   }
   run.to_logits = weights.matrix(kVocabulary, kDim);
   run.sampling.top_k = 5;
@@ -262,47 +267,61 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
   return left;
 }
 
-// Outputs (rows, positions, dim) of a stage that takes in the same positions in pieces, the last
-// row being one position behind the others.
+// What a stage gives for the same positions of each row, taken in over some calls: calls[i][row] of
+// them in the i-th. The last row's first position is the last of a page.
 template <class Stage>
-std::vector<float> take_in(const std::vector<int64_t>& pieces, int64_t threads) {
-  constexpr int64_t kRows = 3, kPositions = 5;
+std::vector<std::vector<float>> take_in(const std::vector<std::vector<int64_t>>& calls,
+                                        int64_t threads) {
   Weights weights, zeros;
-  const Stage stage = make_stage(weights, Stage());
-  typename Stage::State state;
-  for (int64_t row = 0; row < kRows; ++row) add_row(zeros, state);
-  state.rows.back().advance(-1);
-  std::vector<float> outputs(kRows * kPositions * kDim);
-  const float* inputs = weights.vector(kRows * kPositions * kDim);
-  int64_t first = 0;
-  for (const int64_t count : pieces) {
-    std::vector<float> x(kRows * count * kDim);
-    for (int64_t row = 0; row < kRows; ++row) {
-      std::copy_n(inputs + (row * kPositions + first) * kDim, count * kDim,
-                  x.data() + row * count * kDim);
-    }
-    std::vector<float> scratch(stage.scratch_size(state, count, threads));
-    on_team(threads, [&](const cpu::Worker& worker) {
-      const float* out = stage.prefill(worker, state, count, x.data(), scratch.data());
-      if (worker.is_last()) stage.normalize(out, kRows * count, x.data());
-    });
-    for (int64_t row = 0; row < kRows; ++row) {
-      std::copy_n(x.data() + row * count * kDim, count * kDim,
-                  outputs.data() + (row * kPositions + first) * kDim);
-      state.rows[row].advance(count);
-    }
-    first += count;
+  Stage stage = make_stage(weights, Stage());
+  const size_t count = calls.front().size();
+  Rows<typename Stage::Row> cache;
+  for (size_t row = 0; row < count; ++row) add_row(zeros, cache);
+  cache.back().row.advance(kPage - 2);
+  if constexpr (requires { stage.cos; }) {
+    stage.cos = weights.vector(kPages * kPage * kHeadDim / 2);
+    stage.sin = weights.vector(kPages * kPage * kHeadDim / 2);
   }
-  CHECK(first == kPositions);
+  std::vector<const float*> inputs;
+  for (size_t row = 0; row < count; ++row) inputs.push_back(weights.vector(kMorePositions * kDim));
+  std::vector<std::vector<float>> outputs(count);
+  for (const std::vector<int64_t>& counts : calls) {
+    std::vector<typename Stage::Row> rows;
+    std::vector<size_t> which;
+    std::vector<float> x;
+    for (size_t row = 0; row < count; ++row) {
+      if (counts[row] == 0) continue;
+      which.push_back(row);
+      rows.push_back(cache[row].row);
+      rows.back().count = counts[row];
+      const float* from = inputs[row] + outputs[row].size();
+      x.insert(x.end(), from, from + counts[row] * kDim);
+    }
+    const int64_t positions = int64_t(x.size()) / kDim;
+    std::vector<float> scratch(stage.scratch_size(positions, kPages * kPage, threads));
+    on_team(threads, [&](const cpu::Worker& worker) {
+      stage.prefill(worker, rows, x.data(), scratch.data());
+      if (worker.is_last()) stage.normalize(x.data(), positions, x.data());
+    });
+    auto from = x.begin();
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto end = from + rows[i].count * kDim;
+      outputs[which[i]].insert(outputs[which[i]].end(), from, end);
+      cache[which[i]].row.advance(rows[i].count);
+      from = end;
+    }
+  }
   return outputs;
 }
 
 template <class Stage>
 void positions_at_once_have_the_bits_of_steps() {
-  const auto steps = take_in<Stage>({1, 1, 1, 1, 1}, 1);
+  const auto steps = take_in<Stage>(std::vector(5, std::vector<int64_t>(3, 1)), 1);
   for (const int64_t threads : {1, 2, 3}) {
-    for (const auto& pieces : {std::vector<int64_t>{5}, {2, 3}, {1, 4}, {4, 1}}) {
-      CHECK(take_in<Stage>(pieces, threads) == steps);
+    using Calls = std::vector<std::vector<int64_t>>;
+    for (const Calls& calls :
+         {Calls{{5, 5, 5}}, Calls{{2, 1, 4}, {3, 4, 1}}, Calls{{0, 3, 1}, {5, 0, 0}, {0, 2, 4}}}) {
+      CHECK(take_in<Stage>(calls, threads) == steps);
     }
   }
 }
@@ -337,15 +356,12 @@ void a_crowded_team_changes_no_bit() {
 }
 
 int main() {
-  for (const bool halves : {true, false}) {
-    has_halves = halves;
-    for (const auto type : {cpu::WeightType::kInt8, cpu::WeightType::kFloat32}) {
-      weight_type = type;
-      positions_at_once_have_the_bits_of_steps<cpu::TransformerStage>();
-      a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
-      a_run_in_pieces_changes_no_bit<cpu::TransformerStage>();
-      a_crowded_team_changes_no_bit<cpu::TransformerStage>();
-    }
+  for (const auto type : {cpu::WeightType::kInt8, cpu::WeightType::kFloat32}) {
+    weight_type = type;
+    positions_at_once_have_the_bits_of_steps<cpu::TransformerStage>();
+    a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
+    a_run_in_pieces_changes_no_bit<cpu::TransformerStage>();
+    a_crowded_team_changes_no_bit<cpu::TransformerStage>();
   }
   positions_at_once_have_the_bits_of_steps<cpu::Mamba1Stage>();
   positions_at_once_have_the_bits_of_steps<cpu::Mamba2Stage>();

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "bound_rows.h"
 #include "common.h"
 #include "decoding_team.h"
 #include "stage_state.h"
@@ -151,9 +152,10 @@ void BoundRun::bind_model(size_t n, const std::vector<int64_t>& ends) {
         TORCH_CHECK_VALUE(size <= left.size(), "state must hold more than ", given_.state.size(),
                           " tensors");
         next_tensor_ += size;
-        typename Model::State bound;
-        sizes_ = bind_groups(model, left.slice(0, size), firsts, counts, num_rows_, bound);
-        models_.push_back(std::make_unique<cpu::BoundStageOf<Model>>(model, std::move(bound)));
+        const auto groups = bind_groups(model, left.slice(0, size), firsts, counts, num_rows_);
+        sizes_ = groups.sizes;
+        models_.push_back(std::make_unique<cpu::BoundStageOf<Model>>(
+            mblm::bind_rows(model, groups.rows, groups.positions)));
       },
       hierarchy_.stages[n]->stage);
   run_.stages[n].model = models_.back().get();

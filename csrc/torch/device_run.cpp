@@ -72,11 +72,11 @@ class Binder {
 
 template <class Row>
 cuda::AnyModel any_model(const cpu::TransformerStage& model, const Row& row) {
-  return cuda::ModelOnDevice<cpu::TransformerStage, cpu::TransformerRow>{&model, row};
+  return cuda::ModelOnDevice<cpu::TransformerStage, cuda::TransformerRow>{&model, row};
 }
 template <class Model>
-cuda::AnyModel any_model(const Model& model, const cpu::MambaRow& row) {
-  return cuda::ModelOnDevice<Model, cpu::MambaRow>{&model, row};
+cuda::AnyModel any_model(const Model& model, const cuda::MambaRow& row) {
+  return cuda::ModelOnDevice<Model, cuda::MambaRow>{&model, row};
 }
 
 }  // namespace
@@ -137,16 +137,15 @@ c10::intrusive_ptr<DeviceRun> device_run(const c10::intrusive_ptr<Hierarchy>& hi
     const Group state = list.group(counts[n]);
     std::visit(
         [&](const auto& model) {
-          typename std::decay_t<decltype(model)>::State bound;
-          bind(model, state, 0, 1 + stage.limit, bound, device);
-          TORCH_CHECK_VALUE(int64_t(bound.rows.size()) == run.rows, "state must have ", run.rows,
-                            " rows, got ", bound.rows.size());
+          const auto rows = bind(model, state, 0, 1 + stage.limit, device);
+          TORCH_CHECK_VALUE(int64_t(rows.size()) == run.rows, "state must have ", run.rows,
+                            " rows, got ", rows.size());
           if constexpr (std::is_same_v<std::decay_t<decltype(model)>, cpu::TransformerStage>) {
-            TORCH_CHECK_VALUE(n == 0 || bound.rows[0].start_delayed, "state must tell the start's");
+            TORCH_CHECK_VALUE(n == 0 || rows[0].start_delayed, "state must tell the start's");
           } else {
-            TORCH_CHECK_VALUE(n == 0 || bound.rows[0].start_ssm, "state must tell the start's");
+            TORCH_CHECK_VALUE(n == 0 || rows[0].start_ssm, "state must tell the start's");
           }
-          stage.model = any_model(model, bound.rows[0]);
+          stage.model = any_model(model, rows[0]);
         },
         hierarchy->stages[n]->stage);
     stage.workspace = allocate(

@@ -4,6 +4,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "bound_rows.h"
 #include "common.h"
 #include "cuda/decode_product.h"
 #include "cuda/stage_step.h"
@@ -27,8 +28,8 @@ Tensor copy_of_input(const Tensor& x, int64_t dim, const c10::Device& device) {
 
 // x (rows, S, dim), a position at a time. Several caches come one after the other: their rows lie
 // apart.
-template <class Model>
-Tensor prefill_on_gpu(const Model& model, const typename Model::State& state,
+template <class Model, class Row>
+Tensor prefill_on_gpu(const Model& model, const std::vector<Row>& state,
                       const std::vector<int64_t>& sizes, const std::vector<int64_t>& positions,
                       const Tensor& x) {
   const c10::DeviceGuard device(x.device());
@@ -47,9 +48,8 @@ Tensor prefill_on_gpu(const Model& model, const typename Model::State& state,
     for (int64_t n = 0; n < x.size(1); ++n) {
       if (n > 0) at.add_(1);
       step.x = values.mutable_data_ptr<float>() + (n * x.size(0) + first) * model.dim;
-      launch(x.device(), [&](cuda::Stream stream) {
-        return cuda::step(model, state.rows[first], step, stream);
-      });
+      launch(x.device(),
+             [&](cuda::Stream stream) { return cuda::step(model, state[first], step, stream); });
     }
   }
   return values.transpose(0, 1).contiguous();
@@ -98,21 +98,22 @@ Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
         Tensor out = copy_of_input(x, model.dim, device);
         const int64_t rows = out.size(0), count = out.size(1);
         const int64_t threads = threads_for(rows * count * model.weights());
-        typename std::decay_t<decltype(model)>::State bound;
         const std::vector<int64_t> counts(positions.size(), count);
-        const std::vector<int64_t> sizes =
-            bind_groups(model, state, positions, counts, rows, bound, device);
+        const auto groups = bind_groups(model, state, positions, counts, rows, device);
         if constexpr (kCuda) {
-          if (on_gpu(out)) return prefill_on_gpu(model, bound, sizes, positions, out);
+          if (on_gpu(out)) return prefill_on_gpu(model, groups.rows, groups.sizes, positions, out);
         }
-        const int64_t floats = model.scratch_size(bound, count, threads);
+        const auto bound = bind_rows(model, groups.rows, groups.positions);
+        const auto bound_rows = bound.rows(count);
+        const int64_t end = *std::max_element(positions.begin(), positions.end()) + count;
+        const int64_t floats = model.scratch_size(rows * count, end, threads);
         const auto scratch = std::make_unique_for_overwrite<float[]>(floats);
         float* values = out.mutable_data_ptr<float>();
         with_team(threads, [&](const cpu::Worker& worker) {
-          const float* x = model.prefill(worker, bound, count, values, scratch.get());
+          bound.stage().prefill(worker, bound_rows, values, scratch.get());
           worker.share(rows * count, 16, [&](int64_t begin, int64_t end) {
             const int64_t first = begin * model.dim;
-            model.normalize(x + first, end - begin, values + first);
+            model.normalize(values + first, end - begin, values + first);
           });
         });
         return out;

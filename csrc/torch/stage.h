@@ -49,7 +49,7 @@ class Weights {
   // A float32 tensor of one value, wherever it is.
   float number();
   // outputs of -1 stands for any number.
-  cpu::Matrix matrix(int64_t outputs, int64_t inputs, bool may_be_halved = false);
+  cpu::Matrix matrix(int64_t outputs, int64_t inputs);
 
  private:
   const at::Tensor& take();

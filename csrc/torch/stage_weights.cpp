@@ -43,35 +43,22 @@ float Weights::number() {
   return tensor.item<float>();
 }
 
-cpu::Matrix Weights::matrix(int64_t outputs, int64_t inputs, bool may_be_halved) {
+cpu::Matrix Weights::matrix(int64_t outputs, int64_t inputs) {
   const Tensor& weight = take();
   const bool has_tiles = weight.scalar_type() == at::kChar && !on_gpu(weight);
   cpu::Matrix matrix;
   matrix.inputs = inputs;
-  matrix.is_halved = may_be_halved && !on_gpu(weight) && weight.dim() == (has_tiles ? 5 : 3);
-  std::vector<int64_t> shape;
-  if (matrix.is_halved) {
-    TORCH_CHECK_VALUE(inputs % 2 == 0, "weights[", next_ - 1, "] must not be halved, of ", inputs,
-                      " inputs");
-    inputs /= 2;
-    shape.push_back(2);
-  }
   if (has_tiles) {
     // Its scale, which comes next, tells how many outputs the last tile is for.
     TORCH_CHECK_VALUE(next_ < tensors_.size() && tensors_[next_].dim() == 1, "weights[", next_,
                       "] must be the scale of each output of weights[", next_ - 1, "]");
     matrix.outputs = outputs == -1 ? tensors_[next_].size(0) : outputs;
     const auto tiles = [](int64_t size, int64_t of_tile) { return (size + of_tile - 1) / of_tile; };
-    for (const int64_t size :
-         {tiles(matrix.outputs, cpu::kTileOutputs), tiles(inputs, cpu::kTileInputs),
-          cpu::kTileOutputs, cpu::kTileInputs}) {
-      shape.push_back(size);
-    }
-    check(weight, shape);
+    check(weight, {tiles(matrix.outputs, cpu::kTileOutputs), tiles(inputs, cpu::kTileInputs),
+                   cpu::kTileOutputs, cpu::kTileInputs});
   } else {
-    shape.insert(shape.end(), {outputs, inputs});
-    check(weight, shape);
-    matrix.outputs = weight.size(-2);
+    check(weight, {outputs, inputs});
+    matrix.outputs = weight.size(0);
   }
   matrix.weight = weight.const_data_ptr();
   switch (weight.scalar_type()) {
@@ -122,13 +109,13 @@ c10::intrusive_ptr<Stage> transformer_stage(const std::vector<Tensor>& weights, 
                       "weights: layers must have one width");
     stage.head_dim = width / heads;
     layer.kv = list.matrix(2 * width, stage.dim);
-    layer.out = list.matrix(stage.dim, width, true);
+    layer.out = list.matrix(stage.dim, width);
     layer.feed_forward_norm = list.vector(stage.dim);
     layer.expand = list.matrix(-1, stage.dim);
     TORCH_CHECK_VALUE(
         stage.layers.empty() || layer.expand.outputs == stage.layers[0].expand.outputs,
         "weights: layers must have one inner width");
-    layer.contract = list.matrix(stage.dim, layer.expand.outputs, true);
+    layer.contract = list.matrix(stage.dim, layer.expand.outputs);
     stage.layers.push_back(layer);
   }
   TORCH_CHECK_VALUE(!on_gpu(weights[0]) || stage.head_dim <= cuda::kWidestHead,

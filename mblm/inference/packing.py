@@ -19,8 +19,6 @@ WEIGHT_TYPES = ("float32", "bfloat16", "int8")
 
 # Rows and columns of a tile, which csrc/cpu/matrix.h calls outputs and inputs.
 _TILE = (4, 64)
-# Weights of a matrix that is small: see pack_linear.
-_MOST_HALVED = 1 << 17
 
 
 def round_weight(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
@@ -33,33 +31,24 @@ def round_weight(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     return weight, NONE
 
 
-def pack_linear(
-    linear: nn.Linear, weights: str, memory: HugePages, *, may_be_halved: bool = False
-) -> list[Tensor]:
+def pack_linear(linear: nn.Linear, weights: str, memory: HugePages) -> list[Tensor]:
     """Weight, int8's scales ``(N,)`` and bias ``(N,)``, as compiled code reads them.
 
-    What there is not is `NONE`. A float32 weight is the layer's own unless it is halved,
-    others are kept in ``memory``. A weight is ``(N, K)``; int8 on a CPU is cut into tiles, which
-    are filled up with zeros: ``(ceil(N / 4), ceil(K / 64), 4, 64)``. What int8 weights are
-    multiplied with is rounded to 16 bits, one scale per row, so that sums of integers are exact.
-
-    A small weight on a CPU is halved if it may be: ``(2, N, K / 2)``, or as many tiles as that
-    takes. Two threads that each add up a half of the inputs wait for each other less often; where
-    there is more to add up, that is no gain.
+    What there is not is `NONE`. A float32 weight is the layer's own, others are kept in
+    ``memory``. A weight is ``(N, K)``; int8 on a CPU is cut into tiles, which are filled up with
+    zeros: ``(ceil(N / 4), ceil(K / 64), 4, 64)``. What int8 weights are multiplied with is rounded
+    to 16 bits, one scale per row, so that sums of integers are exact.
     """
     weight, scale = round_weight(linear.weight.detach(), weights)
-    if not is_on_gpu(weight):
-        if may_be_halved and weight.numel() <= _MOST_HALVED and weight.shape[1] % 32 == 0:
-            weight = torch.stack(weight.chunk(2, dim=1))
-        if weights == "int8":
-            weight = _in_tiles(weight)
+    if weights == "int8" and not is_on_gpu(weight):
+        weight = _in_tiles(weight)
     if weights != "float32":
         weight = memory.keep(weight)
     return [weight, scale, NONE if linear.bias is None else linear.bias.detach()]
 
 
 def _in_tiles(weight: Tensor) -> Tensor:
-    (n, k), (rows, columns) = weight.shape[-2:], _TILE
+    (n, k), (rows, columns) = weight.shape, _TILE
     filled = nn.functional.pad(weight, (0, -k % columns, 0, -n % rows))
     tiles = filled.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
     return tiles.transpose(-3, -2).contiguous()

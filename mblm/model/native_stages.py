@@ -36,10 +36,10 @@ def native_transformer(stage: "TransformerDecoder", weights: str) -> Any:
         tensors.append(attention.norm.g)
         tensors += pack_linear(attention.to_q, weights, memory)
         tensors += pack_linear(attention.to_kv, weights, memory)
-        tensors += pack_linear(attention.to_out, weights, memory, may_be_halved=True)
+        tensors += pack_linear(attention.to_out, weights, memory)
         tensors.append(norm.g)
         tensors += pack_linear(expand, weights, memory)
-        tensors += pack_linear(contract, weights, memory, may_be_halved=True)
+        tensors += pack_linear(contract, weights, memory)
     return torch.ops.mblm.transformer_stage(_detached(tensors), stage.num_heads)
 
 

@@ -30,25 +30,6 @@ def test_int8_weights_lie_in_tiles_of_4_rows_and_64_columns(n: int, k: int) -> N
     assert torch.equal(as_rows(tiles, n, k), rows)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(
-    ("n", "k", "is_halved"), [(3, 64, True), (3, 48, False), (128, 1024, True), (256, 1024, False)]
-)
-def test_small_weights_are_halved_where_they_may_be(
-    weights: str, n: int, k: int, is_halved: bool
-) -> None:
-    linear = torch.nn.Linear(k, n)
-    (whole, *_), (weight, *_) = (
-        pack_linear(linear, weights, HugePages(), may_be_halved=may) for may in (False, True)
-    )
-    if not is_halved:
-        assert torch.equal(weight, whole)
-        return
-    rows, _ = round_weight(linear.weight.detach(), weights)  # a scale is that of whole rows
-    for half, columns in zip(weight, rows.chunk(2, dim=1), strict=True):
-        assert torch.equal(as_rows(half, n, k // 2) if weights == "int8" else half, columns)
-
-
 @needs_native
 @pytest.mark.parametrize("n", [1, 3, 4, 17, 130])
 @pytest.mark.parametrize("k", [1, 63, 64, 65, 5000])
