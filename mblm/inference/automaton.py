@@ -113,6 +113,10 @@ class Automaton:
         """Whether what was read so far is accepted."""
         return state >= 0 and int(self.distance[state]) == 0
 
+    def is_complete(self, state: int) -> bool:
+        """Whether what was read so far is accepted, and nothing may follow."""
+        return self.accepts(state) and not self.allowed(state, len(self.next)).any()
+
     def allowed(self, state: int, left: int) -> Tensor:
         """The tokens that may come, ``(V,)`` bool, with ``left`` tokens to come, these included.
 

@@ -39,25 +39,13 @@ class Draws:
         self._lock = threading.Lock()
         self._first = 0  # which numbers are kept first
         self._kept: list[Tensor] = []
-        self._next = [0] * lanes  # per lane, which numbers come next
-        self._in_use: set[int] = set()
+        self._next = [0] * lanes  # per lane, the first numbers that may be asked for
+        self._serving: list[Lane | None] = [None] * lanes
         self._waited_for = set(range(lanes))
 
-    def enter(self, lane: int) -> int:
-        """Have a lane serve a row; returns which numbers come first.
-
-        Raises:
-            ValueError: See `check_free`.
-        """
-        with self._lock:
-            self.check_free(lane)
-            self._in_use.add(lane)
-            self._waited_for.add(lane)
-            return self._next[lane]
-
-    def check_free(self, lane: int) -> None:
-        """Refuse a lane that serves a row, or has missed numbers that are kept no longer."""
-        if lane in self._in_use:
+    def check_free(self, lane: int, instead_of: "Lane | None" = None) -> None:
+        """Refuse a lane that serves another row, or has missed numbers that are kept no longer."""
+        if self._serving[lane] not in (None, instead_of):
             raise ValueError(f"lane: {lane} of these draws serves another row")
         if self._next[lane] < self._first:
             raise ValueError(
@@ -65,33 +53,63 @@ class Draws:
                 f"others have gone on to {self._first}"
             )
 
-    def leave(self, lane: int, n: int) -> None:
-        """The lane serves its row no longer, and would go on with the n-th numbers."""
-        with self._lock:
-            self._next[lane] = n
-            self._in_use.discard(lane)
-            self._waited_for.discard(lane)
-            self._forget()
+    def enter(self, lane: int, instead_of: "Lane | None" = None) -> "Lane":
+        """Have a lane serve a row, maybe instead of another.
 
-    def numbers(self, lane: int, n: int, like: Tensor) -> Tensor:
-        """The n-th numbers of a lane, ``(V,)``, for logits ``like (.., V)``.
-
-        They may be asked for again; those before may not.
+        Raises:
+            ValueError: See `check_free`.
         """
         with self._lock:
-            self._next[lane] = n
-            while n >= self._first + len(self._kept):
-                drawn = like.new_zeros(self.lanes, like.shape[-1])
-                self._kept.append(drawn.uniform_(0, 1, generator=self.generator))
-            numbers = self._kept[n - self._first][lane]
-            self._forget()
-            return numbers
+            self.check_free(lane, instead_of)
+            self._waited_for.add(lane)
+            entered = self._serving[lane] = Lane(self, lane, self._next[lane])
+            return entered
 
     def _forget(self) -> None:
         """Let go of numbers that no lane will ask for."""
         first = min((self._next[lane] for lane in self._waited_for), default=max(self._next))
-        del self._kept[: first - self._first]
+        del self._kept[: max(0, first - self._first)]
         self._first = max(first, self._first)
+
+
+class Lane:
+    """A lane of some draws while it serves a row.
+
+    Attributes:
+        begin: Which numbers come first.
+    """
+
+    def __init__(self, draws: Draws, lane: int, begin: int) -> None:
+        self.draws, self.begin = draws, begin
+        self._lane = lane
+
+    def numbers(self, n: int, like: Tensor) -> Tensor:
+        """The n-th numbers, ``(V,)``, for logits ``like (.., V)``."""
+        draws = self.draws
+        with draws._lock:
+            while n >= draws._first + len(draws._kept):
+                drawn = like.new_zeros(draws.lanes, like.shape[-1])
+                draws._kept.append(drawn.uniform_(0, 1, generator=draws.generator))
+            return draws._kept[n - draws._first][self._lane]
+
+    def pass_on(self, n: int) -> None:
+        """Numbers before the n-th are not asked for again."""
+        self._pass_on(n)
+
+    def leave(self, n: int) -> None:
+        """The lane serves the row no longer, and would go on with the n-th numbers."""
+        self._pass_on(n, leaves=True)
+
+    def _pass_on(self, n: int, leaves: bool = False) -> None:
+        draws, lane = self.draws, self._lane
+        with draws._lock:
+            if draws._serving[lane] is not self:
+                return
+            draws._next[lane] = n
+            if leaves:
+                draws._serving[lane] = None
+                draws._waited_for.discard(lane)
+            draws._forget()
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +152,11 @@ class Plan:
     stop: Automaton | None = None
     log_probs: bool = False
     pause: bool = False
+
+    @property
+    def filters(self) -> tuple[float, int, float, float]:
+        """Temperature, top_k, top_p and min_p."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
     def __post_init__(self) -> None:
         for name, lowest in (("max_tokens", 0), ("top_k", 1), ("lane", 0)):

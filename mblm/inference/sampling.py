@@ -14,8 +14,12 @@ HOTTEST = torch.finfo(torch.float32).max
 
 def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
     """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``."""
-    k = count_kept(thres, logits.shape[-1])
-    values, indices = torch.topk(logits, k)
+    return keep_highest(logits, count_kept(thres, logits.shape[-1]))
+
+
+def keep_highest(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Keep the k highest logits ``(B, V)``, the rest ``-inf``."""
+    values, indices = torch.topk(logits, min(k, logits.shape[-1]))
     return torch.full_like(logits, float("-inf")).scatter_(-1, indices, values)
 
 
@@ -24,7 +28,7 @@ def count_kept(thres: float, num_tokens: int) -> int:
     return max(int((1 - thres) * num_tokens), 1)
 
 
-def top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
+def keep_top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
     """Keep the fewest likeliest tokens whose probability reaches ``p``, the rest ``-inf``.
 
     Computed in float32 at least. Source: Holtzman et al., https://arxiv.org/abs/1904.09751,
@@ -37,6 +41,17 @@ def top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Ten
     p = max(p, torch.finfo(logits.dtype).tiny)  # with 0, the likeliest would go too
     drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, indices, before >= p)
     return logits.masked_fill(drop, float("-inf"))
+
+
+def keep_min_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
+    """Keep tokens at least ``p`` times as likely as the likeliest ``(B, V)``, the rest ``-inf``.
+
+    Computed in float32 at least. Source: Nguyen et al., https://arxiv.org/abs/2407.01082,
+    section 3.
+    """
+    logits = logits.to(sampling_dtype(logits.dtype))
+    below = (logits - logits.amax(-1, keepdim=True)) / temperature < math.log(p)
+    return logits.masked_fill(below, float("-inf"))
 
 
 def gumbel_sample(
@@ -58,6 +73,24 @@ def gumbel_sample(
     if abs(temperature) < COLDEST:
         return logits.argmax(dim=dim)
     return (logits / temperature - _log(-_log(uniform))).argmax(dim=dim)
+
+
+def sample(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> torch.Tensor:
+    """Sample ids ``(B,)`` from logits ``(B, V)`` as a plan says, with numbers ``(B, V)``."""
+    if temperature < COLDEST:
+        return logits.argmax(-1)
+    by_p = top_p > 0
+    logits = keep_top_p(logits, top_p, temperature) if by_p else keep_highest(logits, top_k)
+    if min_p > 0:
+        logits = keep_min_p(logits, min_p, temperature)
+    return gumbel_sample(logits, temperature, uniform=uniform)
 
 
 def sampling_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,5 +153,5 @@ class Sampler:
         if self.top_p is None:
             kept = top_k(logits, self.filter_thres)
         else:
-            kept = top_p(logits, self.top_p, self.temperature)
+            kept = keep_top_p(logits, self.top_p, self.temperature)
         return gumbel_sample(kept, self.temperature, generator=self.generator, uniform=uniform)

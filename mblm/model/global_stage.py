@@ -15,10 +15,13 @@ from mblm.model.plain import is_bare
 def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) -> Tensor:
     """Run a stage model on ``(B, S, D)``, to be computed again piece by piece in the backward pass.
 
-    A stage with a state (``forward_with_state``) goes in segments of positions, of which the inputs
-    and the states are kept; a Transformer layer by layer, of which the inputs are kept; any other
-    as a whole.
+    A Transformer goes layer by layer, of which the inputs are kept; another stage with a state
+    (``forward_with_state``) in segments of positions, of which the inputs and the states are kept;
+    any other as a whole.
     """
+    if getattr(model, "takes_recompute_layers", False):
+        out: Tensor = model(x, *inputs, recompute_layers=True)
+        return out
     # A hook is to see the call of the whole; FSDP's are not needed, see below.
     in_segments = is_bare(model) or getattr(model, "_is_fsdp_managed_module", False)
     if not inputs and in_segments and hasattr(model, "forward_with_state"):
@@ -33,12 +36,9 @@ def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) 
             out, state = checkpoint(run, part, state, use_reentrant=False)
             outputs.append(out)
         return torch.cat(outputs, dim=1)
-    if getattr(model, "takes_recompute_layers", False):
-        out = model(x, *inputs, recompute_layers=True)
-    else:
-        run = with_weights_of_now(model, model)
-        out = checkpoint(run, x, *inputs, use_reentrant=False)
-    return out
+    run = with_weights_of_now(model, model)
+    whole: Tensor = checkpoint(run, x, *inputs, use_reentrant=False)
+    return whole
 
 
 def _gather_for_segments(model: nn.Module) -> None:

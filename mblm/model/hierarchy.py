@@ -152,12 +152,23 @@ class Hierarchy(nn.Module):
             return module(torch.arange(first, first + count, device=self.device)), None
         return None, module.rotation(first, count)
 
-    def add_positions(self, stage: int, x: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Add a stage's positions, from ``first`` on, to its token embeddings ``(B, S, D_n)``."""
-        if self.rotates_itself(stage):
-            indices = torch.arange(first, first + x.shape[1], device=x.device)
-            rotate: Any = self.pos_embs[stage]
-            return rotate(x.unsqueeze(2), input_pos=indices.expand(x.shape[:2])).squeeze(2)
+    def add_positions(
+        self, stage: int, x: torch.Tensor, first: int | torch.Tensor = 0
+    ) -> torch.Tensor:
+        """Add a stage's positions, from ``first`` on, to its token embeddings ``(B, S, D_n)``.
+
+        ``first`` is one for all rows, or that of each, ``(B,)`` int64.
+        """
+        kind = self._position_kind(stage)
+        if kind is None:
+            return x
+        if isinstance(first, torch.Tensor) or self.rotates_itself(stage):
+            firsts = torch.as_tensor(first, device=x.device).reshape(-1, 1)
+            indices = (firsts + torch.arange(x.shape[1], device=x.device)).expand(x.shape[:2])
+            module: Any = self.pos_embs[stage]
+            if kind == "fixed":
+                return x + module(indices)
+            return module(x.unsqueeze(2), input_pos=indices).squeeze(2)
         positions, rotation = self.positions(stage, first, x.shape[1])
         if positions is not None:
             return x + positions

@@ -1,7 +1,6 @@
 """What both Mamba stage models have in common: the run of their layers, a state, a convolution."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,21 +10,12 @@ from torch import Tensor, nn
 from mblm.inference.stage_cache import ReplayCache, StageCache
 from mblm.model.mamba_cache import MambaCache
 from mblm.model.plain import Part, is_plain, keeps_forward
+from mblm.model.stage import Carried, tensor_of
 from mblm.ops.causal_conv import causal_conv
 
 # SSM state, (B, D_inner, N) or (B, H, P, N), and conv window (B, K - 1, D_conv).
 LayerState = tuple[Tensor, Tensor]
 State = tuple[LayerState, ...]
-
-
-@dataclass
-class Carried:
-    """A layer's state, which a call of the layer replaces by that after its positions.
-
-    It is no argument and no result of its own: what hooks on a layer see are activations.
-    """
-
-    state: LayerState | None = None  # None before the first position
 
 
 def call_mixer(mixer: nn.Module, x: Tensor, carried: Carried | None) -> Tensor:
@@ -69,8 +59,13 @@ class MambaStage(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.model_dim = model_dim
 
-    def forward(self, x: Tensor, *, cache: MambaCache | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D) causally: from the zero state, or from that of a cache."""
+    def forward(
+        self, x: Tensor, *, carried: Carried | None = None, cache: MambaCache | None = None
+    ) -> Tensor:
+        """Map (B, S, D) to (B, S, D) causally: from the zero state, or from one that is carried."""
+        if carried is not None:
+            y, carried.state = self.forward_with_state(x, carried.state)
+            return y
         if cache is not None:
             return cache.advance(x)
         self._check(x)
@@ -111,11 +106,42 @@ class MambaStage(nn.Module):
 
     def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
         """Decoding state: SSM states and the windows of the convolutions; see `StageCache`."""
-        kept = keeps_forward(self, MambaStage) and all(
+        return MambaCache(self) if self.takes_carried else ReplayCache(self)
+
+    # -- Decoding: see `mblm.model.stage.Stage` ----------------------------------------------------
+
+    @property
+    def takes_carried(self) -> bool:
+        """Whether it, its layers and their mixers are called as built, hooked or not."""
+        return keeps_forward(self, MambaStage) and all(
             keeps_forward(layer, self.kinds[0]) and keeps_forward(layer.mixer, self.kinds[1])  # type: ignore[arg-type]
             for layer in self.layers
         )
-        return MambaCache(self) if kept else ReplayCache(self)
+
+    def stack_states(self, states: Sequence[State]) -> State:
+        """The rows of states in one."""
+        layers = zip(*states, strict=True)
+        return tuple(tuple(map(torch.cat, zip(*layer, strict=True))) for layer in layers)  # type: ignore[misc]
+
+    def split_state(self, state: State) -> list[State]:
+        """The rows of a state."""
+        rows = range(len(state[0][0]))
+        return [tuple((a[r : r + 1], b[r : r + 1]) for a, b in state) for r in rows]
+
+    def state_tensors(self, state: State) -> dict[str, Tensor]:
+        """``ssm (layers, ..)`` and ``window (layers, taps - 1, channels)``."""
+        ssm, window = (torch.cat(layers) for layers in zip(*state, strict=True))
+        return {"ssm": ssm, "window": window}
+
+    def state_of(self, tensors: Mapping[str, Tensor], positions: int) -> State:
+        """The state of one row; see `state_tensors`."""
+        weight = next(self.parameters())
+        _, zero = self.forward_with_state(weight.new_zeros(1, 0, self.model_dim), None)
+        ssm, window = (
+            tensor_of(tensors, name, like.shape).to(like.dtype)[:, None]
+            for name, like in self.state_tensors(zero).items()
+        )
+        return tuple(zip(ssm, window, strict=True))
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[-1] != self.model_dim:

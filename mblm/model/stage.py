@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mblm.model.plain import Part
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -56,10 +59,7 @@ class Stage(Protocol):
         ...
 
     def stack_states(self, states: Sequence[Any]) -> Any:
-        """The state of a batch whose rows are those of states, which may be of different lengths.
-
-        None among them is the state before the first position.
-        """
+        """The state of a batch of all rows of states, which may be at different positions."""
         ...
 
     def split_state(self, state: Any) -> list[Any]:
@@ -112,3 +112,18 @@ class Stage(Protocol):
         Then training can recompute the stage in segments of positions.
         """
         ...
+
+
+def tensor_of(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a state by its name, if it is what `Stage.state_tensors` gives.
+
+    Raises:
+        ValueError: It is missing, no tensor of floating point numbers, or of another shape.
+    """
+    tensor = tensors.get(name)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: expected a tensor of floating point numbers, got {kind}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    return tensor

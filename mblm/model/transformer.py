@@ -1,7 +1,7 @@
 """Transformer stages: their blocks, the causal decoder and the bidirectional encoder."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from mblm.model.block import StageBlock
 from mblm.model.gradients import with_weights_of_now
 from mblm.model.linear import apply
 from mblm.model.plain import Part, are_plain, keeps_forward
+from mblm.model.stage import Carried, tensor_of
 from mblm.model.transformer_cache import TransformerCache
 from mblm.model.transformer_layers import (
     SHORT,
@@ -24,6 +25,7 @@ from mblm.model.transformer_layers import (
     Rotary,
     RotaryEmbedding,
 )
+from mblm.model.transformer_state import Continuation, TransformerState, split, stack
 
 
 class _TransformerBlockFields(StageBlock):
@@ -175,6 +177,7 @@ class TransformerDecoder(_Transformer):
         *,
         shared_start: bool = False,
         recompute_layers: bool = False,
+        carried: Carried | None = None,
         cache: TransformerCache | None = None,
     ) -> torch.Tensor:
         """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally.
@@ -185,8 +188,11 @@ class TransformerDecoder(_Transformer):
                 start token: where that pays, what becomes of it is computed once.
             recompute_layers: Keep the layers' inputs only, and compute each layer again in the
                 backward pass.
+            carried: The positions come after those that its state has seen; see `Carried`.
             cache: The positions come after those that it has taken in, and it takes them in.
         """
+        if carried is not None:
+            return self._continue(input_ids, carried)
         if cache is not None:
             return cache.advance(input_ids)
         rows, count, _ = input_ids.shape
@@ -223,14 +229,80 @@ class TransformerDecoder(_Transformer):
 
     def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
         """Decoding state: keys, values and shifted halves; see `StageCache`."""
+        if self.takes_carried:
+            return TransformerCache(self, batch_size, max_positions)
+        return ReplayCache(self)
+
+    # -- Decoding: see `mblm.model.stage.Stage` ----------------------------------------------------
+
+    @property
+    def takes_carried(self) -> bool:
+        """Whether it and its layers are called as built, hooked or not."""
         layers = [
             (part, kind)
             for pair in self.layer_pairs()
             for part, kind in zip(pair, _LAYERS, strict=True)
         ]
-        if all(keeps_forward(part, kind) for part, kind in [(self, TransformerDecoder), *layers]):
-            return TransformerCache(self, batch_size, max_positions)
-        return ReplayCache(self)
+        return all(keeps_forward(*part) for part in [(self, TransformerDecoder), *layers])
+
+    def forward_with_state(
+        self, x: torch.Tensor, state: TransformerState | None
+    ) -> tuple[torch.Tensor, TransformerState]:
+        """Continue ``x (B, S, D)``, S >= 1, after the positions that ``state`` has seen."""
+        carried = Carried(state)
+        return self._continue(x, carried), carried.state
+
+    def _continue(self, x: torch.Tensor, carried: Carried) -> torch.Tensor:
+        """`forward_with_state` of a state that is replaced."""
+        new = Continuation(carried.state, x)
+        rotary = self.rotary(new.first, new.end - new.first)
+        if rotary is not None:
+            rotary = new.rotate_by(*rotary)
+        kept = self.model_dim - self.model_dim // 2
+        for layer, (attention, feed_forward) in enumerate(self.layer_pairs()):
+            of_attention = x[:, -1, kept:]
+            previous = new.delayed(layer, 0, x.dtype)
+            x = x + attention(x, rotary, previous=previous, extend=new.extend)
+            of_feed_forward = x[:, -1, kept:]
+            x = x + feed_forward(x, new.delayed(layer, 1, x.dtype))
+            new.delay(of_attention, of_feed_forward)
+        carried.state = new.state()
+        return self.norm(x)
+
+    def stack_states(self, states: Sequence[TransformerState]) -> TransformerState:
+        """The rows of states in one; they may be at different positions."""
+        return stack(states)
+
+    def split_state(self, state: TransformerState) -> list[TransformerState]:
+        """The rows of a state."""
+        return split(state)
+
+    def state_tensors(self, state: TransformerState) -> dict[str, torch.Tensor]:
+        """``keys`` and ``values (layers, H, positions, d)``, ``delayed (layers, 2, D // 2)``."""
+        ((end,), shapes) = state.positions, self._shapes_of_state(*state.positions)
+        parts: dict[str, list[torch.Tensor]] = {
+            "keys": [keys[0, :, :end] for keys in state.keys],
+            "values": [values[0, :, :end] for values in state.values],
+            "delayed": [torch.cat(halves) for halves in state.delayed],
+        }
+        return {
+            name: torch.stack(layers) if layers else torch.empty(shapes[name])
+            for name, layers in parts.items()
+        }
+
+    def state_of(self, tensors: Mapping[str, torch.Tensor], positions: int) -> TransformerState:
+        """The state of one row after so many positions; see `state_tensors`."""
+        shapes = self._shapes_of_state(positions)
+        keys, values, delayed = (
+            tensor_of(tensors, name, shape)[:, None] for name, shape in shapes.items()
+        )
+        halves = tuple(layer.unbind(1) for layer in delayed)
+        return TransformerState((positions,), tuple(keys), tuple(values), halves)
+
+    def _shapes_of_state(self, positions: int) -> dict[str, tuple[int, ...]]:
+        layers, half = len(self.layers), self.model_dim // 2
+        of_keys = (layers, self.num_heads, positions, self.head_dim)
+        return {"keys": of_keys, "values": of_keys, "delayed": (layers, 2, half)}
 
 
 class TransformerEncoder(_Transformer):

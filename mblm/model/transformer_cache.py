@@ -61,14 +61,14 @@ class TransformerCache(StageCache):
 
     def _extend(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         """All keys and values of a layer with these, ``(B, H, S, d)``, after those so far."""
         first, end = self.position, self.position + k.shape[2]
         keys, values, _ = self._reserve(end, k.dtype, k)
         keys[layer, :, :, first:end] = k
         values[layer, :, :, first:end] = v
         # What is stored has the dtype of when it was: autocast may have begun or ended since.
-        return keys[layer, :, :, :end].to(k.dtype), values[layer, :, :, :end].to(v.dtype)
+        return keys[layer, :, :, :end].to(k.dtype), values[layer, :, :, :end].to(v.dtype), None
 
     def empty(self, batch_size: int) -> "TransformerCache":
         return TransformerCache(self.stage, batch_size, None)

@@ -22,8 +22,12 @@ from mblm.utils.modes import lasting_tensors
 # token that all rows share is worth computing once.
 SHORT = MAX_POSITIONS
 
-Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (S, head width / 2) float32
-Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Cosines and sines, (S, head width / 2) float32; (B, 1, S, head width / 2) where rows differ.
+Rotary = tuple[torch.Tensor, torch.Tensor]
+# Puts keys and values (B, H, S, d) after those so far, and gives all and what is attended to.
+Extend = Callable[
+    [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+]
 
 
 class RMSNorm(nn.Module):
@@ -83,7 +87,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Apply rotary positions to queries or keys ``(B, H, S, d)``."""
+    """Apply rotary positions to queries or keys ``(B, H, S, d)``; those of each row where given."""
     cos, sin = rotary
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
@@ -196,11 +200,12 @@ class Attention(nn.Module):
             rotary: Rotary positions of ``x``, if any.
             mask: Which positions an encoder attends to, bool ``(B, S)``.
             previous: What the shift takes from the position before, ``(B, D // 2)``.
-            extend: Puts keys and values ``(B, H, S, d)`` after those so far, and gives all.
+            extend: Keeps the keys and values; see `Extend`.
         """
         if extend is not None:
             q, k, v = self.project(x, rotary, previous)
-            return self.attend(q, *extend(k, v), is_causal=True)
+            k, v, mask = extend(k, v)
+            return self.attend(q, k, v, mask, is_causal=mask is None)
         if self.causal and 1 < x.shape[1] <= SHORT and not (self.training and self.dropout):
             return self.attend_short(*self.heads(x), rotary)
         q, k, v = self.project(x, rotary)

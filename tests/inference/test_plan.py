@@ -22,57 +22,67 @@ class TestDraws:
     def test_each_byte_of_all_lanes_is_one_drawing(self) -> None:
         draws = Draws(torch.Generator().manual_seed(1), lanes=3)
         want = drawn(1, 3, 4)
-        for lane in (2, 0, 1):
-            assert draws.enter(lane) == 0
+        for index in (2, 0, 1):
+            lane = draws.enter(index)
+            assert lane.begin == 0
             for n in range(4):
-                assert torch.equal(draws.numbers(lane, n, LIKE), want[n, lane])
+                assert torch.equal(lane.numbers(n, LIKE), want[n, index])
 
     def test_numbers_may_be_asked_for_again(self) -> None:
-        draws = Draws(torch.Generator().manual_seed(1))
-        draws.enter(0)
-        assert torch.equal(draws.numbers(0, 0, LIKE), draws.numbers(0, 0, LIKE))
-        assert torch.equal(draws.numbers(0, 1, LIKE), drawn(1, 1, 2)[1, 0])
+        lane = Draws(torch.Generator().manual_seed(1)).enter(0)
+        want = drawn(1, 1, 2)
+        for n in (0, 1, 0, 1):
+            assert torch.equal(lane.numbers(n, LIKE), want[n, 0])
 
     def test_nothing_is_drawn_before_it_is_needed(self) -> None:
         generator = torch.Generator().manual_seed(1)
-        draws = Draws(generator, lanes=2)
         before = generator.get_state()
-        draws.enter(0)
+        Draws(generator, lanes=2).enter(0)
         assert torch.equal(generator.get_state(), before)
 
     def test_a_lane_goes_on_with_the_next_row(self) -> None:
         draws = Draws(torch.Generator().manual_seed(1))
-        draws.enter(0)
-        draws.numbers(0, 0, LIKE)
-        draws.leave(0, 1)
-        n = draws.enter(0)
-        assert n == 1 and torch.equal(draws.numbers(0, n, LIKE), drawn(1, 1, 2)[1, 0])
+        lane = draws.enter(0)
+        lane.numbers(0, LIKE)
+        lane.leave(1)
+        lane = draws.enter(0)
+        assert lane.begin == 1 and torch.equal(lane.numbers(1, LIKE), drawn(1, 1, 2)[1, 0])
 
     def test_a_lane_serves_one_row_at_a_time(self) -> None:
         draws = Draws(lanes=2)
-        draws.enter(1)
+        lane = draws.enter(1)
         with pytest.raises(ValueError, match="lane: 1 of these draws serves another row"):
+            draws.enter(1)
+        lane.pass_on(3)
+        assert draws.enter(1, instead_of=lane).begin == 3
+        lane.leave(0)  # what was replaced changes nothing
+        with pytest.raises(ValueError, match="serves another row"):
             draws.enter(1)
 
     def test_a_lane_that_has_left_is_not_waited_for(self) -> None:
         draws = Draws(lanes=2)
-        for lane in range(2):
-            draws.enter(lane)
-            draws.numbers(lane, 0, LIKE)
-        draws.leave(0, 1)
-        for n in range(1, 100):
-            draws.numbers(1, n, LIKE)
+        first, second = draws.enter(0), draws.enter(1)
+        first.leave(1)
+        for n in range(100):
+            second.pass_on(n)
+            second.numbers(n, LIKE)
         assert len(draws._kept) == 1
         with pytest.raises(ValueError, match="0 of these draws has ended after 1 bytes, and the"):
             draws.enter(0)
-        draws.leave(1, 100)
-        assert not draws._kept and draws.enter(1) == 100
+        second.leave(100)
+        assert not draws._kept and draws.enter(1).begin == 100
+
+    def test_a_lane_that_has_not_begun_is_waited_for(self) -> None:
+        draws = Draws(torch.Generator().manual_seed(1), lanes=2)
+        first = draws.enter(0)
+        for n in range(3):
+            first.numbers(n, LIKE)
+            first.pass_on(n + 1)
+        assert torch.equal(draws.enter(1).numbers(0, LIKE), drawn(1, 2, 1)[0, 1])
 
     def test_the_default_generator_and_the_dtype_of_the_logits(self) -> None:
         torch.manual_seed(3)
-        draws = Draws()
-        draws.enter(0)
-        numbers = draws.numbers(0, 0, LIKE.double())
+        numbers = Draws().enter(0).numbers(0, LIKE.double())
         torch.manual_seed(3)
         assert torch.equal(numbers, torch.zeros(1, 7).double().uniform_()[0])
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mblm.inference.sampling import Sampler, gumbel_sample, top_k, top_p
+from mblm.inference.sampling import Sampler, gumbel_sample, keep_top_p, top_k
 
 
 class TestTopK:
@@ -31,18 +31,18 @@ class TestTopP:
     def test_keeps_the_fewest_that_reach_p(self) -> None:
         logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
         for p, kept in ((0.3, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
-            assert top_p(logits, p).isfinite().nonzero()[:, 1].tolist() == kept, p
+            assert keep_top_p(logits, p).isfinite().nonzero()[:, 1].tolist() == kept, p
 
     def test_reaches_p_at_the_temperature(self) -> None:
         logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
-        assert top_p(logits, 0.6, temperature=0.1).isfinite().sum() == 1
-        assert top_p(logits, 0.6, temperature=100.0).isfinite().sum() == 3
+        assert keep_top_p(logits, 0.6, temperature=0.1).isfinite().sum() == 1
+        assert keep_top_p(logits, 0.6, temperature=100.0).isfinite().sum() == 3
 
     @given(st.lists(st.floats(-30, 30), min_size=1, max_size=8), st.floats(0.01, 1.0))
     @settings(max_examples=100, deadline=None)
     def test_is_the_smallest_such_set(self, values: list[float], p: float) -> None:
         logits = torch.tensor([values])
-        kept = top_p(logits, p).isfinite()[0]
+        kept = keep_top_p(logits, p).isfinite()[0]
         probabilities = logits.softmax(-1)[0].double()
         assert kept.any()
         if (~kept).any():

@@ -1,0 +1,197 @@
+"""A stage that Python steps: one immutable state per row, stacked for a call of many.
+
+What a call gives for several rows stays one value, of which each row has a share. As long as the
+same rows come in the same order, nothing is stacked, split or copied.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mblm.model.plain import is_bare
+from mblm.model.stage import Carried, tensor_of
+from mblm.utils.modes import own_copy
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The share of a row in a value that was computed for several."""
+
+    whole: Any
+    index: int = 0
+    count: int = 1
+
+
+def shares_of(whole: Any, count: int) -> list[Share]:
+    """The shares of all rows."""
+    return [Share(whole, index, count) for index in range(count)]
+
+
+def are_whole(shares: Sequence[Share]) -> bool:
+    """Whether they are all the shares of one value, in its order."""
+    first = shares[0]
+    return len(shares) == first.count and all(
+        share.whole is first.whole and share.index == index for index, share in enumerate(shares)
+    )
+
+
+def joined(shares: Sequence[Share]) -> Tensor:
+    """Tensors ``(..)`` of rows, shares of tensors ``(rows, ..)``, as one ``(len(shares), ..)``."""
+    if are_whole(shares):
+        whole: Tensor = shares[0].whole
+        return whole
+    return torch.stack([share.whole[share.index] for share in shares])
+
+
+class HostedStage:
+    """A stage model as decoding calls it; it holds no state itself.
+
+    Args:
+        stage: The stage model; what it offers is in `mblm.model.stage.Stage`.
+
+    Attributes:
+        stage: The same; where ``torch.compile`` wraps it, what is in the wrapper.
+        dim: Its width D.
+        start: The state after the start token, and ``start_output`` (1, D) of it.
+    """
+
+    def __init__(self, stage: nn.Module, start_token: Tensor) -> None:
+        own: Any = getattr(stage, "_orig_mod", stage)
+        self.stage, self.dim = own, start_token.shape[-1]
+        self._takes_carried = getattr(own, "takes_carried", None)
+        self._takes_state = self._takes_carried or (
+            self._takes_carried is None and hasattr(own, "forward_with_state") and is_bare(own)
+        )
+        self._stacks = self._takes_state and _has(own, "stack_states", "split_state")
+        self._names = self._takes_state and _has(own, "state_tensors", "state_of")
+        output, (self.start,) = self.advance([Share(None)], start_token.expand(1, 1, -1))
+        self.start_output = output[:, 0]
+
+    def advance(self, states: Sequence[Share], x: Tensor) -> tuple[Tensor, list[Share]]:
+        """Take in the next positions of rows, ``x (B, S, D)``: ``(B, S, D)`` and their states."""
+        if not self._takes_state:
+            return self._replay(states, x)
+        if self._stacks or len(states) == 1:
+            y, state = self._call(x, self._stacked(states))
+            return y, shares_of(state, len(states))
+        outputs, after = [], []
+        for row, state in enumerate(states):
+            y, state = self._call(x[row : row + 1], state.whole)
+            outputs.append(y)
+            after.append(Share(state))
+        return torch.cat(outputs), after
+
+    def _call(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Continue rows ``x (B, S, D)`` after a state of them."""
+        stage = self.stage
+        if is_bare(stage):  # and compiled for training, maybe
+            out: tuple[Tensor, Any] = stage.forward_with_state(x, state)
+            return out
+        if not self._takes_carried:
+            raise RuntimeError(
+                f"a hook was added to a {type(stage).__name__} after decoding began, which its "
+                "forward_with_state would not call; start a new session"
+            )
+        carried = Carried(state)
+        y: Tensor = stage(x, carried=carried)
+        return y, carried.state
+
+    def _stacked(self, states: Sequence[Share]) -> Any:
+        """The state of all rows in one."""
+        return states[0].whole if are_whole(states) else self.stage.stack_states(self._rows(states))
+
+    def _rows(self, states: Sequence[Share]) -> list[Any]:
+        """The state of each row by itself."""
+        split: dict[int, list[Any]] = {}  # by the identity of what is split, once
+        rows = []
+        for state in states:
+            if state.count == 1:
+                rows.append(state.whole)
+                continue
+            if id(state.whole) not in split:
+                split[id(state.whole)] = self.stage.split_state(state.whole)
+            rows.append(split[id(state.whole)][state.index])
+        return rows
+
+    def _replay(self, states: Sequence[Share], x: Tensor) -> tuple[Tensor, list[Share]]:
+        """Run the stage on all inputs since the start token; a state is the inputs ``(S, D)``.
+
+        Rows of different lengths are padded on the right, which a causal stage does not see, where
+        that does not double what is computed.
+        """
+        count = x.shape[1]
+        kept = [
+            new if state.whole is None else torch.cat((state.whole, new))
+            for state, new in zip(states, x, strict=True)
+        ]
+        groups: list[list[int]] = []
+        for row in sorted(range(len(kept)), key=lambda row: len(kept[row])):
+            if groups and len(kept[row]) <= 2 * len(kept[groups[-1][0]]):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        outputs: dict[int, Tensor] = {}
+        for group in groups:
+            y: Tensor = self.stage(pad_sequence([kept[row] for row in group], batch_first=True))
+            for row, output in zip(group, y, strict=True):
+                outputs[row] = output[len(kept[row]) - count : len(kept[row])]
+        return torch.stack([outputs[row] for row in range(len(kept))]), [Share(k) for k in kept]
+
+    # -- What is saved -----------------------------------------------------------------------------
+
+    def saved(self, state: Share) -> dict[str, Any]:
+        """A row's state by names: the stage's own, or ``state``, a nest of tensors."""
+        (row,) = self._rows([state])
+        given = self.stage.state_tensors(row) if self._names else {"state": row}
+        return {name: _copy_nest(value, own_copy) for name, value in given.items()}
+
+    def loaded(self, given: Mapping[str, Any], positions: int) -> Share:
+        """The state of a row from what `saved` gave, after so many positions.
+
+        Raises:
+            ValueError: It does not fit the stage.
+        """
+        like = self.saved(self.start)
+        if given.keys() != like.keys():
+            raise ValueError(f"expected {', '.join(like)}, got {', '.join(given) or 'nothing'}")
+        device = self.start_output.device
+        kept = {
+            name: _copy_nest(value, lambda t: t.detach().to(device, copy=True))
+            for name, value in given.items()
+        }
+        if not self._takes_state:
+            return Share(tensor_of(kept, "state", (positions, self.dim)))
+        state = self.stage.state_of(kept, positions) if self._names else kept["state"]
+        if self._takes_carried:
+            return Share(state)
+        try:  # what a user's stage can continue is for it to say
+            y, _ = self._call(self.start_output.new_zeros(1, 1, self.dim), state)
+        except Exception as error:
+            raise ValueError(f"the stage cannot continue it ({error!r})") from error
+        if y.shape != (1, 1, self.dim):
+            raise ValueError(f"the stage gives {tuple(y.shape)} after it")
+        return Share(state)
+
+
+def _has(stage: Any, *names: str) -> bool:
+    return all(hasattr(stage, name) for name in names)
+
+
+def _copy_nest(value: Any, copy: Any) -> Any:
+    """A nest with its tensors copied.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    if isinstance(value, Tensor):
+        return copy(value)
+    if isinstance(value, (tuple, list)):
+        make = getattr(value, "_make", type(value))  # of a named tuple
+        return make(_copy_nest(item, copy) for item in value)
+    if value is None:
+        return None
+    raise ValueError(f"expected tensors, tuples, lists and None, got {type(value).__name__}")

@@ -1,0 +1,494 @@
+"""The decoding cache in plain PyTorch: the reference, for every device, dtype and stage."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mblm.inference import schedule
+from mblm.inference.cache import Ran, Reason, Row, State
+from mblm.inference.hosted import Share
+from mblm.inference.model import DecodableModel
+from mblm.inference.plan import Draws, Lane, Plan
+from mblm.inference.progress import Progress
+from mblm.inference.sampling import sample, sampling_dtype
+from mblm.inference.slots import Slots
+from mblm.inference.torch_stages import RowState, TorchStages
+from mblm.utils.checks import check_token_ids
+from mblm.utils.modes import own_copy
+
+# Bytes of a draft that are taken in at a time, where no patch ends before.
+_MAX_DRAFT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class _Now:
+    """All that a row is at a time. A slot changes by one assignment, so that nothing is torn."""
+
+    bytes: RowState
+    progress: Progress | None = None  # None without a plan
+
+
+class _Slot:
+    def __init__(self, now: _Now) -> None:
+        self.now = now
+
+
+class TorchCache:
+    """A `mblm.inference.cache.Cache` whose rows are immutable values that each call replaces.
+
+    Args:
+        model: An `mblm.MBLM`. Its weights must not change while the cache lives.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: DecodableModel) -> None:
+        self._model = model
+        self._stages = TorchStages(model)
+        self._slots: Slots[_Slot] = Slots()
+
+    # -- Rows --------------------------------------------------------------------------------------
+
+    def add(self, count: int = 1) -> list[Row]:
+        """See `Cache.add`."""
+        empty = self._stages.empty_row()
+        return self._slots.add([_Slot(_Now(empty)) for _ in range(count)])
+
+    def drop(self, rows: Sequence[Row]) -> None:
+        """See `Cache.drop`."""
+        for slot in self._slots.drop(rows):
+            _leave(slot.now.progress)
+
+    def copy(self, rows: Sequence[Row]) -> list[Row]:
+        """See `Cache.copy`."""
+        with self._slots.using(rows) as slots:
+            return self._slots.add([_Slot(_Now(slot.now.bytes)) for slot in slots])
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """See `Cache.lengths`."""
+        with self._slots.using(rows) as slots:
+            return [slot.now.bytes.length for slot in slots]
+
+    @torch.inference_mode()
+    def feed(self, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
+        """See `Cache.feed`."""
+        with self._slots.using(rows) as slots:
+            _check_count("ids", ids, rows)
+            for slot, part in zip(slots, ids, strict=True):
+                room = self._room(slot.now.bytes)
+                if room is not None and len(part) > room:
+                    raise ValueError(
+                        f"ids: {slot.now.bytes.length} bytes and {len(part)} more exceed the "
+                        f"context of {self._model.max_length} bytes, which fixed positions of "
+                        "stage 1 limit"
+                    )
+            fed = [(s, part) for s, part in zip(slots, ids, strict=True) if len(part)]
+            self._take_in([slot for slot, _ in fed], [part for _, part in fed])
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """See `Cache.logits`."""
+        with self._slots.using(rows) as slots:
+            self._take_in(slots)
+            return own_copy(self._stages.logits([slot.now.bytes for slot in slots]))
+
+    @torch.inference_mode()
+    def state(self, row: Row) -> State:
+        """See `Cache.state`."""
+        with self._slots.using([row]) as (slot,):
+            self._take_in([slot])
+            return self._stages.saved(slot.now.bytes)
+
+    @torch.inference_mode()
+    def set_state(self, row: Row, state: State) -> None:
+        """See `Cache.set_state`."""
+        with self._slots.using([row]) as (slot,):
+            loaded = self._stages.loaded(state)
+            progress, slot.now = slot.now.progress, _Now(loaded)
+            _leave(progress)
+
+    def _room(self, row: RowState) -> int | None:
+        """How many bytes more a row may have; None if any number."""
+        limit = self._model.max_length
+        return None if limit is None else limit - row.length
+
+    def _take_in(
+        self, slots: Sequence[_Slot], ids: Sequence[Sequence[int] | Tensor] | None = None
+    ) -> None:
+        """Take in what is pending in rows, and bytes after it."""
+        rows = [slot.now.bytes for slot in slots]
+        after = self._stages.take_in(rows, [()] * len(slots) if ids is None else ids)
+        for slot, row in zip(slots, after, strict=True):
+            slot.now = _Now(row, slot.now.progress)
+
+    # -- Plans -------------------------------------------------------------------------------------
+
+    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
+        """See `Cache.begin`."""
+        with self._slots.using(rows) as slots:
+            _check_count("plans", plans, rows)
+            for index, plan in enumerate(plans):
+                self._check_plan(f"plans[{index}]", plan)
+            entered: list[Lane] = []
+            try:
+                for slot, plan in zip(slots, plans, strict=True):
+                    entered.append(_enter(slot.now.progress, plan))
+            except BaseException:
+                for lane in entered:
+                    lane.leave(lane.begin)
+                raise
+            for slot, plan, lane in zip(slots, plans, entered, strict=True):
+                progress, slot.now = (
+                    slot.now.progress,
+                    _Now(slot.now.bytes, Progress.of(plan, lane)),
+                )
+                _leave(progress)
+
+    def _check_plan(self, name: str, plan: Plan) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"{name}: expected a Plan, got {type(plan).__name__}")
+        for what, automaton in (("allow", plan.allow), ("stop", plan.stop)):
+            if automaton is not None and len(automaton.classes) != self._model.num_tokens:
+                raise ValueError(
+                    f"{name}.{what}: expected an automaton of {self._model.num_tokens} tokens, got "
+                    f"one of {len(automaton.classes)}"
+                )
+        if plan.allow is not None and plan.allow.distance[plan.allow.start] < 0:
+            raise ValueError(f"{name}.allow: the automaton never accepts")
+        generator = None if plan.draws is None else plan.draws.generator
+        if generator is not None and generator.device.type != self._model.device.type:
+            raise ValueError(
+                f"{name}.draws: the generator is on {generator.device}, the model on "
+                f"{self._model.device}"
+            )
+
+    @torch.inference_mode()
+    def run(
+        self,
+        rows: Sequence[Row],
+        seconds: float = 0.02,
+        drafts: Sequence[Tensor | None] | None = None,
+    ) -> list[Ran]:
+        """See `Cache.run`."""
+        end = time.monotonic() + seconds
+        with self._slots.using(rows) as slots:
+            plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
+            drafted = self._check_drafts(plans, drafts)
+            for slot in slots:
+                slot.now = replace(slot.now, progress=_planned(slot).restarted())
+            while going := [slot for slot in slots if self._reason(slot) == "time"]:
+                # Those at the end of a patch wait for the others, so that the stages above take
+                # in patches of as many rows as there are.
+                ready = [slot for slot in going if not self._waits(slot.now.bytes)]
+                self._step(ready or going, dict(zip(slots, drafted, strict=True)))
+                paused = any(self._reason(slot) == "logits" for slot in going)
+                if paused or time.monotonic() >= end:
+                    break
+            return self._returned(slots)
+
+    @torch.inference_mode()
+    def last(self, rows: Sequence[Row]) -> list[Ran]:
+        """See `Cache.last`."""
+        with self._slots.using(rows) as slots:
+            for slot, row in zip(slots, rows, strict=True):
+                self._progress(slot, row)
+            return self._returned(slots)
+
+    @torch.inference_mode()
+    def choose(
+        self,
+        rows: Sequence[Row],
+        *,
+        ids: Tensor | None = None,
+        logits: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> list[Ran]:
+        """See `Cache.choose`."""
+        if sum(given is not None for given in (ids, logits, mask)) != 1:
+            raise ValueError("pass exactly one of ids, logits and mask")
+        with self._slots.using(rows) as slots:
+            for slot, row in zip(slots, rows, strict=True):
+                if not self._progress(slot, row).plan.pause:
+                    raise ValueError(f"row {row}: its plan does not pause")
+                if (reason := self._reason(slot)) not in ("time", "logits"):
+                    raise ValueError(f"row {row}: its plan has ended ({reason})")
+            shape = (len(rows), self._model.num_tokens)
+            _check_tensor("ids", ids, shape[:1])
+            _check_tensor("logits", logits, shape)
+            _check_tensor("mask", mask, shape)
+            taken = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
+            progress = [_planned(slot).restarted() for slot in slots]
+            own = self._stages.logits(taken)
+            rooms = [self._room(slot.now.bytes) for slot in slots]
+            if ids is not None:
+                after = self._given(progress, rooms, ids, own)
+            else:
+                after = self._sample(progress, rooms, own, instead=logits, mask=mask)
+            for slot, state, now in zip(slots, taken, after, strict=True):
+                _commit(slot, state, now)
+            return self._returned(slots)
+
+    def _progress(self, slot: _Slot, row: Row) -> Progress:
+        if slot.now.progress is None:
+            raise ValueError(f"row {row}: it has no plan")
+        return slot.now.progress
+
+    def _reason(self, slot: _Slot) -> Reason:
+        """Why a row's plan has ended, or how it goes on."""
+        progress, row = _planned(slot), slot.now.bytes
+        pauses = progress.plan.pause and row.taken == row.length
+        return progress.reason(self._room(row)) or ("logits" if pauses else "time")
+
+    def _returned(self, slots: Sequence[_Slot]) -> list[Ran]:
+        ran = []
+        for slot in slots:
+            reason = self._reason(slot)
+            if reason not in ("time", "logits"):
+                _leave(slot.now.progress)
+            ran.append(_planned(slot).ran(reason))
+        return ran
+
+    def _waits(self, row: RowState) -> bool:
+        """Whether a stage above takes in what is pending in a row."""
+        is_pending = row.taken < row.length
+        return is_pending and schedule.left_in_patch(self._model.patch_sizes, row.taken) == 0
+
+    # -- Steps -------------------------------------------------------------------------------------
+
+    def _step(self, slots: Sequence[_Slot], drafts: dict[_Slot, tuple[int, ...]]) -> None:
+        """Choose one byte for each row, or more where a draft says what may come."""
+        counts = [_planned(slot).count for slot in slots]
+        proposed = {slot: self._proposal(slot.now, drafts[slot]) for slot in slots}
+        if plain := [slot for slot in slots if not proposed[slot]]:
+            self._step_plain(plain)
+        if drafted := [slot for slot in slots if proposed[slot]]:
+            self._step_drafted(drafted, [proposed[slot] for slot in drafted])
+        for slot, count in zip(slots, counts, strict=True):
+            chosen = _planned(slot).ids_from(count)
+            draft = drafts[slot]
+            is_right = draft[: len(chosen)] == chosen
+            drafts[slot] = draft[len(chosen) :] if is_right else ()
+
+    def _step_plain(self, slots: Sequence[_Slot]) -> None:
+        """Take in what is pending, and choose one byte for each row that does not pause."""
+        rows = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
+        sampled = [
+            (slot, row)
+            for slot, row in zip(slots, rows, strict=True)
+            if not _planned(slot).plan.pause
+        ]
+        chosen: list[Progress] = []
+        if sampled:
+            logits = self._stages.logits([row for _, row in sampled])
+            progress = [_planned(slot) for slot, _ in sampled]
+            chosen = self._sample(progress, [self._room(row) for _, row in sampled], logits)
+        for slot, row in zip(slots, rows, strict=True):
+            if _planned(slot).plan.pause:
+                slot.now = _Now(row, slot.now.progress)
+        for (slot, row), after in zip(sampled, chosen, strict=True):
+            _commit(slot, row, after)
+
+    def _proposal(self, now: _Now, draft: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a draft, what the local stage can take in after what is pending."""
+        row, progress = now.bytes, now.progress
+        if not draft or progress is None or row.length == 0:
+            return ()
+        left = schedule.left_in_patch(self._model.patch_sizes, row.length)
+        most = min(_MAX_DRAFT if left is None else left, progress.left(self._room(row)) - 1)
+        return draft[:most]
+
+    def _step_drafted(self, slots: Sequence[_Slot], drafts: Sequence[tuple[int, ...]]) -> None:
+        """Take in drafts at once, choose bytes as long as they are those, and take back the rest.
+
+        The last byte that is chosen is pending, as ever.
+        """
+        before = [slot.now.bytes for slot in slots]
+        rows, outputs = self._stages.try_out(before, drafts)
+        # What each byte is predicted by: for the first, what is there unless a byte is pending.
+        hidden = [
+            output
+            if row.taken < row.length
+            else torch.cat((_row_of(row.stages[-1].output), output))
+            for row, output in zip(before, outputs, strict=True)
+        ]
+        chosen = [_planned(slot) for slot in slots]
+        accepted = [0] * len(slots)
+        going = list(range(len(slots)))
+        while going:
+            at = [Share(hidden[i], accepted[i], len(hidden[i])) for i in going]
+            rooms = [self._room_after(before[i], accepted[i]) for i in going]
+            progress = [chosen[i] for i in going]
+            sampled = self._sample(progress, rooms, self._stages.logits_of(at))
+            for i, after in zip(going, sampled, strict=True):
+                chosen[i] = after
+            going = [
+                i for i in going if self._is_right(chosen[i], before[i], drafts[i], accepted[i])
+            ]
+            for i in going:
+                accepted[i] += 1
+        wrong = [i for i in range(len(slots)) if accepted[i] < len(drafts[i])]
+        if wrong:
+            kept = [drafts[i][: accepted[i]] for i in wrong]
+            again = self._stages.take_in([before[i] for i in wrong], kept)
+            for i, row in zip(wrong, again, strict=True):
+                rows[i] = row
+        for slot, row, after in zip(slots, rows, chosen, strict=True):
+            _commit(slot, row, after)
+
+    def _is_right(
+        self, progress: Progress, row: RowState, draft: tuple[int, ...], accepted: int
+    ) -> bool:
+        """Whether the byte chosen last is the draft's, and another comes after it."""
+        return (
+            accepted < len(draft)
+            and progress.chosen[-1][0] == draft[accepted]
+            and progress.reason(self._room_after(row, accepted + 1)) is None
+        )
+
+    def _room_after(self, row: RowState, count: int) -> int | None:
+        room = self._room(row)
+        return None if room is None else room - count
+
+    # -- Choosing bytes ----------------------------------------------------------------------------
+
+    def _sample(
+        self,
+        progress: Sequence[Progress],
+        rooms: Sequence[int | None],
+        own: Tensor,
+        instead: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> list[Progress]:
+        """Sample a byte for each row as its plan says.
+
+        Args:
+            progress: The rows' plans.
+            rooms: How many bytes each may have.
+            own: The model's logits, ``(rows, V)``.
+            instead: What is sampled from instead.
+            mask: Where a byte may be chosen, ``(rows, V)``.
+        """
+        logits = own if instead is None else instead.to(own)
+        logits = logits.to(sampling_dtype(logits.dtype))
+        allowed = [now.allowed(room) for now, room in zip(progress, rooms, strict=True)]
+        if any(row is not None for row in allowed):
+            everything = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
+            may_come = torch.stack([everything if row is None else row for row in allowed])
+            logits = logits.masked_fill(~may_come.to(own.device), float("-inf"))
+        if mask is not None:
+            logits = logits.masked_fill(~mask.to(own.device), float("-inf"))
+        if instead is not None or mask is not None:
+            for index, nothing in enumerate((logits == float("-inf")).all(-1).tolist()):
+                if nothing:
+                    raise ValueError(f"rows[{index}]: nothing is left to choose from")
+        numbers = torch.stack([now.lane.numbers(now.drawn, logits) for now in progress])
+        ids = torch.empty(len(progress), dtype=torch.long, device=own.device)
+        alike: dict[tuple[float, int, float, float], list[int]] = {}
+        for index, now in enumerate(progress):
+            alike.setdefault(now.plan.filters, []).append(index)
+        for filters, rows in alike.items():
+            ids[rows] = sample(logits[rows], numbers[rows], *filters)
+        return _with_bytes(progress, ids, own, drew=True)
+
+    def _given(
+        self, progress: Sequence[Progress], rooms: Sequence[int | None], ids: Tensor, own: Tensor
+    ) -> list[Progress]:
+        """Take the caller's bytes, if plans allow them."""
+        check_token_ids("ids", ids, self._model.num_tokens)
+        for index, (now, room, token) in enumerate(zip(progress, rooms, ids.tolist(), strict=True)):
+            allowed = now.allowed(room)
+            if allowed is not None and not allowed[token]:
+                raise ValueError(f"ids[{index}]: the plan does not allow {token} here")
+        return _with_bytes(progress, ids.to(own.device), own, drew=False)
+
+    def _check_drafts(
+        self, plans: Sequence[Plan], drafts: Sequence[Tensor | None] | None
+    ) -> list[tuple[int, ...]]:
+        if drafts is None:
+            return [()] * len(plans)
+        _check_count("drafts", drafts, plans)
+        checked: list[tuple[int, ...]] = []
+        for index, (plan, draft) in enumerate(zip(plans, drafts, strict=True)):
+            if draft is None:
+                checked.append(())
+                continue
+            name = f"drafts[{index}]"
+            ids = check_token_ids(name, draft, self._model.num_tokens)
+            if ids.ndim != 1:
+                raise ValueError(f"{name}: expected shape (n,), got {tuple(ids.shape)}")
+            if plan.pause:
+                raise ValueError(f"{name}: the plan pauses, so that nothing is drafted")
+            checked.append(tuple(ids.tolist()))
+        return checked
+
+
+def _with_bytes(
+    progress: Sequence[Progress], ids: Tensor, own: Tensor, *, drew: bool
+) -> list[Progress]:
+    """Plans after bytes ``(rows,)``, with their log-probabilities where asked for."""
+    log_probs = [0.0] * len(progress)
+    if any(now.plan.log_probs for now in progress):
+        log_probs = own.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
+    return [
+        now.with_byte(token, log_prob, drew=drew)
+        for now, token, log_prob in zip(progress, ids.tolist(), log_probs, strict=True)
+    ]
+
+
+def _commit(slot: _Slot, row: RowState, after: Progress) -> None:
+    """Append the byte that was chosen last to a row that has taken in all before it."""
+    token, _ = after.chosen[-1]
+    slot.now = _Now(row.with_byte(token), after)
+    after.lane.pass_on(after.drawn)
+
+
+def _enter(progress: Progress | None, plan: Plan) -> Lane:
+    """The lane of a plan that takes the place of another."""
+    draws = Draws() if plan.draws is None else plan.draws
+    before = None
+    if progress is not None and progress.lane.draws is draws:
+        progress.lane.pass_on(progress.drawn)
+        before = progress.lane
+    return draws.enter(plan.lane, before)
+
+
+def _leave(progress: Progress | None) -> None:
+    """A plan has ended, or another takes its place."""
+    if progress is not None:
+        progress.lane.leave(progress.drawn)
+
+
+def _planned(slot: _Slot) -> Progress:
+    assert slot.now.progress is not None  # checked where the call began
+    return slot.now.progress
+
+
+def _row_of(share: Share) -> Tensor:
+    """A row's share ``(D,)`` as ``(1, D)``."""
+    row: Tensor = share.whole[share.index : share.index + 1]
+    return row
+
+
+def _check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
+    if not isinstance(given, (list, tuple)) or len(given) != len(rows):
+        count = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
+        raise ValueError(f"{name}: expected a list of {len(rows)}, one for each row, got {count}")
+
+
+def _check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    kinds: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
+        "ids": ("integers", lambda dtype: not dtype.is_floating_point and dtype != torch.bool),
+        "logits": ("floating point numbers", lambda dtype: dtype.is_floating_point),
+        "mask": ("bool", lambda dtype: dtype == torch.bool),
+    }
+    what, fits = kinds[name]
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor) or not fits(tensor.dtype):
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: expected a tensor of {what}, got {kind}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
