@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 
 namespace mblm::cpu {
 
@@ -15,8 +16,12 @@ class CallRows {
   int64_t positions() const { return positions_; }
   const Row& operator[](int64_t row) const { return rows_[row]; }
 
-  // Where a row's positions begin among those of all.
+  // Where a row's positions begin among those of all, and where they end.
   int64_t first(int64_t row) const { return positions_ == size() ? row : first_of(row); }
+  std::pair<int64_t, int64_t> range(int64_t row) const {
+    const int64_t begin = first(row);
+    return {begin, begin + rows_[row].count};
+  }
 
  private:
   int64_t first_of(int64_t row) const {

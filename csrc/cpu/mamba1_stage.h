@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "cpu/mamba_row.h"
 #include "cpu/matrix.h"
 
 namespace mblm::cpu {
@@ -19,16 +20,6 @@ struct Mamba1Layer {
   const float* direct;  // (inner), D
 };
 
-// One of the rows of a call, and its state, which is written to.
-struct MambaRow {
-  int64_t count = 1;        // positions of this call, at least 1
-  float* ssm = nullptr;     // of the first layer, Mamba-1 (inner, states), Mamba-2 (.., P, states)
-  float* window = nullptr;  // (taps - 1, channels of the convolution)
-  int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
-
-  void advance(int64_t) {}
-};
-
 class Mamba1Stage {
  public:
   using Row = MambaRow;
@@ -39,7 +30,10 @@ class Mamba1Stage {
   // As TransformerStage's.
   int64_t weights() const;
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
-  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch) const;
+  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
+               float* trail = nullptr) const;
+  void roll_back(std::span<const Row> rows, int64_t row, float* trail, int64_t kept) const;
+  int64_t trail_size(int64_t rows, int64_t positions) const;
   void normalize(const float* x, int64_t positions, float* out) const;
 };
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/mamba1_stage.h"
+#include "cpu/mamba_row.h"
 #include "cpu/matrix.h"
 
 namespace mblm::cpu {
@@ -32,7 +32,10 @@ class Mamba2Stage {
   // As TransformerStage's.
   int64_t weights() const;
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
-  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch) const;
+  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
+               float* trail = nullptr) const;
+  void roll_back(std::span<const Row> rows, int64_t row, float* trail, int64_t kept) const;
+  int64_t trail_size(int64_t rows, int64_t positions) const;
   void normalize(const float* x, int64_t positions, float* out) const;
 };
 

@@ -173,11 +173,28 @@ int64_t TransformerStage::scratch_size(int64_t positions, int64_t end, int64_t t
   return Scratch(*this, positions, end, threads, 0, nullptr).floats;
 }
 
+// The trail: what is delayed before each position, (positions, parts, dim / 2).
+int64_t TransformerStage::trail_size(int64_t, int64_t positions) const {
+  return positions * 2 * int64_t(layers.size()) * (dim / 2);
+}
+
+// Keys and values after a row's last position are not looked at.
+void TransformerStage::roll_back(std::span<const Row> given, int64_t row, float* trail,
+                                 int64_t kept) const {
+  const Row& of = given[row];
+  if (kept == of.count) return;
+  const int64_t parts = 2 * int64_t(layers.size()), half = dim / 2;
+  const float* from = trail + (CallRows<Row>(given).first(row) + kept) * parts * half;
+  for (int64_t part = 0; part < parts; ++part) {
+    std::copy_n(from + part * half, half, of.delayed + part * of.part_stride);
+  }
+}
+
 void TransformerStage::prefill(const Worker& worker, std::span<const Row> given, float* x,
-                               float* block) const {
+                               float* block, float* trail) const {
   const CallRows<Row> rows(given);
   const int64_t positions = rows.positions(), width = heads * head_dim, kept = dim - dim / 2;
-  const int64_t threads = worker.team.threads();
+  const int64_t threads = worker.team.threads(), parts = 2 * int64_t(layers.size());
   int64_t end = 0;
   for (const Row& row : given) end = std::max(end, row.position + row.count);
   const Scratch s(*this, positions, end, threads, worker.index, block);
@@ -194,7 +211,7 @@ void TransformerStage::prefill(const Worker& worker, std::span<const Row> given,
   const auto shift = [&](const float* input, int64_t part, const float* weight) {
     ask_for(worker, input, positions * dim);
     // The first thread writes what is delayed; the others ask for it one part ahead.
-    const int64_t next = (part + 1) % (2 * int64_t(layers.size()));
+    const int64_t next = (part + 1) % parts;
     for (const Row& row : given) ask_for(worker, row.delayed + next * row.part_stride, dim - kept);
     int64_t at = 0;
     for (const Row& row : given) {
@@ -207,10 +224,13 @@ void TransformerStage::prefill(const Worker& worker, std::span<const Row> given,
   };
   const auto delay = [&](const float* input, int64_t part) {
     if (!worker.is_first()) return;
-    const float* last = input - dim;
+    int64_t at = 0;
     for (const Row& row : given) {
-      last += row.count * dim;
-      std::copy_n(last + kept, dim - kept, row.delayed + part * row.part_stride);
+      float* const delayed = row.delayed + part * row.part_stride;
+      for (int64_t i = 0; i < row.count; ++i, ++at) {
+        if (trail) std::copy_n(delayed, dim - kept, trail + (at * parts + part) * (dim - kept));
+        std::copy_n(input + at * dim + kept, dim - kept, delayed);
+      }
     }
   };
 

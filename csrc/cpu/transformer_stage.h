@@ -54,8 +54,15 @@ class TransformerStage {
   // Takes in x (positions, dim), those of one row after the other; the output before the last norm
   // replaces it. All threads of the team call it. The caller then advances the rows. A position's
   // bits do not depend on how positions are cut into calls, nor on other rows; each call reads the
-  // weights once.
-  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch) const;
+  // weights once. A trail, memory of trail_size floats, is what to roll back with.
+  void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
+               float* trail = nullptr) const;
+
+  // After a call with a trail, brings one of its rows to the state, bit by bit, in which only the
+  // first `kept` of its positions had been taken in. `rows` are those of the call, not advanced.
+  // Once for each row. Work of the calling thread alone.
+  void roll_back(std::span<const Row> rows, int64_t row, float* trail, int64_t kept) const;
+  int64_t trail_size(int64_t rows, int64_t positions) const;
 
   // The last norm, of so many positions; out may be x. Work of the calling thread alone.
   void normalize(const float* x, int64_t positions, float* out) const;

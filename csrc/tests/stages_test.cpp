@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <deque>
+#include <optional>
 #include <thread>
 
 #include "check.h"
@@ -268,10 +269,11 @@ std::vector<Left> sample_bytes(const std::vector<int64_t>& pending,
 }
 
 // What a stage gives for the same positions of each row, taken in over some calls: calls[i][row] of
-// them in the i-th. The last row's first position is the last of a page.
+// them in the i-th. After each call's positions come so many wrong ones, which are rolled back. The
+// last row's first position is the last of a page.
 template <class Stage>
 std::vector<std::vector<float>> take_in(const std::vector<std::vector<int64_t>>& calls,
-                                        int64_t threads) {
+                                        int64_t threads, std::optional<int64_t> wrong = {}) {
   Weights weights, zeros;
   Stage stage = make_stage(weights, Stage());
   const size_t count = calls.front().size();
@@ -290,38 +292,43 @@ std::vector<std::vector<float>> take_in(const std::vector<std::vector<int64_t>>&
     std::vector<size_t> which;
     std::vector<float> x;
     for (size_t row = 0; row < count; ++row) {
-      if (counts[row] == 0) continue;
+      const int64_t count = counts[row] + wrong.value_or(0);
+      if (count == 0) continue;
       which.push_back(row);
       rows.push_back(cache[row].row);
-      rows.back().count = counts[row];
+      rows.back().count = count;
       const float* from = inputs[row] + outputs[row].size();
       x.insert(x.end(), from, from + counts[row] * kDim);
+      x.resize(x.size() + wrong.value_or(0) * kDim, 0.7f);
     }
     const int64_t positions = int64_t(x.size()) / kDim;
     std::vector<float> scratch(stage.scratch_size(positions, kPages * kPage, threads));
+    std::vector<float> trail(wrong ? stage.trail_size(int64_t(rows.size()), positions) : 0);
     on_team(threads, [&](const cpu::Worker& worker) {
-      stage.prefill(worker, rows, x.data(), scratch.data());
+      stage.prefill(worker, rows, x.data(), scratch.data(), wrong ? trail.data() : nullptr);
       if (worker.is_last()) stage.normalize(x.data(), positions, x.data());
     });
     auto from = x.begin();
     for (size_t i = 0; i < rows.size(); ++i) {
-      const auto end = from + rows[i].count * kDim;
-      outputs[which[i]].insert(outputs[which[i]].end(), from, end);
-      cache[which[i]].row.advance(rows[i].count);
-      from = end;
+      const int64_t kept = counts[which[i]];
+      outputs[which[i]].insert(outputs[which[i]].end(), from, from + kept * kDim);
+      if (wrong) stage.roll_back(rows, int64_t(i), trail.data(), kept);
+      cache[which[i]].row.advance(kept);
+      from += rows[i].count * kDim;
     }
   }
   return outputs;
 }
 
 template <class Stage>
-void positions_at_once_have_the_bits_of_steps() {
+void positions_at_once_and_rolled_back_have_the_bits_of_steps() {
   const auto steps = take_in<Stage>(std::vector(5, std::vector<int64_t>(3, 1)), 1);
   for (const int64_t threads : {1, 2, 3}) {
     using Calls = std::vector<std::vector<int64_t>>;
     for (const Calls& calls :
          {Calls{{5, 5, 5}}, Calls{{2, 1, 4}, {3, 4, 1}}, Calls{{0, 3, 1}, {5, 0, 0}, {0, 2, 4}}}) {
       CHECK(take_in<Stage>(calls, threads) == steps);
+      for (const int64_t wrong : {0, 1, 3}) CHECK(take_in<Stage>(calls, threads, wrong) == steps);
     }
   }
 }
@@ -358,13 +365,13 @@ void a_crowded_team_changes_no_bit() {
 int main() {
   for (const auto type : {cpu::WeightType::kInt8, cpu::WeightType::kFloat32}) {
     weight_type = type;
-    positions_at_once_have_the_bits_of_steps<cpu::TransformerStage>();
+    positions_at_once_and_rolled_back_have_the_bits_of_steps<cpu::TransformerStage>();
     a_team_and_neighbors_change_no_bit<cpu::TransformerStage>();
     a_run_in_pieces_changes_no_bit<cpu::TransformerStage>();
     a_crowded_team_changes_no_bit<cpu::TransformerStage>();
   }
-  positions_at_once_have_the_bits_of_steps<cpu::Mamba1Stage>();
-  positions_at_once_have_the_bits_of_steps<cpu::Mamba2Stage>();
+  positions_at_once_and_rolled_back_have_the_bits_of_steps<cpu::Mamba1Stage>();
+  positions_at_once_and_rolled_back_have_the_bits_of_steps<cpu::Mamba2Stage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba1Stage>();
   a_team_and_neighbors_change_no_bit<cpu::Mamba2Stage>();
   a_run_in_pieces_changes_no_bit<cpu::Mamba2Stage>();
