@@ -164,7 +164,8 @@ class HostedStage:
             for name, value in given.items()
         }
         if not self._takes_state:
-            return Share(tensor_of(kept, "state", (positions, self.dim)))
+            inputs = tensor_of(kept, "state", (positions, self.dim))
+            return Share(inputs.to(self.start_output.dtype))
         state = self.stage.state_of(kept, positions) if self._names else kept["state"]
         if self._takes_carried:
             return Share(state)

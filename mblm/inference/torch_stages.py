@@ -66,7 +66,7 @@ class _Work:
         self.begin = self.position = self.goal = 0
         self._window_begin = row.length - len(row.tail)
         if isinstance(ids, Tensor):
-            self._window: Any = torch.cat((torch.tensor(row.tail, dtype=ids.dtype), ids))
+            self._window: Any = torch.cat((ids.new_tensor(row.tail), ids))
         else:
             self._window = (*row.tail, *ids)
 
@@ -283,9 +283,10 @@ class TorchStages:
         if n > 0:
             shapes["context"] = self.model.seq_lens[n], self.model.hidden_dims[n]  # type: ignore[assignment]
         positions = 1 + schedule.position(self._sizes, n, taken)
+        like = self._stages[n].start_output
         try:
             kept = [
-                Share(tensor_of(own, name, shape).detach()[None].to(self.model.device, copy=True))
+                Share(tensor_of(own, name, shape).detach()[None].to(like, copy=True))
                 for name, shape in shapes.items()
             ]
             rest = {name: value for name, value in own.items() if name not in shapes}
