@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mblm.model.plain import is_bare
-from mblm.model.stage import Carried, tensor_of
+from mblm.model.stage import Carried, has_values, tensor_of
 from mblm.utils.modes import own_copy
 
 
@@ -159,10 +159,11 @@ class HostedStage:
         if given.keys() != like.keys():
             raise ValueError(f"expected {', '.join(like)}, got {', '.join(given) or 'nothing'}")
         device = self.start_output.device
-        kept = {
-            name: _copy_nest(value, lambda t: t.detach().to(device, copy=True))
-            for name, value in given.items()
-        }
+
+        def copy(tensor: Tensor) -> Tensor:
+            return has_values("state", tensor).detach().to(device, copy=True)
+
+        kept = {name: _copy_nest(value, copy) for name, value in given.items()}
         if not self._takes_state:
             inputs = tensor_of(kept, "state", (positions, self.dim))
             return Share(inputs.to(self.start_output.dtype))

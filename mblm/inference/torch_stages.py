@@ -15,7 +15,7 @@ from mblm.inference import schedule
 from mblm.inference.cache import State
 from mblm.inference.hosted import HostedStage, Share, joined, shares_of
 from mblm.inference.model import DecodableModel
-from mblm.model.stage import tensor_of
+from mblm.model.stage import has_values, tensor_of
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.modes import own_copy
 
@@ -258,8 +258,9 @@ class TorchStages:
         """Takes length, taken and tail out of a state."""
         try:
             length, taken = (check_integer(name, given.pop(name)) for name in ("length", "taken"))
-            tail = check_token_ids("tail", given.pop("tail"), self.model.num_tokens)
-        except (KeyError, TypeError) as error:
+            tail = has_values("tail", given.pop("tail"))
+            tail = check_token_ids("tail", tail, self.model.num_tokens)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state: {error}") from error
         limit = self.model.max_length
         if length < 0 or (limit is not None and length > limit):
@@ -283,7 +284,7 @@ class TorchStages:
         if n > 0:
             shapes["context"] = self.model.seq_lens[n], self.model.hidden_dims[n]  # type: ignore[assignment]
         positions = 1 + schedule.position(self._sizes, n, taken)
-        like = self._stages[n].start_output
+        like = self._starts[n].output.whole
         try:
             kept = [
                 Share(tensor_of(own, name, shape).detach()[None].to(like, copy=True))

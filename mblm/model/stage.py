@@ -114,16 +114,30 @@ class Stage(Protocol):
         ...
 
 
-def tensor_of(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def tensor_of(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor of a state by its name, if it is what `Stage.state_tensors` gives.
 
     Raises:
         ValueError: It is missing, no tensor of floating point numbers, or of another shape.
     """
-    tensor = tensors.get(name)
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: expected a tensor of floating point numbers, got {kind}")
+    tensor = has_values(name, tensors.get(name))
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected floating point numbers, got {tensor.dtype}")
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    return tensor
+
+
+def has_values(name: str, tensor: Any) -> Tensor:
+    """Refuse what is no tensor, or one that is sparse or has no values (``meta``).
+
+    Raises:
+        ValueError: It is.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name}: expected a tensor with values, got {tensor.layout} on {tensor.device}"
+        )
     return tensor
