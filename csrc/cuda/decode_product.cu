@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
       }
       if (begin == 0) {
         wait_for_inputs();
-        is_halted = in.halted && *in.halted;
+        is_halted = is_masked(in.halted, in.positions, first_row + own_row, writes);
         if (in.residual && writes) {
           residual = in.residual[(first_row + own_row) * column.outputs + column.index];
         }

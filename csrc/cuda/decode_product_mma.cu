@@ -135,7 +135,6 @@ __global__ void __launch_bounds__(kThreads, 1) product_of_tiles(Product in, int 
     const bool has_column = first_column + threadIdx.x % kColumns < outputs;
     const Column column(in, has_column ? first_column + threadIdx.x % kColumns : 0);
     wait_for_inputs();
-    const bool is_halted = in.halted && *in.halted;
 
     const auto input_of = [&](int64_t slice, int step) {
       return slice * kSlice + part * N + step * kQuad;
@@ -227,7 +226,8 @@ __global__ void __launch_bounds__(kThreads, 1) product_of_tiles(Product in, int 
         for (int w = 0; w < kWarps; ++w) all += partial_squares[w * shared_rows + row];
         sum *= factor_of(in.norm, all, inputs);
       }
-      finish(in, column, first_row + row, sum, residuals[i], is_halted);
+      finish(in, column, first_row + row, sum, residuals[i],
+             is_masked(in.halted, in.positions, first_row + row));
     }
     __syncthreads();
   }

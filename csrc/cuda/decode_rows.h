@@ -66,6 +66,7 @@ struct PatchPlacing {
 struct FinalNorm {
   int64_t rows = 0, dim = 0;
   const int* halted = nullptr;
+  const int64_t* positions = nullptr;  // (rows), negative where nothing is written; or null
   RowNorm norm;
   float* x = nullptr;  // (rows, dim), in place
 };

@@ -18,6 +18,7 @@ Product product_of(const StageStep& in, const cpu::Matrix& matrix, const float* 
   Product product;
   product.rows = in.rows;
   product.halted = in.halted;
+  product.positions = in.positions;
   product.x = x;
   product.x_stride = stride;
   product.matrix = matrix;
@@ -39,6 +40,7 @@ void add_final_norm(Launches& launches, const StageStep& in, int64_t dim, const 
   last.rows = in.rows;
   last.dim = dim;
   last.halted = in.halted;
+  last.positions = in.positions;
   last.norm = norm;
   last.x = in.x;
   launches.add(normalize, last);
@@ -141,6 +143,7 @@ Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep
     update.inner = stage.inner;
     update.states = stage.states;
     update.halted = in.halted;
+    update.positions = in.positions;
     update.x = both;
     update.gate = both + stage.inner;
     update.stride = 2 * stage.inner;
@@ -184,6 +187,7 @@ Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep
     update.inner = inner;
     update.states = stage.states;
     update.halted = in.halted;
+    update.positions = in.positions;
     update.gate = both;
     update.x = both + inner;
     update.stride = update.bc_stride = projected;

@@ -1,0 +1,93 @@
+// Graphs of kernels: see decode_graph.h. Emulated kernels run when they are launched, so that there
+// a graph is the function that launches them.
+#include "cuda/decode_graph.h"
+#include "cuda/kernel.cuh"
+
+namespace mblm::cuda {
+
+#ifdef __CUDACC__
+
+namespace {
+
+cudaStream_t stream_of(Stream stream) {
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace
+
+CaptureStream::~CaptureStream() {
+  if (stream_) cudaStreamDestroy(stream_of(stream_));
+}
+
+Error CaptureStream::create() {
+  if (stream_) return nullptr;
+  cudaStream_t stream = nullptr;
+  const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error == cudaSuccess) stream_ = stream;
+  return message_of(error);
+}
+
+Graph::~Graph() {
+  if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
+}
+
+Error Graph::record(const CaptureStream& on, const std::function<Error(Stream)>& queue) {
+  const cudaStream_t stream = stream_of(on.get());
+  // What other threads do meanwhile, as allocating, is no concern of this one.
+  cudaError_t error = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  if (error != cudaSuccess) return message_of(error);
+  const Error not_queued = queue(on.get());
+  cudaGraph_t graph = nullptr;
+  error = cudaStreamEndCapture(stream, &graph);
+  cudaGraphExec_t executable = nullptr;
+  if (error == cudaSuccess && !not_queued) {
+    error = cudaGraphInstantiateWithFlags(&executable, graph, 0);
+  }
+  if (graph) cudaGraphDestroy(graph);
+  if (not_queued) {
+    cudaGetLastError();
+    return not_queued;
+  }
+  if (error != cudaSuccess) return message_of(error);
+  if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
+  graph_ = executable;
+  return nullptr;
+}
+
+Error Graph::launch(Stream stream) const {
+  return message_of(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(stream)));
+}
+
+Error wait_for(Stream stream) {
+  return message_of(cudaStreamSynchronize(stream_of(stream)));
+}
+
+#else
+
+CaptureStream::~CaptureStream() = default;
+
+Error CaptureStream::create() {
+  return nullptr;
+}
+
+Graph::~Graph() {
+  delete static_cast<std::function<Error(Stream)>*>(graph_);
+}
+
+Error Graph::record(const CaptureStream&, const std::function<Error(Stream)>& queue) {
+  delete static_cast<std::function<Error(Stream)>*>(graph_);
+  graph_ = new std::function<Error(Stream)>(queue);
+  return nullptr;
+}
+
+Error Graph::launch(Stream stream) const {
+  return (*static_cast<std::function<Error(Stream)>*>(graph_))(stream);
+}
+
+Error wait_for(Stream) {
+  return nullptr;
+}
+
+#endif
+
+}  // namespace mblm::cuda
