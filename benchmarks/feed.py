@@ -22,9 +22,9 @@ from decode import build, clock
 from side_by_side import machine_line, write_json
 
 from mblm.inference import hierarchy_cache
-from mblm.inference.packing import WEIGHT_TYPES
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import StageCache
+from mblm.ops.packing import WEIGHT_TYPES
 
 COUNTS = (1, 2, 4, 8, 16, 64)
 BEFORE = 64  # bytes fed before

@@ -3,6 +3,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "decode/guard.h"
 #include "decode/weights.h"
 
 namespace {
@@ -84,5 +85,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = kCompiler;
   module.attr("openmp") = kOpenMP;
   py::register_local_exception_translator(translate);
+  bind_guard(module);
   bind_weights(module);
 }

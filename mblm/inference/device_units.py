@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mblm.inference.native_hierarchy import NativeHierarchy
-from mblm.inference.packing import NONE
 from mblm.inference.sampling import Sampler
+from mblm.ops.packing import NONE
 
 if TYPE_CHECKING:
     from mblm.inference.hierarchy_cache import HierarchyCache

@@ -18,9 +18,8 @@ from torch import nn
 
 from mblm.inference.advance import after_autocast, feed
 from mblm.inference.device_run import DeviceRun
-from mblm.inference.huge_pages import HugePages
 from mblm.inference.native_hierarchy import build_native
-from mblm.inference.packing import Guard, guard, is_on_gpu, pack_linear
+from mblm.inference.packing import Guard, guard
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import (
     NATIVE_POSITIONS,
@@ -30,6 +29,8 @@ from mblm.inference.stage_cache import (
     computes_natively,
 )
 from mblm.model.plain import Part
+from mblm.ops.packing import is_on_gpu, pack_linear
+from mblm.utils.huge_pages import HugePages
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mblm.inference.advance import begin_local_patch, joined
-from mblm.inference.packing import NONE, Guard, guard, is_on_gpu
+from mblm.inference.packing import Guard, guard
 from mblm.inference.sampling import Sampler
 from mblm.inference.stage_cache import computes_natively
+from mblm.ops.packing import NONE, is_on_gpu
 
 if TYPE_CHECKING:
     from mblm.inference.hierarchy_cache import HierarchyCache

@@ -10,9 +10,9 @@ import torch
 
 from mblm.inference.fingerprint import fingerprint
 from mblm.inference.hierarchy_cache import DecodableHierarchy, HierarchyCache
-from mblm.inference.packing import WEIGHT_TYPES
 from mblm.inference.ragged_cache import RaggedCache
 from mblm.inference.sampling import Sampler
+from mblm.ops.packing import WEIGHT_TYPES
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checks import check_finite_weights, check_integer, check_token_ids
 from mblm.utils.modes import own_copy

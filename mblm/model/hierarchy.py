@@ -49,11 +49,15 @@ class Hierarchy(nn.Module):
         seq_lens: P_1 .. P_N.
         patch_sizes: R_1 .. R_N, the bytes that one position of a stage covers; R_N is 1.
         number: What operators that take no models find this one by.
+        packed_weights: What `mblm.inference.weights` keeps with it, by type of weights.
     """
+
+    packed_weights: dict[str, Any]
 
     def __init__(self, config: MBLMModelConfig, *, start_tokens: bool) -> None:
         super().__init__()
         self.config = config
+        self.packed_weights = {}
         self.num_stages = len(config.seq_lens)
         self.num_tokens = config.num_tokens
         self.pad_token_id = config.pad_token_id
@@ -99,8 +103,14 @@ class Hierarchy(nn.Module):
         self.register_load_state_dict_pre_hook(_migrate_before_load)
         self.number = tiled_operators.number_of(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("packed_weights", None)  # which copies pack for themselves
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.packed_weights = {}
         self.number = tiled_operators.number_of(self)  # copies have one of their own
 
     # -- What the stages are made of -------------------------------------------------------------
@@ -230,14 +240,19 @@ class Hierarchy(nn.Module):
         yield projection, nn.Sequential
         yield from parts_in(projection, nn.Identity, nn.Linear, nn.Unflatten)
 
+    def parts_beside(self, stage: int) -> Iterator[Part]:
+        """What embeds a stage's tokens, and gives the context or the logits, as built."""
+        if stage + 1 < self.num_stages:
+            yield from self.parts_between(stage)
+        else:
+            yield from _parts_of(self.token_embs_rev[0], LocalTokenEmbedding)
+            yield self.to_logits, nn.Linear
+        yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
+
     def parts_around(self, first: int) -> Iterator[Part]:
         """All that lies between the stages from ``first`` on, and around them, as built."""
-        for stage in range(first, self.num_stages - 1):
-            yield from self.parts_between(stage)
-        yield from _parts_of(self.token_embs_rev[0], LocalTokenEmbedding)
         for stage in range(first, self.num_stages):
-            yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
-        yield self.to_logits, nn.Linear
+            yield from self.parts_beside(stage)
 
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""

@@ -12,7 +12,10 @@ from mblm.model.linear import apply
 from mblm.model.mamba_layers import Carried, MambaStage, call_mixer, convolve
 from mblm.model.mamba_scans import mamba1_scan
 from mblm.model.plain import Part, is_plain
+from mblm.ops import _native
+from mblm.ops.packing import pack_linear
 from mblm.ops.selective_scan import selective_scan_step
+from mblm.utils.huge_pages import HugePages
 
 
 class Mamba1Layer(nn.Module):
@@ -107,3 +110,17 @@ class Mamba1(MambaStage):
             yield mixer.conv1d, nn.Conv1d
             for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
                 yield linear, nn.Linear
+
+    def pack(self, weights: str, memory: HugePages) -> Any:
+        """Its weights as compiled decoding reads them; see `mblm.model.stage.Stage`."""
+        tensors: list[Tensor] = []
+        eps: list[float] = []
+        layer: Any
+        for layer in self.layers:
+            mixer = layer.mixer
+            eps.append(layer.norm.eps)
+            tensors += [layer.norm.weight, -torch.exp(mixer.A_log)]
+            tensors += [mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.D]
+            for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
+                tensors += pack_linear(linear, weights, memory)
+        return _native.library().Stage.mamba1(tensors, eps)

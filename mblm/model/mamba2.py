@@ -12,8 +12,11 @@ from mblm.model.linear import apply
 from mblm.model.mamba_layers import Carried, MambaStage, call_mixer, convolve
 from mblm.model.mamba_scans import mamba2_scan
 from mblm.model.plain import Part, is_plain
+from mblm.ops import _native
 from mblm.ops.gated_rms_norm import gated_rms_norm
+from mblm.ops.packing import pack_linear
 from mblm.ops.ssd import ssd_step
+from mblm.utils.huge_pages import HugePages
 
 _NORM_EPS = 1e-5
 
@@ -175,3 +178,18 @@ class Mamba2(MambaStage):
             yield mixer, Mamba2Mixer
             yield from ((mixer.norm, nn.RMSNorm), (mixer.conv1d, nn.Conv1d))
             yield from ((mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear))
+
+    def pack(self, weights: str, memory: HugePages) -> Any:
+        """Its weights as compiled decoding reads them, or None; see `mblm.model.stage.Stage`."""
+        norms = [module for module, kind in self.parts() if kind is nn.RMSNorm]
+        if any(norm.eps != self.norm_f.eps for norm in norms):
+            return None
+        tensors: list[Tensor] = [self.norm_f.weight]
+        layer: Any
+        for layer in self.layers:
+            mixer = layer.mixer
+            tensors += [layer.norm.weight, mixer.norm.weight, -torch.exp(mixer.A_log)]
+            tensors += [mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.dt_bias, mixer.D]
+            for linear in (mixer.in_proj, mixer.out_proj):
+                tensors += pack_linear(linear, weights, memory)
+        return _native.library().Stage.mamba2(tensors, self.norm_f.eps)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mblm.inference.huge_pages import HugePages
-from mblm.inference.packing import guard, is_on_gpu, pack_linear
+from mblm.inference.packing import guard
+from mblm.ops.packing import is_on_gpu, pack_linear
+from mblm.utils.huge_pages import HugePages
 
 if TYPE_CHECKING:
     from mblm.model.mamba_layers import MambaStage

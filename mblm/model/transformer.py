@@ -26,6 +26,9 @@ from mblm.model.transformer_layers import (
     RotaryEmbedding,
 )
 from mblm.model.transformer_state import Continuation, TransformerState, split, stack
+from mblm.ops import _native
+from mblm.ops.packing import NONE, is_on_gpu, pack_linear
+from mblm.utils.huge_pages import HugePages
 
 
 class _TransformerBlockFields(StageBlock):
@@ -82,6 +85,7 @@ class TransformerEncoderBlock(_TransformerBlockFields):
 
 
 _LAYERS = (Attention, FeedForward)
+_WIDEST_HEAD_ON_GPU = 256
 
 
 class _Transformer(nn.Module):
@@ -226,6 +230,23 @@ class TransformerDecoder(_Transformer):
             x = x + feed_forward(x, delayed())
             start = start + feed_forward(start)
         return torch.cat((self.norm(start).expand(rows, -1, -1), self.norm(x)), dim=1)
+
+    def pack(self, weights: str, memory: HugePages) -> Any:
+        """Its weights as compiled decoding reads them, or None; see `mblm.model.stage.Stage`."""
+        if is_on_gpu(self.norm.g) and self.head_dim > _WIDEST_HEAD_ON_GPU:
+            return None
+        frequencies = NONE if self.rotary_emb is None else self.rotary_emb.inv_freq
+        tensors: list[torch.Tensor] = [self.norm.g, frequencies]
+        for attention, feed_forward in self.layer_pairs():
+            tensors.append(attention.norm.g)
+            for linear in (attention.to_q, attention.to_kv, attention.to_out):
+                tensors += pack_linear(linear, weights, memory)
+            parts: Any = feed_forward
+            norm, expand, _, _, contract = parts
+            tensors.append(norm.g)
+            tensors += pack_linear(expand, weights, memory)
+            tensors += pack_linear(contract, weights, memory)
+        return _native.library().Stage.transformer(tensors, self.num_heads)
 
     def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
         """Decoding state: keys, values and shifted halves; see `StageCache`."""

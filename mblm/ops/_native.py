@@ -68,6 +68,11 @@ def is_loaded() -> bool:
     return _library is not None
 
 
+def library() -> Any:
+    """The module ``mblm._C``, or None where it is not loaded."""
+    return _library
+
+
 def build_info() -> dict[str, Any]:
     """What is compiled, for which torch and machine, and what is missing.
 

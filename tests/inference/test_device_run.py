@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from mblm import MBLM
-from mblm.inference.packing import round_weight
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
 from mblm.ops import _native
+from mblm.ops.packing import round_weight
 from mblm.utils.stream import ByteStreamer
 from tests.inference.test_native_run import in_pytorch
 from tests.models import mamba, model, transformer

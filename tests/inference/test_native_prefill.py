@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from mblm import MBLMReturnType
 from mblm.inference.advance import prefill_natively
-from mblm.inference.packing import WEIGHT_TYPES
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import NATIVE_POSITIONS, StageCache, allocate_cache
+from mblm.ops.packing import WEIGHT_TYPES
 from tests.inference.test_native_run import CLOSE, STAGES, in_pytorch, wide
 from tests.models import LSTMBlock, mamba, model, transformer
 from tests.native import needs_native

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mblm import MBLM
 from mblm.inference import hierarchy_cache
 from mblm.inference.native_hierarchy import NativeHierarchy
-from mblm.inference.packing import round_weight
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
 from mblm.inference.stage_cache import StageCache
+from mblm.ops.packing import round_weight
 from tests.models import hierarchies, mamba, model, transformer
 from tests.native import needs_native
 

@@ -24,13 +24,16 @@ class HugePages:
         self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a tensor on a CPU; itself, if it is small or elsewhere."""
+        """A contiguous copy of a tensor on a CPU; itself, if small, elsewhere, or without room."""
         size = tensor.numel() * tensor.element_size()
         if size < _FEWEST or tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
             return tensor
         taken = -(-size // _ALIGNMENT) * _ALIGNMENT
         if taken > self._free.numel():
-            self._free = _map(max(taken, _CHUNK))
+            try:
+                self._free = _map(max(taken, _CHUNK))
+            except OSError:  # there is a limit to addresses: `ulimit -v`
+                return tensor
         place, self._free = self._free[:size], self._free[taken:]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mblm.inference.huge_pages import HugePages
-from mblm.inference.packing import pack_linear, round_weight
+from mblm.ops.packing import pack_linear, round_weight
+from mblm.utils.huge_pages import HugePages
 from tests.native import needs_native
 
 

@@ -1,0 +1,223 @@
+// See guard.h. It runs no Python code, and looks at dictionaries in the order of their entries.
+#include "decode/guard.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+
+namespace mblm::decode {
+
+namespace py = pybind11;
+
+namespace {
+
+// Without the calls and counting of references that a tensor's own functions come with.
+const c10::StorageImpl* storage_of(c10::TensorImpl& tensor) {
+  return tensor.has_storage() ? tensor.unsafe_storage().unsafeGetStorageImpl() : nullptr;
+}
+
+// Versions count writes; a tensor made in inference mode has none.
+int64_t version_of(c10::TensorImpl& tensor) {
+  return tensor.is_inference() ? 0 : int64_t(tensor.version_counter().current_version());
+}
+
+py::object dict_of(py::handle dict) {
+  if (!PyDict_Check(dict.ptr())) throw py::type_error("Guard: expected a dictionary");
+  return py::reinterpret_borrow<py::object>(dict);
+}
+
+// Dropout by a module of its own, or by an attribute of that name.
+bool drops(py::handle module, py::handle dropout_class) {
+  if (py::isinstance(module, dropout_class)) return module.attr("p").cast<double>() > 0;
+  const py::object dropout = py::getattr(module, "dropout", py::float_(0.0));
+  const bool is_number = PyFloat_Check(dropout.ptr()) || PyLong_Check(dropout.ptr());
+  return is_number && dropout.cast<double>() > 0;
+}
+
+}  // namespace
+
+Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts,
+             const py::list& buffers) {
+  PyUnicode_InternInPlace(&forward_.ptr());
+  PyUnicode_InternInPlace(&training_.ptr());
+  const py::object dropout_class = py::module_::import("torch.nn").attr("Dropout");
+  for (const py::handle pair : parts) {
+    const auto items = py::cast<py::tuple>(pair);
+    const py::object module = items[0], kind = items[1];
+    if (!PyType_Check(kind.ptr())) throw py::type_error("Guard: expected a class in parts");
+    Part part{module, kind, dict_of(module.attr("__dict__")), {}, drops(module, dropout_class)};
+    for (const char* name : {"_forward_hooks", "_forward_pre_hooks"}) {
+      part.hooks.push_back(dict_of(module.attr(name)));
+    }
+    parts_.push_back(std::move(part));
+    const auto has_kind = [&](const Class& of) { return of.kind.is(kind); };
+    if (std::none_of(classes_.begin(), classes_.end(), has_kind)) {
+      classes_.push_back({kind, kind.attr("forward")});
+    }
+  }
+  for (const py::handle dict : hooks) hooks_.push_back(dict_of(dict));
+  for (const py::handle dict : dicts) {
+    Entries entries{dict_of(dict), {}};
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) {
+      entries.values.push_back(watch(value));
+    }
+    dicts_.push_back(std::move(entries));
+  }
+  for (const py::handle pair : buffers) {
+    const auto items = py::cast<py::tuple>(pair);
+    const py::object dict = dict_of(items[0]), key = items[1];
+    buffers_.push_back({dict, key, watch(py::object(dict[key]))});
+  }
+}
+
+Guard::Watched Guard::watch(py::handle object) {
+  Watched watched;
+  watched.object = py::reinterpret_borrow<py::object>(object);
+  watched.type = py::type::of(object);
+  if (!THPVariable_Check(object.ptr())) return watched;
+  watched.tensor = THPVariable_Unpack(object.ptr());
+  c10::TensorImpl& tensor = *watched.tensor.unsafeGetTensorImpl();
+  if (tensor.has_storage()) {
+    watched.storage = watched.tensor.storage();
+    watched.data = storage_of(tensor)->data();
+  }
+  watched.offset = tensor.storage_offset();
+  watched.version = version_of(tensor);
+  return watched;
+}
+
+bool Guard::holds() const {
+  const auto is_empty = [](const py::object& dict) { return PyDict_Size(dict.ptr()) == 0; };
+  const auto all_hold = [this](const auto& items) {
+    return std::all_of(items.begin(), items.end(),
+                       [this](const auto& item) { return holds(item); });
+  };
+  return std::all_of(hooks_.begin(), hooks_.end(), is_empty) && all_hold(parts_) &&
+         all_hold(classes_) && all_hold(dicts_) && all_hold(buffers_);
+}
+
+bool Guard::holds(const Part& part) const {
+  if (Py_TYPE(part.module.ptr()) != reinterpret_cast<PyTypeObject*>(part.kind.ptr())) return false;
+  for (const py::object& dict : part.hooks) {
+    if (PyDict_Size(dict.ptr()) != 0) return false;
+  }
+  PyObject* own = part.own.ptr();
+  if (PyDict_Contains(own, forward_.ptr()) != 0) return false;
+  return !part.drops || PyDict_GetItemWithError(own, training_.ptr()) == Py_False;
+}
+
+bool Guard::holds(const Class& of) const {
+  const auto now =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(of.kind.ptr(), forward_.ptr()));
+  if (!now) PyErr_Clear();
+  return now.is(of.forward);
+}
+
+bool Guard::holds(const Entries& entries) {
+  PyObject* dict = entries.dict.ptr();
+  if (PyDict_Size(dict) != Py_ssize_t(entries.values.size())) return false;
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t at = 0;
+  for (const Watched& watched : entries.values) {
+    if (!PyDict_Next(dict, &at, &key, &value) || !watched.holds(value)) return false;
+  }
+  return true;
+}
+
+bool Guard::holds(const Buffer& buffer) {
+  PyObject* now = PyDict_GetItemWithError(buffer.dict.ptr(), buffer.key.ptr());
+  if (!now) PyErr_Clear();
+  return buffer.value.holds(now);
+}
+
+bool Guard::Watched::holds(PyObject* now) const {
+  if (now != object.ptr()) return false;
+  if (!tensor.defined()) return true;
+  // `torch.utils.swap_tensors` gives an object another tensor and class, `.data =` a tensor other
+  // memory, `share_memory_` memory another place.
+  if (reinterpret_cast<PyObject*>(Py_TYPE(now)) != type.ptr()) return false;
+  const at::Tensor& of = THPVariable_Unpack(now);
+  c10::TensorImpl& impl = *of.unsafeGetTensorImpl();
+  const c10::StorageImpl* memory = storage_of(impl);
+  return of.is_same(tensor) && memory == storage.unsafeGetStorageImpl() &&
+         (!memory || memory->data() == data) && impl.storage_offset() == offset &&
+         version_of(impl) == version;
+}
+
+int Guard::traverse(visitproc visit, void* argument) const {
+  const auto each = [&](const auto& visit_object) {
+    for (const Part& part : parts_) {
+      for (const py::object* object : {&part.module, &part.kind, &part.own}) visit_object(*object);
+      for (const py::object& dict : part.hooks) visit_object(dict);
+    }
+    for (const Class& of : classes_) {
+      visit_object(of.kind);
+      visit_object(of.forward);
+    }
+    for (const py::object& dict : hooks_) visit_object(dict);
+    for (const Entries& entries : dicts_) {
+      visit_object(entries.dict);
+      for (const Watched& watched : entries.values) {
+        visit_object(watched.object);
+        visit_object(watched.type);
+      }
+    }
+    for (const Buffer& buffer : buffers_) {
+      visit_object(buffer.dict);
+      visit_object(buffer.value.object);
+      visit_object(buffer.value.type);
+    }
+  };
+  int result = 0;
+  each([&](const py::object& object) {
+    if (result == 0 && object) result = visit(object.ptr(), argument);
+  });
+  return result;
+}
+
+void Guard::clear() {
+  // What is freed may run Python code, which must not find half of it.
+  const auto parts = std::move(parts_);
+  const auto classes = std::move(classes_);
+  const auto hooks = std::move(hooks_);
+  const auto dicts = std::move(dicts_);
+  const auto buffers = std::move(buffers_);
+  parts_.clear(), classes_.clear(), hooks_.clear(), dicts_.clear(), buffers_.clear();
+}
+
+namespace {
+
+// Null before it is constructed, when Python may ask already.
+Guard* guard_of(PyObject* self) {
+  auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return held.holder_constructed() ? held.value_ptr<Guard>() : nullptr;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {  // the name that Py_VISIT takes
+  Py_VISIT(Py_TYPE(self));
+  const Guard* guard = guard_of(self);
+  return guard ? guard->traverse(visit, arg) : 0;
+}
+
+int clear(PyObject* self) {
+  if (Guard* guard = guard_of(self)) guard->clear();
+  return 0;
+}
+
+}  // namespace
+
+void bind_guard(py::module_& module) {
+  const py::custom_type_setup is_collected([](PyHeapTypeObject* heap_type) {
+    PyTypeObject* type = &heap_type->ht_type;
+    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type->tp_traverse = traverse;
+    type->tp_clear = clear;
+  });
+  py::class_<Guard>(module, "Guard", is_collected)
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&>(),
+           py::arg("parts"), py::arg("hooks"), py::arg("dicts"), py::arg("buffers"))
+      .def("holds", [](const Guard& guard) { return guard.holds(); });
+}
+
+}  // namespace mblm::decode

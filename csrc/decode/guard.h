@@ -1,0 +1,74 @@
+// Watches the modules and tensors that packed weights were made of.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace mblm::decode {
+
+// It owns what it looks at, so that nothing can be freed under it. All functions need the GIL.
+class Guard {
+ public:
+  // parts: pairs of a module and the class that it is of. hooks: dictionaries of hooks for all
+  // modules. dicts: dictionaries of modules and parameters whose entries are to stay the same
+  // objects. buffers: pairs of a dictionary and the key of a tensor in it.
+  Guard(const pybind11::list& parts, const pybind11::list& hooks, const pybind11::list& dicts,
+        const pybind11::list& buffers);
+
+  // Whether calling the modules still computes what it did: they are of their classes, whose
+  // `forward` is the same, without hooks, and those that drop anything are not in training; and
+  // whether all entries are the same, tensors with the same memory, not written to. Tensors made in
+  // inference mode do not count writes.
+  bool holds() const;
+
+  // For Python's collector of garbage.
+  int traverse(visitproc visit, void* argument) const;
+  void clear();
+
+ private:
+  struct Part {
+    pybind11::object module, kind, own;
+    std::vector<pybind11::object> hooks;
+    bool drops;
+  };
+  struct Class {
+    pybind11::object kind, forward;
+  };
+  struct Watched {
+    pybind11::object object, type;
+    at::Tensor tensor;  // undefined for a module or None
+    c10::Storage storage;
+    const void* data = nullptr;
+    int64_t offset = 0, version = 0;
+
+    bool holds(PyObject* now) const;
+  };
+  struct Entries {
+    pybind11::object dict;
+    std::vector<Watched> values;
+  };
+  struct Buffer {
+    pybind11::object dict, key;
+    Watched value;
+  };
+
+  static Watched watch(pybind11::handle object);
+  bool holds(const Part& part) const;
+  bool holds(const Class& of) const;
+  static bool holds(const Entries& entries);
+  static bool holds(const Buffer& buffer);
+
+  std::vector<Part> parts_;
+  std::vector<Class> classes_;
+  std::vector<pybind11::object> hooks_;
+  std::vector<Entries> dicts_;
+  std::vector<Buffer> buffers_;
+  pybind11::object forward_{pybind11::str("forward")}, training_{pybind11::str("training")};
+};
+
+// Adds the class to a module.
+void bind_guard(pybind11::module_& module);
+
+}  // namespace mblm::decode
