@@ -76,14 +76,19 @@ Guard::Watched Guard::watch(py::handle object) {
   watched.object = py::reinterpret_borrow<py::object>(object);
   watched.type = py::type::of(object);
   if (!THPVariable_Check(object.ptr())) return watched;
-  watched.tensor = THPVariable_Unpack(object.ptr());
-  c10::TensorImpl& tensor = *watched.tensor.unsafeGetTensorImpl();
+  const at::Tensor& unpacked = THPVariable_Unpack(object.ptr());
+  c10::TensorImpl& tensor = *unpacked.unsafeGetTensorImpl();
+  watched.is_tensor = true;
   if (tensor.has_storage()) {
-    watched.storage = watched.tensor.storage();
+    watched.storage = unpacked.storage();
     watched.data = storage_of(tensor)->data();
   }
   watched.offset = tensor.storage_offset();
   watched.version = version_of(tensor);
+  if (tensor.layout() == at::kStrided) {
+    watched.sizes = at::DimVector(tensor.sizes());
+    watched.strides = at::DimVector(tensor.strides());
+  }
   return watched;
 }
 
@@ -133,16 +138,16 @@ bool Guard::holds(const Buffer& buffer) {
 
 bool Guard::Watched::holds(PyObject* now) const {
   if (now != object.ptr()) return false;
-  if (!tensor.defined()) return true;
+  if (!is_tensor) return true;
   // `torch.utils.swap_tensors` gives an object another tensor and class, `.data =` a tensor other
-  // memory, `share_memory_` memory another place.
+  // memory or sizes, `share_memory_` memory another place.
   if (reinterpret_cast<PyObject*>(Py_TYPE(now)) != type.ptr()) return false;
-  const at::Tensor& of = THPVariable_Unpack(now);
-  c10::TensorImpl& impl = *of.unsafeGetTensorImpl();
-  const c10::StorageImpl* memory = storage_of(impl);
-  return of.is_same(tensor) && memory == storage.unsafeGetStorageImpl() &&
-         (!memory || memory->data() == data) && impl.storage_offset() == offset &&
-         version_of(impl) == version;
+  c10::TensorImpl& tensor = *THPVariable_Unpack(now).unsafeGetTensorImpl();
+  const c10::StorageImpl* memory = storage_of(tensor);
+  if (memory != storage.unsafeGetStorageImpl() || (memory && memory->data() != data)) return false;
+  if (tensor.storage_offset() != offset || version_of(tensor) != version) return false;
+  return tensor.layout() != at::kStrided ||
+         (tensor.sizes().equals(sizes) && tensor.strides().equals(strides));
 }
 
 int Guard::traverse(visitproc visit, void* argument) const {

@@ -1,6 +1,7 @@
 // Watches the modules and tensors that packed weights were made of.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
@@ -38,10 +39,12 @@ class Guard {
   };
   struct Watched {
     pybind11::object object, type;
-    at::Tensor tensor;  // undefined for a module or None
+    bool is_tensor = false;  // or a module or None
+    // What a tensor has. Not the tensor, of which `torch.utils.swap_tensors` wants to be the owner.
     c10::Storage storage;
     const void* data = nullptr;
     int64_t offset = 0, version = 0;
+    at::DimVector sizes, strides;
 
     bool holds(PyObject* now) const;
   };
