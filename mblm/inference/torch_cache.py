@@ -176,14 +176,14 @@ class TorchCache:
         end = time.monotonic() + seconds
         with self._slots.using(rows) as slots:
             plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
-            drafted = self._check_drafts(plans, drafts)
+            proposed = dict(zip(slots, self._check_drafts(plans, drafts), strict=True))
             for slot in slots:
                 slot.now = replace(slot.now, progress=_planned(slot).restarted())
             while going := [slot for slot in slots if self._reason(slot) == "time"]:
                 # Those at the end of a patch wait for the others, so that the stages above take
                 # in patches of as many rows as there are.
                 ready = [slot for slot in going if not self._waits(slot.now.bytes)]
-                self._step(ready or going, dict(zip(slots, drafted, strict=True)))
+                self._step(ready or going, proposed)
                 paused = any(self._reason(slot) == "logits" for slot in going)
                 if paused or time.monotonic() >= end:
                     break
