@@ -64,14 +64,6 @@ MambaCopy copy_of(const Mamba1Stage& stage) {
 
 }  // namespace
 
-int64_t Mamba1Stage::weights() const {
-  int64_t count = 0;
-  for (const Mamba1Layer& layer : layers) {
-    count += layer.in.weights() + layer.x.weights() + layer.dt.weights() + layer.out.weights();
-  }
-  return count;
-}
-
 int64_t Mamba1Stage::scratch_size(int64_t positions, int64_t, int64_t threads) const {
   return Values::floats(*this, positions) + threads * per_thread(positions, dim, rank);
 }

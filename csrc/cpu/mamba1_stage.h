@@ -1,6 +1,7 @@
 // A Mamba-1 stage in decoding: the next positions of every row.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -18,6 +19,8 @@ struct Mamba1Layer {
   const float* conv_bias;
   const float* rates;   // (inner, states), -exp(A_log)
   const float* direct;  // (inner), D
+
+  std::array<const Matrix*, 4> matrices() const { return {&in, &x, &dt, &out}; }
 };
 
 class Mamba1Stage {
@@ -28,7 +31,10 @@ class Mamba1Stage {
   std::vector<Mamba1Layer> layers;
 
   // As TransformerStage's.
-  int64_t weights() const;
+  int64_t weights() const { return weights_of<Mamba1Layer>(layers); }
+  int64_t prepared_floats(int64_t positions) const {
+    return cpu::prepared_floats<Mamba1Layer>(layers, positions);
+  }
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
   void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
                float* trail = nullptr) const;

@@ -79,14 +79,6 @@ int64_t per_thread(int64_t positions, int64_t dim, int64_t inner) {
 
 }  // namespace
 
-int64_t Mamba2Stage::weights() const {
-  int64_t count = 0;
-  for (const Mamba2Layer& layer : layers) {
-    count += layer.in.weights() + layer.out.weights();
-  }
-  return count;
-}
-
 int64_t Mamba2Stage::scratch_size(int64_t positions, int64_t, int64_t threads) const {
   return Values::floats(*this, positions) + threads * per_thread(positions, dim, inner);
 }

@@ -1,6 +1,7 @@
 // A Mamba-2 stage in decoding: the next positions of every row.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -18,6 +19,8 @@ struct Mamba2Layer {
   const float* rates;       // (heads), -exp(A_log)
   const float* direct;      // (heads), D
   const float* gated_norm;  // (inner)
+
+  std::array<const Matrix*, 2> matrices() const { return {&in, &out}; }
 };
 
 class Mamba2Stage {
@@ -30,7 +33,10 @@ class Mamba2Stage {
   const float* norm = nullptr;  // (dim)
 
   // As TransformerStage's.
-  int64_t weights() const;
+  int64_t weights() const { return weights_of<Mamba2Layer>(layers); }
+  int64_t prepared_floats(int64_t positions) const {
+    return cpu::prepared_floats<Mamba2Layer>(layers, positions);
+  }
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
   void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
                float* trail = nullptr) const;

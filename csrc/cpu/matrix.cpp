@@ -115,6 +115,7 @@ Prepared prepare_rows(const Worker& worker, const Matrix& matrix, const float* x
   const Kernel& kernel = kernel_of(matrix.type);
   if (!kernel.prepare) return {x, matrix.inputs};
   const int64_t stride = prepared_size(matrix.inputs);
+  // Changes nothing where with_team was told how many floats that takes.
   worker.prepared.resize(std::max<size_t>(worker.prepared.size(), rows * stride));
   for (int64_t row = 0; row < rows; ++row) {
     kernel.prepare(x + row * matrix.inputs, matrix.inputs, worker.prepared.data() + row * stride);
@@ -202,6 +203,10 @@ const std::vector<MatrixKernels>& matrix_kernels() {
     return list;
   }();
   return kernels;
+}
+
+int64_t prepared_floats(const Matrix& matrix, int64_t rows) {
+  return kernel_of(matrix.type).prepare ? rows * prepared_size(matrix.inputs) : 0;
 }
 
 void ask_for(const Worker& worker, const float* values, int64_t count) {

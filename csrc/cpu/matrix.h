@@ -1,6 +1,7 @@
 // A matrix of weights as decoding reads it, and its product with a few rows of activations.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -29,6 +30,29 @@ struct Matrix {
 
   int64_t weights() const { return outputs * inputs; }
 };
+
+// Floats that each thread's worker prepares to multiply so many rows.
+int64_t prepared_floats(const Matrix& matrix, int64_t rows);
+
+// Of all matrices of some layers.
+template <class Layer>
+int64_t weights_of(std::span<const Layer> layers) {
+  int64_t count = 0;
+  for (const Layer& layer : layers) {
+    for (const Matrix* matrix : layer.matrices()) count += matrix->weights();
+  }
+  return count;
+}
+template <class Layer>
+int64_t prepared_floats(std::span<const Layer> layers, int64_t rows) {
+  int64_t most = 0;
+  for (const Layer& layer : layers) {
+    for (const Matrix* matrix : layer.matrices()) {
+      most = std::max(most, prepared_floats(*matrix, rows));
+    }
+  }
+  return most;
+}
 
 // Some of the outputs of a matrix. The first begins a tile.
 Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count);

@@ -18,9 +18,12 @@
 namespace mblm::cpu {
 
 // Shared by the threads of one call. A thread waits at a barrier by spinning, for the phases are
-// microseconds long; when that takes long, as with more threads than cores, it gives its core away.
+// microseconds long. When that takes long, as with more threads than cores, it gives its core away;
+// then it sleeps, for where processor time is limited, what it spends on waiting is taken from the
+// threads that it waits for.
 class Team {
  public:
+  // It never goes back, and is read without a system call.
   using Clock = std::chrono::steady_clock;
 
   explicit Team(int64_t threads)
@@ -80,7 +83,8 @@ class Team {
 
  private:
   static constexpr int64_t kTurnsBeforeYield = 2000;
-  static constexpr std::chrono::microseconds kLong{500};
+  static constexpr std::chrono::microseconds kLong{500}, kBeforeSleep{2000};
+  static constexpr std::chrono::microseconds kShortestSleep{50}, kLongestSleep{1000};
 
   template <class T>
   struct alignas(cache_lines::kBytesApart) Line {
@@ -93,7 +97,8 @@ class Team {
 
   template <class Idle>
   void await(const std::atomic<uint32_t>& flag, uint32_t phase, Idle idle) {
-    // Who tells it can be a phase ahead.
+    // The thread that writes the flag may already be in the next phase, so the number can be
+    // larger; numbers wrap around.
     const auto has_come = [&] {
       return int32_t(flag.load(std::memory_order_acquire) - phase) >= 0;
     };
@@ -102,8 +107,13 @@ class Team {
       idle();
     }
     const auto begin = Clock::now();
-    while (!has_come()) std::this_thread::yield();
-    const Clock::duration lost = Clock::now() - begin;
+    Clock::duration lost{}, sleep = kShortestSleep;
+    for (; !has_come(); lost = Clock::now() - begin) {
+      std::this_thread::yield();  // to a thread of the team that has no core, if there is one
+      if (lost < kBeforeSleep) continue;
+      std::this_thread::sleep_for(sleep);
+      sleep = std::min<Clock::duration>(2 * sleep, kLongestSleep);
+    }
     if (lost > kLong) lost_.fetch_add(lost.count(), std::memory_order_relaxed);
   }
 

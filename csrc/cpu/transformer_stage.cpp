@@ -160,15 +160,6 @@ struct Scratch {
 
 }  // namespace
 
-int64_t TransformerStage::weights() const {
-  int64_t count = 0;
-  for (const TransformerLayer& layer : layers) {
-    count += layer.q.weights() + layer.kv.weights() + layer.out.weights() + layer.expand.weights() +
-             layer.contract.weights();
-  }
-  return count;
-}
-
 int64_t TransformerStage::scratch_size(int64_t positions, int64_t end, int64_t threads) const {
   return Scratch(*this, positions, end, threads, 0, nullptr).floats;
 }

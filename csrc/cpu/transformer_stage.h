@@ -1,6 +1,7 @@
 // A Transformer stage in decoding: the next positions of every row.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -14,6 +15,8 @@ struct TransformerLayer {
   Matrix q, kv, out;
   const float* feed_forward_norm;  // (dim)
   Matrix expand, contract;
+
+  std::array<const Matrix*, 5> matrices() const { return {&q, &kv, &out, &expand, &contract}; }
 };
 
 // Keys and values are kept in pages of so many positions, or of fewer where a sequence is shorter.
@@ -45,7 +48,12 @@ class TransformerStage {
   int64_t angles = 0;
 
   // Weights of the matrices, with each of which a position is multiplied.
-  int64_t weights() const;
+  int64_t weights() const { return weights_of<TransformerLayer>(layers); }
+
+  // Floats that each worker prepares for so many positions of all rows together.
+  int64_t prepared_floats(int64_t positions) const {
+    return cpu::prepared_floats<TransformerLayer>(layers, positions);
+  }
 
   // Floats of working memory for calls with at most so many positions of all rows together, after
   // which no row has more than `end` in its cache.

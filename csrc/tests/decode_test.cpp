@@ -4,6 +4,8 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <new>
+#include <sstream>
 #include <thread>
 
 #include "check.h"
@@ -11,6 +13,7 @@
 #include "cpu/matrix.h"
 #include "cpu/sampling.h"
 #include "cpu/vector_math.h"
+#include "cpu/with_team.h"
 #include "pack.h"
 
 using namespace mblm;
@@ -57,6 +60,46 @@ void a_team_shares_every_item_once_and_waits() {
     });
     CHECK(wrong == 0);
   }
+}
+
+void a_team_begins_only_when_all_have_their_memory() {
+  std::atomic<int64_t> begun{0}, floats{0};
+  int64_t prepared_for = 0;
+  cpu::with_team(
+      3, [&](int64_t threads) { return prepared_for = threads; },
+      [&](const cpu::Worker& worker) {
+        ++begun;
+        floats += int64_t(worker.prepared.size());
+        CHECK(worker.team.threads() == prepared_for);
+        worker.wait();
+      });
+  CHECK(begun == prepared_for && floats == prepared_for * prepared_for);
+  const auto fails = [&](auto prepare) {
+    begun = 0;
+    try {
+      cpu::with_team(3, prepare, [&](const cpu::Worker&) { ++begun; });
+    } catch (const std::exception&) {
+      return begun == 0;
+    }
+    return false;
+  };
+  CHECK(fails([](int64_t) -> int64_t { throw std::bad_alloc(); }));
+  CHECK(fails([](int64_t) { return INT64_MAX; }));  // more floats than there can be
+}
+
+void reads_limits_of_processor_time() {
+  const auto cores = [](const char* text) {
+    std::istringstream in(text);
+    return cpu::cores_of_cpu_max(in);
+  };
+  CHECK(cores("100000 100000\n") == 1);
+  CHECK(cores("150000 100000") == 2);
+  CHECK(cores("1000 100000") == 1);
+  CHECK(cores("800000 100000") == 8);
+  for (const char* text : {"max 100000", "-1 100000 ", "", "100000", "0 100000", "1 0", "no"}) {
+    CHECK(cores(text) == cpu::kNoLimit);
+  }
+  CHECK(cpu::allowed_cores() >= 1);
 }
 
 template <class W>
@@ -181,6 +224,8 @@ void samples_what_the_filters_keep() {
 int main() {
   erf_and_what_is_made_of_it();
   a_team_shares_every_item_once_and_waits();
+  a_team_begins_only_when_all_have_their_memory();
+  reads_limits_of_processor_time();
   multiplies_packed_weights();
   every_instruction_set_that_the_machine_has();
   samples_what_the_filters_keep();

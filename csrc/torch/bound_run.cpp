@@ -266,10 +266,14 @@ void BoundRun::work() {
   while (!run_.is_done()) {
     const auto now = cpu::Team::Clock::now(), alone = alone_until();
     const int64_t threads = threads_for(run_.products(), now);
-    scratch.resize(run_.scratch_size(threads));
     const auto until = now < alone ? alone : cpu::Team::Clock::time_point::max();
-    with_team(threads,
-              [&](const cpu::Worker& worker) { run_.work(worker, scratch.data(), until); });
+    with_team(
+        threads,
+        [&](int64_t there) {
+          scratch.resize(run_.scratch_size(there));
+          return int64_t(0);  // each allocates as it goes
+        },
+        [&](const cpu::Worker& worker) { run_.work(worker, scratch.data(), until); });
     numbers_->rethrow();
   }
 }

@@ -6,13 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <optional>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "cpu/team.h"
+#include "cpu/with_team.h"
 
 namespace mblm {
 
@@ -39,29 +34,15 @@ inline void remember_crowd() {
 inline int64_t threads_for(int64_t products,
                            cpu::Team::Clock::time_point now = cpu::Team::Clock::now()) {
   constexpr int64_t kProductsPerThread = 1 << 17;
-  if (now < alone_until()) return 1;
-  return std::clamp<int64_t>(products / kProductsPerThread, 1, at::get_num_threads());
+  if (now < alone_until() || cpu::is_forked()) return 1;
+  const int64_t most = std::min<int64_t>(at::get_num_threads(), cpu::allowed_cores());
+  return std::clamp<int64_t>(products / kProductsPerThread, 1, most);
 }
 
-// Calls function(worker) on every thread of a team; the caller's own is the first. A crowded team
-// leaves the next calls to one thread.
-template <class Function>
-void with_team([[maybe_unused]] int64_t threads, Function function) {
-#ifdef _OPENMP
-  if (threads > 1 && !omp_in_parallel()) {
-    std::optional<cpu::Team> team;
-#pragma omp parallel num_threads(int(threads))
-    {
-#pragma omp single
-      team.emplace(omp_get_num_threads());
-      function(cpu::Worker{*team, omp_get_thread_num()});
-    }
-    if (team->is_crowded()) remember_crowd();
-    return;
-  }
-#endif
-  cpu::Team team(1);
-  function(cpu::Worker{team, 0});
+// See cpu/with_team.h. A crowded team leaves the next calls to one thread.
+template <class Prepare, class Function>
+void with_team(int64_t threads, Prepare prepare, Function function) {
+  if (cpu::with_team(threads, prepare, function)) remember_crowd();
 }
 
 }  // namespace mblm

@@ -83,10 +83,13 @@ Tensor packed_linear(const Tensor& x, const PackedLinear& linear) {
       return out;
     }
   }
-  with_team(threads_for(count * matrix.weights()), [&](const cpu::Worker& worker) {
-    cpu::multiply(worker, matrix, rows.const_data_ptr<float>(), count,
-                  static_cast<float*>(out.data_ptr()));
-  });
+  with_team(
+      threads_for(count * matrix.weights()),
+      [&](int64_t) { return cpu::prepared_floats(matrix, count); },
+      [&](const cpu::Worker& worker) {
+        cpu::multiply(worker, matrix, rows.const_data_ptr<float>(), count,
+                      static_cast<float*>(out.data_ptr()));
+      });
   return out;
 }
 
@@ -97,7 +100,6 @@ Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
         const c10::Device device = weights.front().device();
         Tensor out = copy_of_input(x, model.dim, device);
         const int64_t rows = out.size(0), count = out.size(1);
-        const int64_t threads = threads_for(rows * count * model.weights());
         const std::vector<int64_t> counts(positions.size(), count);
         const auto groups = bind_groups(model, state, positions, counts, rows, device);
         if constexpr (kCuda) {
@@ -106,16 +108,22 @@ Tensor Stage::prefill(const Tensor& x, const std::vector<Tensor>& state,
         const auto bound = bind_rows(model, groups.rows, groups.positions);
         const auto bound_rows = bound.rows(count);
         const int64_t end = *std::max_element(positions.begin(), positions.end()) + count;
-        const int64_t floats = model.scratch_size(rows * count, end, threads);
-        const auto scratch = std::make_unique_for_overwrite<float[]>(floats);
+        std::unique_ptr<float[]> scratch;
         float* values = out.mutable_data_ptr<float>();
-        with_team(threads, [&](const cpu::Worker& worker) {
-          bound.stage().prefill(worker, bound_rows, values, scratch.get());
-          worker.share(rows * count, 16, [&](int64_t begin, int64_t end) {
-            const int64_t first = begin * model.dim;
-            model.normalize(values + first, end - begin, values + first);
-          });
-        });
+        with_team(
+            threads_for(rows * count * model.weights()),
+            [&](int64_t threads) {
+              const int64_t floats = model.scratch_size(rows * count, end, threads);
+              scratch = std::make_unique_for_overwrite<float[]>(floats);
+              return model.prepared_floats(rows * count);
+            },
+            [&](const cpu::Worker& worker) {
+              bound.stage().prefill(worker, bound_rows, values, scratch.get());
+              worker.share(rows * count, 16, [&](int64_t begin, int64_t end) {
+                const int64_t first = begin * model.dim;
+                model.normalize(values + first, end - begin, values + first);
+              });
+            });
         return out;
       },
       stage);

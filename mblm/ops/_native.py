@@ -38,6 +38,9 @@ def load() -> None:
     if problem is None:
         try:
             _library = load_library(PACKAGE)
+            if hasattr(os, "register_at_fork"):
+                # OpenMP would wait for threads that a forked process does not have.
+                os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
             return
         except ImportError as error:
             problem = f"cannot be loaded ({error})"

@@ -1,0 +1,58 @@
+"""Decoding on the threads that there are, which can be fewer than torch's."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.native import needs_native
+
+# Worth more than one thread. Of 6 heads, 2 threads take 3 each, and 4 share all.
+SETUP = """
+import os, signal, torch
+from mblm.inference.session import Session
+from tests.models import model, transformer
+
+torch.manual_seed(0)
+torch.set_num_threads(4)
+stage = lambda: transformer(attn_head_dims=16, attn_num_heads=6)
+m = model(stage(), stage(), hidden_dims=[96, 96], num_layers=[2, 2], seq_lens=[8, 8])
+ids = torch.arange(8 * 20).view(8, 20) % 19
+
+def decode():
+    session = Session(m, batch_size=8)
+    session.feed(ids)
+    return session.generate(24, generator=torch.Generator().manual_seed(1))
+"""
+
+
+def output_of(script: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + script],
+        env={**os.environ, "MBLM_NATIVE": "require", **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+@needs_native
+def test_a_team_may_be_smaller_than_asked_for() -> None:
+    script = "print(decode().tolist())"
+    assert output_of(script, OMP_THREAD_LIMIT="2") == output_of(script, OMP_THREAD_LIMIT="1")
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_decodes() -> None:
+    script = """
+before = decode()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # ends it if it hangs
+    os._exit(0 if torch.equal(decode(), before) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert output_of(script) == "0\n"
