@@ -119,7 +119,8 @@ class Cache(Protocol):
     def last(self, rows: Sequence[Row]) -> list[Ran]:
         """What the last `run` or `choose` gave each row, again: an exception there loses no byte.
 
-        Rows that have not run since their plan began get no ids.
+        Rows that have not run since their plan began get no ids. Where an exception comes before
+        a run has begun, it is the run before that this tells of; `lengths` shows which.
         """
         ...
 

@@ -3,6 +3,7 @@
 import math
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ class Draws:
         self.generator = generator
         self.lanes = lanes
         self._lock = threading.Lock()
-        self._first = 0  # which numbers are kept first
-        self._kept: list[Tensor] = []
+        # Which numbers are kept first, and those from there on: changed by one assignment or one
+        # call, so that a signal finds it whole.
+        self._kept: tuple[int, list[Tensor]] = (0, [])
         self._next = [0] * lanes  # per lane, the first numbers that may be asked for
         self._serving: list[Lane | None] = [None] * lanes
         self._waited_for = set(range(lanes))
@@ -47,10 +49,10 @@ class Draws:
         """Refuse a lane that serves another row, or has missed numbers that are kept no longer."""
         if self._serving[lane] not in (None, instead_of):
             raise ValueError(f"lane: {lane} of these draws serves another row")
-        if self._next[lane] < self._first:
+        if self._next[lane] < self._kept[0]:
             raise ValueError(
                 f"lane: {lane} of these draws has ended after {self._next[lane]} bytes, and the "
-                f"others have gone on to {self._first}"
+                f"others have gone on to {self._kept[0]}"
             )
 
     def enter(self, lane: int, instead_of: "Lane | None" = None) -> "Lane":
@@ -67,9 +69,10 @@ class Draws:
 
     def _forget(self) -> None:
         """Let go of numbers that no lane will ask for."""
-        first = min((self._next[lane] for lane in self._waited_for), default=max(self._next))
-        del self._kept[: max(0, first - self._first)]
-        self._first = max(first, self._first)
+        begin = min((self._next[lane] for lane in self._waited_for), default=max(self._next))
+        first, kept = self._kept
+        if begin > first:
+            self._kept = begin, kept[begin - first :]
 
 
 class Lane:
@@ -87,10 +90,12 @@ class Lane:
         """The n-th numbers, ``(V,)``, for logits ``like (.., V)``."""
         draws = self.draws
         with draws._lock:
-            while n >= draws._first + len(draws._kept):
-                drawn = like.new_zeros(draws.lanes, like.shape[-1])
-                draws._kept.append(drawn.uniform_(0, 1, generator=draws.generator))
-            return draws._kept[n - draws._first][self._lane]
+            first, kept = draws._kept
+            while n >= first + len(kept):
+                draw = partial(Tensor.uniform_, generator=draws.generator)
+                # One call draws and keeps: no signal comes between the two.
+                kept.extend(map(draw, [like.new_zeros(draws.lanes, like.shape[-1])]))
+            return kept[n - first][self._lane]
 
     def pass_on(self, n: int) -> None:
         """Numbers before the n-th are not asked for again."""

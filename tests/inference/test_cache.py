@@ -1,6 +1,10 @@
 """What every engine's cache does, against whole forward passes over each row alone."""
 
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import pytest
@@ -521,6 +525,59 @@ class TestExceptions:
                     a.tolist() + b.ids.tolist() for a, b in zip(last, rest, strict=True)
                 ] == want
         assert call > 20
+
+    def test_by_signals(self, make: MakeCache, alarms: Any) -> None:
+        """At any instruction, most of them in a run."""
+        m = build("transformer", "mamba1")
+        prompts = [ids_of(3), ids_of(8)]
+        numbers = numbers_of(7, 2)
+        plans = [Plan(9, top_k=9, draws=seeded(7, 2), lane=lane) for lane in range(2)]
+        want = [follow(m, p, plan, numbers)[0] for p, plan in zip(prompts, plans, strict=True)]
+        cache, interrupts = make(m), 0
+        while interrupts < 100:
+            rows = fed(cache, *prompts)
+            draws = seeded(7, 2)
+            cache.begin(rows, [Plan(9, top_k=9, draws=draws, lane=lane) for lane in range(2)])
+            got: list[list[int]] = [[], []]
+            reasons = ["time"]
+            while "time" in reasons:
+                before = cache.lengths(rows)
+                try:
+                    with alarms():
+                        ran = cache.run(rows, 60.0)
+                except KeyboardInterrupt:
+                    interrupts += 1
+                    ran = cache.last(rows)
+                    if cache.lengths(rows) == before:  # the run had not begun, maybe
+                        continue
+                for ids, row in zip(got, ran, strict=True):
+                    ids += row.ids.tolist()
+                assert cache.lengths(rows) == [3 + len(got[0]), 8 + len(got[1])]
+                reasons = [row.reason for row in ran]
+            assert got == want
+            cache.drop(rows)
+
+    @pytest.fixture
+    def alarms(self) -> Iterator[Any]:
+        """KeyboardInterrupt after up to 10 ms."""
+        if not hasattr(signal, "setitimer"):
+            pytest.skip("no timers")
+        random = Random(0)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        @contextmanager
+        def alarm() -> Iterator[None]:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0002, 0.01))
+                yield
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        yield alarm
+        signal.signal(signal.SIGALRM, before)
 
     @pytest.mark.parametrize("kinds", [("transformer", "mamba1"), ("lstm with a state", "lstm")])
     def test_in_what_takes_in_bytes(self, make: MakeCache, kinds: tuple[str, ...]) -> None:

@@ -66,11 +66,11 @@ class TestDraws:
         for n in range(100):
             second.pass_on(n)
             second.numbers(n, LIKE)
-        assert len(draws._kept) == 1
+        assert len(draws._kept[1]) == 1
         with pytest.raises(ValueError, match="0 of these draws has ended after 1 bytes, and the"):
             draws.enter(0)
         second.leave(100)
-        assert not draws._kept and draws.enter(1).begin == 100
+        assert not draws._kept[1] and draws.enter(1).begin == 100
 
     def test_a_lane_that_has_not_begun_is_waited_for(self) -> None:
         draws = Draws(torch.Generator().manual_seed(1), lanes=2)
