@@ -61,11 +61,8 @@ class Reader {
       TORCH_CHECK_VALUE(next_ < tensors_.size() && tensors_[next_].dim() == 1, "weights[", next_,
                         "] must be the scale of each output of weights[", index, "]");
       matrix.outputs = outputs == -1 ? tensors_[next_].size(0) : outputs;
-      const auto tiles = [](int64_t size, int64_t of_tile) {
-        return (size + of_tile - 1) / of_tile;
-      };
-      check(weight, {tiles(matrix.outputs, cpu::kTileOutputs), tiles(inputs, cpu::kTileInputs),
-                     cpu::kTileOutputs, cpu::kTileInputs});
+      check(weight, {divide_up(matrix.outputs, cpu::kTileOutputs),
+                     divide_up(inputs, cpu::kTileInputs), cpu::kTileOutputs, cpu::kTileInputs});
     } else {
       check(weight, {outputs, inputs});
       matrix.outputs = weight.size(0);

@@ -161,6 +161,11 @@ inline at::Tensor with_unit_stride(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
+// How many parts of a size it takes, without a sum that may not fit.
+inline int64_t divide_up(int64_t value, int64_t by) {
+  return value / by + (value % by != 0);
+}
+
 // Calls function(begin, end) from several threads for ranges of [0, items); an item's work is
 // given as the number of values it touches.
 template <class Function>

@@ -36,18 +36,14 @@ void check(const Tensor& x, const Tensor& delta, const Tensor& rates, const Tens
   if (initial_state) expect("initial_state", *initial_state, {rows, channels, states}, compute);
 }
 
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-
-// The tensors as the kernels want them.
+// The tensors as the kernels want them; a chunk is no longer than the sequences.
 struct Inputs {
   at::ScalarType compute, type;
   int64_t rows, length, channels, states, padded_states, chunk_size, chunks;
   Tensor x, delta, rates, weight_in, weight_out, direct;
 
   Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& rates_, const Tensor& weight_in_,
-         const Tensor& weight_out_, const Tensor& direct_, int64_t chunk_size)
+         const Tensor& weight_out_, const Tensor& direct_, int64_t largest_chunk)
       : compute(rates_.scalar_type()),
         type(compute == at::kFloat && x_.scalar_type() == at::kBFloat16 ? at::kBFloat16 : compute),
         rows(x_.size(0)),
@@ -55,7 +51,7 @@ struct Inputs {
         channels(x_.size(2)),
         states(rates_.size(1)),
         padded_states(divide_up(states, cpu::kScanStatesMultiple) * cpu::kScanStatesMultiple),
-        chunk_size(chunk_size),
+        chunk_size(std::clamp<int64_t>(length, 1, largest_chunk)),
         chunks(divide_up(length, chunk_size)),
         x(x_.to(type).contiguous()),
         delta(delta_.contiguous()),
@@ -220,8 +216,8 @@ Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final
   Tensor rates_parts = make::zeros({cut.row_blocks, in.channels, in.padded_states}, options);
   Tensor direct_parts = make::zeros({cut.row_blocks, in.channels}, options);
   for (int64_t chunk = in.chunks - 1; chunk >= 0; --chunk) {
-    const int64_t start = chunk * chunk_size;
-    const int64_t positions = std::min(chunk_size, in.length - start);
+    const int64_t start = chunk * in.chunk_size;
+    const int64_t positions = std::min(in.chunk_size, in.length - start);
     // Of weight_in and of weight_out.
     Tensor parts = make::zeros({2, cut.groups, in.rows, positions, in.padded_states}, options);
     dispatch(in.type, [&](auto zero) {

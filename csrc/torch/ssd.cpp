@@ -40,24 +40,20 @@ void check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor&
   }
 }
 
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-
 // x as it is, copied only if its heads and channels are not contiguous.
 Tensor with_contiguous_heads(const Tensor& x) {
   const bool fits = x.stride(3) == 1 && x.stride(2) == x.size(3);
   return fits ? x : x.contiguous();
 }
 
-// The tensors as the kernels want them.
+// The tensors as the kernels want them; a chunk is no longer than the sequences.
 struct Inputs {
   at::ScalarType compute, type;
   int64_t rows, length, heads, head_dim, states, padded_states, chunk_size, chunks;
   Tensor x, dt, rates, weight_in, weight_out, direct;  // N padded
 
   Inputs(const Tensor& x_, const Tensor& dt_, const Tensor& rates_, const Tensor& weight_in_,
-         const Tensor& weight_out_, const Tensor& direct_, int64_t chunk_size)
+         const Tensor& weight_out_, const Tensor& direct_, int64_t largest_chunk)
       : compute(rates_.scalar_type()),
         type(compute == at::kFloat && x_.scalar_type() == at::kBFloat16 ? at::kBFloat16 : compute),
         rows(x_.size(0)),
@@ -66,7 +62,7 @@ struct Inputs {
         head_dim(x_.size(3)),
         states(weight_in_.size(2)),
         padded_states(divide_up(states, cpu::kSsdLanes) * cpu::kSsdLanes),
-        chunk_size(chunk_size),
+        chunk_size(std::clamp<int64_t>(length, 1, largest_chunk)),
         chunks(divide_up(length, chunk_size)),
         x(with_contiguous_heads(x_.to(type))),
         dt(dt_.contiguous()),
@@ -93,17 +89,16 @@ struct Inputs {
 };
 
 #ifdef MBLM_CUDA
-// The inputs of a GPU's kernels, with their scratch; chunks are no longer than the sequences.
+// The inputs of a GPU's kernels, with their scratch.
 struct DeviceInputs {
   const Inputs& in;
-  int64_t chunk_size;
   Tensor sums, scores;
 
   explicit DeviceInputs(const Inputs& in)
       : in(in),
-        chunk_size(std::min(in.chunk_size, std::max<int64_t>(in.length, 1))),
         sums(make::empty({in.rows, in.length, in.heads}, in.rates.options().dtype(at::kDouble))),
-        scores(make::empty({in.rows, in.chunks, chunk_size, chunk_size}, in.rates.options())) {}
+        scores(
+            make::empty({in.rows, in.chunks, in.chunk_size, in.chunk_size}, in.rates.options())) {}
 
   template <class T>
   cuda::SsdInput<T> kernel_input() {
@@ -114,7 +109,7 @@ struct DeviceInputs {
             in.head_dim,
             in.states,
             in.padded_states,
-            chunk_size,
+            in.chunk_size,
             in.chunks,
             data<T>(in.x),
             in.x.stride(0),

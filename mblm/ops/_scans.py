@@ -39,7 +39,7 @@ def fake(
     """y like x, and states of as many entries as a position has, times N."""
     rows, length, *widths = x.shape
     state = (*widths, weight_in.shape[2])
-    num_chunks = (length + chunk_size - 1) // chunk_size
+    num_chunks = -(-length // chunk_size)  # without a sum that may not fit
     states = rates.new_empty(rows, num_chunks, *state)
     return x.new_empty(x.shape), rates.new_empty(rows, *state), states
 

@@ -1,6 +1,8 @@
 """The selective scan against a plain loop, its gradients, its tiles and its bad input."""
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -370,6 +372,22 @@ def test_bad_arguments_are_named(
     arguments = make_arguments(2, 5, 3, 2) | {name: replacement}
     with pytest.raises(error, match=message):
         selective_scan(**arguments)
+
+
+@pytest.mark.parametrize("chunk_size", [9, 10, 2**62, sys.maxsize - 1, sys.maxsize])
+@pytest.mark.parametrize("operator", [module._reference, torch.ops.mblm.selective_scan.default])
+def test_a_chunk_may_be_longer_than_the_sequences(
+    chunk_size: int, operator: Callable[..., Any]
+) -> None:
+    arguments = make_arguments(2, 9, 3, 4)
+    y, final_state, states = operator(*arguments.values(), chunk_size)
+    gradients = torch.ops.mblm.selective_scan_backward
+    arguments.pop("initial_state")
+    given = (y, final_state, *arguments.values(), states)
+    expected = gradients(*given, 9)
+    torch.testing.assert_close(gradients(*given, chunk_size), expected)
+    torch.testing.assert_close(module._backward_reference(*given, chunk_size), expected)
+    torch.testing.assert_close((y, final_state), selective_scan(**make_arguments(2, 9, 3, 4)))
 
 
 def test_bad_chunk_size() -> None:

@@ -1,6 +1,8 @@
 """Mamba-2's state-space product against a plain loop, its gradients, chunks and bad input."""
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -379,6 +381,22 @@ def test_bad_arguments_are_named(
     arguments = make_arguments(2, 5, 3, 2, 4) | {name: replacement}
     with pytest.raises(error, match=message):
         ssd(**arguments)
+
+
+@pytest.mark.parametrize("chunk_size", [9, 10, 2**62, sys.maxsize - 1, sys.maxsize])
+@pytest.mark.parametrize("operator", [module._reference, torch.ops.mblm.ssd.default])
+def test_a_chunk_may_be_longer_than_the_sequences(
+    chunk_size: int, operator: Callable[..., Any]
+) -> None:
+    arguments = make_arguments(2, 9, 3, 2, 4)
+    y, final_state, states = operator(*arguments.values(), chunk_size)
+    gradients = torch.ops.mblm.ssd_backward
+    arguments.pop("initial_state")
+    given = (y, final_state, *arguments.values(), states)
+    expected = gradients(*given, 9)
+    torch.testing.assert_close(gradients(*given, chunk_size), expected)
+    torch.testing.assert_close(module._backward_reference(*given, chunk_size), expected)
+    torch.testing.assert_close((y, final_state), ssd(**make_arguments(2, 9, 3, 2, 4)))
 
 
 def test_bad_chunk_size() -> None:
