@@ -117,6 +117,7 @@ void Run::begin() {
   reads_once_ = bytes_of_weights() > last_cache_bytes();
   progress_.is_pending = has_pending;
   logits_.resize(rows.size() * to_logits.outputs);
+  sample_memory_ = SampleMemory(to_logits.outputs);
   int64_t widest = 0;
   for (const RunStage& stage : stages) {
     widest = std::max({widest, stage.project.outputs, stage.to_context.outputs});
@@ -154,8 +155,8 @@ void Run::sample_rows(const float* outputs) {
   bool ended = false;
   for (size_t place = 0; place < active.size(); ++place) {
     RunRow& row = rows[active[place]];
-    row.pending = sample(sampling, logits_.data() + place * vocabulary,
-                         uniform(active[place], row.num_tokens), vocabulary, order_);
+    row.pending = sample(sampling, logits_.data() + place * vocabulary, nullptr,
+                         uniform(active[place], row.num_tokens), vocabulary, sample_memory_);
     row.ids[row.num_tokens++] = row.pending;
     ended = ended || (ends && ends[row.pending]);
   }

@@ -131,7 +131,7 @@ class Run {
   cache_lines::Vector<float> x_;       // (active, dim)
   cache_lines::Vector<float> logits_;  // (active, num_tokens)
   cache_lines::Vector<float> inputs_, upper_;
-  std::vector<int64_t> order_;
+  SampleMemory sample_memory_{0};
 };
 
 }  // namespace mblm::cpu

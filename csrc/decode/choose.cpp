@@ -1,21 +1,9 @@
 // Filters, noise and automata of a row's next byte: see choose.h.
 #include "decode/choose.h"
 
-#include <algorithm>
 #include <cmath>
 
 namespace mblm::decode {
-namespace {
-
-// log_softmax of one logit, in float32 as PyTorch computes it.
-float log_probability(const float* logits, int64_t num_tokens, int64_t id) {
-  const float highest = *std::max_element(logits, logits + num_tokens);
-  float sum = 0;
-  for (int64_t i = 0; i < num_tokens; ++i) sum += std::exp(logits[i] - highest);
-  return logits[id] - highest - std::log(sum);
-}
-
-}  // namespace
 
 int64_t Chooser::choose(const Plan& plan, const float* logits, const float* numbers,
                         const bool* mask) {
@@ -29,7 +17,7 @@ int64_t Chooser::choose(const Plan& plan, const float* logits, const float* numb
     if (!is_any_left) return -1;
     logits = kept_.data();
   }
-  return cpu::sample(plan.sampling, logits, numbers, num_tokens_, order_);
+  return cpu::sample(plan.sampling, logits, nullptr, numbers, num_tokens_, memory_);
 }
 
 bool allows(const Plan& plan, int64_t id) {
@@ -53,7 +41,7 @@ void append_chosen(Row& row, int64_t id, const float* logits, int64_t num_tokens
   ++row.length;
   row.tail.push_back(int32_t(id));
   row.ids.push_back(id);
-  if (plan.wants_log_probs) row.log_probs.push_back(log_probability(logits, num_tokens, id));
+  if (plan.wants_log_probs) row.log_probs.push_back(cpu::log_prob(logits, num_tokens, id));
   if (plan.allow) plan.allow_state = plan.allow->step(plan.allow_state, id);
   if (plan.stop) plan.stop_state = plan.stop->step(plan.stop_state, id);
   ++plan.count;

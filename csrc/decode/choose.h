@@ -12,9 +12,8 @@ namespace mblm::decode {
 // What a thread works with when it chooses.
 class Chooser {
  public:
-  explicit Chooser(int64_t num_tokens) : num_tokens_(num_tokens), kept_(num_tokens) {
-    order_.reserve(num_tokens);
-  }
+  explicit Chooser(int64_t num_tokens)
+      : num_tokens_(num_tokens), kept_(num_tokens), memory_(num_tokens) {}
 
   // The byte that a plan chooses from logits (num_tokens), with uniform numbers (num_tokens); of
   // those alone, if a mask (num_tokens) is given, where it is not 0. -1 if none is left.
@@ -24,7 +23,7 @@ class Chooser {
  private:
   int64_t num_tokens_;
   std::vector<float> kept_;
-  std::vector<int64_t> order_;
+  cpu::SampleMemory memory_;
 };
 
 // Whether a plan lets a byte be chosen next.

@@ -279,12 +279,12 @@ void samples_as_the_cpu_does() {
                {1, 0}, {3, 0}, {200, 0}, {1 << 20, 0}, {1, 0.1f}, {1, 0.6f}, {1, 1.0f}}) {
         const cpu::Sampling sampling = {temperature, top_k, top_p};
         const auto got = draw(logits, uniform, rows, sampling);
-        std::vector<int64_t> order;
+        cpu::SampleMemory memory(count);
         for (int64_t row = 0; row < rows; ++row) {
           // Which of equally impossible tokens a partial order begins with is left open.
           if (row == 1 && top_p == 0 && top_k > 1 && top_k < count) continue;
-          CHECK(got[row] == cpu::sample(sampling, logits.data() + row * count,
-                                        uniform.data() + row * count, count, order));
+          CHECK(got[row] == cpu::sample(sampling, logits.data() + row * count, nullptr,
+                                        uniform.data() + row * count, count, memory));
         }
       }
     }

@@ -178,10 +178,10 @@ void every_instruction_set_that_the_machine_has() {
 }
 
 void samples_what_the_filters_keep() {
-  std::vector<int64_t> order;
+  cpu::SampleMemory memory(257);
   const std::vector<float> logits = {1, 5, 3, 5, -2}, even(5, 0.5f);
   const auto draw = [&](cpu::Sampling sampling, const std::vector<float>& u) {
-    return cpu::sample(sampling, logits.data(), u.data(), 5, order);
+    return cpu::sample(sampling, logits.data(), nullptr, u.data(), 5, memory);
   };
   CHECK(draw({1, 1, 0}, even) == 1);  // the lower id of two equals
   CHECK(draw({1, 5, 0}, even) == 1);
@@ -200,25 +200,72 @@ void samples_what_the_filters_keep() {
     CHECK(draw({1, 1, 0.97f}, u) == (favored == 0 || favored == 4 ? 1 : favored));
     CHECK(draw({1, 1, 1.f}, u) == favored);
   }
+  // The likeliest four are 1, 1, 0.14 and 0.02 times as likely as the likeliest.
+  for (int64_t favored = 0; favored < 5; ++favored) {
+    std::vector<float> u(5, 0.f);
+    u[favored] = high;
+    CHECK(draw({1, 5, 0, 0.1}, u) == (favored == 0 || favored == 4 ? 1 : favored));
+    CHECK(draw({1, 5, 0, 1}, u) == (favored == 3 ? 3 : 1));
+    CHECK(draw({1, 5, 1, 0.01}, u) == (favored == 4 ? 1 : favored));
+    CHECK(draw({3, 5, 0, 0.1}, u) == (favored == 4 ? 1 : favored));
+    // What is as good as 0 is greedy, whatever would be kept.
+    for (const float cold : {0.f, 1e-45f, 1e-38f, 9e-31f}) CHECK(draw({cold, 5, 1}, u) == 1);
+    CHECK(draw({std::numeric_limits<float>::max(), 3, 0}, u) ==
+          (favored == 0 || favored == 4 ? 1 : favored));
+  }
   const std::vector<float> broken = {1, NAN, 3, 5, NAN};
-  CHECK(cpu::sample({1, 1, 0}, broken.data(), even.data(), 5, order) == 1);
+  for (const auto& sampling : {cpu::Sampling{1, 1, 0}, {1, 3, 0}, {1, 5, 0}, {1, 5, 0.5f, 0.5}}) {
+    CHECK(cpu::sample(sampling, broken.data(), nullptr, even.data(), 5, memory) == 1);
+  }
+  const auto draw_allowed = [&](const std::vector<float>& of, std::vector<uint8_t> allowed) {
+    std::vector<int64_t> ids;
+    for (const cpu::Sampling& sampling :
+         {cpu::Sampling{1, 1, 0}, {1, 5, 0}, {1, 1, 1}, {0, 5, 0}}) {
+      const auto* is = allowed.data();
+      ids.push_back(cpu::sample(sampling, of.data(), is, even.data(), 5, memory));
+    }
+    return ids;
+  };
+  CHECK(draw_allowed(logits, {1, 0, 1, 0, 1}) == std::vector<int64_t>(4, 2));
+  CHECK(draw_allowed(logits, {0, 0, 0, 0, 1}) == std::vector<int64_t>(4, 4));
+  CHECK(draw_allowed(broken, {1, 0, 1, 0, 0}) == std::vector<int64_t>(4, 2));
+  CHECK(draw_allowed(broken, {1, 0, 0, 1, 1}) == std::vector<int64_t>(4, 4));
   const std::vector<float> none(5, -INFINITY);
-  CHECK(cpu::sample({1, 5, 0}, none.data(), even.data(), 5, order) == 0);
-  CHECK(cpu::sample({1, 1, 0}, none.data(), even.data(), 5, order) == 0);
+  CHECK(draw_allowed(none, {0, 0, 1, 1, 0}) == std::vector<int64_t>(4, 2));
+  CHECK(cpu::sample({1, 5, 0}, none.data(), nullptr, even.data(), 5, memory) == 0);
+  CHECK(cpu::sample({1, 1, 0}, none.data(), nullptr, even.data(), 5, memory) == 0);
   // Both zeros are one number, below the smallest above it and above all below.
   const float tiny = std::numeric_limits<float>::denorm_min();
   const std::vector<float> zeros = {-tiny, -0.f, 0.f, -1, -0.f};
-  CHECK(cpu::sample({1, 1, 0}, zeros.data(), even.data(), 5, order) == 1);
+  CHECK(cpu::sample({1, 1, 0}, zeros.data(), nullptr, even.data(), 5, memory) == 1);
   const std::vector<float> small = {-1, -tiny, 0.f, tiny, -INFINITY};
-  CHECK(cpu::sample({1, 1, 0}, small.data(), even.data(), 5, order) == 3);
+  CHECK(cpu::sample({1, 1, 0}, small.data(), nullptr, even.data(), 5, memory) == 3);
   const std::vector<float> infinite = {1, INFINITY, -NAN, INFINITY, NAN};
-  CHECK(cpu::sample({1, 1, 0}, infinite.data(), even.data(), 5, order) == 2);
+  CHECK(cpu::sample({1, 1, 0}, infinite.data(), nullptr, even.data(), 5, memory) == 2);
   // The likeliest of many, in every place of a vector.
   for (int64_t place = 0; place < 257; ++place) {
     std::vector<float> many(257, -3.f);
     many[place] = -2.5f;
-    CHECK(cpu::sample({1, 1, 0}, many.data(), nullptr, 257, order) == place);
+    CHECK(cpu::sample({1, 1, 0}, many.data(), nullptr, nullptr, 257, memory) == place);
   }
+}
+
+void tells_log_probabilities() {
+  test::Numbers numbers;
+  for (const int64_t count : {1, 5, 257}) {
+    auto logits = numbers.vector<float>(count);
+    for (float& value : logits) value *= 40;
+    if (count > 1) logits[1] = -INFINITY;
+    double sum = 0;
+    for (const float value : logits) sum += std::exp(double(value));
+    for (int64_t id = 0; id < count; ++id) {
+      const float got = cpu::log_prob(logits.data(), count, id);
+      CHECK(std::isinf(logits[id]) ? got == -INFINITY
+                                   : test::close(got, logits[id] - std::log(sum)));
+    }
+  }
+  const std::vector<float> broken = {1, NAN};
+  CHECK(std::isnan(cpu::log_prob(broken.data(), 2, 0)));
 }
 
 int main() {
@@ -229,5 +276,6 @@ int main() {
   multiplies_packed_weights();
   every_instruction_set_that_the_machine_has();
   samples_what_the_filters_keep();
+  tells_log_probabilities();
   return test::result();
 }
