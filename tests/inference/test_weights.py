@@ -84,6 +84,16 @@ class TestPackedOnce:
         own.generate(torch.randint(0, 18, (10,)), num_tokens_to_generate=4)
         assert packed(own) is first
 
+    @pytest.mark.parametrize("block", BLOCKS)
+    def test_whatever_the_default_dtype(self, block: str) -> None:
+        own = two_stages(BLOCKS[block](), BLOCKS[block]())
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert not packed(own, "int8").hosted
+            assert own.session().feed(b"\1\2\3\4").generate(5).shape == (1, 5)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
     def test_an_unknown_type_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"weights: expected one of float32, .*, got 'int4'"):
             weights_of(two_stages(), "int4")
@@ -158,6 +168,13 @@ class TestChanged:
         assert not first.holds()
         if how != "memory given away":
             assert packed(own, weights) is not first
+
+    def test_no_other_memory_comes_to_lie_where_theirs_was(self) -> None:
+        own: Any = two_stages()
+        first, weight = packed(own, "int8"), own.to_logits.weight
+        for _ in range(50):
+            weight.data = torch.zeros_like(weight.data)
+            assert not first.holds()
 
     def test_so_are_those_of_a_stage_that_is_hosted(self) -> None:
         own: Any = two_stages(LSTMBlock())
