@@ -92,6 +92,8 @@ class Lane:
         with draws._lock:
             first, kept = draws._kept
             while n >= first + len(kept):
+                draws._forget()
+                first, kept = draws._kept
                 draw = partial(Tensor.uniform_, generator=draws.generator)
                 # One call draws and keeps: no signal comes between the two.
                 kept.extend(map(draw, [like.new_zeros(draws.lanes, like.shape[-1])]))
@@ -99,22 +101,19 @@ class Lane:
 
     def pass_on(self, n: int) -> None:
         """Numbers before the n-th are not asked for again."""
-        self._pass_on(n)
+        with self.draws._lock:
+            if self.draws._serving[self._lane] is self:
+                self.draws._next[self._lane] = n
 
     def leave(self, n: int) -> None:
         """The lane serves the row no longer, and would go on with the n-th numbers."""
-        self._pass_on(n, leaves=True)
-
-    def _pass_on(self, n: int, leaves: bool = False) -> None:
         draws, lane = self.draws, self._lane
         with draws._lock:
-            if draws._serving[lane] is not self:
-                return
-            draws._next[lane] = n
-            if leaves:
+            if draws._serving[lane] is self:
+                draws._next[lane] = n
                 draws._serving[lane] = None
                 draws._waited_for.discard(lane)
-            draws._forget()
+                draws._forget()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """A row's plan, as far as it has come."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Progress:
 
     def restarted(self) -> "Progress":
         """At the beginning of a run."""
-        return replace(self, first=self.count, chosen=[])
+        count = self.count
+        return Progress(self.plan, self.lane, self.drawn, count, self.allow, self.stop, count)
 
     def left(self, room: int | None) -> int:
         """Bytes that may still be chosen, in a row with room for so many (None: for any number)."""
@@ -71,12 +72,15 @@ class Progress:
         allow, stop, index = self.plan.allow, self.plan.stop, self.count - self.first
         # Nobody else has this list, and what comes after the bytes so far counts for nothing.
         self.chosen[index:] = [(token, log_prob)]
-        return replace(
-            self,
-            count=self.count + 1,
-            drawn=self.drawn + drew,
-            allow=-1 if allow is None else allow.step(self.allow, token),
-            stop=-1 if stop is None else stop.step(self.stop, token),
+        return Progress(
+            self.plan,
+            self.lane,
+            self.drawn + drew,
+            self.count + 1,
+            -1 if allow is None else allow.step(self.allow, token),
+            -1 if stop is None else stop.step(self.stop, token),
+            self.first,
+            self.chosen,
         )
 
     def ids_from(self, count: int) -> tuple[int, ...]:

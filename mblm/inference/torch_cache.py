@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mblm.inference import schedule
 from mblm.inference.cache import Ran, Reason, Row, State
+from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
 from mblm.inference.model import DecodableModel
 from mblm.inference.plan import Draws, Lane, Plan
 from mblm.inference.progress import Progress
-from mblm.inference.sampling import sample, sampling_dtype
 from mblm.inference.slots import Slots
 from mblm.inference.torch_stages import RowState, TorchStages
 from mblm.utils.checks import check_token_ids
@@ -47,6 +47,7 @@ class TorchCache:
     @torch.inference_mode()
     def __init__(self, model: DecodableModel) -> None:
         self._model = model
+        self._max_length = model.max_length
         self._stages = TorchStages(model)
         self._slots: Slots[_Slot] = Slots()
 
@@ -82,7 +83,7 @@ class TorchCache:
                 if room is not None and len(part) > room:
                     raise ValueError(
                         f"ids: {slot.now.bytes.length} bytes and {len(part)} more exceed the "
-                        f"context of {self._model.max_length} bytes, which fixed positions of "
+                        f"context of {self._max_length} bytes, which fixed positions of "
                         "stage 1 limit"
                     )
             fed = [(s, part) for s, part in zip(slots, ids, strict=True) if len(part)]
@@ -112,8 +113,7 @@ class TorchCache:
 
     def _room(self, row: RowState) -> int | None:
         """How many bytes more a row may have; None if any number."""
-        limit = self._model.max_length
-        return None if limit is None else limit - row.length
+        return None if self._max_length is None else self._max_length - row.length
 
     def _take_in(
         self, slots: Sequence[_Slot], ids: Sequence[Sequence[int] | Tensor] | None = None
@@ -178,7 +178,7 @@ class TorchCache:
             plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
             proposed = dict(zip(slots, self._check_drafts(plans, drafts), strict=True))
             for slot in slots:
-                slot.now = replace(slot.now, progress=_planned(slot).restarted())
+                slot.now = _Now(slot.now.bytes, _planned(slot).restarted())
             while going := [slot for slot in slots if self._reason(slot) == "time"]:
                 # Those at the end of a patch wait for the others, so that the stages above take
                 # in patches of as many rows as there are.
@@ -224,9 +224,10 @@ class TorchCache:
             own = self._stages.logits(taken)
             rooms = [self._room(slot.now.bytes) for slot in slots]
             if ids is not None:
-                after = self._given(progress, rooms, ids, own)
+                check_token_ids("ids", ids, self._model.num_tokens)
+                after = given_bytes(progress, rooms, own, ids)
             else:
-                after = self._sample(progress, rooms, own, instead=logits, mask=mask)
+                after = sampled_bytes(progress, rooms, own, instead=logits, mask=mask)
             for slot, state, now in zip(slots, taken, after, strict=True):
                 _commit(slot, state, now)
             return self._returned(slots)
@@ -284,7 +285,7 @@ class TorchCache:
         if sampled:
             logits = self._stages.logits([row for _, row in sampled])
             progress = [_planned(slot) for slot, _ in sampled]
-            chosen = self._sample(progress, [self._room(row) for _, row in sampled], logits)
+            chosen = sampled_bytes(progress, [self._room(row) for _, row in sampled], logits)
         for slot, row in zip(slots, rows, strict=True):
             if _planned(slot).plan.pause:
                 slot.now = _Now(row, slot.now.progress)
@@ -321,7 +322,7 @@ class TorchCache:
             at = [Share(hidden[i], accepted[i], len(hidden[i])) for i in going]
             rooms = [self._room_after(before[i], accepted[i]) for i in going]
             progress = [chosen[i] for i in going]
-            sampled = self._sample(progress, rooms, self._stages.logits_of(at))
+            sampled = sampled_bytes(progress, rooms, self._stages.logits_of(at))
             for i, after in zip(going, sampled, strict=True):
                 chosen[i] = after
             going = [
@@ -352,58 +353,6 @@ class TorchCache:
         room = self._room(row)
         return None if room is None else room - count
 
-    # -- Choosing bytes ----------------------------------------------------------------------------
-
-    def _sample(
-        self,
-        progress: Sequence[Progress],
-        rooms: Sequence[int | None],
-        own: Tensor,
-        instead: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> list[Progress]:
-        """Sample a byte for each row as its plan says.
-
-        Args:
-            progress: The rows' plans.
-            rooms: How many bytes each may have.
-            own: The model's logits, ``(rows, V)``.
-            instead: What is sampled from instead.
-            mask: Where a byte may be chosen, ``(rows, V)``.
-        """
-        logits = own if instead is None else instead.to(own)
-        logits = logits.to(sampling_dtype(logits.dtype))
-        allowed = [now.allowed(room) for now, room in zip(progress, rooms, strict=True)]
-        if any(row is not None for row in allowed):
-            everything = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
-            may_come = torch.stack([everything if row is None else row for row in allowed])
-            logits = logits.masked_fill(~may_come.to(own.device), float("-inf"))
-        if mask is not None:
-            logits = logits.masked_fill(~mask.to(own.device), float("-inf"))
-        if instead is not None or mask is not None:
-            for index, nothing in enumerate((logits == float("-inf")).all(-1).tolist()):
-                if nothing:
-                    raise ValueError(f"rows[{index}]: nothing is left to choose from")
-        numbers = torch.stack([now.lane.numbers(now.drawn, logits) for now in progress])
-        ids = torch.empty(len(progress), dtype=torch.long, device=own.device)
-        alike: dict[tuple[float, int, float, float], list[int]] = {}
-        for index, now in enumerate(progress):
-            alike.setdefault(now.plan.filters, []).append(index)
-        for filters, rows in alike.items():
-            ids[rows] = sample(logits[rows], numbers[rows], *filters)
-        return _with_bytes(progress, ids, own, drew=True)
-
-    def _given(
-        self, progress: Sequence[Progress], rooms: Sequence[int | None], ids: Tensor, own: Tensor
-    ) -> list[Progress]:
-        """Take the caller's bytes, if plans allow them."""
-        check_token_ids("ids", ids, self._model.num_tokens)
-        for index, (now, room, token) in enumerate(zip(progress, rooms, ids.tolist(), strict=True)):
-            allowed = now.allowed(room)
-            if allowed is not None and not allowed[token]:
-                raise ValueError(f"ids[{index}]: the plan does not allow {token} here")
-        return _with_bytes(progress, ids.to(own.device), own, drew=False)
-
     def _check_drafts(
         self, plans: Sequence[Plan], drafts: Sequence[Tensor | None] | None
     ) -> list[tuple[int, ...]]:
@@ -423,19 +372,6 @@ class TorchCache:
                 raise ValueError(f"{name}: the plan pauses, so that nothing is drafted")
             checked.append(tuple(ids.tolist()))
         return checked
-
-
-def _with_bytes(
-    progress: Sequence[Progress], ids: Tensor, own: Tensor, *, drew: bool
-) -> list[Progress]:
-    """Plans after bytes ``(rows,)``, with their log-probabilities where asked for."""
-    log_probs = [0.0] * len(progress)
-    if any(now.plan.log_probs for now in progress):
-        log_probs = own.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
-    return [
-        now.with_byte(token, log_prob, drew=drew)
-        for now, token, log_prob in zip(progress, ids.tolist(), log_probs, strict=True)
-    ]
 
 
 def _commit(slot: _Slot, row: RowState, after: Progress) -> None:

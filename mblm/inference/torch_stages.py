@@ -5,7 +5,7 @@ stage at the same time are one call of the stage.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class RowState:
 
     def with_byte(self, token: int) -> "RowState":
         """With one more byte, which is pending."""
-        return replace(self, length=self.length + 1, tail=(*self.tail, token))
+        return RowState(self.length + 1, self.taken, (*self.tail, token), self.stages)
 
 
 class _Work:
@@ -169,9 +169,10 @@ class TorchStages:
             work.begin, work.goal = begin, schedule.position(self._sizes, n, work.end)
         if anew:
             above = joined([work.stages[n - 1].output for work in anew])
+            start = self._starts[n]
             contexts = self._lasting(self.model.project_context(n - 1, above[:, None]))
             for work, context in zip(anew, shares_of(contexts, len(anew)), strict=True):
-                work.stages[n] = replace(self._starts[n], context=context)
+                work.stages[n] = StageState(start.state, start.output, context)
 
     def _catch_up(self, works: Sequence["_Work"], n: int, keep_outputs: bool) -> None:
         """Have stage n take in what it has not seen, side by side and in bounded pieces."""
@@ -186,7 +187,7 @@ class TorchStages:
             last = y[:, -1] if count == 1 else y[:, -1].clone()
             outputs = shares_of(last, len(going))
             for row, (work, state) in enumerate(zip(going, states, strict=True)):
-                work.stages[n] = replace(work.stages[n], state=state, output=outputs[row])
+                work.stages[n] = StageState(state, outputs[row], work.stages[n].context)
                 work.position += count
                 if keep_outputs:
                     work.outputs.append(y[row])
