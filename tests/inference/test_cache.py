@@ -138,6 +138,38 @@ def test_a_seed_means_what_it_does_in_a_session(make: MakeCache, kinds: tuple[st
     assert torch.equal(*(torch.rand(1, generator=g) for g in generators)), "no number more"
 
 
+@with_every_pair
+def test_branches_of_branches(make: MakeCache, kinds: tuple[str, ...]) -> None:
+    """What a shorter branch appends is not seen by a longer one, and the trunk may go first."""
+    m = build(*kinds, seq_lens=(8, 3))
+    cache = make(m)
+    rows = {row: ids_of(4) for row in fed(cache, ids_of(4))}
+    for step in range(1, 6):
+        before = list(rows)
+        branches = cache.copy(before)
+        rows |= dict(zip(branches, [rows[row] for row in before], strict=True))
+        for index, row in enumerate(branches if step % 2 else before):
+            ids = ids_of(1 + index % 2, step + index)
+            cache.feed([row], [ids])
+            rows[row] = torch.cat((rows[row], ids))
+        if step == 3:
+            cache.drop(before[:2])
+            rows = {row: ids for row, ids in rows.items() if row not in before[:2]}
+    for some in (list(rows)[::3], list(rows)[1::3][::-1], list(rows)):
+        logits = cache.logits(some)
+        for row, got in zip(some, logits, strict=True):
+            torch.testing.assert_close(got, whole_logits(m, rows[row]), **CLOSE)
+
+
+def test_rows_with_the_same_bytes_draw_numbers_of_their_own(make: MakeCache) -> None:
+    cache = make(build("transformer", "mamba1"))
+    rows = fed(cache, *[ids_of(6)] * 3)
+    draws = seeded(1, 3)
+    plans = [Plan(12, temperature=3.0, top_k=19, draws=draws, lane=lane) for lane in range(3)]
+    cache.begin(rows, plans)
+    assert len({tuple(ran.ids.tolist()) for ran in run_out(cache, rows)}) == 3
+
+
 def test_the_default_generator(make: MakeCache) -> None:
     m = build("transformer", "mamba1")
     torch.manual_seed(8)
