@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mblm.inference.sampling import Sampler, gumbel_sample, keep_top_p, top_k
+from mblm.inference.sampling import Sampler, gumbel_sample, keep_min_p, keep_top_p, sample, top_k
 
 
 class TestTopK:
@@ -50,6 +50,56 @@ class TestTopP:
             assert probabilities[kept].sum() >= p - 1e-6
         smallest = probabilities[kept].min()
         assert probabilities[kept].sum() - smallest < p + 1e-6
+
+
+class TestMinP:
+    def test_keeps_what_is_likely_enough_beside_the_likeliest(self) -> None:
+        logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+        for p, kept in ((0.1, [0, 1, 2, 3]), (0.25, [1, 2, 3]), (0.45, [1, 3]), (1.0, [1])):
+            assert keep_min_p(logits, p).isfinite().nonzero()[:, 1].tolist() == kept, p
+
+    def test_at_the_temperature(self) -> None:
+        logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+        assert keep_min_p(logits, 0.25, temperature=0.1).isfinite().sum() == 1
+        assert keep_min_p(logits, 0.25, temperature=100.0).isfinite().sum() == 4
+
+
+class TestSample:
+    """As a plan says: top_p or else top_k, then min_p, then the noise."""
+
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(400, 4)
+
+    @pytest.mark.parametrize(
+        ("filters", "kept"),
+        [
+            ((1.0, 2, 0.0, 0.0), {0, 1}),
+            ((1.0, 1, 0.8, 0.0), {0, 1, 2}),
+            ((1.0, 3, 0.0, 0.6), {0, 1}),
+            ((1.0, 1, 0.95, 0.6), {0, 1}),
+            ((1.0, 99, 0.0, 0.0), {0, 1, 2, 3}),
+            ((0.0, 99, 1.0, 0.0), {0}),
+        ],
+    )
+    def test_the_order_of_the_filters(self, filters: Any, kept: set[int]) -> None:
+        ids = sample(self.logits, torch.rand(400, 4), *filters)
+        assert set(ids.tolist()) == kept
+
+    @pytest.mark.parametrize(
+        "filters", [(0.0, 1, 0.0, 0.0), (1.0, 2, 0.0, 0.0), (1.0, 1, 0.9, 0.0), (1.0, 3, 0.0, 0.5)]
+    )
+    def test_nan_counts_as_highest(self, filters: Any) -> None:
+        logits = self.logits.clone()
+        logits[:, 2] = torch.nan
+        assert sample(logits, torch.rand(400, 4), *filters).eq(2).all()
+
+    def test_is_what_a_sampler_draws(self) -> None:
+        logits = torch.randn(7, 50)
+        for thres, top_p in ((0.5, None), (1.0, 0.7)):
+            torch.manual_seed(2)
+            want = Sampler(0.8, thres, top_p)(logits)
+            torch.manual_seed(2)
+            uniform = torch.zeros(7, 50).uniform_()
+            assert torch.equal(sample(logits, uniform, 0.8, 25, top_p or 0.0, 0.0), want)
 
 
 class TestGumbel:
