@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -78,14 +77,18 @@ def ask(python: str) -> tuple[str, list[str]]:
 def check_compiler() -> None:
     """Look for the compiler, which is then in CXX, and for Python's headers."""
     given = os.environ.get("CXX")
-    names = [shlex.split(given)[0]] if given else ["c++", "g++", "clang++"]
+    if given and len(given.split()) > 1:  # which torch quotes as one
+        raise NotCompiledError(
+            f"CXX is {given!r}: name a compiler without further words, or a script that runs it"
+        )
+    names = [given] if given else ["c++", "g++", "clang++"]
     found = next(filter(shutil.which, names), None)
     if not found:
         raise NotCompiledError(
             f"no C++ compiler was found (looked for {', '.join(names)}): install one, for instance"
             " g++, or set CXX"
         )
-    os.environ["CXX"] = given or found
+    os.environ["CXX"] = found
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
         raise NotCompiledError(f"{header} is missing: install Python's headers, as in python3-dev")

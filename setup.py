@@ -44,6 +44,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
     from torch.utils import cpp_extension
 
     csrc, torch_root = str(ROOT / "csrc"), Path(torch.__file__).parent
+    kernel_folder = str(BUILD / "kernels")  # which know no torch: they serve every version
     # After Python's own flags, some of which slow the compiler or the kernels down. A message with
     # __FILE__ tells the path inside the project, wherever that is.
     flags = ["-std=c++20", "-g0", "-fno-wrapv", "-fvisibility=hidden"]
@@ -62,19 +63,21 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
             super().finalize_options()
             self.build_temp = str(BUILD / f"torch-{torch.__version__}-{mode}")
 
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                said = compiler_output(kernel_folder) or compiler_output(self.build_temp)
+                raise NotCompiledError(f"it did not compile: {said or error}") from error
+
         def build_extension(self, extension: Extension) -> None:
-            folder = str(BUILD / "kernels")  # which know no torch: they serve every version
             kernels = sources("cpu/*.cpp")
             if mode == "cuda":
                 kernels = [*sources("cuda/*.cu"), *sources("cuda/*.cpp"), *kernels]
-            try:
-                extension.extra_objects = self.compiler.compile(
-                    kernels, folder, include_dirs=[csrc], extra_postargs=kernel_flags
-                )
-                super().build_extension(extension)
-            except Exception as error:
-                said = compiler_output(folder) or compiler_output(self.build_temp)
-                raise NotCompiledError(f"it did not compile: {said or error}") from error
+            extension.extra_objects = self.compiler.compile(
+                kernels, kernel_folder, include_dirs=[csrc], extra_postargs=kernel_flags
+            )
+            super().build_extension(extension)
 
     extension = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
     arguments = {"include_dirs": [csrc], "extra_compile_args": {"cxx": glue_flags}}

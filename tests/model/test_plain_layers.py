@@ -3,6 +3,7 @@
 A model computes with them in training, and its session decodes what its forward pass computes.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -172,9 +173,10 @@ class TestQuantization:
 
     @pytest.mark.filterwarnings("ignore")
     def test_torchao_of_weights(self, m: MBLM) -> None:
-        torchao = pytest.importorskip(
-            "torchao.quantization", reason="torchao is not installed: int8 is NOT tested"
-        )
+        try:
+            torchao = importlib.import_module("torchao.quantization")
+        except (ImportError, AttributeError) as error:  # it asks torch for names of later releases
+            pytest.skip(f"torchao cannot be imported, int8 is NOT tested: {error}")
         before = forward_logits(m)
         # A weight of one column is more than it can take.
         torchao.quantize_(

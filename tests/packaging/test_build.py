@@ -97,10 +97,12 @@ def test_two_builds_at_once_get_the_library_both(clone: Path, tmp_path: Path) ->
     [
         ({"MBLM_BUILD": "none"}, "MBLM_BUILD=none was set"),
         ({"CXX": "/nowhere/g++"}, "no C++ compiler was found (looked for /nowhere/g++)"),
+        ({"CXX": "ccache g++"}, "CXX is 'ccache g++': name a compiler without further words"),
+        ({"CXX": "false"}, "it did not compile"),
         ({"MBLM_TORCH_PYTHON": "/nowhere/python"}, "no torch to compile against was found"),
         ({"CXXFLAGS": "-DMBLM_BROKEN", "CFLAGS": "-DMBLM_BROKEN"}, "a kernel that is broken"),
     ],
-    ids=["unwanted", "no-compiler", "no-torch", "broken"],
+    ids=["unwanted", "no-compiler", "several-words", "no-working-compiler", "no-torch", "broken"],
 )
 def test_falls_back_loudly(
     clone: Path, tmp_path: Path, environment: dict[str, str], reason: str
