@@ -49,7 +49,7 @@ def test_sources_name_no_torch_header(path: Path) -> None:
 
 @pytest.mark.skipif(not NVCC, reason="no CUDA toolkit: nvcc is neither on PATH nor in CUDA_HOME")
 @pytest.mark.parametrize("path", slow_but_few(KERNELS))
-@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.slow), "90"])
 def test_compiles_without_spills(path: Path, architecture: str, tmp_path: Path) -> None:
     command = [NVCC, "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror"]
     command += ["all-warnings", f"-I{CSRC}", "-c", str(path), "-o", str(tmp_path / "kernels.o")]
