@@ -1,8 +1,10 @@
 """The decoding cache in plain PyTorch: the reference, for every device, dtype and stage."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from mblm.inference.plan import Draws, Lane, Plan
 from mblm.inference.progress import Progress
 from mblm.inference.slots import Slots
 from mblm.inference.torch_stages import RowState, TorchStages
-from mblm.utils.checks import check_token_ids
+from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.modes import own_copy
 
 # Bytes of a draft that are taken in at a time, where no patch ends before.
@@ -55,6 +57,8 @@ class TorchCache:
 
     def add(self, count: int = 1) -> list[Row]:
         """See `Cache.add`."""
+        if check_integer("count", count) < 0:
+            raise ValueError(f"count: expected a number >= 0, got {count}")
         empty = self._stages.empty_row()
         return self._slots.add([_Slot(_Now(empty)) for _ in range(count)])
 
@@ -121,8 +125,7 @@ class TorchCache:
         """Take in what is pending in rows, and bytes after it."""
         rows = [slot.now.bytes for slot in slots]
         after = self._stages.take_in(rows, [()] * len(slots) if ids is None else ids)
-        for slot, row in zip(slots, after, strict=True):
-            slot.now = _Now(row, slot.now.progress)
+        _assign(slots, map(_Now, after, [slot.now.progress for slot in slots]))
 
     # -- Plans -------------------------------------------------------------------------------------
 
@@ -140,11 +143,10 @@ class TorchCache:
                 for lane in entered:
                     lane.leave(lane.begin)
                 raise
-            for slot, plan, lane in zip(slots, plans, entered, strict=True):
-                progress, slot.now = (
-                    slot.now.progress,
-                    _Now(slot.now.bytes, Progress.of(plan, lane)),
-                )
+            before = [slot.now.progress for slot in slots]
+            begun = map(Progress.of, plans, entered)
+            _assign(slots, map(_Now, [slot.now.bytes for slot in slots], begun))
+            for progress in before:
                 _leave(progress)
 
     def _check_plan(self, name: str, plan: Plan) -> None:
@@ -219,6 +221,8 @@ class TorchCache:
             _check_tensor("ids", ids, shape[:1])
             _check_tensor("logits", logits, shape)
             _check_tensor("mask", mask, shape)
+            if not slots:
+                return []
             taken = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
             progress = [_planned(slot).restarted() for slot in slots]
             own = self._stages.logits(taken)
@@ -228,8 +232,7 @@ class TorchCache:
                 after = given_bytes(progress, rooms, own, ids)
             else:
                 after = sampled_bytes(progress, rooms, own, instead=logits, mask=mask)
-            for slot, state, now in zip(slots, taken, after, strict=True):
-                _commit(slot, state, now)
+            _commit(slots, taken, after)
             return self._returned(slots)
 
     def _progress(self, slot: _Slot, row: Row) -> Progress:
@@ -276,21 +279,16 @@ class TorchCache:
     def _step_plain(self, slots: Sequence[_Slot]) -> None:
         """Take in what is pending, and choose one byte for each row that does not pause."""
         rows = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
-        sampled = [
-            (slot, row)
-            for slot, row in zip(slots, rows, strict=True)
-            if not _planned(slot).plan.pause
-        ]
-        chosen: list[Progress] = []
-        if sampled:
-            logits = self._stages.logits([row for _, row in sampled])
-            progress = [_planned(slot) for slot, _ in sampled]
-            chosen = sampled_bytes(progress, [self._room(row) for _, row in sampled], logits)
-        for slot, row in zip(slots, rows, strict=True):
-            if _planned(slot).plan.pause:
-                slot.now = _Now(row, slot.now.progress)
-        for (slot, row), after in zip(sampled, chosen, strict=True):
-            _commit(slot, row, after)
+        progress = [_planned(slot) for slot in slots]
+        pausing = [i for i, now in enumerate(progress) if now.plan.pause]
+        _assign([slots[i] for i in pausing], [_Now(rows[i], progress[i]) for i in pausing])
+        going = [i for i, now in enumerate(progress) if not now.plan.pause]
+        if going:
+            rows = [rows[i] for i in going]
+            rooms = [self._room(row) for row in rows]
+            logits = self._stages.logits(rows)
+            chosen = sampled_bytes([progress[i] for i in going], rooms, logits)
+            _commit([slots[i] for i in going], rows, chosen)
 
     def _proposal(self, now: _Now, draft: tuple[int, ...]) -> tuple[int, ...]:
         """Of a draft, what the local stage can take in after what is pending."""
@@ -336,8 +334,7 @@ class TorchCache:
             again = self._stages.take_in([before[i] for i in wrong], kept)
             for i, row in zip(wrong, again, strict=True):
                 rows[i] = row
-        for slot, row, after in zip(slots, rows, chosen, strict=True):
-            _commit(slot, row, after)
+        _commit(slots, rows, chosen)
 
     def _is_right(
         self, progress: Progress, row: RowState, draft: tuple[int, ...], accepted: int
@@ -374,11 +371,17 @@ class TorchCache:
         return checked
 
 
-def _commit(slot: _Slot, row: RowState, after: Progress) -> None:
-    """Append the byte that was chosen last to a row that has taken in all before it."""
-    token, _ = after.chosen[-1]
-    slot.now = _Now(row.with_byte(token), after)
-    after.lane.pass_on(after.drawn)
+def _assign(slots: Sequence[_Slot], nows: Iterable[_Now]) -> None:
+    """Change all rows in one call, so that a signal finds none of them changed or all."""
+    deque(map(setattr, slots, repeat("now"), list(nows)), maxlen=0)
+
+
+def _commit(slots: Sequence[_Slot], rows: Sequence[RowState], chosen: Sequence[Progress]) -> None:
+    """Append the bytes that were chosen last to rows that have taken in all before them."""
+    appended = [row.with_byte(p.chosen[-1][0]) for row, p in zip(rows, chosen, strict=True)]
+    _assign(slots, map(_Now, appended, chosen))
+    for progress in chosen:
+        progress.lane.pass_on(progress.drawn)
 
 
 def _enter(progress: Progress | None, plan: Plan) -> Lane:

@@ -127,6 +127,8 @@ class TorchStages:
 
     def logits(self, rows: Sequence[RowState]) -> Tensor:
         """Logits of the next bytes of rows that have nothing pending, ``(rows, V)``."""
+        if not rows:
+            return self.model.empty_logits(1)[:0, 0]
         is_empty = [row.taken == 0 for row in rows]
         if all(is_empty):
             return self.model.empty_logits(len(rows))[:, 0]

@@ -829,6 +829,17 @@ class TestRows:
                 CALLS[call](cache, rows)
         assert cache.lengths([row, after]) == [3, 0]
 
+    def test_of_which_there_are_none(self, cache: Cache) -> None:
+        assert cache.add(0) == cache.copy([]) == cache.run([]) == cache.last([]) == []
+        assert cache.lengths([]) == [] and cache.logits([]).shape == (0, 19)
+        assert cache.choose([], mask=torch.ones(0, 19, dtype=torch.bool)) == []
+        cache.feed([], [])
+        cache.begin([], [])
+        with pytest.raises(ValueError, match="count: expected a number >= 0, got -1"):
+            cache.add(-1)
+        with pytest.raises(TypeError, match="count: expected an integer"):
+            cache.add(1.5)
+
     def test_dropping_never_raises(self, cache: Cache) -> None:
         row, other = cache.add(2)
         cache.drop([row, row, 99, -5])
