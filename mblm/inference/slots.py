@@ -1,8 +1,7 @@
 """Rows by their handles: slots that are used again, and who uses a row at this time."""
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from threading import Lock, RLock
 from typing import Generic, TypeVar
 
 from mblm.inference.cache import Row
@@ -15,9 +14,9 @@ class Slots(Generic[_T]):
     """What each row has, by its handle."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._rows: dict[Row, _T] = {}
-        self._in_use: set[Row] = set()
+        self._calls: dict[Row, Lock] = {}  # the last call that each was in
         self._generations: list[int] = []  # per slot, how many rows it has had
         self._free: list[int] = []
 
@@ -41,35 +40,33 @@ class Slots(Generic[_T]):
         dropped = []
         with self._lock:
             for row in rows:
-                value = self._rows.pop(row, None)
-                if value is not None:
+                if type(row) is int and row in self._rows:
+                    value = self._rows.pop(row)
+                    self._calls.pop(row, None)
                     slot = row & ((1 << _SLOT_BITS) - 1)
                     self._generations[slot] += 1
                     self._free.append(slot)
                     dropped.append(value)
         return dropped
 
-    @contextmanager
-    def using(self, rows: Sequence[Row]) -> Iterator[list[_T]]:
-        """What rows have, for one call at a time.
+    def take(self, rows: Sequence[Row], call: Lock) -> list[_T]:
+        """What rows have, for one call at a time: as long as ``call`` is locked.
+
+        A lock is released by no code of Python, in which a signal might come before.
 
         Raises:
             ValueError: A row that there is not, twice the same, or in another call.
         """
-        taken: set[Row] = set()
-        try:
-            with self._lock:
-                for row in rows:
-                    if isinstance(row, bool) or not isinstance(row, int) or row not in self._rows:
-                        raise ValueError(f"row {row!r}: there is no such row, or it was dropped")
-                    if row in taken:
-                        raise ValueError(f"row {row}: twice in one call")
-                    if row in self._in_use:
-                        raise ValueError(f"row {row}: in another call at this time")
-                    taken.add(row)
-                    self._in_use.add(row)
-                values = [self._rows[row] for row in rows]
-            yield values
-        finally:
-            with self._lock:
-                self._in_use -= taken
+        with self._lock:
+            taken: set[Row] = set()
+            for row in rows:
+                if type(row) is not int or row not in self._rows:
+                    raise ValueError(f"row {row!r}: there is no such row, or it was dropped")
+                if row in taken:
+                    raise ValueError(f"row {row}: twice in one call")
+                if row in self._calls and self._calls[row].locked():
+                    raise ValueError(f"row {row}: in another call at this time")
+                taken.add(row)
+            for row in rows:
+                self._calls[row] = call
+            return [self._rows[row] for row in rows]

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from threading import Lock
 from typing import Any
 
 import torch
@@ -69,18 +70,21 @@ class TorchCache:
 
     def copy(self, rows: Sequence[Row]) -> list[Row]:
         """See `Cache.copy`."""
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             return self._slots.add([_Slot(_Now(slot.now.bytes)) for slot in slots])
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """See `Cache.lengths`."""
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             return [slot.now.bytes.length for slot in slots]
 
     @torch.inference_mode()
     def feed(self, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
         """See `Cache.feed`."""
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             _check_count("ids", ids, rows)
             for slot, part in zip(slots, ids, strict=True):
                 room = self._room(slot.now.bytes)
@@ -96,21 +100,24 @@ class TorchCache:
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """See `Cache.logits`."""
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             self._take_in(slots)
             return own_copy(self._stages.logits([slot.now.bytes for slot in slots]))
 
     @torch.inference_mode()
     def state(self, row: Row) -> State:
         """See `Cache.state`."""
-        with self._slots.using([row]) as (slot,):
+        with (call := Lock()):
+            (slot,) = self._slots.take([row], call)
             self._take_in([slot])
             return self._stages.saved(slot.now.bytes)
 
     @torch.inference_mode()
     def set_state(self, row: Row, state: State) -> None:
         """See `Cache.set_state`."""
-        with self._slots.using([row]) as (slot,):
+        with (call := Lock()):
+            (slot,) = self._slots.take([row], call)
             loaded = self._stages.loaded(state)
             progress, slot.now = slot.now.progress, _Now(loaded)
             _leave(progress)
@@ -131,7 +138,8 @@ class TorchCache:
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
         """See `Cache.begin`."""
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             _check_count("plans", plans, rows)
             for index, plan in enumerate(plans):
                 self._check_plan(f"plans[{index}]", plan)
@@ -176,7 +184,8 @@ class TorchCache:
     ) -> list[Ran]:
         """See `Cache.run`."""
         end = time.monotonic() + seconds
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
             proposed = dict(zip(slots, self._check_drafts(plans, drafts), strict=True))
             for slot in slots:
@@ -194,7 +203,8 @@ class TorchCache:
     @torch.inference_mode()
     def last(self, rows: Sequence[Row]) -> list[Ran]:
         """See `Cache.last`."""
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             for slot, row in zip(slots, rows, strict=True):
                 self._progress(slot, row)
             return self._returned(slots)
@@ -211,7 +221,8 @@ class TorchCache:
         """See `Cache.choose`."""
         if sum(given is not None for given in (ids, logits, mask)) != 1:
             raise ValueError("pass exactly one of ids, logits and mask")
-        with self._slots.using(rows) as slots:
+        with (call := Lock()):
+            slots = self._slots.take(rows, call)
             for slot, row in zip(slots, rows, strict=True):
                 if not self._progress(slot, row).plan.pause:
                     raise ValueError(f"row {row}: its plan does not pause")
