@@ -64,23 +64,36 @@ struct Columns {
   int64_t first, count, streams, apart;
 };
 
-// out[first + k * apart + i] = sums[i * stride + k], scaled, with bias and residual (outputs)
-// added, for each stream k and i < count.
-MBLM_CLONES void finish(const Matrix& matrix, const float* sums, int64_t stride,
-                        const Columns& columns, float* out, const float* residual) {
-  const int64_t count = columns.count;
+// out[begin + i] = values[i], scaled, with bias and residual (outputs) added, for i < count.
+MBLM_INLINE void finish_values(const Matrix& matrix, int64_t begin, int64_t count, float* values,
+                               float* out, const float* residual) {
+  const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
+    for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
+  };
+  const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
+  each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
+  each(matrix.bias, add);
+  each(residual, add);
+  std::copy_n(values, count, out + begin);
+}
+
+// The same for the sums of streams: output columns.first + k * apart + i has sums[i * stride + k].
+MBLM_CLONES void finish_streams(const Matrix& matrix, const float* sums, int64_t stride,
+                                const Columns& columns, float* out, const float* residual) {
   for (int64_t k = 0; k < columns.streams; ++k) {
-    const int64_t begin = columns.first + k * columns.apart;
     float values[kMaxBlock];
-    for (int64_t i = 0; i < count; ++i) values[i] = sums[i * stride + k];
-    const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
-      for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
-    };
-    const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
-    each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
-    each(matrix.bias, add);
-    each(residual, add);
-    std::copy_n(values, count, out + begin);
+    for (int64_t i = 0; i < columns.count; ++i) values[i] = sums[i * stride + k];
+    finish_values(matrix, columns.first + k * columns.apart, columns.count, values, out, residual);
+  }
+}
+
+// The same for a panel, whose first output is `column`.
+MBLM_CLONES void finish_panel(const Matrix& matrix, const Panel& panel, int64_t column, float* out,
+                              const float* residual) {
+  for (int64_t row = 0; row < panel.rows; ++row) {
+    const int64_t to = row * matrix.outputs;
+    finish_values(matrix, column, panel.outputs, panel.sums + row * kPanelStride, out + to,
+                  residual ? residual + to : nullptr);
   }
 }
 
@@ -123,6 +136,31 @@ Prepared prepare_rows(const Worker& worker, const Matrix& matrix, const float* x
   return {worker.prepared.data(), stride};
 }
 
+// Columns [begin, end) of several rows' product, a panel at a time.
+void multiply_panels(const Matrix& matrix, const Prepared& prepared, int64_t rows, int64_t begin,
+                     int64_t end, float* out, const float* residual) {
+  const Kernel& kernel = kernel_of(matrix.type);
+  const int64_t outputs = matrix.outputs, bytes = bytes_of_output(matrix);
+  alignas(64) float sums[kPanelRows * kPanelStride];
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  const int64_t most = (rows + panels - 1) / panels;
+  for (int64_t first = 0; first < rows; first += most) {
+    for (int64_t column = begin; column < end; column += kPanelOutputs) {
+      Panel panel;
+      panel.weight = static_cast<const char*>(matrix.weight) + column * bytes;
+      panel.outputs = std::min(kPanelOutputs, end - column);
+      panel.n = matrix.inputs;
+      panel.x = prepared.x + first * prepared.row_stride;
+      panel.row_stride = prepared.row_stride;
+      panel.rows = std::min(most, rows - first);
+      panel.sums = sums;
+      kernel.panel(panel);
+      finish_panel(matrix, panel, column, out + first * outputs,
+                   residual ? residual + first * outputs : nullptr);
+    }
+  }
+}
+
 // See matrix.h; columns [begin, end) of the product with prepared rows.
 void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared& prepared,
                       int64_t rows, int64_t begin, int64_t end, float* out, Then then,
@@ -145,16 +183,20 @@ void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared
       for (int64_t row = 0; row < rows; ++row) {
         const float* x = prepared.x + row * prepared.row_stride;
         dots(weight, columns.apart, x, matrix.inputs, sums, columns.count);
-        finish(matrix, sums, side_by_side, columns, out + row * outputs,
-               residual ? residual + row * outputs : nullptr);
+        finish_streams(matrix, sums, side_by_side, columns, out + row * outputs,
+                       residual ? residual + row * outputs : nullptr);
       }
     }
   };
 
-  const int64_t apart = (end - begin) / side_by_side;
-  multiply_streams({begin, apart, side_by_side, apart});
-  for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
-    multiply_streams({column, 1, 1, 0});
+  if (rows > 1 && kernel.panel) {
+    multiply_panels(matrix, prepared, rows, begin, end, out, residual);
+  } else {
+    const int64_t apart = (end - begin) / side_by_side;
+    multiply_streams({begin, apart, side_by_side, apart});
+    for (int64_t column = begin + side_by_side * apart; column < end; ++column) {
+      multiply_streams({column, 1, 1, 0});
+    }
   }
   for (int64_t row = 0; then == Then::kGelu && row < rows; ++row) {
     apply_gelu(out + row * outputs + begin, end - begin);
@@ -197,7 +239,7 @@ const std::vector<MatrixKernels>& matrix_kernels() {
     std::vector<MatrixKernels> list = {{"baseline",
                                         {nullptr, dots<float>},
                                         {nullptr, dots<BFloat16>},
-                                        {round_to_int16, dots_of_int8, 1}}};
+                                        {round_to_int16, dots_of_int8, nullptr, 1}}};
     add_avx2_kernels(list);
     add_avx512_kernels(list);
     return list;

@@ -31,6 +31,20 @@ constexpr int64_t kTilesAhead = 12288;
 using Dots = void (*)(const void* weight, int64_t apart, const float* x, int64_t n, float* sums,
                       int64_t count);
 
+// Some outputs and rows of a product, small enough that working memory is on the stack.
+constexpr int64_t kPanelOutputs = 24, kPanelRows = 64;
+// From a row's sums to the next one's; up to three behind those asked for are overwritten.
+constexpr int64_t kPanelStride = 32;
+static_assert(kPanelOutputs % kTileOutputs == 0 && kPanelOutputs + 3 <= kPanelStride);
+
+struct Panel {
+  const void* weight;        // (outputs, n), or tiles
+  int64_t outputs, n;        // at most kPanelOutputs
+  const float* x;            // (rows, n), or as many prepared rows
+  int64_t row_stride, rows;  // at most kPanelRows
+  float* sums;               // (rows, kPanelStride)
+};
+
 // How a kernel multiplies weights of one type.
 struct Kernel {
   // Writes x (n) as `dots` wants it, into prepared_size(n) floats; null if it wants x itself.
@@ -39,6 +53,9 @@ struct Kernel {
   // weight (.., n) is of the kernel's type. Of tiles: sums[i] for all outputs of as many tiles as
   // count takes.
   Dots dots;
+  // sums[r][o] = x[r] . weight[o], with the bits of `dots`: for several rows, whose weights stay in
+  // the first cache or in registers; null to call `dots` for each row.
+  void (*panel)(const Panel& panel) = nullptr;
   int64_t streams = kStreams;  // or 1, for tiles, which are read in order
   // The same past the caches, which keep what is there; or null.
   Dots dots_once = nullptr;

@@ -50,10 +50,53 @@ void check_dots(const cpu::Kernel& kernel, cpu::Dots dots, const char* name) {
   }
 }
 
+// However many rows a panel has, each gets the bits of its sums alone.
 template <class W>
-void check_dots(const cpu::Kernel& kernel, const char* name) {
+void check_panels(const cpu::Kernel& kernel, const char* name) {
+  constexpr int64_t kOutputs = cpu::kPanelOutputs, kRows = cpu::kPanelRows;
+  Numbers numbers;
+  for (const int64_t n : {0, 1, 16, 100, 2100}) {
+    const auto x = numbers.vector<float>(kRows * n);
+    std::vector<W> weight(kOutputs * n);
+    for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
+    const auto packed = pack(weight, kOutputs, n);
+    const int64_t stride = kernel.prepare ? cpu::prepared_size(n) : n;
+    std::vector<float> prepared(x);
+    if (kernel.prepare) prepared.assign(kRows * stride, NAN);
+    std::vector<float> alone(kRows * kOutputs);  // (rows, outputs)
+    for (int64_t row = 0; row < kRows; ++row) {
+      float* const values = prepared.data() + row * stride;
+      if (kernel.prepare) kernel.prepare(x.data() + row * n, n, values);
+      float* const sums = alone.data() + row * kOutputs;
+      const int64_t apart = kOutputs / kernel.streams;
+      std::vector<float> of(kOutputs);
+      kernel.dots(packed.data(), apart, values, n, of.data(), apart);
+      for (int64_t i = 0; i < kOutputs; ++i) {
+        sums[i % kernel.streams * apart + i / kernel.streams] = of[i];
+      }
+    }
+    bool is_equal = true;
+    for (int64_t rows = 1; rows <= kRows; rows += n > 100 ? 21 : 1) {
+      for (const int64_t outputs : {int64_t(1), int64_t(11), kOutputs}) {
+        std::vector<float> sums(kRows * cpu::kPanelStride, NAN);
+        kernel.panel({packed.data(), outputs, n, prepared.data(), stride, rows, sums.data()});
+        for (int64_t i = 0; i < rows * outputs; ++i) {
+          const int64_t row = i / outputs, output = i % outputs;
+          is_equal =
+              is_equal && sums[row * cpu::kPanelStride + output] == alone[row * kOutputs + output];
+        }
+      }
+    }
+    if (!is_equal) std::printf("%s, n = %ld\n", name, long(n));
+    CHECK(is_equal);
+  }
+}
+
+template <class W>
+void check_sums(const cpu::Kernel& kernel, const char* name) {
   check_dots<W>(kernel, kernel.dots, name);
   if (kernel.dots_once) check_dots<W>(kernel, kernel.dots_once, name);
+  if (kernel.panel) check_panels<W>(kernel, name);
 }
 
 // The largest sums there are do not overflow, and broken numbers stay broken.

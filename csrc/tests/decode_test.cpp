@@ -167,12 +167,54 @@ void multiplies_packed_weights() {
   }
 }
 
+template <class W>
+void check_rows_alone(cpu::WeightType type, int64_t inputs, int64_t outputs) {
+  constexpr int64_t kMostRows = 70;
+  test::Numbers numbers;
+  const auto x = numbers.vector<float>(kMostRows * inputs), bias = numbers.vector<float>(outputs);
+  const auto residual = numbers.vector<float>(kMostRows * outputs);
+  const std::vector<float> scale(outputs, 0.01f);
+  std::vector<W> weight(outputs * inputs);
+  for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
+  const auto packed = test::pack(weight, outputs, inputs);
+  const bool scaled = type == cpu::WeightType::kInt8;
+  const cpu::Matrix matrix{outputs,    inputs, type, packed.data(), scaled ? scale.data() : nullptr,
+                           bias.data()};
+  const auto multiply = [&](int64_t threads, int64_t first, int64_t rows) {
+    std::vector<float> out(rows * outputs);
+    with_team(threads, [&](const cpu::Worker& worker) {
+      cpu::multiply(worker, matrix, x.data() + first * inputs, rows, out.data(), cpu::Then::kGelu,
+                    residual.data() + first * outputs);
+    });
+    return out;
+  };
+  std::vector<float> alone;
+  for (int64_t row = 0; row < kMostRows; ++row) {
+    const auto one = multiply(1, row, 1);
+    alone.insert(alone.end(), one.begin(), one.end());
+  }
+  for (int64_t rows = 1; rows <= kMostRows; ++rows) {
+    for (const int64_t threads : {1, 2, 3}) {
+      const auto out = multiply(threads, 0, rows);
+      CHECK(std::equal(out.begin(), out.end(), alone.begin()));
+    }
+  }
+}
+
+void a_row_has_the_same_bits_beside_any_others() {
+  for (const auto& [inputs, outputs] : {std::pair<int64_t, int64_t>{75, 130}, {1100, 35}}) {
+    check_rows_alone<float>(cpu::WeightType::kFloat32, inputs, outputs);
+    check_rows_alone<cpu::BFloat16>(cpu::WeightType::kBFloat16, inputs, outputs);
+    check_rows_alone<int8_t>(cpu::WeightType::kInt8, inputs, outputs);
+  }
+}
+
 void every_instruction_set_that_the_machine_has() {
   for (const cpu::MatrixKernels& kernels : cpu::matrix_kernels()) {
     std::printf("tested: %s\n", kernels.name);
-    test::check_dots<float>(kernels.float32, kernels.name);
-    test::check_dots<cpu::BFloat16>(kernels.bfloat16, kernels.name);
-    test::check_dots<int8_t>(kernels.int8, kernels.name);
+    test::check_sums<float>(kernels.float32, kernels.name);
+    test::check_sums<cpu::BFloat16>(kernels.bfloat16, kernels.name);
+    test::check_sums<int8_t>(kernels.int8, kernels.name);
     test::check_extremes_of_int8(kernels.int8);
   }
 }
@@ -274,6 +316,7 @@ int main() {
   a_team_begins_only_when_all_have_their_memory();
   reads_limits_of_processor_time();
   multiplies_packed_weights();
+  a_row_has_the_same_bits_beside_any_others();
   every_instruction_set_that_the_machine_has();
   samples_what_the_filters_keep();
   tells_log_probabilities();

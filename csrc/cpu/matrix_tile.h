@@ -1,0 +1,198 @@
+// Products with float32 and bfloat16 weights in lanes along the inputs, for the file of each
+// instruction set. Before it includes this, that file defines MBLM_TILE, its functions' target, and
+//   Vector, of kLanes floats; zeros(); load(const float*); load(const BFloat16*); store(float*, v);
+//   multiply_add(a, b, sum) = a * b + sum, rounded once; fold(v), four sums of v's lanes;
+//   kFewOutputs by kFewRows and kManyOutputs by kManyRows: tiles whose sums stay in registers. Few
+//   rows are one tile, for weights that come from memory; tiles of many rows have theirs in a
+//   cache.
+//
+// Products are summed in one order: in kLanes interleaved sums, then these. Every function here
+// keeps to it, so that a row has the same bits whatever other rows are computed beside it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/bfloat16.h"
+#include "cpu/matrix_kernels.h"
+#include "cpu/stream_sums.h"
+
+#define MBLM_TILE_INLINE MBLM_TILE inline __attribute__((always_inline))
+
+namespace mblm::cpu {
+namespace {
+
+// Inputs that are taken at a time: the weights of a tile stay in the first cache meanwhile.
+constexpr int64_t kDepth = 64 * kLanes;
+
+// sums[o][r] += weight[o * apart + lane] * x[r * row_stride + lane].
+template <int kOutputs, int kRows, class W>
+MBLM_TILE_INLINE void add_lanes(const W* weight, int64_t apart, const float* x, int64_t row_stride,
+                                Vector (&sums)[kOutputs][kRows]) {
+  Vector weights[kOutputs];
+#pragma GCC unroll 8
+  for (int o = 0; o < kOutputs; ++o) weights[o] = load(weight + o * apart);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const Vector values = load(x + r * row_stride);
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) sums[o][r] = multiply_add(weights[o], values, sums[o][r]);
+  }
+}
+
+// The same for the last, fewer than kLanes inputs, with zeros for those that lack.
+template <int kOutputs, int kRows, class W>
+MBLM_TILE_INLINE void add_rest(const W* weight, int64_t apart, const float* x, int64_t row_stride,
+                               int64_t count, Vector (&sums)[kOutputs][kRows]) {
+  W weights[kOutputs * kLanes] = {};
+  float values[kRows * kLanes] = {};
+  for (int o = 0; o < kOutputs; ++o) std::copy_n(weight + o * apart, count, weights + o * kLanes);
+  for (int r = 0; r < kRows; ++r) std::copy_n(x + r * row_stride, count, values + r * kLanes);
+  add_lanes(weights, kLanes, values, kLanes, sums);
+}
+
+// sums (count, kStreams): see Kernel.
+template <class W>
+MBLM_TILE void multiply_row(const void* weights, int64_t apart, const float* x, int64_t n,
+                            float* sums, int64_t count) {
+  const W* weight = static_cast<const W*>(weights);
+  for (int64_t row = 0; row < count; ++row, weight += n) {
+    Vector of[kStreams][1];
+    for (int k = 0; k < kStreams; ++k) of[k][0] = zeros();
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) add_lanes(weight + i, apart * n, x + i, 0, of);
+    if (i < n) add_rest(weight + i, apart * n, x + i, 0, n - i, of);
+    store_sums(fold(of[0][0]), fold(of[1][0]), fold(of[2][0]), fold(of[3][0]),
+               sums + row * kStreams);
+  }
+}
+
+// Some inputs of some outputs and rows, whose sums stay in registers.
+struct Tile {
+  const void* weight;  // (outputs, count), rows `apart` from each other
+  int64_t apart;
+  const float* x;  // (rows, count)
+  int64_t row_stride, count;
+  bool is_first, is_last;  // of all inputs
+  float* kept;             // the sums' lanes, in between
+  float* sums;             // (rows, kPanelStride)
+  const char* ahead;       // weights to ask for meanwhile: of so many outputs, in bytes from each
+  int64_t ahead_outputs, ahead_apart, ahead_step;  // other and for each kLanes inputs
+};
+
+template <class W, int kOutputs, int kRows>
+MBLM_TILE void multiply_tile(const Tile& tile) {
+  const W* weight = static_cast<const W*>(tile.weight);
+  Vector sums[kOutputs][kRows];
+#pragma GCC unroll 32
+  for (int i = 0; i < kOutputs * kRows; ++i) {
+    sums[i / kRows][i % kRows] = tile.is_first ? zeros() : load(tile.kept + i * kLanes);
+  }
+  int64_t i = 0;
+  const char* ahead = tile.ahead;
+  for (; i + kLanes <= tile.count; i += kLanes, ahead += tile.ahead_step) {
+    for (int64_t o = 0; o < tile.ahead_outputs; ++o) {
+      __builtin_prefetch(ahead + o * tile.ahead_apart);
+    }
+    add_lanes(weight + i, tile.apart, tile.x + i, tile.row_stride, sums);
+  }
+  if (i < tile.count) {
+    add_rest(weight + i, tile.apart, tile.x + i, tile.row_stride, tile.count - i, sums);
+  }
+  if (!tile.is_last) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kOutputs * kRows; ++i) {
+      store(tile.kept + i * kLanes, sums[i / kRows][i % kRows]);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; o += 4) {
+      __m128 of[4];
+#pragma GCC unroll 8
+      for (int i = 0; i < 4; ++i) of[i] = fold(sums[std::min(o + i, kOutputs - 1)][r]);
+      store_sums(of[0], of[1], of[2], of[3], tile.sums + r * kPanelStride + o);
+    }
+  }
+}
+
+MBLM_TILE inline void widen(const BFloat16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = float(from[i]);
+}
+
+using MultiplyTile = void (*)(const Tile&);
+
+template <class W, int kOutputs, int... kRows>
+MultiplyTile tile_of_rows(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr MultiplyTile kTiles[] = {multiply_tile<W, kOutputs, kRows + 1>...};
+  return kTiles[rows - 1];
+}
+
+// See Kernel. The tiles' weights are read as T: the first rows' or, where others follow, widened
+// once for all of them.
+template <class W, class T, int kOutputs, int kRows>
+MBLM_TILE void multiply_in_tiles(const Panel& panel) {
+  constexpr bool kWidens = !std::is_same_v<W, T>;
+  using Rows = std::make_integer_sequence<int, kRows>;
+  alignas(64) float kept[kPanelOutputs * kPanelRows * kLanes];
+  alignas(64) float widened[kWidens ? kOutputs * kDepth : 1];
+  const int64_t n = panel.n, turns = (panel.rows + kRows - 1) / kRows;
+  const W* const weights = static_cast<const W*>(panel.weight);
+  for (int64_t begin = 0; begin == 0 || begin < n; begin += kDepth) {
+    const int64_t count = std::min(kDepth, n - begin);
+    for (int64_t o = 0, outputs; o < panel.outputs; o += outputs) {
+      outputs = panel.outputs - o < kOutputs ? 1 : kOutputs;
+      const W* const weight = weights + o * n + begin;
+      const W* next = weight + outputs * n;  // what is multiplied after this
+      if (o + outputs == panel.outputs) {
+        next = weights + (begin + count < n ? begin + count : panel.outputs * n);
+      }
+
+      Tile tile;
+      tile.weight = weight;
+      tile.apart = n;
+      if constexpr (kWidens) {
+        for (int64_t k = 0; k < outputs; ++k) widen(weight + k * n, count, widened + k * kDepth);
+        tile.weight = widened;
+        tile.apart = kDepth;
+      }
+      tile.row_stride = panel.row_stride;
+      tile.count = count;
+      tile.is_first = begin == 0;
+      tile.is_last = begin + count >= n;
+      tile.ahead_apart = n * int64_t(sizeof(W));
+      tile.ahead_step = kLanes * int64_t(sizeof(W));
+      const int64_t share = (outputs + turns - 1) / turns;
+      for (int64_t turn = 0; turn < turns; ++turn) {
+        const int64_t row = turn * kRows, asked_for = std::min(turn * share, outputs);
+        tile.x = panel.x + row * panel.row_stride + begin;
+        tile.kept = kept + (o * kPanelRows + row * outputs) * kLanes;
+        tile.sums = panel.sums + row * kPanelStride + o;
+        tile.ahead = reinterpret_cast<const char*>(next + asked_for * n);
+        tile.ahead_outputs = std::min(share, outputs - asked_for);
+        const int64_t rows = std::min<int64_t>(kRows, panel.rows - row);
+        const auto multiply = outputs == 1 ? tile_of_rows<T, 1>(rows, Rows{})
+                                           : tile_of_rows<T, kOutputs>(rows, Rows{});
+        multiply(tile);
+      }
+    }
+  }
+}
+
+template <class W>
+MBLM_TILE void multiply_panel(const Panel& panel) {
+  if (panel.rows <= kFewRows) {
+    multiply_in_tiles<W, W, kFewOutputs, kFewRows>(panel);
+  } else {
+    multiply_in_tiles<W, float, kManyOutputs, kManyRows>(panel);
+  }
+}
+
+}  // namespace
+}  // namespace mblm::cpu
