@@ -33,6 +33,8 @@ RECORD = "mblm/_build.json"  # what was compiled, or why nothing: mblm/ops/_nati
 # A folder that is read only, as in a container, is built elsewhere.
 BUILD = ROOT / "build" if os.access(ROOT, os.W_OK) else Path(tempfile.mkdtemp())
 BUILDS = bool(COMPILE & set(sys.argv))
+# What of the decoding engine knows no torch, and is compiled as the kernels are.
+ENGINE = [f"csrc/decode/{name}.cpp" for name in ("choose", "memory", "rows", "run", "start")]
 
 
 def build_compiled(mode: str, record: dict[str, Any]) -> None:
@@ -71,7 +73,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
                 raise NotCompiledError(f"it did not compile: {said or error}") from error
 
         def build_extension(self, extension: Extension) -> None:
-            kernels = sources("cpu/*.cpp")
+            kernels = sources("cpu/*.cpp") + ENGINE
             if mode == "cuda":
                 kernels = [*sources("cuda/*.cu"), *sources("cuda/*.cpp"), *kernels]
             extension.extra_objects = self.compiler.compile(
@@ -82,6 +84,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
     extension = cpp_extension.CUDAExtension if mode == "cuda" else cpp_extension.CppExtension
     arguments = {"include_dirs": [csrc], "extra_compile_args": {"cxx": glue_flags}}
     glue = sources("torch/*.cpp") + sources("decode/*.cpp")
+    glue = [source for source in glue if source not in ENGINE]
     library = extension("mblm._C", glue, **arguments)
     release = ".".join(torch.__version__.split(".")[:2])
     name = "cpu" if mode == "cpu" else "cu" + torch.version.cuda.replace(".", "")

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace mblm::decode {
@@ -24,6 +25,10 @@ struct Automaton {
   bool allows(int32_t state, int32_t of_class, int64_t left) const {
     const int32_t after = next[state * classes + of_class];
     return after >= 0 && (distance[state] > left || distance[after] <= left - 1);
+  }
+  // Whether it accepts, and nothing may follow.
+  bool is_complete(int32_t state) const {
+    return accepts(state) && !allows_any(state, std::numeric_limits<int32_t>::max());
   }
   bool allows_any(int32_t state, int64_t left) const {
     for (int32_t c = 0; c < classes; ++c) {

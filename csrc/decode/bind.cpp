@@ -1,8 +1,16 @@
 // The Python module mblm._C: what it was compiled with, and decoding. Loading it registers the
 // operators' kernels.
+#include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "decode/cache.h"
+#include "decode/draws.h"
 #include "decode/guard.h"
 #include "decode/weights.h"
 
@@ -79,6 +87,132 @@ void bind_weights(py::module_& module) {
       .def_property_readonly("num_tokens", &Hierarchy::num_tokens);
 }
 
+std::vector<int32_t> int32s(const Tensor& tensor) {
+  const Tensor values = tensor.contiguous();
+  const int32_t* data = values.const_data_ptr<int32_t>();
+  return {data, data + values.numel()};
+}
+
+// Tables that mblm/inference/automaton.py has checked; what would lead out of them is refused.
+std::shared_ptr<Automaton> automaton(const Tensor& classes, const Tensor& next,
+                                     const Tensor& distance, int64_t start) {
+  auto made = std::make_shared<Automaton>();
+  made->class_of = int32s(classes);
+  made->next = int32s(next);
+  made->distance = int32s(distance);
+  made->classes = next.dim() == 2 ? next.size(1) : 0;
+  made->start = int32_t(start);
+  const auto states = int64_t(made->distance.size());
+  const auto all = [](const std::vector<int32_t>& values, int64_t least, int64_t end) {
+    return std::all_of(values.begin(), values.end(),
+                       [&](int32_t value) { return least <= value && value < end; });
+  };
+  const bool fits = int64_t(made->next.size()) == states * made->classes && 0 <= start &&
+                    start < states && all(made->next, -1, states) &&
+                    all(made->class_of, 0, made->classes);
+  if (!fits) throw py::value_error("an automaton's tables do not fit each other");
+  std::vector<bool> is_used(made->classes);
+  for (const int32_t of : made->class_of) is_used[of] = true;
+  for (size_t i = 0; i < made->next.size(); ++i) {
+    if (!is_used[i % made->classes]) made->next[i] = -1;
+  }
+  return made;
+}
+
+Wishes plan(int64_t max_tokens, double temperature, int64_t top_k, double top_p, double min_p,
+            std::shared_ptr<GeneratorDraws> draws, int64_t lane, std::shared_ptr<Automaton> allow,
+            std::shared_ptr<Automaton> stop, bool log_probs, bool pause) {
+  return {max_tokens, temperature,      top_k,           top_p,     min_p, std::move(draws),
+          lane,       std::move(allow), std::move(stop), log_probs, pause};
+}
+
+std::vector<py::tuple> last(Cache& cache, const Lease& rows) {
+  std::vector<Ran> all;
+  {
+    const py::gil_scoped_release release;
+    all = cache.last(rows);
+  }
+  std::vector<py::tuple> tuples;
+  for (Ran& ran : all) {
+    const py::object log_probs = ran.log_probs.defined() ? py::cast(ran.log_probs) : py::none();
+    tuples.push_back(py::make_tuple(std::move(ran.ids), log_probs, name_of(ran.reason)));
+  }
+  return tuples;
+}
+
+void bind_cache(py::module_& module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Automaton, std::shared_ptr<Automaton>>(module, "Automaton")
+      .def(py::init(&automaton), py::arg("classes"), py::arg("next"), py::arg("distance"),
+           py::arg("start"));
+
+  py::class_<GeneratorDraws, std::shared_ptr<GeneratorDraws>>(module, "Draws")
+      .def(py::init<std::optional<at::Generator>, int64_t, int64_t>(), py::arg("generator"),
+           py::arg("lanes"), py::arg("num_tokens"));
+
+  py::class_<Wishes>(module, "Plan")
+      .def(py::init(&plan), py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
+           py::arg("top_p"), py::arg("min_p"), py::arg("draws"), py::arg("lane"), py::arg("allow"),
+           py::arg("stop"), py::arg("log_probs"), py::arg("pause"));
+
+  py::class_<SavedState>(module, "State")
+      .def(py::init([](int64_t length, int64_t taken, std::map<std::string, Tensor> tensors) {
+             return SavedState{length, taken, std::move(tensors)};
+           }),
+           py::arg("length"), py::arg("taken"), py::arg("tensors"))
+      .def_readonly("length", &SavedState::length)
+      .def_readonly("taken", &SavedState::taken)
+      .def_readonly("tensors", &SavedState::tensors);
+
+  py::class_<Wanted>(module, "Wanted")
+      .def_readonly("stage", &Wanted::stage)
+      .def_readonly("rows", &Wanted::rows)
+      .def_readonly("ids", &Wanted::ids)
+      .def_readonly("positions", &Wanted::positions)
+      .def_property_readonly("contexts", [](const Wanted& wanted) -> std::optional<Tensor> {
+        return wanted.contexts.defined() ? std::optional(wanted.contexts) : std::nullopt;
+      });
+
+  py::class_<Lease>(module, "Lease", "Rows in use by a call.")
+      .def(
+          "__enter__", [](Lease& lease) -> Lease& { return lease; },
+          py::return_value_policy::reference)
+      .def("__exit__", [](Lease& lease, const py::args&) { lease.release(); });
+
+  py::class_<Cache, std::shared_ptr<Cache>>(module, "Cache", "See mblm/inference/native_cache.py.")
+      .def(py::init([](std::shared_ptr<Hierarchy> hierarchy) {
+             return std::make_shared<Cache>(std::move(hierarchy));
+           }),
+           py::arg("hierarchy"))
+      .def("set_hierarchy",
+           [](Cache& cache, std::shared_ptr<Hierarchy> hierarchy) {
+             cache.set_hierarchy(std::move(hierarchy));
+           })
+      .def("add", &Cache::add, Release())
+      .def("drop", &Cache::drop, Release())
+      .def("copy", &Cache::copy, Release())
+      .def("lease", &Cache::lease, Release(), py::keep_alive<0, 1>())
+      .def("exchange", &Cache::exchange, Release())
+      .def("feed", &Cache::feed, Release())
+      .def("long_pieces", &Cache::long_pieces, Release())
+      .def("append", &Cache::append, Release())
+      .def("take_in", &Cache::take_in, Release())
+      .def("begin", &Cache::begin, Release())
+      .def("run", &Cache::run, Release())
+      .def("last", &last)
+      .def("logits", &Cache::logits, Release())
+      .def("check_choosing", &Cache::check_choosing, Release())
+      .def("choose", &Cache::choose, Release())
+      .def("wanted", &Cache::wanted, Release())
+      .def("supply", &Cache::supply, Release())
+      .def("lengths", &Cache::lengths, Release())
+      .def("state", &Cache::state, Release())
+      .def("state_shapes", &Cache::state_shapes)
+      .def("set_state", &Cache::set_state, Release())
+      .def("set_state_above", &Cache::set_state_above, Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -87,4 +221,5 @@ PYBIND11_MODULE(_C, module) {
   py::register_local_exception_translator(translate);
   bind_guard(module);
   bind_weights(module);
+  bind_cache(module);
 }

@@ -16,9 +16,12 @@ class Chooser {
       : num_tokens_(num_tokens), kept_(num_tokens), memory_(num_tokens) {}
 
   // The byte that a plan chooses from logits (num_tokens), with uniform numbers (num_tokens); of
-  // those alone, if a mask (num_tokens) is given, where it is not 0. -1 if none is left.
+  // those alone, if a mask (num_tokens) is given, where it is true.
   int64_t choose(const Plan& plan, const float* logits, const float* numbers,
                  const bool* mask = nullptr);
+
+  // Whether it could choose any.
+  bool leaves_any(const Plan& plan, const float* logits, const bool* mask = nullptr) const;
 
  private:
   int64_t num_tokens_;
@@ -29,11 +32,10 @@ class Chooser {
 // Whether a plan lets a byte be chosen next.
 bool allows(const Plan& plan, int64_t id);
 
-// Why a plan ends here, for a row of so many bytes; max_length 0 is no limit.
-std::optional<Reason> end_of(const Plan& plan, int64_t length, int64_t max_length);
+// Ends a plan if it has come to its end.
+void end_where_due(Plan& plan);
 
-// Appends the chosen byte to a row, whose lists have room for it. logits (num_tokens): the model's.
-void append_chosen(Row& row, int64_t id, const float* logits, int64_t num_tokens,
-                   int64_t max_length);
+// Appends a byte to a row, whose lists have room for it. logits (num_tokens) are the model's.
+void append_chosen(Row& row, int64_t id, const float* logits, int64_t num_tokens, bool is_drawn);
 
 }  // namespace mblm::decode

@@ -17,7 +17,7 @@ StageLayout::StageLayout(const Parts& parts, int64_t n) {
   seq_len = parts.schedule.seq_len(n);
   if (const auto* model = std::get_if<cpu::TransformerStage>(&stage.model)) {
     const bool is_bounded = n > 0 || parts.max_length > 0;
-    const auto layers = int64_t(model->layers.size());
+    layers = int64_t(model->layers.size());
     state = layers * 2 * (dim / 2);
     planes = layers * model->heads;
     head_dim = model->head_dim;
@@ -26,11 +26,11 @@ StageLayout::StageLayout(const Parts& parts, int64_t n) {
     values = round_up(planes * plane);
     page = 2 * values;
   } else if (const auto* model = std::get_if<cpu::Mamba1Stage>(&stage.model)) {
-    const auto layers = int64_t(model->layers.size());
+    layers = int64_t(model->layers.size());
     ssm = layers * model->inner * model->states;
     state = ssm + layers * (model->taps - 1) * model->inner;
   } else if (const auto* model = std::get_if<cpu::Mamba2Stage>(&stage.model)) {
-    const auto layers = int64_t(model->layers.size());
+    layers = int64_t(model->layers.size());
     ssm = layers * model->inner * model->states;
     state = ssm + layers * (model->taps - 1) * (model->inner + 2 * model->states);
   }
@@ -82,15 +82,10 @@ void Memory::own_pages(const Parts& parts, int64_t n, StageState& stage, int64_t
     float* const keys = own.data();
     float* const values = keys + layout.values;
     if (is_new) {
-      const StartState& start = parts.stages[n].start;
-      for (int64_t plane = 0; index == 0 && plane < layout.planes; ++plane) {
-        const int64_t from = plane * layout.head_dim;
-        std::copy_n(start.keys + from, layout.head_dim, keys + plane * layout.plane);
-        std::copy_n(start.values + from, layout.head_dim, values + plane * layout.plane);
-      }
       stage.pages.push_back(std::move(own));
       stage.keys.push_back(keys);
       stage.values.push_back(values);
+      if (index == 0) write_start(parts, n, stage);
       continue;
     }
     const int64_t end_kept = std::min(kept, (index + 1) * size);
@@ -101,6 +96,22 @@ void Memory::own_pages(const Parts& parts, int64_t n, StageState& stage, int64_t
     stage.keys[index] = keys;
     stage.values[index] = values;
   }
+}
+
+void Memory::write_start(const Parts& parts, int64_t n, StageState& stage) const {
+  const StageLayout& layout = layouts_[n];
+  const StartState& start = parts.stages[n].start;
+  for (int64_t plane = 0; plane < layout.planes; ++plane) {
+    const int64_t from = plane * layout.head_dim;
+    std::copy_n(start.keys + from, layout.head_dim, stage.keys[0] + plane * layout.plane);
+    std::copy_n(start.values + from, layout.head_dim, stage.values[0] + plane * layout.plane);
+  }
+  stage.start_id = parts.start_id;
+}
+
+void Memory::allocate(const Parts& parts, int64_t n, StageState& stage, int64_t positions) {
+  own_blob(n, stage, false);
+  if (layouts_[n].has_pages()) own_pages(parts, n, stage, 0, 0, positions);
 }
 
 void Memory::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
@@ -122,8 +133,9 @@ void Memory::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
   const int64_t dropped = first_kept(schedule, from) - (row.length - int64_t(row.tail.size()));
   if (dropped > 0) row.tail.erase(row.tail.begin(), row.tail.begin() + dropped);
   row.tail.reserve(row.tail.size() + room);
+  if (!row.plan) return;
   row.ids.reserve(row.ids.size() + room);
-  if (row.plan && row.plan->wants_log_probs) row.log_probs.reserve(row.ids.size() + room);
+  if (row.plan->wants_log_probs) row.log_probs.reserve(row.log_probs.size() + room);
 }
 
 }  // namespace mblm::decode

@@ -17,7 +17,7 @@ namespace mblm::decode {
 struct StageLayout {
   explicit StageLayout(const Parts& parts, int64_t n);
 
-  int64_t dim = 0, seq_len = 0;
+  int64_t dim = 0, seq_len = 0, layers = 0;
   int64_t state = 0;   // floats of the recurrent state, at the beginning of the blob
   int64_t ssm = 0;     // of those, the scan's; the windows come next
   int64_t output = 0;  // where it begins, (dim)
@@ -31,6 +31,7 @@ struct StageLayout {
   int64_t page = 0;    // floats
 
   bool has_pages() const { return planes > 0; }
+  bool operator==(const StageLayout&) const = default;
 };
 
 class Memory {
@@ -39,10 +40,19 @@ class Memory {
 
   const StageLayout& layout(int64_t n) const { return layouts_[n]; }
 
+  // Whether rows of other weights lie as these do.
+  bool fits(const Parts& parts) const { return Memory(parts).layouts_ == layouts_; }
+
   // Makes all that a row writes to its own while it takes in bytes [taken, to), byte after byte or,
   // if it jumps, only what is left of them in the end; and room for so many more bytes in its
   // lists. Throws std::bad_alloc, the row's state being the same as before.
   void reserve(const Parts& parts, Row& row, int64_t to, bool jumps);
+
+  // Has a stage's first page, which is its own, begin with the start token's keys and values.
+  void write_start(const Parts& parts, int64_t n, StageState& stage) const;
+
+  // Memory for a stage's state with so many positions, the start token counted.
+  void allocate(const Parts& parts, int64_t n, StageState& stage, int64_t positions);
 
   // Copies keys and values of positions [begin, end), which lie in one page.
   void copy_positions(int64_t n, const float* from, float* to, int64_t begin, int64_t end) const;

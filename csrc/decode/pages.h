@@ -19,6 +19,8 @@ namespace mblm::decode {
 // Held for moments, never while anything is computed or destroyed: it guards the tables
 // of all caches, and os.fork() takes it too, so that a child finds it free. See rows.cpp.
 std::mutex& table_mutex();
+// The same, while random numbers are drawn.
+std::mutex& draws_mutex();
 
 class Pool;
 

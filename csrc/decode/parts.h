@@ -56,6 +56,7 @@ struct StageParts {
 // What a call has been given stays as it is.
 struct Parts {
   int64_t most_bytes = 0;
+  int64_t start_id = 0;  // other weights, whose start tokens give other states, have another
   Schedule schedule;
   std::vector<StageParts> stages;  // the local one last, which is never hosted
   cpu::Matrix to_logits;

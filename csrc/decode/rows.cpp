@@ -6,6 +6,7 @@
 #define MBLM_HAS_FORK
 #endif
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -19,27 +20,54 @@ int64_t slot_of(RowId id) {
 }
 
 [[noreturn]] void refuse(RowId id, const char* why) {
-  throw std::invalid_argument("rows: row " + std::to_string(id) + " " + why);
+  throw std::invalid_argument("row " + std::to_string(id) + ": " + why);
+}
+
+}  // namespace
+
+namespace {
+
+// A child of os.fork() has only the thread that forked: what another one held would stay locked.
+struct Mutexes {
+  std::mutex table, draws;
+
+  Mutexes() {
+#ifdef MBLM_HAS_FORK
+    pthread_atfork(
+        [] {
+          draws_mutex().lock();
+          table_mutex().lock();
+        },
+        unlock, unlock);
+#endif
+  }
+  static void unlock() {
+    table_mutex().unlock();
+    draws_mutex().unlock();
+  }
+};
+
+Mutexes& mutexes() {
+  static Mutexes* const all = new Mutexes;  // it outlives the rows of an ending process
+  return *all;
 }
 
 }  // namespace
 
 std::mutex& table_mutex() {
-  static std::mutex* const mutex = [] {
-    static std::mutex made;
-#ifdef MBLM_HAS_FORK
-    // A child has only the thread that forked: what another one held would stay locked.
-    pthread_atfork([] { made.lock(); }, [] { made.unlock(); }, [] { made.unlock(); });
-#endif
-    return &made;
-  }();
-  return *mutex;
+  return mutexes().table;
+}
+
+std::mutex& draws_mutex() {
+  return mutexes().draws;
 }
 
 std::vector<RowId> Rows::add(int64_t count) {
-  if (count < 0 || count > kMostRows) {
-    throw std::invalid_argument("count: expected a number from 0 to " + std::to_string(kMostRows) +
-                                ", got " + std::to_string(count));
+  const std::string got = ", got " + std::to_string(count);
+  if (count < 0) throw std::invalid_argument("count: expected a number >= 0" + got);
+  if (count > kMostRows) {
+    throw std::invalid_argument("count: expected at most " + std::to_string(kMostRows) + " rows" +
+                                got);
   }
   std::vector<RowId> ids;
   ids.reserve(count);
@@ -51,7 +79,8 @@ std::vector<RowId> Rows::add(int64_t count) {
   const std::lock_guard lock(table_mutex());
   const int64_t all = std::max<int64_t>(0, count - int64_t(free_.size())) + int64_t(slots_.size());
   if (all > kMostRows) {
-    throw std::invalid_argument("count: more than " + std::to_string(kMostRows) + " rows");
+    throw std::invalid_argument("count: a cache has at most " + std::to_string(kMostRows) +
+                                " rows" + got);
   }
   free_.reserve(all);
   slots_.reserve(all);
@@ -107,33 +136,34 @@ Rows::Lease::Lease(Rows& rows, std::span<const RowId> ids) : rows_(rows) {
     const std::lock_guard lock(table_mutex());
     for (const RowId id : ids) {
       Slot* const slot = rows_.find(id);
+      const auto is_it = [id](const Held& held) { return held.id == id; };
       which = id;
-      why = slot ? nullptr : "is not there: it was dropped, or never added";
-      if (slot && slot->is_busy) {
-        why = "is in another call";
-        for (const Held& held : held_) {
-          if (held.slot == slot_of(id)) why = "is given twice";
-        }
+      if (!slot) {
+        why = "there is no such row, or it was dropped";
+      } else if (slot->is_busy) {
+        why = std::any_of(held_.begin(), held_.end(), is_it) ? "twice in one call"
+                                                             : "in another call at this time";
       }
       if (why) break;
       slot->is_busy = true;
-      held_.push_back({slot_of(id), slot->row.get()});
+      held_.push_back({id, slot->row.get()});
     }
   }
   if (why) {
-    release(held_.size());
+    release();
     refuse(which, why);
   }
 }
 
-void Rows::Lease::release(size_t count) noexcept {
-  for (size_t i = 0; i < count; ++i) {
+void Rows::Lease::release() noexcept {
+  for (const Held& held : held_) {
     std::unique_ptr<Row> dropped;
     const std::lock_guard lock(table_mutex());
-    Slot& slot = rows_.slots_[held_[i].slot];
+    Slot& slot = rows_.slots_[slot_of(held.id)];
     slot.is_busy = false;
-    if (slot.is_dropped) dropped = rows_.vacate(held_[i].slot);
+    if (slot.is_dropped) dropped = rows_.vacate(slot_of(held.id));
   }
+  held_.clear();
 }
 
 }  // namespace mblm::decode

@@ -1,6 +1,7 @@
 // Rows: sequences that are decoded, each in a slot, that are added, copied and dropped at any time.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -19,6 +20,26 @@ using RowId = int64_t;
 
 // Why a row's run returned.
 enum class Reason { kTime, kLength, kStop, kMatched, kContext, kMemory, kLogits };
+
+inline const char* name_of(Reason reason) {
+  switch (reason) {
+    case Reason::kTime:
+      return "time";
+    case Reason::kLength:
+      return "length";
+    case Reason::kStop:
+      return "stop";
+    case Reason::kMatched:
+      return "matched";
+    case Reason::kContext:
+      return "context";
+    case Reason::kMemory:
+      return "memory";
+    case Reason::kLogits:
+      return "logits";
+  }
+  return "";
+}
 
 // Where the uniform random numbers of plans come from: see draws.h.
 class Draws {
@@ -50,6 +71,7 @@ class Lane {
   // Numbers of the next byte, the same until one is chosen; null if there is no memory left.
   const float* numbers() const { return draws_->of(lane_, next_); }
   void advance() { ++next_; }
+  bool is(const Draws* draws, int64_t lane) const { return draws_.get() == draws && lane_ == lane; }
   void leave() noexcept {
     if (draws_) draws_->leave(lane_, next_);
     draws_.reset();
@@ -63,6 +85,7 @@ class Lane {
 // How a row is to be continued, and how far it is.
 struct Plan {
   int64_t max_tokens = 0;
+  int64_t room = 0;  // bytes that the row may still have had when the plan began
   cpu::Sampling sampling;
   Lane lane;
   std::shared_ptr<const Automaton> allow, stop;
@@ -72,37 +95,48 @@ struct Plan {
   int32_t allow_state = 0, stop_state = 0;
   std::optional<Reason> end;
 
-  int64_t left() const { return max_tokens - count; }
+  int64_t left() const { return std::min(max_tokens, room) - count; }
 };
 
 // What a row has in one stage: see memory.h for where things lie.
 struct StageState {
   Block blob;
+  int64_t start_id = 0;  // whose start token's keys and values the first page begins with
   std::vector<Block> pages;
   std::vector<float*> keys, values;  // of the pages
 };
 
-struct Row {
+// What a row is, without its plan.
+struct RowState {
   int64_t length = 0;         // bytes it has
   int64_t taken = 0;          // bytes that its stages have taken in: length or length - 1
-  std::vector<int32_t> tail;  // the last bytes: see kept_bytes
+  std::vector<int32_t> tail;  // the last bytes: see first_kept
   std::vector<StageState> stages;
-  // Whether a hosted stage that is due has taken in its patch, though the next byte has not been.
+  // Whether the stage that is due has taken in its patch, and the context that it gives is there,
+  // though the next byte has not been taken in.
   bool is_supplied = false;
-
-  std::optional<Plan> plan;
-
-  // What the last run or choice gave.
-  std::vector<int64_t> ids;
-  std::vector<float> log_probs;
-  Reason reason = Reason::kTime;
-
   // Logits after the bytes taken in, (num_tokens); empty where they have not been computed.
   std::vector<float> logits;
 
   bool has_pending() const { return length > taken; }
   // A byte of the tail, by its number.
   int32_t byte(int64_t number) const { return tail[number - (length - int64_t(tail.size()))]; }
+};
+
+struct Row : RowState {
+  std::optional<Plan> plan;
+
+  // What the last run or choice gave.
+  std::vector<int64_t> ids;
+  std::vector<float> log_probs;
+  bool lacks_memory = false;  // which ended the last run
+
+  // Why the last run returned, or the next one would.
+  Reason reason() const {
+    if (plan->end) return *plan->end;
+    if (lacks_memory) return Reason::kMemory;
+    return plan->pauses && !has_pending() ? Reason::kLogits : Reason::kTime;
+  }
 };
 
 // The rows of a cache.
@@ -116,24 +150,27 @@ class Rows {
   // Forgets rows, one that is in a call when that ends. Ignores what are none.
   void drop(std::span<const RowId> ids) noexcept;
 
-  // The rows of one call, which no other call may use meanwhile.
+  // Rows in use, which nobody else may use until they are released.
   class Lease {
    public:
     // Throws std::invalid_argument naming a row that is unknown, in another call or given twice.
     Lease(Rows& rows, std::span<const RowId> ids);
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
-    ~Lease() { release(held_.size()); }
+    ~Lease() { release(); }
+
+    // After which it is of no rows.
+    void release() noexcept;
 
     int64_t size() const { return int64_t(held_.size()); }
     Row& operator[](int64_t i) const { return *held_[i].row; }
+    RowId id(int64_t i) const { return held_[i].id; }
 
    private:
     struct Held {
-      int64_t slot;
+      RowId id;
       Row* row;
     };
-    void release(size_t count) noexcept;
 
     Rows& rows_;
     std::vector<Held> held_;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <limits>
 #include <utility>
 
@@ -331,6 +332,13 @@ Hierarchy::Hierarchy(std::vector<std::shared_ptr<const Stage>> stages,
   }
   TORCH_CHECK_VALUE(list.empty(), "weights holds more than there are stages for");
   if (parts_.stages[0].fixed) parts_.max_length = bytes;
+  static std::atomic<int64_t> last_id{0};
+  parts_.start_id = ++last_id;
+  if (is_on_cpu()) starts_ = add_start_states(parts_);
+}
+
+bool Hierarchy::is_on_cpu() const {
+  return !on_gpu(weights_.front());
 }
 
 std::shared_ptr<const Parts> Hierarchy::parts(int64_t most_bytes) const {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "decode/parts.h"
+#include "decode/start.h"
 
 namespace mblm::decode {
 
@@ -68,10 +69,13 @@ class Hierarchy {
   int64_t max_length() const { return parts_.max_length; }
   int64_t num_tokens() const { return parts_.num_tokens(); }
   c10::Device device() const { return weights_.front().device(); }
+  // Whether the kernels of a CPU read them, which no kernels of a GPU do that are emulated.
+  bool is_on_cpu() const;
 
  private:
   std::vector<std::shared_ptr<const Stage>> stages_;  // kept alive
   std::vector<at::Tensor> weights_;                   // kept alive
+  StartMemory starts_;
   std::vector<at::Tensor> frequencies_;  // per stage, of rotary positions, or undefined
   Parts parts_;                          // without tables
 

@@ -187,3 +187,26 @@ class Plan:
         for name in ("log_probs", "pause"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+
+
+def check_plan(name: str, plan: Plan, num_tokens: int, device: torch.device) -> None:
+    """Refuse a plan that is none, or not one for a model of so many tokens on a device.
+
+    Raises:
+        TypeError, ValueError: The message begins with ``name``.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{name}: expected a Plan, got {type(plan).__name__}")
+    for what, automaton in (("allow", plan.allow), ("stop", plan.stop)):
+        if automaton is not None and len(automaton.classes) != num_tokens:
+            raise ValueError(
+                f"{name}.{what}: expected an automaton of {num_tokens} tokens, got one of "
+                f"{len(automaton.classes)}"
+            )
+    if plan.allow is not None and plan.allow.distance[plan.allow.start] < 0:
+        raise ValueError(f"{name}.allow: the automaton never accepts")
+    generator = None if plan.draws is None else plan.draws.generator
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(
+            f"{name}.draws: the generator is on {generator.device}, the model on {device}"
+        )

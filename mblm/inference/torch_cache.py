@@ -2,21 +2,21 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mblm.inference import schedule
+from mblm.inference.arguments import check_count, check_tensor
 from mblm.inference.cache import Ran, Reason, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
 from mblm.inference.model import DecodableModel
-from mblm.inference.plan import Draws, Lane, Plan
+from mblm.inference.plan import Draws, Lane, Plan, check_plan
 from mblm.inference.progress import Progress
 from mblm.inference.slots import Slots
 from mblm.inference.torch_stages import RowState, TorchStages
@@ -85,7 +85,7 @@ class TorchCache:
         """See `Cache.feed`."""
         with (call := Lock()):
             slots = self._slots.take(rows, call)
-            _check_count("ids", ids, rows)
+            check_count("ids", ids, rows)
             for slot, part in zip(slots, ids, strict=True):
                 room = self._room(slot.now.bytes)
                 if room is not None and len(part) > room:
@@ -140,9 +140,9 @@ class TorchCache:
         """See `Cache.begin`."""
         with (call := Lock()):
             slots = self._slots.take(rows, call)
-            _check_count("plans", plans, rows)
+            check_count("plans", plans, rows)
             for index, plan in enumerate(plans):
-                self._check_plan(f"plans[{index}]", plan)
+                check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._model.device)
             entered: list[Lane] = []
             try:
                 for slot, plan in zip(slots, plans, strict=True):
@@ -156,24 +156,6 @@ class TorchCache:
             _assign(slots, map(_Now, [slot.now.bytes for slot in slots], begun))
             for progress in before:
                 _leave(progress)
-
-    def _check_plan(self, name: str, plan: Plan) -> None:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"{name}: expected a Plan, got {type(plan).__name__}")
-        for what, automaton in (("allow", plan.allow), ("stop", plan.stop)):
-            if automaton is not None and len(automaton.classes) != self._model.num_tokens:
-                raise ValueError(
-                    f"{name}.{what}: expected an automaton of {self._model.num_tokens} tokens, got "
-                    f"one of {len(automaton.classes)}"
-                )
-        if plan.allow is not None and plan.allow.distance[plan.allow.start] < 0:
-            raise ValueError(f"{name}.allow: the automaton never accepts")
-        generator = None if plan.draws is None else plan.draws.generator
-        if generator is not None and generator.device.type != self._model.device.type:
-            raise ValueError(
-                f"{name}.draws: the generator is on {generator.device}, the model on "
-                f"{self._model.device}"
-            )
 
     @torch.inference_mode()
     def run(
@@ -229,9 +211,9 @@ class TorchCache:
                 if (reason := self._reason(slot)) not in ("time", "logits"):
                     raise ValueError(f"row {row}: its plan has ended ({reason})")
             shape = (len(rows), self._model.num_tokens)
-            _check_tensor("ids", ids, shape[:1])
-            _check_tensor("logits", logits, shape)
-            _check_tensor("mask", mask, shape)
+            check_tensor("ids", ids, shape[:1])
+            check_tensor("logits", logits, shape)
+            check_tensor("mask", mask, shape)
             if not slots:
                 return []
             taken = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
@@ -366,7 +348,7 @@ class TorchCache:
     ) -> list[tuple[int, ...]]:
         if drafts is None:
             return [()] * len(plans)
-        _check_count("drafts", drafts, plans)
+        check_count("drafts", drafts, plans)
         checked: list[tuple[int, ...]] = []
         for index, (plan, draft) in enumerate(zip(plans, drafts, strict=True)):
             if draft is None:
@@ -420,25 +402,3 @@ def _row_of(share: Share) -> Tensor:
     """A row's share ``(D,)`` as ``(1, D)``."""
     row: Tensor = share.whole[share.index : share.index + 1]
     return row
-
-
-def _check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
-    if not isinstance(given, (list, tuple)) or len(given) != len(rows):
-        count = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
-        raise ValueError(f"{name}: expected a list of {len(rows)}, one for each row, got {count}")
-
-
-def _check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    kinds: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
-        "ids": ("integers", lambda dtype: not dtype.is_floating_point and dtype != torch.bool),
-        "logits": ("floating point numbers", lambda dtype: dtype.is_floating_point),
-        "mask": ("bool", lambda dtype: dtype == torch.bool),
-    }
-    what, fits = kinds[name]
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor) or not fits(tensor.dtype):
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: expected a tensor of {what}, got {kind}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

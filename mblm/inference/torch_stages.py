@@ -249,33 +249,13 @@ class TorchStages:
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
         given = dict(state)
-        length, taken, tail = self._loaded_bytes(given)
+        length, taken, tail = loaded_bytes(given, self.model)
         stages = tuple(self._starts)
         if taken:
             stages = tuple(self._loaded_stage(n, given, taken) for n in range(len(self._stages)))
         if given:
             raise ValueError(f"state: expected no {', '.join(given)}")
         return RowState(length, taken, tail, stages)
-
-    def _loaded_bytes(self, given: dict[str, Any]) -> tuple[int, int, tuple[int, ...]]:
-        """Takes length, taken and tail out of a state."""
-        try:
-            length, taken = (check_integer(name, given.pop(name)) for name in ("length", "taken"))
-            tail = has_values("tail", given.pop("tail"))
-            tail = check_token_ids("tail", tail, self.model.num_tokens)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"state: {error}") from error
-        limit = self.model.max_length
-        if length < 0 or (limit is not None and length > limit):
-            raise ValueError(f"state: length {length} exceeds the context of {limit} bytes")
-        if taken not in (length, max(length - 1, 0)):
-            raise ValueError(f"state: taken is {taken} with a length of {length}")
-        kept = length - schedule.tail_begin(self._sizes, taken)
-        if tail.ndim != 1 or not kept <= len(tail) <= length:
-            raise ValueError(
-                f"state: tail must be ({kept},) after {taken} bytes, got {tuple(tail.shape)}"
-            )
-        return length, taken, tuple(tail[len(tail) - kept :].tolist())
 
     def _loaded_stage(self, n: int, given: dict[str, Any], taken: int) -> StageState:
         """Takes a stage out of a state."""
@@ -297,3 +277,28 @@ class TorchStages:
             return StageState(self._stages[n].loaded(rest, positions), *kept)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"state: stage {n}: {error}") from error
+
+
+def loaded_bytes(given: dict[str, Any], model: DecodableModel) -> tuple[int, int, tuple[int, ...]]:
+    """Take length, taken and tail out of a state.
+
+    Raises:
+        ValueError: They do not fit the model or each other.
+    """
+    try:
+        length, taken = (check_integer(name, given.pop(name)) for name in ("length", "taken"))
+        tail = has_values("tail", given.pop("tail"))
+        tail = check_token_ids("tail", tail, model.num_tokens)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"state: {error}") from error
+    limit = model.max_length
+    if length < 0 or (limit is not None and length > limit):
+        raise ValueError(f"state: length {length} exceeds the context of {limit} bytes")
+    if taken not in (length, max(length - 1, 0)):
+        raise ValueError(f"state: taken is {taken} with a length of {length}")
+    kept = length - schedule.tail_begin(model.patch_sizes, taken)
+    if tail.ndim != 1 or not kept <= len(tail) <= length:
+        raise ValueError(
+            f"state: tail must be ({kept},) after {taken} bytes, got {tuple(tail.shape)}"
+        )
+    return length, taken, tuple(tail[len(tail) - kept :].tolist())

@@ -12,13 +12,18 @@ from torch import nn
 from mblm import MBLM, MBLMReturnType
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, Ran, Row
+from mblm.inference.native_cache import NativeCache
 from mblm.inference.plan import Draws, Plan
 from mblm.inference.torch_cache import TorchCache
+from mblm.inference.weights import weights_of
+from mblm.ops import _native
 from tests.models import LSTMBlock, mamba, model, transformer
 
 # Makes a cache of a model. An engine that is added here is tested with all that follows.
 MakeCache = Callable[[Any], Cache]
 ENGINES: dict[str, MakeCache] = {"torch": TorchCache}
+if _native.is_loaded():
+    ENGINES["native"] = lambda m: TorchCache(m) if weights_of(m) is None else NativeCache(m)
 on_every_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
 
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}

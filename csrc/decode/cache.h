@@ -1,0 +1,129 @@
+// The cache of decoding states on a CPU: rows that come and go, and calls that advance them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "decode/draws.h"
+#include "decode/memory.h"
+#include "decode/rows.h"
+#include "decode/run.h"
+#include "decode/state.h"
+#include "decode/weights.h"
+
+namespace mblm::decode {
+
+// A plan as Python has checked it.
+struct Wishes {
+  int64_t max_tokens = 0;
+  double temperature = 1;
+  int64_t top_k = 1;
+  double top_p = 0, min_p = 0;
+  std::shared_ptr<GeneratorDraws> draws;
+  int64_t lane = 0;
+  std::shared_ptr<const Automaton> allow, stop;
+  bool wants_log_probs = false, pauses = false;
+};
+
+// What a run did with a row.
+struct Ran {
+  at::Tensor ids, log_probs;  // (n) int64; (n) float32, or undefined
+  Reason reason;
+};
+
+// What a hosted stage is to take in: a patch of each of some rows.
+struct Wanted {
+  int64_t stage = 0;
+  std::vector<RowId> rows = {};
+  std::vector<int64_t> indices = {};    // where they are among those of the call
+  at::Tensor ids = {};                  // (rows, R_n) int64
+  std::vector<int64_t> positions = {};  // in the stage's sequence
+  at::Tensor contexts = {};             // (rows, P_n, D_n), undefined for the most global stage
+};
+
+using RowIds = std::vector<RowId>;
+using Lease = Rows::Lease;
+
+// See mblm/inference/cache.py; what Python adds is in native_cache.py. Calls throw
+// std::invalid_argument or c10::ValueError before they change anything. Some end early because a
+// hosted stage is due: they are called again when `supply` has been given what it computes.
+class Cache {
+ public:
+  explicit Cache(std::shared_ptr<const Hierarchy> hierarchy);
+
+  // Goes on with other weights of the same shapes.
+  void set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy);
+
+  RowIds add(int64_t count) { return rows_.add(count); }
+  void drop(const RowIds& rows) noexcept { rows_.drop(rows); }
+  // Of rows that calls are for.
+  std::unique_ptr<Lease> lease(const RowIds& rows) { return std::make_unique<Lease>(rows_, rows); }
+  RowIds copy(const Lease& rows);
+  // Rows become what others are, and those what these were; plans stay where they are.
+  void exchange(const Lease& rows, const Lease& others);
+
+  // Takes in all but the last of the bytes, which stays pending. Does nothing and returns false if
+  // a piece is long, or a hosted stage is due.
+  bool feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most);
+  // The indices of pieces with which a stage takes in more than `most` positions.
+  std::vector<int64_t> long_pieces(const Lease& rows, const std::vector<at::Tensor>& ids,
+                                   int64_t most);
+  // Appends bytes that no stage takes in.
+  void append(const Lease& rows, const std::vector<at::Tensor>& ids);
+  // Takes in all bytes, or all but the last. Returns whether that is done.
+  bool take_in(const Lease& rows, bool keeps_pending);
+
+  void begin(const Lease& rows, const std::vector<Wishes>& plans);
+  // Returns whether it has ended early for a hosted stage, with which it goes on.
+  bool run(const Lease& rows, double seconds, const std::vector<std::optional<at::Tensor>>& drafts,
+           bool goes_on);
+  std::vector<Ran> last(const Lease& rows);
+  // None if a hosted stage is due.
+  std::optional<at::Tensor> logits(const Lease& rows);
+  // Refuses rows without plans that pause and have not ended.
+  void check_choosing(const Lease& rows) const;
+  // By exactly one of the three. The rows' logits must have been computed.
+  void choose(const Lease& rows, const std::optional<at::Tensor>& ids,
+              const std::optional<at::Tensor>& logits, const std::optional<at::Tensor>& mask);
+
+  // Of all rows, or of those that go on with their plans.
+  std::vector<Wanted> wanted(const Lease& rows, bool is_for_run);
+  // What the stage computed for those: outputs (rows, D_n), and the contexts that they give,
+  // (rows, P_{n+1} * D_{n+1}).
+  void supply(const Lease& rows, const Wanted& wanted, const at::Tensor& outputs,
+              const at::Tensor& contexts);
+
+  std::vector<std::pair<int64_t, int64_t>> lengths(const Lease& rows);  // and bytes taken in
+  std::map<std::string, std::vector<int64_t>> state_shapes(int64_t taken) const;
+  // Of one row.
+  SavedState state(const Lease& rows);
+  void set_state(const Lease& rows, const SavedState& state);
+  // The same with the local stage before its sequence, whose bytes it has yet to take in; but as it
+  // was saved, if they are more than `most`.
+  void set_state_above(const Lease& rows, const SavedState& state, int64_t most);
+
+ private:
+  std::shared_ptr<const Parts> parts_for(const Lease& rows, int64_t more) const;
+  std::unique_ptr<Workspace> take_space();
+  void give_space(std::unique_ptr<Workspace> space);
+  void reserve_ahead(const Parts& parts, std::vector<Member>& members);
+  std::shared_ptr<const Hierarchy> hierarchy() const;
+  bool is_long(const Parts& parts, const Row& row, int64_t to, int64_t most) const;
+  void check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
+  enum class Advanced { kFully, kToHost, kToMemory };
+  Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
+                   cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
+
+  std::shared_ptr<const Hierarchy> hierarchy_;
+  const int64_t num_tokens_, max_length_;
+  Memory memory_;
+  Rows rows_;
+  std::vector<std::unique_ptr<Workspace>> spaces_;  // of calls that are over
+};
+
+}  // namespace mblm::decode

@@ -1,0 +1,36 @@
+// A row's state as named tensors: saved, and loaded when all of it fits.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "decode/memory.h"
+#include "decode/parts.h"
+#include "decode/rows.h"
+
+namespace mblm::decode {
+
+// See mblm/inference/cache.py's State. What a hosted stage itself has is not among the tensors.
+struct SavedState {
+  int64_t length = 0, taken = 0;
+  std::map<std::string, at::Tensor> tensors;
+};
+
+// A new tensor that is the caller's own, in inference mode, too.
+at::Tensor own_tensor(at::IntArrayRef shape, at::ScalarType type);
+
+SavedState save_state(const Parts& parts, const Memory& memory, const Row& row);
+
+// The shapes of a state's tensors after so many bytes, but for the tail, by name.
+std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, const Memory& memory,
+                                                         int64_t taken);
+
+// A row of that state, in memory of its own. The engine's own start token is kept. Throws
+// c10::ValueError or c10::TypeError that names what does not fit the model or the rest.
+Row load_state(const Parts& parts, Memory& memory, const SavedState& state);
+
+}  // namespace mblm::decode

@@ -1,0 +1,31 @@
+"""What caches of every engine refuse, in the same words."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
+    """Refuse what is no list with an item for each row."""
+    if not isinstance(given, (list, tuple)) or len(given) != len(rows):
+        count = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
+        raise ValueError(f"{name}: expected a list of {len(rows)}, one for each row, got {count}")
+
+
+def check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Refuse ids, logits or a mask of another kind or shape."""
+    kinds: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
+        "ids": ("integers", lambda dtype: not dtype.is_floating_point and dtype != torch.bool),
+        "logits": ("floating point numbers", lambda dtype: dtype.is_floating_point),
+        "mask": ("bool", lambda dtype: dtype == torch.bool),
+    }
+    what, fits = kinds[name]
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor) or not fits(tensor.dtype):
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: expected a tensor of {what}, got {kind}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

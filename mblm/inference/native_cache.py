@@ -1,0 +1,356 @@
+"""The decoding cache in compiled code, on a CPU, with what Python adds to it.
+
+Rows live in ``mblm._C.Cache``. Python steps the stages that are hosted, keeps their states beside
+the rows, and has the reference take in long pieces.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mblm.inference import schedule
+from mblm.inference.arguments import check_count, check_tensor
+from mblm.inference.automaton import Automaton
+from mblm.inference.cache import Ran, Row, State
+from mblm.inference.hosted import Share
+from mblm.inference.plan import Draws, Plan, check_plan
+from mblm.inference.torch_cache import TorchCache
+from mblm.inference.torch_stages import loaded_bytes
+from mblm.inference.weights import weights_of
+from mblm.model.stage import tensor_of
+from mblm.ops import _native
+from mblm.utils.checks import check_token_ids
+
+# The engine takes in up to so many positions of a stage at a time. Beyond that, PyTorch's products
+# are faster: from 20 to 60 positions on, as stage, width and type of weights have it
+# (benchmarks/feed.py).
+NATIVE_POSITIONS = 24
+
+# What the engine reads of objects that never change, or that it takes over.
+_automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()
+_draws: WeakKeyDictionary[Draws, Any] = WeakKeyDictionary()
+
+
+class NativeCache:
+    """A `mblm.inference.cache.Cache` of which threads in C++ do the work.
+
+    Its weights are those of the model at the time of each call. What it computes does not depend
+    on the rows beside a row.
+
+    Args:
+        model: An `mblm.MBLM` on a CPU.
+        weights: What linear layers' weights are read as: ``"float32"``, ``"bfloat16"``, ``"int8"``.
+
+    Raises:
+        ValueError: The engine cannot stand in for the model; see `mblm.inference.weights`.
+    """
+
+    def __init__(self, model: Any, weights: str = "float32") -> None:
+        packed = weights_of(model, weights)
+        if packed is None:
+            raise ValueError("model: compiled code cannot stand in for its local stage")
+        self._model, self._type, self._packed = model, weights, packed
+        self._engine: Any = _native.library().Cache(packed.hierarchy)
+        self._states: dict[Row, dict[int, Share]] = {}  # of hosted stages
+        self._torch: TorchCache | None = None
+
+    # -- Rows --------------------------------------------------------------------------------------
+
+    def add(self, count: int = 1) -> list[Row]:
+        """See `Cache.add`."""
+        rows: list[Row] = self._engine.add(count)
+        return rows
+
+    def drop(self, rows: Sequence[Row]) -> None:
+        """See `Cache.drop`."""
+        self._engine.drop(rows)
+        for row in rows if self._states else ():
+            self._states.pop(row, None)
+
+    def copy(self, rows: Sequence[Row]) -> list[Row]:
+        """See `Cache.copy`."""
+        with self._lease(rows) as held:
+            return self._copied(held, rows)
+
+    def _copied(self, held: Any, rows: Sequence[Row]) -> list[Row]:
+        copies: list[Row] = self._engine.copy(held)
+        for row, copy in zip(rows, copies, strict=True) if self._states else ():
+            if row in self._states:
+                self._states[copy] = dict(self._states[row])
+        return copies
+
+    def _lease(self, rows: Sequence[Row]) -> Any:
+        """Rows of a call, which no other call may use until it is over."""
+        for row in rows if set(map(type, rows)) - {int} or max(rows, default=0) >> 63 else ():
+            if type(row) is not int or row >> 63:
+                raise ValueError(f"row {row!r}: there is no such row, or it was dropped")
+        return self._engine.lease(rows)
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """See `Cache.lengths`."""
+        with self._lease(rows) as held:
+            return [length for length, _ in self._engine.lengths(held)]
+
+    def feed(self, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
+        """See `Cache.feed`."""
+        engine = self._current()
+        with self._lease(rows) as held:
+            check_count("ids", ids, rows)
+            if not engine.feed(held, ids, NATIVE_POSITIONS):
+                self._feed_with_python(held, rows, ids)
+
+    def _feed_with_python(self, held: Any, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
+        """Feed copies of rows, so that it is done for all rows or for none."""
+        engine = self._engine
+        long = set(engine.long_pieces(held, ids, NATIVE_POSITIONS))
+        copies = self._copied(held, rows)
+        try:
+            for row, (copy, part) in enumerate(zip(copies, ids, strict=True)):
+                with self._lease([copy]) as one:
+                    if row in long:
+                        self._feed_long(one, copy, part)
+                    else:
+                        engine.append(one, [part])
+            with self._lease(copies) as fed:
+                self._take_in(fed, keep_pending=True)
+                engine.exchange(held, fed)
+            for row, copy in zip(rows, copies, strict=True):
+                if copy in self._states:
+                    self._states[row] = self._states[copy]
+        finally:
+            self.drop(copies)
+
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """See `Cache.logits`."""
+        self._current()
+        with self._lease(rows) as held:
+            return self._logits(held)
+
+    def _logits(self, held: Any) -> Tensor:
+        while (logits := self._engine.logits(held)) is None:
+            self._step_hosted(held)
+        result: Tensor = logits
+        return result
+
+    def state(self, row: Row) -> State:
+        """See `Cache.state`."""
+        self._current()
+        with self._lease([row]) as held:
+            return self._state(held, row)
+
+    def _state(self, held: Any, row: Row) -> State:
+        self._take_in(held)
+        saved = self._engine.state(held)
+        state = {"length": saved.length, "taken": saved.taken, **saved.tensors}
+        for n, host in self._packed.hosted.items() if saved.taken else ():
+            position = schedule.position(self._model.patch_sizes, n, saved.taken)
+            for name, value in host.saved(self._hosted_state(row, n, position)).items():
+                state[f"{n}.{name}"] = value
+        return state
+
+    def set_state(self, row: Row, state: State) -> None:
+        """See `Cache.set_state`."""
+        self._current()
+        native, states = self._loaded(state)
+        with self._lease([row]) as held:
+            self._engine.set_state(held, native)
+            self._states[row] = states
+
+    # -- Plans -------------------------------------------------------------------------------------
+
+    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
+        """See `Cache.begin`."""
+        with self._lease(rows) as held:
+            check_count("plans", plans, rows)
+            for index, plan in enumerate(plans):
+                check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._model.device)
+            self._engine.begin(held, [self._native_plan(plan) for plan in plans])
+
+    def _native_plan(self, plan: Plan) -> Any:
+        library, num_tokens = _native.library(), self._model.num_tokens
+        automata: list[Any] = []
+        for automaton in (plan.allow, plan.stop):
+            if automaton is not None and automaton not in _automata:
+                _automata[automaton] = library.Automaton(
+                    automaton.classes, automaton.next, automaton.distance, automaton.start
+                )
+            automata.append(None if automaton is None else _automata[automaton])
+        draws = None if plan.draws is None else _draws.get(plan.draws)
+        if draws is None:
+            draws = library.Draws(*_of(plan.draws), num_tokens)
+            if plan.draws is not None:
+                draws = _draws.setdefault(plan.draws, draws)
+        top_k, max_tokens = min(plan.top_k, num_tokens), min(plan.max_tokens, 1 << 60)
+        filters = (plan.temperature, top_k, plan.top_p, plan.min_p)
+        flags = (plan.log_probs, plan.pause)
+        return library.Plan(max_tokens, *filters, draws, plan.lane, *automata, *flags)
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        seconds: float = 0.02,
+        drafts: Sequence[Tensor | None] | None = None,
+    ) -> list[Ran]:
+        """See `Cache.run`."""
+        end = time.monotonic() + seconds
+        engine = self._current()
+        goes_on = False
+        with self._lease(rows) as held:
+            given: list[Tensor | None] = []
+            if drafts is not None:
+                check_count("drafts", drafts, rows)
+                given = [self._checked_draft(index, draft) for index, draft in enumerate(drafts)]
+            while not engine.run(held, end - time.monotonic(), given, goes_on):
+                if goes_on and time.monotonic() >= end:
+                    break
+                self._step_hosted(held, is_for_run=True)
+                goes_on = True
+            return self._last(held)
+
+    def _checked_draft(self, index: int, draft: Tensor | None) -> Tensor | None:
+        if draft is None:
+            return None
+        ids = check_token_ids(f"drafts[{index}]", draft, self._model.num_tokens)
+        if ids.ndim != 1:
+            raise ValueError(f"drafts[{index}]: expected shape (n,), got {tuple(ids.shape)}")
+        return ids.cpu().long()
+
+    def last(self, rows: Sequence[Row]) -> list[Ran]:
+        """See `Cache.last`."""
+        with self._lease(rows) as held:
+            return self._last(held)
+
+    def _last(self, held: Any) -> list[Ran]:
+        return [Ran(*ran) for ran in self._engine.last(held)]
+
+    def choose(
+        self,
+        rows: Sequence[Row],
+        *,
+        ids: Tensor | None = None,
+        logits: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> list[Ran]:
+        """See `Cache.choose`."""
+        if sum(given is not None for given in (ids, logits, mask)) != 1:
+            raise ValueError("pass exactly one of ids, logits and mask")
+        self._current()
+        with self._lease(rows) as held:
+            self._engine.check_choosing(held)
+            shape = (len(rows), self._model.num_tokens)
+            check_tensor("ids", ids, shape[:1])
+            check_tensor("logits", logits, shape)
+            check_tensor("mask", mask, shape)
+            if ids is not None:
+                ids = check_token_ids("ids", ids, self._model.num_tokens).cpu().long()
+            logits = None if logits is None else logits.detach().cpu().float()
+            mask = None if mask is None else mask.cpu()
+            self._logits(held)  # what is pending comes first
+            self._engine.choose(held, ids, logits, mask)
+            return self._last(held)
+
+    # -- The engine's weights ----------------------------------------------------------------------
+
+    def _current(self) -> Any:
+        """The engine, with the weights that the model has now."""
+        if not self._packed.holds():
+            hosted = self._packed.hosted.keys()
+            packed = weights_of(self._model, self._type, hosted)
+            if packed is None or packed.hosted.keys() != hosted:
+                raise RuntimeError(
+                    "a layer of the model was changed after decoding began, so that compiled code "
+                    "no longer stands in for it; start a new session"
+                )
+            self._engine.set_hierarchy(packed.hierarchy)
+            self._packed = packed
+        return self._engine
+
+    # -- Hosted stages -----------------------------------------------------------------------------
+
+    def _hosted_state(self, row: Row, n: int, position: int) -> Share:
+        """The state of a hosted stage, which is the start's where it has begun anew."""
+        start: Share = self._packed.hosted[n].start
+        return self._states.get(row, {}).get(n, start) if position else start
+
+    def _take_in(self, held: Any, keep_pending: bool = False) -> None:
+        while not self._engine.take_in(held, keep_pending):
+            self._step_hosted(held)
+
+    @torch.inference_mode()
+    def _step_hosted(self, held: Any, is_for_run: bool = False) -> None:
+        """Have hosted stages take in a patch of each row that waits for it."""
+        for wanted in self._engine.wanted(held, is_for_run):
+            n, model = wanted.stage, self._model
+            positions = torch.tensor(wanted.positions, device="cpu")
+            x = model.add_positions(n, model.embed_tokens(n, wanted.ids), positions)
+            if wanted.contexts is not None:
+                rows = torch.arange(len(x), device="cpu")
+                x = x + wanted.contexts[rows, positions][:, None]
+            states = [
+                self._hosted_state(row, n, position)
+                for row, position in zip(wanted.rows, wanted.positions, strict=True)
+            ]
+            y, after = self._packed.hosted[n].advance(states, x)
+            contexts = model.project_context(n, y[:, -1:]).flatten(1)
+            self._engine.supply(held, wanted, y[:, -1].float(), contexts.float())
+            for row, state in zip(wanted.rows, after, strict=True):
+                self._states.setdefault(row, {})[n] = state
+
+    # -- What is saved, and long pieces ------------------------------------------------------------
+
+    def _loaded(self, state: State) -> tuple[Any, dict[int, Share]]:
+        """The engine's part of a state, and those of hosted stages."""
+        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+            raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
+        given = dict(state)
+        length, taken, tail = loaded_bytes(given, self._model)
+        tensors = {"tail": torch.tensor(tail, dtype=torch.long, device="cpu")}
+        states: dict[int, Share] = {}
+        shapes = self._engine.state_shapes(taken)
+        for n in range(len(self._model.seq_lens) if taken else 0):
+            begin = f"{n}."
+            own = {k.removeprefix(begin): given.pop(k) for k in list(given) if k.startswith(begin)}
+            names = [k.removeprefix(begin) for k in shapes if k.startswith(begin)]
+            try:
+                for name in names:
+                    tensor = tensor_of(own, name, tuple(shapes[begin + name]))
+                    tensors[begin + name] = tensor.detach().cpu().float()
+                    own.pop(name)
+                if n in self._packed.hosted:
+                    positions = 1 + schedule.position(self._model.patch_sizes, n, taken)
+                    states[n] = self._packed.hosted[n].loaded(own, positions)
+                elif own:
+                    expected = [name for name in names if name not in ("output", "context")]
+                    raise ValueError(f"expected {', '.join(expected)}, got {', '.join(own)} too")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"state: stage {n}: {error}") from error
+        if given:
+            raise ValueError(f"state: expected no {', '.join(given)}")
+        return _native.library().State(length, taken, tensors), states
+
+    def _feed_long(self, held: Any, row: Row, ids: Tensor) -> None:
+        """Have the reference take in a piece; alone, so that other rows make no difference.
+
+        The local stage still takes in what it can by itself.
+        """
+        if self._torch is None:
+            self._torch = TorchCache(self._model)
+        (other,) = self._torch.add()
+        try:
+            ((length, _),) = self._engine.lengths(held)
+            if length:
+                self._torch.set_state(other, self._state(held, row))
+            self._torch.feed([other], [ids])
+            native, states = self._loaded(self._torch.state(other))
+        finally:
+            self._torch.drop([other])
+        self._engine.set_state_above(held, native, NATIVE_POSITIONS)
+        self._states[row] = states
+
+
+def _of(draws: Draws | None) -> tuple[torch.Generator | None, int]:
+    return (None, 1) if draws is None else (draws.generator, draws.lanes)

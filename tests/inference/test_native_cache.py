@@ -1,0 +1,276 @@
+"""The compiled cache: bits that do not depend on neighbors, threads or cuts; rows in threads."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mblm import MBLM
+from mblm.inference.cache import Row
+from mblm.inference.native_cache import NativeCache
+from mblm.inference.plan import Plan
+from mblm.inference.torch_cache import TorchCache
+from mblm.ops import _native
+from tests.inference.caches import build, fed, ids_of, run_out, seeded
+
+pytestmark = pytest.mark.skipif(not _native.is_loaded(), reason="compiled code is tested")
+
+WEIGHTS = ["float32", "bfloat16", "int8"]
+KINDS = [
+    ("transformer",),
+    ("mamba1", "mamba2"),
+    ("fixed", "mamba1"),
+    ("mamba2", "transformer", "transformer"),
+    ("lstm with a state", "transformer"),
+    ("transformer", "lstm", "mamba1"),
+]
+with_every_kind = pytest.mark.parametrize("kinds", KINDS, ids=" above ".join)
+with_every_type = pytest.mark.parametrize("weights", WEIGHTS)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads for PyTorch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def small(*kinds: str, **fields: Any) -> MBLM:
+    return build(*kinds, seq_lens=(12, 4, 3)[: len(kinds)], **fields)
+
+
+def alone(m: MBLM, weights: str, ids: torch.Tensor, plan: Plan | None) -> list[torch.Tensor]:
+    """What a row that has no others beside it is given, and its logits."""
+    cache = NativeCache(m, weights)
+    row = cache.add()
+    for part in ids.split(20):  # no more, for which PyTorch would be quicker
+        cache.feed(row, [part])
+    chosen = []
+    if plan is not None:
+        cache.begin(row, [plan])
+        chosen = [run_out(cache, row)[0].ids]
+    return [*chosen, cache.logits(row)[0]]
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_row_has_the_bits_that_it_has_alone(data: st.DataObject) -> None:
+    """Whatever runs beside it, in how many threads, and however its bytes were cut."""
+    m = small(*data.draw(st.sampled_from(KINDS[:4]), label="kinds"))
+    weights = data.draw(st.sampled_from(WEIGHTS), label="weights")
+    cache = NativeCache(m, weights)
+    rows: dict[Row, torch.Tensor] = dict(zip(cache.add(3), [ids_of(0)] * 3, strict=True))
+    torch.set_num_threads(data.draw(st.integers(1, 3), label="threads"))
+    try:
+        for step in range(data.draw(st.integers(1, 5), label="steps")):
+            some = data.draw(st.lists(st.sampled_from(list(rows)), unique=True), label="rows")
+            what = data.draw(st.sampled_from(["feed", "run", "copy", "save", "drop"]), label="what")
+            if what == "feed":
+                parts = [ids_of(data.draw(st.integers(0, 9)), step) for _ in some]
+                cache.feed(some, parts)
+                rows |= {r: torch.cat((rows[r], p)) for r, p in zip(some, parts, strict=True)}
+            elif what == "run":
+                plans = [Plan(5, draws=seeded(step, 1), top_k=12) for _ in some]
+                cache.begin(some, plans)
+                for row, ran in zip(some, run_out(cache, some), strict=True):
+                    plan = Plan(5, draws=seeded(step, 1), top_k=12)
+                    assert ran.ids.tolist() == alone(m, weights, rows[row], plan)[0].tolist()
+                    rows[row] = torch.cat((rows[row], ran.ids))
+            elif what == "copy":
+                rows |= dict(zip(cache.copy(some), (rows[row] for row in some), strict=True))
+            elif what == "save":
+                for row in some:
+                    other = data.draw(st.sampled_from(list(rows)))
+                    cache.set_state(other, cache.state(row))
+                    rows[other] = rows[row]
+            else:
+                cache.drop(some[:1])
+                rows = {row: ids for row, ids in rows.items() if row not in some[:1]}
+                rows |= {row: ids_of(0) for row in cache.add()}
+        for row, logits in zip(rows, cache.logits(list(rows)), strict=True):
+            (expected,) = alone(m, weights, rows[row], None)
+            assert torch.equal(logits, expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@with_every_kind
+def test_many_rows_side_by_side(kinds: tuple[str, ...], threads: int) -> None:
+    m = small(*kinds)
+    cache = NativeCache(m)
+    prompts = [ids_of(length) for length in (0, 1, 3, 4, 5, 8, 11, 12, 13, 20)]
+    rows = fed(cache, *prompts)
+    cache.begin(rows, [Plan(17, draws=seeded(i, 1), top_k=9) for i in range(len(rows))])
+    for i, (ran, prompt) in enumerate(zip(run_out(cache, rows), prompts, strict=True)):
+        expected = alone(m, "float32", prompt, Plan(17, draws=seeded(i, 1), top_k=9))[0]
+        assert ran.ids.tolist() == expected.tolist()
+
+
+@with_every_type
+@with_every_kind
+def test_short_pieces_have_the_same_bits_however_cut(kinds: tuple[str, ...], weights: str) -> None:
+    m = small(*kinds)
+    ids = ids_of(23)
+    cache = NativeCache(m, weights)
+    (whole,) = fed(cache, ids)
+    for cuts in ([1] * 23, [5, 18], [12, 11], [0, 4, 19]):
+        (row,) = cache.add()
+        for part in ids.split(cuts):
+            cache.feed([row], [part])
+        assert torch.equal(cache.logits([row]), cache.logits([whole]))
+
+
+@with_every_type
+def test_long_pieces_are_close_to_short_ones(weights: str) -> None:
+    m = build("transformer", "mamba2", seq_lens=(60, 4))
+    ids = ids_of(171)
+    cache = NativeCache(m, weights)
+    long, short = cache.add(2)
+    cache.feed([long], [ids])
+    for part in ids.split(20):
+        cache.feed([short], [part])
+    logits = cache.logits([long, short])
+    largest = 3e-4 if weights == "float32" else 0.5
+    assert (logits[0] - logits[1]).abs().max() < largest
+    cache.begin([long, short], [Plan(9), Plan(9)])
+    if weights == "float32":
+        assert len({tuple(ran.ids.tolist()) for ran in run_out(cache, [long, short])}) == 1
+
+
+def test_a_state_goes_from_engine_to_engine() -> None:
+    m: Any = small("mamba1", "transformer")
+    native, reference = NativeCache(m), TorchCache(m)
+    (one,) = fed(native, ids_of(14))
+    (two,) = reference.add()
+    reference.set_state(two, native.state(one))
+    (three,) = native.add()
+    native.set_state(three, reference.state(two))
+    for cache, row in ((native, one), (reference, two), (native, three)):
+        cache.feed([row], [ids_of(5, seed=1)])
+    expected = native.logits([one])
+    torch.testing.assert_close(reference.logits([two]), expected, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(native.logits([three]), expected, atol=3e-5, rtol=1e-4)
+
+
+def test_threads_run_rows_of_their_own(threads: int) -> None:
+    m = small("transformer", "mamba2")
+    cache = NativeCache(m)
+    rows = fed(cache, *[ids_of(length) for length in (3, 9, 17)])
+    results: dict[int, list[int]] = {}
+
+    def run(index: int) -> None:
+        cache.begin([rows[index]], [Plan(40, draws=seeded(index, 1), top_k=9)])
+        results[index] = run_out(cache, [rows[index]])[0].ids.tolist()
+
+    workers = [threading.Thread(target=run, args=(index,)) for index in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for index, length in enumerate((3, 9, 17)):
+        plan = Plan(40, draws=seeded(index, 1), top_k=9)
+        expected = alone(m, "float32", ids_of(length), plan)[0].tolist()
+        assert results[index] == expected
+
+
+class _Waiting(nn.Module):
+    """A stage that lets a test do something while it is stepped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.meanwhile is not None:
+            self.meanwhile()
+        return x
+
+
+def waiting_cache() -> tuple[NativeCache, _Waiting]:
+    m = small("transformer", "mamba2")
+    stage = _Waiting()
+    m.stage_models[0] = stage
+    return NativeCache(m), stage
+
+
+def test_a_row_in_a_call_is_refused_elsewhere_and_may_be_dropped() -> None:
+    cache, stage = waiting_cache()
+    one, two = fed(cache, ids_of(4), ids_of(4))
+    cache.begin([one, two], [Plan(9), Plan(9)])
+    refusals = []
+
+    def from_another_thread() -> None:
+        for call in (cache.logits, cache.copy, cache.last, cache.lengths):
+            with pytest.raises(ValueError, match=f"row {one}: in another call") as refusal:
+                call([one])
+            refusals.append(refusal)
+        cache.drop([one])
+
+    def meanwhile() -> None:
+        stage.meanwhile = None
+        other = threading.Thread(target=from_another_thread)
+        other.start()
+        other.join()
+
+    stage.meanwhile = meanwhile
+    ran = cache.run([one, two], seconds=10)
+    assert len(refusals) == 4 and [r.reason for r in ran] == ["length", "length"]
+    with pytest.raises(ValueError, match=f"row {one}: there is no such row"):
+        cache.lengths([one])
+    assert cache.lengths([two]) == [13]
+
+
+def test_a_hosted_stage_that_fails_changes_nothing() -> None:
+    cache, stage = waiting_cache()
+    (row,) = fed(cache, ids_of(6))
+    before = cache.logits([row])
+
+    def fail() -> None:
+        raise RuntimeError("in the stage")
+
+    stage.meanwhile = fail
+    with pytest.raises(RuntimeError, match="in the stage"):
+        cache.feed([row], [ids_of(9)])
+    assert cache.lengths([row]) == [6] and torch.equal(cache.logits([row]), before)
+    cache.begin([row], [Plan(9)])
+    with pytest.raises(RuntimeError, match="in the stage"):
+        cache.run([row], seconds=10)
+    chosen = cache.last([row])[0].ids
+    assert len(chosen) == 3  # up to the patch that the stage was to take in
+    assert cache.lengths([row]) == [9]
+    stage.meanwhile = None
+    rest = run_out(cache, [row])[0].ids
+    (whole,) = fed(cache, ids_of(6))
+    cache.begin([whole], [Plan(9)])
+    assert torch.cat((chosen, rest)).tolist() == run_out(cache, [whole])[0].ids.tolist()
+
+
+@pytest.mark.parametrize("change", ["length", "taken", "tail", "0.keys", "1.output", "other"])
+def test_a_state_that_does_not_fit_is_refused(change: str) -> None:
+    cache = NativeCache(small("transformer", "mamba2"))
+    row, other = fed(cache, ids_of(14), ids_of(3))
+    before = cache.logits([other])
+    state = cache.state(row)
+    wrong: dict[str, Any] = {
+        "length": state["length"] + 4,
+        "taken": state["taken"] - 8,
+        "tail": state["tail"] + 19,
+        "0.keys": state["0.keys"][:, :, 1:],
+        "1.output": None,
+        "other": torch.zeros(3),
+    }
+    with pytest.raises(ValueError):
+        cache.set_state(other, {**state, change: wrong[change]})
+    assert torch.equal(cache.logits([other]), before)
+
+
+def test_what_is_no_model_for_it() -> None:
+    with pytest.raises(ValueError, match="local stage"):
+        NativeCache(build("transformer", "lstm"))
