@@ -23,7 +23,7 @@ from mblm.inference.torch_stages import loaded_bytes
 from mblm.inference.weights import weights_of
 from mblm.model.stage import tensor_of
 from mblm.ops import _native
-from mblm.utils.checks import check_token_ids
+from mblm.utils.checks import check_integer, check_token_ids
 
 # The engine takes in up to so many positions of a stage at a time. Beyond that, PyTorch's products
 # are faster: from 20 to 60 positions on, as stage, width and type of weights have it
@@ -62,12 +62,12 @@ class NativeCache:
 
     def add(self, count: int = 1) -> list[Row]:
         """See `Cache.add`."""
-        rows: list[Row] = self._engine.add(count)
+        rows: list[Row] = self._engine.add(min(check_integer("count", count), 1 << 60))
         return rows
 
     def drop(self, rows: Sequence[Row]) -> None:
         """See `Cache.drop`."""
-        self._engine.drop(rows)
+        self._engine.drop([row for row in rows if type(row) is int and row.bit_length() < 64])
         for row in rows if self._states else ():
             self._states.pop(row, None)
 
