@@ -10,8 +10,6 @@ local one takes in the last patch alone.
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,9 +19,9 @@ import torch
 from decode import build, clock
 from side_by_side import machine_line, write_json
 
-from mblm.inference import hierarchy_cache
+from mblm.inference import session as session_module
 from mblm.inference.session import Session
-from mblm.inference.stage_cache import StageCache
+from mblm.inference.torch_cache import TorchCache
 from mblm.ops.packing import WEIGHT_TYPES
 
 COUNTS = (1, 2, 4, 8, 16, 64)
@@ -37,25 +35,20 @@ MODELS: dict[str, tuple[list[str], int, list[int], list[int]]] = {
 }
 
 
-@contextmanager
-def in_pytorch() -> Iterator[None]:
-    """Every position goes through PyTorch's layers."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(StageCache, "runs_natively", lambda *_: False))
-        stack.enter_context(patch.object(hierarchy_cache, "computes_natively", lambda *_: False))
-        yield
+def in_pytorch(model: Any) -> Session:
+    """A session of which every position goes through PyTorch's layers."""
+    with patch.object(session_module, "cache_for", lambda model, weights: TorchCache(model)):
+        return Session(model)
 
 
-def measure(session: Session, count: int, runs: int) -> dict[str, list[float]]:
-    """Seconds of feeding ``count`` bytes to forks of a session, natively and in PyTorch."""
+def measure(sessions: dict[str, Session], count: int, runs: int) -> dict[str, list[float]]:
+    """Seconds of feeding ``count`` bytes to forks of sessions, in turns."""
     ids = torch.randint(0, 256, (1, count))
-    seconds: dict[str, list[float]] = {"native": [], "pytorch": []}
+    seconds: dict[str, list[float]] = {key: [] for key in sessions}
     for _ in range(1 + runs):
-        fork = session.fork()
-        seconds["native"].append(clock(lambda fork=fork: fork.feed(ids)))
-        with in_pytorch():
+        for key, session in sessions.items():
             fork = session.fork()
-            seconds["pytorch"].append(clock(lambda fork=fork: fork.feed(ids)))
+            seconds[key].append(clock(lambda fork=fork: fork.feed(ids)))
     return {key: values[1:] for key, values in seconds.items()}
 
 
@@ -75,11 +68,14 @@ def main() -> None:
     print(figures["machine"])
     for name in arguments.models:
         model = build(*MODELS[name])
+        before = torch.randint(0, 256, (BEFORE,))
+        pytorch_session = in_pytorch(model).feed(before)
         for weights in arguments.weights:
-            session = Session(model, weights=weights).feed(torch.randint(0, 256, (BEFORE,)))
+            native_session = Session(model, weights=weights).feed(before)
+            sessions = {"native": native_session, "pytorch": pytorch_session}
             print(f"{name}, {weights}")
             for count in arguments.counts:
-                result = measure(session, count, arguments.runs)
+                result = measure(sessions, count, arguments.runs)
                 native, pytorch = (median(result[key]) for key in ("native", "pytorch"))
                 ratios = [b / a for a, b in zip(result["native"], result["pytorch"], strict=True)]
                 print(

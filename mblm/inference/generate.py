@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mblm.inference.automaton import Automaton
+from mblm.inference.continuation import Continuation, generator_on
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
 from mblm.utils.checks import check_integer, check_token_ids
@@ -35,8 +37,8 @@ def generate(
     Args:
         model: An `mblm.MBLM`.
         prime: The prompt, token ids ``(L,)`` of any integer dtype, or None.
-        stream: Where each byte goes as soon as it is known. When its reader is gone (a broken pipe
-            or connection), generation ends and what was generated is returned.
+        stream: Where bytes go, every 20 ms those that have come. When its reader is gone (a broken
+            pipe or connection), generation ends and what the stream was given is returned.
         num_tokens: How many bytes to generate. Default: up to the context, ``prod(seq_lens)``.
         end_token_id: Generation ends after this id, which is kept and streamed. Default: none.
         temperature: See `mblm.inference.sampling.Sampler`, as the next two.
@@ -55,11 +57,12 @@ def generate(
     Raises:
         TypeError, ValueError: Bad input, a prompt longer than the context, or NaN weights; before
             anything is generated.
-        BaseException: What the stream raises, or Ctrl-C, has what would have been returned so far
-            as its attribute ``ids``.
+        BaseException: What the stream raises has the prompt and what the stream was given as its
+            attribute ``ids``; anything else, Ctrl-C too, the prompt and all that was chosen.
     """
     device = model.device
     sampler = Sampler(temperature, filter_thres, top_p, _generator(seed, generator, device))
+    generator_on(device, sampler.generator)
     stops = _check_stops(stop)
     _check_stream(stream)
     if end_token_id is not None:
@@ -72,28 +75,35 @@ def generate(
     count = _check_count(model, len(prime), num_tokens)
 
     session = Session(model, weights=weights)
-    session.feed(prime)
-    generated: list[int] = []
+    continuation: Continuation | None = None
+    written: list[int] = []
+    is_writing = False
     try:
+        session.feed(prime)
+        continuation = session.begin(count, sampler, _stop(model, end_token_id, stops))
         with tqdm(
             total=count, unit="B", leave=False, disable=stream is not None or not enable_progress
         ) as bar:
-            for token in session.sample(count, sampler, _ends(model, end_token_id, stops)):
-                generated.append(int(token))
-                bar.update()
-                if not _write(stream, generated[-1]):
-                    break
-                if generated[-1] == end_token_id or _ends_with_any(generated, stops):
-                    break
+            for (ran,) in continuation.runs():
+                bar.update(len(ran.ids))
+                for token in ran.ids.tolist() if stream is not None else ():
+                    written.append(token)
+                    is_writing = True
+                    if not _write(stream, token):
+                        return _joined(prime, written)
+                    is_writing = False
+        is_writing = stream is not None
         _write(stream, None)
+        return _joined(prime, continuation.ids()[0])
     except BaseException as error:
-        error.ids = _joined(prime, generated)  # type: ignore[attr-defined]
+        chosen = None if continuation is None or is_writing else continuation.settle()[0]
+        ids = _joined(prime, written if chosen is None else chosen)
+        error.ids = ids  # type: ignore[attr-defined]
         raise
-    return _joined(prime, generated)
 
 
-def _joined(prime: torch.Tensor, generated: list[int]) -> torch.Tensor:
-    ids = torch.tensor(generated, dtype=torch.long, device=prime.device)
+def _joined(prime: torch.Tensor, ids: torch.Tensor | list[int]) -> torch.Tensor:
+    ids = torch.as_tensor(ids, dtype=torch.long, device=prime.device)
     return own_copy(torch.cat((prime, ids)))
 
 
@@ -110,25 +120,20 @@ def _generator(
     return torch.Generator(device).manual_seed(seed)
 
 
-def _check_stops(stop: Sequence[bytes]) -> list[list[int]]:
+def _check_stops(stop: Sequence[bytes]) -> Collection[bytes]:
     if (
         isinstance(stop, (bytes, bytearray, str))
         or not isinstance(stop, Collection)
         or not all(isinstance(item, bytes) and item for item in stop)
     ):
         raise ValueError(f"stop: expected a list of byte strings that are not empty, got {stop!r}")
-    return [list(item) for item in stop]
+    return stop
 
 
-def _ends(model: Any, end_token_id: int | None, stops: list[list[int]]) -> torch.Tensor | None:
-    """Bytes after which generation may end, ``(V,)`` bool; None if there are none."""
-    last = {stop[-1] for stop in stops} | ({end_token_id} if end_token_id is not None else set())
-    last = {token for token in last if 0 <= token < model.num_tokens}
-    if not last:
-        return None
-    ends = torch.zeros(model.num_tokens, dtype=torch.bool, device="cpu")
-    ends[list(last)] = True
-    return ends
+def _stop(model: Any, end_token_id: int | None, stops: Collection[bytes]) -> Automaton | None:
+    """Accepts where generation ends; None if nothing ends it."""
+    strings = [*stops, *([] if end_token_id is None else [[end_token_id]])]
+    return Automaton.of_strings(strings, model.num_tokens) if strings else None
 
 
 def _check_stream(stream: Any) -> None:
@@ -171,7 +176,3 @@ def _write(stream: ByteStreamer | None, token: int | None) -> bool:
     except ConnectionError:
         return False
     return True
-
-
-def _ends_with_any(generated: Sequence[int], stops: list[list[int]]) -> bool:
-    return any(list(generated[-len(stop) :]) == stop for stop in stops)

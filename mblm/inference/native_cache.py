@@ -35,6 +35,10 @@ _automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()
 _draws: WeakKeyDictionary[Draws, Any] = WeakKeyDictionary()
 
 
+class ChangedModelError(RuntimeError):
+    """Compiled code no longer stands in for a model; see `NativeCache.state_so_far`."""
+
+
 class NativeCache:
     """A `mblm.inference.cache.Cache` of which threads in C++ do the work.
 
@@ -142,8 +146,16 @@ class NativeCache:
         with self._lease([row]) as held:
             return self._state(held, row)
 
+    def state_so_far(self, row: Row) -> State:
+        """`state` with what is pending left so: nothing is computed, whatever the model now is."""
+        with self._lease([row]) as held:
+            return self._saved(held, row)
+
     def _state(self, held: Any, row: Row) -> State:
         self._take_in(held)
+        return self._saved(held, row)
+
+    def _saved(self, held: Any, row: Row) -> State:
         saved = self._engine.state(held)
         state = {"length": saved.length, "taken": saved.taken, **saved.tensors}
         for n, host in self._packed.hosted.items() if saved.taken else ():
@@ -164,6 +176,7 @@ class NativeCache:
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
         """See `Cache.begin`."""
+        self._current()
         with self._lease(rows) as held:
             check_count("plans", plans, rows)
             for index, plan in enumerate(plans):
@@ -261,7 +274,7 @@ class NativeCache:
             hosted = self._packed.hosted.keys()
             packed = weights_of(self._model, self._type, hosted)
             if packed is None or packed.hosted.keys() != hosted:
-                raise RuntimeError(
+                raise ChangedModelError(
                     "a layer of the model was changed after decoding began, so that compiled code "
                     "no longer stands in for it; start a new session"
                 )

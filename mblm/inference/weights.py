@@ -100,7 +100,18 @@ def _valid(model: Any, weights: str, hosted: Set[int]) -> Weights | None:
     if found is None or not hosted <= found.hosted.keys() or not found.holds():
         return None
     unsure = found.hosted.keys() - hosted - found.refused
-    return None if any(_is_native(model, n) for n in unsure) else found
+    if any(_is_native(model, n) for n in unsure):
+        return None
+    # No guard watches hosted stages: what they give for the start token tells.
+    same = (
+        torch.equal(_host(model, n).start_output, h.start_output) for n, h in found.hosted.items()
+    )
+    return found if all(same) else None
+
+
+def _host(model: Any, n: int) -> HostedStage:
+    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        return HostedStage(model.stage_models[n], model.start_token(n, 1)[0])
 
 
 def _is_native(model: Any, n: int) -> bool:
@@ -108,8 +119,12 @@ def _is_native(model: Any, n: int) -> bool:
     stage = model.stage_models[n]
     if not (hasattr(stage, "pack") and hasattr(stage, "parts")):
         return False
-    parts = list(_parts(model, n))
-    return all(_is_packable(part, model.device) for part in parts) and _guard(parts).holds()
+    parts = []
+    for part in _parts(model, n):
+        if not _is_packable(part, model.device):  # and may have no parts of its own
+            return False
+        parts.append(part)
+    return _guard(parts).holds()
 
 
 def _parts(model: Any, n: int) -> Iterator[Part]:
@@ -142,7 +157,7 @@ def _pack(model: Any, weights: str, hosted: Set[int]) -> Weights | None:
         others = [n for n in range(count) if packed.get(n) is None]
         if count - 1 in refused or (others and is_on_gpu(model.local_table)):
             return None
-        hosts = {n: HostedStage(model.stage_models[n], model.start_token(n, 1)[0]) for n in others}
+        hosts = {n: _host(model, n) for n in others}
         for n, host in hosts.items():
             packed[n] = _native.library().Stage.hosted(host.dim)
         stages = [packed[n] for n in range(count)]

@@ -5,6 +5,7 @@ import io
 import math
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -29,6 +30,12 @@ PROMPT = torch.tensor([3, 1, 4, 1, 5])
 def m() -> MBLM:
     """A context of 30 bytes, which fixed positions limit."""
     return model(transformer(), transformer(), seq_lens=[6, 5])
+
+
+class Elsewhere(torch.Generator):
+    """A generator of a GPU, which need not be there."""
+
+    device = torch.device("cuda", 0)
 
 
 class Recorder:
@@ -202,9 +209,14 @@ class TestStream:
         out = generate(m, stream=stream)
         assert stream.written == out[5:] and stream.flushed == 1
 
-    def test_gets_a_byte_before_the_next_is_computed(self, m: MBLM) -> None:
+    def test_gets_a_byte_before_the_next_where_that_takes_longer_than_20_ms(self, m: MBLM) -> None:
         stream, lengths = Recorder(), []
-        m.to_logits.register_forward_pre_hook(lambda *_: lengths.append(len(stream.written)))
+
+        def count(*_: Any) -> None:
+            lengths.append(len(stream.written))
+            time.sleep(0.021)
+
+        m.to_logits.register_forward_pre_hook(count)
         generate(m, stream=stream, num_tokens_to_generate=6)
         assert lengths == [0, 1, 2, 3, 4, 5]
 
@@ -352,6 +364,7 @@ class TestBadInput:
             ({"seed": 2**64}, ValueError, "seed"),
             ({"seed": 1, "generator": torch.Generator()}, ValueError, "at most one of seed and"),
             ({"generator": 3}, TypeError, "generator"),
+            ({"generator": Elsewhere()}, ValueError, "generator: expected one of cpu, .* cuda:0"),
             ({"stream": sys.__stdout__}, TypeError, "stream: expected a ByteStreamer, got TextIO"),
             ({"stream": io.BytesIO()}, TypeError, "stream: .* wrap a file or a terminal"),
             ({"stream": 3}, TypeError, "stream: expected a ByteStreamer, got int"),
@@ -362,7 +375,7 @@ class TestBadInput:
         self, m: MBLM, arguments: dict[str, Any], error: type[Exception], words: str
     ) -> None:
         for stage in m.stage_models:
-            stage.forward = stage.allocate_cache = None  # whoever runs it, fails otherwise
+            stage.forward = stage.forward_with_state = None  # whoever runs it, fails otherwise
         stream = Recorder()
         before = torch.get_rng_state()
         with pytest.raises(error, match=words):

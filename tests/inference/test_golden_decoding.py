@@ -10,7 +10,7 @@ from tests.golden.decoding import FILE, Case, as_json, cases
 
 RECORDED = json.loads(FILE.read_text())
 # Weights that are rounded, and how long pieces that are taken in with those that are not may be.
-CLOSE = {"float32": 5e-5, "bfloat16": 0.02, "int8": 0.02}
+CLOSE = {"float32": 5e-5, "bfloat16": 0.05, "int8": 0.05}
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

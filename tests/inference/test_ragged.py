@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm import MBLM
-from mblm.inference.native_hierarchy import NativeHierarchy
 from mblm.inference.session import Session
-from tests.inference.test_native_run import STAGES, in_pytorch, needs_native, wide
+from tests.decoding import CLOSE, STAGES, in_pytorch, wide
 from tests.models import LSTMBlock, hierarchies, model, transformer
-
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+from tests.native import needs_native
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:
@@ -67,22 +65,6 @@ def test_rounded_weights(weights: str) -> None:
         assert torch.equal(ids[row], alone(m, prompt, 12, weights=weights)[0])
 
 
-@needs_native
-def test_all_run_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = wide("transformer", "transformer", seq_lens=[30, 4])
-    session = Session(m, 3).feed(prompts(1, 2, 7))
-    calls: list[int] = []
-    run = NativeHierarchy.run
-
-    def counting(self: NativeHierarchy, caches: Any, *rest: Any, **options: Any) -> Any:
-        calls.append(len(caches))
-        return run(self, caches, *rest, **options)
-
-    monkeypatch.setattr(NativeHierarchy, "run", counting)
-    session.generate(12)
-    assert calls == [3]
-
-
 @settings(max_examples=40, deadline=None)
 @given(m=hierarchies(), data=st.data(), native=st.booleans())
 def test_any_schedule(m: MBLM, data: st.DataObject, native: bool) -> None:
@@ -99,12 +81,7 @@ def test_any_schedule(m: MBLM, data: st.DataObject, native: bool) -> None:
             if data.draw(st.booleans()):
                 counts = [data.draw(st.integers(0, min(9, room))) for _ in twins]
                 parts = [torch.randint(0, 18, (n,), generator=numbers) for n in counts]
-                try:
-                    session.feed(parts)
-                except ValueError as error:  # a custom stage, after a beginning in common
-                    assert "tell sequences apart" in str(error)
-                    assert session.lengths == [twin.length for twin in twins]
-                    return
+                session.feed(parts)
                 for twin, part in zip(twins, parts, strict=True):
                     twin.feed(part)
             else:
@@ -163,13 +140,12 @@ class TestCustomStages:
         for row, prompt in enumerate(fed):
             assert torch.equal(ids[row], alone(m, prompt, 9)[0])
 
-    def test_not_after_a_beginning_in_common(self, m: MBLM) -> None:
-        session = Session(m, 2).feed(torch.stack(prompts(3, 3)))
-        before = session.logits()
-        with pytest.raises(ValueError, match="StatefulCache does not tell sequences apart"):
-            session.feed([b"a", b""])
-        assert session.lengths == [3, 3] and torch.equal(session.logits(), before)
-        session.feed([b"a", b"b"])
+    def test_after_a_beginning_in_common(self, m: MBLM) -> None:
+        first, more = prompts(3, 5)
+        session = Session(m, 2).feed(torch.stack([first, first])).feed([more, b"a"])
+        for row, rest in enumerate((more, torch.tensor([97]))):
+            want = alone(m, torch.cat((first, rest)), 9)[0]
+            assert torch.equal(session.fork().generate(9)[row], want)
 
 
 def test_a_file_keeps_the_lengths(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""Sessions as users hold them: gradient and training modes, batches, files that are damaged."""
+"""Sessions as users hold them: gradient and training modes, batches, bad input."""
 
-import json
+import copy
+import gc
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open, save_file
 
 from mblm import MBLM, MBLMReturnType, Session
+from tests.inference.test_generate import Elsewhere
 from tests.models import LSTMBlock, mamba, model, transformer
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -197,6 +199,11 @@ class TestGenerate:
             ({"num_tokens": 2, "temperature": -1}, ValueError, "temperature"),
             ({"num_tokens": 2, "top_p": 3}, ValueError, "top_p"),
             ({"num_tokens": 2, "generator": 1}, TypeError, "generator"),
+            (
+                {"num_tokens": 2, "generator": Elsewhere()},
+                ValueError,
+                "generator: .* got one of cuda",
+            ),
         ],
     )
     def test_bad_input_leaves_the_session_as_it_was(
@@ -230,81 +237,28 @@ class TestGenerate:
                 m.session(batch_size)
 
 
-class TestFile:
-    @pytest.fixture
-    def file(self, m: MBLM, tmp_path: Path) -> Path:
-        m.session().feed(torch.tensor([1, 2, 3, 4, 5])).save(tmp_path / "s")
-        return tmp_path / "s"
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_a_fork(m: MBLM, copied: Any) -> None:
+    session = m.session().feed(b"\x01\x02\x03")
+    other = copied({"session": session})["session"] if copied is copy.deepcopy else copied(session)
+    logits = session.logits()
+    session.feed(b"\x04")
+    assert other.length == 3 and torch.equal(other.logits(), logits)
+    assert torch.equal(other.feed(b"\x04").logits(), session.logits())
 
-    def change(self, file: Path, drop: str | None = None, **header: str) -> None:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        tensors = load_file(file)
-        metadata = {k: v for k, v in {**metadata, **header}.items() if k != drop}
-        save_file(tensors, file, metadata)
 
-    def test_that_does_not_exist(self, m: MBLM, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError):
-            Session.load(tmp_path / "none", m)
+def test_a_session_is_not_pickled(m: MBLM) -> None:
+    with pytest.raises(TypeError, match="a session cannot be pickled"):
+        pickle.dumps(m.session())
 
-    def test_that_holds_something_else(self, m: MBLM, file: Path) -> None:
-        save_file({"x": torch.zeros(1)}, file)
-        with pytest.raises(ValueError, match="not a saved session, format is none"):
-            Session.load(file, m)
-        file.write_text("text")
-        with pytest.raises(ValueError, match="not a saved session"):
-            Session.load(file, m)
 
-    def test_of_another_release(self, m: MBLM, file: Path) -> None:
-        self.change(file, format="mblm-session-3")
-        with pytest.raises(ValueError, match="saved by another release, in format mblm-session-3"):
-            Session.load(file, m)
-
-    @pytest.mark.parametrize("drop", ["structure", "batch_size", "model"])
-    def test_that_lacks_an_entry(self, m: MBLM, file: Path, drop: str) -> None:
-        self.change(file, drop=drop)
-        with pytest.raises(ValueError, match=str(file)):
-            Session.load(file, m)
-
-    @pytest.mark.parametrize(
-        "structure",
-        [
-            "",
-            "{",
-            "[]",
-            "3",
-            "null",
-            '{"tensor": "none"}',
-            "[1, 2]",
-            json.dumps([5, {"tensor": "0"}, []]),
-            json.dumps([5, {"tensor": "0"}, [[None] * 5] * 2]),
-            "[" * 100_000,
-        ],
-        ids=lambda text: text[:20] or "empty",
-    )
-    def test_that_is_damaged(self, m: MBLM, file: Path, structure: str) -> None:
-        self.change(file, structure=structure)
-        with pytest.raises(ValueError, match="damaged session"):
-            Session.load(file, m)
-
-    def test_whose_weights_are_of_no_known_type(self, m: MBLM, file: Path) -> None:
-        self.change(file, weights="int4")
-        with pytest.raises(ValueError, match=r"damaged session .*weights: expected one of"):
-            Session.load(file, m)
-
-    def test_of_a_model_whose_weights_changed(self, m: MBLM, file: Path) -> None:
-        with torch.no_grad():
-            m.to_logits.bias[0] += 1
-        with pytest.raises(ValueError, match="weights have changed"):
-            Session.load(file, m)
-
-    def test_survives_a_failed_save(self, m: MBLM, file: Path, monkeypatch: Any) -> None:
-        content = file.read_bytes()
-
-        def fail(*_: Any) -> bytes:
-            raise OSError("disk full")
-
-        monkeypatch.setattr("safetensors.torch.save", fail)
-        with pytest.raises(OSError, match="disk full"):
-            m.session().save(file)
-        assert file.read_bytes() == content
+def test_a_session_that_is_gone_keeps_no_rows(m: MBLM) -> None:
+    session = m.session(2)
+    fork = session.fork()
+    cache, rows = fork._cache, fork._rows
+    assert cache is session._cache and cache.lengths(rows) == [0, 0]
+    del fork
+    gc.collect()
+    with pytest.raises(ValueError, match="row"):
+        cache.lengths(rows)
+    assert session.feed([b"\x01", b""]).lengths == [1, 0]

@@ -1,26 +1,25 @@
-"""The hierarchy's cache: what it keeps, what it runs, and the memory that a long prompt takes."""
+"""What decoding computes, and the memory that a long prompt takes."""
 
 import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
 
-from mblm.inference.hierarchy_cache import HierarchyCache
+from mblm.inference.session import Session
 from tests.conftest import ROOT
-from tests.models import LSTMBlock, mamba, model, transformer
-
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+from tests.models import LSTMBlock, model
 
 
 def count_positions(m: torch.nn.Module) -> list[int]:
     """How many positions each stage is run on, from now on."""
     counts = [0] * len(m.stage_models)
 
-    def counting(stage: int, original):
-        def hook(x: torch.Tensor, state):
+    def counting(stage: int, original: Any) -> Any:
+        def hook(x: torch.Tensor, state: Any) -> Any:
             counts[stage] += x.shape[1]
             return original(x, state)
 
@@ -31,43 +30,25 @@ def count_positions(m: torch.nn.Module) -> list[int]:
     return counts
 
 
-@torch.inference_mode()
 def test_every_position_is_computed_once_and_only_when_a_byte_after_it_is_wanted() -> None:
     hook = LSTMBlock(with_hook=True)
     m = model(hook, hook, hook, seq_lens=[4, 3, 2])
     counts = count_positions(m)
-    cache = HierarchyCache(m, 1)
+    session = Session(m)
     assert counts == [1, 1, 1]  # the start tokens, once for all patches
     ids = torch.randint(0, 18, (1, 24))
     for length in range(1, 25):
-        cache.feed(ids[:, length - 1 : length])
+        session.feed(ids[:, length - 1 : length]).logits()
         whole_outer, whole_inner = (length - 1) // 6, (length - 1) // 2
         assert counts == [1 + whole_outer, 1 + whole_inner - whole_outer, 1 + length]
 
 
-@torch.inference_mode()
 def test_a_prefill_runs_the_local_stage_on_the_last_patch_alone() -> None:
     hook = LSTMBlock(with_hook=True)
     m = model(hook, hook, hook, seq_lens=[4, 3, 2])
     counts = count_positions(m)
-    HierarchyCache(m, 1).feed(torch.randint(0, 18, (1, 21)))
+    Session(m).feed(torch.randint(0, 18, (1, 21)))
     assert counts == [1 + 3, 1 + 1, 1 + 1]  # bytes 0 .. 17 | 18, 19 | 20
-
-
-@torch.inference_mode()
-def test_a_snapshot_is_a_nest_that_brings_everything_back() -> None:
-    m = model(mamba("mamba1"), transformer(), LSTMBlock(), seq_lens=[4, 3, 2])
-    ids = torch.randint(0, 18, (2, 24))
-    cache = HierarchyCache(m, 2)
-    cache.feed(ids[:, :11])
-    expected, saved = cache.logits(), cache.snapshot()
-    cache.feed(ids[:, 11:])
-    at_end = cache.logits()
-    cache.restore(saved)
-    assert cache.length == 11
-    torch.testing.assert_close(cache.logits(), expected)
-    cache.feed(ids[:, 11:])
-    torch.testing.assert_close(cache.logits(), at_end, **CLOSE)
 
 
 PEAK = """

@@ -1,10 +1,9 @@
 """Compiled decoding against PyTorch's: the same logits and bytes, whatever comes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,51 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm import MBLM
-from mblm.inference import hierarchy_cache
-from mblm.inference.native_hierarchy import NativeHierarchy
+from mblm.inference.automaton import Automaton
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
-from mblm.inference.stage_cache import StageCache
 from mblm.ops.packing import round_weight
-from tests.models import hierarchies, mamba, model, transformer
+from tests.decoding import CLOSE, STAGES, in_pytorch, wide
+from tests.models import hierarchies, model, transformer
 from tests.native import needs_native
-
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
-STAGES: dict[str, Any] = {
-    "transformer": lambda: transformer(attn_head_dims=32, attn_num_heads=3),
-    "transformer without rotary": lambda: transformer(
-        attn_head_dims=5, attn_use_rot_embs=False, pos_emb_type="rope"
-    ),
-    "mamba1": lambda: mamba("mamba1", d_state=20),
-    "mamba2": lambda: mamba("mamba2", d_state=20, d_conv=1),
-}
-
-
-@contextmanager
-def in_pytorch() -> Iterator[None]:
-    """Sessions take PyTorch's way."""
-    with (
-        patch.object(StageCache, "runs_natively", lambda *_: False),
-        patch.object(NativeHierarchy, "runs", lambda *_: False),
-        patch.object(hierarchy_cache, "computes_natively", lambda *_: False),
-    ):
-        yield
-
-
-def wide(*names: str, batch: int = 1, seq_lens: list[int] | None = None, width: int = 40) -> MBLM:
-    """Stages of two layers of a width of whole lanes and a remainder.
-
-    One of 360 is worth several threads.
-    """
-    blocks = [STAGES[name]() for name in names]
-    count = len(blocks)
-    return model(
-        *blocks,
-        seq_lens=seq_lens or [6, 5, 4][-count:],
-        hidden_dims=[width] * count,
-        num_layers=[2] * count,
-        num_tokens=67,
-    )
 
 
 @needs_native
@@ -68,13 +29,13 @@ def test_every_stage_above_every_other(upper: str, local: str, batch: int) -> No
     m = wide(upper, local, seq_lens=[5, 4])
     prompt = torch.randint(0, 66, (batch, 6))
     arguments = {"num_tokens": 13, "filter_thres": 0.5, "temperature": 0.8}
-    native, plain = Session(m, batch), Session(m, batch)
-    assert all(stage.cache.native is not None for stage in native._cache.stages)
-    native.feed(prompt)
-    got = native.generate(**arguments, generator=torch.Generator().manual_seed(1))
+    native = Session(m, batch).feed(prompt)
     with in_pytorch():
-        plain.feed(prompt)
-        want = plain.generate(**arguments, generator=torch.Generator().manual_seed(1))
+        plain = Session(m, batch).feed(prompt)
+    got, want = (
+        session.generate(**arguments, generator=torch.Generator().manual_seed(1))
+        for session in (native, plain)
+    )
     assert torch.equal(got, want)
     torch.testing.assert_close(native.logits(), plain.logits(), **CLOSE)
 
@@ -108,12 +69,14 @@ def test_no_more_numbers_are_drawn_than_bytes(stages: list[str], count: int, end
     drawn = []
 
     def draw() -> list[Any]:
-        sampler = Sampler(1.0, 0.3, None, torch.Generator().manual_seed(1))
-        end = torch.arange(67) < ends if ends else None
-        out = [token.tolist() for token in Session(m).sample(count, sampler, end)]
-        assert sampler.generator is not None
-        drawn.append(sampler.generator.get_state())
-        return out
+        numbers = torch.Generator().manual_seed(1)
+        end = Automaton.of_strings([[token] for token in range(ends)], 67) if ends else None
+        session = Session(m)
+        continuation = session.begin(count, Sampler(1.0, 0.3, None, numbers), end)
+        for _ in continuation.runs():
+            pass
+        drawn.append(numbers.get_state())
+        return [ids.tolist() for ids in continuation.ids()]
 
     got = draw()
     with in_pytorch():
@@ -189,8 +152,7 @@ class TestWeights:
         session = Session(m, 2, weights=weights)
         ids = session.generate(17)
         with in_pytorch():
-            plain = Session(rounded, 2).feed(ids[:, :17])
-            close = plain.logits()
+            close = Session(rounded, 2).feed(ids).logits()
         # int8 weights are multiplied with numbers of 16 bits.
         tolerance = {"atol": 2e-4, "rtol": 1e-3} if weights == "int8" else CLOSE
         torch.testing.assert_close(session.logits(), close, **tolerance)
@@ -211,7 +173,6 @@ class TestWeights:
         session, exact = Session(m, weights="bfloat16"), Session(m)
         for of in (session, exact):
             of.feed(b"\x01\x02\x03\x04\x05")
-        assert TestStandsAside.natives(m) == [True, True]
         torch.testing.assert_close(session.logits(), exact.logits(), **CLOSE)
 
     def test_are_those_of_a_session_that_was_saved(self, tmp_path: Path) -> None:
@@ -252,47 +213,65 @@ class TestWeights:
 class TestStandsAside:
     """Where compiled code would compute something else, PyTorch runs."""
 
-    @staticmethod
-    def natives(m: MBLM) -> list[bool]:
-        return [s.cache.runs_natively(s.output.dtype) for s in Session(m)._cache.stages]
-
     @pytest.fixture
     def m(self) -> MBLM:
-        return wide("mamba1", "transformer")
+        return wide("mamba1", "transformer", seq_lens=[9, 4])
 
-    @torch.inference_mode()
+    @staticmethod
+    def is_pytorchs(m: MBLM, session: Session | None = None) -> None:
+        """What comes next in a session that was fed three bytes."""
+        session = session or Session(m).feed(b"\x01\x02\x03")
+        with in_pytorch():
+            plain = Session(m).feed(b"\x01\x02\x03")
+        torch.testing.assert_close(session.logits(), plain.logits(), **CLOSE)
+        assert torch.equal(session.generate(12), plain.generate(12))
+        torch.testing.assert_close(session.logits(), plain.logits(), **CLOSE)
+
     def test_for_a_part_that_was_replaced(self, m: MBLM) -> None:
-        assert self.natives(m) == [True, True]
         m.stage_models[1].layers[0][1][2] = torch.nn.SiLU()
-        assert self.natives(m) == [True, False]
+        self.is_pytorchs(m)
 
-    @torch.inference_mode()
     def test_for_a_hook(self, m: MBLM) -> None:
-        m.stage_models[0].layers[0].mixer.in_proj.register_forward_hook(lambda *_: None)
-        assert self.natives(m) == [False, True]
+        part = m.stage_models[0].layers[0].mixer.in_proj
+        part.register_forward_hook(lambda _, x, y: y + 0.3)
+        self.is_pytorchs(m)
 
-    @torch.inference_mode()
     def test_for_a_subclass(self, m: MBLM) -> None:
         class Other(type(m.stage_models[1])):  # type: ignore[misc]
-            pass
+            def forward(self, x: torch.Tensor, **options: Any) -> Any:
+                return super().forward(x, **options)
 
         m.stage_models[1].__class__ = Other
-        assert self.natives(m) == [True, False]
+        self.is_pytorchs(m)
 
-    @torch.inference_mode()
     def test_for_another_dtype(self, m: MBLM) -> None:
-        assert self.natives(m.double()) == [False, False]
+        self.is_pytorchs(m.double())
 
-    @torch.inference_mode()
     def test_for_dropout_in_training(self) -> None:
-        m = model(transformer(ff_dropout=0.5), seq_lens=[4])
-        assert self.natives(m) == [True]
-        assert self.natives(m.train()) == [False]
+        m = model(transformer(ff_dropout=0.5), seq_lens=[40], num_tokens=67)
+        self.is_pytorchs(m)
+        session = Session(m.train()).feed(b"\x01\x02\x03")
+        assert not torch.equal(session.logits(), Session(m).feed(b"\x01\x02\x03").logits())
 
-    @torch.inference_mode()
-    def test_under_autocast(self, m: MBLM) -> None:
+    def test_not_under_autocast(self, m: MBLM) -> None:
+        """Which says what PyTorch's products may be computed in."""
+        exact = Session(m).feed(b"\x01\x02\x03")
         with torch.autocast("cpu", torch.bfloat16):
-            assert self.natives(m) == [False, False]
+            session = Session(m).feed(b"\x01\x02\x03")
+            assert torch.equal(session.logits(), exact.logits())
+            with in_pytorch():
+                rounded = Session(m).feed(b"\x01\x02\x03").logits()
+            assert not torch.equal(rounded.float(), exact.logits())
+
+    @pytest.mark.parametrize("stage", [0, 1])
+    def test_for_a_hook_that_comes_late(self, m: MBLM, stage: int) -> None:
+        session = Session(m).feed(b"\x01\x02\x03")
+        fork = session.fork()
+        calls: list[int] = []
+        m.stage_models[stage].register_forward_hook(lambda *_: calls.append(1))
+        self.is_pytorchs(m, session)
+        self.is_pytorchs(m, fork)
+        assert calls
 
 
 @torch.inference_mode()
@@ -310,57 +289,8 @@ def test_autocast_may_begin_and_end_while_a_session_lives(stage: str) -> None:
 
 
 @needs_native
-class TestRefuses:
-    """The compiled stage trusts nothing that it is given."""
-
-    @pytest.fixture
-    def stage(self) -> Any:
-        session = Session(wide("transformer", "mamba1"))
-        self.state = session._cache.stages[0].cache.native_state(1)
-        return session._cache.stages[0].cache.native
-
-    @pytest.mark.parametrize(
-        ("x", "message"),
-        [
-            (torch.zeros(1, 1, 41), r"x must have shape \[B >= 1, S >= 1, 40\], got \[1, 1, 41\]"),
-            (torch.zeros(0, 1, 40), "x must have shape"),
-            (torch.zeros(1, 0, 40), "x must have shape"),
-            (torch.zeros(1, 40), "x must have shape"),
-            (torch.zeros(2, 1, 40), "x must have a row for each of the state's 1, got 2"),
-            (torch.zeros(1, 64, 40), r"state has room for \d+ positions, got 1 \+ 64"),
-        ],
-    )
-    def test_rows_that_do_not_fit(self, stage: Any, x: torch.Tensor, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            stage.prefill(x, self.state, [1])
-
-    def test_another_dtype(self, stage: Any) -> None:
-        with pytest.raises(TypeError, match="x must be Float, got Double"):
-            stage.prefill(torch.zeros(1, 1, 40).double(), self.state, [1])
-
-    @pytest.mark.parametrize("position", [-1, 10**12, 2**63 - 1])
-    def test_a_position_without_room(self, stage: Any, position: int) -> None:
-        with pytest.raises(ValueError, match="state has room for"):
-            stage.prefill(torch.zeros(1, 1, 40), self.state, [position])
-
-    def test_a_state_of_another_stage(self, stage: Any) -> None:
-        with pytest.raises(ValueError, match="state must hold 3 to 6 tensors"):
-            stage.prefill(torch.zeros(1, 1, 40), self.state[:2], [1])
-
-    def test_weights_of_another_shape(self) -> None:
-        with pytest.raises(ValueError, match=r"weights\[2\] must have shape"):
-            torch.ops.mblm.transformer_stage([torch.ones(8), torch.ones(8), torch.ones(9)], 2)
-        with pytest.raises(ValueError, match="more than 2 tensors"):
-            torch.ops.mblm.transformer_stage([torch.ones(8), torch.ones(8)], 2)
-        with pytest.raises(TypeError, match="float32, bfloat16 or int8"):
-            torch.ops.mblm.transformer_stage([torch.ones(8)] * 2 + [torch.ones(8, 8).half()], 2)
-
-
-@needs_native
 @torch.inference_mode()
 def test_sessions_in_several_python_threads() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     m = wide("mamba2", "transformer")
     want = [Session(m).feed(bytes([n])).generate(15).tolist() for n in range(8)]
     with ThreadPoolExecutor(4) as pool:
@@ -382,3 +312,27 @@ def test_a_seed_that_ends_early_has_drawn_for_its_bytes_alone() -> None:
     for _ in some:
         torch.zeros(1, 67).uniform_()
     assert torch.equal(rest, torch.rand(1))
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-46, 1e-38])
+@pytest.mark.parametrize("native", [True, False])
+def test_however_low_the_temperature_is_the_likeliest_is_taken(
+    temperature: float, native: bool
+) -> None:
+    m = model(transformer(), seq_lens=[4, 4], num_tokens=60)
+    with torch.no_grad():
+        m.to_logits.bias += 100.0  # which divided by the last of these is infinite
+    likeliest = Session(m).generate(8)
+    with nullcontext() if native else in_pytorch():
+        ids = Session(m).generate(8, temperature=temperature, filter_thres=0, top_p=0.9)
+    assert torch.equal(ids, likeliest)
+
+
+@pytest.mark.parametrize("p", [1e-30, 1e-46])
+@pytest.mark.parametrize("native", [True, False])
+def test_however_small_top_p_is_the_likeliest_is_kept(p: float, native: bool) -> None:
+    m = model(transformer(), seq_lens=[4, 4], num_tokens=60)
+    likeliest = Session(m).generate(8)
+    with nullcontext() if native else in_pytorch():
+        ids = Session(m).generate(8, top_p=p, filter_thres=0)
+    assert torch.equal(ids, likeliest)

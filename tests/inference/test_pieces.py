@@ -1,0 +1,123 @@
+"""Bytes that come in pieces: the same bits however they are cut, alone or side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mblm import MBLMReturnType
+from mblm.inference.session import Session
+from mblm.ops.packing import WEIGHT_TYPES
+from tests.decoding import CLOSE, STAGES, wide
+from tests.models import LSTMBlock, mamba, model, transformer
+
+PIECES = st.lists(st.integers(1, 24), min_size=1, max_size=5)  # each taken in by compiled code
+
+
+def same_state(one: Session, other: Session) -> bool:
+    """Whether every bit of two sessions is the same."""
+    pairs = zip(one._rows, other._rows, strict=True)
+    states = [(one._cache.state(row), other._cache.state(twin)) for row, twin in pairs]
+    return all(
+        state.keys() == twin.keys() and all(map(_same, state.values(), twin.values()))
+        for state, twin in states
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    pieces=PIECES,
+    names=st.lists(st.sampled_from(sorted(STAGES)), min_size=1, max_size=3),
+    weights=st.sampled_from(WEIGHT_TYPES),
+    batch=st.integers(1, 3),
+)
+def test_bytes_fed_in_any_pieces_leave_the_same_bits(
+    pieces: list[int], names: list[str], weights: str, batch: int
+) -> None:
+    """Pieces end anywhere in patches of every stage."""
+    torch.manual_seed(0)
+    m = wide(*names, seq_lens=[130, 3, 2][: len(names)])
+    ids = torch.randint(0, 66, (batch, sum(pieces)))
+    session, one_by_one = (Session(m, batch, weights=weights) for _ in range(2))
+    for piece in ids.split(pieces, dim=1):
+        session.feed(piece)
+    for byte in ids.split(1, dim=1):
+        one_by_one.feed(byte)
+    assert torch.equal(session.logits(), one_by_one.logits())
+    assert same_state(session, one_by_one)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_a_session_goes_on_after_a_piece(weights: str, tmp_path: Path) -> None:
+    """Forked, saved and loaded in the middle of a patch of each of three stages."""
+    torch.manual_seed(0)
+    m = wide("mamba2", "transformer", "mamba1", seq_lens=[9, 3, 2])
+    ids = torch.randint(0, 66, (2, 23))
+    session = Session(m, 2, weights=weights).feed(ids[:, :9])
+    session.save(tmp_path / "s")
+    others = [session.fork(), Session.load(tmp_path / "s", m)]
+    expected = session.feed(ids[:, 9:]).logits()
+    for other in others:
+        assert torch.equal(other.feed(ids[:, 9:]).logits(), expected)
+        assert torch.equal(other.generate(20), session.fork().generate(20))
+
+
+def test_a_sampled_run_goes_on_after_a_piece_and_a_piece_after_a_run() -> None:
+    torch.manual_seed(0)
+    m = wide("transformer", "mamba2", seq_lens=[9, 4])
+    session = Session(m).feed(b"\x01\x02\x03\x04\x05\x06")
+    ids = session.generate(7)[0]
+    session.feed(b"\x07\x08\x09")
+    whole = torch.cat((torch.arange(1, 7), ids, torch.arange(7, 10)))[None]
+    expected = m(whole, return_type=MBLMReturnType.LOGITS)[:, -1]
+    torch.testing.assert_close(session.logits(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (1, 6, 6), (0, 3, 11)])
+def test_sequences_fed_together_have_the_bits_of_each_alone(lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    m = wide("mamba1", "transformer", seq_lens=[9, 4])
+    beginnings = [torch.randint(0, 66, (count,)) for count in (2, 7, 4)]
+    rows = [torch.randint(0, 66, (count,)) for count in lengths]
+    together = Session(m, 3).feed(beginnings).feed(rows)
+    for index, (beginning, row) in enumerate(zip(beginnings, rows, strict=True)):
+        alone = Session(m).feed(beginning).feed(row)
+        assert torch.equal(together.logits()[index], alone.logits()[0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pieces_of_any_length_give_the_logits_of_the_forward_pass(stage: str) -> None:
+    """Long ones are PyTorch's, short ones those of compiled code."""
+    torch.manual_seed(0)
+    m = wide(stage, seq_lens=[60])
+    ids = torch.randint(0, 66, (1, 58))
+    expected = m(ids, return_type=MBLMReturnType.LOGITS)[:, -1]
+    for piece in (1, 24, 25, 58):
+        session = Session(m)
+        for part in ids.split(piece, dim=1):
+            session.feed(part)
+        torch.testing.assert_close(session.logits(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("with_hook", [False, True])
+@pytest.mark.parametrize("upper_is_custom", [False, True])
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_beside_a_custom_block(with_hook: bool, upper_is_custom: bool, weights: str) -> None:
+    torch.manual_seed(0)
+    custom = LSTMBlock(with_hook=with_hook)
+    blocks = (custom, mamba("mamba2")) if upper_is_custom else (transformer(), custom)
+    m = model(*blocks, seq_lens=[9, 4])
+    ids = torch.randint(0, 18, (2, 27))
+    session = Session(m, 2, weights=weights)
+    for piece in ids.split([3, 9, 4, 11], dim=1):
+        session.feed(piece)
+    expected = m(ids, return_type=MBLMReturnType.LOGITS)[:, -1]
+    tolerance = {"atol": 0.05, "rtol": 0.05} if weights != "float32" else CLOSE
+    torch.testing.assert_close(session.logits(), expected, **tolerance)
