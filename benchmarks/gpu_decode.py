@@ -1,9 +1,8 @@
 """Decoding on a GPU, rung by rung, against the floor that memory sets; weights in bfloat16.
 
 The rungs: PyTorch on the whole sequence for every byte, as the published release does; with a
-cache; with this package's fused kernels, launched one by one; as CUDA graphs; and with kernels that
-begin while the ones before them end. All are in one process, on the same weights, for one sequence
-and for 64.
+cache; with this package's fused kernels as CUDA graphs; and with kernels that begin while the ones
+before them end. All are in one process, on the same weights, for one sequence and for 64.
 
 The floor is the time to read the weights that a byte needs (see decode.py) at the bandwidth of a
 sum over a large buffer, measured in the same run. Times are medians of several runs, after one that
@@ -29,9 +28,9 @@ from decode import MODELS, build, bytes_read
 from side_by_side import write_json
 
 from mblm import MBLM
-from mblm.inference.device_run import DeviceRun
+from mblm.inference import session as session_module
 from mblm.inference.session import Session
-from mblm.inference.stage_cache import StageCache
+from mblm.inference.torch_cache import TorchCache
 
 NAMES = ["quickstart, Transformer/Transformer", "published 2D, 25 Mamba-2 + 21 Transformer"]
 QUICK = ["small, 2 + 2 Transformer, width 128"]
@@ -63,12 +62,11 @@ def bandwidth(device: str, quick: bool) -> float:
 
 
 @contextlib.contextmanager
-def rung(graphs: bool, dependent: bool) -> Iterator[None]:
+def rung(dependent: bool) -> Iterator[None]:
     """Sessions decode so far up the ladder."""
     torch.ops.mblm.set_dependent_launches(dependent)
     try:
-        with patch.object(DeviceRun, "graphs", graphs):
-            yield
+        yield
     finally:
         torch.ops.mblm.set_dependent_launches(True)
 
@@ -92,11 +90,10 @@ def ladder(model: MBLM, device: str, batch: int, quick: bool) -> dict[str, float
             model(ids)
 
     figures = {"PyTorch, without a cache": seconds(without_cache, runs)}
-    with patch.object(StageCache, "runs_natively", lambda *_: False):
+    with patch.object(session_module, "cache_for", lambda model, weights: TorchCache(model)):
         figures["PyTorch, with a cache"] = per_byte(model, batch, few, runs)
-    switches = {"fused kernels": (False, False), "graphs": (True, False), "dependent": (True, True)}
-    for name, (graphs, dependent) in switches.items():
-        with rung(graphs, dependent):
+    for name, dependent in {"graphs": False, "dependent": True}.items():
+        with rung(dependent):
             figures[name] = per_byte(model, batch, many, runs)
     return figures
 

@@ -208,16 +208,9 @@ class Hierarchy(nn.Module):
         table: torch.Tensor = self.token_embs_rev[0].embedding.weight  # type: ignore[union-attr,assignment]
         return table
 
-    def project_context(
-        self, stage: int, attended: torch.Tensor, project: Projection | None = None
-    ) -> torch.Tensor:
-        """Context for stage n + 1, ``(rows, S, D_n) -> (rows * S, P_{n+1}, D_{n+1})``.
-
-        ``project`` stands in for the linear layer.
-        """
+    def project_context(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+        """Context for stage n + 1, ``(rows, S, D_n) -> (rows * S, P_{n+1}, D_{n+1})``."""
         projection: Any = self.to_next_stage_proj[stage]
-        if project is not None:
-            return projection[2](project(attended)).flatten(0, 1)
         return apply_in_order(projection, attended).flatten(0, 1)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -248,11 +241,6 @@ class Hierarchy(nn.Module):
             yield from _parts_of(self.token_embs_rev[0], LocalTokenEmbedding)
             yield self.to_logits, nn.Linear
         yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
-
-    def parts_around(self, first: int) -> Iterator[Part]:
-        """All that lies between the stages from ``first`` on, and around them, as built."""
-        for stage in range(first, self.num_stages):
-            yield from self.parts_beside(stage)
 
     def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""

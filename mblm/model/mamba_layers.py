@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mblm.inference.stage_cache import ReplayCache, StageCache
-from mblm.model.mamba_cache import MambaCache
 from mblm.model.plain import Part, is_plain, keeps_forward
 from mblm.model.stage import Carried, tensor_of
 from mblm.ops.causal_conv import causal_conv
@@ -59,15 +57,11 @@ class MambaStage(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.model_dim = model_dim
 
-    def forward(
-        self, x: Tensor, *, carried: Carried | None = None, cache: MambaCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, carried: Carried | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D) causally: from the zero state, or from one that is carried."""
         if carried is not None:
             y, carried.state = self.forward_with_state(x, carried.state)
             return y
-        if cache is not None:
-            return cache.advance(x)
         self._check(x)
         for layer in self.layers:
             x = layer(x)
@@ -103,10 +97,6 @@ class MambaStage(nn.Module):
     def parts(self) -> Iterator[Part]:
         """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
         raise NotImplementedError
-
-    def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
-        """Decoding state: SSM states and the windows of the convolutions; see `StageCache`."""
-        return MambaCache(self) if self.takes_carried else ReplayCache(self)
 
     # -- Decoding: see `mblm.model.stage.Stage` ----------------------------------------------------
 

@@ -10,7 +10,7 @@ from mblm.inference.session import Session
 from mblm.model.checks import check_same_shape
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
-from mblm.model.hierarchy import Hierarchy, Projection, StageTokens
+from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
 from mblm.model.pretrained import PretrainedMixin
 from mblm.model.tiled_operators import loss_in_tiles
@@ -286,14 +286,12 @@ class MBLM(Hierarchy, PretrainedMixin):
         """A stage's start token, ``(batch_size, D_n)``."""
         return self.start_tokens[stage].expand(batch_size, -1)
 
-    def embed_tokens(
-        self, stage: int, ids: torch.Tensor, project: Projection | None = None
-    ) -> torch.Tensor:
+    def embed_tokens(self, stage: int, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of whole patches of a stage, ids ``(B, S * R_n)`` -> ``(B, S, D_n)``."""
         if stage + 1 == self.num_stages:
             table, ids_or_none = self.local_tokens(ids)
             return table if ids_or_none is None else nn.functional.embedding(ids, table)
-        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage], project)
+        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage])
 
     # -- Between the rows of the local stage and the bytes of a sequence ---------------------------
 

@@ -9,14 +9,12 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mblm.inference.stage_cache import ReplayCache, StageCache
 from mblm.model import recomputation
 from mblm.model.block import StageBlock
 from mblm.model.gradients import with_weights_of_now
 from mblm.model.linear import apply
 from mblm.model.plain import Part, are_plain, keeps_forward
 from mblm.model.stage import Carried, tensor_of
-from mblm.model.transformer_cache import TransformerCache
 from mblm.model.transformer_layers import (
     SHORT,
     Attention,
@@ -182,7 +180,6 @@ class TransformerDecoder(_Transformer):
         shared_start: bool = False,
         recompute_layers: bool = False,
         carried: Carried | None = None,
-        cache: TransformerCache | None = None,
     ) -> torch.Tensor:
         """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally.
 
@@ -193,12 +190,9 @@ class TransformerDecoder(_Transformer):
             recompute_layers: Keep the layers' inputs only, and compute each layer again in the
                 backward pass.
             carried: The positions come after those that its state has seen; see `Carried`.
-            cache: The positions come after those that it has taken in, and it takes them in.
         """
         if carried is not None:
             return self._continue(input_ids, carried)
-        if cache is not None:
-            return cache.advance(input_ids)
         rows, count, _ = input_ids.shape
         shared_start = shared_start and not recompute_layers and rows > 1 and 1 < count <= SHORT
         if shared_start and not self._drops() and are_plain(self.parts()):
@@ -247,12 +241,6 @@ class TransformerDecoder(_Transformer):
             tensors += pack_linear(expand, weights, memory)
             tensors += pack_linear(contract, weights, memory)
         return _native.library().Stage.transformer(tensors, self.num_heads)
-
-    def allocate_cache(self, batch_size: int, max_positions: int | None) -> StageCache:
-        """Decoding state: keys, values and shifted halves; see `StageCache`."""
-        if self.takes_carried:
-            return TransformerCache(self, batch_size, max_positions)
-        return ReplayCache(self)
 
     # -- Decoding: see `mblm.model.stage.Stage` ----------------------------------------------------
 
