@@ -1,13 +1,8 @@
-// Registers the operators' kernels and what decodes with PyTorch: its headers for that are the
-// slowest to compile of all.
-#include <torch/custom_class.h>
+// Registers the operators' kernels with PyTorch.
 #include <torch/library.h>
 
 #include "common.h"
-#include "device_run.h"
-#include "hierarchy.h"
 #include "operators.h"
-#include "stage.h"
 
 namespace mblm {
 
@@ -62,33 +57,6 @@ TORCH_LIBRARY_IMPL(mblm, CUDA, library) {
 
 TORCH_LIBRARY_FRAGMENT(mblm, library) {
   library.def("onednn_is_faster() -> bool", &mblm::onednn_is_faster);
-  library.class_<mblm::Stage>("Stage").def("prefill", &mblm::Stage::prefill);
-  library.class_<mblm::Hierarchy>("Hierarchy").def("run", &mblm::Hierarchy::run);
-  library.def("packed_linear(Tensor x, Tensor[] linear) -> Tensor", &mblm::packed_linear);
-  library.def(
-      "transformer_stage(Tensor[] weights, int heads) -> "
-      "__torch__.torch.classes.mblm.Stage",
-      &mblm::transformer_stage);
-  library.def(
-      "hierarchy(__torch__.torch.classes.mblm.Stage[] stages, int[] seq_lens, Tensor[] weights, "
-      "float[] eps) -> __torch__.torch.classes.mblm.Hierarchy",
-      &mblm::hierarchy);
-#ifdef MBLM_CUDA
-  library.class_<mblm::DeviceRun>("DeviceRun")
-      .def("embed_byte", &mblm::DeviceRun::embed_byte)
-      .def("step_and_sample", &mblm::DeviceRun::step_and_sample)
-      .def("sample", &mblm::DeviceRun::sample)
-      .def("take_patch", &mblm::DeviceRun::take_patch)
-      .def("begin_anew", &mblm::DeviceRun::begin_anew);
-  library.def(
-      "device_run(__torch__.torch.classes.mblm.Hierarchy hierarchy, Tensor[] tensors, int[] "
-      "counts, int[] limits) -> __torch__.torch.classes.mblm.DeviceRun",
-      &mblm::device_run);
-#endif
   library.def("device_kind() -> str", &mblm::device_kind);
   library.def("set_dependent_launches(bool value) -> ()", &mblm::set_dependent_launches);
-  library.def("mamba1_stage(Tensor[] weights) -> __torch__.torch.classes.mblm.Stage",
-              &mblm::mamba1_stage);
-  library.def("mamba2_stage(Tensor[] weights, float eps) -> __torch__.torch.classes.mblm.Stage",
-              &mblm::mamba2_stage);
 }

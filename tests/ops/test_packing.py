@@ -5,7 +5,6 @@ import torch
 
 from mblm.ops.packing import pack_linear, round_weight
 from mblm.utils.huge_pages import HugePages
-from tests.native import needs_native
 
 
 def as_packed(n: int, k: int) -> tuple[torch.nn.Linear, list[torch.Tensor]]:
@@ -28,31 +27,6 @@ def test_int8_weights_lie_in_tiles_of_4_rows_and_64_columns(n: int, k: int) -> N
     assert torch.equal(scale, same_scale) and torch.equal(bias, linear.bias)
     assert tiles.shape == (-(-n // 4), -(-k // 64), 4, 64)
     assert torch.equal(as_rows(tiles, n, k), rows)
-
-
-@needs_native
-@pytest.mark.parametrize("n", [1, 3, 4, 17, 130])
-@pytest.mark.parametrize("k", [1, 63, 64, 65, 5000])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_product_with_tiles_is_that_with_rows(n: int, k: int, rows: int) -> None:
-    linear, packed = as_packed(n, k)
-    x = torch.randn(rows, k)
-    weight, scale = round_weight(linear.weight.detach(), "int8")
-    want = (x.double() @ weight.double().T * scale + linear.bias).float()
-    # x is rounded to 16 bits, all of a row as finely as its largest number.
-    error = x.abs().amax(1, keepdim=True) * weight.abs().sum(1) * scale * 2e-5
-    got = torch.ops.mblm.packed_linear(x, packed)
-    assert ((got - want).abs() <= error + 1e-6).all()
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("shape", "scales"), [((2, 1, 4, 64), 4), ((1, 2, 4, 64), 4), ((4, 64), 4), ((1, 1, 4, 64), 5)]
-)
-def test_tiles_of_another_shape_are_refused(shape: tuple[int, ...], scales: int) -> None:
-    packed = [torch.zeros(shape, dtype=torch.int8), torch.ones(scales), torch.empty(0)]
-    with pytest.raises(ValueError, match=r"weights\[0\] must have shape \[., ., 4, 64\]"):
-        torch.ops.mblm.packed_linear(torch.zeros(1, 64), packed)
 
 
 class TestHugePages:

@@ -37,7 +37,7 @@ def slow_but_few(paths: list[Path]) -> list[object]:
 
 def test_there_are_kernels_and_glue() -> None:
     operators = {path.stem for path in KERNELS if not path.stem.startswith("decode_")}
-    assert operators | {"stage", "device_run", "library"} <= {path.stem for path in GLUE}
+    assert operators | {"library"} <= {path.stem for path in GLUE}
 
 
 @pytest.mark.parametrize("path", sorted(CSRC.glob("cuda/*")), ids=lambda path: path.name)
