@@ -15,10 +15,11 @@
 namespace mblm::cpu {
 namespace {
 
-std::atomic<bool> forked{false};
+std::atomic<bool> may_have_threads{false}, forked{false};
 
 #if __has_include(<pthread.h>)
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { forked = may_have_threads.load(); });
 #endif
 
 // The least limit that these files tell, of a cgroup and of those that it is in.
@@ -65,6 +66,10 @@ int64_t allowed_cores() {
     return limit;
   }();
   return cores;
+}
+
+void note_threads() {
+  may_have_threads.store(true, std::memory_order_relaxed);
 }
 
 bool is_forked() {

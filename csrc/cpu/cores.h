@@ -16,8 +16,11 @@ int64_t cores_of_cpu_max(std::istream& text);
 // the time of those that work.
 int64_t allowed_cores();
 
-// Whether this process was forked from one that had loaded this library. OpenMP's threads are not
-// there then, but OpenMP would wait for them.
+// Whoever decodes says so: OpenMP may have threads from here on.
+void note_threads();
+
+// Whether this process was forked from one that may have had OpenMP's threads. They are not here,
+// but OpenMP would wait for them.
 bool is_forked();
 
 }  // namespace mblm::cpu

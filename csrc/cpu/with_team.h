@@ -50,6 +50,7 @@ bool with_team([[maybe_unused]] int64_t threads, Prepare prepare, Function funct
   bool has_parallel = false;
 #ifdef _OPENMP
   has_parallel = threads > 1 && !omp_in_parallel() && !is_forked();
+  note_threads();
   if (has_parallel) {
 #pragma omp parallel num_threads(int(threads))
     {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/cores.h"
 #include "decode/cache.h"
 #include "decode/draws.h"
 #include "decode/guard.h"
@@ -218,6 +219,7 @@ void bind_cache(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = kCompiler;
   module.attr("openmp") = kOpenMP;
+  module.def("is_forked", &mblm::cpu::is_forked);
   py::register_local_exception_translator(translate);
   bind_guard(module);
   bind_weights(module);

@@ -10,6 +10,7 @@
 #include <limits>
 #include <utility>
 
+#include "cpu/cores.h"
 #include "cuda/decode_attention.h"
 #include "torch/common.h"
 
@@ -268,6 +269,7 @@ Hierarchy::Hierarchy(std::vector<std::shared_ptr<const Stage>> stages,
                      std::vector<int64_t> seq_lens, std::vector<Tensor> weights,
                      const std::vector<double>& eps)
     : stages_(std::move(stages)), weights_(std::move(weights)), frequencies_(stages_.size()) {
+  cpu::note_threads();  // decoding begins
   const size_t count = stages_.size();
   TORCH_CHECK_VALUE(count > 0, "stages must not be empty");
   check_count("seq_lens", seq_lens.size(), count);

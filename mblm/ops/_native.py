@@ -39,8 +39,7 @@ def load() -> None:
         try:
             _library = load_library(PACKAGE)
             if hasattr(os, "register_at_fork"):
-                # OpenMP would wait for threads that a forked process does not have.
-                os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+                os.register_at_fork(after_in_child=_use_one_thread_if_forked)
             return
         except ImportError as error:
             problem = f"cannot be loaded ({error})"
@@ -50,6 +49,12 @@ def load() -> None:
     if setting == "require":
         raise ImportError(message)
     warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _use_one_thread_if_forked() -> None:
+    """OpenMP would wait for threads that a forked process does not have, in PyTorch's code too."""
+    if library().is_forked():
+        torch.set_num_threads(1)
 
 
 def load_library(folder: Path) -> ModuleType:

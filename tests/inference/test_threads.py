@@ -56,3 +56,15 @@ if child == 0:
 print(os.waitpid(child, 0)[1])
 """
     assert output_of(script) == "0\n"
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_forked_before_anything_is_decoded_keeps_its_threads() -> None:
+    script = """
+child = os.fork()
+if child == 0:
+    os._exit(torch.get_num_threads())
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert output_of(script) == "4\n"
