@@ -58,6 +58,7 @@ class NativeCache:
         if packed is None:
             raise ValueError("model: compiled code cannot stand in for its local stage")
         self._model, self._type, self._packed = model, weights, packed
+        self._device = model.device  # which takes time to ask for
         self._engine: Any = _native.library().Cache(packed.hierarchy)
         self._states: dict[Row, dict[int, Share]] = {}  # of hosted stages
         self._torch: TorchCache | None = None
@@ -180,7 +181,7 @@ class NativeCache:
         with self._lease(rows) as held:
             check_count("plans", plans, rows)
             for index, plan in enumerate(plans):
-                check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._model.device)
+                check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._device)
             self._engine.begin(held, [self._native_plan(plan) for plan in plans])
 
     def _native_plan(self, plan: Plan) -> Any:
