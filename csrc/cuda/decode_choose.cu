@@ -102,15 +102,10 @@ MBLM_DEVICE bool is_allowed(const Automaton& automaton, int64_t of_class, int64_
          (automaton.distance[automaton.state] > left || automaton.distance[next] <= left - 1);
 }
 
-// Follows a token, the first thread alone, and tells each thread whether it is accepted now.
-MBLM_DEVICE bool accepts(Automaton& automaton, int64_t token) {
-  if (!automaton.classes) return false;
-  if (threadIdx.x == 0) {
-    const int64_t next = next_state(automaton, automaton.classes[token]);
-    automaton.state = next < 0 ? automaton.state : next;
-  }
-  __syncthreads();
-  return automaton.distance[automaton.state] == 0;
+// Where an automaton is after a token.
+MBLM_DEVICE int64_t state_after(const Automaton& automaton, int64_t token) {
+  const int64_t next = next_state(automaton, automaton.classes[token]);
+  return next < 0 ? automaton.state : next;
 }
 
 // Whether anything may come next, in each thread.
@@ -222,9 +217,13 @@ __global__ void __launch_bounds__(kThreads) choose_of_rows(Choice in) {
     bool is_over = id < 0 || row.left <= 1;
     if (row.way == Way::kChoose) {
       Slot& to = in.rows[index];
-      const bool matches = accepts(to.allow, id) && !allows_any(to.allow, planned, shared);
-      const bool stops = accepts(to.stop, id);
-      is_over = is_over || matches || stops;
+      if (threadIdx.x == 0) {
+        if (to.allow.classes) to.allow.state = state_after(to.allow, id);
+        if (to.stop.classes) to.stop.state = state_after(to.stop, id);
+      }
+      __syncthreads();
+      const bool stops = to.stop.classes && to.stop.distance[to.stop.state] == 0;
+      is_over = is_over || stops || (to.allow.classes && !allows_any(to.allow, planned, shared));
     }
     __syncthreads();
     if (threadIdx.x == 0) {

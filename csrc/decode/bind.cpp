@@ -11,6 +11,7 @@
 
 #include "cpu/cores.h"
 #include "decode/cache.h"
+#include "decode/device_cache.h"
 #include "decode/draws.h"
 #include "decode/guard.h"
 #include "decode/weights.h"
@@ -149,8 +150,8 @@ void bind_cache(py::module_& module) {
            py::arg("start"));
 
   py::class_<GeneratorDraws, std::shared_ptr<GeneratorDraws>>(module, "Draws")
-      .def(py::init<std::optional<at::Generator>, int64_t, int64_t>(), py::arg("generator"),
-           py::arg("lanes"), py::arg("num_tokens"));
+      .def(py::init<std::optional<at::Generator>, int64_t, int64_t, at::Device>(),
+           py::arg("generator"), py::arg("lanes"), py::arg("num_tokens"), py::arg("device"));
 
   py::class_<Wishes>(module, "Plan")
       .def(py::init(&plan), py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
@@ -183,6 +184,7 @@ void bind_cache(py::module_& module) {
 
   py::class_<Cache, std::shared_ptr<Cache>>(module, "Cache", "See mblm/inference/native_cache.py.")
       .def(py::init([](std::shared_ptr<Hierarchy> hierarchy) {
+             TORCH_CHECK_VALUE(hierarchy->is_on_cpu(), "weights must be on the CPU");
              return std::make_shared<Cache>(std::move(hierarchy));
            }),
            py::arg("hierarchy"))
@@ -212,6 +214,15 @@ void bind_cache(py::module_& module) {
       .def("state_shapes", &Cache::state_shapes)
       .def("set_state", &Cache::set_state, Release())
       .def("set_state_above", &Cache::set_state_above, Release());
+
+#ifdef MBLM_CUDA
+  py::class_<DeviceCache, Cache, std::shared_ptr<DeviceCache>>(module, "DeviceCache",
+                                                               "The same, on a GPU.")
+      .def(py::init([](std::shared_ptr<Hierarchy> hierarchy, int64_t max_rows) {
+             return std::make_shared<DeviceCache>(std::move(hierarchy), max_rows);
+           }),
+           py::arg("hierarchy"), py::arg("max_rows"));
+#endif
 }
 
 }  // namespace

@@ -74,12 +74,10 @@ int64_t before_host(const Parts& parts, const Row& row, int64_t to) {
 
 Cache::Cache(std::shared_ptr<const Hierarchy> hierarchy)
     : hierarchy_(std::move(hierarchy)),
-      num_tokens_(hierarchy_->num_tokens()),
-      max_length_(hierarchy_->max_length()),
       memory_(*hierarchy_->parts(0)),
-      rows_(hierarchy_->parts(0)->schedule.stages()) {
-  TORCH_CHECK_VALUE(hierarchy_->is_on_cpu(), "weights must be on the CPU");
-}
+      rows_(hierarchy_->parts(0)->schedule.stages()),
+      num_tokens_(hierarchy_->num_tokens()),
+      max_length_(hierarchy_->max_length()) {}
 
 std::shared_ptr<const Hierarchy> Cache::hierarchy() const {
   const std::lock_guard lock(table_mutex());
@@ -103,7 +101,7 @@ RowIds Cache::copy(const Lease& rows) {
   RowIds made = rows_.add(rows.size());
   try {
     const Lease copies(rows_, made);
-    for (int64_t i = 0; i < rows.size(); ++i) static_cast<RowState&>(copies[i]) = rows[i];
+    for (int64_t i = 0; i < rows.size(); ++i) copy_state(rows[i], copies[i]);
   } catch (...) {
     rows_.drop(made);
     throw;
@@ -111,11 +109,23 @@ RowIds Cache::copy(const Lease& rows) {
   return made;
 }
 
+void Cache::copy_state(const Row& from, Row& to) {
+  static_cast<RowState&>(to) = from;
+}
+
+void Cache::exchange_states(Row& one, Row& other) {
+  std::swap(static_cast<RowState&>(one), static_cast<RowState&>(other));
+}
+
+void Cache::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
+  memory_.reserve(parts, row, to, jumps);
+}
+
 void Cache::exchange(const Lease& rows, const Lease& others) {
   check_count("others", size_t(others.size()), size_t(rows.size()));
   for (int64_t i = 0; i < rows.size(); ++i) {
     note_fed(rows[i], others[i].length - rows[i].length);
-    std::swap(static_cast<RowState&>(rows[i]), static_cast<RowState&>(others[i]));
+    exchange_states(rows[i], others[i]);
   }
 }
 
@@ -163,7 +173,7 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
     members.push_back({.row = &rows[i], .to = to});
   }
   // All that may fail comes before the first change.
-  for (const Member& member : members) memory_.reserve(*parts, *member.row, member.to, true);
+  for (const Member& member : members) reserve(*parts, *member.row, member.to, true);
   for (int64_t i = 0; i < rows.size(); ++i) {
     if (ids[i].size(0) == 0) continue;
     append_ids(rows[i], ids[i]);
@@ -202,7 +212,7 @@ bool Cache::take_in(const Lease& rows, bool keeps_pending) {
       if (end <= rows[i].taken) continue;
       const int64_t to = before_host(*parts, rows[i], end);
       is_done = is_done && to == end;
-      memory_.reserve(*parts, rows[i], to, true);
+      reserve(*parts, rows[i], to, true);
       members.push_back({.row = &rows[i], .to = to});
     }
     if (advance(*parts, Run::Kind::kTakeIn, members) != Advanced::kFully) return false;
@@ -255,7 +265,7 @@ void Cache::reserve_ahead(const Parts& parts, std::vector<Member>& members) {
     const int64_t to =
         std::max(row.taken, std::min({last, row.taken + kReserved, parts.most_bytes}));
     try {
-      memory_.reserve(parts, row, to, false);
+      reserve(parts, row, to, false);
       member.to = to;
     } catch (const std::bad_alloc&) {
       member.reason = Reason::kMemory;
@@ -390,7 +400,7 @@ std::optional<Tensor> Cache::logits(const Lease& rows) {
   std::vector<Member> members;
   for (int64_t i = 0; i < rows.size(); ++i) {
     if (rows[i].length == rows[i].taken && !rows[i].logits.empty()) continue;
-    memory_.reserve(*parts, rows[i], rows[i].length, true);
+    reserve(*parts, rows[i], rows[i].length, true);
     rows[i].logits.reserve(vocabulary);
     members.push_back({.row = &rows[i], .to = rows[i].length});
   }
@@ -513,7 +523,7 @@ void Cache::supply(const Lease& rows, const Wanted& wanted, const Tensor& output
                           rows[index].has_pending() && is_host_due(*parts, rows[index]) &&
                           parts->schedule.due(rows[index].taken) == n,
                       "rows: row ", wanted.rows[i], " does not want stage ", n);
-    memory_.reserve(*parts, rows[index], rows[index].taken + 1, true);
+    reserve(*parts, rows[index], rows[index].taken + 1, true);
   }
   for (int64_t i = 0; i < count; ++i) {
     Row& row = rows[wanted.indices[i]];
@@ -540,7 +550,7 @@ SavedState Cache::state(const Lease& rows) {
   const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
   Row& row = rows[0];
   if (row.is_supplied) {  // what a host has given is of use with the next byte only
-    memory_.reserve(*parts, row, row.taken + 1, true);
+    reserve(*parts, row, row.taken + 1, true);
     std::vector<Member> members = {{.row = &row, .to = row.taken + 1}};
     advance(*parts, Run::Kind::kTakeIn, members);
   }

@@ -55,6 +55,7 @@ using Lease = Rows::Lease;
 class Cache {
  public:
   explicit Cache(std::shared_ptr<const Hierarchy> hierarchy);
+  virtual ~Cache() = default;
 
   // Goes on with other weights of the same shapes.
   void set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy);
@@ -101,28 +102,39 @@ class Cache {
   std::vector<std::pair<int64_t, int64_t>> lengths(const Lease& rows);  // and bytes taken in
   std::map<std::string, std::vector<int64_t>> state_shapes(int64_t taken) const;
   // Of one row.
-  SavedState state(const Lease& rows);
-  void set_state(const Lease& rows, const SavedState& state);
+  virtual SavedState state(const Lease& rows);
+  virtual void set_state(const Lease& rows, const SavedState& state);
   // The same with the local stage before its sequence, whose bytes it has yet to take in; but as it
   // was saved, if they are more than `most`.
-  void set_state_above(const Lease& rows, const SavedState& state, int64_t most);
+  virtual void set_state_above(const Lease& rows, const SavedState& state, int64_t most);
+
+ protected:
+  enum class Advanced { kFully, kToHost, kToMemory };
+
+  // Makes memory a row's own for the bytes before number `to`: see Memory.
+  virtual void reserve(const Parts& parts, Row& row, int64_t to, bool jumps);
+  // Goes on until no member does, one is paused, or the time is over.
+  virtual Advanced advance(
+      const Parts& parts, Run::Kind kind, std::vector<Member>& members,
+      cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
+  virtual void copy_state(const Row& from, Row& to);
+  virtual void exchange_states(Row& one, Row& other);
+
+  std::shared_ptr<const Hierarchy> hierarchy() const;
+
+  std::shared_ptr<const Hierarchy> hierarchy_;
+  Memory memory_;
+  Rows rows_;
 
  private:
   std::shared_ptr<const Parts> parts_for(const Lease& rows, int64_t more) const;
   std::unique_ptr<Workspace> take_space();
   void give_space(std::unique_ptr<Workspace> space);
   void reserve_ahead(const Parts& parts, std::vector<Member>& members);
-  std::shared_ptr<const Hierarchy> hierarchy() const;
   bool is_long(const Parts& parts, const Row& row, int64_t to, int64_t most) const;
   void check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
-  enum class Advanced { kFully, kToHost, kToMemory };
-  Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
-                   cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
 
-  std::shared_ptr<const Hierarchy> hierarchy_;
   const int64_t num_tokens_, max_length_;
-  Memory memory_;
-  Rows rows_;
   std::vector<std::unique_ptr<Workspace>> spaces_;  // of calls that are over
 };
 

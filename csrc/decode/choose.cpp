@@ -44,11 +44,16 @@ void end_where_due(Plan& plan) {
 }
 
 void append_chosen(Row& row, int64_t id, const float* logits, int64_t num_tokens, bool is_drawn) {
+  const bool is_wanted = row.plan->wants_log_probs;
+  append_chosen(row, id, is_wanted ? cpu::log_prob(logits, num_tokens, id) : 0, is_drawn);
+}
+
+void append_chosen(Row& row, int64_t id, float log_probability, bool is_drawn) {
   Plan& plan = *row.plan;
   ++row.length;
   row.tail.push_back(int32_t(id));
   row.ids.push_back(id);
-  if (plan.wants_log_probs) row.log_probs.push_back(cpu::log_prob(logits, num_tokens, id));
+  if (plan.wants_log_probs) row.log_probs.push_back(log_probability);
   if (plan.allow) plan.allow_state = plan.allow->step(plan.allow_state, id);
   if (plan.stop) plan.stop_state = plan.stop->step(plan.stop_state, id);
   ++plan.count;

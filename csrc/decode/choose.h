@@ -37,5 +37,6 @@ void end_where_due(Plan& plan);
 
 // Appends a byte to a row, whose lists have room for it. logits (num_tokens) are the model's.
 void append_chosen(Row& row, int64_t id, const float* logits, int64_t num_tokens, bool is_drawn);
+void append_chosen(Row& row, int64_t id, float log_probability, bool is_drawn);
 
 }  // namespace mblm::decode

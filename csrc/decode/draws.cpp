@@ -2,24 +2,38 @@
 #include "decode/draws.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 
 #include <algorithm>
+#include <limits>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/decode_choose.h"
+#include "cuda/philox.h"
+#include "torch/common.h"
+
 namespace mblm::decode {
 
 GeneratorDraws::GeneratorDraws(std::optional<at::Generator> generator, int64_t lanes,
-                               int64_t num_tokens)
-    : generator_(generator ? *generator : at::detail::getDefaultCPUGenerator()),
+                               int64_t num_tokens, const c10::Device& device)
+    : generator_(generator ? *generator : at::globalContext().defaultGenerator(device)),
       num_tokens_(num_tokens),
       lanes_(lanes) {
-  if (generator_.device().type() != at::kCPU) {
-    throw std::invalid_argument("generator: expected one of the CPU, got one of " +
-                                generator_.device().str());
-  }
+  TORCH_CHECK_VALUE(generator_.device().type() == device.type(), "generator: expected one of ",
+                    device, ", got one of ", generator_.device());
   spare_.reserve(1);
+  if constexpr (kCuda) {
+    if (!device.is_cuda()) return;
+    const c10::DeviceGuard guard(device);
+    TORCH_CHECK_VALUE(lanes <= std::numeric_limits<uint32_t>::max() / num_tokens,
+                      "lanes: numbers for ", lanes, " of them are too many to draw at once");
+    const cuda::Drawing drawing = cuda::drawing_of(lanes * num_tokens);
+    TORCH_CHECK(!drawing.error, "a GPU does not tell how it draws: ", drawing.error);
+    threads_ = uint32_t(drawing.threads);
+    drawn_at_once_ = uint64_t(drawing.offset);
+  }
 }
 
 void GeneratorDraws::check(int64_t lane) const {
@@ -54,32 +68,85 @@ void GeneratorDraws::leave(int64_t lane, int64_t n) noexcept {
 }
 
 const float* GeneratorDraws::of(int64_t lane, int64_t n) noexcept {
+  pass_on(lane, n);
   const std::lock_guard lock(draws_mutex());
-  lanes_[lane].next = n;
-  forget();
   try {
-    while (n >= first_ + int64_t(kept_.size())) draw();
+    draw_to(n);
+    Kept& kept = kept_[n - first_];
+    if (!kept.values) fill(kept);
+    return kept.values.get() + lane * num_tokens_;
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
-  return kept_[n - first_].get() + lane * num_tokens_;
 }
 
-void GeneratorDraws::draw() {
-  const int64_t count = int64_t(lanes_.size()) * num_tokens_;
-  std::unique_ptr<float[]> numbers;
-  if (spare_.empty()) {
-    numbers = std::make_unique_for_overwrite<float[]>(count);
-  } else {
-    numbers = std::move(spare_.back());
-    spare_.pop_back();
+Numbers GeneratorDraws::ahead(int64_t lane, int64_t n) {
+  const std::lock_guard lock(draws_mutex());
+  draw_to(n);
+  const Kept& kept = kept_[n - first_];
+  const int64_t first = lane * num_tokens_;
+  if (drawn_at_once_ == 0) return {.values = kept.values.get() + first};
+  return {.seed = kept.seed, .offset = kept.offset, .threads = threads_, .first = uint32_t(first)};
+}
+
+void GeneratorDraws::pass_on(int64_t lane, int64_t n) noexcept {
+  const std::lock_guard lock(draws_mutex());
+  lanes_[lane].next = n;
+  forget();
+}
+
+void GeneratorDraws::draw_to(int64_t n) {
+  while (n >= first_ + int64_t(kept_.size())) {
+    Kept kept;
+    if (drawn_at_once_ == 0 && !spare_.empty()) {
+      kept.values = std::move(spare_.back());
+      spare_.pop_back();
+    } else if (drawn_at_once_ == 0) {
+      kept.values = std::make_unique_for_overwrite<float[]>(lanes() * num_tokens_);
+    }
+    kept_.push_back(std::move(kept));
+    draw(kept_.back());
   }
-  float* const to = numbers.get();
-  kept_.push_back(std::move(numbers));
+}
+
+void GeneratorDraws::draw(Kept& kept) {
+  if (drawn_at_once_ > 0) {
+    c10::GeneratorImpl* const generator = generator_.unsafeGetGeneratorImpl();
+    const std::lock_guard lock(generator->mutex_);
+    kept.seed = generator->current_seed();
+    kept.offset = generator->get_offset();
+    generator->set_offset(kept.offset + drawn_at_once_);
+    return;
+  }
   auto* const generator = generator_.get<at::CPUGeneratorImpl>();
   const std::lock_guard lock(generator->mutex_);
+  for (int64_t i = 0; i < lanes() * num_tokens_; ++i) {
+    kept.values[i] = float(generator->random() & 0xffffff) * (1.f / float(1 << 24));
+  }
+}
+
+// The numbers that a GPU would draw.
+void GeneratorDraws::fill(Kept& kept) {
+  const int64_t count = lanes() * num_tokens_;
+  kept.values = std::make_unique_for_overwrite<float[]>(count);
   for (int64_t i = 0; i < count; ++i) {
-    to[i] = float(generator->random() & 0xffffff) * (1.f / float(1 << 24));
+    kept.values[i] = cuda::uniform_number(kept.seed, kept.offset, threads_, uint32_t(i));
+  }
+}
+
+void GeneratorDraws::give_back() noexcept {
+  const std::lock_guard lock(draws_mutex());
+  int64_t end = first_;
+  for (const LaneState& lane : lanes_) end = std::max(end, lane.next);
+  c10::GeneratorImpl* const generator = generator_.unsafeGetGeneratorImpl();
+  const std::lock_guard lock_of_generator(generator->mutex_);
+  while (drawn_at_once_ > 0 && first_ + int64_t(kept_.size()) > end) {
+    const Kept& last = kept_.back();
+    const bool is_latest = generator->current_seed() == last.seed &&
+                           generator->get_offset() == last.offset + drawn_at_once_;
+    if (!is_latest) return;
+    generator->set_offset(last.offset);
+    kept_.pop_back();
   }
 }
 
@@ -93,7 +160,9 @@ void GeneratorDraws::forget() noexcept {
   first = std::min(first, last);
   for (; first_ < first; ++first_) {
     if (kept_.empty()) continue;
-    if (spare_.empty()) spare_.push_back(std::move(kept_.front()));
+    if (spare_.empty() && kept_.front().values) {
+      spare_.push_back(std::move(kept_.front().values));
+    }
     kept_.pop_front();
   }
 }

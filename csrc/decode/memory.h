@@ -66,6 +66,10 @@ class Memory {
   std::vector<std::unique_ptr<Pool>> blobs_, pages_;
 };
 
+// Forgets bytes that no stage asks for any more, and makes room for so many more in a row's lists.
+// Throws std::bad_alloc.
+void reserve_lists(const Schedule& schedule, Row& row, int64_t room);
+
 // The first byte that a row's tail must hold after so many bytes: its stages may still ask for the
 // last patch of the most global one.
 inline int64_t first_kept(const Schedule& schedule, int64_t taken) {

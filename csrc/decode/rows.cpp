@@ -92,6 +92,7 @@ std::vector<RowId> Rows::add(int64_t count) {
       slot = free_.back();
       free_.pop_back();
     }
+    row->slot = slot;
     slots_[slot].row = std::move(row);
     ids.push_back(slot | slots_[slot].generation << 32);
   }

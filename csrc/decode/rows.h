@@ -41,6 +41,14 @@ inline const char* name_of(Reason reason) {
   return "";
 }
 
+// Uniform random numbers (num_tokens): drawn, or, of a GPU's generator, what draws them again. See
+// cuda/philox.h.
+struct Numbers {
+  const float* values = nullptr;
+  uint64_t seed = 0, offset = 0;
+  uint32_t threads = 1, first = 0;
+};
+
 // Where the uniform random numbers of plans come from: see draws.h.
 class Draws {
  public:
@@ -48,8 +56,17 @@ class Draws {
   // The n-th numbers (num_tokens) of a lane, valid until the lane asks for others or leaves; null
   // if there is no memory left.
   virtual const float* of(int64_t lane, int64_t n) noexcept = 0;
+  // The same, of a byte to come. Throws std::bad_alloc.
+  virtual Numbers ahead(int64_t lane, int64_t n) = 0;
+  // Numbers before the n-th are not asked for again.
+  virtual void pass_on(int64_t lane, int64_t n) noexcept = 0;
   // The lane serves its row no longer, and would go on with the n-th numbers.
   virtual void leave(int64_t lane, int64_t n) noexcept = 0;
+  // Gives numbers that no lane has come to back to a generator that can take them back, if nobody
+  // has drawn from it since.
+  virtual void give_back() noexcept {}
+  virtual bool can_give_back() const { return false; }
+  virtual const void* generator() const = 0;
 };
 
 // A lane of draws that serves a row.
@@ -70,6 +87,11 @@ class Lane {
 
   // Numbers of the next byte, the same until one is chosen; null if there is no memory left.
   const float* numbers() const { return draws_->of(lane_, next_); }
+  Numbers ahead(int64_t by) const { return draws_->ahead(lane_, next_ + by); }
+  void pass_on() const noexcept {
+    if (draws_) draws_->pass_on(lane_, next_);
+  }
+  Draws* draws() const { return draws_.get(); }
   void advance() { ++next_; }
   bool is(const Draws* draws, int64_t lane) const { return draws_.get() == draws && lane_ == lane; }
   void leave() noexcept {
@@ -124,6 +146,7 @@ struct RowState {
 };
 
 struct Row : RowState {
+  int64_t slot = 0;
   std::optional<Plan> plan;
 
   // What the last run or choice gave.

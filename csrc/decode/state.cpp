@@ -101,12 +101,15 @@ std::vector<int32_t> take_tail(const Parts& parts, const SavedState& state) {
 
 }  // namespace
 
-SavedState save_state(const Parts& parts, const Memory& memory, const Row& row) {
-  SavedState state{row.length, row.taken, {}};
+Tensor save_tail(const Parts& parts, const Row& row) {
   const int64_t kept = row.length - first_kept(parts.schedule, row.taken);
   Tensor tail = own_tensor({kept}, at::kLong);
   std::copy(row.tail.end() - kept, row.tail.end(), tail.mutable_data_ptr<int64_t>());
-  state.tensors.emplace("tail", tail);
+  return tail;
+}
+
+SavedState save_state(const Parts& parts, const Memory& memory, const Row& row) {
+  SavedState state{row.length, row.taken, {{"tail", save_tail(parts, row)}}};
   for (int64_t n = 0; row.taken > 0 && n < parts.schedule.stages(); ++n) {
     const StageLayout& layout = memory.layout(n);
     const StageState& stage = row.stages[n];
@@ -144,7 +147,7 @@ std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, con
   return shapes;
 }
 
-Row load_state(const Parts& parts, Memory& memory, const SavedState& state) {
+Row check_state(const Parts& parts, const Memory& memory, const SavedState& state) {
   TORCH_CHECK_VALUE(
       state.taken >= 0 && (state.length == state.taken || state.length == state.taken + 1),
       "taken must be length or length - 1 and not negative, got ", state.taken, " of length ",
@@ -160,6 +163,26 @@ Row load_state(const Parts& parts, Memory& memory, const SavedState& state) {
   size_t used = 1;
   for (int64_t n = 0; state.taken > 0 && n < parts.schedule.stages(); ++n) {
     const StageLayout& layout = memory.layout(n);
+    const int64_t positions = 1 + parts.schedule.position(n, state.taken);
+    for (const Part& part : parts_of_blob(parts, layout, n)) {
+      take(state, part.name, part.shape);
+      ++used;
+    }
+    for (const char* name : {".keys", ".values"}) {
+      if (!layout.has_pages()) break;
+      take(state, std::to_string(n) + name, shape_of_keys(layout, positions));
+      ++used;
+    }
+  }
+  TORCH_CHECK_VALUE(used == state.tensors.size(), "state must hold ", used, " tensors, got ",
+                    state.tensors.size());
+  return row;
+}
+
+Row load_state(const Parts& parts, Memory& memory, const SavedState& state) {
+  Row row = check_state(parts, memory, state);
+  for (int64_t n = 0; state.taken > 0 && n < parts.schedule.stages(); ++n) {
+    const StageLayout& layout = memory.layout(n);
     StageState& stage = row.stages[n];
     std::vector<std::pair<Part, Tensor>> found;
     for (const Part& part : parts_of_blob(parts, layout, n)) {
@@ -173,7 +196,6 @@ Row load_state(const Parts& parts, Memory& memory, const SavedState& state) {
       values = take(state, prefix + ".values", shape_of_keys(layout, positions));
     }
     memory.allocate(parts, n, stage, positions);
-    used += found.size() + (layout.has_pages() ? 2 : 0);
     for (const auto& [part, tensor] : found) {
       std::copy_n(tensor.const_data_ptr<float>(), tensor.numel(), stage.blob.data() + part.at);
     }
@@ -184,8 +206,6 @@ Row load_state(const Parts& parts, Memory& memory, const SavedState& state) {
                [&](int64_t at, float* to, int64_t count) { std::copy_n(from + at, count, to); });
     }
   }
-  TORCH_CHECK_VALUE(used == state.tensors.size(), "state must hold ", used, " tensors, got ",
-                    state.tensors.size());
   return row;
 }
 

@@ -23,14 +23,19 @@ struct SavedState {
 // A new tensor that is the caller's own, in inference mode, too.
 at::Tensor own_tensor(at::IntArrayRef shape, at::ScalarType type);
 
+// The bytes that a state tells.
+at::Tensor save_tail(const Parts& parts, const Row& row);
 SavedState save_state(const Parts& parts, const Memory& memory, const Row& row);
 
 // The shapes of a state's tensors after so many bytes, but for the tail, by name.
 std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, const Memory& memory,
                                                          int64_t taken);
 
-// A row of that state, in memory of its own. The engine's own start token is kept. Throws
-// c10::ValueError or c10::TypeError that names what does not fit the model or the rest.
+// A row of that state without memory. Throws c10::ValueError or c10::TypeError that names what does
+// not fit the model or the rest.
+Row check_state(const Parts& parts, const Memory& memory, const SavedState& state);
+
+// The same, in memory of its own. The engine's own start token is kept.
 Row load_state(const Parts& parts, Memory& memory, const SavedState& state);
 
 }  // namespace mblm::decode

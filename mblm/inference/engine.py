@@ -25,7 +25,7 @@ def cache_for(model: Any, weights: str) -> Cache:
     packed = weights_of(model, weights)
     if packed is None or packed.hosted or packed not in _finite:
         check_finite_weights(model)
-    if packed is None or model.device.type != "cpu":
+    if packed is None:
         return TorchCache(model)
     _finite.add(packed)
     return NativeCache(model, weights)

@@ -1,4 +1,4 @@
-"""The decoding cache in compiled code, on a CPU, with what Python adds to it.
+"""The decoding cache in compiled code, on a CPU or a GPU, with what Python adds to it.
 
 Rows live in ``mblm._C.Cache``. Python steps the stages that are hosted, keeps their states beside
 the rows, and has the reference take in long pieces.
@@ -23,6 +23,7 @@ from mblm.inference.torch_stages import loaded_bytes
 from mblm.inference.weights import weights_of
 from mblm.model.stage import tensor_of
 from mblm.ops import _native
+from mblm.ops.packing import is_on_gpu
 from mblm.utils.checks import check_integer, check_token_ids
 
 # The engine takes in up to so many positions of a stage at a time. Beyond that, PyTorch's products
@@ -40,26 +41,32 @@ class ChangedModelError(RuntimeError):
 
 
 class NativeCache:
-    """A `mblm.inference.cache.Cache` of which threads in C++ do the work.
+    """A `mblm.inference.cache.Cache` of which threads in C++, or a GPU, do the work.
 
     Its weights are those of the model at the time of each call. What it computes does not depend
     on the rows beside a row.
 
     Args:
-        model: An `mblm.MBLM` on a CPU.
+        model: An `mblm.MBLM`.
         weights: What linear layers' weights are read as: ``"float32"``, ``"bfloat16"``, ``"int8"``.
+        max_rows: On a GPU, how many rows there are slots for at first. Default 1.
 
     Raises:
         ValueError: The engine cannot stand in for the model; see `mblm.inference.weights`.
     """
 
-    def __init__(self, model: Any, weights: str = "float32") -> None:
+    def __init__(self, model: Any, weights: str = "float32", max_rows: int = 1) -> None:
         packed = weights_of(model, weights)
         if packed is None:
             raise ValueError("model: compiled code cannot stand in for its local stage")
         self._model, self._type, self._packed = model, weights, packed
         self._device = model.device  # which takes time to ask for
-        self._engine: Any = _native.library().Cache(packed.hierarchy)
+        library = _native.library()
+        self._engine: Any = (
+            library.DeviceCache(packed.hierarchy, max_rows)
+            if is_on_gpu(model.local_table)
+            else library.Cache(packed.hierarchy)
+        )
         self._states: dict[Row, dict[int, Share]] = {}  # of hosted stages
         self._torch: TorchCache | None = None
 
@@ -138,7 +145,7 @@ class NativeCache:
     def _logits(self, held: Any) -> Tensor:
         while (logits := self._engine.logits(held)) is None:
             self._step_hosted(held)
-        result: Tensor = logits
+        result: Tensor = logits.to(self._device)
         return result
 
     def state(self, row: Row) -> State:
@@ -195,7 +202,7 @@ class NativeCache:
             automata.append(None if automaton is None else _automata[automaton])
         draws = None if plan.draws is None else _draws.get(plan.draws)
         if draws is None:
-            draws = library.Draws(*_of(plan.draws), num_tokens)
+            draws = library.Draws(*_of(plan.draws), num_tokens, self._device)
             if plan.draws is not None:
                 draws = _draws.setdefault(plan.draws, draws)
         top_k, max_tokens = min(plan.top_k, num_tokens), min(plan.max_tokens, 1 << 60)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KERNELS = sorted(CSRC.glob("cuda/*.cu"))
 GLUE = sorted(
-    path for path in CSRC.glob("torch/*.cpp") if re.search("MBLM_CUDA|kCuda", path.read_text())
+    path
+    for folder in ("torch", "decode")
+    for path in CSRC.glob(f"{folder}/*.cpp")
+    if re.search("MBLM_CUDA|kCuda", path.read_text())
 )
 NVCC = shutil.which("nvcc") or shutil.which(
     "nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
@@ -37,7 +41,7 @@ def slow_but_few(paths: list[Path]) -> list[object]:
 
 def test_there_are_kernels_and_glue() -> None:
     operators = {path.stem for path in KERNELS if not path.stem.startswith("decode_")}
-    assert operators | {"library"} <= {path.stem for path in GLUE}
+    assert operators | {"device_cache", "library"} <= {path.stem for path in GLUE}
 
 
 @pytest.mark.parametrize("path", sorted(CSRC.glob("cuda/*")), ids=lambda path: path.name)
@@ -102,7 +106,7 @@ def test_glue_compiles_without_cuda(path: Path) -> None:
     include = Path(torch.__file__).parent / "include"
     command = [CXX, "-std=c++20", "-DMBLM_CUDA", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-I{CSRC}"]
-    command += ["-isystem", str(include)]
+    command += ["-isystem", str(include), "-isystem", sysconfig.get_path("include")]
     command += ["-isystem", str(include / "torch" / "csrc" / "api" / "include"), str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -131,12 +135,14 @@ def test_glue_passes_tests_with_emulated_kernels(tmp_path: Path) -> None:
     }
     defines = [f"-D{name}={value}" for name, value in options.items()]
     parity = ["tests/ops", "-k", "test_native_equals_reference or float64_on_the_cpu or one_order"]
-    decoding = ["tests/inference/test_session.py"]
+    decoding = ["tests/inference/test_session.py", "tests/inference/test_device_cache.py"]
+    every_cache = ["tests/inference/test_cache.py", "-k", "native and not any_schedule"]
     commands = [
         ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *defines],
         ["cmake", "--build", str(tmp_path), "--parallel", "2", "--target", "_C"],
         [sys.executable, "-c", RUN_WITH_LIBRARY, str(tmp_path), "-q", *parity],
         [sys.executable, "-c", RUN_WITH_LIBRARY, str(tmp_path), "-q", *decoding],
+        [sys.executable, "-c", RUN_WITH_LIBRARY, str(tmp_path), "-q", *every_cache],
     ]
     for command in commands:
         environment = {**os.environ, "MBLM_NATIVE": "0"}

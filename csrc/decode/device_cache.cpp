@@ -1,0 +1,282 @@
+// Units of rows on a GPU, told and read by the host: see device_cache.h.
+#ifdef MBLM_CUDA
+#include "decode/device_cache.h"
+
+#include <algorithm>
+#include <set>
+
+#include "torch/common.h"
+
+namespace mblm::decode {
+namespace {
+
+using at::Tensor;
+
+// Below this temperature, the highest logit is taken: see cpu/sampling.h.
+constexpr float kColdest = 1e-30f;
+
+// Whether something other than the local stage is due before a row's next byte.
+bool is_at_turn(const Schedule& schedule, int64_t taken) {
+  return taken == 0 || schedule.due(taken) + 1 < schedule.stages();
+}
+
+}  // namespace
+
+DeviceCache::DeviceCache(std::shared_ptr<const Hierarchy> hierarchy, int64_t max_rows)
+    : Cache(hierarchy), slots_(hierarchy->device()) {
+  TORCH_CHECK_VALUE(max_rows > 0, "max_rows must be positive, got ", max_rows);
+  TORCH_CHECK_VALUE(!hierarchy->is_on_cpu(), "weights must be on a GPU");
+  for (const StageParts& stage : hierarchy->parts(0)->stages) {
+    TORCH_CHECK_VALUE(!stage.is_hosted(), "on a GPU, no stage can be hosted");
+  }
+  make_room(max_rows, 0);
+}
+
+// Slots and tables for what rows need; they only grow. Tables are made for the context at once.
+void DeviceCache::make_room(int64_t slots, int64_t bytes) {
+  const std::shared_ptr<const Hierarchy> now = hierarchy();
+  if (used_ != now || bytes > parts_->most_bytes) {
+    const Schedule& schedule = now->parts(0)->schedule;
+    parts_ = now->parts(std::max(bytes, schedule.seq_len(0) * schedule.patch_size(0)));
+    used_ = now;
+  }
+  slots_.reserve(parts_, slots);
+}
+
+void DeviceCache::reserve(const Parts& parts, Row& row, int64_t to, bool) {
+  reserve_lists(parts.schedule, row, to - row.taken + 1);
+}
+
+Cache::Advanced DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<Member>& members,
+                                     cpu::Team::Clock::time_point until) {
+  int64_t slots = 0, bytes = 0;
+  for (const Member& member : members) {
+    slots = std::max(slots, member.row->slot + 1);
+    bytes = std::max(bytes, member.to);
+  }
+  for (;;) {
+    const std::lock_guard lock(mutex_);
+    make_room(slots, bytes);
+    const bool goes = run_unit(kind, members), is_paused = pause(kind, members);
+    if (is_paused || cpu::Team::Clock::now() >= until) return Advanced::kFully;
+    if (!goes) break;
+  }
+  const bool lacks_memory = std::any_of(members.begin(), members.end(), [](const Member& member) {
+    return member.goes() && member.row->plan && !member.row->plan->end;
+  });
+  return kind == Run::Kind::kChoose && lacks_memory ? Advanced::kToMemory : Advanced::kFully;
+}
+
+// Returns whether any row went on.
+bool DeviceCache::run_unit(Run::Kind kind, std::vector<Member>& members) {
+  for (int64_t slot = 0; slot < slots_.slots(); ++slot) slots_.row(slot).left = 0;
+  std::vector<Member*> going;
+  bool has_turn = false;
+  int64_t count = 0;
+  for (Member& member : members) {
+    const Row& row = *member.row;
+    if (kind == Run::Kind::kChoose && row.plan->end) member.reason = row.plan->end;
+    const int64_t steps = member.goes() ? tell(kind, member) : 0;
+    if (steps == 0) continue;
+    going.push_back(&member);
+    has_turn |= row.has_pending() && is_at_turn(parts_->schedule, row.taken);
+    count = std::max(count, steps);
+  }
+  if (going.empty()) return false;
+  if (kind == Run::Kind::kChoose) count = draw(going, count);
+  slots_.run(has_turn, count);
+  std::set<Draws*> draws;
+  for (const Member* member : going) {
+    read(kind, *member->row);
+    if (member->row->plan) draws.insert(member->row->plan->lane.draws());
+  }
+  for (Draws* of : draws) {
+    if (of) of->give_back();
+  }
+  return true;
+}
+
+int64_t DeviceCache::tell(Run::Kind kind, const Member& member) {
+  const Row& row = *member.row;
+  cuda::Slot& slot = slots_.row(row.slot);
+  slot = {};
+  slot.taken = row.taken;
+  slot.pending = row.has_pending() ? row.byte(row.taken) : -1;
+  if (kind != Run::Kind::kChoose) {
+    slot.way = cuda::Way::kFeed;
+    slot.left = std::min(member.to - row.taken, DeviceSlots::kBytes);
+    for (int64_t k = 0; k < slot.left; ++k) {
+      const int64_t number = row.taken + 1 + k;
+      slots_.ids(row.slot)[k] = number < row.length ? row.byte(number) : -1;
+    }
+    return steps_of(row, slot.left);
+  }
+  const Plan& plan = *row.plan;
+  const int64_t room = member.to - row.taken;
+  if (plan.pauses) {
+    slot.left = row.has_pending() && room > 0;
+    return slot.left;
+  }
+  slot.way = cuda::Way::kChoose;
+  slot.planned = plan.left();
+  slot.left = std::min({plan.left(), room + !row.has_pending(), DeviceSlots::kBytes});
+  const bool takes_likeliest = plan.sampling.temperature < kColdest;
+  const cpu::Sampling sampling = takes_likeliest ? cpu::Sampling() : plan.sampling;
+  slot.temperature = sampling.temperature;
+  slot.top_k = sampling.top_k;
+  slot.top_p = sampling.top_p;
+  slot.min_p = float(sampling.min_p);
+  slot.has_log_probs = plan.wants_log_probs;
+  slot.allow = on_device(plan.allow, plan.allow_state);
+  slot.stop = on_device(plan.stop, plan.stop_state);
+  return steps_of(row, slot.left);
+}
+
+// How many steps a row takes before it waits for a turn.
+int64_t DeviceCache::steps_of(const Row& row, int64_t left) const {
+  const Schedule& schedule = parts_->schedule;
+  const bool chooses_first = !row.has_pending();
+  if (chooses_first && is_at_turn(schedule, row.taken)) return std::min<int64_t>(left, 1);
+  if (schedule.stages() == 1) return left;
+  const int64_t patch = schedule.patch_size(schedule.stages() - 2);
+  return std::min(left, patch - row.taken % patch + chooses_first);
+}
+
+// Rows draw in their order, byte after byte. Where an automaton may end one, the numbers of its
+// other bytes must be given back, which only the last that drew from a generator can do.
+int64_t DeviceCache::draw(const std::vector<Member*>& going, int64_t count) {
+  std::set<const Draws*> draws;
+  std::set<const void*> sources;
+  bool may_end = false, gives_back = true;
+  for (const Member* member : going) {
+    const Plan& plan = *member->row->plan;
+    if (plan.pauses) count = 1;
+    may_end |= plan.allow || plan.stop;
+    gives_back &= plan.lane.draws()->can_give_back();
+    draws.insert(plan.lane.draws());
+    sources.insert(plan.lane.draws()->generator());
+  }
+  if (may_end && !(gives_back && draws.size() == sources.size())) count = 1;
+  const int64_t vocabulary = parts_->num_tokens();
+  for (int64_t step = 0; step < count; ++step) {
+    for (const Member* member : going) {
+      const Row& row = *member->row;
+      cuda::Slot& slot = slots_.row(row.slot);
+      if (slot.way != cuda::Way::kChoose || step >= steps_of(row, slot.left)) continue;
+      const Numbers numbers = row.plan->lane.ahead(step);
+      if (numbers.values) {
+        slot.has_numbers = true;
+        std::copy_n(numbers.values, vocabulary, slots_.uniform(row.slot) + step * vocabulary);
+        continue;
+      }
+      slot.threads = numbers.threads;
+      slot.first_number = numbers.first;
+      slots_.drawn(row.slot)[step] = {numbers.seed, numbers.offset};
+    }
+  }
+  return count;
+}
+
+void DeviceCache::read(Run::Kind kind, Row& row) {
+  const cuda::Slot& slot = slots_.row(row.slot);
+  if (slot.taken > row.taken) row.logits.clear();
+  row.taken = slot.taken;
+  if (kind != Run::Kind::kChoose || row.plan->pauses) return;
+  for (int64_t k = 0; k < slot.done; ++k) {
+    append_chosen(row, slots_.ids(row.slot)[k], slots_.log_probs(row.slot)[k], true);
+  }
+  row.plan->lane.pass_on();
+}
+
+bool DeviceCache::pause(Run::Kind kind, std::vector<Member>& members) {
+  std::vector<Member*> paused;
+  for (Member& member : members) {
+    const Row& row = *member.row;
+    if (!member.goes()) continue;
+    const bool is_done = kind == Run::Kind::kChoose ? row.plan->pauses && !row.has_pending()
+                                                    : row.taken >= member.to;
+    if (!is_done) continue;
+    if (kind == Run::Kind::kTakeIn) {
+      member.reason = Reason::kTime;
+    } else {
+      paused.push_back(&member);
+    }
+  }
+  if (paused.empty()) return false;
+  const Tensor logits = slots_.logits(), empty = slots_.empty_logits();
+  const int64_t vocabulary = parts_->num_tokens();
+  for (Member* member : paused) {
+    Row& row = *member->row;
+    const float* const from = row.length == 0
+                                  ? empty.const_data_ptr<float>()
+                                  : logits.const_data_ptr<float>() + row.slot * vocabulary;
+    row.logits.assign(from, from + vocabulary);
+    member->reason = Reason::kLogits;
+  }
+  return kind == Run::Kind::kChoose;
+}
+
+// The same automaton for the GPU's kernels. Tables that no plan has any more are forgotten.
+cuda::Automaton DeviceCache::on_device(const std::shared_ptr<const Automaton>& automaton,
+                                       int64_t state) {
+  if (!automaton) return {};
+  Tensor& tables = automata_[automaton];
+  const auto tokens = int64_t(automaton->class_of.size()),
+             transitions = int64_t(automaton->next.size()),
+             states = int64_t(automaton->distance.size());
+  if (!tables.defined()) {
+    std::erase_if(automata_, [&](const auto& each) {
+      return each.first != automaton && each.first.use_count() == 1;
+    });
+    const Tensor all = make::empty({tokens + transitions + states}, at::kInt);
+    int32_t* to = all.mutable_data_ptr<int32_t>();
+    for (const auto* table : {&automaton->class_of, &automaton->next, &automaton->distance}) {
+      to = std::copy(table->begin(), table->end(), to);
+    }
+    tables = make::empty({all.size(0)}, all.options().device(used_->device()));
+    tables.copy_(all);
+  }
+  const int32_t* const first = tables.const_data_ptr<int32_t>();
+  return {first, first + tokens, first + tokens + transitions, automaton->classes, state};
+}
+
+void DeviceCache::copy_state(const Row& from, Row& to) {
+  const std::lock_guard lock(mutex_);
+  make_room(std::max(from.slot, to.slot) + 1, from.length);
+  if (from.taken > 0) slots_.copy(from.slot, to.slot);
+  to.length = from.length;
+  to.taken = from.taken;
+  to.tail = from.tail;
+  to.logits = from.logits;
+}
+
+void DeviceCache::exchange_states(Row& one, Row& other) {
+  const std::lock_guard lock(mutex_);
+  make_room(std::max(one.slot, other.slot) + 1, std::max(one.length, other.length));
+  slots_.exchange(one.slot, other.slot);
+  std::swap(static_cast<RowState&>(one), static_cast<RowState&>(other));
+}
+
+SavedState DeviceCache::state(const Lease& rows) {
+  TORCH_CHECK_VALUE(rows.size() == 1, "rows: expected one, got ", rows.size());
+  const std::lock_guard lock(mutex_);
+  const Row& row = rows[0];
+  make_room(row.slot + 1, row.length);
+  SavedState state{row.length, row.taken, slots_.save(row.slot, row.taken)};
+  state.tensors.emplace("tail", save_tail(*parts_, row));
+  return state;
+}
+
+void DeviceCache::set_state(const Lease& rows, const SavedState& state) {
+  TORCH_CHECK_VALUE(rows.size() == 1, "rows: expected one, got ", rows.size());
+  const std::lock_guard lock(mutex_);
+  Row& row = rows[0];
+  Row loaded = check_state(*hierarchy()->parts(0), memory_, state);
+  make_room(row.slot + 1, state.length);
+  slots_.load(row.slot, loaded.taken, loaded.tail, loaded.length, state.tensors);
+  loaded.slot = row.slot;
+  row = std::move(loaded);
+}
+
+}  // namespace mblm::decode
+#endif

@@ -1,0 +1,54 @@
+// The cache of decoding states on a GPU. What Cache checks and knows of rows holds here, too; only
+// where their states lie, and who advances them, is another matter.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "decode/cache.h"
+#include "decode/device_slots.h"
+
+namespace mblm::decode {
+
+class DeviceCache : public Cache {
+ public:
+  // With slots for so many rows from the beginning. More are made when there are more rows; the
+  // kernels, and so a row's last bits, may differ with their number.
+  DeviceCache(std::shared_ptr<const Hierarchy> hierarchy, int64_t max_rows);
+
+  SavedState state(const Lease& rows) override;
+  void set_state(const Lease& rows, const SavedState& state) override;
+  void set_state_above(const Lease& rows, const SavedState& state, int64_t) override {
+    set_state(rows, state);
+  }
+
+ private:
+  void reserve(const Parts& parts, Row& row, int64_t to, bool jumps) override;
+  Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
+                   cpu::Team::Clock::time_point until) override;
+  void copy_state(const Row& from, Row& to) override;
+  void exchange_states(Row& one, Row& other) override;
+
+  void make_room(int64_t slots, int64_t bytes);
+  bool run_unit(Run::Kind kind, std::vector<Member>& members);
+  // Tells the GPU what is to become of a row in the next unit, and returns in how many steps.
+  int64_t tell(Run::Kind kind, const Member& member);
+  int64_t steps_of(const Row& row, int64_t left) const;
+  // Numbers for the rows that choose, and for how many steps at most it is known who draws.
+  int64_t draw(const std::vector<Member*>& going, int64_t count);
+  void read(Run::Kind kind, Row& row);
+  // What the rows whose caller is to choose, or wants logits, come to; whether there are such.
+  bool pause(Run::Kind kind, std::vector<Member>& members);
+  cuda::Automaton on_device(const std::shared_ptr<const Automaton>& automaton, int64_t state);
+
+  std::mutex mutex_;  // of what follows; held while a unit runs
+  DeviceSlots slots_;
+  std::shared_ptr<const Hierarchy> used_;
+  std::shared_ptr<const Parts> parts_;
+  // Tables of automata, (classes of tokens, next, distance).
+  std::map<std::shared_ptr<const Automaton>, at::Tensor> automata_;
+};
+
+}  // namespace mblm::decode

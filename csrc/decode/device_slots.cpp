@@ -1,0 +1,335 @@
+// Memory of rows on a GPU: see device_slots.h.
+#ifdef MBLM_CUDA
+#include "decode/device_slots.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+
+#include "torch/common.h"
+
+namespace mblm::decode {
+namespace {
+
+using at::Tensor;
+
+template <class T>
+T* pointer(const Tensor& tensor) {
+  return tensor.numel() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+cuda::LayerNormOf norm_of(const LayerNorm& norm) {
+  return {norm.weight, norm.bias, norm.eps};
+}
+
+// Copies what a tensor has to a larger one of the same kind.
+void copy_common(const Tensor& from, Tensor to) {
+  for (int64_t d = 0; d < to.dim(); ++d) to = to.narrow(d, 0, from.size(d));
+  to.copy_(from);
+}
+
+// Of a stage's buffers, those of its model's state come after these.
+constexpr size_t kState = 2;
+
+}  // namespace
+
+std::vector<DeviceSlots::Buffer> DeviceSlots::buffers_of(int64_t n, int64_t slots,
+                                                         int64_t limit) const {
+  const StageParts& part = parts_->stages[n];
+  std::vector<Buffer> all;
+  const auto add = [&](const char* name, std::vector<int64_t> shape, int64_t slot_dim,
+                       int64_t position_dim = -1) {
+    all.push_back({name, slot_dim, position_dim, make::zeros(shape, floats())});
+  };
+  add("output", {slots, part.dim}, 0);
+  add("context", {n > 0 ? slots : 0, limit, part.dim}, 0);
+  if (const auto* of = std::get_if<cpu::TransformerStage>(&part.model)) {
+    const auto layers = int64_t(of->layers.size());
+    add("delayed", {layers, 2, slots, of->dim / 2}, 2);
+    add("keys", {layers, slots, of->heads, 1 + limit, of->head_dim}, 1, 3);
+    add("values", {layers, slots, of->heads, 1 + limit, of->head_dim}, 1, 3);
+  } else if (const auto* of = std::get_if<cpu::Mamba1Stage>(&part.model)) {
+    const auto layers = int64_t(of->layers.size());
+    add("ssm", {layers, slots, of->inner, of->states}, 1);
+    add("window", {layers, slots, of->taps - 1, of->inner}, 1);
+  } else if (const auto* of = std::get_if<cpu::Mamba2Stage>(&part.model)) {
+    const auto layers = int64_t(of->layers.size());
+    add("ssm", {layers, slots, of->heads, of->inner / of->heads, of->states}, 1);
+    add("window", {layers, slots, of->taps - 1, of->inner + 2 * of->states}, 1);
+  }
+  return all;
+}
+
+cuda::AnyStageInSlots DeviceSlots::bind(int64_t n, const std::vector<Buffer>& buffers,
+                                        const std::vector<Buffer>& start) const {
+  // The parts that begin anew, of which there is a copy after the start token.
+  const auto part = [&](size_t i, int64_t layers) {
+    const Tensor& to = buffers[i].tensor;
+    const int64_t size = to.numel() / std::max<int64_t>(layers * to.size(buffers[i].slot_dim), 1);
+    return cuda::Beginning::Part{start.empty() ? nullptr : pointer<float>(start[i].tensor),
+                                 pointer<float>(to), layers, size};
+  };
+  const auto of_mamba = [&](const auto& model) -> cuda::AnyStageInSlots {
+    const auto layers = int64_t(model.layers.size());
+    const Tensor &ssm = buffers[kState].tensor, &window = buffers[kState + 1].tensor;
+    const cuda::MambaRow row = {pointer<float>(ssm), pointer<float>(window), ssm.stride(0),
+                                window.stride(0)};
+    return cuda::StageInSlots<std::decay_t<decltype(model)>, cuda::MambaRow>{
+        &model, row, {part(kState, layers), part(kState + 1, layers)}};
+  };
+  const StageModel& model = parts_->stages[n].model;
+  if (const auto* of = std::get_if<cpu::Mamba1Stage>(&model)) return of_mamba(*of);
+  if (const auto* of = std::get_if<cpu::Mamba2Stage>(&model)) return of_mamba(*of);
+  const auto& of = std::get<cpu::TransformerStage>(model);
+  const Tensor &delayed = buffers[kState].tensor, &keys = buffers[kState + 1].tensor;
+  cuda::TransformerRow row;
+  row.capacity = keys.size(3);
+  row.keys = pointer<float>(keys);
+  row.values = pointer<float>(buffers[kState + 2].tensor);
+  row.layer_stride = keys.stride(0);
+  row.delayed = pointer<float>(delayed);
+  row.part_stride = delayed.stride(1);
+  row.cos = of.cos;
+  row.sin = of.sin;
+  row.angles = of.angles;
+  return cuda::StageInSlots<cpu::TransformerStage, cuda::TransformerRow>{
+      &of, row, {part(kState, 2 * int64_t(of.layers.size())), {}}};
+}
+
+void DeviceSlots::reserve(std::shared_ptr<const Parts> parts, int64_t slots) {
+  if (parts == parts_ && slots <= slots_) return;
+  const c10::DeviceGuard guard(device_);
+  const bool is_first = !parts_;
+  const Schedule& schedule = parts->schedule;
+  int64_t size = std::max<int64_t>(slots_, 1);
+  while (size < slots) size *= 2;
+  const int64_t limit =
+      parts->max_length > 0 ? schedule.seq_len(0) : parts->most_bytes / schedule.patch_size(0);
+  parts_.swap(parts);
+  std::vector<StageMemory> grown(schedule.stages());
+  for (int64_t n = 0; n < schedule.stages(); ++n) {
+    grown[n].buffers = buffers_of(n, size, n > 0 ? schedule.seq_len(n) : std::max(limit, limit_));
+    grown[n].start = start_of(n);
+    for (size_t i = 0; i < grown[n].buffers.size(); ++i) {
+      const Buffer& to = grown[n].buffers[i];
+      if (!is_first) copy_common(stages_[n].buffers[i].tensor, to.tensor);
+      // Keys and values of the start token stay; all else is copied when a sequence begins.
+      if (to.position_dim >= 0)
+        to.tensor.narrow(to.position_dim, 0, 1).copy_(grown[n].start[i].tensor);
+    }
+  }
+  const Tensor last_bytes = make::zeros({size, schedule.patch_size(0)}, floats().dtype(at::kLong));
+  if (!is_first) copy_common(last_bytes_, last_bytes);
+  last_bytes_ = last_bytes;
+  stages_ = std::move(grown);
+  slots_ = size;
+  limit_ = std::max(limit, limit_);
+  allocate_exchange();
+  point();
+  launch(device_, cuda::wait_for);
+}
+
+// One step of a stage, of its start token.
+std::vector<DeviceSlots::Buffer> DeviceSlots::start_of(int64_t n) const {
+  const StageParts& part = parts_->stages[n];
+  std::vector<Buffer> buffers = buffers_of(n, 1, 0);
+  float* const output = pointer<float>(buffers[0].tensor);
+  buffers[0].tensor.copy_(
+      at::from_blob(const_cast<float*>(part.start_token), {1, part.dim}, floats()));
+  const Tensor position = make::zeros({1}, floats().dtype(at::kLong));
+  cuda::StageStep step;
+  step.rows = 1;
+  step.is_dependent = false;  // the weights may just have been packed
+  step.positions = pointer<int64_t>(position);
+  step.limit = 1;
+  step.x = output;
+  std::visit(
+      [&](const auto& of) {
+        const Tensor space = make::empty({cuda::workspace_size(*of.model, 1)}, floats());
+        step.workspace = pointer<float>(space);
+        launch(device_,
+               [&](cuda::Stream stream) { return cuda::step(*of.model, of.row, step, stream); });
+      },
+      bind(n, buffers, {}));
+  return buffers;
+}
+
+void DeviceSlots::allocate_exchange() {
+  const auto integers = floats().dtype(at::kLong);
+  const Schedule& schedule = parts_->schedule;
+  const int64_t stages = schedule.stages(), vocabulary = parts_->num_tokens();
+  std::vector<int64_t> sizes(stages);
+  for (int64_t n = 0; n < stages; ++n) sizes[n] = schedule.patch_size(n);
+  patch_sizes_ = make::empty({stages}, integers);
+  patch_sizes_.copy_(at::from_blob(sizes.data(), {stages}, at::kLong));
+  masks_ = make::zeros({2 * stages + 1, slots_}, integers);
+  logits_ = make::zeros({slots_, vocabulary}, floats());
+  ordered_ = make::zeros({slots_, 2, vocabulary}, floats());
+  const auto bytes_of = [&](int64_t size) { return slots_ * kBytes * size; };
+  ids_at_ = slots_ * int64_t(sizeof(cuda::Slot));
+  drawn_at_ = ids_at_ + bytes_of(sizeof(int64_t));
+  log_probs_at_ = drawn_at_ + bytes_of(sizeof(cuda::Drawn));
+  const int64_t size = log_probs_at_ + bytes_of(sizeof(float));
+  const bool is_pinned = !device_.is_cpu();
+  device_io_ = make::zeros({size}, floats().dtype(at::kByte));
+  host_ = make::empty({size}, at::TensorOptions().dtype(at::kByte).pinned_memory(is_pinned));
+  for (int64_t slot = 0; slot < slots_; ++slot) new (&row(slot)) cuda::Slot;
+  uniform_ = device_uniform_ = Tensor();
+}
+
+float* DeviceSlots::uniform(int64_t slot) {
+  const int64_t vocabulary = parts_->num_tokens();
+  if (!uniform_.defined()) {
+    uniform_ = make::zeros({slots_, kBytes, vocabulary}, at::kFloat);
+    device_uniform_ = make::zeros({slots_, kBytes, vocabulary}, floats());
+    point();
+  }
+  has_uniform_ = true;
+  return pointer<float>(uniform_) + slot * kBytes * vocabulary;
+}
+
+void DeviceSlots::point() {
+  graphs_.clear();
+  const Schedule& schedule = parts_->schedule;
+  const int64_t stages = schedule.stages();
+  units_ = {};
+  units_.slots = slots_;
+  units_.num_tokens = parts_->num_tokens();
+  units_.bytes = kBytes;
+  units_.to_logits = parts_->to_logits;
+  units_.schedule = {stages, pointer<int64_t>(patch_sizes_)};
+  unsigned char* const io = pointer<uint8_t>(device_io_);
+  units_.rows = reinterpret_cast<cuda::Slot*>(io);
+  units_.last_bytes = {pointer<int64_t>(last_bytes_), schedule.patch_size(0)};
+  units_.begins = pointer<int64_t>(masks_);
+  units_.takes = units_.begins + stages * slots_;
+  units_.positions = units_.takes + stages * slots_;
+  units_.logits = pointer<float>(logits_);
+  units_.choice.empty_logits = parts_->empty_logits;
+  units_.choice.ordered = pointer<float>(ordered_);
+  units_.choice.ids = reinterpret_cast<int64_t*>(io + ids_at_);
+  units_.choice.drawn = reinterpret_cast<cuda::Drawn*>(io + drawn_at_);
+  units_.choice.log_probs = reinterpret_cast<float*>(io + log_probs_at_);
+  if (device_uniform_.defined()) units_.choice.uniform = pointer<float>(device_uniform_);
+  for (int64_t n = 0; n < stages; ++n) {
+    const StageParts& part = parts_->stages[n];
+    const std::vector<Buffer>& buffers = stages_[n].buffers;
+    cuda::UnitStage& stage = units_.stages.emplace_back();
+    stage.model = bind(n, buffers, stages_[n].start);
+    stage.dim = part.dim;
+    stage.patch_size = schedule.patch_size(n);
+    stage.limit = n > 0 ? schedule.seq_len(n) : limit_;
+    stage.table = part.table;
+    stage.fixed = part.fixed;
+    stage.rotation = part.rotation;
+    stage.start_output = pointer<float>(stages_[n].start[0].tensor);
+    stage.output = pointer<float>(buffers[0].tensor);
+    stage.context = pointer<float>(buffers[1].tensor);
+    stage.flat_norm = norm_of(part.flat_norm);
+    stage.norm = norm_of(part.norm);
+    stage.project = part.project;
+    stage.to_context = part.to_context;
+  }
+  for (int64_t n = 0; n < stages; ++n) {
+    Tensor& space = stages_[n].workspace;
+    space = make::empty({units_.workspace_size(units_.stages[n])}, floats());
+    units_.stages[n].workspace = pointer<float>(space);
+  }
+}
+
+void DeviceSlots::run(bool has_turn, int64_t count) {
+  const c10::DeviceGuard guard(device_);
+  device_io_.copy_(host_, true);
+  if (has_uniform_) device_uniform_.copy_(uniform_);
+  has_uniform_ = false;
+  const auto queue = [this, has_turn, count](cuda::Stream stream) {
+    return units_.queue(has_turn, count, stream);
+  };
+  Captured& captured = graphs_[{has_turn, count}];
+  launch(device_, [&](cuda::Stream stream) -> cuda::Error {
+    // The first time, it is queued as it is, which also loads the kernels.
+    if (captured.times++ == 0) return queue(stream);
+    if (!captured.graph) {
+      if (const cuda::Error error = capture_.create()) return error;
+      if (const cuda::Error error = captured.graph.record(capture_, queue)) return error;
+    }
+    return captured.graph.launch(stream);
+  });
+  host_.copy_(device_io_, true);
+  launch(device_, cuda::wait_for);
+}
+
+at::Tensor DeviceSlots::logits() {
+  const c10::DeviceGuard guard(device_);
+  launch(device_, [&](cuda::Stream stream) { return units_.compute_logits(stream); });
+  return logits_.cpu();
+}
+
+at::Tensor DeviceSlots::empty_logits() const {
+  return at::from_blob(const_cast<float*>(parts_->empty_logits), {parts_->num_tokens()}, floats())
+      .cpu();
+}
+
+DeviceSlots::Tensors DeviceSlots::save(int64_t slot, int64_t taken) const {
+  const c10::DeviceGuard guard(device_);
+  Tensors tensors;
+  for (int64_t n = 0; taken > 0 && n < parts_->schedule.stages(); ++n) {
+    const int64_t positions = 1 + parts_->schedule.position(n, taken);
+    for (const Buffer& buffer : stages_[n].buffers) {
+      if (buffer.tensor.size(buffer.slot_dim) == 0) continue;
+      tensors.emplace(std::to_string(n) + "." + buffer.name,
+                      buffer.of(slot, positions).contiguous().cpu().clone());
+    }
+  }
+  return tensors;
+}
+
+void DeviceSlots::load(int64_t slot, int64_t taken, std::span<const int32_t> tail, int64_t length,
+                       const Tensors& tensors) {
+  const c10::DeviceGuard guard(device_);
+  for (int64_t n = 0; taken > 0 && n < parts_->schedule.stages(); ++n) {
+    const int64_t positions = 1 + parts_->schedule.position(n, taken);
+    for (const Buffer& buffer : stages_[n].buffers) {
+      const auto found = tensors.find(std::to_string(n) + "." + buffer.name);
+      if (found != tensors.end()) buffer.of(slot, positions).copy_(found->second);
+    }
+  }
+  const int64_t size = parts_->schedule.patch_size(0), first = length - int64_t(tail.size());
+  Tensor ring = make::zeros({size}, at::kLong);
+  for (int64_t at = std::max(first, length - size); at < taken; ++at) {
+    ring.mutable_data_ptr<int64_t>()[at % size] = tail[at - first];
+  }
+  last_bytes_.select(0, slot).copy_(ring);
+  launch(device_, cuda::wait_for);  // other threads may use another stream
+}
+
+void DeviceSlots::copy(int64_t from, int64_t to) {
+  const c10::DeviceGuard guard(device_);
+  for (const StageMemory& stage : stages_) {
+    for (const Buffer& buffer : stage.buffers) {
+      if (buffer.tensor.size(buffer.slot_dim) == 0) continue;
+      buffer.of(to).copy_(buffer.of(from));
+    }
+  }
+  last_bytes_.select(0, to).copy_(last_bytes_.select(0, from));
+  launch(device_, cuda::wait_for);
+}
+
+void DeviceSlots::exchange(int64_t one, int64_t other) {
+  const c10::DeviceGuard guard(device_);
+  const auto swap = [](Tensor a, Tensor b) {
+    const Tensor held = a.clone();
+    a.copy_(b);
+    b.copy_(held);
+  };
+  for (const StageMemory& stage : stages_) {
+    for (const Buffer& buffer : stage.buffers) {
+      if (buffer.tensor.size(buffer.slot_dim) > 0) swap(buffer.of(one), buffer.of(other));
+    }
+  }
+  swap(last_bytes_.select(0, one), last_bytes_.select(0, other));
+  launch(device_, cuda::wait_for);
+}
+
+}  // namespace mblm::decode
+#endif

@@ -1,0 +1,157 @@
+"""The cache on a GPU: rows come and go at any phase, and have the bits that they have alone.
+
+It runs where there is a GPU, and where the kernels are compiled to be emulated on the CPU, which a
+slow test of tests/packaging/test_cuda_sources.py does; that test runs test_cache.py so, too.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mblm import MBLM
+from mblm.inference.automaton import Automaton
+from mblm.inference.native_cache import NativeCache
+from mblm.inference.plan import Draws, Plan
+from mblm.inference.torch_cache import TorchCache
+from mblm.ops import _native
+from mblm.ops.packing import round_weight
+from tests.inference.caches import build, ids_of, whole_logits
+
+KIND = torch.ops.mblm.device_kind() if _native.is_loaded() else ""
+IS_EMULATED = KIND == "cpu"
+CAN_RUN = IS_EMULATED or (KIND == "cuda" and torch.cuda.is_available())
+pytestmark = [
+    pytest.mark.skipif(not CAN_RUN, reason="neither a GPU nor kernels compiled to be emulated"),
+    *([] if IS_EMULATED else [pytest.mark.gpu]),
+]
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-3}
+PAIRS = [("transformer", "mamba1"), ("mamba1", "mamba2"), ("mamba2", "transformer")]
+
+
+def on_device(*kinds: str, **fields: Any) -> MBLM:
+    torch.manual_seed(0)
+    return build(*kinds, **fields).to(KIND)
+
+
+def run_out(cache: NativeCache | TorchCache, rows: list[int]) -> list[list[int]]:
+    """All bytes that the rows' plans choose."""
+    chosen: list[list[int]] = [[] for _ in rows]
+    for _ in range(100):
+        rans = cache.run(rows)
+        for ids, ran in zip(chosen, rans, strict=True):
+            ids += ran.ids.tolist()
+        if all(ran.reason != "time" for ran in rans):
+            return chosen
+    raise AssertionError("it does not end")
+
+
+def numbers(seed: int) -> Draws:
+    return Draws(torch.Generator(KIND).manual_seed(seed))
+
+
+def plan_of(row: int, ending: int) -> Plan:
+    """Row 0 takes the likeliest bytes, row 2 ends at a byte, others sample."""
+    stop = Automaton.of_strings([[ending]], 19) if row == 2 else None
+    return Plan(9 + row, top_k=1 if row == 0 else 9, stop=stop, draws=numbers(row))
+
+
+@pytest.mark.parametrize("kinds", PAIRS, ids=" above ".join)
+@torch.inference_mode()
+def test_rows_at_every_phase_have_the_bits_that_they_have_alone(kinds: tuple[str, ...]) -> None:
+    m = on_device(*kinds, seq_lens=(8, 4))
+    prompts = [ids_of(3 + row, row) for row in range(5)]
+
+    def alone(row: int, ending: int) -> tuple[list[int], torch.Tensor]:
+        cache = NativeCache(m, max_rows=8)
+        rows = cache.add()
+        cache.feed(rows, [prompts[row]])
+        cache.begin(rows, [plan_of(row, ending)])
+        return run_out(cache, rows)[0], cache.logits(rows)[0]
+
+    ending = alone(2, 18)[0][4]
+    cache = NativeCache(m, max_rows=8)
+    rows = cache.add(5)
+    cache.feed(rows, prompts)
+    cache.begin(rows, [plan_of(row, ending) for row in range(5)])
+    chosen = [ran.ids.tolist() for ran in cache.run(rows, 0)]
+    (fork,) = cache.copy([rows[4]])
+    cache.drop([rows[3]])
+    kept = [0, 1, 2, 4]
+    more = run_out(cache, [rows[row] for row in kept])
+    for row, after in zip(kept, more, strict=True):
+        ids, logits = alone(row, ending)
+        assert chosen[row] + after == ids
+        assert torch.equal(cache.logits([rows[row]])[0], logits)
+    cache.begin([fork], [Plan(3)])
+    assert len(run_out(cache, [fork])[0]) == 3
+    assert cache.lengths([fork]) == [7 + len(chosen[4]) + 3]
+
+
+@torch.inference_mode()
+def test_a_state_moves_between_engines_and_slots() -> None:
+    m = on_device("mamba1", "transformer", "mamba2", seq_lens=(4, 3, 2))
+    device, torch_cache = NativeCache(m, max_rows=2), TorchCache(m)
+    for length in (1, 2, 6, 7, 13):
+        (row,), (other,) = device.add(), torch_cache.add()
+        device.feed([row], [ids_of(length)])
+        torch_cache.set_state(other, device.state(row))
+        torch.testing.assert_close(
+            torch_cache.logits([other])[0].cpu(), device.logits([row])[0].cpu(), **CLOSE
+        )
+        (copy,) = device.add()
+        device.set_state(copy, torch_cache.state(other))
+        device.begin([row, copy], [Plan(5), Plan(5)])
+        first, second = run_out(device, [row, copy])
+        assert first == second
+        device.drop([row])  # whose slot the next one has
+
+
+@torch.inference_mode()
+def test_slots_grow_with_rows() -> None:
+    m = on_device("transformer", "transformer", seq_lens=(5, 3))
+    cache = NativeCache(m, max_rows=1)
+    rows, prompts = [], [ids_of(2 + row, row) for row in range(5)]
+    for prompt in prompts:
+        rows += cache.add()
+        cache.feed(rows[-1:], [prompt])
+    for row, prompt in zip(rows, prompts, strict=True):
+        torch.testing.assert_close(
+            cache.logits([row])[0].cpu(), whole_logits(m, prompt).cpu(), **CLOSE
+        )
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["to their ends", "with stops"])
+@torch.inference_mode()
+def test_a_seed_means_the_bytes_that_it_means_in_pytorch(stops: bool) -> None:
+    """The lanes of one generator, and rows of others: no number more is drawn."""
+    m = on_device("mamba2", "transformer", seq_lens=(9, 4))
+    stop = Automaton.of_strings([[4], [9, 9]], 19) if stops else None
+    results = []
+    for cache in (NativeCache(m, max_rows=4), TorchCache(m)):
+        generators = [torch.Generator(KIND).manual_seed(seed) for seed in (1, 2)]
+        shared, own = Draws(generators[0], 3), Draws(generators[1])
+        rows = cache.add(4)
+        cache.feed(rows, [ids_of(2 + row) for row in range(4)])
+        plans = [Plan(11, top_k=9, draws=shared, lane=lane, stop=stop) for lane in range(3)]
+        cache.begin(rows, [*plans, Plan(11, top_p=0.9, min_p=0.02, draws=own, stop=stop)])
+        results.append((run_out(cache, rows), [g.get_state() for g in generators]))
+    assert results[0][0] == results[1][0]
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@torch.inference_mode()
+def test_weights_are_rounded_and_nothing_else(weights: str) -> None:
+    m, rounded = (on_device("transformer", "mamba1", seq_lens=(5, 4)) for _ in range(2))
+    for part in rounded.modules():
+        if isinstance(part, torch.nn.Linear):
+            weight, scale = round_weight(part.weight.data, weights)
+            part.weight.data = weight.float() * (scale[:, None] if weights == "int8" else 1)
+    cache, ids = NativeCache(m, weights, max_rows=2), ids_of(11)
+    rows = cache.add()
+    cache.feed(rows, [ids])
+    torch.testing.assert_close(
+        cache.logits(rows)[0].cpu(), whole_logits(rounded, ids).cpu(), atol=2e-3, rtol=2e-3
+    )
