@@ -9,9 +9,8 @@ namespace mblm::cuda {
 constexpr int kWarps = kThreads / kWarp;
 
 // Whether a row takes no part in a call.
-MBLM_DEVICE bool is_masked(const int* halted, const int64_t* positions, int64_t row,
-                           bool there_is = true) {
-  return (halted && *halted) || (positions && there_is && positions[row] < 0);
+MBLM_DEVICE bool is_masked(const int64_t* positions, int64_t row, bool there_is = true) {
+  return positions && there_is && positions[row] < 0;
 }
 
 MBLM_DEVICE float factor_of(const RowNorm& norm, float squares, int64_t count) {

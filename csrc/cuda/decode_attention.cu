@@ -31,7 +31,6 @@ __global__ void __launch_bounds__(kThreads) cached_attention(CachedAttention in)
   float* const highest = sums + kWarps * dim;   // (kWarps)
   float* const weights = highest + kWarps;      // (kWarps)
   wait_for_inputs();
-  if (in.halted && *in.halted) return;
   const float scale = 1 / sqrtf(float(dim));
   for (int64_t item = blockIdx.x; item < in.rows * in.heads; item += gridDim.x) {
     const int64_t row = item / in.heads, head = item % in.heads, position = in.positions[row];

@@ -11,7 +11,6 @@ constexpr int64_t kWidestHead = 256;
 
 struct CachedAttention {
   int64_t rows = 0, heads = 0, head_dim = 0;   // head_dim at most kWidestHead
-  const int* halted = nullptr;                 // where it is not 0, nothing is written
   const int64_t* positions = nullptr;          // (rows), of this position in the cache
   int64_t limit = 0;                           // positions that cache and angles have room for
   const float* q = nullptr;                    // (rows, heads, head_dim)

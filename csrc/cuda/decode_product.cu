@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
     const int64_t own_column = first_column + lane % kColumns;
     const bool writes = own_row < count && lane < kRows * kColumns && own_column < outputs;
     const Column column(in, writes ? own_column : 0);
-    bool is_halted = false;
+    bool is_left_out = false;
     float residual = 0;
     float sums[kRows][kColumns] = {}, squares[kRows] = {};
     for (int64_t begin = 0; begin < inputs; begin += kChunk) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
       }
       if (begin == 0) {
         wait_for_inputs();
-        is_halted = is_masked(in.halted, in.positions, first_row + own_row, writes);
+        is_left_out = is_masked(in.positions, first_row + own_row, writes);
         if (in.residual && writes) {
           residual = in.residual[(first_row + own_row) * column.outputs + column.index];
         }
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
             for (int w = 0; w < kWarps; ++w) all += partial[own_row * kWarps + w];
             total *= factor_of(in.norm, all, inputs);
           }
-          finish(in, column, first_row + own_row, total, residual, is_halted);
+          finish(in, column, first_row + own_row, total, residual, is_left_out);
         }
       }
       __syncthreads();

@@ -53,36 +53,36 @@ struct Column {
 
 // One position of the convolution of a channel, and SiLU.
 MBLM_DEVICE float convolve(const Convolution& in, int64_t row, int64_t channel, float x,
-                           bool is_halted) {
+                           bool is_left_out) {
   const float* weight = in.weight + channel * in.taps;
   float* window = in.window + row * (in.taps - 1) * in.channels + channel;
   float sum = in.bias[channel];
   for (int64_t t = 0; t + 1 < in.taps; ++t) {
     const float value = window[t * in.channels];
     sum += value * weight[t];
-    if (t > 0 && !is_halted) window[(t - 1) * in.channels] = value;
+    if (t > 0 && !is_left_out) window[(t - 1) * in.channels] = value;
   }
-  if (in.taps > 1 && !is_halted) window[(in.taps - 2) * in.channels] = x;
+  if (in.taps > 1 && !is_left_out) window[(in.taps - 2) * in.channels] = x;
   sum += x * weight[in.taps - 1];
   return sum / (1 + expf(-sum));
 }
 
 MBLM_DEVICE void finish(const Product& in, const Column& column, int64_t row, float sum,
-                        float residual, bool is_halted) {
+                        float residual, bool is_left_out) {
   float value = sum * column.scale + column.bias;
   if (in.residual) {
     value += residual;
     const int64_t half = column.outputs / 2, kept = column.index - (column.outputs - half);
-    if (in.keep && kept >= 0 && !is_halted) in.keep[row * half + kept] = residual;
+    if (in.keep && kept >= 0 && !is_left_out) in.keep[row * half + kept] = residual;
   }
   if (in.then == cpu::Then::kGelu) value = 0.5f * value * (1 + erff(value * 0.70710678f));
   const Convolution& convolution = in.convolution;
   const int64_t channel = column.index - convolution.first;
   if (channel >= 0 && channel < convolution.channels) {
-    value = convolve(convolution, row, channel, value, is_halted);
+    value = convolve(convolution, row, channel, value, is_left_out);
   }
   float* out = column.is_second ? in.out_second : in.out;
-  if (!is_halted) out[row * column.outputs + column.index] = value;
+  if (!is_left_out) out[row * column.outputs + column.index] = value;
 }
 
 // multiply() of many rows, with weights that are not float32.

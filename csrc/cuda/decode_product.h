@@ -26,7 +26,6 @@ struct Convolution {
 // out = then(inputs @ weight.T + bias + residual), of one matrix or of two with the same inputs.
 struct Product {
   int64_t rows = 0;
-  const int* halted = nullptr;         // where it is not 0, nothing is written
   const int64_t* positions = nullptr;  // (rows), negative where nothing is written; or null
   // launch_dependent: not where weights were written by what is just ahead, or streams come
   // together

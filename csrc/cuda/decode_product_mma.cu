@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_of_tiles(Product in, int 
         sum *= factor_of(in.norm, all, inputs);
       }
       finish(in, column, first_row + row, sum, residuals[i],
-             is_masked(in.halted, in.positions, first_row + row));
+             is_masked(in.positions, first_row + row));
     }
     __syncthreads();
   }

@@ -55,7 +55,7 @@ MBLM_DEVICE void for_each_channel(const StateUpdate& in, Function function) {
   const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   for (int64_t item = first; item < in.rows * in.inner; item += int64_t(gridDim.x) * kWarps) {
     const int64_t row = quotient(item, in.inner);
-    if (is_masked(in.halted, in.positions, row)) continue;
+    if (is_masked(in.positions, row)) continue;
     function(row, item - row * in.inner);
   }
 }

@@ -11,7 +11,6 @@ namespace mblm::cuda {
 // state = decay * state + step * x * b; out = (the sum of state * c + direct * x) * silu(gate).
 struct StateUpdate {
   int64_t rows = 0, inner = 0, states = 0;
-  const int* halted = nullptr;         // where it is not 0, nothing is written
   const int64_t* positions = nullptr;  // (rows), negative where nothing is written; or null
   // Per row, each `stride` values after that of the row before: (inner), (inner), (states),
   // (states).

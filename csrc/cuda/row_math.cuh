@@ -5,6 +5,7 @@
 
 #include "cuda/decode.cuh"
 #include "cuda/decode_rows.h"
+#include "cuda/decode_slots.h"
 #include "cuda/kernel.cuh"
 
 namespace mblm::cuda {
@@ -43,9 +44,9 @@ MBLM_DEVICE float normalized(const LayerNormOf& norm, const Moments& of, int64_t
 }
 
 // value(i) for i < dim, at its place in a row. Values of a pair may be read after one was written
-// only if value() does not read x. `In` is Tokens, or a run's Place.
-template <class In, class Value>
-MBLM_DEVICE float placed(const In& in, int64_t row, int64_t position, int64_t i, Value value) {
+// only if value() does not read x.
+template <class Value>
+MBLM_DEVICE float placed(const Tokens& in, int64_t row, int64_t position, int64_t i, Value value) {
   float result = value(i);
   if (in.rotation) {
     const float* angle = in.rotation + position * in.dim + (i & ~int64_t(1));

@@ -17,7 +17,6 @@ Product product_of(const StageStep& in, const cpu::Matrix& matrix, const float* 
                    float* out) {
   Product product;
   product.rows = in.rows;
-  product.halted = in.halted;
   product.positions = in.positions;
   product.x = x;
   product.x_stride = stride;
@@ -39,7 +38,6 @@ void add_final_norm(Launches& launches, const StageStep& in, int64_t dim, const 
   FinalNorm last;
   last.rows = in.rows;
   last.dim = dim;
-  last.halted = in.halted;
   last.positions = in.positions;
   last.norm = norm;
   last.x = in.x;
@@ -86,7 +84,6 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
     attention.rows = in.rows;
     attention.heads = stage.heads;
     attention.head_dim = stage.head_dim;
-    attention.halted = in.halted;
     attention.positions = in.positions;
     attention.limit = std::min(in.limit, state.capacity);
     attention.q = q;
@@ -142,7 +139,6 @@ Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep
     update.rows = in.rows;
     update.inner = stage.inner;
     update.states = stage.states;
-    update.halted = in.halted;
     update.positions = in.positions;
     update.x = both;
     update.gate = both + stage.inner;
@@ -186,7 +182,6 @@ Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep
     update.rows = in.rows;
     update.inner = inner;
     update.states = stage.states;
-    update.halted = in.halted;
     update.positions = in.positions;
     update.gate = both;
     update.x = both + inner;

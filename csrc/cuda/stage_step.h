@@ -35,7 +35,6 @@ struct MambaRow {
 struct StageStep {
   int64_t rows = 0;
   bool is_dependent = true;            // of the first kernel: see Product
-  const int* halted = nullptr;         // where it is not 0, nothing is written; or null
   const int64_t* positions = nullptr;  // (rows), in the cache; negative where nothing is written
   int64_t limit = 0;                   // positions that the cache has room for
   float* x = nullptr;                  // (rows, dim), replaced by the output

@@ -148,7 +148,7 @@ void what_comes_after_is_that_of_few_rows(WeightType type) {
   in.matrix = store.matrix(outputs, inputs);
   in.convolution = {5, channels, taps, store.vector(channels * taps), store.vector(channels)};
   const float* windows = store.vector(rows * (taps - 1) * channels);
-  const auto run = [&](int64_t at_once, cpu::Then then, const int* halted) {
+  const auto run = [&](int64_t at_once, cpu::Then then, const int64_t* positions) {
     return test::in_both_orders([&] {
       auto out = test::unwritten<float>(rows * outputs);
       std::vector<float> window(windows, windows + rows * (taps - 1) * channels);
@@ -156,7 +156,7 @@ void what_comes_after_is_that_of_few_rows(WeightType type) {
         cuda::Product some = in;
         some.rows = at_once;
         some.then = then;
-        some.halted = halted;
+        some.positions = positions;
         some.x += row * inputs;
         some.out = out.data() + row * outputs;
         some.convolution.window = window.data() + row * (taps - 1) * channels;
@@ -171,8 +171,8 @@ void what_comes_after_is_that_of_few_rows(WeightType type) {
     CHECK(test::nearly(out, expected));
     CHECK(test::nearly(window, expected_window));
   }
-  const int halted = 1;
-  const auto [out, window] = run(rows, cpu::Then::kStore, &halted);
+  const std::vector<int64_t> positions(rows, -1);
+  const auto [out, window] = run(rows, cpu::Then::kStore, positions.data());
   CHECK(out == test::unwritten<float>(rows * outputs));
   CHECK(std::equal(window.begin(), window.end(), windows));
 }

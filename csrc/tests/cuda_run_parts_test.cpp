@@ -1,13 +1,11 @@
 // Tests of what a run on a GPU is made of, emulated, against the CPU's: products, steps of every
-// stage, sampling.
+// stage.
 #include "cuda_check.h"
 // The emulation comes before the sources.
-#include "cpu/sampling.h"
 #include "cuda/decode_attention.cu"
 #include "cuda/decode_product.cu"
 #include "cuda/decode_product_mma.cu"
 #include "cuda/decode_rows.cu"
-#include "cuda/decode_sample.cu"
 #include "cuda/decode_scan.cu"
 #include "cuda/stage_step.cpp"
 #include "cuda_run_models.h"
@@ -62,9 +60,9 @@ void a_product_equals_that_of_the_cpu(test::WeightType type, int64_t rows, int64
   CHECK(!cuda::multiply(product, nullptr));
   const std::vector<float> last(got.end() - outputs, got.end());
   CHECK(is_of_many ? test::nearly(alone, last, 10) : test::same_bits(alone, last));
-  // What has ended writes nothing.
-  const int halted = 1;
-  product.halted = &halted;
+  // A row that takes no part is not written to.
+  const int64_t position = -1;
+  product.positions = &position;
   std::fill(alone.begin(), alone.end(), 7.0f);
   CHECK(!cuda::multiply(product, nullptr));
   CHECK(alone == test::unwritten<float>(outputs));
@@ -146,7 +144,7 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     for (int64_t n = 0; n < kSteps; ++n) {
       const std::vector<int64_t> positions(rows, 1 + n);
       CHECK(!cuda::step(stage, state[0],
-                        {rows, true, nullptr, positions.data(), kCapacity,
+                        {rows, true, positions.data(), kCapacity,
                          outputs.data() + n * rows * sizes.dim, workspace.data()},
                         nullptr));
     }
@@ -232,77 +230,6 @@ void no_position_beyond_the_cache_is_written() {
   }
 }
 
-// A device's draws, one for each row of logits.
-std::vector<int64_t> draw(const std::vector<float>& logits, const std::vector<float>& uniform,
-                          int64_t rows, const cpu::Sampling& sampling, int* now = nullptr,
-                          int latched = 0, int64_t ending = -1) {
-  const int64_t count = int64_t(logits.size()) / rows;
-  const float settings[] = {sampling.temperature, sampling.top_p, float(sampling.top_k)};
-  const auto ends = std::make_unique<bool[]>(count);
-  if (ending >= 0) ends[ending] = true;
-  const auto [pending, ids] = test::in_both_orders([&] {
-    std::vector<int64_t> pending(rows, -7), ids(rows, -7);
-    std::vector<float> ordered(2 * logits.size(), NAN);
-    int ended = 0;
-    cuda::SampleRows in;
-    in.rows = rows;
-    in.num_tokens = count;
-    in.halted = {now ? now : &ended, &latched};
-    in.settings = settings;
-    in.logits = logits.data();
-    in.uniform = uniform.data();
-    in.ends = ends.get();
-    in.ordered = ordered.data();
-    in.pending = pending.data();
-    in.ids = ids.data();
-    CHECK(!cuda::sample(in, nullptr));
-    return std::tuple(pending, ids);
-  });
-  CHECK(latched ? pending == std::vector<int64_t>(rows, -7) : pending == ids);
-  return ids;
-}
-
-void samples_as_the_cpu_does() {
-  test::Numbers numbers;
-  for (const int64_t count : {1, 5, 257, 300}) {
-    const int64_t rows = 6;
-    auto logits = numbers.vector<float>(rows * count),
-         uniform = numbers.vector<float>(rows * count);
-    for (float& value : logits) value = std::round(value * 40) / 8;  // with ties
-    for (float& value : uniform) value = (value + 1) / 2;
-    uniform[0] = 0;
-    for (int64_t i = 0; i < count; ++i) logits[i] = 1;                  // equal
-    for (int64_t i = 0; i < count; ++i) logits[count + i] = -INFINITY;  // none
-    for (int64_t i = 0; i < count; i += 2) logits[2 * count + i] = -INFINITY;
-    for (const float temperature : {0.7f, 1.0f}) {
-      for (const auto& [top_k, top_p] : std::vector<std::pair<int64_t, float>>{
-               {1, 0}, {3, 0}, {200, 0}, {1 << 20, 0}, {1, 0.1f}, {1, 0.6f}, {1, 1.0f}}) {
-        const cpu::Sampling sampling = {temperature, top_k, top_p};
-        const auto got = draw(logits, uniform, rows, sampling);
-        cpu::SampleMemory memory(count);
-        for (int64_t row = 0; row < rows; ++row) {
-          // Which of equally impossible tokens a partial order begins with is left open.
-          if (row == 1 && top_p == 0 && top_k > 1 && top_k < count) continue;
-          CHECK(got[row] == cpu::sample(sampling, logits.data() + row * count, nullptr,
-                                        uniform.data() + row * count, count, memory));
-        }
-      }
-    }
-  }
-  const std::vector<float> broken = {1, NAN, 3, 5, NAN}, even(5, 0.5f);
-  CHECK(draw(broken, even, 1, {1, 1, 0})[0] == 1);
-}
-
-void a_byte_may_end_the_run() {
-  const std::vector<float> logits = {0, 9, 0, 9, 0, 0, 0, 0, 9}, uniform(9, 0.5f);
-  int now = 0;
-  CHECK(draw(logits, uniform, 3, {1, 1, 0}, &now, 0, 0) == (std::vector<int64_t>{1, 0, 2}));
-  CHECK(now == 1);
-  now = 0;
-  CHECK(draw(logits, uniform, 3, {1, 1, 0}, &now, 1, 0) == (std::vector<int64_t>{-1, -1, -1}));
-  CHECK(now == 0);
-}
-
 int main() {
   products();
   a_norm_over_several_chunks();
@@ -311,7 +238,5 @@ int main() {
   steps<cpu::Mamba2Stage>();
   attends_to_a_long_cache();
   no_position_beyond_the_cache_is_written();
-  samples_as_the_cpu_does();
-  a_byte_may_end_the_run();
   return test::result();
 }
