@@ -1,0 +1,106 @@
+"""Many rows: bytes per second of 1 to 64 sequences side by side, of equal and of different lengths.
+
+A step of many rows reads the weights once. Of each number of rows: bytes per second over one row's,
+the time of a step over one row's, the rate of the products over that of one large float32 product
+measured beside it, and ragged rows over equal ones. In turns, in one process.
+
+    python benchmarks/batch.py
+"""
+
+import argparse
+import os
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from decode import BYTES, MODELS, build, clock
+from side_by_side import machine_line, write_json
+
+from mblm.inference.session import Session
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXT = 64  # bytes fed before
+
+
+def products(model: Any) -> float:
+    """Products of weights and values that a byte of one row takes."""
+    upper: Any = (model.stage_models[0], model.to_next_stage_proj[0], model.token_embs_rev[1]._post)
+    local: Any = (model.stage_models[1], model.to_logits)
+
+    def size(*modules: torch.nn.Module) -> int:
+        return sum(p.numel() for m in modules for p in m.parameters() if p.dim() == 2)
+
+    return size(*local) + size(*upper) / model.seq_lens[-1]
+
+
+def session(model: Any, weights: str, rows: int, ragged: bool) -> Session:
+    """One that has taken in some bytes; ragged rows are at every phase of their patches."""
+    made = Session(model, rows, weights=weights)
+    ids = torch.randint(0, 256, (rows, CONTEXT + rows))
+    ends = [CONTEXT + (row if ragged else 0) for row in range(rows)]
+    return made.feed([row[:end] for row, end in zip(ids, ends, strict=True)])
+
+
+def rate_of_product(size: int = 2048) -> float:
+    """Products per second of one large float32 product of PyTorch."""
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    layer = torch.nn.Linear(size, size, bias=False)
+    with torch.inference_mode():
+        seconds = [min(clock(lambda: a @ b), clock(lambda: layer(a))) for _ in range(5)]
+    return size**3 / median(seconds)
+
+
+def measure(model: Any, weights: str, count: int, runs: int) -> dict[str, list[float]]:
+    """Seconds of ``count`` bytes of each number of rows, and products per second, alternating."""
+    kinds = [(rows, ragged) for rows in ROWS for ragged in (False, True) if rows > 1 or not ragged]
+    sessions = {kind: session(model, weights, *kind) for kind in kinds}
+    result: dict[str, list[float]] = {"rate": []}
+    for turn in range(1 + runs):
+        if turn:
+            result["rate"].append(rate_of_product())
+        for (rows, ragged), own in sessions.items():
+            seconds = clock(lambda own=own: own.generate(count))
+            if turn:
+                name = f"{rows}{' ragged' if ragged else ''}"
+                result.setdefault(name, []).append(seconds / count)
+    return result
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options.add_argument("--runs", type=int, default=3)
+    options.add_argument("--bytes", type=int, default=32, help="of a run")
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:1])
+    options.add_argument("--weights", nargs="+", choices=BYTES, default=list(BYTES))
+    options.add_argument("--json", type=Path, help="write all figures to this file")
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
+    print(figures["machine"])
+    for name in arguments.models:
+        model = build(*MODELS[name])
+        for weights in arguments.weights:
+            print(f"{name}, {weights}")
+            print("  rows   bytes/s  over one  step over one  of a product  ragged")
+            result = measure(model, weights, arguments.bytes, arguments.runs)
+            one, rate = median(result["1"]), median(result["rate"])
+            for rows in ROWS:
+                step = median(result[str(rows)])
+                ragged = step / median(result[f"{rows} ragged"]) if rows > 1 else 1.0
+                of_product = rows * products(model) / step / rate
+                print(
+                    f"  {rows:>4}  {rows / step:8.1f}  {rows * one / step:8.2f}  {step / one:13.2f}"
+                    f"  {of_product:12.2f}  {ragged:6.2f}",
+                    flush=True,
+                )
+            figures[f"{name}, {weights}"] = result
+        del model
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()

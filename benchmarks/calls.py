@@ -1,0 +1,94 @@
+"""What a call costs beside its bytes: one byte fed and read, one generated, a fork, a new session.
+
+Each is given in microseconds beyond a byte inside a run of many, measured in turns in one process.
+
+    python benchmarks/calls.py
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from decode import MODELS, build, clock
+from side_by_side import machine_line, write_json
+
+from mblm.inference.session import Session
+
+CONTEXT = 1000  # bytes fed before
+RUN = 256  # bytes of a run
+INSIDE, FEED, GENERATE = "a byte inside a run", "feed of one byte and logits", "generate(1)"
+
+
+def calls(model: Any, weights: str) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name; all go on with sessions of their own."""
+    run, read, one, forked = (
+        Session(model, weights=weights).feed(torch.randint(0, 256, (CONTEXT,))) for _ in range(4)
+    )
+
+    def feed_and_read() -> None:
+        read.feed(b"a")
+        read.logits()
+
+    return {
+        INSIDE: lambda: run.generate(RUN),
+        FEED: feed_and_read,
+        GENERATE: lambda: one.generate(1),
+        "fork": forked.fork,
+        "a new session": lambda: Session(model, weights=weights),
+    }
+
+
+def measure(model: Any, weights: str, runs: int) -> dict[str, list[float]]:
+    """Microseconds of each call, alternating; single bytes in the same number as a run has."""
+    of_call = calls(model, weights)
+    for call in of_call.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in of_call}
+    for _ in range(runs):
+        for name, call in of_call.items():
+            if name == INSIDE:
+                seconds[name].append(1e6 * clock(call) / RUN)
+            elif name in ("fork", "a new session"):
+                seconds[name].append(1e6 * median(clock(call) for _ in range(9)))
+            else:  # as many as a run has bytes, so that as many patches end
+                seconds[name].append(1e6 * sum(clock(call) for _ in range(RUN)) / RUN)
+    return seconds
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options.add_argument("--runs", type=int, default=7)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--weights", nargs="+", default=["float32", "int8"])
+    options.add_argument("--json", type=Path, help="write all figures to this file")
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
+    print(figures["machine"])
+    for name in arguments.models:
+        model = build(*MODELS[name])
+        for weights in arguments.weights:
+            print(f"{name}, {weights}")
+            result = measure(model, weights, arguments.runs)
+            inside = median(result[INSIDE])
+            for call, values in result.items():
+                is_beyond = call in (FEED, GENERATE)
+                shown = [value - inside for value in values] if is_beyond else values
+                print(
+                    f"  {call:28} {median(shown):9.0f} us ({min(shown):.0f} .. {max(shown):.0f})"
+                    f"{' beyond a byte inside a run' if is_beyond else ''}",
+                    flush=True,
+                )
+            figures[f"{name}, {weights}"] = result
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()
