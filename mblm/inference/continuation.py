@@ -41,19 +41,15 @@ class Continuation:
         self._lengths = cache.lengths(rows)
         self._chosen: list[list[torch.Tensor]] = [[] for _ in rows]
         draws = Draws(sampler.generator, len(rows))
-        plans = [
-            Plan(
-                num_tokens,
-                temperature=sampler.temperature,
-                top_k=sampler.count_kept(model.num_tokens),
-                top_p=sampler.top_p or 0.0,
-                draws=draws,
-                lane=lane,
-                stop=stop,
-            )
-            for lane in range(len(rows))
-        ]
-        cache.begin(rows, plans)
+        plan = Plan(
+            num_tokens,
+            temperature=sampler.temperature,
+            top_k=sampler.count_kept(model.num_tokens),
+            top_p=sampler.top_p or 0.0,
+            draws=draws,
+            stop=stop,
+        )
+        cache.begin(rows, [plan.of_lane(lane) for lane in range(len(rows))])
         self._numbers = self._generator.get_state()
 
     def runs(self) -> Iterator[list[Ran]]:

@@ -1,5 +1,6 @@
 """How a row is to be continued, and the random numbers that it draws."""
 
+import copy
 import math
 import threading
 from dataclasses import dataclass
@@ -161,6 +162,14 @@ class Plan:
     def filters(self) -> tuple[float, int, float, float]:
         """Temperature, top_k, top_p and min_p."""
         return self.temperature, self.top_k, self.top_p, self.min_p
+
+    def of_lane(self, lane: int) -> "Plan":
+        """The same plan for a row that another lane of ``draws``, below its lanes, serves."""
+        if lane == self.lane:
+            return self
+        other = copy.copy(self)  # what is checked already
+        object.__setattr__(other, "lane", lane)
+        return other
 
     def __post_init__(self) -> None:
         for name, lowest in (("max_tokens", 0), ("top_k", 1), ("lane", 0)):

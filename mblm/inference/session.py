@@ -151,7 +151,9 @@ class Session:
             for _ in continuation.runs():
                 pass
             with torch.inference_mode(False):  # the caller's own, as `logits`
-                return torch.stack(continuation.ids()).to(self._device)
+                ids = continuation.ids()
+                rows = ids[0][None] if len(ids) == 1 else torch.stack(ids)
+                return rows.to(self._device)
         except BaseException as error:
             error.ids = continuation.settle()  # type: ignore[attr-defined]
             raise
