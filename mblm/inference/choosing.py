@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference.progress import Progress
-from mblm.inference.sampling import sample, sampling_dtype
+from mblm.model.sampling import sample, sampling_dtype
 
 
 def sampled_bytes(

@@ -8,7 +8,8 @@ import torch
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, Ran, Row
 from mblm.inference.plan import Draws, Plan
-from mblm.inference.sampling import Sampler, sampling_dtype
+from mblm.inference.sampling import Sampler
+from mblm.model.sampling import sampling_dtype
 
 _NO_BYTES = torch.empty(0, dtype=torch.long, device="cpu")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference.automaton import Automaton
-from mblm.inference.sampling import COLDEST, HOTTEST
+from mblm.model.sampling import COLDEST, HOTTEST
 from mblm.utils.checks import check_integer, check_number
 
 

@@ -1,12 +1,11 @@
 """MBLM, the causal hierarchy: forward pass, loss, and the faces of incremental generation."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from mblm.inference.generate import generate
-from mblm.inference.session import Session
 from mblm.model.checks import check_same_shape
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
@@ -18,6 +17,9 @@ from mblm.model.tiled_pass import INFERENCE_TILE, TiledPass
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
 from mblm.utils.transforms import decoding
+
+if TYPE_CHECKING:
+    from mblm.inference.session import Session
 
 __all__ = ["MBLM", "MBLMEncoder"]
 
@@ -134,6 +136,8 @@ class MBLM(Hierarchy, PretrainedMixin):
         weights: str = "float32",
     ) -> torch.Tensor:
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`."""
+        from mblm.inference.generate import generate
+
         with torch.inference_mode():
             return generate(
                 self,
@@ -151,8 +155,10 @@ class MBLM(Hierarchy, PretrainedMixin):
                 weights=weights,
             )
 
-    def session(self, batch_size: int = 1, *, weights: str = "float32") -> Session:
+    def session(self, batch_size: int = 1, *, weights: str = "float32") -> "Session":
         """Start incremental decoding of ``batch_size`` sequences; see `Session`."""
+        from mblm.inference.session import Session
+
         return Session(self, batch_size, weights=weights)
 
     # -- The pass over the stages ------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mblm.inference.sampling import gumbel_sample, top_k
+from mblm.model.sampling import gumbel_sample, top_k
 from mblm.utils.modes import is_lasting, lasting_tensors
 
 __all__ = ["RoPE", "count_params", "gumbel_sample", "top_k"]

@@ -13,8 +13,8 @@ from mblm import MBLM
 from mblm.inference import torch_stages
 from mblm.inference.automaton import Automaton
 from mblm.inference.plan import Draws, Plan
-from mblm.inference.sampling import gumbel_sample, keep_highest
 from mblm.inference.torch_cache import TorchCache
+from mblm.model.sampling import gumbel_sample, keep_highest
 from tests.inference.caches import CLOSE, build, fed, ids_of, run_out, seeded, whole_logits
 from tests.models import model, transformer
 

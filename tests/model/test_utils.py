@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mblm.inference.sampling
+import mblm.model.sampling
 from mblm.model.utils import RoPE, count_params, gumbel_sample, top_k
 
 
@@ -130,6 +130,6 @@ class TestCountParams:
 
 
 def test_sampling_has_its_names_here() -> None:
-    assert top_k is mblm.inference.sampling.top_k
-    assert gumbel_sample is mblm.inference.sampling.gumbel_sample
+    assert top_k is mblm.model.sampling.top_k
+    assert gumbel_sample is mblm.model.sampling.gumbel_sample
     assert math.isfinite(gumbel_sample(torch.zeros(1, 3)).float())
