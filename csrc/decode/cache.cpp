@@ -85,7 +85,9 @@ std::shared_ptr<const Hierarchy> Cache::hierarchy() const {
 }
 
 void Cache::set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy) {
-  TORCH_CHECK_VALUE(memory_.fits(*hierarchy->parts(0)), "the weights must be of the same shapes");
+  TORCH_CHECK_VALUE(memory_.fits(*hierarchy->parts(0)),
+                    "the model's layers have other shapes than when decoding began; start a new "
+                    "session");
   const std::lock_guard lock(table_mutex());
   hierarchy_.swap(hierarchy);
 }

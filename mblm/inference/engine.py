@@ -4,6 +4,7 @@ from typing import Any
 from weakref import WeakSet
 
 from mblm.inference.cache import Cache
+from mblm.inference.model import check_model
 from mblm.inference.native_cache import NativeCache
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.weights import Weights, weights_of
@@ -20,8 +21,10 @@ def cache_for(model: Any, weights: str) -> Cache:
         weights: The type of weights that compiled code reads.
 
     Raises:
-        ValueError: An unknown type of weights, or weights that are NaN or infinite.
+        TypeError: No `mblm.MBLM`.
+        ValueError: An unknown type of weights, or weights that are NaN, infinite or not there.
     """
+    check_model(model)
     packed = weights_of(model, weights)
     if packed is None or packed.hosted or packed not in _finite:
         check_finite_weights(model)

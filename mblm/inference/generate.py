@@ -11,6 +11,7 @@ from mblm.inference.automaton import Automaton
 from mblm.inference.continuation import Continuation, generator_on
 from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
+from mblm.model.stage import has_values
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.modes import own_copy
 from mblm.utils.stream import ByteStreamer
@@ -69,16 +70,18 @@ def generate(
         end_token_id = check_integer("end_of_gen_token_id", end_token_id)
     if prime is None:
         prime = torch.empty(0, dtype=torch.long, device=device)
+    if isinstance(prime, torch.Tensor):
+        has_values("prime", prime)
     prime = check_token_ids("prime", prime, model.num_tokens).to(device)
     if prime.ndim != 1:
         raise ValueError(f"prime: expected shape (L,), got {tuple(prime.shape)}")
     count = _check_count(model, len(prime), num_tokens)
 
-    session = Session(model, weights=weights)
     continuation: Continuation | None = None
     written: list[int] = []
     is_writing = False
     try:
+        session = Session(model, weights=weights)
         session.feed(prime)
         continuation = session.begin(count, sampler, _stop(model, end_token_id, stops))
         with tqdm(

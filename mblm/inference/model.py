@@ -1,7 +1,7 @@
 """What decoding needs of a model; `mblm.model.hierarchy.Hierarchy` provides it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,3 +28,16 @@ class DecodableModel(Protocol):
     def add_positions(self, stage: int, x: Tensor, first: int | Tensor = 0) -> Tensor: ...
     def project_context(self, stage: int, attended: Tensor) -> Tensor: ...
     def compute_logits(self, hidden: Tensor) -> Tensor: ...
+
+
+def check_model(model: Any) -> None:
+    """Refuse what does not decode.
+
+    Raises:
+        TypeError: No `mblm.MBLM`, such as an encoder or a wrapper.
+        ValueError: A model without values.
+    """
+    if not hasattr(model, "empty_logits"):
+        raise TypeError(f"model: expected an mblm.MBLM, got {type(model).__name__}")
+    if model.device.type == "meta":
+        raise ValueError("model: it is on the device meta, where weights have no values")

@@ -13,12 +13,16 @@ from mblm.inference.cache import Cache, Row
 from mblm.inference.continuation import Continuation, generator_on
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
+from mblm.inference.model import check_model
 from mblm.inference.native_cache import ChangedModelError
 from mblm.inference.sampling import Sampler
+from mblm.model.stage import has_values
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.transforms import decoding
 
 _T = TypeVar("_T")
+
+_MOST_ROWS = 1 << 24
 
 
 class Session:
@@ -37,14 +41,17 @@ class Session:
             another dtype are not affected.
 
     Raises:
-        ValueError: ``batch_size`` below 1, unknown ``weights``, or weights that are NaN or
-            infinite.
+        TypeError: ``model`` is no `mblm.MBLM`.
+        ValueError: ``batch_size`` below 1 or above 16,777,216, unknown ``weights``, or weights
+            that are NaN or infinite.
     """
 
     @decoding
     def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        if type(batch_size) is not int or not 1 <= batch_size <= _MOST_ROWS:
+            raise ValueError(
+                f"batch_size: expected an integer from 1 to {_MOST_ROWS}, got {batch_size!r}"
+            )
         cache = cache_for(model, weights)
         self._hold(model, model.device, weights, cache, cache.add(batch_size))
 
@@ -81,7 +88,8 @@ class Session:
 
         Raises:
             TypeError: Not integers.
-            ValueError: A bad shape, an id outside the vocabulary, or more bytes than the context.
+            ValueError: A bad shape or layout, an id outside the vocabulary, or more bytes than the
+                context.
             BaseException: Whatever is raised, Ctrl-C too, all bytes are taken in or none.
         """
         rows = self._check_fed(ids)
@@ -99,14 +107,14 @@ class Session:
                     f"{len(ids)}"
                 )
             rows = [
-                check_token_ids(f"ids[{index}]", _as_tensor(row), num_tokens)
+                check_token_ids(f"ids[{index}]", _as_tensor(f"ids[{index}]", row), num_tokens)
                 for index, row in enumerate(ids)
             ]
             for index, row in enumerate(rows):
                 if row.ndim != 1:
                     raise ValueError(f"ids[{index}]: expected shape (L,), got {tuple(row.shape)}")
             return [row.cpu() for row in rows]
-        ids = check_token_ids("ids", _as_tensor(ids), num_tokens)
+        ids = check_token_ids("ids", _as_tensor("ids", ids), num_tokens)
         if ids.ndim == 1 and self.batch_size == 1:
             return [ids.cpu()]
         if ids.ndim != 2 or ids.shape[0] != self.batch_size:
@@ -146,8 +154,9 @@ class Session:
         if num_tokens < 0:
             raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens}")
         self._check_room([num_tokens] * self.batch_size)
-        continuation = self.begin(num_tokens, sampler)
+        continuation: Continuation | None = None
         try:
+            continuation = self.begin(num_tokens, sampler)
             for _ in continuation.runs():
                 pass
             with torch.inference_mode(False):  # the caller's own, as `logits`
@@ -155,7 +164,8 @@ class Session:
                 rows = ids[0][None] if len(ids) == 1 else torch.stack(ids)
                 return rows.to(self._device)
         except BaseException as error:
-            error.ids = continuation.settle()  # type: ignore[attr-defined]
+            none = [torch.empty(0, dtype=torch.long) for _ in self._rows]
+            error.ids = none if continuation is None else continuation.settle()  # type: ignore[attr-defined]
             raise
 
     def begin(
@@ -178,8 +188,14 @@ class Session:
             states = [left.state_so_far(row) for row in self._rows]
             cache = cache_for(self._model, self._weights)
             rows = cache.add(len(states))
-            for row, state in zip(rows, states, strict=True):
-                cache.set_state(row, state)
+            try:
+                for row, state in zip(rows, states, strict=True):
+                    cache.set_state(row, state)
+            except ValueError as error:
+                raise ValueError(
+                    "the model is another than the session began with, and cannot go on from what "
+                    f"that has taken in; start a new session ({error})"
+                ) from error
             left.drop(self._rows)
             self._hold(self._model, self._device, self._weights, cache, rows)
             return call(cache)
@@ -218,6 +234,7 @@ class Session:
             ValueError: Not a session, a damaged one, or one of another release or of a model with
                 other weights or another configuration; the message names the file.
         """
+        check_model(model)
         header, states = session_file.read(path)
         if header.get("model") != fingerprint(model):
             raise ValueError(f"{path}: the session is another model's, or its weights have changed")
@@ -239,9 +256,9 @@ class Session:
                 )
 
 
-def _as_tensor(ids: Any) -> Any:
+def _as_tensor(name: str, ids: Any) -> Any:
     if not isinstance(ids, (bytes, bytearray, memoryview)):
-        return ids
+        return has_values(name, ids) if isinstance(ids, torch.Tensor) else ids
     if not ids:  # of which frombuffer makes no tensor
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(bytearray(ids), dtype=torch.uint8)

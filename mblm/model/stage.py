@@ -129,15 +129,16 @@ def tensor_of(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> 
 
 
 def has_values(name: str, tensor: Any) -> Tensor:
-    """Refuse what is no tensor, or one that is sparse or has no values (``meta``).
+    """Refuse what is no tensor, or one that is sparse, nested or has no values (``meta``).
 
     Raises:
         ValueError: It is.
     """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.is_meta or tensor.layout != torch.strided:
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
         raise ValueError(
-            f"{name}: expected a tensor with values, got {tensor.layout} on {tensor.device}"
+            f"{name}: expected a dense tensor with values, got {kind} on {tensor.device}"
         )
     return tensor

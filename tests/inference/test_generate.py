@@ -341,6 +341,8 @@ class TestBadInput:
             ({"prime": [1, 2]}, TypeError, "prime: expected a tensor of token ids, got list"),
             ({"prime": b"abc"}, TypeError, "prime: .* got bytes"),
             ({"prime": torch.zeros(2)}, TypeError, "prime: .* got torch.float32"),
+            ({"prime": PROMPT.to("meta")}, ValueError, "prime: .* with values, got .* on meta"),
+            ({"prime": PROMPT.to_sparse()}, ValueError, "prime: .* got torch.sparse_coo"),
             ({"prime": torch.tensor(3)}, ValueError, r"prime: expected shape \(L,\), got \(\)"),
             ({"prime": PROMPT[None]}, ValueError, r"prime: expected shape \(L,\), got \(1, 5\)"),
             ({"prime": torch.tensor([1, 19])}, ValueError, r"prime: token id 19 at position \(1,"),

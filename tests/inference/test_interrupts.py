@@ -145,3 +145,23 @@ def test_generate_of_a_model_tells_what_it_has_chosen() -> None:
             assert torch.equal(ids, whole[: len(ids)])
             expected = generator_after(m, 1, len(ids) - len(prime))
             assert torch.equal(numbers.get_state(), expected.get_state())
+
+
+def test_an_interruption_before_the_first_byte_has_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While weights are packed, which takes as long as a large model is large."""
+    m, prime = model(transformer(), seq_lens=[60]), torch.tensor([3, 1, 4])
+    session = m.session(2)
+
+    def interrupt(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mblm.inference.session.cache_for", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        m.generate(prime, num_tokens_to_generate=3)
+    assert torch.equal(caught.value.ids, prime)  # type: ignore[attr-defined]
+    monkeypatch.setattr(session._cache, "begin", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        session.generate(3)
+    assert [len(ids) for ids in caught.value.ids] == [0, 0]  # type: ignore[attr-defined]

@@ -232,9 +232,52 @@ class TestGenerate:
         assert torch.equal(torch.cat(parts, dim=1), whole)
 
     def test_batch_size_that_is_no_number(self, m: MBLM) -> None:
-        for batch_size in (True, "2", None):
-            with pytest.raises(ValueError, match="batch_size: expected an integer >= 1"):
+        for batch_size in (True, "2", None, 0, 1 << 25, 10**30):
+            with pytest.raises(ValueError, match="batch_size: expected an integer from 1 to"):
                 m.session(batch_size)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.ones(1, 2, dtype=torch.long, device="meta"), "ids: .* with values, got .* on meta"),
+        (torch.ones(1, 2, dtype=torch.long).to_sparse(), "ids: .* got torch.sparse_coo"),
+        ([torch.ones(2, dtype=torch.long, device="meta")], r"ids\[0\]: .* with values"),
+        (torch.nested.nested_tensor([torch.ones(2).long()]), "ids: .* got nested"),
+    ],
+)
+def test_ids_without_values_of_their_own(m: MBLM, ids: Any, words: str) -> None:
+    session = m.session()
+    with pytest.raises(ValueError, match=words):
+        session.feed(ids)
+    assert session.length == 0
+
+
+def test_what_is_no_model_that_decodes(m: MBLM, tmp_path: Path) -> None:
+    m.session().save(tmp_path / "session")
+    for wrong in (torch.nn.Sequential(m), "model", None):
+        for begin in (Session, lambda it: Session.load(tmp_path / "session", it)):
+            with pytest.raises(TypeError, match=r"model: expected an mblm\.MBLM, got"):
+                begin(wrong)
+
+
+def test_a_model_without_values(m: MBLM) -> None:
+    session = m.session().feed(b"\x01\x02\x03")
+    m.to("meta")
+    for decode in (m.session, session.logits, lambda: session.generate(2)):
+        with pytest.raises(ValueError, match="model: it is on the device meta"):
+            decode()
+    assert session.length == 3
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_of_another_kind_cannot_go_on(m: MBLM, stage: int) -> None:
+    session = m.session().feed(b"\x01\x02\x03")
+    m.stage_models[stage] = torch.nn.Identity()
+    for decode in (session.logits, lambda: session.generate(2), lambda: session.feed(b"\x04")):
+        with pytest.raises(ValueError, match=r"the model is another .* start a new session"):
+            decode()
+    assert session.length == 3
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
