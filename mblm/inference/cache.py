@@ -51,6 +51,10 @@ class Ran:
     reason: Reason
 
 
+class ChangedModelError(RuntimeError):
+    """A cache cannot go on with what a model has become; another one may, from the rows' states."""
+
+
 class Cache(Protocol):
     """Decoding states of any number of rows of one model on one device.
 
@@ -156,6 +160,10 @@ class Cache(Protocol):
 
     def state(self, row: Row) -> State:
         """All that a row is, but for its plan: see `State`. The tensors are the caller's."""
+        ...
+
+    def state_so_far(self, row: Row) -> State:
+        """`state` with what is pending left so: nothing is computed, whatever the model now is."""
         ...
 
     def set_state(self, row: Row, state: State) -> None:

@@ -16,21 +16,26 @@ _WITHOUT_EFFECT = {"train_checkpoint_chunks", "tile", "checkpoint_global", "offl
 _DERIVED = ".inv_freq"
 
 # Per model its weights as they were, and the fingerprint.
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple[list[_Seen], str]]" = (
-    weakref.WeakKeyDictionary()
-)
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[list[Seen], str]]" = weakref.WeakKeyDictionary()
 
 
-class _Seen:
+class Seen:
     """A tensor at a time; holds no memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._of = weakref.ref(tensor)
-        self._state = tensor.data_ptr(), tensor._version
+        self._state = _memory_of(tensor)
 
     def is_still(self, tensor: torch.Tensor) -> bool:
         """Whether it is this tensor, and nobody wrote to it since."""
-        return self._of() is tensor and self._state == (tensor.data_ptr(), tensor._version)
+        return self._of() is tensor and self._state == _memory_of(tensor)
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Where a tensor lies and how often it was written to, if it can tell."""
+    if not _is_plain(tensor) or tensor.is_inference():
+        return None
+    return tensor.data_ptr(), tensor._version
 
 
 def fingerprint(model: Any) -> str:
@@ -42,9 +47,9 @@ def fingerprint(model: Any) -> str:
     if not all(_is_plain(value) and not value.is_inference() for value in state.values()):
         return _digest(model.config, state)  # there may be changes that leave no trace
     seen, digest = _known.get(model, ([], ""))
-    if len(seen) != len(state) or not all(map(_Seen.is_still, seen, state.values())):
+    if len(seen) != len(state) or not all(map(Seen.is_still, seen, state.values())):
         digest = _digest(model.config, state)
-        _known[model] = [_Seen(tensor) for tensor in state.values()], digest
+        _known[model] = [Seen(tensor) for tensor in state.values()], digest
     return digest
 
 

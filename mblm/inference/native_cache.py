@@ -15,7 +15,7 @@ from torch import Tensor
 from mblm.inference import schedule
 from mblm.inference.arguments import check_count, check_tensor
 from mblm.inference.automaton import Automaton
-from mblm.inference.cache import Ran, Row, State
+from mblm.inference.cache import ChangedModelError, Ran, Row, State
 from mblm.inference.hosted import Share
 from mblm.inference.plan import Draws, Plan, check_plan
 from mblm.inference.torch_cache import TorchCache
@@ -34,10 +34,6 @@ NATIVE_POSITIONS = 24
 # What the engine reads of objects that never change, or that it takes over.
 _automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()
 _draws: WeakKeyDictionary[Draws, Any] = WeakKeyDictionary()
-
-
-class ChangedModelError(RuntimeError):
-    """Compiled code no longer stands in for a model; see `NativeCache.state_so_far`."""
 
 
 class NativeCache:
@@ -155,7 +151,7 @@ class NativeCache:
             return self._state(held, row)
 
     def state_so_far(self, row: Row) -> State:
-        """`state` with what is pending left so: nothing is computed, whatever the model now is."""
+        """See `Cache.state_so_far`."""
         with self._lease([row]) as held:
             return self._saved(held, row)
 

@@ -9,12 +9,11 @@ import torch
 
 from mblm.inference import session_file
 from mblm.inference.automaton import Automaton
-from mblm.inference.cache import Cache, Row
+from mblm.inference.cache import Cache, ChangedModelError, Row
 from mblm.inference.continuation import Continuation, generator_on
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
 from mblm.inference.model import check_model
-from mblm.inference.native_cache import ChangedModelError
 from mblm.inference.sampling import Sampler
 from mblm.model.stage import has_values
 from mblm.utils.checks import check_integer, check_token_ids
@@ -180,11 +179,11 @@ class Session:
         )
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
-        """Call the cache, or another one where compiled code stands in for the model no longer."""
+        """Call the cache, or another one where it cannot go on with what the model has become."""
         try:
             return call(self._cache)
         except ChangedModelError:
-            left: Any = self._cache
+            left = self._cache
             states = [left.state_so_far(row) for row in self._rows]
             cache = cache_for(self._model, self._weights)
             rows = cache.add(len(states))

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mblm.inference import schedule
 from mblm.inference.arguments import check_count, check_tensor
-from mblm.inference.cache import Ran, Reason, Row, State
+from mblm.inference.cache import ChangedModelError, Ran, Reason, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
-from mblm.inference.model import DecodableModel
+from mblm.inference.model import DecodableModel, check_model
 from mblm.inference.plan import Draws, Lane, Plan, check_plan
 from mblm.inference.progress import Progress
 from mblm.inference.slots import Slots
@@ -44,7 +44,11 @@ class TorchCache:
     """A `mblm.inference.cache.Cache` whose rows are immutable values that each call replaces.
 
     Args:
-        model: An `mblm.MBLM`. Its weights must not change while the cache lives.
+        model: An `mblm.MBLM`. Weights that change are used from the next call on.
+
+    Raises:
+        ChangedModelError: By a call after a stage became another module, or its outputs another
+            dtype or device.
     """
 
     @torch.inference_mode()
@@ -83,6 +87,7 @@ class TorchCache:
     @torch.inference_mode()
     def feed(self, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
         """See `Cache.feed`."""
+        self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             check_count("ids", ids, rows)
@@ -100,6 +105,7 @@ class TorchCache:
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """See `Cache.logits`."""
+        self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             self._take_in(slots)
@@ -108,19 +114,40 @@ class TorchCache:
     @torch.inference_mode()
     def state(self, row: Row) -> State:
         """See `Cache.state`."""
+        self._follow()
         with (call := Lock()):
             (slot,) = self._slots.take([row], call)
             self._take_in([slot])
             return self._stages.saved(slot.now.bytes)
 
+    def state_so_far(self, row: Row) -> State:
+        """See `Cache.state_so_far`."""
+        with (call := Lock()):
+            (slot,) = self._slots.take([row], call)
+            return self._stages.saved(slot.now.bytes)
+
     @torch.inference_mode()
     def set_state(self, row: Row, state: State) -> None:
         """See `Cache.set_state`."""
+        self._follow()
         with (call := Lock()):
             (slot,) = self._slots.take([row], call)
             loaded = self._stages.loaded(state)
             progress, slot.now = slot.now.progress, _Now(loaded)
             _leave(progress)
+
+    def _follow(self) -> None:
+        """Go on with the weights that the model has now."""
+        if self._stages.are_current():
+            return
+        check_model(self._model)
+        stages = TorchStages(self._model)
+        if not stages.can_continue(self._stages):
+            raise ChangedModelError(
+                "a stage is another one than when decoding began, or of another dtype or device; "
+                "start a new session"
+            )
+        self._stages = stages
 
     def _room(self, row: RowState) -> int | None:
         """How many bytes more a row may have; None if any number."""
@@ -166,6 +193,7 @@ class TorchCache:
     ) -> list[Ran]:
         """See `Cache.run`."""
         end = time.monotonic() + seconds
+        self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
@@ -203,6 +231,7 @@ class TorchCache:
         """See `Cache.choose`."""
         if sum(given is not None for given in (ids, logits, mask)) != 1:
             raise ValueError("pass exactly one of ids, logits and mask")
+        self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             for slot, row in zip(slots, rows, strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mblm.inference import schedule
 from mblm.inference.cache import State
+from mblm.inference.fingerprint import Seen
 from mblm.inference.hosted import HostedStage, Share, joined, shares_of
 from mblm.inference.model import DecodableModel
 from mblm.model.stage import has_values, tensor_of
@@ -59,9 +60,11 @@ class _Work:
             tell how many positions it has and will have taken in.
     """
 
-    def __init__(self, row: RowState, ids: Sequence[int] | Tensor) -> None:
+    def __init__(
+        self, row: RowState, ids: Sequence[int] | Tensor, starts: Sequence[StageState]
+    ) -> None:
         self.row, self.end = row, row.length + len(ids)
-        self.stages = list(row.stages)
+        self.stages = list(row.stages if row.taken else starts)
         self.outputs: list[Tensor] = []
         self.begin = self.position = self.goal = 0
         self._window_begin = row.length - len(row.tail)
@@ -91,6 +94,7 @@ class TorchStages:
 
     def __init__(self, model: DecodableModel) -> None:
         self.model = model
+        self._seen = [Seen(weight) for weight in model.parameters()]  # before it is computed with
         self._sizes = model.patch_sizes
         self._stages = [
             HostedStage(stage, model.start_token(n, 1))
@@ -100,6 +104,20 @@ class TorchStages:
             StageState(stage.start, Share(self._lasting(stage.start_output)))
             for stage in self._stages
         ]
+
+    def are_current(self) -> bool:
+        """Whether the model's weights are those that its stages were begun with."""
+        weights = list(self.model.parameters())
+        return len(weights) == len(self._seen) and all(map(Seen.is_still, self._seen, weights))
+
+    def can_continue(self, other: "TorchStages") -> bool:
+        """Whether these are the same stages as others, and rows of those go on with them."""
+        return all(
+            now.stage is then.stage
+            and now.start_output.dtype == then.start_output.dtype
+            and now.start_output.device == then.start_output.device
+            for now, then in zip(self._stages, other._stages, strict=True)
+        )
 
     def empty_row(self) -> RowState:
         """A row without bytes."""
@@ -147,7 +165,7 @@ class TorchStages:
         ids: Sequence[Sequence[int] | Tensor],
         keep_outputs: bool = False,
     ) -> list["_Work"]:
-        works = [_Work(row, part) for row, part in zip(rows, ids, strict=True)]
+        works = [_Work(row, part, self._starts) for row, part in zip(rows, ids, strict=True)]
         going = [work for work in works if work.end > work.row.taken]
         last = len(self._stages) - 1
         for n in range(last + 1):
@@ -224,7 +242,7 @@ class TorchStages:
     # -- What is saved -----------------------------------------------------------------------------
 
     def saved(self, row: RowState) -> State:
-        """A row with nothing pending, as `mblm.inference.cache.State` says."""
+        """A row as `mblm.inference.cache.State` says."""
         state: State = {
             "length": row.length,
             "taken": row.taken,

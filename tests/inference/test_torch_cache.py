@@ -12,6 +12,7 @@ import torch
 from mblm import MBLM
 from mblm.inference import torch_stages
 from mblm.inference.automaton import Automaton
+from mblm.inference.cache import ChangedModelError
 from mblm.inference.plan import Draws, Plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.model.sampling import gumbel_sample, keep_highest
@@ -264,3 +265,44 @@ def test_a_copy_shares_what_the_row_has() -> None:
     copied = cache.copy(rows)
     own, other = (cache._slots._rows[row].now.bytes for row in (*rows, *copied))
     assert own is other
+
+
+class TestChangedModels:
+    def test_what_begins_after_weights_have_changed_begins_with_them(self) -> None:
+        """Rows without bytes, and patches."""
+        kinds = ("lstm with a state", "transformer", "mamba1")
+        m, other = build(*kinds, seq_lens=(4, 3, 2)), build(*kinds, seq_lens=(4, 3, 2))
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight.mul_(1.1)
+        cache, want = TorchCache(m), TorchCache(other)
+        rows, expected = cache.add(2), want.add(2)
+        cache.feed(rows[:1], [ids_of(7)])
+        before = cache.logits(rows)
+        m.load_state_dict(other.state_dict())
+        want.set_state(expected[0], cache.state(rows[0]))
+        assert not torch.equal(cache.logits(rows), before)
+        for piece in (ids_of(1), ids_of(9)):
+            cache.feed(rows, [piece] * 2)
+            want.feed(expected, [piece] * 2)
+            assert torch.equal(cache.logits(rows), want.logits(expected))
+
+    @pytest.mark.parametrize("change", [torch.nn.Module.bfloat16, torch.nn.Module.double])
+    def test_rows_of_another_dtype_move_to_another_cache(self, change: Any) -> None:
+        m = build("transformer", "mamba1")
+        cache = TorchCache(m)
+        (row,) = cache.add()
+        cache.feed([row], [ids_of(5)])
+        logits = cache.logits([row])
+        cache.begin([row], [Plan(1)])
+        cache.run([row])  # leaves a byte pending
+        change(m)
+        for call in (cache.logits, cache.run, lambda rows: cache.feed(rows, [ids_of(1)])):
+            with pytest.raises(ChangedModelError, match="a stage is another one"):
+                call([row])
+        state = cache.state_so_far(row)
+        assert (state["length"], state["taken"], cache.lengths([row])) == (6, 5, [6])
+        after = TorchCache(m)
+        (moved,) = after.add()
+        after.set_state(moved, {**state, "length": 5, "tail": state["tail"][:-1]})
+        torch.testing.assert_close(after.logits([moved]).float(), logits, atol=0.1, rtol=0.1)
