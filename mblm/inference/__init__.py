@@ -1,1 +1,1 @@
-"""Incremental decoding: stage caches, the hierarchy's cache, sampling and sessions."""
+"""Incremental decoding: the cache of rows and its engines, sampling, sessions, generation."""
