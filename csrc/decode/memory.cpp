@@ -60,10 +60,10 @@ void Memory::copy_positions(int64_t n, const float* from, float* to, int64_t beg
   }
 }
 
-void Memory::own_blob(int64_t n, StageState& stage, bool is_kept) {
+void Memory::own_blob(int64_t n, StageState& stage) {
   if (stage.blob && !stage.blob.is_shared()) return;
   Block own(*blobs_[n]);
-  if (stage.blob && is_kept) std::copy_n(stage.blob.data(), layouts_[n].blob, own.data());
+  if (stage.blob) std::copy_n(stage.blob.data(), layouts_[n].blob, own.data());
   stage.blob = std::move(own);
 }
 
@@ -110,7 +110,7 @@ void Memory::write_start(const Parts& parts, int64_t n, StageState& stage) const
 }
 
 void Memory::allocate(const Parts& parts, int64_t n, StageState& stage, int64_t positions) {
-  own_blob(n, stage, false);
+  own_blob(n, stage);
   if (layouts_[n].has_pages()) own_pages(parts, n, stage, 0, 0, positions);
 }
 
@@ -121,10 +121,10 @@ void Memory::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
     if (!schedule.touches(n, from, to)) continue;
     StageState& stage = row.stages[n];
     const bool begins = schedule.begins_anew(n, from, to);
-    const bool begins_first = begins && (jumps || schedule.begins_anew(n, from, from + 1));
-    own_blob(n, stage, row.is_supplied || !begins_first);
+    own_blob(n, stage);
     if (!layouts_[n].has_pages()) continue;
-    const int64_t kept = 1 + (begins_first ? 0 : schedule.position(n, from));
+    // Also what is about to begin anew is kept: what comes next may fail.
+    const int64_t kept = 1 + schedule.position(n, from);
     int64_t end = 1 + schedule.position(n, to);
     // Then it goes through the end of a sequence.
     if (!jumps && schedule.begin(n, from) < schedule.begin(n, to)) end = 1 + schedule.seq_len(n);

@@ -58,7 +58,7 @@ class Memory {
   void copy_positions(int64_t n, const float* from, float* to, int64_t begin, int64_t end) const;
 
  private:
-  void own_blob(int64_t n, StageState& stage, bool is_kept);
+  void own_blob(int64_t n, StageState& stage);
   void own_pages(const Parts& parts, int64_t n, StageState& stage, int64_t kept, int64_t begin,
                  int64_t end);
 

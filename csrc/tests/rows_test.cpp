@@ -1,6 +1,9 @@
 // Tests of where rows are, what they share, and who uses them.
 #include "decode/rows.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -10,6 +13,19 @@
 
 using namespace mblm;
 using namespace mblm::decode;
+
+// Blocks of memory that there are still to be had.
+int64_t blocks_left = INT64_MAX;
+
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  if (blocks_left-- <= 0) throw std::bad_alloc();
+  const auto align = std::size_t(alignment);
+  if (void* memory = std::aligned_alloc(align, (size + align - 1) / align * align)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
 
 // What each stage has taken in, byte by byte, told in words: before a byte, the stage that is due
 // takes in its patch, and those below begin anew.
@@ -110,6 +126,38 @@ void a_copy_writes_to_pages_of_its_own() {
   CHECK(row.stages[0].blob.data() != copy.stages[0].blob.data());
 }
 
+// At a patch's end, what comes next begins the local stage anew, but may not come.
+void without_memory_a_row_stays_what_it_is() {
+  const Parts parts = some_parts();
+  bool is_enough = false;
+  for (int64_t blocks = 0; !is_enough; ++blocks) {
+    Memory memory(parts);
+    Row row;
+    row.stages.resize(2);
+    memory.reserve(parts, row, 300, false);
+    row.taken = row.length = 300;
+    for (int64_t n = 0; n < 2; ++n) {
+      std::fill_n(row.stages[n].blob.data(), memory.layout(n).blob, 3.f);
+      row.stages[n].keys.back()[0] = 4;
+    }
+    Row copy;
+    static_cast<RowState&>(copy) = row;
+    blocks_left = blocks;
+    try {
+      memory.reserve(parts, copy, 301, true);
+      is_enough = true;
+    } catch (const std::bad_alloc&) {
+    }
+    blocks_left = INT64_MAX;
+    for (int64_t n = 0; n < 2; ++n) {
+      const float* const blob = copy.stages[n].blob.data();
+      const auto is_kept = [](float value) { return value == 3; };
+      CHECK(std::all_of(blob, blob + memory.layout(n).blob, is_kept));
+      CHECK(copy.stages[n].keys.back()[0] == 4);
+    }
+  }
+}
+
 template <class Function>
 std::string error_of(Function function) {
   try {
@@ -160,6 +208,7 @@ int main() {
   a_jump_takes_in_the_last_sequences_alone();
   blocks_are_shared_until_they_are_copied();
   a_copy_writes_to_pages_of_its_own();
+  without_memory_a_row_stays_what_it_is();
   a_row_is_in_one_call_at_a_time();
   a_dropped_row_never_comes_back();
   return test::result();
