@@ -7,13 +7,14 @@ namespace mblm::decode {
 
 int64_t Chooser::choose(const Plan& plan, const float* logits, const float* numbers,
                         const bool* mask) {
+  const uint8_t* allowed = nullptr;
   if (plan.allow || mask) {
     for (int64_t i = 0; i < num_tokens_; ++i) {
-      kept_[i] = (!mask || mask[i]) && allows(plan, i) ? logits[i] : -INFINITY;
+      allowed_[i] = (!mask || mask[i]) && allows(plan, i);
     }
-    logits = kept_.data();
+    allowed = allowed_.data();
   }
-  return cpu::sample(plan.sampling, logits, nullptr, numbers, num_tokens_, memory_);
+  return cpu::sample(plan.sampling, logits, allowed, numbers, num_tokens_, memory_);
 }
 
 bool Chooser::leaves_any(const Plan& plan, const float* logits, const bool* mask) const {

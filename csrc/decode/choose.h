@@ -13,7 +13,7 @@ namespace mblm::decode {
 class Chooser {
  public:
   explicit Chooser(int64_t num_tokens)
-      : num_tokens_(num_tokens), kept_(num_tokens), memory_(num_tokens) {}
+      : num_tokens_(num_tokens), allowed_(num_tokens), memory_(num_tokens) {}
 
   // The byte that a plan chooses from logits (num_tokens), with uniform numbers (num_tokens); of
   // those alone, if a mask (num_tokens) is given, where it is true.
@@ -25,7 +25,7 @@ class Chooser {
 
  private:
   int64_t num_tokens_;
-  std::vector<float> kept_;
+  std::vector<uint8_t> allowed_;
   cpu::SampleMemory memory_;
 };
 

@@ -34,10 +34,12 @@ def sampled_bytes(
     logits = own if instead is None else instead.to(own)
     logits = logits.to(sampling_dtype(logits.dtype))
     allowed = [now.allowed(room) for now, room in zip(progress, rooms, strict=True)]
+    may_come = None
     if any(row is not None for row in allowed):
         everything = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
         may_come = torch.stack([everything if row is None else row for row in allowed])
-        logits = logits.masked_fill(~may_come.to(own.device), float("-inf"))
+        may_come = may_come.to(own.device)
+        logits = logits.masked_fill(~may_come, float("-inf"))
     if mask is not None:
         logits = logits.masked_fill(~mask.to(own.device), float("-inf"))
     if instead is not None or mask is not None:
@@ -51,6 +53,9 @@ def sampled_bytes(
         alike.setdefault(now.plan.filters, []).append(index)
     for filters, rows in alike.items():
         ids[rows] = sample(logits[rows], numbers[rows], *filters)
+    if may_come is not None:  # of logits that are all -inf, the first that is allowed
+        nothing = (logits == float("-inf")).all(-1)
+        ids = torch.where(nothing, may_come.int().argmax(-1), ids)
     return _with_bytes(progress, ids, own, drew=True)
 
 
