@@ -142,6 +142,54 @@ std::vector<py::tuple> last(Cache& cache, const Lease& rows) {
   return tuples;
 }
 
+// An object of Python's among what is destroyed without the GIL.
+struct Held {
+  py::object object;
+
+  explicit Held(py::object of) : object(std::move(of)) {}
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() {
+    const py::gil_scoped_acquire acquire;
+    object = {};
+  }
+};
+
+HostedState hosted_state(py::object object) {
+  return std::make_shared<const Held>(std::move(object));
+}
+
+py::object object_of(const HostedState& state) {
+  return state ? static_cast<const Held*>(state.get())->object : py::none();
+}
+
+SavedState saved_state(int64_t length, int64_t taken, std::map<std::string, Tensor> tensors,
+                       const std::map<int64_t, py::object>& hosted) {
+  SavedState state{length, taken, std::move(tensors)};
+  for (const auto& [n, object] : hosted) state.hosted.emplace(n, hosted_state(object));
+  return state;
+}
+
+std::map<int64_t, py::object> hosted_of(const SavedState& state) {
+  std::map<int64_t, py::object> objects;
+  for (const auto& [n, hosted] : state.hosted) objects.emplace(n, object_of(hosted));
+  return objects;
+}
+
+std::vector<py::object> states_of(const Wanted& wanted) {
+  std::vector<py::object> objects;
+  for (const HostedState& state : wanted.states) objects.push_back(object_of(state));
+  return objects;
+}
+
+void supply(Cache& cache, const Lease& rows, const Wanted& wanted, const Tensor& outputs,
+            const Tensor& contexts, const std::vector<py::object>& objects) {
+  std::vector<HostedState> states;
+  for (const py::object& object : objects) states.push_back(hosted_state(object));
+  const py::gil_scoped_release release;
+  cache.supply(rows, wanted, outputs, contexts, states);
+}
+
 void bind_cache(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
 
@@ -159,17 +207,16 @@ void bind_cache(py::module_& module) {
            py::arg("stop"), py::arg("log_probs"), py::arg("pause"));
 
   py::class_<SavedState>(module, "State")
-      .def(py::init([](int64_t length, int64_t taken, std::map<std::string, Tensor> tensors) {
-             return SavedState{length, taken, std::move(tensors)};
-           }),
-           py::arg("length"), py::arg("taken"), py::arg("tensors"))
+      .def(py::init(&saved_state), py::arg("length"), py::arg("taken"), py::arg("tensors"),
+           py::arg("hosted"))
+      .def_property_readonly("hosted", &hosted_of)
       .def_readonly("length", &SavedState::length)
       .def_readonly("taken", &SavedState::taken)
       .def_readonly("tensors", &SavedState::tensors);
 
   py::class_<Wanted>(module, "Wanted")
       .def_readonly("stage", &Wanted::stage)
-      .def_readonly("rows", &Wanted::rows)
+      .def_property_readonly("states", &states_of)
       .def_readonly("ids", &Wanted::ids)
       .def_readonly("positions", &Wanted::positions)
       .def_property_readonly("contexts", [](const Wanted& wanted) -> std::optional<Tensor> {
@@ -208,7 +255,7 @@ void bind_cache(py::module_& module) {
       .def("check_choosing", &Cache::check_choosing, Release())
       .def("choose", &Cache::choose, Release())
       .def("wanted", &Cache::wanted, Release())
-      .def("supply", &Cache::supply, Release())
+      .def("supply", &supply)
       .def("lengths", &Cache::lengths, Release())
       .def("state", &Cache::state, Release())
       .def("state_shapes", &Cache::state_shapes)

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -58,6 +57,11 @@ void note_fed(Row& row, int64_t count) {
   end_where_due(*row.plan);
 }
 
+// Whether the lane that a plan is to have is its row's already.
+bool serves(const Row& row, const Wishes& wishes) {
+  return row.plan && row.plan->lane.is(wishes.draws.get(), wishes.lane);
+}
+
 // The bytes that a row may have taken in before a hosted stage is due, at most `to`.
 int64_t before_host(const Parts& parts, const Row& row, int64_t to) {
   const Schedule& schedule = parts.schedule;
@@ -92,11 +96,21 @@ void Cache::set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy) {
   hierarchy_.swap(hierarchy);
 }
 
+std::shared_ptr<const Parts> Cache::parts(int64_t most_bytes) const {
+  struct Held {
+    std::shared_ptr<const Hierarchy> hierarchy;
+    std::shared_ptr<const Parts> parts;
+  };
+  const auto held = std::make_shared<Held>(hierarchy());
+  held->parts = held->hierarchy->parts(most_bytes);
+  return {held, held->parts.get()};
+}
+
 // With tables for so many more bytes than each row has.
 std::shared_ptr<const Parts> Cache::parts_for(const Lease& rows, int64_t more) const {
   int64_t longest = 0;
   for (int64_t i = 0; i < rows.size(); ++i) longest = std::max(longest, rows[i].length);
-  return hierarchy()->parts(longest + more);
+  return parts(longest + more);
 }
 
 RowIds Cache::copy(const Lease& rows) {
@@ -152,7 +166,7 @@ bool Cache::is_long(const Parts& parts, const Row& row, int64_t to, int64_t most
 std::vector<int64_t> Cache::long_pieces(const Lease& rows, const std::vector<Tensor>& ids,
                                         int64_t most) {
   check_fed(rows, ids);
-  const std::shared_ptr<const Parts> parts = hierarchy()->parts(0);
+  const std::shared_ptr<const Parts> parts = this->parts(0);
   std::vector<int64_t> found;
   for (int64_t i = 0; i < rows.size(); ++i) {
     if (is_long(*parts, rows[i], rows[i].length + ids[i].size(0) - 1, most)) found.push_back(i);
@@ -247,15 +261,16 @@ Cache::Advanced Cache::advance(const Parts& parts, Run::Kind kind, std::vector<M
 
 std::unique_ptr<Workspace> Cache::take_space() {
   const std::lock_guard lock(table_mutex());
-  if (spaces_.empty()) return std::make_unique<Workspace>();
-  std::unique_ptr<Workspace> space = std::move(spaces_.back());
-  spaces_.pop_back();
+  if (!spaces_) return std::make_unique<Workspace>();
+  std::unique_ptr<Workspace> space = std::move(spaces_);
+  spaces_ = std::move(space->next);
   return space;
 }
 
-void Cache::give_space(std::unique_ptr<Workspace> space) {
+void Cache::give_space(std::unique_ptr<Workspace> space) noexcept {
   const std::lock_guard lock(table_mutex());
-  spaces_.push_back(std::move(space));
+  space->next = std::move(spaces_);
+  spaces_ = std::move(space);
 }
 
 // Memory for the next bytes of a run. A row for which there is none goes no further.
@@ -277,7 +292,7 @@ void Cache::reserve_ahead(const Parts& parts, std::vector<Member>& members) {
 
 void Cache::begin(const Lease& rows, const std::vector<Wishes>& plans) {
   check_count("plans", plans.size(), size_t(rows.size()));
-  std::set<std::pair<const Draws*, int64_t>> lanes;
+  std::vector<GeneratorDraws::Entry> entries;  // of lanes that do not serve their row already
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Wishes& wishes = plans[i];
     TORCH_CHECK_VALUE(wishes.draws && wishes.draws->num_tokens() == num_tokens_ &&
@@ -289,12 +304,10 @@ void Cache::begin(const Lease& rows, const std::vector<Wishes>& plans) {
     }
     TORCH_CHECK_VALUE(!wishes.allow || wishes.allow->distance[wishes.allow->start] >= 0,
                       "allow: an automaton that never accepts");
-    TORCH_CHECK_VALUE(lanes.emplace(wishes.draws.get(), wishes.lane).second, "lane: ", wishes.lane,
-                      " of these draws serves another row");
-    const std::optional<Plan>& own = rows[i].plan;
-    if (!own || !own->lane.is(wishes.draws.get(), wishes.lane))
-      wishes.draws->check_free(wishes.lane);
+    if (!serves(rows[i], wishes)) entries.push_back({wishes.draws, wishes.lane});
   }
+  GeneratorDraws::enter(entries);
+  auto entered = entries.begin();
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Wishes& wishes = plans[i];
     Row& row = rows[i];
@@ -302,7 +315,7 @@ void Cache::begin(const Lease& rows, const std::vector<Wishes>& plans) {
     plan.max_tokens = wishes.max_tokens;
     plan.room = (max_length_ > 0 ? max_length_ : kMostBytes) - row.length;
     plan.sampling.temperature = float(wishes.temperature);
-    plan.sampling.top_k = std::min(wishes.top_k, num_tokens_);
+    plan.sampling.top_k = std::clamp<int64_t>(wishes.top_k, 1, num_tokens_);
     // Too small a number for a float keeps the likeliest, as 0 would not.
     const float top_p = std::max(float(wishes.top_p), std::numeric_limits<float>::min());
     plan.sampling.top_p = wishes.top_p > 0 ? top_p : 0;
@@ -313,10 +326,10 @@ void Cache::begin(const Lease& rows, const std::vector<Wishes>& plans) {
     plan.stop_state = plan.stop ? plan.stop->start : 0;
     plan.wants_log_probs = wishes.wants_log_probs;
     plan.pauses = wishes.pauses;
-    if (row.plan && row.plan->lane.is(wishes.draws.get(), wishes.lane)) {
+    if (serves(row, wishes)) {
       plan.lane = std::move(row.plan->lane);
     } else {
-      plan.lane = Lane(wishes.draws, wishes.lane, wishes.draws->enter(wishes.lane));
+      plan.lane = Lane(wishes.draws, wishes.lane, (entered++)->next);
     }
     end_where_due(plan);
     row.plan = std::move(plan);
@@ -363,9 +376,8 @@ bool Cache::run(const Lease& rows, double seconds, const std::vector<std::option
     }
     members.push_back(member);
   }
-  // As a number of the clock's, which has no room for infinity.
-  const double most = 1e9, least = 0;
-  const auto length = std::chrono::duration<double>(std::clamp(seconds, least, most));
+  // As a number of the clock's, which has no room for infinity, and none for NaN.
+  const auto length = std::chrono::duration<double>(seconds > 0 ? std::min(seconds, 1e9) : 0);
   const auto until = begin + std::chrono::duration_cast<Team::Clock::duration>(length);
   Advanced advanced = Advanced::kToMemory;
   while (advanced == Advanced::kToMemory) {
@@ -493,6 +505,7 @@ std::vector<Wanted> Cache::wanted(const Lease& rows, bool is_for_run) {
       wanted.rows.push_back(rows.id(i));
       wanted.indices.push_back(i);
       wanted.positions.push_back(schedule.position(n, rows[i].taken));
+      wanted.states.push_back(rows[i].stages[n].hosted);
     }
     if (due.empty()) continue;
     const auto count = int64_t(due.size());
@@ -513,12 +526,13 @@ std::vector<Wanted> Cache::wanted(const Lease& rows, bool is_for_run) {
 }
 
 void Cache::supply(const Lease& rows, const Wanted& wanted, const Tensor& outputs,
-                   const Tensor& contexts) {
+                   const Tensor& contexts, std::vector<HostedState>& states) {
   const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
   const int64_t n = wanted.stage, count = int64_t(wanted.indices.size());
   const StageLayout &own = memory_.layout(n), &below = memory_.layout(n + 1);
   const Tensor output = check_given("outputs", outputs, {count, own.dim}, at::kFloat);
   const Tensor context = check_given("contexts", contexts, {count, below.context_size}, at::kFloat);
+  check_count("states", states.size(), size_t(count));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t index = wanted.indices[i];
     TORCH_CHECK_VALUE(index < rows.size() && rows.id(index) == wanted.rows[i] &&
@@ -533,6 +547,7 @@ void Cache::supply(const Lease& rows, const Wanted& wanted, const Tensor& output
                 row.stages[n].blob.data() + own.output);
     std::copy_n(context.const_data_ptr<float>() + i * below.context_size, below.context_size,
                 row.stages[n + 1].blob.data() + below.context);
+    row.stages[n].hosted.swap(states[i]);
     row.is_supplied = true;
   }
 }
@@ -544,7 +559,7 @@ std::vector<std::pair<int64_t, int64_t>> Cache::lengths(const Lease& rows) {
 }
 
 std::map<std::string, std::vector<int64_t>> Cache::state_shapes(int64_t taken) const {
-  return decode::state_shapes(*hierarchy()->parts(0), memory_, taken);
+  return decode::state_shapes(*parts(0), memory_, taken);
 }
 
 SavedState Cache::state(const Lease& rows) {
@@ -561,13 +576,13 @@ SavedState Cache::state(const Lease& rows) {
 
 void Cache::set_state(const Lease& rows, const SavedState& state) {
   check_one(rows);
-  Row loaded = load_state(*hierarchy()->parts(0), memory_, state);
+  Row loaded = load_state(*parts(0), memory_, state);
   rows[0] = std::move(loaded);
 }
 
 void Cache::set_state_above(const Lease& rows, const SavedState& state, int64_t most) {
   check_one(rows);
-  const std::shared_ptr<const Parts> parts = hierarchy()->parts(0);
+  const std::shared_ptr<const Parts> parts = this->parts(0);
   Row loaded = load_state(*parts, memory_, state);
   const int64_t local = parts->schedule.stages() - 1;
   if (local > 0 && parts->schedule.position(local, state.taken) <= most) {

@@ -40,10 +40,11 @@ struct Ran {
 struct Wanted {
   int64_t stage = 0;
   std::vector<RowId> rows = {};
-  std::vector<int64_t> indices = {};    // where they are among those of the call
-  at::Tensor ids = {};                  // (rows, R_n) int64
-  std::vector<int64_t> positions = {};  // in the stage's sequence
-  at::Tensor contexts = {};             // (rows, P_n, D_n), undefined for the most global stage
+  std::vector<int64_t> indices = {};     // where they are among those of the call
+  at::Tensor ids = {};                   // (rows, R_n) int64
+  std::vector<int64_t> positions = {};   // in the stage's sequence
+  at::Tensor contexts = {};              // (rows, P_n, D_n), undefined for the most global stage
+  std::vector<HostedState> states = {};  // of no use where the position is 0
 };
 
 using RowIds = std::vector<RowId>;
@@ -94,10 +95,10 @@ class Cache {
 
   // Of all rows, or of those that go on with their plans.
   std::vector<Wanted> wanted(const Lease& rows, bool is_for_run);
-  // What the stage computed for those: outputs (rows, D_n), and the contexts that they give,
-  // (rows, P_{n+1} * D_{n+1}).
+  // What the stage computed for those: outputs (rows, D_n), the contexts that they give,
+  // (rows, P_{n+1} * D_{n+1}), and its states, for which it gives back those that they replace.
   void supply(const Lease& rows, const Wanted& wanted, const at::Tensor& outputs,
-              const at::Tensor& contexts);
+              const at::Tensor& contexts, std::vector<HostedState>& states);
 
   std::vector<std::pair<int64_t, int64_t>> lengths(const Lease& rows);  // and bytes taken in
   std::map<std::string, std::vector<int64_t>> state_shapes(int64_t taken) const;
@@ -127,15 +128,17 @@ class Cache {
   Rows rows_;
 
  private:
+  // What a call reads: it stays, with the weights, whatever the other calls' become meanwhile.
+  std::shared_ptr<const Parts> parts(int64_t most_bytes) const;
   std::shared_ptr<const Parts> parts_for(const Lease& rows, int64_t more) const;
   std::unique_ptr<Workspace> take_space();
-  void give_space(std::unique_ptr<Workspace> space);
+  void give_space(std::unique_ptr<Workspace> space) noexcept;
   void reserve_ahead(const Parts& parts, std::vector<Member>& members);
   bool is_long(const Parts& parts, const Row& row, int64_t to, int64_t most) const;
   void check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
 
   const int64_t num_tokens_, max_length_;
-  std::vector<std::unique_ptr<Workspace>> spaces_;  // of calls that are over
+  std::unique_ptr<Workspace> spaces_;  // of calls that are over
 };
 
 }  // namespace mblm::decode

@@ -36,7 +36,7 @@ GeneratorDraws::GeneratorDraws(std::optional<at::Generator> generator, int64_t l
   }
 }
 
-void GeneratorDraws::check(int64_t lane) const {
+void GeneratorDraws::check_free(int64_t lane) const {
   const LaneState& of = lanes_[lane];
   if (of.is_in_use) {
     throw std::invalid_argument("lane: " + std::to_string(lane) +
@@ -49,16 +49,23 @@ void GeneratorDraws::check(int64_t lane) const {
   }
 }
 
-void GeneratorDraws::check_free(int64_t lane) const {
+void GeneratorDraws::enter(std::span<Entry> entries) {
   const std::lock_guard lock(draws_mutex());
-  check(lane);
-}
-
-int64_t GeneratorDraws::enter(int64_t lane) {
-  const std::lock_guard lock(draws_mutex());
-  check(lane);
-  lanes_[lane].is_in_use = lanes_[lane].is_waited_for = true;
-  return lanes_[lane].next;
+  const auto entered = [](Entry& entry) -> LaneState& { return entry.draws->lanes_[entry.lane]; };
+  auto end = entries.begin();
+  try {
+    for (; end != entries.end(); ++end) {
+      end->draws->check_free(end->lane);
+      entered(*end).is_in_use = true;  // also for those that come next
+    }
+  } catch (...) {
+    for (auto at = entries.begin(); at != end; ++at) entered(*at).is_in_use = false;
+    throw;
+  }
+  for (Entry& entry : entries) {
+    entered(entry).is_waited_for = true;
+    entry.next = entered(entry).next;
+  }
 }
 
 void GeneratorDraws::leave(int64_t lane, int64_t n) noexcept {

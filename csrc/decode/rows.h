@@ -120,12 +120,17 @@ struct Plan {
   int64_t left() const { return std::min(max_tokens, room) - count; }
 };
 
+// The state of a stage that Python steps: an object of Python's, which may be let go without the
+// GIL. See bind.cpp.
+using HostedState = std::shared_ptr<const void>;
+
 // What a row has in one stage: see memory.h for where things lie.
 struct StageState {
   Block blob;
   int64_t start_id = 0;  // whose start token's keys and values the first page begins with
   std::vector<Block> pages;
   std::vector<float*> keys, values;  // of the pages
+  HostedState hosted;
 };
 
 // What a row is, without its plan.

@@ -182,7 +182,9 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
         if (!is_shared) finish(active, outputs, space_.choosers[worker.index]);
       }
       begin_round();
-      if (worker.team.is_crowded() || Team::Clock::now() >= until) round_.is_over = true;
+      if (chooses() && (worker.team.is_crowded() || Team::Clock::now() >= until)) {
+        round_.is_over = true;
+      }
     }
     worker.wait();
   }
@@ -444,6 +446,7 @@ void Run::finish(const Active& active, const float* outputs, Chooser& chooser) {
   Row& row = *member.row;
   const int64_t dim = parts_.local().dim;
   int64_t kept = active.outputs;
+  if (active.count > 0) row.logits.clear();
   if (chooses() && !row.plan->pauses) {
     kept = choose_bytes(active, chooser);
     if (kept < active.count) {
@@ -480,10 +483,7 @@ int64_t Run::choose_bytes(const Active& active, Chooser& chooser) {
     append_chosen(row, id, logits, parts_.num_tokens(), true);
     const bool is_drafted = !member.draft.empty() && member.draft.front() == id;
     member.draft = is_drafted ? member.draft.subspan(1) : std::span<const int64_t>();
-    if (!is_drafted || plan.end || i + 1 >= active.count) {
-      if (active.count > 0) row.logits.clear();
-      return i + 1;
-    }
+    if (!is_drafted || plan.end || i + 1 >= active.count) return i + 1;
   }
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -37,13 +38,14 @@ struct Member {
 // What a run works with; another one may use it after that.
 struct Workspace {
   using Floats = cpu::cache_lines::Vector<float>;
-  Floats x;                       // (positions, dim) of the local stage
-  Floats logits;                  // (outputs, num_tokens)
-  Floats outputs;                 // per thread (outputs, dim)
-  Floats inputs, embed, values;   // of stages above
-  Floats trail;                   // to roll back with, of the local stage
-  Floats scratch;                 // of the stages' kernels
-  std::vector<Chooser> choosers;  // per thread
+  Floats x;                         // (positions, dim) of the local stage
+  Floats logits;                    // (outputs, num_tokens)
+  Floats outputs;                   // per thread (outputs, dim)
+  Floats inputs, embed, values;     // of stages above
+  Floats trail;                     // to roll back with, of the local stage
+  Floats scratch;                   // of the stages' kernels
+  std::vector<Chooser> choosers;    // per thread
+  std::unique_ptr<Workspace> next;  // of those that no run uses
 };
 
 // Whether a hosted stage is to take in a patch before a row's next byte is taken in.
@@ -66,9 +68,9 @@ class Run {
   // products prepare. Throws std::bad_alloc.
   int64_t prepare(int64_t threads);
 
-  // All threads of a team call it. It returns when no row goes on or one is paused; or before: at
-  // the given time, where a row has no memory reserved, or if the team waits so long for a thread
-  // without a core that one thread is quicker. Another team may go on.
+  // All threads of a team call it. It returns when no row goes on. Where bytes are chosen, it
+  // returns before if one is paused or has no memory reserved, at the given time, or if the team
+  // waits so long for a thread without a core that one thread is quicker. Another team may go on.
   void work(const cpu::Worker& worker, cpu::Team::Clock::time_point until) noexcept;
   // Whether it has returned because a row has no memory reserved.
   bool needs_memory() const { return needs_memory_; }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/ids.h"
+#include "decode/weights.h"
 #include "torch/common.h"
 
 namespace mblm::decode {
@@ -113,6 +114,7 @@ SavedState save_state(const Parts& parts, const Memory& memory, const Row& row) 
   for (int64_t n = 0; row.taken > 0 && n < parts.schedule.stages(); ++n) {
     const StageLayout& layout = memory.layout(n);
     const StageState& stage = row.stages[n];
+    if (parts.stages[n].is_hosted()) state.hosted.emplace(n, stage.hosted);
     for (const Part& part : parts_of_blob(parts, layout, n)) {
       Tensor tensor = own_tensor(part.shape, at::kFloat);
       std::copy_n(stage.blob.data() + part.at, tensor.numel(), tensor.mutable_data_ptr<float>());
@@ -148,13 +150,13 @@ std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, con
 }
 
 Row check_state(const Parts& parts, const Memory& memory, const SavedState& state) {
+  const int64_t limit = parts.max_length > 0 ? parts.max_length : kMostBytes;
+  TORCH_CHECK_VALUE(0 <= state.length && state.length <= limit,
+                    "length must be at most the context of ", limit, " bytes, got ", state.length);
   TORCH_CHECK_VALUE(
-      state.taken >= 0 && (state.length == state.taken || state.length == state.taken + 1),
+      state.taken >= 0 && (state.taken == state.length || state.taken == state.length - 1),
       "taken must be length or length - 1 and not negative, got ", state.taken, " of length ",
       state.length);
-  TORCH_CHECK_VALUE(parts.max_length == 0 || state.length <= parts.max_length,
-                    "length must be at most the context of ", parts.max_length, " bytes, got ",
-                    state.length);
   Row row;
   row.length = state.length;
   row.taken = state.taken;
@@ -168,6 +170,8 @@ Row check_state(const Parts& parts, const Memory& memory, const SavedState& stat
       take(state, part.name, part.shape);
       ++used;
     }
+    TORCH_CHECK_VALUE(!parts.stages[n].is_hosted() || state.hosted.contains(n),
+                      "state must have that of stage ", n, ", which is hosted");
     for (const char* name : {".keys", ".values"}) {
       if (!layout.has_pages()) break;
       take(state, std::to_string(n) + name, shape_of_keys(layout, positions));
@@ -196,6 +200,7 @@ Row load_state(const Parts& parts, Memory& memory, const SavedState& state) {
       values = take(state, prefix + ".values", shape_of_keys(layout, positions));
     }
     memory.allocate(parts, n, stage, positions);
+    if (parts.stages[n].is_hosted()) stage.hosted = state.hosted.at(n);
     for (const auto& [part, tensor] : found) {
       std::copy_n(tensor.const_data_ptr<float>(), tensor.numel(), stage.blob.data() + part.at);
     }

@@ -18,6 +18,7 @@ namespace mblm::decode {
 struct SavedState {
   int64_t length = 0, taken = 0;
   std::map<std::string, at::Tensor> tensors;
+  std::map<int64_t, HostedState> hosted = {};  // by the stage; of no use at position 0
 };
 
 // A new tensor that is the caller's own, in inference mode, too.

@@ -12,6 +12,7 @@
 
 #include "cpu/cores.h"
 #include "cuda/decode_attention.h"
+#include "decode/pages.h"
 #include "torch/common.h"
 
 namespace mblm::decode {
@@ -348,7 +349,7 @@ std::shared_ptr<const Parts> Hierarchy::parts(int64_t most_bytes) const {
                     kMostBytes, " bytes, got ", most_bytes);
   std::shared_ptr<const Parts> last;
   {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(table_mutex());
     last = last_;
   }
   if (last && last->most_bytes >= most_bytes) return last;
@@ -383,8 +384,9 @@ std::shared_ptr<const Parts> Hierarchy::parts(int64_t most_bytes) const {
     model.sin = keep(sin);
   }
   std::shared_ptr<const Parts> made(held, &parts);
-  const std::lock_guard lock(mutex_);
-  if (!last_ || last_->most_bytes < parts.most_bytes) last_ = made;
+  last = made;
+  const std::lock_guard lock(table_mutex());
+  if (!last_ || last_->most_bytes < parts.most_bytes) last_.swap(last);
   return made;
 }
 

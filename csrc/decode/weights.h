@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "decode/parts.h"
@@ -79,8 +78,7 @@ class Hierarchy {
   std::vector<at::Tensor> frequencies_;  // per stage, of rotary positions, or undefined
   Parts parts_;                          // without tables
 
-  mutable std::mutex mutex_;  // of what follows, held for a moment
-  mutable std::shared_ptr<const Parts> last_;
+  mutable std::shared_ptr<const Parts> last_;  // guarded by table_mutex()
 };
 
 }  // namespace mblm::decode

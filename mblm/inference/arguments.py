@@ -1,10 +1,14 @@
 """What caches of every engine refuse, in the same words."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mblm.utils.checks import check_number
 
 
 def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
@@ -12,6 +16,17 @@ def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
     if not isinstance(given, (list, tuple)) or len(given) != len(rows):
         count = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
         raise ValueError(f"{name}: expected a list of {len(rows)}, one for each row, got {count}")
+
+
+def end_after(seconds: Any) -> float:
+    """When a run that begins now is over, as `time.monotonic` counts.
+
+    Raises:
+        TypeError, ValueError: No number.
+    """
+    if math.isnan(seconds := check_number("seconds", seconds)):
+        raise ValueError("seconds: expected a number, got nan")
+    return time.monotonic() + seconds
 
 
 def check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """The decoding cache in compiled code, on a CPU or a GPU, with what Python adds to it.
 
-Rows live in ``mblm._C.Cache``. Python steps the stages that are hosted, keeps their states beside
-the rows, and has the reference take in long pieces.
+Rows live in ``mblm._C.Cache``, also the states of hosted stages, which Python steps: so no signal
+comes between a row and a part of it. Long pieces are taken in by the reference.
 """
 
 import time
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_count, check_tensor
+from mblm.inference.arguments import check_count, check_tensor, end_after
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import ChangedModelError, Ran, Row, State
 from mblm.inference.hosted import Share
@@ -63,7 +63,6 @@ class NativeCache:
             if is_on_gpu(model.local_table)
             else library.Cache(packed.hierarchy)
         )
-        self._states: dict[Row, dict[int, Share]] = {}  # of hosted stages
         self._torch: TorchCache | None = None
 
     # -- Rows --------------------------------------------------------------------------------------
@@ -76,20 +75,12 @@ class NativeCache:
     def drop(self, rows: Sequence[Row]) -> None:
         """See `Cache.drop`."""
         self._engine.drop([row for row in rows if type(row) is int and row.bit_length() < 64])
-        for row in rows if self._states else ():
-            self._states.pop(row, None)
 
     def copy(self, rows: Sequence[Row]) -> list[Row]:
         """See `Cache.copy`."""
         with self._lease(rows) as held:
-            return self._copied(held, rows)
-
-    def _copied(self, held: Any, rows: Sequence[Row]) -> list[Row]:
-        copies: list[Row] = self._engine.copy(held)
-        for row, copy in zip(rows, copies, strict=True) if self._states else ():
-            if row in self._states:
-                self._states[copy] = dict(self._states[row])
-        return copies
+            copies: list[Row] = self._engine.copy(held)
+            return copies
 
     def _lease(self, rows: Sequence[Row]) -> Any:
         """Rows of a call, which no other call may use until it is over."""
@@ -109,26 +100,23 @@ class NativeCache:
         with self._lease(rows) as held:
             check_count("ids", ids, rows)
             if not engine.feed(held, ids, NATIVE_POSITIONS):
-                self._feed_with_python(held, rows, ids)
+                self._feed_with_python(held, ids)
 
-    def _feed_with_python(self, held: Any, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
+    def _feed_with_python(self, held: Any, ids: Sequence[Tensor]) -> None:
         """Feed copies of rows, so that it is done for all rows or for none."""
         engine = self._engine
         long = set(engine.long_pieces(held, ids, NATIVE_POSITIONS))
-        copies = self._copied(held, rows)
+        copies = engine.copy(held)
         try:
             for row, (copy, part) in enumerate(zip(copies, ids, strict=True)):
                 with self._lease([copy]) as one:
                     if row in long:
-                        self._feed_long(one, copy, part)
+                        self._feed_long(one, part)
                     else:
                         engine.append(one, [part])
             with self._lease(copies) as fed:
                 self._take_in(fed, keep_pending=True)
                 engine.exchange(held, fed)
-            for row, copy in zip(rows, copies, strict=True):
-                if copy in self._states:
-                    self._states[row] = self._states[copy]
         finally:
             self.drop(copies)
 
@@ -148,33 +136,33 @@ class NativeCache:
         """See `Cache.state`."""
         self._current()
         with self._lease([row]) as held:
-            return self._state(held, row)
+            return self._state(held)
 
     def state_so_far(self, row: Row) -> State:
         """See `Cache.state_so_far`."""
         with self._lease([row]) as held:
-            return self._saved(held, row)
+            return self._saved(held)
 
-    def _state(self, held: Any, row: Row) -> State:
+    def _state(self, held: Any) -> State:
         self._take_in(held)
-        return self._saved(held, row)
+        return self._saved(held)
 
-    def _saved(self, held: Any, row: Row) -> State:
+    def _saved(self, held: Any) -> State:
         saved = self._engine.state(held)
         state = {"length": saved.length, "taken": saved.taken, **saved.tensors}
-        for n, host in self._packed.hosted.items() if saved.taken else ():
+        for n, hosted in saved.hosted.items():
+            host = self._packed.hosted[n]
             position = schedule.position(self._model.patch_sizes, n, saved.taken)
-            for name, value in host.saved(self._hosted_state(row, n, position)).items():
+            for name, value in host.saved(hosted if position else host.start).items():
                 state[f"{n}.{name}"] = value
         return state
 
     def set_state(self, row: Row, state: State) -> None:
         """See `Cache.set_state`."""
         self._current()
-        native, states = self._loaded(state)
+        loaded = self._loaded(state)
         with self._lease([row]) as held:
-            self._engine.set_state(held, native)
-            self._states[row] = states
+            self._engine.set_state(held, loaded)
 
     # -- Plans -------------------------------------------------------------------------------------
 
@@ -213,7 +201,7 @@ class NativeCache:
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
         """See `Cache.run`."""
-        end = time.monotonic() + seconds
+        end = end_after(seconds)
         engine = self._current()
         goes_on = False
         with self._lease(rows) as held:
@@ -288,11 +276,6 @@ class NativeCache:
 
     # -- Hosted stages -----------------------------------------------------------------------------
 
-    def _hosted_state(self, row: Row, n: int, position: int) -> Share:
-        """The state of a hosted stage, which is the start's where it has begun anew."""
-        start: Share = self._packed.hosted[n].start
-        return self._states.get(row, {}).get(n, start) if position else start
-
     def _take_in(self, held: Any, keep_pending: bool = False) -> None:
         while not self._engine.take_in(held, keep_pending):
             self._step_hosted(held)
@@ -301,26 +284,24 @@ class NativeCache:
     def _step_hosted(self, held: Any, is_for_run: bool = False) -> None:
         """Have hosted stages take in a patch of each row that waits for it."""
         for wanted in self._engine.wanted(held, is_for_run):
-            n, model = wanted.stage, self._model
+            n, model, host = wanted.stage, self._model, self._packed.hosted[wanted.stage]
             positions = torch.tensor(wanted.positions, device="cpu")
             x = model.add_positions(n, model.embed_tokens(n, wanted.ids), positions)
             if wanted.contexts is not None:
                 rows = torch.arange(len(x), device="cpu")
                 x = x + wanted.contexts[rows, positions][:, None]
             states = [
-                self._hosted_state(row, n, position)
-                for row, position in zip(wanted.rows, wanted.positions, strict=True)
+                state if position else host.start  # where it begins anew
+                for state, position in zip(wanted.states, wanted.positions, strict=True)
             ]
-            y, after = self._packed.hosted[n].advance(states, x)
+            y, after = host.advance(states, x)
             contexts = model.project_context(n, y[:, -1:]).flatten(1)
-            self._engine.supply(held, wanted, y[:, -1].float(), contexts.float())
-            for row, state in zip(wanted.rows, after, strict=True):
-                self._states.setdefault(row, {})[n] = state
+            self._engine.supply(held, wanted, y[:, -1].float(), contexts.float(), after)
 
     # -- What is saved, and long pieces ------------------------------------------------------------
 
-    def _loaded(self, state: State) -> tuple[Any, dict[int, Share]]:
-        """The engine's part of a state, and those of hosted stages."""
+    def _loaded(self, state: State) -> Any:
+        """The same for the engine."""
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
         given = dict(state)
@@ -347,9 +328,9 @@ class NativeCache:
                 raise ValueError(f"state: stage {n}: {error}") from error
         if given:
             raise ValueError(f"state: expected no {', '.join(given)}")
-        return _native.library().State(length, taken, tensors), states
+        return _native.library().State(length, taken, tensors, states)
 
-    def _feed_long(self, held: Any, row: Row, ids: Tensor) -> None:
+    def _feed_long(self, held: Any, ids: Tensor) -> None:
         """Have the reference take in a piece; alone, so that other rows make no difference.
 
         The local stage still takes in what it can by itself.
@@ -360,13 +341,12 @@ class NativeCache:
         try:
             ((length, _),) = self._engine.lengths(held)
             if length:
-                self._torch.set_state(other, self._state(held, row))
+                self._torch.set_state(other, self._state(held))
             self._torch.feed([other], [ids])
-            native, states = self._loaded(self._torch.state(other))
+            loaded = self._loaded(self._torch.state(other))
         finally:
             self._torch.drop([other])
-        self._engine.set_state_above(held, native, NATIVE_POSITIONS)
-        self._states[row] = states
+        self._engine.set_state_above(held, loaded, NATIVE_POSITIONS)
 
 
 def _of(draws: Draws | None) -> tuple[torch.Generator | None, int]:

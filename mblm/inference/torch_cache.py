@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_count, check_tensor
+from mblm.inference.arguments import check_count, check_tensor, end_after
 from mblm.inference.cache import ChangedModelError, Ran, Reason, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
@@ -192,7 +192,7 @@ class TorchCache:
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
         """See `Cache.run`."""
-        end = time.monotonic() + seconds
+        end = end_after(seconds)
         self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)

@@ -427,6 +427,18 @@ class TestAutomata:
         assert cache.lengths(rows) == [3]
         assert cache.choose(rows, ids=torch.tensor([4]))[0].ids.tolist() == [4]
 
+    def test_the_first_that_is_allowed_comes_where_the_model_rules_all_of_it_out(
+        self, make: MakeCache
+    ) -> None:
+        m = build("mamba1", "mamba2")
+        with torch.no_grad():
+            m.to_logits.bias[1::2] = -torch.inf
+        odd = Automaton(CLASSES, torch.tensor([[-1, 0, -1]]), torch.tensor([True]))
+        cache = make(m)
+        rows = fed(cache, ids_of(3))
+        cache.begin(rows, [Plan(3, allow=odd)])
+        assert run_out(cache, rows)[0].ids.tolist() == [1, 1, 1]
+
 
 def with_fixed_positions() -> Any:
     """A model that takes 12 bytes."""
@@ -658,6 +670,19 @@ class TestStates:
             other.begin([loaded], [plan])
             (ran,) = run_out(other, [loaded])
             assert ran.ids.tolist() == follow(m, ids_of(length), plan, numbers)[0]
+
+    @with_every_pair
+    def test_saving_between_logits_makes_no_difference(
+        self, make: MakeCache, kinds: tuple[str, ...]
+    ) -> None:
+        m = build(*kinds)
+        cache = make(m)
+        rows = fed(cache, ids_of(3))
+        cache.logits(rows)
+        cache.feed(rows, [ids_of(2)])
+        cache.state(rows[0])
+        whole = whole_logits(m, torch.cat((ids_of(3), ids_of(2))))
+        torch.testing.assert_close(cache.logits(rows)[0], whole, **CLOSE)
 
     @with_every_pair
     def test_positions_follow_from_the_bytes(self, make: MakeCache, kinds: tuple[str, ...]) -> None:
@@ -892,6 +917,14 @@ class TestRows:
         cache.begin(rows[1:], [Plan(3, draws=draws, lane=1)])
         with pytest.raises(ValueError, match="it has no plan"):
             cache.run(rows)
+
+    @pytest.mark.parametrize("seconds", [float("nan"), 10**400, "1", None])
+    def test_seconds_are_a_number(self, cache: Cache, seconds: Any) -> None:
+        rows = fed(cache, ids_of(3))
+        cache.begin(rows, [Plan(4)])
+        with pytest.raises((ValueError, TypeError), match="seconds: expected a number"):
+            cache.run(rows, seconds)
+        assert cache.lengths(rows) == [3]
 
     @pytest.mark.parametrize(
         ("draft", "words"),

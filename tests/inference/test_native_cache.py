@@ -1,7 +1,10 @@
 """The compiled cache: bits that do not depend on neighbors, threads or cuts; rows in threads."""
 
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mblm import MBLM
+from mblm.inference import native_cache
 from mblm.inference.cache import Row
 from mblm.inference.native_cache import NativeCache
 from mblm.inference.plan import Plan
@@ -269,6 +273,87 @@ def test_a_state_that_does_not_fit_is_refused(change: str) -> None:
     with pytest.raises(ValueError):
         cache.set_state(other, {**state, change: wrong[change]})
     assert torch.equal(cache.logits([other]), before)
+
+
+def test_weights_that_another_thread_changes_stay_for_a_run_that_has_begun() -> None:
+    m = small("transformer", "mamba2")
+    cache = NativeCache(m)
+    row, other = fed(cache, ids_of(4), ids_of(4))
+    (same,) = cache.copy([row])
+    for one in (row, same):
+        cache.begin([one], [Plan(1 << 30)])
+    ran = []
+    runner = threading.Thread(target=lambda: ran.extend(cache.run([row], seconds=0.3)))
+    runner.start()
+    while runner.is_alive():
+        with torch.no_grad():
+            m.to_logits.weight.mul_(1)  # written to, and the same
+        cache.logits([other])
+    ids = ran[0].ids
+    chosen = cache.run([same], seconds=0)[0].ids
+    while len(chosen) < len(ids):
+        chosen = torch.cat((chosen, cache.run([same])[0].ids))
+    assert torch.equal(chosen[: len(ids)], ids)
+
+
+@contextmanager
+def raised_at(line: int) -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt before the line-th line that native_cache.py goes through."""
+    counted = [0]
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != native_cache.__file__:
+            return None
+        counted[0] += event == "line"
+        if event == "line" and counted[0] == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield counted
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("kinds", [("lstm with a state", "transformer"), ("lstm", "mamba2")])
+def test_an_interrupt_before_any_line_leaves_rows_whole(kinds: tuple[str, ...]) -> None:
+    cache = NativeCache(small(*kinds))
+    begun = fed(cache, ids_of(5), ids_of(6))
+    after = cache.copy(begun)
+    cache.feed(after, pieces := [ids_of(9), ids_of(70)])
+    logits, lengths = cache.logits(after), cache.lengths(after)
+    expected = {tuple(cache.lengths(begun)): cache.logits(begun), tuple(lengths): logits}
+    cache.begin(after, [Plan(9), Plan(9)])
+    whole = [ran.ids for ran in run_out(cache, after)]
+    line, done = 0, False
+    while not done:
+        line += 1
+        rows = cache.copy(begun)
+        with suppress(KeyboardInterrupt), raised_at(line):
+            cache.feed(rows, pieces)
+            done = True
+        torch.testing.assert_close(cache.logits(rows), expected[tuple(cache.lengths(rows))])
+        cache.drop(rows)
+    fresh = cache.copy(begun)
+    cache.feed(fresh, pieces)
+    line, done = 0, False
+    while not done:
+        line += 1
+        rows = cache.copy(fresh)
+        cache.begin(rows, [Plan(9), Plan(9)])
+        with suppress(KeyboardInterrupt), raised_at(line):
+            cache.run(rows, seconds=10)
+            done = True
+        chosen = [ran.ids for ran in cache.last(rows)]
+        assert cache.lengths(rows) == [n + len(c) for n, c in zip(lengths, chosen, strict=True)]
+        rest = [ran.ids for ran in run_out(cache, rows)]
+        assert [torch.cat(pair).tolist() for pair in zip(chosen, rest, strict=True)] == [
+            ids.tolist() for ids in whole
+        ]
+        cache.drop(rows)
 
 
 def test_what_is_no_model_for_it() -> None:
