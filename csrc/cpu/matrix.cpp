@@ -168,7 +168,7 @@ void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t outputs = matrix.outputs;
   const int64_t bytes = bytes_of_output(matrix), divisor = std::max<int64_t>(bytes, 1);
-  const Dots dots = worker.reads_once && kernel.dots_once ? kernel.dots_once : kernel.dots;
+  const Dots dots = kernel.dots;
   const int64_t side_by_side = kernel.streams;
   const int64_t fewest = side_by_side == 1 ? kTileOutputs : 1;
   const int64_t most = std::clamp(kBlockBytes / side_by_side / divisor, fewest, kMaxBlock);

@@ -99,13 +99,10 @@ MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
   std::memcpy(prepared + 2, &sum, sizeof(sum));
 }
 
-// For how long weights are asked for: what is read once leaves the later caches as they are.
-enum Locality { kAskedFor = -1, kOnce = 0, kKept = 3 };  // as GCC's builtin counts it
-
 // sums[r * kPanelStride + k] = the sum of a tile's output k and row r. The instruction multiplies
 // bytes without sign by bytes with one: 128 is added to each weight, and what that adds to the sum
 // is taken off at the end. All sums are exact.
-template <int kRows, Locality kLocality>
+template <int kRows, bool kAsksAhead = true>
 MBLM_VNNI inline void multiply_int8(const int8_t* weight, const float* prepared, int64_t row_stride,
                                     int64_t n, float* sums) {
   static_assert(kTileInputs == sizeof(__m512i) && kTileOutputs == kStreams);
@@ -134,7 +131,7 @@ MBLM_VNNI inline void multiply_int8(const int8_t* weight, const float* prepared,
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTileOutputs; ++k) {
         const int8_t* from = weight + k * kTileInputs;
-        if constexpr (kLocality != kAskedFor) __builtin_prefetch(from + kTilesAhead, 0, kLocality);
+        if constexpr (kAsksAhead) __builtin_prefetch(from + kTilesAhead);
         bytes[k] = _mm512_xor_si512(_mm512_loadu_si512(from), sign);
       }
 #pragma GCC unroll 8
@@ -167,13 +164,11 @@ MBLM_VNNI inline void multiply_int8(const int8_t* weight, const float* prepared,
   }
 }
 
-template <Locality kLocality>
 MBLM_VNNI void multiply_row_of_int8(const void* weights, int64_t, const float* prepared, int64_t n,
                                     float* sums, int64_t count) {
   const int8_t* weight = static_cast<const int8_t*>(weights);
   for (int64_t output = 0; output < count; output += kTileOutputs) {
-    multiply_int8<1, kLocality>(weight + output * round_up(n, kTileInputs), prepared, 0, n,
-                                sums + output);
+    multiply_int8<1>(weight + output * round_up(n, kTileInputs), prepared, 0, n, sums + output);
   }
 }
 
@@ -186,8 +181,8 @@ MBLM_VNNI void multiply_panel_of_int8(const Panel& panel) {
     for (int64_t row = 0; row < panel.rows; row += 2) {
       // The first rows ask for the weights behind the tile's.
       const bool has_two = row + 1 < panel.rows;
-      const auto first = has_two ? multiply_int8<2, kKept> : multiply_int8<1, kKept>;
-      const auto others = has_two ? multiply_int8<2, kAskedFor> : multiply_int8<1, kAskedFor>;
+      const auto first = has_two ? multiply_int8<2> : multiply_int8<1>;
+      const auto others = has_two ? multiply_int8<2, false> : multiply_int8<1, false>;
       (row == 0 ? first : others)(weight, panel.x + row * stride, stride, n,
                                   sums + row * kPanelStride);
     }
@@ -196,8 +191,7 @@ MBLM_VNNI void multiply_panel_of_int8(const Panel& panel) {
 
 constexpr Kernel kFloat32 = {nullptr, multiply_row<float>, multiply_panel<float>};
 constexpr Kernel kBFloat16 = {nullptr, multiply_row<BFloat16>, multiply_panel<BFloat16>};
-constexpr Kernel kInt8 = {split_in_bytes, multiply_row_of_int8<kKept>, multiply_panel_of_int8, 1,
-                          multiply_row_of_int8<kOnce>};
+constexpr Kernel kInt8 = {split_in_bytes, multiply_row_of_int8, multiply_panel_of_int8, 1};
 
 }  // namespace
 

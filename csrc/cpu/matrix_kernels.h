@@ -57,8 +57,6 @@ struct Kernel {
   // the first cache or in registers; null to call `dots` for each row.
   void (*panel)(const Panel& panel) = nullptr;
   int64_t streams = kStreams;  // or 1, for tiles, which are read in order
-  // The same past the caches, which keep what is there; or null.
-  Dots dots_once = nullptr;
 };
 
 struct MatrixKernels {

@@ -6,7 +6,6 @@
 #include <numeric>
 
 #include "cpu/kernel.h"
-#include "cpu/last_cache.h"
 
 namespace mblm::cpu {
 namespace {
@@ -114,7 +113,6 @@ void Run::begin() {
   if (progress_.is_begun) return;
   progress_.is_begun = true;
   if (draw_ahead) draw_ahead(1);
-  reads_once_ = bytes_of_weights() > last_cache_bytes();
   progress_.is_pending = has_pending;
   logits_.resize(rows.size() * to_logits.outputs);
   sample_memory_ = SampleMemory(to_logits.outputs);
@@ -178,7 +176,6 @@ void Run::sample_rows(const float* outputs) {
 }
 
 void Run::begin_patches(const Worker& worker, float* scratch) {
-  worker.reads_once = reads_once_;
   for (size_t stage = 0; stage + 1 < stages.size(); ++stage) {
     const Plan plan = plan_for(stage);
     if (!plan.begin_anew.empty()) begin_anew(worker, stage, plan.begin_anew);
@@ -193,7 +190,6 @@ void Run::begin_patches(const Worker& worker, float* scratch) {
     x_.resize(active.size() * local().dim);
     take_pending();
   }
-  worker.reads_once = false;
   worker.wait();
 }
 

@@ -125,9 +125,6 @@ class Run {
   };
   Progress progress_;
   Rows active, waiting;
-  // Whether what the stages above read, once in a patch, would push what every byte reads out of
-  // the last cache.
-  bool reads_once_ = false;
   cache_lines::Vector<float> x_;       // (active, dim)
   cache_lines::Vector<float> logits_;  // (active, num_tokens)
   cache_lines::Vector<float> inputs_, upper_;

@@ -129,7 +129,6 @@ struct Worker {
   Team& team;
   int64_t index;
   mutable std::vector<float> prepared = {};  // what products keep of their inputs; see matrix.cpp
-  mutable bool reads_once = false;           // products' weights go past the caches, if they can
 
   mutable uint32_t phase = 0;  // how often it has waited
 

@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "cpu/kernel.h"
-#include "cpu/last_cache.h"
 
 namespace mblm::decode {
 namespace {
@@ -48,14 +47,6 @@ void add_position(const StageParts& stage, const float* context, int64_t positio
 // Drafted bytes that are checked at once.
 constexpr int64_t kMostDrafted = 24;
 
-int64_t bytes_of_weights(const Parts& parts) {
-  int64_t weights = parts.to_logits.weights();
-  for (const StageParts& stage : parts.stages) {
-    weights += weights_of(stage.model) + stage.project.weights() + stage.to_context.weights();
-  }
-  return weights * size_of(parts.to_logits.type);
-}
-
 // Memory that need not keep what it held.
 void grow(cpu::cache_lines::Vector<float>& memory, int64_t size) {
   if (int64_t(memory.size()) < size) memory.resize(size);
@@ -65,14 +56,7 @@ void grow(cpu::cache_lines::Vector<float>& memory, int64_t size) {
 
 Run::Run(const Parts& parts, const Memory& memory, Kind kind, std::vector<Member>& members,
          Workspace& space)
-    : parts_(parts),
-      memory_(memory),
-      kind_(kind),
-      members_(members),
-      space_(space),
-      // What the stages above read, once in a patch, would push out of the last cache what every
-      // byte reads.
-      reads_once_(bytes_of_weights(parts) > cpu::last_cache_bytes()) {
+    : parts_(parts), memory_(memory), kind_(kind), members_(members), space_(space) {
   const auto size = int64_t(members.size());
   active_.reserve(size);
   waiting_.reserve(size);
@@ -322,13 +306,11 @@ void Run::draw() {
 }
 
 void Run::catch_up(const Worker& worker) {
-  worker.reads_once = reads_once_;
   for (int64_t n = 0; n <= local(); ++n) {
     if (!stages_[n].anew.empty()) begin_anew(worker, n);
     if (!stages_[n].takes.empty()) take_in(worker, n);
   }
   if (worker.is_first()) embed_bytes();
-  worker.reads_once = false;
   worker.wait();
 }
 

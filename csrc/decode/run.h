@@ -134,7 +134,6 @@ class Run {
   const Kind kind_;
   std::vector<Member>& members_;
   Workspace& space_;
-  const bool reads_once_;
 
   // In a line that is written to in every round: others read what is beside it.
   struct alignas(cpu::cache_lines::kBytesApart) Round {

@@ -95,7 +95,6 @@ void check_panels(const cpu::Kernel& kernel, const char* name) {
 template <class W>
 void check_sums(const cpu::Kernel& kernel, const char* name) {
   check_dots<W>(kernel, kernel.dots, name);
-  if (kernel.dots_once) check_dots<W>(kernel, kernel.dots_once, name);
   if (kernel.panel) check_panels<W>(kernel, name);
 }
 
