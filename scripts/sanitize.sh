@@ -18,8 +18,8 @@ build() { # folder, sanitizers, targets
   cmake --build "$out/$1" --parallel "${MAX_JOBS:-$(nproc)}" --target "${@:3}"
 }
 
-build thread thread decode_test stages_test
-ctest --test-dir "$out/thread" --output-on-failure --no-tests=error -R '^(decode|stages)_test$'
+build thread thread decode_test stages_test run_test
+ctest --test-dir "$out/thread" --output-on-failure --no-tests=error -R '^(decode|stages|run)_test$'
 
 build address address,undefined all
 ctest --test-dir "$out/address" --output-on-failure --no-tests=error

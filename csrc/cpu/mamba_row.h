@@ -15,8 +15,6 @@ struct MambaRow {
   float* ssm = nullptr;     // of the first layer, Mamba-1 (inner, states), Mamba-2 (.., P, states)
   float* window = nullptr;  // (taps - 1, channels of the convolution)
   int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
-
-  void advance(int64_t) {}
 };
 
 // A row's state in one piece of memory, layer after layer.

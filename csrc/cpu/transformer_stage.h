@@ -32,8 +32,6 @@ struct TransformerRow {
   int64_t layer_stride = 0, head_stride = 0;  // within a page
   float* delayed = nullptr;  // (dim / 2), what the shift before the first attention delays
   int64_t part_stride = 0;   // from there to the next shift's: there are two in a layer
-
-  void advance(int64_t by) { position += by; }
 };
 
 class TransformerStage {
@@ -60,15 +58,15 @@ class TransformerStage {
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
 
   // Takes in x (positions, dim), those of one row after the other; the output before the last norm
-  // replaces it. All threads of the team call it. The caller then advances the rows. A position's
-  // bits do not depend on how positions are cut into calls, nor on other rows; each call reads the
-  // weights once. A trail, memory of trail_size floats, is what to roll back with.
+  // replaces it. All threads of the team call it. A position's bits do not depend on how positions
+  // are cut into calls, nor on other rows; each call reads the weights once. A trail, memory of
+  // trail_size floats, is what to roll back with.
   void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
                float* trail = nullptr) const;
 
   // After a call with a trail, brings one of its rows to the state, bit by bit, in which only the
-  // first `kept` of its positions had been taken in. `rows` are those of the call, not advanced.
-  // Once for each row. Work of the calling thread alone.
+  // first `kept` of its positions had been taken in. `rows` are those of the call. Once for each
+  // row. Work of the calling thread alone.
   void roll_back(std::span<const Row> rows, int64_t row, float* trail, int64_t kept) const;
   int64_t trail_size(int64_t rows, int64_t positions) const;
 

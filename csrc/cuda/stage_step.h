@@ -21,15 +21,12 @@ struct TransformerRow {
   int64_t part_stride = 0;   // from there to the next shift's: there are two in a layer
   const float *cos = nullptr, *sin = nullptr;  // (angles, head_dim / 2), or null
   int64_t angles = 0;
-  const float* start_delayed = nullptr;  // as delayed, after the start token; null if never needed
 };
 
 struct MambaRow {
   float* ssm = nullptr;     // of the first layer, Mamba-1 (inner, states), Mamba-2 (.., P, states)
   float* window = nullptr;  // (taps - 1, channels of the convolution)
   int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
-  // The same after the start token; null if never needed.
-  const float *start_ssm = nullptr, *start_window = nullptr;
 };
 
 struct StageStep {

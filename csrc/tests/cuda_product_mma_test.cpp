@@ -3,7 +3,7 @@
 // The emulation comes before the sources.
 #include "cuda/decode_product.cu"
 #include "cuda/decode_product_mma.cu"
-#include "cuda_run_models.h"
+#include "models.h"
 
 using namespace mblm;
 using test::Store;

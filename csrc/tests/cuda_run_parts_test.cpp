@@ -2,14 +2,16 @@
 // stage.
 #include "cuda_check.h"
 // The emulation comes before the sources.
+#include <algorithm>
+#include <cmath>
+
 #include "cuda/decode_attention.cu"
 #include "cuda/decode_product.cu"
 #include "cuda/decode_product_mma.cu"
 #include "cuda/decode_rows.cu"
 #include "cuda/decode_scan.cu"
 #include "cuda/stage_step.cpp"
-#include "cuda_run_models.h"
-#include "torch/bound_rows.h"
+#include "models.h"
 
 using namespace mblm;
 using test::Store;
@@ -18,6 +20,77 @@ const cpu::Worker& worker() {
   static cpu::Team team(1);
   static const cpu::Worker one{team, 0};
   return one;
+}
+
+// States of so many rows, one beside the other, in which numbers stand for what came before: of a
+// Transformer, one position.
+std::vector<cuda::TransformerRow> make_state(Store& store, const cpu::TransformerStage& stage,
+                                             int64_t rows, int64_t capacity) {
+  const int64_t of_row = stage.heads * capacity * stage.head_dim, half = stage.dim / 2;
+  const int64_t layers = int64_t(stage.layers.size());
+  cuda::TransformerRow row;
+  row.capacity = capacity;
+  row.keys = store.vector(layers * rows * of_row);
+  row.values = store.vector(layers * rows * of_row);
+  row.layer_stride = rows * of_row;
+  row.delayed = store.vector(layers * 2 * rows * half);
+  row.part_stride = rows * half;
+  row.angles = capacity;
+  row.cos = store.vector(capacity * (stage.head_dim / 2));
+  row.sin = store.vector(capacity * (stage.head_dim / 2));
+  std::vector<cuda::TransformerRow> state;
+  for (int64_t i = 0; i < rows; ++i) {
+    state.push_back(row);
+    row.keys += of_row;
+    row.values += of_row;
+    row.delayed += half;
+  }
+  return state;
+}
+
+template <class Stage>
+std::vector<cuda::MambaRow> make_mamba_state(Store& store, const Stage& stage, int64_t rows,
+                                             int64_t channels) {
+  const int64_t layers = int64_t(stage.layers.size());
+  const int64_t ssm = stage.inner * stage.states, window = (stage.taps - 1) * channels;
+  cuda::MambaRow row;
+  row.ssm = store.vector(layers * rows * ssm);
+  row.window = store.vector(layers * rows * window);
+  row.ssm_stride = rows * ssm;
+  row.window_stride = rows * window;
+  std::vector<cuda::MambaRow> state;
+  for (int64_t i = 0; i < rows; ++i) {
+    state.push_back(row);
+    row.ssm += ssm;
+    row.window += window;
+  }
+  return state;
+}
+
+std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba1Stage& stage, int64_t rows,
+                                       int64_t) {
+  return make_mamba_state(store, stage, rows, stage.inner);
+}
+
+std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba2Stage& stage, int64_t rows,
+                                       int64_t) {
+  return make_mamba_state(store, stage, rows, stage.inner + 2 * stage.states);
+}
+
+// Largest difference relative to the largest value.
+double relative_error(const float* got, const float* expected, int64_t size) {
+  double error = 0, largest = 1e-3;
+  for (int64_t i = 0; i < size; ++i) {
+    if (!std::isfinite(got[i])) return INFINITY;
+    error = std::max(error, std::fabs(double(got[i]) - expected[i]));
+    largest = std::max(largest, std::fabs(double(expected[i])));
+  }
+  return error / largest;
+}
+
+// int8 weights are multiplied with numbers of 16 bits on a CPU, with floats on a GPU.
+double tolerance(test::WeightType type) {
+  return type == test::WeightType::kInt8 ? 2e-3 : 1e-4;
 }
 
 void a_product_equals_that_of_the_cpu(test::WeightType type, int64_t rows, int64_t inputs,
@@ -44,7 +117,7 @@ void a_product_equals_that_of_the_cpu(test::WeightType type, int64_t rows, int64
     CHECK(!cuda::multiply(product, nullptr));
     return std::tuple(out, kept);
   });
-  CHECK(test::relative_error(got.data(), expected.data(), rows * outputs) < test::tolerance(type));
+  CHECK(relative_error(got.data(), expected.data(), rows * outputs) < tolerance(type));
   for (int64_t row = 0; row < rows; ++row) {
     const float* from = residual + (row + 1) * outputs - outputs / 2;
     CHECK(std::equal(from, from + outputs / 2, kept.data() + row * (outputs / 2)));
@@ -102,14 +175,47 @@ void a_norm_over_several_chunks() {
     normed[i] = float(last[i] / std::sqrt(squares / inputs + 1e-5) * product.norm.weight[i]);
   }
   cpu::multiply(worker(), matrix, normed.data(), 1, expected.data());
-  CHECK(test::relative_error(together.data() + (rows - 1) * outputs, expected.data(), outputs) <
-        test::tolerance(test::WeightType::kFloat32));
+  CHECK(relative_error(together.data() + (rows - 1) * outputs, expected.data(), outputs) <
+        tolerance(test::WeightType::kFloat32));
   product.rows = 1;
   product.x = last;
   product.out = alone.data();
   CHECK(!cuda::multiply(product, nullptr));
   CHECK(test::same_bits(alone, std::vector<float>(together.end() - outputs, together.end())));
 }
+
+// The CPU's rows of such states, each with one position, in a page.
+std::vector<cpu::TransformerRow> cpu_rows(cpu::TransformerStage& stage,
+                                          std::vector<cuda::TransformerRow>& states) {
+  stage.cos = states.front().cos;
+  stage.sin = states.front().sin;
+  std::vector<cpu::TransformerRow> rows;
+  for (cuda::TransformerRow& state : states) {
+    cpu::TransformerRow& row = rows.emplace_back();
+    row.position = 1;
+    row.keys = &state.keys;
+    row.values = &state.values;
+    row.layer_stride = state.layer_stride;
+    row.head_stride = state.capacity * stage.head_dim;
+    row.delayed = state.delayed;
+    row.part_stride = state.part_stride;
+  }
+  return rows;
+}
+
+template <class Stage>
+std::vector<cpu::MambaRow> cpu_rows(const Stage&, const std::vector<cuda::MambaRow>& states) {
+  std::vector<cpu::MambaRow> rows;
+  for (const cuda::MambaRow& state : states) {
+    rows.push_back({1, state.ssm, state.window, state.ssm_stride, state.window_stride});
+  }
+  return rows;
+}
+
+void advance(std::vector<cpu::TransformerRow>& rows) {
+  for (cpu::TransformerRow& row : rows) ++row.position;
+}
+void advance(const std::vector<cpu::MambaRow>&) {}
 
 // Some positions in a row, of a stage on both devices from the same state.
 template <class Stage>
@@ -123,22 +229,21 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
   const float* inputs = numbers.vector(kSteps * rows * sizes.dim);
   const auto on_cpu = [&] {
     Store store;
-    const auto state = test::make_state(store, cpu_stage, rows, kCapacity);
-    const auto bound = bind_rows(cpu_stage, state, std::vector<int64_t>(rows, 1));
-    auto bound_rows = bound.rows(1);
+    auto state = make_state(store, cpu_stage, rows, kCapacity);
+    auto of_cpu = cpu_rows(cpu_stage, state);
     std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
     std::vector<float> scratch(cpu_stage.scratch_size(rows, kCapacity, 1));
     for (int64_t n = 0; n < kSteps; ++n) {
       float* const x = outputs.data() + n * rows * sizes.dim;
-      bound.stage().prefill(worker(), bound_rows, x, scratch.data());
+      cpu_stage.prefill(worker(), of_cpu, x, scratch.data());
       cpu_stage.normalize(x, rows, x);
-      for (auto& row : bound_rows) row.advance(1);
+      advance(of_cpu);
     }
     return outputs;
   }();
   const auto [on_gpu] = test::in_both_orders([&] {
     Store store;
-    const auto state = test::make_state(store, stage, rows, kCapacity);
+    const auto state = make_state(store, stage, rows, kCapacity);
     std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
     std::vector<float> workspace(cuda::workspace_size(stage, rows), NAN);
     for (int64_t n = 0; n < kSteps; ++n) {
@@ -150,9 +255,9 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     }
     return std::tuple(outputs);
   });
-  const double error = test::relative_error(on_gpu.data(), on_cpu.data(), int64_t(on_cpu.size()));
-  if (!(error < test::tolerance(type))) std::printf("error %g, %d rows\n", error, int(rows));
-  CHECK(error < test::tolerance(type));
+  const double error = relative_error(on_gpu.data(), on_cpu.data(), int64_t(on_cpu.size()));
+  if (!(error < tolerance(type))) std::printf("error %g, %d rows\n", error, int(rows));
+  CHECK(error < tolerance(type));
 }
 
 template <class Stage>

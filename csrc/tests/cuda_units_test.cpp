@@ -4,6 +4,7 @@
 // The emulation comes before the sources.
 #include <deque>
 #include <memory>
+#include <utility>
 
 #include "cuda/decode_attention.cu"
 #include "cuda/decode_choose.cu"
@@ -14,7 +15,7 @@
 #include "cuda/decode_slots.cu"
 #include "cuda/stage_step.cpp"
 #include "cuda/units.cpp"
-#include "cuda_run_models.h"
+#include "models.h"
 
 using namespace mblm;
 using test::Store;

@@ -1,12 +1,10 @@
 // Tests of what decoding is made of: erf, teams of threads, products with packed weights,
 // sampling.
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <new>
 #include <sstream>
-#include <thread>
 
 #include "check.h"
 #include "check_kernel.h"
@@ -14,20 +12,11 @@
 #include "cpu/sampling.h"
 #include "cpu/vector_math.h"
 #include "cpu/with_team.h"
+#include "on_team.h"
 #include "pack.h"
 
 using namespace mblm;
-
-// Calls function(worker) on so many threads of a team.
-void with_team(int64_t threads, const std::function<void(const cpu::Worker&)>& function) {
-  cpu::Team team(threads);
-  std::vector<std::thread> others;
-  for (int64_t index = 1; index < threads; ++index) {
-    others.emplace_back([&team, &function, index] { function(cpu::Worker{team, index}); });
-  }
-  function(cpu::Worker{team, 0});
-  for (std::thread& other : others) other.join();
-}
+using test::on_team;
 
 void erf_and_what_is_made_of_it() {
   for (double x = -6; x < 6; x += 0.00113) {
@@ -43,7 +32,7 @@ void a_team_shares_every_item_once_and_waits() {
   for (const int64_t threads : {1, 2, 5}) {
     std::vector<int64_t> first(1000), second(77);
     std::atomic<int64_t> wrong{0};
-    with_team(threads, [&](const cpu::Worker& worker) {
+    on_team(threads, [&](const cpu::Worker& worker) {
       for (int64_t round = 1; round <= 50; ++round) {
         worker.share(1000, 7, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) ++first[i];
@@ -134,7 +123,7 @@ void check_product(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_
   std::vector<float> once;
   for (const int64_t threads : {1, 3}) {
     std::vector<float> out(rows * outputs), in_place = residual;
-    with_team(threads, [&](const cpu::Worker& worker) {
+    on_team(threads, [&](const cpu::Worker& worker) {
       cpu::multiply(worker, matrix, x.data(), rows, in_place.data(), cpu::Then::kStore,
                     in_place.data());
       cpu::multiply(worker, matrix, x.data(), rows, out.data(), cpu::Then::kGelu);
@@ -147,7 +136,7 @@ void check_product(cpu::WeightType type, int64_t inputs, int64_t outputs, int64_
     CHECK(out == once);
     // One row alone has the same bits as beside others.
     std::vector<float> last(outputs);
-    with_team(1, [&](const cpu::Worker& worker) {
+    on_team(1, [&](const cpu::Worker& worker) {
       cpu::multiply(worker, matrix, x.data() + (rows - 1) * inputs, 1, last.data(),
                     cpu::Then::kGelu);
     });
@@ -182,7 +171,7 @@ void check_rows_alone(cpu::WeightType type, int64_t inputs, int64_t outputs) {
                            bias.data()};
   const auto multiply = [&](int64_t threads, int64_t first, int64_t rows) {
     std::vector<float> out(rows * outputs);
-    with_team(threads, [&](const cpu::Worker& worker) {
+    on_team(threads, [&](const cpu::Worker& worker) {
       cpu::multiply(worker, matrix, x.data() + first * inputs, rows, out.data(), cpu::Then::kGelu,
                     residual.data() + first * outputs);
     });

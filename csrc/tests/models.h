@@ -1,21 +1,21 @@
-// Stages with random weights of every type, and caches for them, for the tests of runs on a GPU.
+// Stages with random weights of every type.
 #pragma once
 
-#include <algorithm>
 #include <deque>
 #include <vector>
 
 #include "check.h"
 #include "cpu/mamba1_stage.h"
 #include "cpu/mamba2_stage.h"
-#include "cpu/run.h"
 #include "cpu/transformer_stage.h"
-#include "cuda/stage_step.h"
 #include "pack.h"
 
 namespace mblm::test {
 
 using cpu::WeightType;
+
+constexpr WeightType kWeightTypes[] = {WeightType::kFloat32, WeightType::kBFloat16,
+                                       WeightType::kInt8};
 
 struct Sizes {
   int64_t dim, inner, heads, head_dim, states, taps, rank, layers;
@@ -138,95 +138,5 @@ inline void fill(Store& store, const Sizes& sizes, cpu::Mamba2Stage& stage) {
     stage.layers.push_back(layer);
   }
 }
-
-// A cache of so many rows, laid out as the package's are, in which `filled` numbers stand for what
-// came before: of a Transformer, one position.
-inline std::vector<cuda::TransformerRow> make_state(Store& store,
-                                                    const cpu::TransformerStage& stage,
-                                                    int64_t rows, int64_t capacity,
-                                                    bool has_rotary = true) {
-  const int64_t of_row = stage.heads * capacity * stage.head_dim, half = stage.dim / 2;
-  const int64_t layers = int64_t(stage.layers.size());
-  cuda::TransformerRow row;
-  row.capacity = capacity;
-  row.keys = store.vector(layers * rows * of_row);
-  row.values = store.vector(layers * rows * of_row);
-  row.layer_stride = rows * of_row;
-  row.delayed = store.vector(layers * 2 * rows * half);
-  row.part_stride = rows * half;
-  float* start = store.zeros(layers * 2 * rows * half);
-  std::copy_n(row.delayed, layers * 2 * rows * half, start);
-  row.start_delayed = start;
-  if (has_rotary) {
-    row.angles = capacity;
-    row.cos = store.vector(capacity * (stage.head_dim / 2));
-    row.sin = store.vector(capacity * (stage.head_dim / 2));
-  }
-  std::vector<cuda::TransformerRow> state;
-  for (int64_t i = 0; i < rows; ++i) {
-    state.push_back(row);
-    row.keys += of_row;
-    row.values += of_row;
-    row.delayed += half;
-    row.start_delayed += half;
-  }
-  return state;
-}
-
-template <class Stage>
-std::vector<cuda::MambaRow> make_mamba_state(Store& store, const Stage& stage, int64_t rows,
-                                             int64_t channels) {
-  const int64_t layers = int64_t(stage.layers.size());
-  const int64_t ssm = stage.inner * stage.states, window = (stage.taps - 1) * channels;
-  cuda::MambaRow row;
-  row.ssm = store.vector(layers * rows * ssm);
-  row.window = store.vector(layers * rows * window);
-  row.ssm_stride = rows * ssm;
-  row.window_stride = rows * window;
-  float *start_ssm = store.zeros(layers * rows * ssm),
-        *start_window = store.zeros(layers * rows * window);
-  std::copy_n(row.ssm, layers * rows * ssm, start_ssm);
-  std::copy_n(row.window, layers * rows * window, start_window);
-  row.start_ssm = start_ssm;
-  row.start_window = start_window;
-  std::vector<cuda::MambaRow> state;
-  for (int64_t i = 0; i < rows; ++i) {
-    state.push_back(row);
-    row.ssm += ssm;
-    row.window += window;
-    row.start_ssm += ssm;
-    row.start_window += window;
-  }
-  return state;
-}
-
-inline std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba1Stage& stage,
-                                              int64_t rows, int64_t) {
-  return make_mamba_state(store, stage, rows, stage.inner);
-}
-
-inline std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba2Stage& stage,
-                                              int64_t rows, int64_t) {
-  return make_mamba_state(store, stage, rows, stage.inner + 2 * stage.states);
-}
-
-// Largest difference relative to the largest value.
-inline double relative_error(const float* got, const float* expected, int64_t size) {
-  double error = 0, largest = 1e-3;
-  for (int64_t i = 0; i < size; ++i) {
-    if (!std::isfinite(got[i])) return INFINITY;
-    error = std::max(error, std::fabs(double(got[i]) - expected[i]));
-    largest = std::max(largest, std::fabs(double(expected[i])));
-  }
-  return error / largest;
-}
-
-// int8 weights are multiplied with numbers of 16 bits on a CPU, with floats on a GPU.
-inline double tolerance(WeightType type) {
-  return type == WeightType::kInt8 ? 2e-3 : 1e-4;
-}
-
-constexpr WeightType kWeightTypes[] = {WeightType::kFloat32, WeightType::kBFloat16,
-                                       WeightType::kInt8};
 
 }  // namespace mblm::test
