@@ -146,6 +146,13 @@ MBLM_DEVICE int64_t choose_of_row(const Choice& in, const Slot& row, int64_t ind
                                   const float* logits, Shared& shared) {
   const int64_t count = in.num_tokens, at = index * in.bytes + row.done;
   const Candidate first = likeliest(logits, count, shared);
+  if (first.value == -INFINITY && row.allow.classes) {  // the model rules out all that is allowed
+    Candidate allowed = {-INFINITY, count};
+    for (int64_t token = threadIdx.x; token < count; token += kThreads) {
+      if (is_allowed(row.allow, row.allow.classes[token], row.planned)) allowed.take(0, token);
+    }
+    return first_of_all(allowed, shared).token;
+  }
   int64_t kept = row.top_k < count ? row.top_k : count;
   if (kept <= 1 && !(row.top_p > 0)) return first.token;
   float* const ranks = in.ordered + index * 2 * count;  // of this thread's tokens

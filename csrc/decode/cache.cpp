@@ -89,6 +89,7 @@ std::shared_ptr<const Hierarchy> Cache::hierarchy() const {
 }
 
 void Cache::set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy) {
+  if (hierarchy == this->hierarchy()) return;
   TORCH_CHECK_VALUE(memory_.fits(*hierarchy->parts(0)),
                     "the model's layers have other shapes than when decoding began; start a new "
                     "session");

@@ -82,8 +82,11 @@ std::vector<RowId> Rows::add(int64_t count) {
     throw std::invalid_argument("count: a cache has at most " + std::to_string(kMostRows) +
                                 " rows" + got);
   }
-  free_.reserve(all);
-  slots_.reserve(all);
+  if (size_t(all) > std::min(slots_.capacity(), free_.capacity())) {
+    const int64_t ahead = std::max(all, 2 * int64_t(slots_.size()));
+    free_.reserve(ahead);
+    slots_.reserve(ahead);
+  }
   for (auto& row : made) {
     int64_t slot = int64_t(slots_.size());
     if (free_.empty()) {

@@ -262,16 +262,18 @@ class NativeCache:
 
     def _current(self) -> Any:
         """The engine, with the weights that the model has now."""
-        if not self._packed.holds():
-            hosted = self._packed.hosted.keys()
+        packed = self._packed
+        if not packed.holds():
+            hosted = packed.hosted.keys()
             packed = weights_of(self._model, self._type, hosted)
             if packed is None or packed.hosted.keys() != hosted:
                 raise ChangedModelError(
                     "a layer of the model was changed after decoding began, so that compiled code "
                     "no longer stands in for it; start a new session"
                 )
-            self._engine.set_hierarchy(packed.hierarchy)
-            self._packed = packed
+        # Each time: of two threads that have noticed a change, one may come late with older ones.
+        self._engine.set_hierarchy(packed.hierarchy)
+        self._packed = packed
         return self._engine
 
     # -- Hosted stages -----------------------------------------------------------------------------

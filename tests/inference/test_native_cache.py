@@ -19,6 +19,7 @@ from mblm.inference.cache import Row
 from mblm.inference.native_cache import NativeCache
 from mblm.inference.plan import Plan
 from mblm.inference.torch_cache import TorchCache
+from mblm.inference.weights import weights_of
 from mblm.ops import _native
 from tests.inference.caches import build, fed, ids_of, run_out, seeded
 
@@ -277,7 +278,7 @@ def test_a_state_that_does_not_fit_is_refused(change: str) -> None:
 
 def test_weights_that_another_thread_changes_stay_for_a_run_that_has_begun() -> None:
     m = small("transformer", "mamba2")
-    cache = NativeCache(m)
+    cache = NativeCache(m, "bfloat16")
     row, other = fed(cache, ids_of(4), ids_of(4))
     (same,) = cache.copy([row])
     for one in (row, same):
@@ -294,6 +295,19 @@ def test_weights_that_another_thread_changes_stay_for_a_run_that_has_begun() -> 
     while len(chosen) < len(ids):
         chosen = torch.cat((chosen, cache.run([same])[0].ids))
     assert torch.equal(chosen[: len(ids)], ids)
+
+
+def test_a_thread_that_is_late_with_older_weights_changes_nothing() -> None:
+    m = small("transformer", "mamba2")
+    cache = NativeCache(m, "bfloat16")
+    rows, older = fed(cache, ids_of(4)), weights_of(m, "bfloat16")
+    assert older is not None
+    with torch.no_grad():
+        m.to_logits.weight.mul_(2)
+    (row,) = cache.copy(rows)
+    now = cache.logits([row])
+    cache._engine.set_hierarchy(older.hierarchy)
+    assert torch.equal(cache.logits(rows), now)
 
 
 @contextmanager
