@@ -20,7 +20,7 @@ from mblm.inference.hosted import Share
 from mblm.inference.plan import Draws, Plan, check_plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.torch_stages import loaded_bytes
-from mblm.inference.weights import weights_of
+from mblm.inference.weights import Weights, weights_of
 from mblm.model.stage import tensor_of
 from mblm.ops import _native
 from mblm.ops.packing import is_on_gpu
@@ -262,7 +262,7 @@ class NativeCache:
 
     def _current(self) -> Any:
         """The engine, with the weights that the model has now."""
-        packed = self._packed
+        packed: Weights | None = self._packed
         if not packed.holds():
             hosted = packed.hosted.keys()
             packed = weights_of(self._model, self._type, hosted)
