@@ -20,7 +20,7 @@ from mblm.inference.hosted import Share
 from mblm.inference.plan import Draws, Plan, check_plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.torch_stages import loaded_bytes
-from mblm.inference.weights import Weights, weights_of
+from mblm.inference.weights import weights_of
 from mblm.model.stage import tensor_of
 from mblm.ops import _native
 from mblm.ops.packing import is_on_gpu
@@ -262,15 +262,16 @@ class NativeCache:
 
     def _current(self) -> Any:
         """The engine, with the weights that the model has now."""
-        packed: Weights | None = self._packed
+        packed = self._packed
         if not packed.holds():
             hosted = packed.hosted.keys()
-            packed = weights_of(self._model, self._type, hosted)
-            if packed is None or packed.hosted.keys() != hosted:
+            found = weights_of(self._model, self._type, hosted)
+            if found is None or found.hosted.keys() != hosted:
                 raise ChangedModelError(
                     "a layer of the model was changed after decoding began, so that compiled code "
                     "no longer stands in for it; start a new session"
                 )
+            packed = found
         # Each time: of two threads that have noticed a change, one may come late with older ones.
         self._engine.set_hierarchy(packed.hierarchy)
         self._packed = packed
