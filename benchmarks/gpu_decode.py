@@ -1,8 +1,9 @@
 """Decoding on a GPU, rung by rung, against the floor that memory sets; weights in bfloat16.
 
 The rungs: PyTorch on the whole sequence for every byte, as the published release does; with a
-cache; with this package's fused kernels as CUDA graphs; and with kernels that begin while the ones
-before them end. All are in one process, on the same weights, for one sequence and for 64.
+cache (its weights in float32); with this package's fused kernels as CUDA graphs; with kernels that
+begin while the ones before them end; and so for prompts of different lengths. All are in one
+process, on the same weights, for one sequence and for 64.
 
 The floor is the time to read the weights that a byte needs (see decode.py) at the bandwidth of a
 sum over a large buffer, measured in the same run. Times are medians of several runs, after one that
@@ -71,10 +72,10 @@ def rung(dependent: bool) -> Iterator[None]:
         torch.ops.mblm.set_dependent_launches(True)
 
 
-def per_byte(model: MBLM, batch: int, count: int, runs: int) -> float:
+def per_byte(model: MBLM, batch: int, count: int, runs: int, *, is_ragged: bool = False) -> float:
     """Seconds for a byte of every sequence, in a session that goes on."""
     session = Session(model, batch, weights="bfloat16")
-    session.feed(torch.zeros(batch, PROMPT, dtype=torch.long))
+    session.feed([bytes(PROMPT - (row if is_ragged else 0)) for row in range(batch)])
     session.generate(3 * model.seq_lens[-1])  # graphs come with the second use
     return seconds(lambda: session.generate(count), runs) / count
 
@@ -95,6 +96,8 @@ def ladder(model: MBLM, device: str, batch: int, quick: bool) -> dict[str, float
     for name, dependent in {"graphs": False, "dependent": True}.items():
         with rung(dependent):
             figures[name] = per_byte(model, batch, many, runs)
+    if batch > 1:
+        figures["dependent, ragged"] = per_byte(model, batch, many, runs, is_ragged=True)
     return figures
 
 

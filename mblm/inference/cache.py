@@ -113,7 +113,8 @@ class Cache(Protocol):
             seconds: How long, seen between bytes. Default 0.02.
             drafts: Per row, bytes that may come next, ``(n,)`` int64 on the CPU, or None. Those
                 that the plan would choose anyway are chosen sooner; no other byte is chosen for
-                them, and no random number is drawn.
+                them, and no random number is drawn. A GPU's engine does not look at them: it
+                chooses the same bytes, no sooner.
 
         Raises:
             ValueError: A row has no plan, or a draft is not of token ids, or of a plan that pauses.

@@ -45,7 +45,8 @@ class NativeCache:
     Args:
         model: An `mblm.MBLM`.
         weights: What linear layers' weights are read as: ``"float32"``, ``"bfloat16"``, ``"int8"``.
-        max_rows: On a GPU, how many rows there are slots for at first. Default 1.
+        max_rows: On a GPU, how many rows there are slots for at first. Their number doubles when
+            there are more rows, and a row's last bits may change then. Default 1.
 
     Raises:
         ValueError: The engine cannot stand in for the model; see `mblm.inference.weights`.

@@ -33,7 +33,7 @@ class Session:
     Args:
         model: An `mblm.MBLM`.
         batch_size: Sequences decoded side by side, B. Default 1.
-        weights: What compiled code on a CPU reads the weights of linear layers as: ``"float32"``,
+        weights: What compiled code reads the weights of linear layers as: ``"float32"``,
             the model's own; ``"bfloat16"``; or ``"int8"`` with one scale per output row. The last
             two are rounded once, here, and read faster for it. What is generated and what is fed a
             few bytes at a time is computed with them; long prompts, custom stages, and models of
