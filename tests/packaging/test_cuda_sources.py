@@ -62,7 +62,7 @@ def test_compiles_without_spills(path: Path, architecture: str, tmp_path: Path) 
     kernels = used_by_kernels(done.stderr)
     for name, (registers, spilled) in kernels.items():
         print(f"{path.name} {architecture} {registers:4} registers {spilled:4} B spilled  {name}")
-    assert kernels
+    assert bool(kernels) == ("__global__" in path.read_text())
     # Divisions in float64 are calls, around which a few registers are saved.
     spilling = [name for name, (_, spilled) in kernels.items() if spilled and "double" not in name]
     assert not spilling
