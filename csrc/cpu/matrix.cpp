@@ -162,9 +162,8 @@ void multiply_panels(const Matrix& matrix, const Prepared& prepared, int64_t row
 }
 
 // See matrix.h; columns [begin, end) of the product with prepared rows.
-void multiply_columns(const Worker& worker, const Matrix& matrix, const Prepared& prepared,
-                      int64_t rows, int64_t begin, int64_t end, float* out, Then then,
-                      const float* residual) {
+void multiply_columns(const Matrix& matrix, const Prepared& prepared, int64_t rows, int64_t begin,
+                      int64_t end, float* out, Then then, const float* residual) {
   const Kernel& kernel = kernel_of(matrix.type);
   const int64_t outputs = matrix.outputs;
   const int64_t bytes = bytes_of_output(matrix), divisor = std::max<int64_t>(bytes, 1);
@@ -207,7 +206,7 @@ void share_columns(const Worker& worker, const Matrix& matrix, const Prepared& p
                    int64_t rows, float* out, Then then, const float* residual) {
   worker.share(matrix.outputs, columns_of_part(worker.team.threads(), matrix.outputs),
                [&](int64_t begin, int64_t end) {
-                 multiply_columns(worker, matrix, prepared, rows, begin, end, out, then, residual);
+                 multiply_columns(matrix, prepared, rows, begin, end, out, then, residual);
                });
 }
 
@@ -309,7 +308,7 @@ void multiply_alone(const Worker& worker, std::span<const Product> products, con
                     int64_t rows, Then then) {
   const Prepared prepared = prepare_rows(worker, products.front().matrix, x, rows);
   for (const auto& [matrix, out] : products) {
-    multiply_columns(worker, matrix, prepared, rows, 0, matrix.outputs, out, then, nullptr);
+    multiply_columns(matrix, prepared, rows, 0, matrix.outputs, out, then, nullptr);
   }
 }
 
