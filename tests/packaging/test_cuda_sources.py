@@ -105,6 +105,7 @@ def test_glue_compiles_without_cuda(path: Path) -> None:
     """With MBLM_CUDA against the headers of whatever torch there is, and none of CUDA's."""
     include = Path(torch.__file__).parent / "include"
     command = [CXX, "-std=c++20", "-DMBLM_CUDA", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    command += ["-fvisibility=hidden"]  # as setup.py does: what holds Python's objects is hidden
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-I{CSRC}"]
     command += ["-isystem", str(include), "-isystem", sysconfig.get_path("include")]
     command += ["-isystem", str(include / "torch" / "csrc" / "api" / "include"), str(path)]
