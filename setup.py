@@ -73,7 +73,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
                 raise NotCompiledError(f"it did not compile: {said or error}") from error
 
         def build_extension(self, extension: Extension) -> None:
-            kernels = sources("cpu/*.cpp") + ENGINE
+            kernels = sources("cpu/*.cpp") + [s for s in sources("decode/*.cpp") if s in ENGINE]
             if mode == "cuda":
                 kernels = [*sources("cuda/*.cu"), *sources("cuda/*.cpp"), *kernels]
             extension.extra_objects = self.compiler.compile(
