@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from mblm.model.sampling import COLDEST, HOTTEST, count_kept, gumbel_sample, keep_top_p, top_k
+from mblm.model.sampling import COLDEST, HOTTEST, count_kept, sample, sampling_dtype
 from mblm.utils.checks import check_number
 
 
@@ -56,8 +56,8 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
         """Sample from logits ``(B, V)``: ids ``(B,)``. ``uniform (B, V)`` replaces the drawing."""
-        if self.top_p is None:
-            kept = top_k(logits, self.filter_thres)
-        else:
-            kept = keep_top_p(logits, self.top_p, self.temperature)
-        return gumbel_sample(kept, self.temperature, generator=self.generator, uniform=uniform)
+        logits = logits.to(sampling_dtype(logits.dtype))
+        if uniform is None:
+            uniform = torch.zeros_like(logits).uniform_(0, 1, generator=self.generator)
+        kept = self.count_kept(logits.shape[-1])
+        return sample(logits, uniform, self.temperature, kept, self.top_p or 0.0, 0.0)
