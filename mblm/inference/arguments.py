@@ -29,7 +29,18 @@ def end_after(seconds: Any) -> float:
     return time.monotonic() + seconds
 
 
-def check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+def check_choice(
+    ids: Tensor | None, logits: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
+) -> None:
+    """Refuse what does not choose a byte for each row, ``shape`` being (rows, V)."""
+    if sum(given is not None for given in (ids, logits, mask)) != 1:
+        raise ValueError("pass exactly one of ids, logits and mask")
+    _check_tensor("ids", ids, shape[:1])
+    _check_tensor("logits", logits, shape)
+    _check_tensor("mask", mask, shape)
+
+
+def _check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     """Refuse ids, logits or a mask of another kind or shape."""
     kinds: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
         "ids": ("integers", lambda dtype: not dtype.is_floating_point and dtype != torch.bool),

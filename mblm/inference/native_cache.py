@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_count, check_tensor, end_after
+from mblm.inference.arguments import check_choice, check_count, end_after
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import ChangedModelError, Ran, Row, State
 from mblm.inference.hosted import Share
@@ -242,15 +242,10 @@ class NativeCache:
         mask: Tensor | None = None,
     ) -> list[Ran]:
         """See `Cache.choose`."""
-        if sum(given is not None for given in (ids, logits, mask)) != 1:
-            raise ValueError("pass exactly one of ids, logits and mask")
         self._current()
         with self._lease(rows) as held:
             self._engine.check_choosing(held)
-            shape = (len(rows), self._model.num_tokens)
-            check_tensor("ids", ids, shape[:1])
-            check_tensor("logits", logits, shape)
-            check_tensor("mask", mask, shape)
+            check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
             if ids is not None:
                 ids = check_token_ids("ids", ids, self._model.num_tokens).cpu().long()
             logits = None if logits is None else logits.detach().cpu().float()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_count, check_tensor, end_after
+from mblm.inference.arguments import check_choice, check_count, end_after
 from mblm.inference.cache import ChangedModelError, Ran, Reason, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
@@ -229,8 +229,6 @@ class TorchCache:
         mask: Tensor | None = None,
     ) -> list[Ran]:
         """See `Cache.choose`."""
-        if sum(given is not None for given in (ids, logits, mask)) != 1:
-            raise ValueError("pass exactly one of ids, logits and mask")
         self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
@@ -239,10 +237,7 @@ class TorchCache:
                     raise ValueError(f"row {row}: its plan does not pause")
                 if (reason := self._reason(slot)) not in ("time", "logits"):
                     raise ValueError(f"row {row}: its plan has ended ({reason})")
-            shape = (len(rows), self._model.num_tokens)
-            check_tensor("ids", ids, shape[:1])
-            check_tensor("logits", logits, shape)
-            check_tensor("mask", mask, shape)
+            check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
             if not slots:
                 return []
             taken = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
