@@ -246,9 +246,10 @@ class Session:
         return session
 
     def _check_room(self, counts: Sequence[int]) -> None:
-        limit = self._model.max_length
+        if (limit := self._model.max_length) is None:
+            return
         for length, count in zip(self.lengths, counts, strict=True):
-            if limit is not None and length + count > limit:
+            if length + count > limit:
                 raise ValueError(
                     f"{length} bytes and {count} more exceed the context of {limit} bytes, which "
                     f"fixed positions of stage 1 limit"
