@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.5.0"
 
 if TYPE_CHECKING:
+    from mblm.inference.prompt import to_bytes, to_text
     from mblm.inference.session import Session
     from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
     from mblm.model.mamba import MambaBlock
@@ -27,6 +28,8 @@ _MODULES = {
     "TransformerBlock": "model.transformer",
     "TransformerEncoderBlock": "model.transformer",
     "build_info": "ops._native",
+    "to_bytes": "inference.prompt",
+    "to_text": "inference.prompt",
 }
 
 __all__ = [
@@ -41,6 +44,8 @@ __all__ = [
     "TransformerEncoderBlock",
     "__version__",
     "build_info",
+    "to_bytes",
+    "to_text",
 ]
 
 

@@ -12,7 +12,8 @@ import mblm
 
 NAMES = {
     "mblm": "MBLM MBLMEncoder MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType "
-    "TransformerBlock TransformerEncoderBlock MambaBlock __version__ Session build_info",
+    "TransformerBlock TransformerEncoderBlock MambaBlock __version__ Session build_info "
+    "to_bytes to_text",
     "mblm.model.block": "StageBlock StageBlockRegistry",
     "mblm.model.config": "MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType MaskReduceStrat "
     "block_registry",
