@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/ids.h"
+#include "decode/given.h"
 #include "decode/weights.h"
 #include "torch/common.h"
 
@@ -72,20 +72,14 @@ void for_runs(const StageLayout& layout, const std::vector<float*>& pages, int64
 Tensor take(const SavedState& state, const std::string& name, at::IntArrayRef shape) {
   const auto found = state.tensors.find(name);
   TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have ", name);
-  const Tensor& tensor = found->second;
-  check_shape(name.c_str(), tensor, shape);
-  check_type(name.c_str(), tensor, at::kFloat);
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU");
-  return tensor.contiguous();
+  return check_given(name.c_str(), found->second, shape, at::kFloat);
 }
 
 std::vector<int32_t> take_tail(const Parts& parts, const SavedState& state) {
   const auto found = state.tensors.find("tail");
   TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have tail");
   const Tensor& tail = found->second;
-  check_type("tail", tail, at::kLong);
-  TORCH_CHECK_VALUE(tail.dim() == 1 && tail.device().is_cpu(),
-                    "tail must be of one dimension and on the CPU, got ", tail.sizes());
+  check_ids("tail", tail, parts.num_tokens());
   const int64_t count = tail.size(0), first = state.length - count;
   TORCH_CHECK_VALUE(first >= 0 && first <= first_kept(parts.schedule, state.taken),
                     "tail must hold the bytes from number ",
@@ -93,9 +87,6 @@ std::vector<int32_t> take_tail(const Parts& parts, const SavedState& state) {
                     count);
   const Tensor ids = tail.contiguous();
   const int64_t* data = ids.const_data_ptr<int64_t>();
-  const int64_t outside = cpu::first_id_outside(data, count, parts.num_tokens());
-  TORCH_CHECK_VALUE(outside < 0, "tail must lie in [0, ", parts.num_tokens(), "), got ",
-                    data[outside < 0 ? 0 : outside], " at index ", outside);
   const int64_t* kept = data + (first_kept(parts.schedule, state.taken) - first);
   return {kept, data + count};
 }

@@ -1,0 +1,223 @@
+// Plans of rows: begun, followed, and chosen for. See cache.h.
+#include <algorithm>
+#include <limits>
+
+#include "decode/cache.h"
+#include "decode/given.h"
+#include "torch/common.h"
+
+namespace mblm::decode {
+namespace {
+
+using at::Tensor;
+using cpu::Team;
+
+// Bytes for which a run has memory reserved at a time.
+constexpr int64_t kReserved = 256;
+
+// Whether the lane that a plan is to have is its row's already.
+bool serves(const Row& row, const Wishes& wishes) {
+  return row.plan && row.plan->lane.is(wishes.draws.get(), wishes.lane);
+}
+
+}  // namespace
+
+// Memory for the next bytes of a run. A row for which there is none goes no further.
+void Cache::reserve_ahead(const Parts& parts, std::vector<Member>& members) {
+  for (Member& member : members) {
+    Row& row = *member.row;
+    if (!member.goes() || row.plan->end) continue;
+    const int64_t last = row.length + row.plan->left() - 1;  // the last byte is not taken in
+    const int64_t to =
+        std::max(row.taken, std::min({last, row.taken + kReserved, parts.most_bytes}));
+    try {
+      reserve(parts, row, to, false);
+      member.to = to;
+    } catch (const std::bad_alloc&) {
+      member.reason = Reason::kMemory;
+    }
+  }
+}
+
+void Cache::begin(const Lease& rows, const std::vector<Wishes>& plans) {
+  check_count("plans", plans.size(), size_t(rows.size()));
+  std::vector<GeneratorDraws::Entry> entries;  // of lanes that do not serve their row already
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const Wishes& wishes = plans[i];
+    TORCH_CHECK_VALUE(wishes.draws && wishes.draws->num_tokens() == num_tokens_ &&
+                          wishes.lane >= 0 && wishes.lane < wishes.draws->lanes(),
+                      "draws must be of the model's ", num_tokens_, " tokens");
+    for (const auto* automaton : {wishes.allow.get(), wishes.stop.get()}) {
+      TORCH_CHECK_VALUE(!automaton || int64_t(automaton->class_of.size()) == num_tokens_,
+                        "an automaton must have a class for each of ", num_tokens_, " tokens");
+    }
+    TORCH_CHECK_VALUE(!wishes.allow || wishes.allow->distance[wishes.allow->start] >= 0,
+                      "allow: an automaton that never accepts");
+    if (!serves(rows[i], wishes)) entries.push_back({wishes.draws, wishes.lane});
+  }
+  GeneratorDraws::enter(entries);
+  auto entered = entries.begin();
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const Wishes& wishes = plans[i];
+    Row& row = rows[i];
+    Plan plan;
+    plan.max_tokens = wishes.max_tokens;
+    plan.room = (max_length_ > 0 ? max_length_ : kMostBytes) - row.length;
+    plan.sampling.temperature = float(wishes.temperature);
+    plan.sampling.top_k = std::clamp<int64_t>(wishes.top_k, 1, num_tokens_);
+    // Too small a number for a float keeps the likeliest, as 0 would not.
+    const float top_p = std::max(float(wishes.top_p), std::numeric_limits<float>::min());
+    plan.sampling.top_p = wishes.top_p > 0 ? top_p : 0;
+    plan.sampling.min_p = wishes.min_p;
+    plan.allow = wishes.allow;
+    plan.stop = wishes.stop;
+    plan.allow_state = plan.allow ? plan.allow->start : 0;
+    plan.stop_state = plan.stop ? plan.stop->start : 0;
+    plan.wants_log_probs = wishes.wants_log_probs;
+    plan.pauses = wishes.pauses;
+    if (serves(row, wishes)) {
+      plan.lane = std::move(row.plan->lane);
+    } else {
+      plan.lane = Lane(wishes.draws, wishes.lane, (entered++)->next);
+    }
+    end_where_due(plan);
+    row.plan = std::move(plan);
+    row.ids.clear();
+    row.log_probs.clear();
+    row.lacks_memory = false;
+  }
+}
+
+bool Cache::run(const Lease& rows, double seconds, const std::vector<std::optional<Tensor>>& drafts,
+                bool goes_on) {
+  const auto begin = Team::Clock::now();
+  std::vector<Tensor> contiguous;
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    TORCH_CHECK_VALUE(rows[i].plan, "row ", rows.id(i), ": it has no plan");
+  }
+  if (!drafts.empty()) check_count("drafts", drafts.size(), size_t(rows.size()));
+  for (size_t i = 0; i < drafts.size(); ++i) {
+    contiguous.emplace_back();
+    if (!drafts[i]) continue;
+    check_ids("drafts", *drafts[i], num_tokens_);
+    TORCH_CHECK_VALUE(!rows[i].plan->pauses, "drafts[", i,
+                      "]: the plan pauses, so that nothing is drafted");
+    contiguous.back() = drafts[i]->contiguous();
+  }
+  std::vector<Member> members;
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    Row& row = rows[i];
+    if (!goes_on) {
+      row.ids.clear();
+      row.log_probs.clear();
+    }
+    row.lacks_memory = false;
+    if (row.plan->end || (row.plan->pauses && !row.has_pending())) continue;
+    Member member{.row = &row};
+    if (row.plan->pauses) row.logits.reserve(num_tokens_);
+    if (!contiguous.empty() && contiguous[i].defined()) {
+      const std::span<const int64_t> draft(contiguous[i].const_data_ptr<int64_t>(),
+                                           size_t(contiguous[i].size(0)));
+      const size_t chosen = row.ids.size();
+      const bool is_right =
+          chosen <= draft.size() && std::equal(row.ids.begin(), row.ids.end(), draft.begin());
+      if (is_right) member.draft = draft.subspan(chosen);
+    }
+    members.push_back(member);
+  }
+  // As a number of the clock's, which has no room for infinity, and none for NaN.
+  const auto length = std::chrono::duration<double>(seconds > 0 ? std::min(seconds, 1e9) : 0);
+  const auto until = begin + std::chrono::duration_cast<Team::Clock::duration>(length);
+  Advanced advanced = Advanced::kToMemory;
+  while (advanced == Advanced::kToMemory) {
+    const std::shared_ptr<const Parts> parts = parts_for(rows, kReserved + 1);
+    reserve_ahead(*parts, members);
+    advanced = advance(*parts, Run::Kind::kChoose, members, until);
+  }
+  for (const Member& member : members) {
+    member.row->lacks_memory = member.reason == Reason::kMemory;
+  }
+  return advanced == Advanced::kFully;
+}
+
+std::vector<Ran> Cache::last(const Lease& rows) {
+  std::vector<Ran> all;
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const Row& row = rows[i];
+    TORCH_CHECK_VALUE(row.plan, "row ", rows.id(i), ": it has no plan");
+    Ran ran{own_tensor({int64_t(row.ids.size())}, at::kLong), {}, row.reason()};
+    std::copy(row.ids.begin(), row.ids.end(), ran.ids.mutable_data_ptr<int64_t>());
+    if (row.plan->wants_log_probs) {
+      ran.log_probs = own_tensor({int64_t(row.log_probs.size())}, at::kFloat);
+      std::copy(row.log_probs.begin(), row.log_probs.end(),
+                ran.log_probs.mutable_data_ptr<float>());
+    }
+    all.push_back(std::move(ran));
+  }
+  return all;
+}
+
+void Cache::check_choosing(const Lease& rows) const {
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const std::optional<Plan>& plan = rows[i].plan;
+    TORCH_CHECK_VALUE(plan, "row ", rows.id(i), ": it has no plan");
+    TORCH_CHECK_VALUE(plan->pauses, "row ", rows.id(i), ": its plan does not pause");
+    TORCH_CHECK_VALUE(!plan->end, "row ", rows.id(i), ": its plan has ended (", name_of(*plan->end),
+                      ")");
+  }
+}
+
+void Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
+                   const std::optional<Tensor>& logits, const std::optional<Tensor>& mask) {
+  const int64_t count = rows.size(), vocabulary = num_tokens_;
+  TORCH_CHECK_VALUE(ids.has_value() + logits.has_value() + mask.has_value() == 1,
+                    "expected exactly one of ids, logits and mask");
+  check_choosing(rows);
+  Tensor given_ids, given_logits, given_mask;
+  if (ids) {
+    given_ids = check_given("ids", *ids, {count}, at::kLong);
+    check_ids("ids", given_ids, vocabulary);
+  }
+  if (logits) given_logits = check_given("logits", *logits, {count, vocabulary}, at::kFloat);
+  if (mask) given_mask = check_given("mask", *mask, {count, vocabulary}, at::kBool);
+  Chooser chooser(vocabulary);
+  const auto logits_of = [&](int64_t i) {
+    return given_logits.defined() ? given_logits.const_data_ptr<float>() + i * vocabulary
+                                  : rows[i].logits.data();
+  };
+  const auto mask_of = [&](int64_t i) {
+    return given_mask.defined() ? given_mask.const_data_ptr<bool>() + i * vocabulary : nullptr;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    Row& row = rows[i];
+    TORCH_CHECK_VALUE(!row.has_pending() && !row.logits.empty(), "row ", rows.id(i),
+                      ": what is pending comes first");
+    if (given_ids.defined()) {
+      const int64_t id = given_ids.const_data_ptr<int64_t>()[i];
+      TORCH_CHECK_VALUE(allows(*row.plan, id), "ids[", i, "]: the plan does not allow ", id,
+                        " here");
+    } else {
+      TORCH_CHECK_VALUE(chooser.leaves_any(*row.plan, logits_of(i), mask_of(i)), "rows[", i,
+                        "]: nothing is left to choose from");
+    }
+    row.tail.reserve(row.tail.size() + 1);
+    row.ids.reserve(1);
+    row.log_probs.reserve(1);
+  }
+  std::vector<const float*> numbers(count, nullptr);
+  for (int64_t i = 0; i < count && !given_ids.defined(); ++i) {
+    numbers[i] = rows[i].plan->lane.numbers();
+    if (!numbers[i]) throw std::bad_alloc();
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Row& row = rows[i];
+    const int64_t id = given_ids.defined()
+                           ? given_ids.const_data_ptr<int64_t>()[i]
+                           : chooser.choose(*row.plan, logits_of(i), numbers[i], mask_of(i));
+    row.ids.clear();
+    row.log_probs.clear();
+    append_chosen(row, id, row.logits.data(), vocabulary, !given_ids.defined());
+  }
+}
+
+}  // namespace mblm::decode
