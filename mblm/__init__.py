@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.5.0"
 
 if TYPE_CHECKING:
+    from mblm.inference.generation import Generation
     from mblm.inference.prompt import to_bytes, to_text
     from mblm.inference.session import Session
     from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mblm.ops._native import build_info
 
 _MODULES = {
+    "Generation": "inference.generation",
     "MBLM": "model.mblm",
     "MBLMEncoder": "model.mblm",
     "MBLMEncoderModelConfig": "model.config",
@@ -34,6 +36,7 @@ _MODULES = {
 
 __all__ = [
     "MBLM",
+    "Generation",
     "MBLMEncoder",
     "MBLMEncoderModelConfig",
     "MBLMModelConfig",

@@ -13,7 +13,7 @@ import mblm
 NAMES = {
     "mblm": "MBLM MBLMEncoder MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType "
     "TransformerBlock TransformerEncoderBlock MambaBlock __version__ Session build_info "
-    "to_bytes to_text",
+    "to_bytes to_text Generation",
     "mblm.model.block": "StageBlock StageBlockRegistry",
     "mblm.model.config": "MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType MaskReduceStrat "
     "block_registry",

@@ -1,6 +1,6 @@
 """MBLM, the causal hierarchy: forward pass, loss, and the faces of incremental generation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,8 @@ from mblm.utils.stream import ByteStreamer
 from mblm.utils.transforms import decoding
 
 if TYPE_CHECKING:
+    from mblm.inference.generation import Generation
+    from mblm.inference.prompt import Prompt
     from mblm.inference.session import Session
 
 __all__ = ["MBLM", "MBLMEncoder"]
@@ -154,6 +156,75 @@ class MBLM(Hierarchy, PretrainedMixin):
                 generator=generator,
                 weights=weights,
             )
+
+    @decoding
+    def generate_batch(
+        self,
+        prompts: Iterable["Prompt"],
+        *,
+        max_bytes: int | Sequence[int | None] | None = None,
+        max_rows: int = 64,
+        seeds: int | Sequence[int] | None = None,
+        end_token_id: int | Sequence[int | None] | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        filter_thres: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int | None] | None = None,
+        top_p: float | Sequence[float | None] | None = None,
+        min_p: float | Sequence[float | None] | None = None,
+        stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = (),
+        log_probs: bool | Sequence[bool] = False,
+        on_bytes: Callable[[int, bytes], object] | None = None,
+        weights: str = "float32",
+        enable_progress: bool = True,
+    ) -> list["Generation"]:
+        """Generate after many prompts: a row that ends makes room for the next prompt.
+
+        Each result is what `generate` gives for the prompt and the seed alone: the same ids, and
+        in compiled code the same log-probabilities to the last bit. Arguments that are not told of
+        here are those of `mblm.inference.request.request`; each is one value, or a list with one
+        for each prompt.
+
+        Args:
+            prompts: Bytes, texts or token ids, of any lengths. An iterator is read as rows come
+                free; those of a list are checked before anything runs.
+            max_rows: How many rows there are at most. Default 64.
+            seeds: Each prompt draws its numbers from a generator of its own. Default: the n-th
+                prompt's seed is n more than a number that the call draws from torch's default
+                generator.
+            on_bytes: Called with a prompt's index and its next bytes, as they come.
+            weights: Type of the weights that compiled code reads; see `Session`.
+            enable_progress: Show a progress bar. Default True.
+
+        Returns:
+            One for each prompt, in their order.
+
+        Raises:
+            TypeError, ValueError: A bad argument, or a list of another length; nothing has run.
+            BaseException: What goes wrong for one prompt (a bad one that an iterator gives, a
+                callback that raises, no memory for even one row) ends that one, and is raised when
+                all others are over. Anything else, Ctrl-C too, ends all. Its attribute
+                ``generations`` is the list for all prompts that were read, with what was chosen.
+        """
+        from mblm.inference.batch import generate_batch
+
+        return generate_batch(
+            self,
+            prompts,
+            max_rows=max_rows,
+            seeds=seeds,
+            on_bytes=on_bytes,
+            weights=weights,
+            enable_progress=enable_progress,
+            max_bytes=max_bytes,
+            end_token_id=end_token_id,
+            temperature=temperature,
+            filter_thres=filter_thres,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=stop,
+            log_probs=log_probs,
+        )
 
     def session(self, batch_size: int = 1, *, weights: str = "float32") -> "Session":
         """Start incremental decoding of ``batch_size`` sequences; see `Session`."""

@@ -1,0 +1,75 @@
+"""What was generated for a prompt, and why it ended there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mblm.inference.cache import Ran
+from mblm.inference.prompt import to_bytes, to_text
+from mblm.inference.request import Request
+from mblm.utils.modes import lasting_tensors
+
+# Why generation ended: `Reason` of `mblm.inference.cache` but for its pauses, and "error".
+FinishReason = Literal["stop", "matched", "length", "context", "memory", "error"]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What was generated for a prompt.
+
+    Attributes:
+        prompt: The prompt, token ids ``(L,)`` int64 on the CPU; none if it was refused.
+        ids: What was generated after it, ``(n,)`` int64 on the CPU.
+        finish_reason: Why it ended: ``"stop"``, a stop string or the end's id, which is kept;
+            ``"matched"``, the constraint is complete; ``"length"``, as many as asked for;
+            ``"context"``, no more positions; ``"memory"``; or ``"error"``, see ``error``.
+        is_matched: Whether the constraint accepts what was generated. None without one.
+        log_probs: Log-probability of each generated id, ``(n,)`` float32 on the CPU, of the model's
+            own logits. None unless asked for.
+        seed: What the random numbers were seeded with. None where they come from elsewhere.
+        error: What was raised for this prompt, or what ended all.
+    """
+
+    prompt: Tensor
+    ids: Tensor
+    finish_reason: FinishReason
+    is_matched: bool | None = None
+    log_probs: Tensor | None = None
+    seed: int | None = None
+    error: BaseException | None = None
+
+    @property
+    def data(self) -> bytes:
+        """What was generated, without ids from 256 on, which are no bytes."""
+        return to_bytes(self.ids)
+
+    @property
+    def text(self) -> str:
+        """`data` as UTF-8; what is none becomes U+FFFD."""
+        return to_text(self.ids)
+
+
+def generation_of(
+    request: Request | None,
+    parts: Sequence[Ran],
+    reason: FinishReason,
+    seed: int | None = None,
+    error: BaseException | None = None,
+) -> Generation:
+    """What the runs of a row have made of a request; None if it came to none."""
+    with lasting_tensors():
+        nothing = torch.empty(0, dtype=torch.long, device="cpu")
+        ids = torch.cat([nothing, *(ran.ids for ran in parts)])
+        prompt, log_probs, is_matched = nothing, None, None
+        if request is not None:
+            prompt = request.prompt.clone()
+            if request.plan.log_probs:
+                each = [ran.log_probs for ran in parts if ran.log_probs is not None]
+                log_probs = torch.cat([torch.empty(0, device="cpu"), *each])
+            if (allow := request.plan.allow) is not None:
+                is_matched = allow.accepts(reduce(allow.step, ids.tolist(), allow.start))
+    return Generation(prompt, ids, reason, is_matched, log_probs, seed, error)
