@@ -1,12 +1,12 @@
 """What tests of decoding share: models wide enough for whole lanes, and PyTorch's way on demand."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 from mblm import MBLM
-from mblm.inference import session
+from mblm.inference import continuation, session
 from mblm.inference.torch_cache import TorchCache
 from tests.models import mamba, model, transformer
 
@@ -23,8 +23,10 @@ STAGES: dict[str, Any] = {
 
 @contextmanager
 def in_pytorch() -> Iterator[None]:
-    """Sessions that begin here take PyTorch's way, as their forks do."""
-    with patch.object(session, "cache_for", lambda model, weights: TorchCache(model)):
+    """What begins here takes PyTorch's way, as do forks of its sessions."""
+    with ExitStack() as stack:
+        for module in (session, continuation):
+            stack.enter_context(patch.object(module, "cache_for", lambda m, _: TorchCache(m)))
         yield
 
 

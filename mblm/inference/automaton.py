@@ -109,6 +109,13 @@ class Automaton:
         """The state after a token; -1 if it is forbidden, or if ``state`` is -1."""
         return -1 if state < 0 else int(self.next[state, self.classes[token]])
 
+    def walk(self, ids: Tensor) -> int:
+        """The state after ids ``(n,)`` int64 from the start on; -1 if one is forbidden."""
+        state, table = self.start, self.next.numpy()
+        for token_class in self.classes[ids].tolist():
+            state = int(table[state, token_class]) if state >= 0 else -1
+        return state
+
     def accepts(self, state: int) -> bool:
         """Whether what was read so far is accepted."""
         return state >= 0 and int(self.distance[state]) == 0

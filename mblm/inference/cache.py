@@ -26,6 +26,7 @@ Reason = Literal[
     "memory",  # there is no room for more
     "logits",  # the plan pauses: the byte is the caller's to choose
     "time",  # go on by another run
+    "error",  # a function of the caller's raised; a continuation says so, no cache does
 ]
 
 # What a row's state is saved as. ``length`` and ``taken`` (bytes that the local stage has taken in,

@@ -1,112 +1,305 @@
-"""Rows that go on as planned, run by run: whatever is raised on the way, no byte is lost."""
+"""Rows that go on as requested, run by run: whatever is raised on the way, no byte is lost."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mblm.inference.automaton import Automaton
-from mblm.inference.cache import Cache, Ran, Row
+from mblm.inference.cache import Cache, Ran, Reason, Row
+from mblm.inference.engine import cache_for
+from mblm.inference.guide import Guide
 from mblm.inference.plan import Draws, Plan
-from mblm.inference.sampling import Sampler
+from mblm.inference.request import Request
 from mblm.model.sampling import sampling_dtype
 
 _NO_BYTES = torch.empty(0, dtype=torch.long, device="cpu")
 
 
+class Course:
+    """What has become of one request.
+
+    Attributes:
+        request: The request.
+        begin: How many bytes its row had before.
+        ran: What each run gave the row.
+        reason: Why the row came back from the last; it goes on as long as that is ``"time"``.
+        error: What a function of the caller's raised, where the reason is ``"error"``.
+    """
+
+    def __init__(self, request: Request, begin: int) -> None:
+        self.request, self.begin = request, begin
+        self.ran: list[Ran] = []
+        self.reason: Reason = "time"
+        self.error: Exception | None = None
+        self._guide: Guide | None = None if request.guide is None else request.guide()
+        self._so_far = request.prompt
+        self._answers = 0
+
+    @property
+    def count(self) -> int:
+        """How many bytes were chosen."""
+        return sum(len(ran.ids) for ran in self.ran)
+
+    def ids(self) -> Tensor:
+        """The bytes chosen so far, ``(n,)`` int64 on the CPU."""
+        return _joined([ran.ids for ran in self.ran], _NO_BYTES)
+
+    def log_probs(self) -> Tensor | None:
+        """Their log-probabilities, ``(n,)`` float32 on the CPU, where they are asked for."""
+        return _joined_log_probs(self.ran) if self.request.plan.log_probs else None
+
+    def is_matched(self) -> bool | None:
+        """Whether the constraint accepts the bytes so far; None without one."""
+        if self._guide is not None:
+            return self._guide.accepts()
+        allow = self.request.plan.allow
+        return None if allow is None else allow.accepts(allow.walk(self.ids()))
+
+    # -- The answer to a pause ---------------------------------------------------------------------
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether a function of the caller's changes the logits."""
+        return self.request.logits_processor is not None
+
+    def mask(self) -> Tensor | None:
+        """Where the guide leaves a choice, ``(V,)`` bool; None without a guide.
+
+        Raises:
+            ValueError: It leaves none, and accepts not what there is.
+        """
+        if self._guide is None:
+            return None
+        mask = self._guide.allowed(self.request.plan.max_tokens - self._answers)
+        if not mask.any() and not self._guide.accepts():
+            raise ValueError("constraint: nothing may follow, and what there is does not match")
+        return mask
+
+    def processed(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """What the logits processor makes of the model's logits ``(V,)``, masked."""
+        assert self.request.logits_processor is not None
+        result = self.request.logits_processor(self._so_far.to(logits.device), logits)
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(
+                f"logits_processor: expected it to return floating point logits, got {kind}"
+            )
+        if result.shape != logits.shape:
+            raise ValueError(
+                f"logits_processor: expected it to return logits {tuple(logits.shape)}, got "
+                f"{tuple(result.shape)}"
+            )
+        result = result.detach().to(logits)
+        if mask is not None:
+            result = result.masked_fill(~mask.to(result.device), float("-inf"))
+        if result.isnan().any():
+            raise ValueError("logits_processor: it returned logits that are NaN")
+        if (result == float("-inf")).all():
+            raise ValueError("logits_processor: it leaves nothing to choose from")
+        return result
+
+    def take(self, ids: Tensor) -> None:
+        """Go on by a byte ``(1,)`` that was chosen at a pause."""
+        self._answers += 1
+        if self.has_processor:
+            self._so_far = torch.cat((self._so_far, ids))
+        if self._guide is not None:
+            self._guide.take(int(ids))
+
+    def is_complete(self) -> bool:
+        """Whether the guide ends the row here, where nothing else has that comes before."""
+        return self.reason != "stop" and self._guide is not None and self._guide.is_complete()
+
+
+def begun(model: Any, request: Request, weights: str) -> tuple["Continuation", Course]:
+    """A continuation of one row, in a cache of its own, that has taken in its prompt."""
+    cache = cache_for(model, weights)
+    rows = cache.add()
+    cache.feed(rows, [request.prompt])
+    continuation = Continuation(model, cache)
+    continuation.add(rows, [request])
+    return continuation, continuation[rows[0]]
+
+
 class Continuation:
-    """Rows that a sampler continues side by side; the b-th has the b-th numbers of every byte.
+    """Rows of one cache that go on side by side; they join and leave at any time.
 
     Args:
         model: The model.
-        cache: Its rows' states.
-        rows: Which rows go on, B.
-        num_tokens: How many bytes each chooses at most.
-        sampler: Chooses them.
-        stop: Ends a row with the byte that makes it accept.
-        generator: What the sampler draws from.
+        cache: Where the rows are.
+        isolates: Whether an error of a row's own functions ends that row alone; otherwise it is
+            raised.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        cache: Cache,
-        rows: Sequence[Row],
-        num_tokens: int,
-        sampler: Sampler,
-        stop: Automaton | None,
-        generator: torch.Generator,
-    ) -> None:
-        self._model, self._cache, self._rows = model, cache, list(rows)
-        self._generator = generator
-        self._lengths = cache.lengths(rows)
-        self._chosen: list[list[torch.Tensor]] = [[] for _ in rows]
-        draws = Draws(sampler.generator, len(rows))
-        plan = Plan(
-            num_tokens,
-            temperature=sampler.temperature,
-            top_k=sampler.count_kept(model.num_tokens),
-            top_p=sampler.top_p or 0.0,
-            draws=draws,
-            stop=stop,
-        )
-        cache.begin(rows, [plan.of_lane(lane) for lane in range(len(rows))])
-        self._numbers = self._generator.get_state()
+    def __init__(self, model: Any, cache: Cache, isolates: bool = False) -> None:
+        self._model, self._cache, self._isolates = model, cache, isolates
+        self._courses: dict[Row, Course] = {}
+        # Per draws, None standing for the device's default generator, its state at their beginning.
+        self._numbers: dict[Draws | None, Tensor] = {}
 
-    def runs(self) -> Iterator[list[Ran]]:
-        """Run until all rows have ended; yields every 20 ms what those that ran have done.
+    def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
+        """Have rows go on that have taken in their prompts."""
+        courses = list(map(Course, requests, self._cache.lengths(rows)))
+        self._cache.begin(rows, [request.plan for request in requests])
+        for draws in {request.plan.draws for request in requests} - self._numbers.keys():
+            self._numbers[draws] = self._generator(draws).get_state()
+        self._courses.update(zip(rows, courses, strict=True))
+
+    def remove(self, row: Row) -> Course:
+        """Forget a row, which the cache keeps; returns what has become of its request."""
+        course = self._courses.pop(row)
+        draws = course.request.plan.draws
+        if all(other.request.plan.draws is not draws for other in self._courses.values()):
+            del self._numbers[draws]
+        return course
+
+    def __getitem__(self, row: Row) -> Course:
+        return self._courses[row]
+
+    def run(self, seconds: float = 0.02) -> list[tuple[Row, Ran]]:
+        """Let all rows go on: what each that had not ended was given; nothing if all had.
+
+        A row goes on by another run as long as the reason is ``"time"``. Rows that pause are
+        answered: by what their guide and their logits processor say.
 
         Raises:
-            MemoryError: There is no memory for the bytes to come.
+            MemoryError: There is no memory for the bytes to come, unless the rows are isolated.
         """
-        going: Sequence[int] = range(len(self._rows))
-        while going:
-            results = self._cache.run([self._rows[b] for b in going])
-            for b, ran in zip(going, results, strict=True):
-                self._chosen[b].append(ran.ids)
-            yield results
-            if any(ran.reason == "memory" for ran in results):
-                raise MemoryError(
-                    "no memory for the bytes to come; those chosen are in the session"
-                )
-            going = [b for b, ran in zip(going, results, strict=True) if ran.reason == "time"]
+        courses = self._courses
+        rows = [row for row, course in courses.items() if course.reason == "time"]
+        if any(courses[row].request.plan.pause for row in rows):
+            return self._run_and_answer(rows, seconds)
+        results = self._cache.run(rows, seconds) if rows else []
+        self._note(rows, results)
+        return list(zip(rows, results, strict=True))
 
-    def ids(self) -> list[torch.Tensor]:
-        """The bytes chosen so far, ``(n,)`` int64 on the CPU per row."""
-        return [
-            parts[0] if len(parts) == 1 else torch.cat([*parts, _NO_BYTES])
-            for parts in self._chosen
-        ]
+    def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> None:
+        for row, ran in zip(rows, results, strict=True):
+            course = self._courses[row]
+            course.ran.append(ran)
+            course.reason = ran.reason
+        if not self._isolates and any(ran.reason == "memory" for ran in results):
+            raise MemoryError("no memory for the bytes to come")
 
-    def settle(self) -> list[torch.Tensor]:
-        """`ids` after an exception; numbers of bytes that were not chosen are given back."""
-        lengths = self._cache.lengths(self._rows)
-        for b, row in enumerate(self._rows):
-            missed = lengths[b] - self._lengths[b] - sum(map(len, self._chosen[b]))
-            if missed:  # what a run chose before it raised, or before its results were noted
-                (last,) = self._cache.last([row])
-                self._chosen[b].append(last.ids[-missed:])
-        ids = self.ids()
-        self._generator.set_state(self._numbers)
-        shape, dtype = (len(ids), self._model.num_tokens), sampling_dtype(self._model.dtype)
-        for _ in range(max(map(len, ids))):
-            numbers = torch.empty(shape, dtype=dtype, device=self._model.device)
-            numbers.uniform_(generator=self._generator)
-        return ids
+    def settle(self) -> None:
+        """After an exception: note all that was chosen; give back numbers that no byte has used."""
+        used: dict[Draws | None, int] = dict.fromkeys(self._numbers, 0)
+        lengths = self._cache.lengths(list(self._courses))
+        for (row, course), length in zip(self._courses.items(), lengths, strict=True):
+            if missed := length - course.begin - course.count:
+                (last,) = self._cache.last([row])  # chosen before a run raised, or was noted
+                log_probs = None if last.log_probs is None else last.log_probs[-missed:]
+                course.ran.append(Ran(last.ids[-missed:], log_probs, last.reason))
+            draws = course.request.plan.draws
+            # Lanes of the same draws have the same numbers; other rows draw one after the other.
+            used[draws] = max(used[draws], course.count) if draws else used[None] + course.count
+        for draws, count in used.items():
+            generator = self._generator(draws)
+            generator.set_state(self._numbers[draws])
+            shape = (draws.lanes if draws else 1, self._model.num_tokens)
+            numbers = torch.empty(
+                shape, dtype=sampling_dtype(self._model.dtype), device=self._model.device
+            )
+            for _ in range(count):
+                numbers.uniform_(generator=generator)
 
-
-def generator_on(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
-    """The generator, or a device's default one.
-
-    Raises:
-        ValueError: The generator is of another device.
-    """
-    if generator is None:
+    def _generator(self, draws: Draws | None) -> torch.Generator:
+        if draws is not None and draws.generator is not None:
+            return draws.generator
+        device = self._model.device
         is_cuda = device.type == "cuda"
         return torch.cuda.default_generators[device.index] if is_cuda else torch.default_generator
-    if generator.device != device:
-        raise ValueError(
-            f"generator: expected one of {device}, the model's device, got one of "
-            f"{generator.device}"
-        )
-    return generator
+
+    # -- Pauses ------------------------------------------------------------------------------------
+
+    def _run_and_answer(self, rows: list[Row], seconds: float) -> list[tuple[Row, Ran]]:
+        """`run` of rows of which some pause, which takes one byte of each at a time."""
+        end = time.monotonic() + seconds
+        courses = [self._courses[row] for row in rows]
+        before = [len(course.ran) for course in courses]
+        while going := [row for row in rows if self._courses[row].reason == "time"]:
+            self._note(going, self._cache.run(going, max(0.0, end - time.monotonic())))
+            self._answer([row for row in going if self._courses[row].reason == "logits"])
+            if time.monotonic() >= end:
+                break
+        return [
+            (row, _joined_run(course.ran[begin:], course.reason))
+            for row, course, begin in zip(rows, courses, before, strict=True)
+        ]
+
+    def _answer(self, rows: Sequence[Row]) -> None:
+        """Choose a byte for each of the rows, which pause."""
+        masks: dict[Row, Tensor | None] = {}
+        for row in rows:
+            with self._own_errors(row):
+                mask = self._courses[row].mask()
+                if mask is None or mask.any():
+                    masks[row] = mask
+                else:
+                    self._end(row, "matched")
+        chosen = {row: m for row, m in masks.items() if not self._courses[row].has_processor}
+        self._choose(chosen, "mask")
+        processing = [row for row in masks if row not in chosen]
+        changed: dict[Row, Tensor] = {}
+        for row, logits in zip(processing, self._cache.logits(processing), strict=True):
+            with self._own_errors(row):
+                changed[row] = self._courses[row].processed(logits, masks[row])
+        self._choose(changed, "logits")
+
+    def _choose(self, given: Mapping[Row, Any], what: str) -> None:
+        """Choose a byte for each row by its mask or its logits."""
+        rows = list(given)
+        if not rows:
+            return
+        try:
+            results = self._cache.choose(rows, **{what: torch.stack(list(given.values()))})
+        except ValueError as error:  # a row is left nothing to choose from
+            for row in rows if len(rows) > 1 else ():
+                self._choose({row: given[row]}, what)
+            if len(rows) == 1:
+                with self._own_errors(rows[0]):
+                    raise ValueError(
+                        "logits_processor: it leaves nothing that the constraint allows to choose "
+                        "from"
+                    ) from error
+            return
+        self._note(rows, results)
+        for row, ran in zip(rows, results, strict=True):
+            with self._own_errors(row):
+                self._courses[row].take(ran.ids)
+                if self._courses[row].is_complete():
+                    self._end(row, "matched")
+
+    def _end(self, row: Row, reason: Reason) -> None:
+        """End a row whose plan would go on, so that nothing waits for its numbers."""
+        self._courses[row].reason = reason
+        self._cache.begin([row], [Plan(0)])
+
+    @contextmanager
+    def _own_errors(self, row: Row) -> Iterator[None]:
+        """What a row's own functions raise ends that row alone where that is asked for."""
+        try:
+            yield
+        except Exception as error:
+            if not self._isolates:
+                raise
+            self._courses[row].error = error
+            self._end(row, "error")
+
+
+def _joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([empty, *parts])
+
+
+def _joined_log_probs(parts: Sequence[Ran]) -> Tensor:
+    return _joined([ran.log_probs for ran in parts if ran.log_probs is not None], _NO_BYTES.float())
+
+
+def _joined_run(parts: Sequence[Ran], reason: Reason) -> Ran:
+    """What several runs and choices gave a row."""
+    has_log_probs = any(ran.log_probs is not None for ran in parts)
+    ids = _joined([ran.ids for ran in parts], _NO_BYTES)
+    return Ran(ids, _joined_log_probs(parts) if has_log_probs else None, reason)

@@ -35,6 +35,8 @@ def prompt_ids(name: str, prompt: Any, num_tokens: int) -> Tensor:
         ValueError: An id outside the vocabulary, another shape, or text that UTF-8 has no bytes
             for.
     """
+    if isinstance(prompt, bytes) and num_tokens >= 256:  # of which nothing is to be checked
+        return as_ids(name, prompt).long()
     ids = check_token_ids(name, as_ids(name, prompt), num_tokens)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]

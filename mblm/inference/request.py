@@ -1,7 +1,7 @@
 """One prompt and all that is wished for it, checked whole before anything runs."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -39,6 +39,16 @@ class Request:
     plan: Plan
     guide: Callable[[], Guide] | None = None
     logits_processor: LogitsProcessor | None = None
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether something other than ``max_tokens`` or the context may end it."""
+        plan = self.plan
+        return not (plan.stop is None and plan.allow is None and self.guide is None)
+
+    def of_lane(self, lane: int) -> "Request":
+        """The same for a row that another lane of the plan's draws serves."""
+        return self if lane == self.plan.lane else replace(self, plan=self.plan.of_lane(lane))
 
 
 def request(
@@ -122,6 +132,68 @@ def request(
         pause=not (guide is None and logits_processor is None),
     )
     return Request(ids, plan, guide, logits_processor)
+
+
+def requests_of_rows(
+    model: Any,
+    lengths: Sequence[int],
+    max_bytes: Any,
+    *,
+    seed: Any = None,
+    generator: torch.Generator | None = None,
+    names: Names = _NAMES,
+    **wishes: Any,
+) -> list[Request]:
+    """Check what is wished for rows that go on side by side.
+
+    The n-th bytes of all have the n-th numbers ``(rows, V)`` of one generator; with a list of
+    seeds, each row has its own.
+
+    Args:
+        model: An `mblm.MBLM`.
+        lengths: How many bytes each row has.
+        max_bytes: As of `request`, as the others: one value, or a list of one for each row.
+        seed: One for all, or a list of one for each row.
+        generator: What to draw from.
+        names: See `request`.
+        wishes: The other arguments of `request`.
+
+    Raises:
+        TypeError, ValueError: See `request`; a list of another length.
+    """
+    count = len(lengths)
+    if max_bytes is None:
+        check_integer(names.get("max_bytes", "max_bytes"), max_bytes)
+    wishes["max_bytes"] = max_bytes
+    lists = {name: value for name, value in wishes.items() if is_one_per_row(name, value)}
+    if is_one_per_row("seed", seed):
+        lists["seed"], seed = seed, None
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ValueError(
+                f"{names.get(name, name)}: expected one value or a list of {count}, one for each "
+                f"row, got {len(values)}"
+            )
+    draws = None
+    if "seed" not in lists:
+        draws = draws_of(model.device, seed, generator, count)
+    elif generator is not None:
+        raise ValueError("pass at most one of seed and generator")
+    if not lists:
+        one = request(model, b"", length=max(lengths), draws=draws, names=names, **wishes)
+        return [one.of_lane(lane) for lane in range(count)]
+    requests = []
+    for row, length in enumerate(lengths):
+        own = wishes | {name: values[row] for name, values in lists.items()}
+        asked = request(model, b"", length=length, draws=draws, names=names, **own)
+        requests.append(asked.of_lane(row if draws is not None else 0))
+    return requests
+
+
+def is_one_per_row(name: str, value: Any) -> bool:
+    """Whether a wish is a list of one value for each row; for ``stop`` that is a list of lists."""
+    is_list = isinstance(value, (list, tuple, range))
+    return is_list and (name != "stop" or any(isinstance(item, (list, tuple)) for item in value))
 
 
 def draws_of(

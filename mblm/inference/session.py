@@ -8,20 +8,22 @@ from typing import Any, NoReturn, SupportsIndex, TypeVar
 import torch
 
 from mblm.inference import session_file
-from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, ChangedModelError, Row
-from mblm.inference.continuation import Continuation, generator_on
+from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
+from mblm.inference.guide import Constraint
 from mblm.inference.model import check_model
-from mblm.inference.sampling import Sampler
-from mblm.model.stage import has_values
-from mblm.utils.checks import check_integer, check_token_ids
+from mblm.inference.prompt import Prompt, as_ids, prompt_ids
+from mblm.inference.request import LogitsProcessor, Request, requests_of_rows
+from mblm.utils.checks import check_token_ids
+from mblm.utils.modes import own_copy
 from mblm.utils.transforms import decoding
 
 _T = TypeVar("_T")
 
 _MOST_ROWS = 1 << 24
+_NAMES = {"max_bytes": "num_tokens", "end_token_id": "end_of_gen_token_id"}
 
 
 class Session:
@@ -77,16 +79,16 @@ class Session:
         return len(self._rows)
 
     @decoding
-    def feed(self, ids: torch.Tensor | bytes | Sequence[torch.Tensor | bytes]) -> "Session":
+    def feed(self, ids: Prompt | Sequence[Prompt]) -> "Session":
         """Take in the next bytes; returns the session.
 
         Args:
-            ids: Token ids ``(B, L)``, or ``(L,)`` for a batch of one, of any integer dtype; or
-                bytes, for a batch of one; or a list of B such ``(L,)`` or bytes, of different
-                lengths. L = 0 does nothing.
+            ids: For a batch of one, bytes, text (UTF-8) or token ids, ``(L,)`` of any integer
+                dtype; otherwise ids ``(B, L)``, or a list of one of the former for each sequence,
+                of different lengths. L = 0 does nothing.
 
         Raises:
-            TypeError: Not integers.
+            TypeError: Something else.
             ValueError: A bad shape or layout, an id outside the vocabulary, or more bytes than the
                 context.
             BaseException: Whatever is raised, Ctrl-C too, all bytes are taken in or none.
@@ -98,30 +100,22 @@ class Session:
 
     def _check_fed(self, ids: Any) -> list[torch.Tensor]:
         """One tensor ``(L,)`` int64 on the CPU for each sequence."""
-        num_tokens = self._model.num_tokens
-        if isinstance(ids, (list, tuple)):
-            if len(ids) != self.batch_size:
+        num_tokens, batch_size = self._model.num_tokens, self.batch_size
+        if isinstance(ids, (list, tuple)) and any(hasattr(row, "__len__") for row in ids[:1]):
+            if len(ids) != batch_size:
                 raise ValueError(
-                    f"ids: expected a list of {self.batch_size}, the session's batch, got "
-                    f"{len(ids)}"
+                    f"ids: expected a list of {batch_size}, the session's batch, got {len(ids)}"
                 )
-            rows = [
-                check_token_ids(f"ids[{index}]", _as_tensor(f"ids[{index}]", row), num_tokens)
-                for index, row in enumerate(ids)
-            ]
-            for index, row in enumerate(rows):
-                if row.ndim != 1:
-                    raise ValueError(f"ids[{index}]: expected shape (L,), got {tuple(row.shape)}")
-            return [row.cpu() for row in rows]
-        ids = check_token_ids("ids", _as_tensor("ids", ids), num_tokens)
-        if ids.ndim == 1 and self.batch_size == 1:
-            return [ids.cpu()]
-        if ids.ndim != 2 or ids.shape[0] != self.batch_size:
+            return [prompt_ids(f"ids[{i}]", row, num_tokens) for i, row in enumerate(ids)]
+        if batch_size == 1:
+            return [prompt_ids("ids", ids, num_tokens)]
+        given = check_token_ids("ids", as_ids("ids", ids), num_tokens)
+        if given.ndim != 2 or given.shape[0] != batch_size:
             raise ValueError(
-                f"ids: expected shape ({self.batch_size}, L) for the session's batch of "
-                f"{self.batch_size}, got {tuple(ids.shape)}"
+                f"ids: expected shape ({batch_size}, L) for the session's batch of {batch_size}, "
+                f"got {tuple(given.shape)}"
             )
-        return list(ids.cpu().unbind())
+        return list(given.cpu().unbind())
 
     @decoding
     def logits(self) -> torch.Tensor:
@@ -131,16 +125,31 @@ class Session:
     @decoding
     def generate(
         self,
-        num_tokens: int,
+        num_tokens: int | Sequence[int],
         *,
-        temperature: float = 1.0,
-        filter_thres: float = 1.0,
-        top_p: float | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        filter_thres: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int | None] | None = None,
+        top_p: float | Sequence[float | None] | None = None,
+        min_p: float | Sequence[float | None] | None = None,
+        stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = (),
+        end_of_gen_token_id: int | Sequence[int | None] | None = None,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Generate bytes for every sequence and take them in: ids ``(B, num_tokens)``.
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None = None,
+    ) -> Any:
+        """Generate bytes for every sequence and take them in.
 
-        The sampling arguments are those of `mblm.inference.sampling.Sampler`.
+        Each argument but ``generator`` is one value or a list of one for each sequence; see
+        `mblm.inference.request.request`. Of one generator, seeded or not, the n-th bytes of all
+        sequences have the n-th numbers ``(B, V)``; with a list of seeds, each sequence has its own.
+        A logits processor gets the ids that this call has generated.
+
+        Returns:
+            Ids ``(B, num_tokens)`` int64 on the model's device. Where sequences may end at
+            different lengths, by ``stop``, ``end_of_gen_token_id``, ``constraint`` or a list of
+            ``num_tokens``: a list of ``(n,)`` for each.
 
         Raises:
             TypeError, ValueError: A bad argument, or more bytes than the context; nothing is
@@ -148,35 +157,50 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
-        sampler = Sampler(temperature, filter_thres, top_p, generator)
-        num_tokens = check_integer("num_tokens", num_tokens)
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens: expected a number >= 0, got {num_tokens}")
-        self._check_room([num_tokens] * self.batch_size)
+        requests = requests_of_rows(
+            self._model,
+            [0] * self.batch_size if self._model.max_length is None else self.lengths,
+            num_tokens,
+            temperature=temperature,
+            filter_thres=filter_thres,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=stop,
+            end_token_id=end_of_gen_token_id,
+            seed=seed,
+            generator=generator,
+            constraint=constraint,
+            logits_processor=logits_processor,
+            names=_NAMES,
+        )
         continuation: Continuation | None = None
         try:
-            continuation = self.begin(num_tokens, sampler)
-            for _ in continuation.runs():
+            continuation = self.begin(requests)
+            while continuation.run():
                 pass
+            ids = [own_copy(continuation[row].ids()).to(self._device) for row in self._rows]
+            if isinstance(num_tokens, Sequence) or any(r.may_end_early for r in requests):
+                return ids
             with torch.inference_mode(False):  # the caller's own, as `logits`
-                ids = continuation.ids()
-                rows = ids[0][None] if len(ids) == 1 else torch.stack(ids)
-                return rows.to(self._device)
+                return ids[0][None] if len(ids) == 1 else torch.stack(ids)
         except BaseException as error:
             none = [torch.empty(0, dtype=torch.long) for _ in self._rows]
-            error.ids = none if continuation is None else continuation.settle()  # type: ignore[attr-defined]
+            if continuation is not None:
+                continuation.settle()
+                none = [continuation[row].ids() for row in self._rows]
+            error.ids = none  # type: ignore[attr-defined]
             raise
 
-    def begin(
-        self, num_tokens: int, sampler: Sampler, stop: Automaton | None = None
-    ) -> Continuation:
-        """Plan how all sequences go on; each ends with the byte that makes ``stop`` accept."""
-        numbers = generator_on(self._device, sampler.generator)
-        return self._on_cache(
-            lambda cache: Continuation(
-                self._model, cache, self._rows, num_tokens, sampler, stop, numbers
-            )
-        )
+    def begin(self, requests: Sequence[Request]) -> Continuation:
+        """Plan how the sequences go on."""
+
+        def begin(cache: Cache) -> Continuation:
+            continuation = Continuation(self._model, cache)
+            continuation.add(self._rows, requests)
+            return continuation
+
+        return self._on_cache(begin)
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
         """Call the cache, or another one where it cannot go on with what the model has become."""
@@ -254,11 +278,3 @@ class Session:
                     f"{length} bytes and {count} more exceed the context of {limit} bytes, which "
                     f"fixed positions of stage 1 limit"
                 )
-
-
-def _as_tensor(name: str, ids: Any) -> Any:
-    if not isinstance(ids, (bytes, bytearray, memoryview)):
-        return has_values(name, ids) if isinstance(ids, torch.Tensor) else ids
-    if not ids:  # of which frombuffer makes no tensor
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
-    return torch.frombuffer(bytearray(ids), dtype=torch.uint8)

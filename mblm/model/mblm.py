@@ -1,6 +1,6 @@
 """MBLM, the causal hierarchy: forward pass, loss, and the faces of incremental generation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,9 @@ from mblm.utils.transforms import decoding
 
 if TYPE_CHECKING:
     from mblm.inference.generation import Generation
+    from mblm.inference.guide import Constraint
     from mblm.inference.prompt import Prompt
+    from mblm.inference.request import LogitsProcessor
     from mblm.inference.session import Session
 
 __all__ = ["MBLM", "MBLMEncoder"]
@@ -123,37 +125,49 @@ class MBLM(Hierarchy, PretrainedMixin):
     @decoding
     def generate(
         self,
-        prime: torch.Tensor | None = None,
+        prime: "Prompt | None" = None,
         stream: ByteStreamer | None = None,
         num_tokens_to_generate: int | None = None,
-        end_of_gen_token_id: int = -1,
+        end_of_gen_token_id: int | None = -1,
         temperature: float = 1.0,
         filter_thres: float = 1.0,
         enable_progress: bool = True,
         *,
+        top_k: int | None = None,
         top_p: float | None = None,
-        stop: Sequence[bytes] = (),
+        min_p: float | None = None,
+        stop: Collection[bytes | str] = (),
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        constraint: "Constraint | None" = None,
+        logits_processor: "LogitsProcessor | None" = None,
         weights: str = "float32",
     ) -> torch.Tensor:
-        """Generate bytes after a prompt; see `mblm.inference.generate.generate`."""
+        """Generate bytes after a prompt; see `mblm.inference.generate.generate`.
+
+        The arguments from ``num_tokens_to_generate`` (there ``max_bytes``) on are those of
+        `mblm.inference.request.request`.
+        """
         from mblm.inference.generate import generate
 
         with torch.inference_mode():
             return generate(
                 self,
                 prime,
-                stream=stream,
-                num_tokens=num_tokens_to_generate,
+                stream,
+                max_bytes=num_tokens_to_generate,
                 end_token_id=end_of_gen_token_id,
                 temperature=temperature,
                 filter_thres=filter_thres,
                 enable_progress=enable_progress,
+                top_k=top_k,
                 top_p=top_p,
+                min_p=min_p,
                 stop=stop,
                 seed=seed,
                 generator=generator,
+                constraint=constraint,
+                logits_processor=logits_processor,
                 weights=weights,
             )
 

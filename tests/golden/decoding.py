@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from mblm import MBLM, Session
-from mblm.inference.sampling import Sampler
+from mblm.inference.request import request
 from mblm.model.block import StageBlock
+from mblm.model.sampling import sample
 from tests.models import LSTMBlock, mamba, model, transformer
 
 FILE = Path(__file__).with_suffix(".json")
@@ -153,14 +154,15 @@ class Case:
     def _are_far(
         self, m: MBLM, fed: list[torch.Tensor], rows: torch.Tensor, numbers: torch.Tensor
     ) -> bool:
-        sampler = Sampler(**self.sampling)
+        filters = request(m, b"", **self.sampling).plan.filters
         for r, (prompt, ids) in enumerate(zip(fed, rows, strict=True)):
             session = Session(m, weights=self.weights).feed(prompt)
             for n, token in enumerate(ids):
                 logits = session.logits().expand(50, -1)
                 noise = torch.randn_like(logits) * NOISE[self.weights]
                 noise[0] = 0
-                if bool((sampler(logits + noise, numbers[n, r].expand(50, -1)) != token).any()):
+                drawn = numbers[n, r].expand(50, -1)
+                if bool((sample(logits + noise, drawn, *filters) != token).any()):
                     return False
                 session.feed(token[None])
         return True

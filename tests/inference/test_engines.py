@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm import MBLM
-from mblm.inference.automaton import Automaton
-from mblm.inference.sampling import Sampler
 from mblm.inference.session import Session
 from mblm.ops.packing import round_weight
 from tests.decoding import CLOSE, STAGES, in_pytorch, wide
@@ -70,13 +68,10 @@ def test_no_more_numbers_are_drawn_than_bytes(stages: list[str], count: int, end
 
     def draw() -> list[Any]:
         numbers = torch.Generator().manual_seed(1)
-        end = Automaton.of_strings([[token] for token in range(ends)], 67) if ends else None
-        session = Session(m)
-        continuation = session.begin(count, Sampler(1.0, 0.3, None, numbers), end)
-        for _ in continuation.runs():
-            pass
+        stop = [bytes([token]) for token in range(ends)]
+        ids = Session(m).generate(count, filter_thres=0.3, generator=numbers, stop=stop)
         drawn.append(numbers.get_state())
-        return [ids.tolist() for ids in continuation.ids()]
+        return [row.tolist() for row in ids]
 
     got = draw()
     with in_pytorch():

@@ -157,7 +157,7 @@ def test_an_interruption_before_the_first_byte_has_the_prompt(
     def interrupt(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mblm.inference.session.cache_for", interrupt)
+    monkeypatch.setattr("mblm.inference.continuation.cache_for", interrupt)
     with pytest.raises(KeyboardInterrupt) as caught:
         m.generate(prime, num_tokens_to_generate=3)
     assert torch.equal(caught.value.ids, prime)  # type: ignore[attr-defined]

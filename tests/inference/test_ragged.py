@@ -170,7 +170,7 @@ class TestRefuses:
         [
             ([b"a"], "ids: expected a list of 2, the session's batch, got 1"),
             ([b"a", b"\xff"], r"ids\[1\]: .*255"),
-            ([b"a", torch.zeros(1, 1).long()], r"ids\[1\]: expected shape \(L,\), got \(1, 1\)"),
+            ([b"a", torch.zeros(2, 1).long()], r"ids\[1\]: expected shape \(L,\), got \(2, 1\)"),
         ],
     )
     def test_bad_rows_before_anything_is_fed(
@@ -187,7 +187,7 @@ class TestRefuses:
     def test_more_than_the_context_for_the_longest(self) -> None:
         m = model(transformer(), transformer(), seq_lens=[5, 4], num_tokens=120)
         session = Session(m, 2).feed([b"abc", b""])
-        with pytest.raises(ValueError, match="3 bytes and 18 more exceed the context of 20"):
+        with pytest.raises(ValueError, match="18 bytes after 3 exceed the context of 20"):
             session.generate(18)
         session.generate(17)
         session.feed([b"", b"a"])

@@ -195,7 +195,7 @@ class TestGenerate:
             ({"num_tokens": 2.5}, TypeError, "num_tokens: expected an integer, got 2.5"),
             ({"num_tokens": None}, TypeError, "num_tokens"),
             ({"num_tokens": True}, TypeError, "num_tokens"),
-            ({"num_tokens": 22}, ValueError, "3 bytes and 22 more exceed the context of 24"),
+            ({"num_tokens": 22}, ValueError, "num_tokens: 22 bytes after 3 exceed the context"),
             ({"num_tokens": 2, "temperature": -1}, ValueError, "temperature"),
             ({"num_tokens": 2, "top_p": 3}, ValueError, "top_p"),
             ({"num_tokens": 2, "generator": 1}, TypeError, "generator"),

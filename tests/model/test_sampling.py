@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mblm.inference.plan import Plan
 from mblm.model.sampling import gumbel_sample, keep_min_p, keep_top_p, sample, top_k
 
 
@@ -136,3 +137,46 @@ class TestGumbel:
         assert torch.equal(torch.get_rng_state(), before)
         torch.manual_seed(5)
         assert torch.equal(gumbel_sample(logits), drawn[0])
+
+
+def sampled(logits: torch.Tensor, **wishes: Any) -> torch.Tensor:
+    """Ids ``(B,)`` of logits ``(B, V)``, as a plan says, with numbers of the default generator."""
+    numbers = torch.zeros(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return sample(logits, numbers.uniform_(), *Plan(1, **wishes).filters)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wishes", [{"top_k": 257}, {"top_p": 0.9}], ids=str)
+def test_half_precision_is_sampled_in_float32(dtype: torch.dtype, wishes: dict[str, Any]) -> None:
+    logits = torch.randn(200, 257).to(dtype)
+    assert torch.equal(sampled(logits), logits.argmax(-1))
+    ids = []
+    for same in (logits, logits.float()):
+        torch.manual_seed(3)
+        ids.append(sampled(same, temperature=2.0, **wishes))
+    assert torch.equal(*ids)
+
+
+def test_float64_is_sampled_in_float64() -> None:
+    logits = torch.randn(1, 257, dtype=torch.float64)
+    torch.manual_seed(3)
+    noise = -torch.log(-torch.log(torch.zeros_like(logits).uniform_()))
+    torch.manual_seed(3)
+    assert sampled(logits, top_k=257).item() == (logits + noise).argmax().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0, -0.0, 5e-324, 1e-45, 1e-38, 1e-31])
+@pytest.mark.parametrize("top_p", [0.0, 1.0])
+def test_a_temperature_that_is_all_but_0_is_greedy(
+    dtype: torch.dtype, temperature: float, top_p: float
+) -> None:
+    logits = torch.linspace(90, 110, 21).to(dtype)[torch.stack([torch.randperm(21)] * 9)]
+    ids = sampled(logits, temperature=temperature, top_k=21, top_p=top_p)
+    assert torch.equal(ids, logits.argmax(-1))
+    assert torch.equal(gumbel_sample(logits, temperature), logits.argmax(-1))
+
+
+def test_the_hottest_takes_nothing_that_was_filtered_out() -> None:
+    logits = torch.arange(10.0).expand(500, 10)
+    assert set(sampled(logits, temperature=1e300, top_k=2).tolist()) == {8, 9}
