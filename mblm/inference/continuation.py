@@ -132,27 +132,56 @@ class Continuation:
         cache: Where the rows are.
         isolates: Whether an error of a row's own functions ends that row alone; otherwise it is
             raised.
+        device: The model's device, which takes time to ask for.
+
+    Attributes:
+        going: The rows that have not ended.
     """
 
-    def __init__(self, model: Any, cache: Cache, isolates: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: Cache,
+        isolates: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         self._model, self._cache, self._isolates = model, cache, isolates
+        self._device = device or model.device
         self._courses: dict[Row, Course] = {}
+        self._pauses = False  # whether any row does
         # Per draws, None standing for the device's default generator, its state at their beginning.
         self._numbers: dict[Draws | None, Tensor] = {}
+        self.going: list[Row] = []
 
-    def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
-        """Have rows go on that have taken in their prompts."""
-        courses = list(map(Course, requests, self._cache.lengths(rows)))
+    def add(
+        self,
+        rows: Sequence[Row],
+        requests: Sequence[Request],
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        """Have rows go on that have taken in their prompts, and with them have these lengths.
+
+        The cache is asked for lengths that are not given.
+        """
+        courses = list(map(Course, requests, lengths or self._cache.lengths(rows)))
         self._cache.begin(rows, [request.plan for request in requests])
-        for draws in {request.plan.draws for request in requests} - self._numbers.keys():
-            self._numbers[draws] = self._generator(draws).get_state()
+        for request in requests:
+            draws = request.plan.draws
+            self._pauses |= request.plan.pause
+            if draws not in self._numbers:
+                self._numbers[draws] = self._generator(draws).get_state()
         self._courses.update(zip(rows, courses, strict=True))
+        self.going += rows
 
     def remove(self, row: Row) -> Course:
         """Forget a row, which the cache keeps; returns what has become of its request."""
         course = self._courses.pop(row)
+        if row in self.going:
+            self.going.remove(row)
+        requests = [course.request for course in self._courses.values()]
+        self._pauses = any(request.plan.pause for request in requests)
         draws = course.request.plan.draws
-        if all(other.request.plan.draws is not draws for other in self._courses.values()):
+        if all(request.plan.draws is not draws for request in requests):
             del self._numbers[draws]
         return course
 
@@ -160,7 +189,7 @@ class Continuation:
         return self._courses[row]
 
     def run(self, seconds: float = 0.02) -> list[tuple[Row, Ran]]:
-        """Let all rows go on: what each that had not ended was given; nothing if all had.
+        """Let all rows go on that have not ended; returns what each of them was given.
 
         A row goes on by another run as long as the reason is ``"time"``. Rows that pause are
         answered: by what their guide and their logits processor say.
@@ -168,20 +197,23 @@ class Continuation:
         Raises:
             MemoryError: There is no memory for the bytes to come, unless the rows are isolated.
         """
-        courses = self._courses
-        rows = [row for row, course in courses.items() if course.reason == "time"]
-        if any(courses[row].request.plan.pause for row in rows):
+        rows = list(self.going)
+        if self._pauses:
             return self._run_and_answer(rows, seconds)
-        results = self._cache.run(rows, seconds) if rows else []
+        results = self._cache.run(rows, seconds)
         self._note(rows, results)
         return list(zip(rows, results, strict=True))
 
     def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> None:
+        lacks_memory = False
         for row, ran in zip(rows, results, strict=True):
             course = self._courses[row]
             course.ran.append(ran)
             course.reason = ran.reason
-        if not self._isolates and any(ran.reason == "memory" for ran in results):
+            if ran.reason not in ("time", "logits"):
+                self.going.remove(row)
+                lacks_memory |= ran.reason == "memory"
+        if lacks_memory and not self._isolates:
             raise MemoryError("no memory for the bytes to come")
 
     def settle(self) -> None:
@@ -200,18 +232,17 @@ class Continuation:
             generator = self._generator(draws)
             generator.set_state(self._numbers[draws])
             shape = (draws.lanes if draws else 1, self._model.num_tokens)
-            numbers = torch.empty(
-                shape, dtype=sampling_dtype(self._model.dtype), device=self._model.device
-            )
+            dtype = sampling_dtype(self._model.dtype)
+            numbers = torch.empty(shape, dtype=dtype, device=self._device)
             for _ in range(count):
                 numbers.uniform_(generator=generator)
 
     def _generator(self, draws: Draws | None) -> torch.Generator:
         if draws is not None and draws.generator is not None:
             return draws.generator
-        device = self._model.device
-        is_cuda = device.type == "cuda"
-        return torch.cuda.default_generators[device.index] if is_cuda else torch.default_generator
+        if self._device.type == "cuda":
+            return torch.cuda.default_generators[self._device.index]
+        return torch.default_generator
 
     # -- Pauses ------------------------------------------------------------------------------------
 
@@ -220,7 +251,7 @@ class Continuation:
         end = time.monotonic() + seconds
         courses = [self._courses[row] for row in rows]
         before = [len(course.ran) for course in courses]
-        while going := [row for row in rows if self._courses[row].reason == "time"]:
+        while going := list(self.going):
             self._note(going, self._cache.run(going, max(0.0, end - time.monotonic())))
             self._answer([row for row in going if self._courses[row].reason == "logits"])
             if time.monotonic() >= end:
@@ -276,6 +307,8 @@ class Continuation:
     def _end(self, row: Row, reason: Reason) -> None:
         """End a row whose plan would go on, so that nothing waits for its numbers."""
         self._courses[row].reason = reason
+        if row in self.going:
+            self.going.remove(row)
         self._cache.begin([row], [Plan(0)])
 
     @contextmanager

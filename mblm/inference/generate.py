@@ -64,7 +64,7 @@ def generate(
             leave=False,
             disable=stream is not None or not enable_progress,
         ) as bar:
-            while course.reason == "time":
+            while continuation.going:
                 for _, ran in continuation.run():
                     bar.update(len(ran.ids))
                     for token in ran.ids.tolist() if stream is not None else ():

@@ -35,8 +35,8 @@ def prompt_ids(name: str, prompt: Any, num_tokens: int) -> Tensor:
         ValueError: An id outside the vocabulary, another shape, or text that UTF-8 has no bytes
             for.
     """
-    if isinstance(prompt, bytes) and num_tokens >= 256:  # of which nothing is to be checked
-        return as_ids(name, prompt).long()
+    if isinstance(prompt, bytes) and (num_tokens >= 256 or not prompt):  # nothing can be wrong
+        return _ids_of(prompt)
     ids = check_token_ids(name, as_ids(name, prompt), num_tokens)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
@@ -56,9 +56,7 @@ def as_ids(name: str, given: Any) -> Tensor:
     if isinstance(given, str):
         given = utf8(name, given)
     if isinstance(given, (bytes, bytearray, memoryview)):
-        own = bytearray(given)
-        # Of no bytes, frombuffer makes no tensor.
-        return torch.frombuffer(own or bytearray(1), dtype=torch.uint8)[: len(own)]
+        return _ids_of(given)
     if isinstance(given, Sequence):
         ids = [
             token if type(token) is int else check_integer(f"{name}[{index}]", token)
@@ -69,6 +67,13 @@ def as_ids(name: str, given: Any) -> Tensor:
         except OverflowError:
             raise ValueError(f"{name}: {max(ids, key=abs)} is no token id") from None
     raise TypeError(f"{name}: expected bytes, text or token ids, got {type(given).__name__}")
+
+
+def _ids_of(data: bytes | bytearray | memoryview) -> Tensor:
+    """Bytes as ids ``(L,)`` int64."""
+    own = bytearray(data)
+    # Of no bytes, frombuffer makes no tensor.
+    return torch.frombuffer(own or bytearray(1), dtype=torch.uint8)[: len(own)].long()
 
 
 def utf8(name: str, text: str) -> bytes:

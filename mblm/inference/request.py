@@ -107,27 +107,29 @@ def request(
     """
     num_tokens = model.num_tokens
     ids = prompt_ids(names.get("prompt", "prompt"), prompt, num_tokens)
-    count = _check_count(model, length, len(ids), max_bytes, names)
+    count = _check_count(model, length, ids.shape[0], max_bytes, names)
     if top_k is not None and top_p is not None:
         raise ValueError("pass at most one of top_k and top_p")
-    # Checked first in any case.
-    kept = count_kept(_check_share("filter_thres", filter_thres), num_tokens)
+    kept = count_kept(_check_share("filter_thres", filter_thres), num_tokens)  # checked in any case
     if not (top_k is None and top_p is None and min_p is None):
         kept = num_tokens if top_k is None else top_k
-    allow, guide = _compiled(constraint, num_tokens)
+    allow, guide = (None, None) if constraint is None else _compiled(constraint, num_tokens)
     if not (logits_processor is None or callable(logits_processor)):
         raise TypeError(
             f"logits_processor: expected a function, got {type(logits_processor).__name__}"
         )
+    has_no_end = stop == () and end_token_id is None
+    if draws is None and not (seed is None and generator is None):
+        draws = draws_of(model, seed, generator)
     plan = Plan(
         count,
         temperature=temperature,
         top_k=kept,
         top_p=0.0 if top_p is None else _check_share("top_p", top_p, is_positive=True),
         min_p=0.0 if min_p is None else min_p,
-        draws=draws_of(model.device, seed, generator) if draws is None else draws,
+        draws=draws,
         allow=allow,
-        stop=_stop(stop, end_token_id, num_tokens, names),
+        stop=None if has_no_end else _stop(stop, end_token_id, num_tokens, names),
         log_probs=log_probs,
         pause=not (guide is None and logits_processor is None),
     )
@@ -139,9 +141,9 @@ def requests_of_rows(
     lengths: Sequence[int],
     max_bytes: Any,
     *,
-    seed: Any = None,
-    generator: torch.Generator | None = None,
-    names: Names = _NAMES,
+    seed: Any,
+    generator: torch.Generator | None,
+    names: Names,
     **wishes: Any,
 ) -> list[Request]:
     """Check what is wished for rows that go on side by side.
@@ -161,48 +163,40 @@ def requests_of_rows(
     Raises:
         TypeError, ValueError: See `request`; a list of another length.
     """
-    count = len(lengths)
-    if max_bytes is None:
-        check_integer(names.get("max_bytes", "max_bytes"), max_bytes)
-    wishes["max_bytes"] = max_bytes
-    lists = {name: value for name, value in wishes.items() if is_one_per_row(name, value)}
-    if is_one_per_row("seed", seed):
-        lists["seed"], seed = seed, None
+    name, count = names.get("max_bytes", "max_bytes"), len(lengths)
+    wishes["max_bytes"] = check_integer(name, max_bytes) if max_bytes is None else max_bytes
+    if isinstance(seed, (list, tuple)):
+        wishes |= {"seed": seed, "generator": generator}
+    else:
+        wishes["draws"] = draws_of(model, seed, generator, count)
+    lists = {
+        name: value
+        for name, value in wishes.items()
+        if isinstance(value, (list, tuple))
+        # A list of strings is for all rows.
+        and (name != "stop" or (value and isinstance(value[0], (list, tuple))))
+    }
     for name, values in lists.items():
         if len(values) != count:
             raise ValueError(
                 f"{names.get(name, name)}: expected one value or a list of {count}, one for each "
                 f"row, got {len(values)}"
             )
-    draws = None
-    if "seed" not in lists:
-        draws = draws_of(model.device, seed, generator, count)
-    elif generator is not None:
-        raise ValueError("pass at most one of seed and generator")
     if not lists:
-        one = request(model, b"", length=max(lengths), draws=draws, names=names, **wishes)
+        one = request(model, b"", length=max(lengths), names=names, **wishes)
         return [one.of_lane(lane) for lane in range(count)]
     requests = []
     for row, length in enumerate(lengths):
         own = wishes | {name: values[row] for name, values in lists.items()}
-        asked = request(model, b"", length=length, draws=draws, names=names, **own)
-        requests.append(asked.of_lane(row if draws is not None else 0))
+        asked = request(model, b"", length=length, names=names, **own)
+        requests.append(asked.of_lane(row if wishes.get("draws") is not None else 0))
     return requests
 
 
-def is_one_per_row(name: str, value: Any) -> bool:
-    """Whether a wish is a list of one value for each row; for ``stop`` that is a list of lists."""
-    is_list = isinstance(value, (list, tuple, range))
-    return is_list and (name != "stop" or any(isinstance(item, (list, tuple)) for item in value))
-
-
 def draws_of(
-    device: torch.device,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    lanes: int = 1,
+    model: Any, seed: int | None, generator: torch.Generator | None, lanes: int = 1
 ) -> Draws | None:
-    """Where random numbers come from; None for a lane of the device's default generator.
+    """Where random numbers come from; None for one lane of the device's default generator.
 
     Raises:
         TypeError, ValueError: Both are given, or one that is none; a generator of another device.
@@ -213,11 +207,13 @@ def draws_of(
         seed = check_integer("seed", seed)
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed: expected an integer in [-2**63, 2**64), got {seed}")
-        generator = torch.Generator(device).manual_seed(seed)
-    draws = None if generator is None and lanes == 1 else Draws(generator, lanes)
-    if generator is not None and generator.device != device:
+        generator = torch.Generator(model.device).manual_seed(seed)
+    if generator is None and lanes == 1:
+        return None
+    draws = Draws(generator, lanes)
+    if generator is not None and generator.device != model.device:
         raise ValueError(
-            f"generator: expected one of {device}, the model's device, got one of "
+            f"generator: expected one of {model.device}, the model's device, got one of "
             f"{generator.device}"
         )
     return draws
@@ -255,8 +251,6 @@ def _compiled(
     constraint: Any, num_tokens: int
 ) -> tuple[Automaton | None, Callable[[], Guide] | None]:
     """What a constraint allows, as an automaton or by a guide."""
-    if constraint is None:
-        return None, None
     if isinstance(constraint, type) or not callable(getattr(constraint, "compile", None)):
         raise TypeError(f"constraint: expected one of mblm.constrain, got {constraint!r}")
     compiled = constraint.compile(num_tokens)

@@ -17,7 +17,6 @@ from mblm.inference.model import check_model
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
 from mblm.inference.request import LogitsProcessor, Request, requests_of_rows
 from mblm.utils.checks import check_token_ids
-from mblm.utils.modes import own_copy
 from mblm.utils.transforms import decoding
 
 _T = TypeVar("_T")
@@ -157,9 +156,10 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
+        lengths = self.lengths
         requests = requests_of_rows(
             self._model,
-            [0] * self.batch_size if self._model.max_length is None else self.lengths,
+            lengths,
             num_tokens,
             temperature=temperature,
             filter_thres=filter_thres,
@@ -176,14 +176,14 @@ class Session:
         )
         continuation: Continuation | None = None
         try:
-            continuation = self.begin(requests)
-            while continuation.run():
-                pass
-            ids = [own_copy(continuation[row].ids()).to(self._device) for row in self._rows]
-            if isinstance(num_tokens, Sequence) or any(r.may_end_early for r in requests):
-                return ids
+            continuation = self._begin(requests, lengths)
+            while continuation.going:
+                continuation.run()
+            ids = [continuation[row].ids() for row in self._rows]
             with torch.inference_mode(False):  # the caller's own, as `logits`
-                return ids[0][None] if len(ids) == 1 else torch.stack(ids)
+                if isinstance(num_tokens, (list, tuple)) or any(r.may_end_early for r in requests):
+                    return [row.clone().to(self._device) for row in ids]
+                return torch.stack(ids).to(self._device)
         except BaseException as error:
             none = [torch.empty(0, dtype=torch.long) for _ in self._rows]
             if continuation is not None:
@@ -192,12 +192,12 @@ class Session:
             error.ids = none  # type: ignore[attr-defined]
             raise
 
-    def begin(self, requests: Sequence[Request]) -> Continuation:
-        """Plan how the sequences go on."""
+    def _begin(self, requests: Sequence[Request], lengths: Sequence[int]) -> Continuation:
+        """Have the sequences, of these lengths, go on."""
 
         def begin(cache: Cache) -> Continuation:
-            continuation = Continuation(self._model, cache)
-            continuation.add(self._rows, requests)
+            continuation = Continuation(self._model, cache, device=self._device)
+            continuation.add(self._rows, requests, lengths)
             return continuation
 
         return self._on_cache(begin)

@@ -82,8 +82,8 @@ def begun(m: MBLM, cache: Cache, requests: list[Request], **how: Any) -> tuple[C
 def finished(m: MBLM, make: MakeCache, asked: Request) -> Any:
     """What has become of one request alone."""
     continuation, (row,) = begun(m, make(m), [asked])
-    while continuation.run():
-        pass
+    while continuation.going:
+        continuation.run()
     return continuation[row]
 
 
@@ -123,7 +123,7 @@ def test_rows_join_and_leave_at_any_time(m: MBLM, make: MakeCache) -> None:
             if continuation[row].reason != "time":
                 courses[rows.pop(row)] = continuation.remove(row)
                 cache.drop([row])
-    assert continuation.run() == []
+    assert continuation.run() == [] and continuation.going == []
     for index, want in enumerate(alone):
         got = courses[index]
         assert torch.equal(got.ids(), want.ids()) and got.reason == want.reason, index
@@ -138,7 +138,8 @@ def test_a_run_tells_what_it_gave(m: MBLM, make: MakeCache) -> None:
     for pausing in ({}, {"logits_processor": same}):
         continuation, (row,) = begun(m, make(m), [one(m, log_probs=True, **pausing)])
         given: list[Ran] = []
-        while results := continuation.run(seconds=0):
+        while continuation.going:
+            results = continuation.run(seconds=0)
             assert [key for key, _ in results] == [row]
             given.append(results[0][1])
         assert given[-1].reason == "length" and {ran.reason for ran in given[:-1]} == {"time"}
@@ -292,8 +293,8 @@ class TestErrors:
         alone = [finished(m, make, one(m, seed=seed)) for seed in (1, 2, 3)]
         continuation, rows = begun(m, make(m), requests, isolates=True)
         last: dict[Row, Ran] = {}
-        while results := continuation.run():
-            last.update(results)
+        while continuation.going:
+            last.update(continuation.run())
         courses = [continuation[row] for row in rows]
         assert [course.reason for course in courses] == [
             "length", "error", "length", "error", "error"

@@ -131,7 +131,7 @@ class TestDraws:
         assert draws is not None and draws.generator is generator and draws.lanes == 1
 
     def test_of_several_rows(self, m: MBLM) -> None:
-        draws = draws_of(m.device, lanes=3)
+        draws = draws_of(m, None, None, lanes=3)
         assert draws is not None and draws.generator is None and draws.lanes == 3
         assert request(m, b"", draws=draws).plan.draws is draws
 
