@@ -141,9 +141,9 @@ def _distances(table: Tensor, classes: Tensor, accepting: Tensor) -> Tensor:
     num_states = len(table)
     used = table[:, classes.unique().long()]  # a class without tokens leads nowhere
     sources = torch.arange(num_states, device="cpu")[:, None].expand_as(used)[used >= 0]
-    edges = torch.stack((used[used >= 0], sources)).unique(dim=1)  # by the state they lead to
-    ends = torch.searchsorted(edges[0].contiguous(), torch.arange(num_states + 1, device="cpu"))
-    offsets, before = ends.tolist(), edges[1].tolist()
+    edges = (used[used >= 0] * num_states + sources).unique()  # by the state they lead to
+    ends = torch.searchsorted(edges, torch.arange(num_states + 1, device="cpu") * num_states)
+    offsets, before = ends.tolist(), (edges % num_states).tolist()
     distance = torch.where(accepting, 0, -1).tolist()
     queue = deque(state for state, steps in enumerate(distance) if steps == 0)
     while queue:

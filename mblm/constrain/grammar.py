@@ -1,0 +1,228 @@
+"""Constraints by llguidance: JSON schemas and context-free grammars, byte by byte.
+
+llguidance says which bytes may come next. How far a grammar's end is, it does not know: guides look
+for a way to it while the bytes that are left may be too few for another.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mblm.constrain.completion import END, completes, completion, may_follow
+from mblm.inference.guide import Guide
+from mblm.utils.checks import check_integer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+# With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
+_MARGIN = 32
+# How many bytes to try for an end: before anything runs, now and then, and for each byte near it.
+_FIRST_TRIES, _TRIES, _TRIES_EACH = 10000, 2000, 200
+# How many ends that were found for other bytes are tried before one is looked for.
+_OTHERS = 8
+
+
+class _Guided:
+    """A grammar in llguidance's own form."""
+
+    def __init__(self, grammar: str) -> None:
+        self._grammar = grammar
+        _start(grammar, 256)
+
+    def compile(self, num_tokens: int) -> Callable[[], Guide]:
+        """What makes a row's guide, for a model of so many tokens; ids from 256 on are forbidden.
+
+        Raises:
+            ValueError: No byte may begin what satisfies it.
+        """
+        matcher, end = _start(self._grammar, check_integer("num_tokens", num_tokens))
+        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens)
+
+
+class JsonSchema(_Guided):
+    """JSON texts that a schema describes, in UTF-8; nothing comes before or after.
+
+    Args:
+        schema: A JSON schema as a dict, or as a JSON text.
+        max_spaces: How many white-space characters may come in a row outside strings. Default 1,
+            so that a weak model does not go on with spaces.
+
+    Raises:
+        ImportError: llguidance is not installed: ``pip install "mblm[constrain]"``.
+        TypeError, ValueError: It is no schema, nothing satisfies it, or it has something that
+            llguidance does not support, which it names.
+    """
+
+    def __init__(self, schema: Mapping[str, Any] | bool | str, max_spaces: int = 1) -> None:
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except ValueError as error:
+                raise ValueError(f"schema: no JSON: {error}") from error
+        if isinstance(schema, bool):
+            schema = {} if schema else {"enum": []}
+        if not isinstance(schema, Mapping):
+            raise TypeError(f"schema: expected a dict or a JSON text, got {schema!r}")
+        max_spaces = check_integer("max_spaces", max_spaces)
+        if max_spaces < 0:
+            raise ValueError(f"max_spaces: expected a number >= 0, got {max_spaces}")
+        try:
+            text = json.dumps(dict(schema))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"schema: no JSON: {error}") from error
+        options: JsonCompileOptions = {"whitespace_flexible": max_spaces > 0}
+        if max_spaces:
+            options["whitespace_pattern"] = rf"[ \t\r\n]{{0,{max_spaces}}}"
+        super().__init__(_matcher().grammar_from_json_schema(text, overrides=options))
+
+
+class Grammar(_Guided):
+    """Texts that a context-free grammar describes, in UTF-8.
+
+    Args:
+        lark: The grammar in llguidance's variant of Lark's syntax; it begins with ``start``.
+
+    Raises:
+        ImportError: llguidance is not installed: ``pip install "mblm[constrain]"``.
+        TypeError, ValueError: It is no such grammar.
+    """
+
+    def __init__(self, lark: str) -> None:
+        if not isinstance(lark, str):
+            raise TypeError(f"lark: expected str, got {lark!r}")
+        super().__init__(_matcher().grammar_from_lark(lark))
+
+
+class _RowGuide:
+    """How far one row has come; see `mblm.inference.guide.Guide`.
+
+    Args:
+        matcher: At the row's beginning; its own.
+        end: Bytes that complete it; None if not found.
+        num_tokens: V.
+    """
+
+    def __init__(self, matcher: "LLMatcher", end: bytes | None, num_tokens: int) -> None:
+        self._matcher, self._end, self._num_tokens = matcher, end, num_tokens
+        self._look_at = sys.maxsize  # with so many bytes left or fewer
+        # What completes it after each token that may come, since the end is near.
+        self._end_by_token: dict[int, bytes] = {}
+        # The same where this may come and that completes it: found once, checked when it is used.
+        self._ways: dict[tuple[bytes, bytes], dict[int, bytes]] = {}
+
+    def allowed(self, left: int) -> Tensor:
+        tokens = may_follow(self._matcher, self._num_tokens)
+        if left <= self._look_at:
+            tokens = self._that_can_end(tokens, left)
+        allowed = torch.zeros(self._num_tokens, dtype=torch.bool, device="cpu")
+        allowed[tokens] = True
+        return allowed
+
+    def take(self, token: int) -> None:
+        if token >= END or not self._matcher.consume_token(token):
+            raise ValueError(f"constraint: {_first_line(self._matcher) or f'no byte: {token}'}")
+        if token in self._end_by_token:
+            self._end = self._end_by_token[token]
+        elif self._end is not None and self._end[:1] == bytes([token]):
+            self._end = self._end[1:]
+        self._end_by_token = {}
+
+    def is_complete(self) -> bool:
+        return self.accepts() and not may_follow(self._matcher, self._num_tokens)
+
+    def accepts(self) -> bool:
+        return bool(self._matcher.is_accepting())
+
+    def _that_can_end(self, tokens: list[int], left: int) -> list[int]:
+        """Those after which an end is within reach, if that may be in doubt."""
+        if self._end is None or len(self._end) > left or not completes(self._matcher, self._end):
+            self._end = completion(self._matcher, left, self._num_tokens, _TRIES)
+        if self._end is None:
+            self._look_at = left // 2
+            return tokens
+        spare = left - len(self._end) - _MARGIN
+        if spare > 0 and self._num_tokens >= END:
+            # An end is a byte nearer with each byte, and may go as far away.
+            self._look_at = left - spare // 2 - 1
+            return tokens
+        ways = self._ways.setdefault((self._matcher.compute_bitmask(), self._end), {})
+        vain: set[bytes] = set()
+        for token in tokens:
+            end = ways.get(token)
+            if end is None or len(end) >= left:
+                end = self._end_after(token, left - 1, ways, vain)
+            if end is not None:
+                ways[token] = self._end_by_token[token] = end
+        return list(self._end_by_token)
+
+    def _end_after(
+        self, token: int, limit: int, ways: dict[int, bytes], vain: set[bytes]
+    ) -> bytes | None:
+        """Bytes that complete it after a token, at most ``limit``; None if they are not found.
+
+        ``ways``: what other tokens lead to; ``vain``: which bytes may follow where none were found.
+        """
+        assert self._end is not None
+        byte = bytes([token])
+        others = dict.fromkeys(ways.values())
+        for end in (self._end[1:], self._end, *list(others)[-_OTHERS:]):
+            if len(end) <= limit and completes(self._matcher, byte, end):
+                return end
+        after = self._matcher.deep_copy()
+        if not after.consume_token(token) or after.compute_bitmask() in vain:
+            return None
+        found = completion(after, limit, self._num_tokens, _TRIES_EACH)
+        if found is None:
+            vain.add(after.compute_bitmask())
+        return found
+
+
+def _matcher() -> "type[LLMatcher]":
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise ImportError(
+            'this constraint needs llguidance: pip install "mblm[constrain]"'
+        ) from error
+    return LLMatcher
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> "LLTokenizer":
+    """Bytes and an end."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    class Bytes:
+        eos_token_id = END
+        bos_token_id = None
+        tokens = [*(bytes([byte]) for byte in range(256)), b"<end>"]  # noqa: RUF012
+        special_token_ids = [END]  # noqa: RUF012
+
+        def __call__(self, text: str | bytes) -> list[int]:
+            return list(text.encode() if isinstance(text, str) else text)
+
+    return LLTokenizer(TokenizerWrapper(Bytes()), n_vocab=END + 1, slices=[])
+
+
+@lru_cache(maxsize=64)
+def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None]":
+    """A matcher at a grammar's beginning, and bytes that complete it, if they are found."""
+    matcher = _matcher()(_tokenizer(), grammar, log_level=0)
+    if matcher.is_error():
+        raise ValueError(f"constraint: {_first_line(matcher)}")
+    if not may_follow(matcher, num_tokens):
+        if matcher.is_accepting():
+            raise ValueError("constraint: only the empty string satisfies it")
+        raise ValueError("constraint: nothing satisfies it")
+    return matcher, completion(matcher, sys.maxsize, num_tokens, _FIRST_TRIES)
+
+
+def _first_line(matcher: "LLMatcher") -> str:
+    return matcher.get_error().partition("\n<state>")[0].strip()
