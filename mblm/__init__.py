@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.5.0"
 
 if TYPE_CHECKING:
+    from mblm import constrain
     from mblm.inference.generation import Generation
     from mblm.inference.prompt import to_bytes, to_text
     from mblm.inference.session import Session
@@ -47,12 +48,15 @@ __all__ = [
     "TransformerEncoderBlock",
     "__version__",
     "build_info",
+    "constrain",
     "to_bytes",
     "to_text",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "constrain":
+        return import_module("mblm.constrain")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"mblm.{_MODULES[name]}"), name)

@@ -13,7 +13,8 @@ import mblm
 NAMES = {
     "mblm": "MBLM MBLMEncoder MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType "
     "TransformerBlock TransformerEncoderBlock MambaBlock __version__ Session build_info "
-    "to_bytes to_text Generation",
+    "to_bytes to_text Generation constrain",
+    "mblm.constrain": "AllowedBytes Grammar JsonSchema Prefix Regex Utf8",
     "mblm.model.block": "StageBlock StageBlockRegistry",
     "mblm.model.config": "MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType MaskReduceStrat "
     "block_registry",

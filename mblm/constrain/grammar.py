@@ -214,14 +214,20 @@ def _tokenizer() -> "LLTokenizer":
 @lru_cache(maxsize=64)
 def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None]":
     """A matcher at a grammar's beginning, and bytes that complete it, if they are found."""
-    matcher = _matcher()(_tokenizer(), grammar, log_level=0)
+    matcher_type = _matcher()
+    matcher = matcher_type(_tokenizer(), grammar, log_level=0)
     if matcher.is_error():
         raise ValueError(f"constraint: {_first_line(matcher)}")
     if not may_follow(matcher, num_tokens):
         if matcher.is_accepting():
             raise ValueError("constraint: only the empty string satisfies it")
         raise ValueError("constraint: nothing satisfies it")
-    return matcher, completion(matcher, sys.maxsize, num_tokens, _FIRST_TRIES)
+    end = completion(matcher, sys.maxsize, num_tokens, _FIRST_TRIES)
+    if end is None:  # maybe since llguidance itself comes to no end
+        trials = [matcher.deep_copy() for _ in may_follow(matcher, num_tokens)]
+        if not any(map(matcher_type.consume_token, trials, may_follow(matcher, num_tokens))):
+            raise ValueError(f"constraint: {_first_line(trials[0])}")
+    return matcher, end
 
 
 def _first_line(matcher: "LLMatcher") -> str:

@@ -94,7 +94,7 @@ class AllowedBytes(Regex):
     """
 
     def __init__(self, allowed: bytes | Iterable[int]) -> None:
-        if isinstance(allowed, str):
+        if isinstance(allowed, str) or not isinstance(allowed, Iterable):
             raise TypeError(f"allowed: expected bytes or integers, got {allowed!r}")
         values = [check_integer("allowed", value) for value in allowed]
         if not values or not all(0 <= value < 256 for value in values):

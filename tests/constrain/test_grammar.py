@@ -1,0 +1,212 @@
+"""Guides by llguidance: what they allow, that they find an end in time, and what is refused."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llguidance")
+
+from mblm.constrain import Grammar, JsonSchema
+from mblm.constrain.grammar import _start
+from mblm.inference.guide import Guide
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "mail": {"type": "string", "pattern": r"^[a-z]+@x\.org$"},
+        "born": {"type": "string", "format": "date"},
+        "friends": {"type": "array", "items": {"$ref": "#"}},
+    },
+    "required": ["name", "mail"],
+}
+
+
+def guide(constraint: Any, num_tokens: int = 257) -> Guide:
+    return constraint.compile(num_tokens)()
+
+
+def follow(constraint: Any, text: bytes, left: int = 1000) -> Guide:
+    """A guide that has taken some bytes, each of which it allowed."""
+    state = guide(constraint)
+    for taken, byte in enumerate(text):
+        assert state.allowed(left - taken)[byte], text[: taken + 1]
+        state.take(byte)
+    return state
+
+
+def allowed(state: Guide, left: int = 1000) -> bytes:
+    return bytes(state.allowed(left).nonzero()[:, 0].tolist())
+
+
+def walk(constraint: Any, count: int, seed: int) -> tuple[bytes, Guide]:
+    """Any bytes that are allowed, at most ``count``."""
+    chosen, state, string = random.Random(seed), guide(constraint), b""
+    while len(string) < count and not state.is_complete():
+        may_come = allowed(state, count - len(string))
+        if not may_come:
+            assert state.accepts()
+            break
+        byte = chosen.choice(may_come)
+        state.take(byte)
+        string += bytes([byte])
+    return string, state
+
+
+def test_bytes_are_allowed_one_by_one() -> None:
+    schema = JsonSchema({"enum": ["ab", "é"]}, max_spaces=0)
+    assert allowed(guide(schema)) == b'"'
+    assert allowed(follow(schema, b'"')) == b"a\xc3"
+    state = follow(schema, '"é"'.encode())
+    assert state.accepts() and state.is_complete() and allowed(state) == b""
+
+
+def test_what_may_go_on_is_accepted_but_not_complete() -> None:
+    state = follow(JsonSchema({"type": "integer"}), b"12")
+    assert state.accepts() and not state.is_complete()
+    assert not follow(JsonSchema({"type": "integer"}), b"-").accepts()
+
+
+@pytest.mark.parametrize("num_tokens", [257, 300])
+def test_ids_that_are_no_bytes_are_never_allowed(num_tokens: int) -> None:
+    state = guide(JsonSchema({"type": "integer"}), num_tokens)
+    state.take(ord("1"))
+    assert state.allowed(10).shape == (num_tokens,)
+    assert not state.allowed(10)[256:].any()
+    with pytest.raises(ValueError, match="constraint: no byte: 256"):
+        state.take(256)
+
+
+@pytest.mark.parametrize(("max_spaces", "spaces"), [(0, b""), (1, b" "), (3, b" \n\t")])
+def test_white_space_is_bounded(max_spaces: int, spaces: bytes) -> None:
+    schema = JsonSchema({"type": "array", "items": {"type": "null"}}, max_spaces)
+    state = follow(schema, b"[" + spaces)
+    assert allowed(state) == b"]n"
+    follow(schema, b"[" + spaces + b"null" + spaces + b"," + spaces + b"null" + spaces + b"]")
+
+
+def test_a_schema_may_be_text() -> None:
+    assert allowed(guide(JsonSchema('{"enum": [null]}'))) == b"n"
+    assert allowed(guide(JsonSchema("true"), 257)) == allowed(guide(JsonSchema({})))
+
+
+@pytest.mark.parametrize("count", [30, 45, 200])
+@pytest.mark.parametrize("max_spaces", [0, 1])
+def test_it_ends_in_time(count: int, max_spaces: int) -> None:
+    for seed in range(3):
+        string, state = walk(JsonSchema(PERSON, max_spaces), count, seed)
+        assert state.accepts(), string
+        assert {"name", "mail"} <= set(json.loads(string))
+
+
+def test_any_json_ends_in_time() -> None:
+    for seed in range(20):
+        string, state = walk(JsonSchema({"type": ["object", "array"]}), 2 + seed, seed)
+        assert state.accepts() and isinstance(json.loads(string), (dict, list))
+
+
+def test_what_is_nested_ends_in_time() -> None:
+    """Each byte may take the end a byte further away."""
+    grammar = Grammar('start: "(" start ")" | "x"')
+    string, state = b"", guide(grammar)
+    for left in range(100, 0, -1):
+        may_come = allowed(state, left)
+        byte = may_come[:1]  # an opening one wherever it may
+        state.take(byte[0])
+        string += byte
+        if state.is_complete():
+            break
+    assert string == b"(" * 49 + b"x" + b")" * 49, "no deeper than can be closed"
+
+
+def test_with_too_few_bytes_it_goes_on_unfinished() -> None:
+    string, state = walk(JsonSchema(PERSON), 20, 0)
+    assert len(string) == 20 and not state.accepts()
+
+
+def test_the_shortest_end_need_not_be_the_first_thought() -> None:
+    """A property that comes first and need not be there takes many bytes."""
+    large = {"type": "object", "properties": {"word": {"minLength": 9}}, "required": ["word"]}
+    schema = {"type": "object", "properties": {"a": large, "b": {}}, "required": ["b"]}
+    for seed in range(5):
+        _, state = walk(JsonSchema(schema, max_spaces=0), 8, seed)
+        assert state.accepts()
+
+
+def test_a_vocabulary_that_lacks_bytes() -> None:
+    schema = JsonSchema({"enum": ["é", "z", "b"]})
+    state = guide(schema, ord("f"))
+    state.take(ord('"'))
+    assert allowed(state) == b"b", "z and what é begins with are not in it"
+    with pytest.raises(ValueError, match="nothing satisfies"):
+        schema.compile(10)
+
+
+def test_rows_do_not_share_what_they_took() -> None:
+    make = JsonSchema({"enum": ["a", "b"]}).compile(257)
+    one, other = make(), make()
+    one.take(ord('"'))
+    one.take(ord("a"))
+    assert allowed(other) == b'"'
+
+
+def test_a_grammar_is_read_once() -> None:
+    _start.cache_clear()
+    for _ in range(3):
+        JsonSchema({"enum": [1]}).compile(257)
+    assert _start.cache_info().misses == 2  # for all bytes, which checks it, and for the model
+
+
+IMPOSSIBLE: list[Any] = [
+    {"type": "integer", "minimum": 5, "maximum": 3},
+    {"allOf": [{"type": "string"}, {"type": "integer"}]},
+    {"type": "object", "properties": {"a": False}, "required": ["a"]},
+    {"enum": []},
+    False,
+]
+
+
+@pytest.mark.parametrize("schema", IMPOSSIBLE)
+def test_a_schema_that_nothing_satisfies_is_refused(schema: Any) -> None:
+    with pytest.raises(ValueError, match=r"constraint: .*(Unsatisfiable|nothing|empty|enum)"):
+        JsonSchema(schema if isinstance(schema, dict) else json.dumps(schema))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (
+            lambda: JsonSchema({"not": {}}),
+            ValueError,
+            'constraint: Unimplemented keys: \\["not"\\]',
+        ),
+        (lambda: JsonSchema({"type": "nothing"}), ValueError, "constraint: Invalid type: nothing"),
+        (lambda: JsonSchema({"$ref": "#/x"}), ValueError, "constraint: .*'/x' does not exist"),
+        (lambda: JsonSchema({"pattern": "a(?=b)"}), ValueError, "constraint: .*"),
+        (lambda: JsonSchema("{"), ValueError, "schema: no JSON: Expecting property name"),
+        (lambda: JsonSchema({"enum": [{1}]}), ValueError, "schema: no JSON: .* not JSON serial"),
+        (lambda: JsonSchema("[]"), TypeError, r"schema: expected a dict or a JSON text, got \[\]"),
+        (lambda: JsonSchema(3), TypeError, "schema: expected a dict or a JSON text, got 3"),
+        (lambda: JsonSchema({}, -1), ValueError, "max_spaces: expected a number >= 0, got -1"),
+        (lambda: JsonSchema({}, "1"), TypeError, "max_spaces: expected an integer"),
+        (lambda: Grammar(b"start: "), TypeError, "lark: expected str, got b'start: '"),
+        (lambda: Grammar("start: foo"), ValueError, 'constraint: .*unknown name: "foo"'),
+        (lambda: Grammar("start: /(/"), ValueError, "constraint: .*unclosed group"),
+        (lambda: Grammar("hello"), ValueError, "constraint: "),
+        (lambda: Grammar(""), ValueError, "constraint: "),
+        (lambda: Grammar('start: ""'), ValueError, "only the empty string satisfies it"),
+        (lambda: Grammar('start: "a" start'), ValueError, "constraint: .*Too many items"),
+    ],
+)
+def test_refuses_by_name(make: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"(?s){words}"):
+        make()
+
+
+def test_a_byte_that_may_not_come_is_refused() -> None:
+    state = guide(JsonSchema({"type": "null"}))
+    with pytest.raises(ValueError, match=r"constraint: .*doesn't satisfy the grammar") as caught:
+        state.take(ord("x"))
+    assert "<state>" not in str(caught.value)
