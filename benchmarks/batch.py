@@ -73,7 +73,7 @@ def main() -> None:
     )
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--runs", type=int, default=3)
-    options.add_argument("--bytes", type=int, default=32, help="of a run")
+    options.add_argument("--bytes", type=int, default=80, help="of a run, ten patches")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:1])
     options.add_argument("--weights", nargs="+", choices=BYTES, default=list(BYTES))
     options.add_argument("--json", type=Path, help="write all figures to this file")

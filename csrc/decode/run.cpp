@@ -59,7 +59,7 @@ Run::Run(const Parts& parts, const Memory& memory, Kind kind, std::vector<Member
     : parts_(parts), memory_(memory), kind_(kind), members_(members), space_(space) {
   const auto size = int64_t(members.size());
   active_.reserve(size);
-  waiting_.reserve(size);
+  left_.reserve(size);
   stages_.reserve(parts.stages.size());
   for (int64_t n = 0; n <= local(); ++n) {
     StageWork& work = stages_.emplace_back(parts.stages[n], memory.layout(n));
@@ -76,6 +76,11 @@ bool is_host_due(const Parts& parts, const Row& row) {
 
 int64_t Run::next(const Row& row, const Member& member) const {
   return chooses() ? std::min(row.taken + 1, row.length) : member.to;
+}
+
+bool Run::begins_patch(int64_t member) const {
+  const Row& of = row(member);
+  return parts_.schedule.begins_anew(local(), of.taken, next(of, members_[member]));
 }
 
 int64_t Run::most_positions(int64_t n, const Member& member) const {
@@ -190,11 +195,13 @@ void Run::begin_round() {
   if (!round_.catches_up) embed_bytes();
 }
 
-// Decides which rows take part: those that need nothing from the stages above, if there are any.
+// Decides which rows take part: all, but for those at the end of a patch where these had better
+// wait for others.
 void Run::sort_members() {
   active_.clear();
-  waiting_.clear();
+  left_.clear();
   needs_memory_ = false;
+  const int64_t patch = parts_.schedule.span(local());
   for (int64_t i = 0; i < int64_t(members_.size()); ++i) {
     Member& member = members_[i];
     if (member.reason == Reason::kLogits) round_.is_over = true;
@@ -209,15 +216,15 @@ void Run::sort_members() {
       round_.is_over = needs_memory_ = true;
     } else if (end > row.taken && is_host_due(parts_, row)) {
       member.wants_host = true;
-    } else if (parts_.schedule.begins_anew(local(), row.taken, end)) {
-      waiting_.push_back(i);
     } else {
       active_.push_back({i});
+      if (begins_patch(i)) round_.catches_up = true;
+      left_.push_back((patch - row.taken % patch) % patch + (end == row.taken));
     }
   }
-  if (active_.empty()) {
-    for (const int64_t member : waiting_) active_.push_back({member});
-    round_.catches_up = true;
+  if (local() > 0 && chooses() && round_.catches_up && pays_to_wait(patch, left_)) {
+    std::erase_if(active_, [&](const Active& active) { return begins_patch(active.member); });
+    round_.catches_up = false;
   }
   if (active_.empty()) round_.is_over = true;
 }

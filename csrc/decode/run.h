@@ -1,9 +1,9 @@
 // A run: what a team of threads does for the rows of one call.
 //
 // Rows are sequences that run side by side, each at its own position of its own patch. A row whose
-// patch is complete waits until the others' are; then the stages above take in what is complete,
-// for all rows at once, and hand down new contexts. In a round, the local stage takes in the next
-// bytes of the rows that do not wait, and each has a byte chosen, if it is to.
+// patch is complete may wait for others', that the stages above take in what is complete for many
+// rows at once, and hand down new contexts. In a round, the local stage takes in the next bytes of
+// the rows that do not wait, and each has a byte chosen, if it is to.
 #pragma once
 
 #include <cstdint>
@@ -105,6 +105,8 @@ class Run {
   float* blob(int64_t n, int64_t member) const { return row(member).stages[n].blob.data(); }
   // Bytes that a row has taken in after its next step, without drafts.
   int64_t next(const Row& row, const Member& member) const;
+  // Whether it begins a patch with its next step.
+  bool begins_patch(int64_t member) const;
   int64_t most_positions(int64_t n, const Member& member) const;
 
   // These are called by the first thread alone.
@@ -143,7 +145,7 @@ class Run {
   Round round_;
   bool needs_memory_ = false;
   std::vector<Active> active_;
-  std::vector<int64_t> waiting_;
+  std::vector<int64_t> left_;  // of each row that goes on: see Schedule::pays_to_wait
   std::vector<StageWork> stages_;
 
   int64_t outputs_of_thread_ = 0;

@@ -6,8 +6,10 @@
 // place in its sequence follows from the bytes taken in and is stored nowhere.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -71,5 +73,16 @@ class Schedule {
  private:
   std::vector<int64_t> seq_lens_, patch_sizes_;
 };
+
+// Whether rows at the end of a patch wait for others: `left` (sorted by this) is how many steps
+// each row is from there. See the twin.
+inline bool pays_to_wait(int64_t patch_size, std::span<int64_t> left) {
+  std::sort(left.begin(), left.end());
+  const double size = double(patch_size), rows = double(left.size());
+  double coming = 0;
+  return std::any_of(left.begin(), left.end(), [&](int64_t steps) {
+    return steps > 0 && ++coming * size >= double(steps) * rows;
+  });
+}
 
 }  // namespace mblm::decode

@@ -46,6 +46,21 @@ def left_in_patch(patch_sizes: Sequence[int], taken: int) -> int | None:
     return 0 if taken == 0 else -taken % patch_sizes[-2]
 
 
+def pays_to_wait(patch_size: int, left: Sequence[int]) -> bool:
+    """Whether rows at the end of a patch wait for others, which have so many steps left in theirs.
+
+    Rows that end their patches together are one call of the stages above, from then on. The step at
+    which all do, counted modulo the patch, is where they wait the least in sum: this one, unless in
+    some number of steps to come at least as many rows end a patch as if they were spread evenly.
+
+    Args:
+        patch_size: Steps of a patch.
+        left: Of every row; 0 for those at the end of a patch.
+    """
+    others = sorted(steps for steps in left if steps)
+    return any(n * patch_size >= steps * len(left) for n, steps in enumerate(others, 1))
+
+
 def _last_multiple(size: int, taken: int) -> int:
     """The beginning of the patch of so many bytes that the last byte taken in lies in."""
     return max(taken - 1, 0) // size * size

@@ -201,10 +201,7 @@ class TorchCache:
             for slot in slots:
                 slot.now = _Now(slot.now.bytes, _planned(slot).restarted())
             while going := [slot for slot in slots if self._reason(slot) == "time"]:
-                # Those at the end of a patch wait for the others, so that the stages above take
-                # in patches of as many rows as there are.
-                ready = [slot for slot in going if not self._waits(slot.now.bytes)]
-                self._step(ready or going, proposed)
+                self._step(self._ready(going), proposed)
                 paused = any(self._reason(slot) == "logits" for slot in going)
                 if paused or time.monotonic() >= end:
                     break
@@ -272,10 +269,16 @@ class TorchCache:
             ran.append(_planned(slot).ran(reason))
         return ran
 
-    def _waits(self, row: RowState) -> bool:
-        """Whether a stage above takes in what is pending in a row."""
-        is_pending = row.taken < row.length
-        return is_pending and schedule.left_in_patch(self._model.patch_sizes, row.taken) == 0
+    def _ready(self, slots: Sequence[_Slot]) -> Sequence[_Slot]:
+        """All, but for those at the end of a patch where these had better wait for others."""
+        sizes = self._model.patch_sizes
+        if len(sizes) == 1:
+            return slots
+        rows = [slot.now.bytes for slot in slots]
+        left = [-r.taken % sizes[-2] + (r.taken == r.length) for r in rows]
+        if not schedule.pays_to_wait(sizes[-2], left):
+            return slots
+        return [slot for slot, steps in zip(slots, left, strict=True) if steps]
 
     # -- Steps -------------------------------------------------------------------------------------
 

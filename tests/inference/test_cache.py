@@ -124,6 +124,25 @@ def test_rows_of_different_lengths_side_by_side(make: MakeCache, kinds: tuple[st
         assert ran.ids.tolist() == follow(m, prompt, plan, numbers)[0]
 
 
+@pytest.mark.parametrize(
+    ("left", "chosen"),
+    [((0, 0, 0, 3), [1, 1, 1, 1]), ((0, 1, 1, 1), [0, 1, 1, 1]), ((0, 2), [0, 1]), ((0,), [1])],
+    ids=["few amid a patch", "more amid it", "as many", "alone"],
+)
+def test_at_the_end_of_a_patch_the_fewer_rows_wait(
+    make: MakeCache, left: tuple[int, ...], chosen: list[int]
+) -> None:
+    """So that the stages above take in patches of all at once, soon and from then on."""
+    cache = make(build("transformer", "mamba1"))  # patches of 4 bytes
+    rows = fed(cache, *(ids_of(8 - steps) for steps in left))
+    cache.logits(rows)  # so that the first byte of each takes no step
+    cache.begin(rows, [Plan(30)] * len(rows))
+    assert [len(ran.ids) for ran in cache.run(rows, seconds=0)] == [1] * len(rows)
+    assert [len(ran.ids) for ran in cache.run(rows, seconds=0)] == chosen
+    run_out(cache, rows)
+    assert cache.lengths(rows) == [8 - steps + 30 for steps in left]
+
+
 @with_every_pair
 def test_a_seed_means_what_it_does_in_a_session(make: MakeCache, kinds: tuple[str, ...]) -> None:
     m = build(*kinds)

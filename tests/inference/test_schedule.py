@@ -80,3 +80,18 @@ def test_nothing_above_is_due_within_what_is_left_in_a_patch(seq_lens: tuple[int
             continue
         assert all(schedule.due(sizes, taken + i) == local for i in range(left))
         assert schedule.due(sizes, taken + left) < local
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_rows_end_their_patches_together_where_they_wait_the_least(
+    patch_size: int, rows: int
+) -> None:
+    for left in product(range(patch_size), repeat=rows):
+        if 0 not in left:
+            continue
+        # All steps that rows wait if all end a patch after so many steps.
+        waited = [sum((t - steps) % patch_size for steps in left) for t in range(patch_size)]
+        assert schedule.pays_to_wait(patch_size, left) == (
+            waited[0] >= min([*waited[1:], math.inf])
+        )
