@@ -13,8 +13,8 @@ from mblm.inference.prompt import to_bytes, to_text
 from mblm.inference.request import Request
 from mblm.utils.modes import lasting_tensors
 
-# Why generation ended: `Reason` of `mblm.inference.cache` but for its pauses, and "error".
-FinishReason = Literal["stop", "matched", "length", "context", "memory", "error"]
+# Why generation ended: `Reason` of `mblm.inference.cache` but for its pauses, and "closed".
+FinishReason = Literal["stop", "matched", "length", "context", "memory", "error", "closed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class Generation:
         ids: What was generated after it, ``(n,)`` int64 on the CPU.
         finish_reason: Why it ended: ``"stop"``, a stop string or the end's id, which is kept;
             ``"matched"``, the constraint is complete; ``"length"``, as many as asked for;
-            ``"context"``, no more positions; ``"memory"``; or ``"error"``, see ``error``.
+            ``"context"``, no more positions; ``"memory"``; ``"error"``, see ``error``; or
+            ``"closed"``, a stream was.
         is_matched: Whether the constraint accepts what was generated. None without one.
         log_probs: Log-probability of each generated id, ``(n,)`` float32 on the CPU, of the model's
             own logits. None unless asked for.

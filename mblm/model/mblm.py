@@ -1,7 +1,7 @@
 """MBLM, the causal hierarchy: forward pass, loss, and the faces of incremental generation."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mblm.inference.prompt import Prompt
     from mblm.inference.request import LogitsProcessor
     from mblm.inference.session import Session
+    from mblm.inference.stream import Stream
 
 __all__ = ["MBLM", "MBLMEncoder"]
 
@@ -239,6 +240,17 @@ class MBLM(Hierarchy, PretrainedMixin):
             stop=stop,
             log_probs=log_probs,
         )
+
+    def stream(
+        self, prompt: "Prompt", *, text: bool = False, weights: str = "float32", **wishes: Any
+    ) -> "Stream":
+        """Generate bytes or text to iterate over as they come; see `Stream`.
+
+        ``wishes`` are the arguments of `mblm.inference.request.request`.
+        """
+        from mblm.inference.stream import Stream
+
+        return Stream(self, prompt, text, weights, wishes)
 
     def session(self, batch_size: int = 1, *, weights: str = "float32") -> "Session":
         """Start incremental decoding of ``batch_size`` sequences; see `Session`."""

@@ -1,0 +1,162 @@
+"""Bytes or text as they are generated, by iteration, in an event loop too."""
+
+import asyncio
+import codecs
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mblm.inference.continuation import Continuation, Course, begun
+from mblm.inference.generation import FinishReason, Generation, generation_of
+from mblm.inference.prompt import Prompt, to_bytes
+from mblm.inference.request import request
+from mblm.utils.transforms import decoding
+
+Chunk = bytes | str
+
+
+class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
+    """What is generated after a prompt, in chunks of about 20 ms.
+
+    ``async for`` leaves the event loop free: other threads generate. A stream can be closed at any
+    time, from any thread, and is closed when its context is left. What is raised on the way is in
+    `result`, with all that was generated before it.
+
+    Args:
+        model: An `mblm.MBLM`.
+        prompt: See `mblm.inference.prompt.prompt_ids`.
+        text: Give text, whole characters only, instead of bytes. What is no UTF-8 becomes U+FFFD.
+        weights: Type of the weights that compiled code reads; see `mblm.inference.session.Session`.
+        wishes: See `mblm.inference.request.request`.
+
+    Raises:
+        TypeError, ValueError: Bad input. Weights that are NaN are told of with the first chunk.
+    """
+
+    @decoding
+    def __init__(
+        self, model: Any, prompt: Prompt, text: bool, weights: str, wishes: dict[str, Any]
+    ) -> None:
+        self._model, self._weights = model, weights
+        self._request = request(model, prompt, **wishes)
+        self._seed = wishes.get("seed")
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._decoder = decoder(errors="replace") if text else None
+        self._continuation: Continuation | None = None
+        self._course: Course | None = None
+        self._given = 0  # of how many runs the bytes were given
+        self._result: Generation | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()  # held by the thread that generates
+
+    @property
+    def result(self) -> Generation:
+        """All that was generated, once the stream is over or closed.
+
+        Raises:
+            RuntimeError: It goes on.
+        """
+        if self._is_closed:
+            with self._lock:
+                self._end("closed")
+        if self._result is None:
+            raise RuntimeError("result: the stream goes on; read it to its end, or close it")
+        return self._result
+
+    def __next__(self) -> Chunk:
+        while (chunk := self._next()) is None:
+            self._advance()
+        if not chunk:
+            raise StopIteration
+        return chunk
+
+    async def __anext__(self) -> Chunk:
+        while (chunk := self._next()) is None:
+            await asyncio.to_thread(self._advance)
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    def _next(self) -> Chunk | None:
+        """What was generated and not given yet; empty at the end, None if more is to come."""
+        if self._is_closed:
+            return b""
+        is_over = self._result is not None
+        new = [] if self._course is None else self._course.ran[self._given :]
+        self._given += len(new)
+        data = b"".join(to_bytes(ran.ids) for ran in new)
+        chunk = data if self._decoder is None else self._decoder.decode(data, final=is_over)
+        return chunk if chunk or is_over else None
+
+    def _advance(self) -> None:
+        """Generate for 20 ms."""
+        with self._lock, torch.inference_mode():
+            if self._result is not None:
+                return
+            try:
+                if self._continuation is None or self._course is None:
+                    self._continuation, self._course = begun(
+                        self._model, self._request, self._weights
+                    )
+                if self._continuation.going and not self._is_closed:
+                    self._continuation.run()
+                if not self._continuation.going:
+                    self._end(self._course.reason)  # type: ignore[arg-type]  # no pause
+            except BaseException as error:
+                if self._continuation is not None:
+                    self._continuation.settle()
+                self._end("error", error)
+                self._is_closed = True
+                if isinstance(error, StopIteration):  # which would end the iteration
+                    raise RuntimeError("a logits processor raised StopIteration") from error
+                raise
+        if self._is_closed:
+            self.close()
+
+    def _end(self, reason: FinishReason, error: BaseException | None = None) -> None:
+        """Keep the result alone."""
+        if self._result is None:
+            runs = [] if self._course is None else self._course.ran
+            is_matched = None if self._course is None else self._course.is_matched()
+            result = generation_of(self._request, runs, reason, self._seed, error)
+            self._result = replace(result, is_matched=is_matched)
+            self._continuation = None
+
+    def close(self) -> None:
+        """End it: no chunk comes any more. A thread that generates ends within 20 ms."""
+        self._is_closed = True
+        if self._lock.acquire(blocking=False):  # otherwise that thread does it
+            try:
+                self._end("closed")
+            finally:
+                self._lock.release()
+
+    async def aclose(self) -> None:
+        """`close`, as `contextlib.aclosing` wants it."""
+        self.close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
