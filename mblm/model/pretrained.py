@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, find_model
+from mblm.model.hub import model_card, push_folder
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import load_checked_state, load_model_state, uncompiled
 from mblm.utils.errors import with_title
@@ -18,6 +19,7 @@ from mblm.utils.errors import with_title
 _CONFIG_ID = (
     "config_id"  # the same in both files of a folder, which tells that they belong together
 )
+_WRAPPED = "model."  # what the names of `mblm.hf.MBLMForCausalLM` begin with
 
 Model = TypeVar("Model", bound="PretrainedMixin")
 
@@ -104,6 +106,25 @@ class PretrainedMixin:
                 tensor.data = tensor.data.to(saved.dtype)
         load_checked_state(folder / WEIGHTS_FILE, weights, model)
         return model.to(map_location, dtype).eval()
+
+    def push_to_hub(
+        self, repo_id: str, *, bits_per_byte: float | None = None, **options: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a card, for which the extra ``hub`` is needed.
+
+        Args:
+            repo_id: The repository, ``owner/name``; created if missing. A card that is there stays.
+            bits_per_byte: What the model needs of a byte, for the card. Default: not known.
+            **options: ``private``, ``token``, ``revision``, ``commit_message`` and ``create_pr``,
+                as `huggingface_hub` has them.
+
+        Returns:
+            The address of the commit.
+        """
+        name = _model_type(type(self))
+        usage = [f"from mblm import {name}", "", f'model = {name}.from_pretrained("{repo_id}")']
+        card = model_card(self, library="mblm", usage=usage, bits_per_byte=bits_per_byte)
+        return push_folder(repo_id, self.save_pretrained, card, **options)
 
 
 class _RunConfig(BaseModel):
@@ -224,6 +245,8 @@ def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str
         raise ValueError(f"{file}: not the configuration of a {cls.__name__}")
     config_id = data.pop(_CONFIG_ID, None) or _config_id(data)  # older ones lack it
     del data["model_type"]
+    if "transformers_version" in data:  # which adds settings of its own
+        data = {name: data[name] for name in cls.config_class.model_fields if name in data}
     try:
         return cls.config_class.model_validate(data), config_id
     except ValidationError as error:
@@ -241,6 +264,9 @@ def _read_weights(file: Path, config_id: str) -> dict[str, torch.Tensor]:
                     f"{file}: saved with another {CONFIG_FILE} than the one beside it, as when a "
                     "save was interrupted; save the model again"
                 )
-            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            return {
+                name.removeprefix(_WRAPPED): weights.get_tensor(name)
+                for name in weights.keys()  # noqa: SIM118
+            }
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from error

@@ -1,0 +1,13 @@
+"""Models for Hugging Face's libraries; importing this registers them for ``Auto`` classes."""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mblm.hf.config import MBLMConfig
+from mblm.hf.model import MBLMForCausalLM
+from mblm.hf.tokenizer import MBLMTokenizer
+
+__all__ = ["MBLMConfig", "MBLMForCausalLM", "MBLMTokenizer"]
+
+AutoConfig.register(MBLMConfig.model_type, MBLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(MBLMConfig, MBLMForCausalLM, exist_ok=True)
+AutoTokenizer.register(MBLMConfig, MBLMTokenizer, exist_ok=True)
