@@ -1,6 +1,5 @@
 """Hugging Face's ``generate`` on the decoding of an `mblm.MBLM`."""
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -18,9 +17,12 @@ from transformers.generation import (
 )
 
 from mblm.hf.padding import rows_of
+from mblm.inference.continuation import Continuation
+from mblm.inference.engine import cache_for
 from mblm.inference.request import requests_of_rows
 from mblm.inference.session import Session
 from mblm.model.sampling import gumbel_sample
+from mblm.utils.checks import check_token_ids
 
 _BYTES = 256
 
@@ -154,15 +156,17 @@ def _run(
     model: Any, prompts: list[Tensor], count: int, wishes: dict[str, Any], streamer: Any
 ) -> list[Tensor]:
     """Generate by the engine: what comes after each prompt; with a streamer, after one."""
-    session = Session(model, len(prompts)).feed(prompts)
-    continuation = session.begin(requests_of_rows(model, session.lengths, count, **wishes))
-    chosen: dict[int, list[Tensor]] = defaultdict(list)
-    while results := continuation.run():
-        for row, ran in results:
-            chosen[row].append(ran.ids)
+    cache = cache_for(model, "float32")
+    rows = cache.add(len(prompts))
+    cache.feed(rows, [check_token_ids("input_ids", ids, model.num_tokens).cpu() for ids in prompts])
+    continuation = Continuation(model, cache)
+    wishes = {"seed": None, "generator": None, "names": {}, **wishes}
+    continuation.add(rows, requests_of_rows(model, list(map(len, prompts)), count, **wishes))
+    while continuation.going:
+        for _, ran in continuation.run():
             for token in ran.ids if streamer is not None else ():
                 streamer.put(token[None])
-    return [torch.cat(parts) for parts in chosen.values()]
+    return [continuation[row].ids() for row in rows]
 
 
 def _run_byte_by_byte(
