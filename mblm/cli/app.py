@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 
 import mblm
-from mblm.cli.generate import LateFile, check_out, how_many, load, read_prompt, stream
+from mblm.cli.generate import (
+    LateFile,
+    check_out,
+    constraint_of,
+    how_many,
+    load,
+    read_file,
+    stream,
+)
 from mblm.cli.info import collect_facts, format_facts
 from mblm.model.find import find_model, find_run
 from mblm.utils import interrupt
@@ -135,6 +143,9 @@ def generate(
             metavar="F", help="Sample from the top 1 - F of the vocabulary; 1 takes the likeliest."
         ),
     ] = 0.9,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from so many likeliest bytes, as the next two.")
+    ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
@@ -142,12 +153,23 @@ def generate(
             "of what --filter-thres keeps."
         ),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from bytes at least this share as likely as the likeliest."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="The same seed gives the same bytes. [default: a new one]")
     ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End after this text; may be given several times."),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Write what this regular expression matches."),
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="Write JSON that the schema in this file describes.")
     ] = None,
     weights: Annotated[
         str,
@@ -169,15 +191,19 @@ def generate(
       mblm generate mblm-demo --prompt "def "
       mblm generate mblm-demo --prompt-file story.txt --bytes 1000 --out more.txt
       mblm generate runs/latest --temperature 0.7 --stop END --seed 1
+      mblm generate mblm-demo --regex "[a-z_]+ = [0-9]+" --min-p 0.05
       mblm generate run/model_top1.pth --filter-thres 1 | head -c 100
       mblm generate mblm-demo --weights int8 --bytes 10000 --out much.txt
     """
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("pass at most one of --prompt and --prompt-file")
+    if regex is not None and json_schema is not None:
+        raise typer.BadParameter("pass at most one of --regex and --json-schema")
+    constraint = constraint_of(regex, json_schema)
     checkpoint = find_model(model)
-    prime = os.fsencode(prompt or "") if prompt_file is None else read_prompt(prompt_file)
+    prime = os.fsencode(prompt or "") if prompt_file is None else read_file(prompt_file)
     if out is not None:
-        check_out(out, checkpoint, prompt_file, config)
+        check_out(out, checkpoint, prompt_file, config, json_schema)
     loaded = load(checkpoint, config, device)
     return stream(
         loaded,
@@ -186,7 +212,10 @@ def generate(
         num_tokens_to_generate=how_many(num_bytes, len(prime), loaded.max_length),
         temperature=temperature,
         filter_thres=filter_thres,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        constraint=constraint,
         seed=secrets.randbits(32) if seed is None else seed,
         stop=[os.fsencode(text) for text in stop or ()],
         weights=weights,

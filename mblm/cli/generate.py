@@ -18,15 +18,40 @@ if TYPE_CHECKING:
     import torch
 
     from mblm import MBLM
+    from mblm.inference.guide import Constraint
 
 DEFAULT_BYTES = 256
 
 
-def read_prompt(file: Path) -> bytes:
+def read_file(file: Path) -> bytes:
     from mblm.utils.io import open_binary  # brings pydantic, which takes time
 
     with open_binary(file) as stream:
         return stream.read()
+
+
+def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | None:
+    """What the options say that is to be written.
+
+    Raises:
+        OSError, ValueError: No pattern, no file or no schema, or llguidance is not installed.
+    """
+    if regex is not None:
+        from mblm.constrain import Regex
+
+        try:
+            return Regex(regex)
+        except ValueError as error:
+            raise ValueError(f"--regex: {error}") from error
+    if json_schema is not None:
+        from mblm.constrain import JsonSchema
+
+        data = read_file(json_schema)
+        try:
+            return JsonSchema(data.decode())
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"--json-schema: {json_schema}: {error}") from error
+    return None
 
 
 def how_many(asked: int | None, prompt: int, context: int | None) -> int:
@@ -112,21 +137,18 @@ def stream(
     **arguments: Any,
 ) -> int:
     """Generate to a file or standard output, then tell the speed; returns the exit status."""
-    import torch
-
     to_terminal = file is None and sys.stdout.isatty()
     streamer = ByteStreamer(
         file or (sys.stdout if to_terminal else sys.stdout.buffer), decode_utf8=to_terminal
     )
-    prime = torch.tensor(list(prompt), dtype=torch.long)
     start = time.perf_counter()
     with interrupt.raises():
-        generated = model.generate(prime, streamer, seed=seed, **arguments)
+        generated = model.generate(prompt, streamer, seed=seed, **arguments)
     if streamer.reader_left:  # what is still buffered must not fail when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     seconds = time.perf_counter() - start
-    count = int((generated[len(prime) :] < 256).sum())  # other ids are no bytes
+    count = int((generated[len(prompt) :] < 256).sum())  # other ids are no bytes
     facts = [
         f"{count} bytes in {seconds:.2f} s",
         f"{count / seconds:,.0f} bytes/s",

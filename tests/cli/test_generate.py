@@ -15,6 +15,7 @@ import torch
 
 from mblm import MBLM
 from mblm.cli import main
+from mblm.constrain import Regex
 from mblm.utils.io import save_model_state
 from tests.cli.program import COUNT, ENVIRONMENT, Run, command, expected
 from tests.models import model, transformer
@@ -28,6 +29,8 @@ from tests.models import model, transformer
         ([], {}),
         (["--temperature", "0.3"], {"temperature": 0.3}),
         (["--top-p", "0.5"], {"top_p": 0.5}),
+        (["--top-k", "7", "--min-p", "0.1"], {"top_k": 7, "min_p": 0.1}),
+        (["--regex", "[à-ÿ]+"], {"constraint": Regex("[à-ÿ]+")}),
         (["--filter-thres", "0"], {"filter_thres": 0}),
         (["--filter-thres", "1"], {"filter_thres": 1}),
         (["--device", "cpu"], {}),
@@ -77,6 +80,18 @@ def test_stops_after_any_stop_text(run: Run, saved: Path) -> None:
     ascii_run = next(c for c in whole if c.isascii() and c.isprintable() and c != "-")
     result = run(*arguments, "--stop", "not to be found", "--stop", ascii_run)
     assert result.out.decode("latin-1") == whole[: whole.index(ascii_run) + 1]
+
+
+def test_writes_json_that_a_schema_describes(run: Run, saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    properties = {"a": {"type": "integer", "minimum": 10, "maximum": 99}}
+    only = {"type": "object", "required": ["a"], "additionalProperties": False}
+    schema.write_text(json.dumps({"properties": properties, **only}))
+    result = run("generate", saved, "--json-schema", schema, "--seed", 1)
+    assert 10 <= json.loads(result.out)["a"] <= 99
+    schema.write_bytes(b"\xff{")
+    assert f"--json-schema: {schema}: " in run("generate", saved, "--json-schema", schema).error
 
 
 def test_without_a_seed_draws_one_and_tells_it(run: Run, saved: Path) -> None:
@@ -188,6 +203,11 @@ def test_an_interrupt_ends_quietly(saved: Path) -> None:
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--filter-thres", "1.5"], "filter_thres: expected a number in [0, 1], got 1.5"),
+        (["--top-k", "0"], "top_k: expected a number >= 1, got 0"),
+        (["--top-k", "3", "--top-p", "0.5"], "at most one of top_k and top_p"),
+        (["--min-p", "2"], "min_p: expected a number in [0, 1], got 2.0"),
+        (["--regex", "("], "--regex: "),
+        (["--json-schema", "nowhere.json"], "nowhere.json: No such file"),
         (["--top-p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--stop", ""], "stop"),
         (["--weights", "int4"], "weights: expected one of float32, bfloat16, int8, got 'int4'"),
@@ -216,6 +236,7 @@ def test_bad_arguments_are_one_line(
         (["generate", "x", "--bytes", "-1"], "--bytes"),
         (["generate", "x", "--bytes", "many"], "--bytes"),
         (["generate", "x", "--prompt", "a", "--prompt-file", "b"], "at most one of --prompt"),
+        (["generate", "x", "--regex", "a", "--json-schema", "b"], "at most one of --regex"),
         (["generate", "x", "--colour"], "--colour"),
         (["teleport"], "teleport"),
     ],
