@@ -1,13 +1,16 @@
 """Many prompts in one call: a row that ends makes room for the next prompt."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
+from mblm.inference import schedule
 from mblm.inference.cache import Cache, Ran, Row
+from mblm.inference.continuation import Continuation, Course
 from mblm.inference.engine import cache_for
 from mblm.inference.generation import FinishReason, Generation, generation_of
 from mblm.inference.prompt import Prompt, to_bytes
@@ -51,26 +54,14 @@ class _Asked:
     Attributes:
         index: Which one it is.
         arguments: Of its request.
-        shown: How many ids ``on_bytes`` was given.
+        count: How many ids its row was given.
+        shown: How many ids ``on_bytes`` was given, of an earlier row maybe.
     """
 
     index: int
     arguments: dict[str, Any]
+    count: int = 0
     shown: int = 0
-
-
-@dataclass(eq=False)
-class _Going:
-    """A prompt that has a row; ``parts`` is what its runs have given so far."""
-
-    asked: _Asked
-    request: Request
-    row: Row
-    parts: list[Ran] = field(default_factory=list)
-
-    def count(self) -> int:
-        """How many ids were chosen."""
-        return sum(len(ran.ids) for ran in self.parts)
 
 
 class Batch:
@@ -98,11 +89,15 @@ class Batch:
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self._model, self._cache, self._prompts = model, cache, prompts
+        self._continuation = Continuation(model, cache, isolates=True)
         self._max_rows = self._limit = max_rows  # the limit is lower where memory is short
         self._on_bytes, self._on_end = on_bytes, on_end
         self._results: list[Generation | None] = []  # of all prompts that were read
-        self._going: list[_Going] = []
-        self._waiting: deque[_Asked] = deque()  # those that had to give up their rows, in order
+        self._going: dict[Row, _Asked] = {}
+        self._waiting: deque[_Asked] = deque()  # those that were read and have no row, in order
+        # Bytes of a local patch, and whether the last run went beyond one.
+        self._patch = 1 if len(model.patch_sizes) == 1 else model.patch_sizes[-2]
+        self._spans_patches = False
         self._error: BaseException | None = None
 
     def run(self) -> list[Generation]:
@@ -114,48 +109,63 @@ class Batch:
         """
         try:
             while self._admit():
-                self._note(self._cache.run([going.row for going in self._going], _SECONDS))
+                self._note(self._continuation.run(_SECONDS))
             if self._error is not None:
                 raise self._error
         except BaseException as error:
-            for going in self._going:
-                self._settle(going)
-                self._keep(going.asked, going.request, going.parts, "error", error)
-            for asked in self._waiting:
-                self._keep(asked, None, [], "error", error)
-            error.generations = self._generations()  # type: ignore[attr-defined]
+            self._continuation.settle()
+            for row, asked in self._going.items():
+                if self._results[asked.index] is None:
+                    self._keep(asked, self._continuation[row], "error", error)
+            nothing = generation_of(None, [], "error", None, error)
+            error.generations = [result or nothing for result in self._results]  # type: ignore[attr-defined]
             raise
-        return self._generations()
-
-    def _generations(self) -> list[Generation]:
         return [result for result in self._results if result is not None]
 
     # -- Prompts -----------------------------------------------------------------------------------
 
     def _admit(self) -> bool:
         """Fill free rows; returns whether any goes on."""
-        while new := self._requests(self._limit - len(self._going)):
-            rows = self._cache.add(len(new))
-            begun = [
-                _Going(asked, request, row) for (asked, request), row in zip(new, rows, strict=True)
-            ]
-            self._going += begun
+        while new := self._next_requests():
+            rows, requests = self._cache.add(len(new)), [request for _, request in new]
             try:
-                self._cache.feed(rows, [going.request.prompt for going in begun])
-                self._cache.begin(rows, [going.request.plan for going in begun])
+                self._cache.feed(rows, [request.prompt for request in requests])
             except MemoryError as error:
-                self._give_way(begun, error)
+                self._cache.drop(rows)
+                self._put_back([asked for asked, _ in new], error)
+                continue
+            self._continuation.add(rows, requests)
+            self._going.update(zip(rows, [asked for asked, _ in new], strict=True))
         return bool(self._going)
 
-    def _requests(self, most: int) -> list[tuple[_Asked, Request]]:
-        """The next prompts, at most so many: those that gave up a row, then new ones."""
-        requests: list[tuple[_Asked, Request]] = []
-        while len(requests) < most and (asked := self._next()) is not None:
+    def _next_requests(self) -> list[tuple[_Asked, Request]]:
+        """The next prompts that may have rows."""
+        free, steps = self._limit - len(self._going), self._steps_to_come()
+        found: list[tuple[_Asked, Request]] = []
+        while len(found) < free and (asked := self._next()) is not None:
             try:
-                requests.append((asked, request_of(self._model, asked.index, asked.arguments)))
+                request = request_of(self._model, asked.index, asked.arguments)
             except Exception as error:
-                self._keep(asked, None, [], "error", error)
-        return requests
+                self._keep(asked, None, "error", error)
+                continue
+            if self._steps(len(request.prompt)) > steps:
+                self._waiting.appendleft(asked)
+                break
+            found.append((asked, request))
+        return found
+
+    def _steps_to_come(self) -> float:
+        """So many bytes are chosen before all rows that go on are at the ends of their patches.
+
+        A new row that is not there by then would have the others wait.
+        """
+        if not self._going or self._spans_patches:
+            return math.inf
+        return max(map(self._steps, self._cache.lengths(list(self._going))))
+
+    def _steps(self, length: int) -> int:
+        """Bytes to be chosen before a row of this length is at the end of a patch."""
+        return schedule.left_in_patch(self._model.patch_sizes, max(length - 1, 0)) or 0
 
     def _next(self) -> _Asked | None:
         if self._waiting:
@@ -172,73 +182,78 @@ class Batch:
 
     # -- Rows --------------------------------------------------------------------------------------
 
-    def _note(self, results: list[Ran]) -> None:
-        """Keep what a run has given the rows, and let go of those that have ended."""
-        lacks_memory = False
-        for going, ran in zip(list(self._going), results, strict=True):
-            going.parts.append(ran)
+    def _note(self, results: list[tuple[Row, Ran]]) -> None:
+        """Pass on what a run has given the rows, and let go of those that have ended."""
+        lacking: list[Row] = []
+        for row, ran in results:
+            error = self._continuation[row].error
             try:
-                self._show(going)
-            except Exception as error:
-                self._end(going, "error", error)
-                continue
-            if ran.reason == "memory":
-                lacks_memory = True
+                self._show(self._going[row], ran)
+            except Exception as raised:
+                error = raised
+            if error is not None:
+                self._end(row, "error", error)
+            elif ran.reason == "memory":
+                lacking.append(row)
             elif ran.reason != "time" and ran.reason != "logits":
-                self._end(going, ran.reason)
-        if lacks_memory and len(self._going) == len(results):  # otherwise some has come free
-            youngest = max(self._going, key=lambda going: going.asked.index)
-            self._give_way([youngest], MemoryError("no memory for the bytes to come"))
+                self._end(row, ran.reason)
 
-    def _show(self, going: _Going) -> None:
+        self._continuation.going += lacking  # they go on where others make room
+        self._spans_patches = any(len(ran.ids) >= self._patch for _, ran in results)
+        if lacking and len(self._going) == len(results):  # none has made room by ending
+            error = MemoryError("no memory for the bytes to come")
+            youngest = max(self._going, key=lambda row: self._going[row].index)
+            if len(self._going) == 1:
+                self._end(youngest, "memory", error)
+            else:
+                self._put_back([self._let_go(youngest)], error)
+
+    def _show(self, asked: _Asked, ran: Ran) -> None:
         """Give the callback the bytes that it has not had."""
-        count, asked = going.count(), going.asked
-        if self._on_bytes is None or count <= asked.shown:
+        asked.count += ran.ids.numel()
+        if self._on_bytes is None or asked.count <= asked.shown:
             return
-        data = to_bytes(going.parts[-1].ids[asked.shown - count :])
-        asked.shown = count
+        data = to_bytes(ran.ids[asked.shown - asked.count :])
+        asked.shown = asked.count
         if data:
             self._on_bytes(asked.index, data)
 
-    def _give_way(self, given_up: list[_Going], error: MemoryError) -> None:
-        """Have prompts wait until others are over, as there is no memory for so many rows.
-
-        They begin again then, and the same bytes will be chosen again.
-        """
-        if len(self._going) == 1:
-            return self._end(self._going[0], "memory", error)
-        for going in reversed(given_up):
-            self._waiting.appendleft(going.asked)
-            self._let_go(going)
-        self._limit = max(len(self._going), len(given_up) // 2)
-
-    def _end(self, going: _Going, reason: FinishReason, error: Exception | None = None) -> None:
-        self._keep(going.asked, going.request, going.parts, reason, error)
-        self._let_go(going)
+    def _end(self, row: Row, reason: FinishReason, error: Exception | None = None) -> None:
+        self._keep(self._going[row], self._continuation[row], reason, error)
+        self._let_go(row)
         self._limit = min(self._limit + 1, self._max_rows)
 
-    def _let_go(self, going: _Going) -> None:
-        self._going.remove(going)
-        self._cache.drop([going.row])
+    def _let_go(self, row: Row) -> _Asked:
+        asked = self._going.pop(row)
+        self._continuation.remove(row)
+        self._cache.drop([row])
+        return asked
+
+    def _put_back(self, asked: list[_Asked], error: MemoryError) -> None:
+        """Have prompts wait until others are over, as there is no memory for so many rows.
+
+        They begin anew then, and the same bytes will be chosen.
+        """
+        if len(asked) == 1 and not self._going:
+            return self._keep(asked[0], None, "memory", error)
+        for one in reversed(asked):
+            one.count = 0
+            self._waiting.appendleft(one)
+        self._limit = max(len(self._going), len(asked) // 2)
 
     def _keep(
         self,
         asked: _Asked,
-        request: Request | None,
-        parts: list[Ran],
+        course: Course | None,
         reason: FinishReason,
-        error: BaseException | None,
+        error: BaseException | None = None,
     ) -> None:
+        """Note what has become of a prompt."""
+        request, ran, is_matched = None, [], None
+        if course is not None:
+            request, ran, is_matched = course.request, course.ran, course.is_matched()
         seed = asked.arguments["seed"]
-        self._results[asked.index] = generation_of(request, parts, reason, seed, error)
+        result = generation_of(request, ran, reason, seed, error, is_matched)
+        self._results[asked.index] = result
         self._error = self._error or error
         self._on_end()
-
-    def _settle(self, going: _Going) -> None:
-        """Note what a run chose before it raised, or before its results were noted."""
-        (length,) = self._cache.lengths([going.row])
-        missed = length - len(going.request.prompt) - going.count()
-        if missed > 0:
-            (last,) = self._cache.last([going.row])
-            log_probs = None if last.log_probs is None else last.log_probs[-missed:]
-            going.parts.append(Ran(last.ids[-missed:], log_probs, last.reason))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal
 
 import torch
@@ -60,17 +59,16 @@ def generation_of(
     reason: FinishReason,
     seed: int | None = None,
     error: BaseException | None = None,
+    is_matched: bool | None = None,
 ) -> Generation:
     """What the runs of a row have made of a request; None if it came to none."""
     with lasting_tensors():
         nothing = torch.empty(0, dtype=torch.long, device="cpu")
         ids = torch.cat([nothing, *(ran.ids for ran in parts)])
-        prompt, log_probs, is_matched = nothing, None, None
+        prompt, log_probs = nothing, None
         if request is not None:
             prompt = request.prompt.clone()
             if request.plan.log_probs:
                 each = [ran.log_probs for ran in parts if ran.log_probs is not None]
                 log_probs = torch.cat([torch.empty(0, device="cpu"), *each])
-            if (allow := request.plan.allow) is not None:
-                is_matched = allow.accepts(reduce(allow.step, ids.tolist(), allow.start))
     return Generation(prompt, ids, reason, is_matched, log_probs, seed, error)

@@ -187,6 +187,8 @@ class MBLM(Hierarchy, PretrainedMixin):
         top_p: float | Sequence[float | None] | None = None,
         min_p: float | Sequence[float | None] | None = None,
         stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = (),
+        constraint: "Constraint | Sequence[Constraint | None] | None" = None,
+        logits_processor: "LogitsProcessor | Sequence[LogitsProcessor | None] | None" = None,
         log_probs: bool | Sequence[bool] = False,
         on_bytes: Callable[[int, bytes], object] | None = None,
         weights: str = "float32",
@@ -216,9 +218,9 @@ class MBLM(Hierarchy, PretrainedMixin):
         Raises:
             TypeError, ValueError: A bad argument, or a list of another length; nothing has run.
             BaseException: What goes wrong for one prompt (a bad one that an iterator gives, a
-                callback that raises, no memory for even one row) ends that one, and is raised when
-                all others are over. Anything else, Ctrl-C too, ends all. Its attribute
-                ``generations`` is the list for all prompts that were read, with what was chosen.
+                callback or a processor that raises, no memory for one row alone) ends that one, and
+                is raised when all others are over. Anything else, Ctrl-C too, ends all. The error's
+                ``generations`` are those of all prompts that were read, with what was chosen.
         """
         from mblm.inference.batch import generate_batch
 
@@ -238,6 +240,8 @@ class MBLM(Hierarchy, PretrainedMixin):
             top_p=top_p,
             min_p=min_p,
             stop=stop,
+            constraint=constraint,
+            logits_processor=logits_processor,
             log_probs=log_probs,
         )
 

@@ -18,6 +18,7 @@ from mblm.inference.generation import Generation, generation_of
 from mblm.inference.torch_cache import TorchCache
 from tests.decoding import CLOSE, in_pytorch
 from tests.inference.caches import build, whole_logits
+from tests.inference.test_continuation import Follows, InTheEngine, words
 from tests.native import needs_native
 
 # Contexts without an end, and one of 256 bytes that positions limit.
@@ -73,6 +74,12 @@ def together(m: MBLM, prompts: Any, **wishes: Any) -> list[Generation]:
 def some_prompts(*lengths: int) -> list[bytes]:
     numbers = np.random.default_rng(3)
     return [numbers.integers(0, 18, length, dtype=np.uint8).tobytes() for length in lengths]
+
+
+def no_zero(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A logits processor."""
+    logits[0] = -100
+    return logits
 
 
 # -- As if alone -----------------------------------------------------------------------------------
@@ -172,6 +179,24 @@ def test_log_probs_are_those_of_a_pass_over_all(m: MBLM) -> None:
         torch.testing.assert_close(results[index].log_probs, torch.stack(want), **CLOSE)
 
 
+@every_way
+def test_constraints_and_processors_of_some_prompts(m: MBLM) -> None:
+    prompts = some_prompts(2, 5, 0, 3)
+    even = words(2, 4)
+    constraints = [InTheEngine(even), None, Follows(even), None]
+    processors = [None, no_zero, no_zero, None]
+    wishes = {"constraint": constraints, "logits_processor": processors}
+    with patch.object(batch, "_SECONDS", 0):
+        results = together(m, prompts, max_bytes=9, max_rows=3, seeds=range(4), **wishes, **WARM)
+    for index, result in enumerate(results):
+        own = {name: values[index] for name, values in wishes.items()}
+        assert result.ids.tolist() == alone(m, prompts[index], index, max_bytes=9, **own, **WARM)
+        assert result.is_matched is (None if constraints[index] is None else True)
+        assert result.finish_reason == ("length" if constraints[index] is None else "matched")
+    unfinished = together(m, prompts[:2], max_bytes=1, constraint=[Follows(even), None])
+    assert [r.is_matched for r in unfinished] == [False, None]
+
+
 # -- Rows and prompts ------------------------------------------------------------------------------
 
 
@@ -196,6 +221,41 @@ def test_prompts_are_read_as_rows_come_free(m: MBLM) -> None:
         results = together(m, prompts(), max_bytes=4, max_rows=3)
     assert read == list(range(9))
     assert [result.prompt.tolist() for result in results] == [[index] for index in range(9)]
+
+
+@every_way
+def test_a_row_comes_when_no_other_has_to_wait_for_it(m: MBLM) -> None:
+    """At the end of a patch, rows wait for those that are within theirs."""
+    cache = batch.cache_for(m, "float32")
+    real, rows, late = cache.feed, [], []
+
+    def to_go(length: int) -> int:
+        return -(length - 1) % 4
+
+    def feed(new: Sequence[int], ids: Sequence[torch.Tensor]) -> None:
+        going = [row for row in rows if row in batches[0]._going]
+        if going:
+            others = max(map(to_go, cache.lengths(going)))
+            late.append(max(to_go(len(part)) for part in ids) > others)
+        rows.extend(new)
+        real(new, ids)
+
+    batches: list[batch.Batch] = []
+    begin = batch.Batch.__init__
+
+    def noted(self: batch.Batch, *arguments: Any) -> None:
+        batches.append(self)
+        begin(self, *arguments)
+
+    with (
+        patch.object(cache, "feed", feed),
+        patch.object(batch, "cache_for", lambda *_: cache),
+        patch.object(batch, "_SECONDS", 0),
+        patch.object(batch.Batch, "__init__", noted),
+    ):
+        prompts = some_prompts(*range(5, 25))
+        together(m, prompts, max_bytes=[n % 7 + 3 for n in range(20)], max_rows=3)
+    assert len(late) > 5 and not any(late)
 
 
 def test_no_prompts() -> None:
@@ -293,6 +353,21 @@ def test_a_callback_may_generate(m: MBLM) -> None:
 
     results = together(m, some_prompts(2, 3), max_bytes=5, on_bytes=on_bytes)
     assert inner and [len(r.ids) for r in results] == [5, 5]
+
+
+def test_a_processor_that_raises_ends_its_row_alone(m: MBLM) -> None:
+    def at_the_third(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if len(ids) == 5:
+            raise LookupError("the third")
+        return logits
+
+    prompts = some_prompts(2, 3)
+    with pytest.raises(LookupError, match="the third") as caught:
+        together(m, prompts, max_bytes=8, seeds=0, logits_processor=[at_the_third, None], **WARM)
+    failed, other = caught.value.generations
+    assert failed.error is caught.value and failed.finish_reason == "error"
+    assert failed.ids.tolist() == alone(m, prompts[0], 0, max_bytes=8, **WARM)[:3]
+    assert other.ids.tolist() == alone(m, prompts[1], 0, max_bytes=8, **WARM)
 
 
 # -- Interrupts ------------------------------------------------------------------------------------
