@@ -52,6 +52,12 @@ class MBLMGenerationMixin(GenerationMixin):
             kwargs.pop("input_ids", None)
         return super().generate(inputs, *args, **kwargs)
 
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Refused: the library's is for caches of its own."""
+        raise NotImplementedError(
+            "many prompts in one call: model.model.generate_batch, of the mblm.MBLM"
+        )
+
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:

@@ -13,6 +13,7 @@ from mblm.hf.padding import align_left, align_right
 from mblm.model.config import MBLMReturnType
 from mblm.model.hub import model_card, push_folder
 from mblm.model.mblm import MBLM
+from mblm.model.pretrained import untied
 from mblm.model.tiled_pass import INFERENCE_TILE
 from mblm.utils.checks import check_token_ids
 
@@ -73,6 +74,13 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
             raise ValueError(f"{model.name_or_path}: no weights that fit {', '.join(lacking)}")
         model.model._apply(lambda tensor: tensor)  # angles of positions, which are in no file
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """As ``PreTrainedModel.save_pretrained``; tied weights are written under all names."""
+        weights = self.state_dict() if state_dict is None else state_dict
+        super().save_pretrained(*args, state_dict=untied(weights), **kwargs)
 
     def push_to_hub(
         self, repo_id: str, *, bits_per_byte: float | None = None, **options: Any

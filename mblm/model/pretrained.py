@@ -214,15 +214,20 @@ def _config_id(config: dict[str, Any]) -> str:
 
 def _separate(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors, no two of which share memory, as the format wants them."""
-    seen: set[int] = set()
-    separate = {}
     for name, tensor in state.items():
         if type(tensor) is not torch.Tensor or tensor.is_meta or tensor.is_quantized:
             raise TypeError(
                 f"weights: {name} is {_kind(tensor)}, of which a folder cannot hold the values; "
                 "save the model before it is quantized, or by torch.save"
             )
-        tensor = tensor.contiguous()
+    return untied({name: tensor.contiguous() for name, tensor in state.items()})
+
+
+def untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with copies of tensors that share memory with one before them."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in state.items():
         storage = tensor.untyped_storage().data_ptr()
         separate[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)

@@ -117,6 +117,19 @@ class TestFolders:
             config = MBLMConfig.of(other.config)
             MBLMForCausalLM.from_pretrained(None, config=config, state_dict=weights)
 
+    def test_hold_tied_weights_under_all_names(self, tmp_path: Path) -> None:
+        m = build()
+        m.to_logits.weight = m.token_embs_rev[0].embedding.weight
+        MBLMForCausalLM.from_mblm(m).save_pretrained(tmp_path)
+        for loaded in (MBLMForCausalLM.from_pretrained(tmp_path), MBLM.from_pretrained(tmp_path)):
+            assert torch.equal(logits_of(loaded, IDS), logits_of(m, IDS))
+
+    def test_in_several_parts_are_loaded(self, tmp_path: Path, lm: MBLMForCausalLM) -> None:
+        lm.save_pretrained(tmp_path, max_shard_size="5KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        loaded = MBLMForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+        assert torch.equal(logits_of(loaded, IDS), logits_of(lm, IDS))
+
     def test_of_a_block_of_the_users_own(self, tmp_path: Path) -> None:
         m = model(LSTMBlock(), seq_lens=[3, 4], num_tokens=257)
         with pytest.raises(ValueError, match="block"):
@@ -133,6 +146,12 @@ class TestWrapping:
     def test_of_anything_else_is_refused(self) -> None:
         with pytest.raises(TypeError, match=r"expected an mblm\.MBLM, got MBLMEncoder"):
             MBLMForCausalLM.from_mblm(encoder(seq_lens=[3, 4]))
+
+    def test_without_values_is_filled_later(self, lm: MBLMForCausalLM) -> None:
+        with torch.device("meta"):
+            empty = MBLMForCausalLM(lm.config).eval()
+        empty.to_empty(device="cpu").load_state_dict(lm.state_dict())
+        assert torch.equal(logits_of(empty, IDS), logits_of(lm, IDS))
 
     def test_has_the_parts_that_the_library_asks_for(self, lm: MBLMForCausalLM) -> None:
         assert lm.get_input_embeddings().weight.shape == (257, 8)
@@ -300,6 +319,8 @@ class TestGenerateOptions:
     ) -> None:
         with pytest.raises(ValueError, match=words):
             lm.generate(self.PROMPT, **{"max_new_tokens": 3, **options})
+        with pytest.raises(NotImplementedError, match="generate_batch"):
+            lm.generate_batch([[1, 2]])
 
 
 class TestHub:

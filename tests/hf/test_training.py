@@ -43,12 +43,13 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 class TestTrainer:
-    def trainer(self, folder: Path, lm: Any, **arguments: Any) -> Any:
-        tokenizer = MBLMTokenizer()
+    def trainer(self, folder: Path, lm: Any, size: int = 2, **arguments: Any) -> Any:
+        # The library counts labels after padding as well, which at the left is one too many.
+        tokenizer = MBLMTokenizer(padding_side="right")
         options = transformers.TrainingArguments(
             str(folder),
             max_steps=4,
-            per_device_train_batch_size=2,
+            per_device_train_batch_size=size,
             learning_rate=1e-2,
             save_strategy="steps",
             save_steps=2,
@@ -85,6 +86,17 @@ class TestTrainer:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert same(whole, resumed)
 
+    def test_batches_in_parts_train_as_a_whole(self, tmp_path: Path) -> None:
+        trained = []
+        for size, parts in ((4, 1), (2, 2)):
+            lm = MBLMForCausalLM.from_mblm(build())
+            trainer = self.trainer(tmp_path, lm, size, gradient_accumulation_steps=parts)
+            trainer.args.max_grad_norm = 0
+            trainer.train()
+            trained.append(lm)
+        for one, other in zip(*(lm.parameters() for lm in trained), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
     def test_evaluates_and_writes_folders_that_both_libraries_read(self, tmp_path: Path) -> None:
         lm = self.dropping()
         trainer = self.trainer(tmp_path, lm)
@@ -98,18 +110,26 @@ class TestTrainer:
 
 
 @pytest.mark.parametrize("face", ["mblm", "transformers"])
-def test_accelerate_trains(face: str) -> None:
+def test_accelerate_trains_saves_and_resumes(face: str, tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    m: Any = build() if face == "mblm" else MBLMForCausalLM.from_mblm(build())
-    prepared, optimizer = accelerator.prepare(m, torch.optim.SGD(m.parameters(), 0.1))
-    losses = []
-    for _ in range(3):
+    m: Any = build(attn_dropout=0.1)
+    m = m.train() if face == "mblm" else MBLMForCausalLM.from_mblm(m).train()
+    prepared, optimizer = accelerator.prepare(m, torch.optim.Adam(m.parameters(), 0.01))
+
+    def step() -> float:
         optimizer.zero_grad()
         loss = prepared(IDS) if face == "mblm" else prepared(IDS, labels=IDS).loss
         accelerator.backward(loss)
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[2] < losses[1] < losses[0]
+        return loss.item()
+
+    losses = [step(), step()]
+    accelerator.save_state(tmp_path)
+    losses += [step(), step()]
+    whole = [p.clone() for p in m.parameters()]
+    accelerator.load_state(tmp_path)
+    assert [step(), step()] == losses[2:] and losses[3] < losses[0]
+    assert all(map(torch.equal, whole, m.parameters()))
 
 
 def decoded_logits(m: MBLM) -> Tensor:
