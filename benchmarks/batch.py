@@ -2,15 +2,21 @@
 
 A step of many rows reads the weights once. Of each number of rows: bytes per second over one row's,
 the time of a step over one row's, the rate of the products over that of one large float32 product
-measured beside it, and ragged rows over equal ones. In turns, in one process.
+measured beside it, and ragged rows over equal ones. Then `generate_batch`: prompts and results of
+any lengths in 64 rows, over sessions of 64 equal rows that take in and generate as many bytes;
+prompts taken in and the end, when rows run empty, are included. In turns, in one process.
 
     python benchmarks/batch.py
+    python benchmarks/batch.py --prompts 512 --weights float32
 """
 
 import argparse
 import os
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -20,6 +26,7 @@ from side_by_side import machine_line, write_json
 from mblm.inference.session import Session
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+MOST = ROWS[-1]
 CONTEXT = 64  # bytes fed before
 
 
@@ -67,6 +74,38 @@ def measure(model: Any, weights: str, count: int, runs: int) -> dict[str, list[f
     return result
 
 
+def measure_batch(
+    model: Any, weights: str, prompts: int, runs: int, now: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of so many prompts by `generate_batch`, and by sessions of equal rows."""
+    numbers = random.Random(0)
+    lengths = [numbers.randint(0, 200) for _ in range(prompts)]
+    counts = [numbers.randint(16, 112) for _ in range(prompts)]
+    texts = [numbers.randbytes(length) for length in lengths]
+    equal = [numbers.randbytes(round(mean(lengths))) for _ in range(MOST)]
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
+
+    def batch() -> None:
+        options = {"max_rows": MOST, "weights": weights, "enable_progress": False}
+        model.generate_batch(texts, max_bytes=counts, seeds=0, **options, **sampling)
+
+    def fixed() -> None:
+        for _ in range(prompts // MOST):
+            own = Session(model, MOST, weights=weights).feed(equal)
+            own.generate(round(mean(counts)), **sampling)
+
+    # Of the bytes, as many are not generated or too many as rounding leaves.
+    same = sum(counts) / (prompts // MOST * MOST * round(mean(counts)))
+    result: dict[str, list[float]] = {"fixed": [], "batch": []}
+    for turn in range(1 + runs):
+        for name, work, scale in (("fixed", fixed, same), ("batch", batch, 1.0)):
+            begin = now()
+            work()
+            if turn:
+                result[name].append((now() - begin) * scale)
+    return result
+
+
 def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,6 +115,10 @@ def main() -> None:
     options.add_argument("--bytes", type=int, default=80, help="of a run, ten patches")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:1])
     options.add_argument("--weights", nargs="+", choices=BYTES, default=list(BYTES))
+    options.add_argument("--prompts", type=int, default=4 * MOST, help="of generate_batch")
+    options.add_argument(
+        "--cpu-time", action="store_true", help="of generate_batch, where others use the machine"
+    )
     options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -98,6 +141,11 @@ def main() -> None:
                     flush=True,
                 )
             figures[f"{name}, {weights}"] = result
+            now = time.process_time if arguments.cpu_time else time.perf_counter
+            batch = measure_batch(model, weights, arguments.prompts, arguments.runs, now)
+            ratios = [f / b for f, b in zip(batch["fixed"], batch["batch"], strict=True)]
+            print(f"  generate_batch over equal rows: {median(ratios):.2f}")
+            figures[f"generate_batch, {name}, {weights}"] = batch
         del model
     write_json(arguments.json, figures)
 

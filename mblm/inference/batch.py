@@ -140,9 +140,10 @@ class Batch:
 
     def _next_requests(self) -> list[tuple[_Asked, Request]]:
         """The next prompts that may have rows."""
-        free, steps = self._limit - len(self._going), self._steps_to_come()
         found: list[tuple[_Asked, Request]] = []
-        while len(found) < free and (asked := self._next()) is not None:
+        steps: float | None = None
+        while len(self._going) + len(found) < self._limit and (asked := self._next()) is not None:
+            steps = self._steps_to_come() if steps is None else steps
             try:
                 request = request_of(self._model, asked.index, asked.arguments)
             except Exception as error:
@@ -199,7 +200,7 @@ class Batch:
                 self._end(row, ran.reason)
 
         self._continuation.going += lacking  # they go on where others make room
-        self._spans_patches = any(len(ran.ids) >= self._patch for _, ran in results)
+        self._spans_patches = any(ran.ids.numel() >= self._patch for _, ran in results)
         if lacking and len(self._going) == len(results):  # none has made room by ending
             error = MemoryError("no memory for the bytes to come")
             youngest = max(self._going, key=lambda row: self._going[row].index)
