@@ -117,7 +117,7 @@ class Batch:
             for row, asked in self._going.items():
                 if self._results[asked.index] is None:
                     self._keep(asked, self._continuation[row], "error", error)
-            nothing = generation_of(None, [], "error", None, error)
+            nothing = generation_of(None, None, "error", None, error)
             error.generations = [result or nothing for result in self._results]  # type: ignore[attr-defined]
             raise
         return [result for result in self._results if result is not None]
@@ -250,11 +250,8 @@ class Batch:
         error: BaseException | None = None,
     ) -> None:
         """Note what has become of a prompt."""
-        request, ran, is_matched = None, [], None
-        if course is not None:
-            request, ran, is_matched = course.request, course.ran, course.is_matched()
+        request = None if course is None else course.request
         seed = asked.arguments["seed"]
-        result = generation_of(request, ran, reason, seed, error, is_matched)
-        self._results[asked.index] = result
+        self._results[asked.index] = generation_of(request, course, reason, seed, error)
         self._error = self._error or error
         self._on_end()

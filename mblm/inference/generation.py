@@ -1,13 +1,12 @@
 """What was generated for a prompt, and why it ended there."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mblm.inference.cache import Ran
+from mblm.inference.continuation import Course
 from mblm.inference.prompt import to_bytes, to_text
 from mblm.inference.request import Request
 from mblm.utils.modes import lasting_tensors
@@ -55,20 +54,24 @@ class Generation:
 
 def generation_of(
     request: Request | None,
-    parts: Sequence[Ran],
+    course: Course | None,
     reason: FinishReason,
     seed: int | None = None,
     error: BaseException | None = None,
-    is_matched: bool | None = None,
 ) -> Generation:
-    """What the runs of a row have made of a request; None if it came to none."""
+    """What has become of a request; None if it came to none, or has not begun."""
     with lasting_tensors():
         nothing = torch.empty(0, dtype=torch.long, device="cpu")
-        ids = torch.cat([nothing, *(ran.ids for ran in parts)])
-        prompt, log_probs = nothing, None
-        if request is not None:
-            prompt = request.prompt.clone()
-            if request.plan.log_probs:
-                each = [ran.log_probs for ran in parts if ran.log_probs is not None]
-                log_probs = torch.cat([torch.empty(0, device="cpu"), *each])
-    return Generation(prompt, ids, reason, is_matched, log_probs, seed, error)
+        prompt = nothing if request is None else request.prompt.clone()
+        if course is None:
+            return Generation(prompt, nothing, reason, seed=seed, error=error)
+        log_probs = course.log_probs()
+        return Generation(
+            prompt,
+            course.ids().clone(),
+            reason,
+            course.is_matched(),
+            None if log_probs is None else log_probs.clone(),
+            seed,
+            error,
+        )

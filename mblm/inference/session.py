@@ -133,7 +133,7 @@ class Session:
         min_p: float | Sequence[float | None] | None = None,
         stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = (),
         end_of_gen_token_id: int | Sequence[int | None] | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Sequence[int | None] | None = None,
         generator: torch.Generator | None = None,
         constraint: Constraint | Sequence[Constraint | None] | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None = None,

@@ -4,7 +4,6 @@ import asyncio
 import codecs
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -120,10 +119,7 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
     def _end(self, reason: FinishReason, error: BaseException | None = None) -> None:
         """Keep the result alone."""
         if self._result is None:
-            runs = [] if self._course is None else self._course.ran
-            is_matched = None if self._course is None else self._course.is_matched()
-            result = generation_of(self._request, runs, reason, self._seed, error)
-            self._result = replace(result, is_matched=is_matched)
+            self._result = generation_of(self._request, self._course, reason, self._seed, error)
             self._continuation = None
 
     def close(self) -> None:

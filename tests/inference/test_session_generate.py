@@ -89,6 +89,10 @@ class TestOneForEachSequence:
         ids = m.session().feed(PROMPTS[0]).generate([6], seed=[3], **WISHES)
         assert [row.tolist() for row in ids] == [alone(m, PROMPTS[0], 6, seed=3, **WISHES)]
 
+    def test_a_seed_holds_beside_a_sequence_without_one(self, m: MBLM, session: Session) -> None:
+        ids = session.generate(8, seed=[5, None, None], **WISHES)
+        assert ids[0].tolist() == alone(m, PROMPTS[0], 8, seed=5, **WISHES)
+
     @pytest.mark.parametrize(
         ("wishes", "words"),
         [

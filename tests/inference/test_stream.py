@@ -96,6 +96,8 @@ def test_nothing_is_computed_before_it_is_read(m: MBLM, monkeypatch: pytest.Monk
 TEXTS = [
     "né €uro 🙂🙃 x".encode(),
     b"a\xff\xc3(\xe2\x82b\xf0\x9f\x99",  # no UTF-8, and an incomplete end
+    # The examples of the Unicode Standard, section 3.9, of what is replaced by how many U+FFFD.
+    b"\xed\xa0\x80|\xf0\x80\x80A|\xe2\x80A|\xe1\x80\xe2\xf0\x91\x92\xf1\xbfA",
     b"\x80\x80",
     b"\xf0\x9f",
     "\x00\r\n\u2028\ufeff".encode(),
@@ -119,6 +121,21 @@ class TestText:
         processor = spells(b"\xc3\xa9!")["logits_processor"]
         text = "".join(m.stream(b"\xc3", text=True, logits_processor=processor, max_bytes=2))
         assert text == "\ufffd!"
+
+    @pytest.mark.parametrize("stop", [["\n"], ["\n", "Alice:"], ["!\nA", "Alice!!"]], ids=repr)
+    def test_the_beginning_of_a_stop_string_is_neither_lost_nor_given_twice(
+        self, m: MBLM, byte_by_byte: None, stop: list[str]
+    ) -> None:
+        spelled = spells(b" Alice!\nAnd")
+        ids = m.generate(
+            b"",
+            num_tokens_to_generate=spelled.pop("max_bytes"),
+            stop=stop,
+            enable_progress=False,
+            **spelled,
+        )
+        text = "".join(m.stream(b"", text=True, stop=stop, max_bytes=11, **spelled))
+        assert text.encode() == bytes(ids.tolist()) and " Alice!\nA".startswith(text)
 
     def test_keeps_a_stop_string(self, m: MBLM, byte_by_byte: None) -> None:
         stream = m.stream(b"", text=True, stop=["€"], **spells("5 € and more".encode()))
@@ -170,7 +187,8 @@ class TestClosing:
             assert goes_on.wait(60)
             return logits
 
-        stream = m.stream("abc", logits_processor=waits, **WISHES)
+        endless = {**WISHES, "max_bytes": 10**6}
+        stream = m.stream("abc", logits_processor=waits, **endless)
         chunks: list[Any] = []
         thread = threading.Thread(target=lambda: chunks.extend(stream))
         thread.start()
