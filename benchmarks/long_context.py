@@ -122,7 +122,8 @@ def evaluate_file(job: dict[str, Any]) -> dict[str, Any]:
         with (folder / "bytes").open("wb") as file:
             for first in range(0, job["bytes"], 2**20):
                 file.write(os.urandom(min(2**20, job["bytes"] - first)))
-        window = ["--length", str(job["window"]), "--batch-size", "1", "--json"]
+        size = str(job["window"])
+        window = ["--length", size, "--stride", size, "--batch-bytes", size, "--json"]
         begin = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", "mblm", "eval", folder / "model", folder / "bytes", *window],

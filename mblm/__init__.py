@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mblm import constrain
     from mblm.inference.generation import Generation
     from mblm.inference.prompt import to_bytes, to_text
+    from mblm.inference.score import Score
     from mblm.inference.session import Session
     from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
     from mblm.model.mamba import MambaBlock
@@ -27,6 +28,7 @@ _MODULES = {
     "MBLMModelConfig": "model.config",
     "MBLMReturnType": "model.config",
     "MambaBlock": "model.mamba",
+    "Score": "inference.score",
     "Session": "inference.session",
     "TransformerBlock": "model.transformer",
     "TransformerEncoderBlock": "model.transformer",
@@ -43,6 +45,7 @@ __all__ = [
     "MBLMModelConfig",
     "MBLMReturnType",
     "MambaBlock",
+    "Score",
     "Session",
     "TransformerBlock",
     "TransformerEncoderBlock",

@@ -12,7 +12,7 @@ import mblm
 
 NAMES = {
     "mblm": "MBLM MBLMEncoder MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType "
-    "TransformerBlock TransformerEncoderBlock MambaBlock __version__ Session build_info "
+    "TransformerBlock TransformerEncoderBlock MambaBlock __version__ Score Session build_info "
     "to_bytes to_text Generation constrain",
     "mblm.constrain": "AllowedBytes Grammar JsonSchema Prefix Regex Utf8",
     "mblm.model.block": "StageBlock StageBlockRegistry",

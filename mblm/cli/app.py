@@ -287,9 +287,19 @@ def evaluate(
         list[Path], typer.Argument(help="The files, of any length; - is standard input.")
     ],
     length: Annotated[
-        int | None, typer.Option(help="Bytes of a window. [default: the model's context]")
+        int | None,
+        typer.Option(
+            help="Bytes of a window. [default: the model's context; none for a model that takes "
+            "any length by a Mamba]"
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows that are looked at together.")] = 8,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="How many of them are scored. [default: half, after a half to go by]"),
+    ] = None,
+    batch_bytes: Annotated[
+        int, typer.Option(help="Bytes that are taken in together: memory follows them.")
+    ] = 1 << 16,
     device: Device = None,
     config: RunConfig = None,
     imports: Imports = None,
@@ -297,21 +307,26 @@ def evaluate(
 ) -> None:
     """Tell how well a model predicts files: bits per byte of each, and in all.
 
-    A file is cut into windows; a byte is predicted from the bytes before it in its window, so
-    that a window's first bytes have little to go by. Bytes equal to the model's padding, for
-    which it has no loss, do not count.
+    A file longer than the context is cut into windows that overlap: each byte is scored once, with
+    at least length - stride bytes before it except where the file begins. Bytes equal to the
+    model's padding, for which it has no loss, do not count.
 
     \b
     Examples:
       mblm eval mblm-demo program.py
-      mblm eval latest *.txt --length 1024 --json
+      mblm eval latest *.txt --stride 256 --json
+      tail -c 100000 book.txt | mblm eval latest -
     """
     from mblm.cli.evaluate import check_files, evaluate_files, format_scores
 
     check_files(files)
     loaded = load(find_model(model), config, device)
-    scores = evaluate_files(loaded, files, length, batch_size)
-    typer.echo(json.dumps(scores, indent=2) if as_json else format_scores(scores))
+    scores = evaluate_files(loaded, files, length, stride, batch_bytes)
+    if as_json:
+        typer.echo(json.dumps(scores, indent=2))
+    else:
+        typer.echo(format_scores(scores))
+        typer.echo(f"{scores['bytes_per_second']:,.0f} bytes/s", err=True)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What `mblm eval` shows: progress while it reads files, and a table of their scores."""
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 import mblm
-from mblm.train.evaluate import Score, evaluate
+from mblm.inference.score_files import FileScore, score_files
 
 
 def check_files(files: Sequence[Path]) -> None:
@@ -19,19 +20,25 @@ def check_files(files: Sequence[Path]) -> None:
 
 
 def evaluate_files(
-    model: mblm.MBLM, files: Sequence[Path], length: int | None, batch_size: int
+    model: mblm.MBLM, files: Sequence[Path], length: int | None, stride: int | None, batch: int
 ) -> dict[str, Any]:
     """Score files, with a bar on a terminal: ``{files: [{file, bytes, bits_per_byte}], …}``."""
     total = sum(file.stat().st_size for file in files if file.is_file())  # 0: there is no saying
     with tqdm(
         total=total or None, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
     ) as bar:
-        scores = evaluate(
-            model, files, length=length, batch_size=batch_size, on_progress=bar.update
+        begin = time.perf_counter()
+        scores = score_files(
+            model, files, length=length, stride=stride, batch_bytes=batch, on_progress=bar.update
         )
-    in_all = Score(sum(s.num_bytes for s in scores), sum(s.nats for s in scores))
+        seconds = time.perf_counter() - begin
+    in_all = FileScore(sum(s.num_bytes for s in scores), sum(s.bits for s in scores))
     named = zip(map(str, files), scores, strict=True)
-    return {"files": [{"file": name, **_row(score)} for name, score in named], **_row(in_all)}
+    return {
+        "files": [{"file": name, **_row(score)} for name, score in named],
+        **_row(in_all),
+        "bytes_per_second": in_all.num_bytes / seconds,
+    }
 
 
 def format_scores(scores: dict[str, Any]) -> str:
@@ -46,5 +53,6 @@ def format_scores(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(score: Score) -> dict[str, Any]:
-    return {"bytes": score.num_bytes, "bits_per_byte": score.bits_per_byte}
+def _row(score: FileScore) -> dict[str, Any]:
+    bits = score.bits_per_byte if score.num_bytes else None  # JSON has no NaN
+    return {"bytes": score.num_bytes, "bits_per_byte": bits}

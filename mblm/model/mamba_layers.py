@@ -46,6 +46,7 @@ class MambaStage(nn.Module):
         kinds: The classes of a layer and of its mixer, which carry a state.
     """
 
+    is_recurrent = True
     has_state_of_pairs = True  # which lets the hierarchy run it in segments of positions
     layers: nn.ModuleList
     kinds: tuple[type[nn.Module], type[nn.Module]]

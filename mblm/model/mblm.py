@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mblm.inference.guide import Constraint
     from mblm.inference.prompt import Prompt
     from mblm.inference.request import LogitsProcessor
+    from mblm.inference.score import Score
     from mblm.inference.session import Session
     from mblm.inference.stream import Stream
 
@@ -256,6 +257,21 @@ class MBLM(Hierarchy, PretrainedMixin):
 
         return Stream(self, prompt, text, weights, wishes)
 
+    @decoding
+    def score(
+        self,
+        data: "Prompt | Sequence[Prompt]",
+        given: "Prompt | Sequence[Prompt]" = b"",
+        *,
+        length: int | None = None,
+        stride: int | None = None,
+        batch_bytes: int = 1 << 16,
+    ) -> "Score | list[Score]":
+        """Tell how likely the model finds bytes; see `mblm.inference.score.score`."""
+        from mblm.inference.score import score
+
+        return score(self, data, given, length=length, stride=stride, batch_bytes=batch_bytes)
+
     def session(self, batch_size: int = 1, *, weights: str = "float32") -> "Session":
         """Start incremental decoding of ``batch_size`` sequences; see `Session`."""
         from mblm.inference.session import Session
@@ -313,7 +329,7 @@ class MBLM(Hierarchy, PretrainedMixin):
             return self.mean_loss(*self._loss_sum(tile, ids, weights))
         padded = self._pad(ids, self.pad_token_id)
         tiles = TiledPass(self, tile, self.pad_token_id)
-        attended = self._attend_global(padded, tile)
+        attended = self.attend_global(padded, tile)
         if return_type == MBLMReturnType.HIDDEN_STATE:
             hidden = tiles.outputs(lambda local: local[:, 1:], attended, padded)
             return self._unpatch(hidden, nested_ids)
@@ -334,15 +350,15 @@ class MBLM(Hierarchy, PretrainedMixin):
         """`loss_sum` of checked ids and weights ``(B, L)``."""
         padded = self._pad(ids, self.pad_token_id)
         targets, later_weights = self._shift(ids, weights)
-        attended = self._attend_global(padded, tile)
+        attended = self.attend_global(padded, tile)
         total, count = loss_in_tiles(
             self, tile, self.pad_token_id, attended, padded, targets, weights=later_weights
         )
         first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
         return first_total + total, first_count + count
 
-    def _attend_global(self, padded_ids: torch.Tensor, tile: int) -> torch.Tensor:
-        """Output of stage 1 for ids ``(B, S * R_1)``: ``(B, 1 + S, D_1)``."""
+    def attend_global(self, padded_ids: torch.Tensor, tile: int) -> torch.Tensor:
+        """Output of stage 1 for whole patches, ids ``(B, S * R_1)``: ``(B, 1 + S, D_1)``."""
         return self._run_stage(0, self._global_tokens(padded_ids, tile), None)
 
     def attend(

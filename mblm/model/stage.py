@@ -66,6 +66,11 @@ class Stage(Protocol):
         """The rows of a batch's state, each a state of a batch of one."""
         ...
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the state does not grow with the positions, so that there may be any number."""
+        ...
+
     def state_tensors(self, state: Any) -> dict[str, Tensor]:
         """The state of a batch of one by names, without the dimension of the batch.
 

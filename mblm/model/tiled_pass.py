@@ -118,6 +118,39 @@ class TiledPass:
         run = with_weights_of_now(self.model, tile) if torch.is_grad_enabled() else tile
         return map_over_tiles(run, self._size(stage), rows, *per_byte)
 
+    def per_byte(
+        self,
+        function: Callable[[Tensor, Tensor], Tensor],
+        above: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        *,
+        stage: int = 0,
+    ) -> Tensor:
+        """``function`` of logits ``(S, V)`` and the ids ``(S,)`` that they predict, for all bytes.
+
+        Args:
+            function: Gives one row for each byte.
+            above: What lies below positions of the stage, in any order: ``(rows, D_n)``; see
+                `Hierarchy.below_positions`.
+            ids: The ids of the positions' bytes, ``(rows, R_n)``.
+            targets: The ids that the bytes' logits predict, of the same shape.
+            stage: The stage's index. Default: the most global one's.
+
+        Returns:
+            ``(rows * R_n, ..)``.
+        """
+
+        def tile(above: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
+            if stage == self.local:
+                return function(self.model.compute_logits(above), targets[:, 0])
+            below = self.model.attend(stage + 1, above, ids, None)
+            rows = self.model.below_positions(stage + 1, below).flatten(0, 1)
+            patches = [self._by_position(stage + 1, t) for t in (ids, targets)]
+            return self.per_byte(function, rows, *patches, stage=stage + 1)  # type: ignore[arg-type]
+
+        return map_over_tiles(tile, self._size(stage), above, ids, targets)
+
     def _size(self, stage: int) -> int:
         """How many positions of a stage have what is below them in one tile."""
         if stage == self.local:

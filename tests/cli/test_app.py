@@ -14,8 +14,8 @@ import yaml
 
 import mblm
 from mblm import MBLM
+from mblm.inference.score_files import score_files
 from mblm.model.config import block_registry
-from mblm.train.evaluate import evaluate
 from tests.cli.program import ENVIRONMENT, Run, command
 from tests.models import model, transformer
 
@@ -26,16 +26,21 @@ def test_eval(run: Run, saved: Path, bytes_model: MBLM, tmp_path: Path) -> None:
     files = [tmp_path / "a", tmp_path / "b"]
     files[0].write_bytes(b"abc" * 9)
     files[1].write_bytes(b"xyz" * 3)
-    scores = evaluate(bytes_model, files, length=8)
-    facts = json.loads(run("eval", saved, *files, "--length", 8, "--json").out)
+    scores = score_files(bytes_model, files, length=8, stride=3)
+    facts = json.loads(run("eval", saved, *files, "--length", 8, "--stride", 3, "--json").out)
     assert [row["file"] for row in facts["files"]] == [str(file) for file in files]
     bits = [score.bits_per_byte for score in scores]
     assert [row["bits_per_byte"] for row in facts["files"]] == pytest.approx(bits)
     assert facts["bytes"] == 36
     assert facts["bits_per_byte"] == pytest.approx((27 * bits[0] + 9 * bits[1]) / 36)
 
-    table = run("eval", saved, *files, "--length", 8, "--batch-size", 2).out.decode()
-    assert table.splitlines()[-1].split() == ["in", "all", "36", f"{facts['bits_per_byte']:.4f}"]
+    assert facts["bytes_per_second"] > 0
+
+    sizes = ["--length", 8, "--stride", 3, "--batch-bytes", 16]
+    table = run("eval", saved, *files, *sizes)
+    last = table.out.decode().splitlines()[-1].split()
+    assert last == ["in", "all", "36", f"{facts['bits_per_byte']:.4f}"]
+    assert table.err.endswith(" bytes/s\n")
 
 
 def test_eval_of_standard_input(
@@ -71,6 +76,8 @@ def test_a_standard_error_that_is_closed(
 def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert run("eval", saved, tmp_path / "empty").out.split()[-2:] == [b"0", b"-"]
+    facts = json.loads(run("eval", saved, tmp_path / "empty", "--json").out)
+    assert facts["bytes"] == 0 and facts["bits_per_byte"] is None
 
 
 @pytest.mark.parametrize(
@@ -78,8 +85,9 @@ def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
     [
         (["eval", "SAVED", "absent.txt"], "absent.txt: No such file"),
         (["eval", "absent", "absent.txt"], "neither a folder nor a model id"),
-        (["eval", "SAVED", "FILE", "--length", -1], "at least 1"),
-        (["eval", "SAVED", "FILE", "--batch-size", 0], "at least 1"),
+        (["eval", "SAVED", "FILE", "--length", -1], "length: expected a number from 1, got -1"),
+        (["eval", "SAVED", "FILE", "--stride", 0], "stride: expected a number from 1 to 32"),
+        (["eval", "SAVED", "FILE", "--batch-bytes", 0], "batch_bytes: expected a number >= 1"),
         (["eval", "SAVED", "FILE", "absent.pth"], "absent.pth is a model and no text"),
         (["eval", "SAVED", "."], ".: Is a directory"),
         (["plot", "absent.csv"], "absent.csv: No such file"),
