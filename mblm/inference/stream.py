@@ -60,7 +60,7 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
             RuntimeError: It goes on.
         """
         if self._is_closed:
-            with self._lock:
+            with self._lock:  # until a thread that generates has ended
                 self._end("closed")
         if self._result is None:
             raise RuntimeError("result: the stream goes on; read it to its end, or close it")
@@ -94,27 +94,28 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
     def _advance(self) -> None:
         """Generate for 20 ms."""
         with self._lock, torch.inference_mode():
-            if self._result is not None:
+            if self._is_closed or self._result is not None:
                 return
+            continuation = self._continuation
             try:
-                if self._continuation is None or self._course is None:
-                    self._continuation, self._course = begun(
-                        self._model, self._request, self._weights
-                    )
-                if self._continuation.going and not self._is_closed:
-                    self._continuation.run()
-                if not self._continuation.going:
+                if continuation is None:
+                    continuation, self._course = begun(self._model, self._request, self._weights)
+                    self._continuation = continuation
+                if continuation.going and not self._is_closed:
+                    continuation.run()
+                if not continuation.going and self._course is not None:
                     self._end(self._course.reason)  # type: ignore[arg-type]  # no pause
             except BaseException as error:
-                if self._continuation is not None:
-                    self._continuation.settle()
+                if continuation is not None:
+                    continuation.settle()
                 self._end("error", error)
                 self._is_closed = True
                 if isinstance(error, StopIteration):  # which would end the iteration
                     raise RuntimeError("a logits processor raised StopIteration") from error
                 raise
-        if self._is_closed:
-            self.close()
+            finally:
+                if self._is_closed:
+                    self._continuation = None
 
     def _end(self, reason: FinishReason, error: BaseException | None = None) -> None:
         """Keep the result alone."""
@@ -125,11 +126,7 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
     def close(self) -> None:
         """End it: no chunk comes any more. A thread that generates ends within 20 ms."""
         self._is_closed = True
-        if self._lock.acquire(blocking=False):  # otherwise that thread does it
-            try:
-                self._end("closed")
-            finally:
-                self._lock.release()
+        self._continuation = None
 
     async def aclose(self) -> None:
         """`close`, as `contextlib.aclosing` wants it."""

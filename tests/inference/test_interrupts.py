@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mblm import MBLM, Session
+from mblm.inference.stream import Stream
 from tests.models import LSTMBlock, mamba, model, transformer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
@@ -145,6 +146,32 @@ def test_generate_of_a_model_tells_what_it_has_chosen() -> None:
             assert torch.equal(ids, whole[: len(ids)])
             expected = generator_after(m, 1, len(ids) - len(prime))
             assert torch.equal(numbers.get_state(), expected.get_state())
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_a_stream_keeps_what_it_has_chosen(times: int) -> None:
+    m = model(transformer(), mamba(), seq_lens=[60, 4])
+
+    def begin(numbers: torch.Generator) -> Stream:
+        return m.stream([3, 1, 4], max_bytes=COUNT, generator=numbers, **SAMPLING)
+
+    def read(stream: Stream) -> Stream:
+        for _ in stream:
+            pass
+        return stream
+
+    whole, seconds = timed(lambda: read(begin(torch.Generator().manual_seed(1))))
+    for moment in moments(seconds, 4 * times):
+        numbers = torch.Generator().manual_seed(1)
+        stream = begin(numbers)
+        with suppress(KeyboardInterrupt), interrupted(moment):
+            read(stream)
+        stream.close()
+        ids = stream.result.ids
+        assert torch.equal(ids, whole.result.ids[: len(ids)])
+        expected = generator_after(m, 1, len(ids))
+        assert torch.equal(numbers.get_state(), expected.get_state())
+        assert list(stream) == []
 
 
 def test_an_interruption_before_the_first_byte_has_the_prompt(
