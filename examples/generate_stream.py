@@ -7,10 +7,7 @@ import argparse
 import sys
 import time
 
-import torch
-
 from mblm import MBLM
-from mblm.utils.stream import ByteStreamer
 
 
 def main() -> None:
@@ -24,20 +21,20 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = MBLM.from_pretrained(arguments.model)
-    prompt = arguments.prompt.encode()
     sys.stdout.write(arguments.prompt)
     begin = time.perf_counter()
-    with ByteStreamer(sys.stdout, decode_utf8=True) as stream:
-        ids = model.generate(
-            torch.tensor(list(prompt), dtype=torch.long),
-            stream,
-            num_tokens_to_generate=arguments.bytes,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
+    stream = model.stream(
+        arguments.prompt,
+        text=True,
+        max_bytes=arguments.bytes,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    for text in stream:
+        print(text, end="", flush=True)
     seconds = time.perf_counter() - begin
-    count = len(ids) - len(prompt)
+    count = len(stream.result.ids)
     print(f"\n{count} bytes in {seconds:.1f} s, {count / seconds:.0f} bytes/s", file=sys.stderr)
 
 
