@@ -15,12 +15,14 @@
 #include "decode/draws.h"
 #include "decode/guard.h"
 #include "decode/weights.h"
+#include "torch/tensors.h"
 
 namespace {
 
 namespace py = pybind11;
 using namespace mblm::decode;
 using at::Tensor;
+using Weights = std::shared_ptr<Hierarchy>;
 
 #ifdef __clang__
 constexpr const char* kCompiler = __VERSION__;
@@ -128,20 +130,6 @@ Wishes plan(int64_t max_tokens, double temperature, int64_t top_k, double top_p,
           lane,       std::move(allow), std::move(stop), log_probs, pause};
 }
 
-std::vector<py::tuple> last(Cache& cache, const Lease& rows) {
-  std::vector<Ran> all;
-  {
-    const py::gil_scoped_release release;
-    all = cache.last(rows);
-  }
-  std::vector<py::tuple> tuples;
-  for (Ran& ran : all) {
-    const py::object log_probs = ran.log_probs.defined() ? py::cast(ran.log_probs) : py::none();
-    tuples.push_back(py::make_tuple(std::move(ran.ids), log_probs, name_of(ran.reason)));
-  }
-  return tuples;
-}
-
 // An object of Python's among what is destroyed without the GIL.
 struct Held {
   py::object object;
@@ -176,18 +164,91 @@ std::map<int64_t, py::object> hosted_of(const SavedState& state) {
   return objects;
 }
 
-std::vector<py::object> states_of(const Wanted& wanted) {
-  std::vector<py::object> objects;
-  for (const HostedState& state : wanted.states) objects.push_back(object_of(state));
-  return objects;
+// What a call leaves to Python goes to methods of its caller, a NativeCache.
+class Caller : public Host {
+ public:
+  explicit Caller(py::handle cache) : cache_(cache) {}
+
+  Supplied step(const Wanted& wanted) override {
+    const py::gil_scoped_acquire acquire;
+    py::object contexts = py::none();
+    if (wanted.contexts.defined()) contexts = py::cast(wanted.contexts);
+    py::list states;
+    for (const HostedState& state : wanted.states) states.append(object_of(state));
+    const auto given = py::cast<py::tuple>(
+        cache_.attr("step_hosted")(wanted.stage, wanted.ids, wanted.positions, contexts, states));
+    Supplied supplied{given[0].cast<Tensor>(), given[1].cast<Tensor>(), {}};
+    for (const py::handle state : given[2]) {
+      supplied.states.push_back(hosted_state(py::reinterpret_borrow<py::object>(state)));
+    }
+    return supplied;
+  }
+
+  SavedState feed(const SavedState* before, const Tensor& ids) override {
+    const py::gil_scoped_acquire acquire;
+    return cache_.attr("feed_long")(before, ids).cast<SavedState>();
+  }
+
+ private:
+  const py::handle cache_;
+};
+
+// A handle of a row, if it can be one.
+std::optional<RowId> row_of(py::handle given) {
+  int overflow = 1;
+  const RowId row =
+      PyLong_CheckExact(given.ptr()) ? PyLong_AsLongLongAndOverflow(given.ptr(), &overflow) : 0;
+  return overflow == 0 ? std::optional(row) : std::nullopt;
 }
 
-void supply(Cache& cache, const Lease& rows, const Wanted& wanted, const Tensor& outputs,
-            const Tensor& contexts, const std::vector<py::object>& objects) {
-  std::vector<HostedState> states;
-  for (const py::object& object : objects) states.push_back(hosted_state(object));
+RowIds rows_of(const py::sequence& given) {
+  RowIds rows;
+  for (const py::handle item : given) {
+    const std::optional<RowId> row = row_of(item);
+    if (!row) {
+      throw py::value_error("row " + std::string(py::repr(item)) +
+                            ": there is no such row, or it was dropped");
+    }
+    rows.push_back(*row);
+  }
+  return rows;
+}
+
+// Token ids (n) of bytes, or a tensor as it is.
+Tensor ids_of(py::handle given) {
+  if (!PyBytes_Check(given.ptr())) return given.cast<Tensor>();
+  const auto count = int64_t(PyBytes_GET_SIZE(given.ptr()));
+  const auto* const bytes = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(given.ptr()));
+  Tensor ids = mblm::make::empty({count}, at::kLong);
+  std::copy_n(bytes, count, ids.mutable_data_ptr<int64_t>());
+  return ids;
+}
+
+// Calls function(lease, host), without the GIL, for rows that nobody else may use meanwhile.
+template <class Function>
+auto call(Cache& cache, const py::sequence& given, Function function, py::handle caller = {}) {
+  const RowIds rows = rows_of(given);
+  Caller host(caller);
   const py::gil_scoped_release release;
-  cache.supply(rows, wanted, outputs, contexts, states);
+  const Lease lease = cache.lease(rows);
+  return function(lease, host);
+}
+
+// The same with the weights that the caller's model has now.
+template <class Function>
+auto call(Cache& cache, py::handle caller, const Weights& weights, const py::sequence& given,
+          Function function) {
+  cache.set_hierarchy(weights);
+  return call(cache, given, function, caller);
+}
+
+std::vector<py::tuple> tuples_of(std::vector<Ran> all) {
+  std::vector<py::tuple> tuples;
+  for (Ran& ran : all) {
+    const py::object log_probs = ran.log_probs.defined() ? py::cast(ran.log_probs) : py::none();
+    tuples.push_back(py::make_tuple(std::move(ran.ids), log_probs, name_of(ran.reason)));
+  }
+  return tuples;
 }
 
 void bind_cache(py::module_& module) {
@@ -214,53 +275,86 @@ void bind_cache(py::module_& module) {
       .def_readonly("taken", &SavedState::taken)
       .def_readonly("tensors", &SavedState::tensors);
 
-  py::class_<Wanted>(module, "Wanted")
-      .def_readonly("stage", &Wanted::stage)
-      .def_property_readonly("states", &states_of)
-      .def_readonly("ids", &Wanted::ids)
-      .def_readonly("positions", &Wanted::positions)
-      .def_property_readonly("contexts", [](const Wanted& wanted) -> std::optional<Tensor> {
-        return wanted.contexts.defined() ? std::optional(wanted.contexts) : std::nullopt;
-      });
-
-  py::class_<Lease>(module, "Lease", "Rows in use by a call.")
-      .def(
-          "__enter__", [](Lease& lease) -> Lease& { return lease; },
-          py::return_value_policy::reference)
-      .def("__exit__", [](Lease& lease, const py::args&) { lease.release(); });
-
   py::class_<Cache, std::shared_ptr<Cache>>(module, "Cache", "See mblm/inference/native_cache.py.")
       .def(py::init([](std::shared_ptr<Hierarchy> hierarchy) {
              TORCH_CHECK_VALUE(hierarchy->is_on_cpu(), "weights must be on the CPU");
              return std::make_shared<Cache>(std::move(hierarchy));
            }),
            py::arg("hierarchy"))
-      .def("set_hierarchy",
-           [](Cache& cache, std::shared_ptr<Hierarchy> hierarchy) {
-             cache.set_hierarchy(std::move(hierarchy));
-           })
       .def("add", &Cache::add, Release())
-      .def("drop", &Cache::drop, Release())
-      .def("copy", &Cache::copy, Release())
-      .def("lease", &Cache::lease, Release(), py::keep_alive<0, 1>())
-      .def("exchange", &Cache::exchange, Release())
-      .def("feed", &Cache::feed, Release())
-      .def("long_pieces", &Cache::long_pieces, Release())
-      .def("append", &Cache::append, Release())
-      .def("take_in", &Cache::take_in, Release())
-      .def("begin", &Cache::begin, Release())
-      .def("run", &Cache::run, Release())
-      .def("last", &last)
-      .def("logits", &Cache::logits, Release())
-      .def("check_choosing", &Cache::check_choosing, Release())
-      .def("choose", &Cache::choose, Release())
-      .def("wanted", &Cache::wanted, Release())
-      .def("supply", &supply)
-      .def("lengths", &Cache::lengths, Release())
-      .def("state", &Cache::state, Release())
+      .def("drop",
+           [](Cache& cache, const py::sequence& given) {
+             RowIds rows;
+             for (const py::handle item : given) {
+               if (const std::optional<RowId> row = row_of(item)) rows.push_back(*row);
+             }
+             const py::gil_scoped_release release;
+             cache.drop(rows);
+           })
+      .def("copy",
+           [](Cache& cache, const py::sequence& rows) {
+             return call(cache, rows, [&](const Lease& held, Host&) { return cache.copy(held); });
+           })
+      .def("lengths",
+           [](Cache& cache, const py::sequence& rows) {
+             return call(cache, rows,
+                         [&](const Lease& held, Host&) { return cache.lengths(held); });
+           })
+      .def("feed",
+           [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows,
+              const py::sequence& pieces, int64_t most) {
+             std::vector<Tensor> ids;
+             for (const py::handle piece : pieces) ids.push_back(ids_of(piece));
+             call(cache, caller, weights, rows,
+                  [&](const Lease& held, Host& host) { cache.feed(held, ids, most, host); });
+           })
+      .def("begin",
+           [](Cache& cache, const py::sequence& rows, const std::vector<Wishes>& plans) {
+             call(cache, rows, [&](const Lease& held, Host&) { cache.begin(held, plans); });
+           })
+      .def(
+          "run",
+          [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows,
+             double seconds, const std::vector<std::optional<Tensor>>& drafts) {
+            return tuples_of(call(cache, caller, weights, rows, [&](const Lease& held, Host& host) {
+              return cache.run(held, seconds, drafts, host);
+            }));
+          })
+      .def("last",
+           [](Cache& cache, const py::sequence& rows) {
+             return tuples_of(
+                 call(cache, rows, [&](const Lease& held, Host&) { return cache.last(held); }));
+           })
+      .def("logits",
+           [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows) {
+             return call(cache, caller, weights, rows,
+                         [&](const Lease& held, Host& host) { return cache.logits(held, host); });
+           })
+      .def(
+          "choose",
+          [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows,
+             const std::optional<Tensor>& ids, const std::optional<Tensor>& logits,
+             const std::optional<Tensor>& mask) {
+            return tuples_of(call(cache, caller, weights, rows, [&](const Lease& held, Host& host) {
+              return cache.choose(held, ids, logits, mask, host);
+            }));
+          })
+      .def("state",
+           [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows) {
+             return call(cache, caller, weights, rows,
+                         [&](const Lease& held, Host& host) { return cache.state(held, host); });
+           })
+      .def("state_so_far",
+           [](Cache& cache, const py::sequence& rows) {
+             return call(cache, rows,
+                         [&](const Lease& held, Host&) { return cache.state_so_far(held); });
+           })
       .def("state_shapes", &Cache::state_shapes)
-      .def("set_state", &Cache::set_state, Release())
-      .def("set_state_above", &Cache::set_state_above, Release());
+      .def("set_state", [](Cache& cache, py::handle caller, const Weights& weights,
+                           const py::sequence& rows, const SavedState& state) {
+        call(cache, caller, weights, rows,
+             [&](const Lease& held, Host&) { cache.set_state(held, state); });
+      });
 
 #ifdef MBLM_CUDA
   py::class_<DeviceCache, Cache, std::shared_ptr<DeviceCache>>(module, "DeviceCache",

@@ -262,71 +262,9 @@ std::optional<Tensor> Cache::logits(const Lease& rows) {
   return result;
 }
 
-std::vector<Wanted> Cache::wanted(const Lease& rows, bool is_for_run) {
-  const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
-  const Schedule& schedule = parts->schedule;
-  std::vector<Wanted> all;
-  for (int64_t n = 0; n < schedule.stages(); ++n) {
-    Wanted wanted{.stage = n};
-    std::vector<const Row*> due;
-    for (int64_t i = 0; i < rows.size(); ++i) {
-      if (!rows[i].has_pending() || !is_host_due(*parts, rows[i])) continue;
-      if (is_for_run && (!rows[i].plan || rows[i].plan->end)) continue;
-      if (schedule.due(rows[i].taken) != n) continue;
-      due.push_back(&rows[i]);
-      wanted.rows.push_back(rows.id(i));
-      wanted.indices.push_back(i);
-      wanted.positions.push_back(schedule.position(n, rows[i].taken));
-      wanted.states.push_back(rows[i].stages[n].hosted);
-    }
-    if (due.empty()) continue;
-    const auto count = int64_t(due.size());
-    const int64_t size = schedule.patch_size(n);
-    const StageLayout& layout = memory_.layout(n);
-    wanted.ids = make::empty({count, size}, at::kLong);
-    if (n > 0) wanted.contexts = make::empty({count, layout.seq_len, layout.dim}, at::kFloat);
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t* const to = wanted.ids.mutable_data_ptr<int64_t>() + i * size;
-      for (int64_t k = 0; k < size; ++k) to[k] = due[i]->byte(due[i]->taken - size + k);
-      if (n == 0) continue;
-      std::copy_n(due[i]->stages[n].blob.data() + layout.context, layout.context_size,
-                  wanted.contexts.mutable_data_ptr<float>() + i * layout.context_size);
-    }
-    all.push_back(std::move(wanted));
-  }
-  return all;
-}
-
-void Cache::supply(const Lease& rows, const Wanted& wanted, const Tensor& outputs,
-                   const Tensor& contexts, std::vector<HostedState>& states) {
-  const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
-  const int64_t n = wanted.stage, count = int64_t(wanted.indices.size());
-  const StageLayout &own = memory_.layout(n), &below = memory_.layout(n + 1);
-  const Tensor output = check_given("outputs", outputs, {count, own.dim}, at::kFloat);
-  const Tensor context = check_given("contexts", contexts, {count, below.context_size}, at::kFloat);
-  check_count("states", states.size(), size_t(count));
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t index = wanted.indices[i];
-    TORCH_CHECK_VALUE(index < rows.size() && rows.id(index) == wanted.rows[i] &&
-                          rows[index].has_pending() && is_host_due(*parts, rows[index]) &&
-                          parts->schedule.due(rows[index].taken) == n,
-                      "rows: row ", wanted.rows[i], " does not want stage ", n);
-    reserve(*parts, rows[index], rows[index].taken + 1, true);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    Row& row = rows[wanted.indices[i]];
-    std::copy_n(output.const_data_ptr<float>() + i * own.dim, own.dim,
-                row.stages[n].blob.data() + own.output);
-    std::copy_n(context.const_data_ptr<float>() + i * below.context_size, below.context_size,
-                row.stages[n + 1].blob.data() + below.context);
-    row.stages[n].hosted.swap(states[i]);
-    row.is_supplied = true;
-  }
-}
-
-std::vector<std::pair<int64_t, int64_t>> Cache::lengths(const Lease& rows) {
-  std::vector<std::pair<int64_t, int64_t>> all;
-  for (int64_t i = 0; i < rows.size(); ++i) all.emplace_back(rows[i].length, rows[i].taken);
+std::vector<int64_t> Cache::lengths(const Lease& rows) {
+  std::vector<int64_t> all;
+  for (int64_t i = 0; i < rows.size(); ++i) all.push_back(rows[i].length);
   return all;
 }
 
@@ -334,7 +272,7 @@ std::map<std::string, std::vector<int64_t>> Cache::state_shapes(int64_t taken) c
   return decode::state_shapes(*parts(0), memory_, taken);
 }
 
-SavedState Cache::state(const Lease& rows) {
+SavedState Cache::state_so_far(const Lease& rows) {
   check_one(rows);
   const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
   Row& row = rows[0];

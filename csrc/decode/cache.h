@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "decode/draws.h"
+#include "decode/host.h"
 #include "decode/memory.h"
 #include "decode/rows.h"
 #include "decode/run.h"
@@ -36,23 +37,11 @@ struct Ran {
   Reason reason;
 };
 
-// What a hosted stage is to take in: a patch of each of some rows.
-struct Wanted {
-  int64_t stage = 0;
-  std::vector<RowId> rows = {};
-  std::vector<int64_t> indices = {};     // where they are among those of the call
-  at::Tensor ids = {};                   // (rows, R_n) int64
-  std::vector<int64_t> positions = {};   // in the stage's sequence
-  at::Tensor contexts = {};              // (rows, P_n, D_n), undefined for the most global stage
-  std::vector<HostedState> states = {};  // of no use where the position is 0
-};
-
 using RowIds = std::vector<RowId>;
 using Lease = Rows::Lease;
 
-// See mblm/inference/cache.py; what Python adds is in native_cache.py. Calls throw
-// std::invalid_argument or c10::ValueError before they change anything. Some end early because a
-// hosted stage is due: they are called again when `supply` has been given what it computes.
+// See mblm/inference/cache.py; bind.cpp makes calls of it. They throw std::invalid_argument or
+// c10::ValueError before they change anything, and what the host throws.
 class Cache {
  public:
   explicit Cache(std::shared_ptr<const Hierarchy> hierarchy);
@@ -64,50 +53,28 @@ class Cache {
   RowIds add(int64_t count) { return rows_.add(count); }
   void drop(const RowIds& rows) noexcept { rows_.drop(rows); }
   // Of rows that calls are for.
-  std::unique_ptr<Lease> lease(const RowIds& rows) { return std::make_unique<Lease>(rows_, rows); }
+  Lease lease(const RowIds& rows) { return Lease(rows_, rows); }
   RowIds copy(const Lease& rows);
-  // Rows become what others are, and those what these were; plans stay where they are.
-  void exchange(const Lease& rows, const Lease& others);
+  std::vector<int64_t> lengths(const Lease& rows);
 
-  // Takes in all but the last of the bytes, which stays pending. Does nothing and returns false if
-  // a piece is long, or a hosted stage is due.
-  bool feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most);
-  // The indices of pieces with which a stage takes in more than `most` positions.
-  std::vector<int64_t> long_pieces(const Lease& rows, const std::vector<at::Tensor>& ids,
-                                   int64_t most);
-  // Appends bytes that no stage takes in.
-  void append(const Lease& rows, const std::vector<at::Tensor>& ids);
-  // Takes in all bytes, or all but the last. Returns whether that is done.
-  bool take_in(const Lease& rows, bool keeps_pending);
-
+  // Takes in all but the last of the bytes, which stays pending. The host is given pieces with
+  // which a stage takes in more than `most` positions.
+  void feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most, Host& host);
   void begin(const Lease& rows, const std::vector<Wishes>& plans);
-  // Returns whether it has ended early for a hosted stage, with which it goes on.
-  bool run(const Lease& rows, double seconds, const std::vector<std::optional<at::Tensor>>& drafts,
-           bool goes_on);
+  std::vector<Ran> run(const Lease& rows, double seconds,
+                       const std::vector<std::optional<at::Tensor>>& drafts, Host& host);
   std::vector<Ran> last(const Lease& rows);
-  // None if a hosted stage is due.
-  std::optional<at::Tensor> logits(const Lease& rows);
-  // Refuses rows without plans that pause and have not ended.
-  void check_choosing(const Lease& rows) const;
-  // By exactly one of the three. The rows' logits must have been computed.
-  void choose(const Lease& rows, const std::optional<at::Tensor>& ids,
-              const std::optional<at::Tensor>& logits, const std::optional<at::Tensor>& mask);
+  at::Tensor logits(const Lease& rows, Host& host);
+  // By exactly one of the three.
+  std::vector<Ran> choose(const Lease& rows, const std::optional<at::Tensor>& ids,
+                          const std::optional<at::Tensor>& logits,
+                          const std::optional<at::Tensor>& mask, Host& host);
 
-  // Of all rows, or of those that go on with their plans.
-  std::vector<Wanted> wanted(const Lease& rows, bool is_for_run);
-  // What the stage computed for those: outputs (rows, D_n), the contexts that they give,
-  // (rows, P_{n+1} * D_{n+1}), and its states, for which it gives back those that they replace.
-  void supply(const Lease& rows, const Wanted& wanted, const at::Tensor& outputs,
-              const at::Tensor& contexts, std::vector<HostedState>& states);
-
-  std::vector<std::pair<int64_t, int64_t>> lengths(const Lease& rows);  // and bytes taken in
   std::map<std::string, std::vector<int64_t>> state_shapes(int64_t taken) const;
   // Of one row.
-  virtual SavedState state(const Lease& rows);
+  SavedState state(const Lease& rows, Host& host);
+  virtual SavedState state_so_far(const Lease& rows);
   virtual void set_state(const Lease& rows, const SavedState& state);
-  // The same with the local stage before its sequence, whose bytes it has yet to take in; but as it
-  // was saved, if they are more than `most`.
-  virtual void set_state_above(const Lease& rows, const SavedState& state, int64_t most);
 
  protected:
   enum class Advanced { kFully, kToHost, kToMemory };
@@ -118,6 +85,9 @@ class Cache {
   virtual Advanced advance(
       const Parts& parts, Run::Kind kind, std::vector<Member>& members,
       cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
+  // Loads it with the local stage before its sequence, whose bytes it has yet to take in; but as it
+  // was saved, if they are more than `most`.
+  virtual void set_state_above(const Lease& rows, const SavedState& state, int64_t most);
   virtual void copy_state(const Row& from, Row& to);
   virtual void exchange_states(Row& one, Row& other);
 
@@ -128,6 +98,33 @@ class Cache {
   Rows rows_;
 
  private:
+  // Each of these ends early where a hosted stage is due, after which it is called again.
+  // Does nothing and returns false also if a piece is long.
+  bool feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most);
+  // Takes in all bytes, or all but the last. Returns whether that is done.
+  bool take_in(const Lease& rows, bool keeps_pending);
+  // Returns whether it is over.
+  bool run(const Lease& rows, double seconds, const std::vector<std::optional<at::Tensor>>& drafts,
+           bool goes_on);
+  std::optional<at::Tensor> logits(const Lease& rows);
+
+  void take_in(const Lease& rows, bool keeps_pending, Host& host);
+  void step_hosted(const Lease& rows, bool is_for_run, Host& host);
+  void step_hosted(const Parts& parts, int64_t n, const std::vector<Row*>& rows, Host& host);
+
+  // The indices of pieces with which a stage takes in more than `most` positions.
+  std::vector<int64_t> long_pieces(const Lease& rows, const std::vector<at::Tensor>& ids,
+                                   int64_t most);
+  // Appends bytes that no stage takes in.
+  void append(const Lease& rows, const std::vector<at::Tensor>& ids);
+  // Rows become what others are, and those what these were; plans stay where they are.
+  void exchange(const Lease& rows, const Lease& others);
+  // Refuses rows without plans that pause and have not ended.
+  void check_choosing(const Lease& rows) const;
+  // The rows' logits must have been computed.
+  void choose(const Lease& rows, const std::optional<at::Tensor>& ids,
+              const std::optional<at::Tensor>& logits, const std::optional<at::Tensor>& mask);
+
   // What a call reads: it stays, with the weights, whatever the other calls' become meanwhile.
   std::shared_ptr<const Parts> parts(int64_t most_bytes) const;
   std::shared_ptr<const Parts> parts_for(const Lease& rows, int64_t more) const;

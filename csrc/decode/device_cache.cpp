@@ -257,7 +257,7 @@ void DeviceCache::exchange_states(Row& one, Row& other) {
   std::swap(static_cast<RowState&>(one), static_cast<RowState&>(other));
 }
 
-SavedState DeviceCache::state(const Lease& rows) {
+SavedState DeviceCache::state_so_far(const Lease& rows) {
   TORCH_CHECK_VALUE(rows.size() == 1, "rows: expected one, got ", rows.size());
   const std::lock_guard lock(mutex_);
   const Row& row = rows[0];

@@ -18,13 +18,13 @@ class DeviceCache : public Cache {
   // kernels, and so a row's last bits, may differ with their number.
   DeviceCache(std::shared_ptr<const Hierarchy> hierarchy, int64_t max_rows);
 
-  SavedState state(const Lease& rows) override;
+  SavedState state_so_far(const Lease& rows) override;
   void set_state(const Lease& rows, const SavedState& state) override;
+
+ private:
   void set_state_above(const Lease& rows, const SavedState& state, int64_t) override {
     set_state(rows, state);
   }
-
- private:
   void reserve(const Parts& parts, Row& row, int64_t to, bool jumps) override;
   Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
                    cpu::Team::Clock::time_point until) override;

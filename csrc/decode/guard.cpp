@@ -21,11 +21,6 @@ int64_t version_of(c10::TensorImpl& tensor) {
   return tensor.is_inference() ? 0 : int64_t(tensor.version_counter().current_version());
 }
 
-py::object dict_of(py::handle dict) {
-  if (!PyDict_Check(dict.ptr())) throw py::type_error("Guard: expected a dictionary");
-  return py::reinterpret_borrow<py::object>(dict);
-}
-
 // Dropout by a module of its own, or by an attribute of that name.
 bool drops(py::handle module, py::handle dropout_class) {
   if (py::isinstance(module, dropout_class)) return module.attr("p").cast<double>() > 0;
@@ -44,42 +39,61 @@ Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts
   for (const py::handle pair : parts) {
     const auto items = py::cast<py::tuple>(pair);
     const py::object module = items[0], kind = items[1];
+    will_look_at(module.ptr(), sizeof(PyObject));
     if (!PyType_Check(kind.ptr())) throw py::type_error("Guard: expected a class in parts");
-    Part part{module, kind, dict_of(module.attr("__dict__")), {}, drops(module, dropout_class)};
-    for (const char* name : {"_forward_hooks", "_forward_pre_hooks"}) {
-      part.hooks.push_back(dict_of(module.attr(name)));
-    }
-    parts_.push_back(std::move(part));
+    parts_.push_back(
+        {module,
+         kind,
+         watch_dict(module.attr("__dict__")),
+         {watch_dict(module.attr("_forward_hooks")), watch_dict(module.attr("_forward_pre_hooks"))},
+         drops(module, dropout_class)});
     const auto has_kind = [&](const Class& of) { return of.kind.is(kind); };
     if (std::none_of(classes_.begin(), classes_.end(), has_kind)) {
       classes_.push_back({kind, kind.attr("forward")});
     }
   }
-  for (const py::handle dict : hooks) hooks_.push_back(dict_of(dict));
+  for (const py::handle dict : hooks) hooks_.push_back(watch_dict(dict));
   for (const py::handle dict : dicts) {
-    Entries entries{dict_of(dict), {}};
+    Entries entries{watch_dict(dict, true), {}};
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) {
-      entries.values.push_back(watch(value));
+      entries.values.push_back(watch_entry(value));
     }
     dicts_.push_back(std::move(entries));
   }
   for (const py::handle pair : buffers) {
     const auto items = py::cast<py::tuple>(pair);
-    const py::object dict = dict_of(items[0]), key = items[1];
-    buffers_.push_back({dict, key, watch(py::object(dict[key]))});
+    const py::object dict = watch_dict(items[0], true), key = items[1];
+    buffers_.push_back({dict, key, watch_entry(py::object(dict[key]))});
   }
 }
 
-Guard::Watched Guard::watch(py::handle object) {
-  Watched watched;
-  watched.object = py::reinterpret_borrow<py::object>(object);
-  watched.type = py::type::of(object);
-  if (!THPVariable_Check(object.ptr())) return watched;
+void Guard::will_look_at(const void* memory, size_t size) {
+  constexpr size_t kLine = 64;
+  const auto* const first = static_cast<const char*>(memory);
+  for (size_t at = 0; at < size; at += kLine) lines_.push_back(first + at);
+}
+
+// Of one that is read, about as much as its table of hashes and its entries take.
+py::object Guard::watch_dict(py::handle dict, bool is_read) {
+  if (!PyDict_Check(dict.ptr())) throw py::type_error("Guard: expected a dictionary");
+  const auto* const object = reinterpret_cast<const PyDictObject*>(dict.ptr());
+  will_look_at(object, sizeof(PyDictObject));
+  if (is_read) will_look_at(object->ma_keys, 64 + 24 * size_t(object->ma_used));
+  return py::reinterpret_borrow<py::object>(dict);
+}
+
+// A module, a tensor or None.
+py::object Guard::watch_entry(py::handle handle) {
+  const auto object = py::reinterpret_borrow<py::object>(handle);
+  if (!THPVariable_Check(object.ptr())) return object;
   const at::Tensor& unpacked = THPVariable_Unpack(object.ptr());
   c10::TensorImpl& tensor = *unpacked.unsafeGetTensorImpl();
-  watched.is_tensor = true;
+  will_look_at(object.ptr(), sizeof(THPVariable));
+  will_look_at(&tensor, sizeof(tensor));
+  Watched watched{.object = object, .type = py::type::of(object)};
   if (tensor.has_storage()) {
+    will_look_at(storage_of(tensor), sizeof(c10::StorageImpl));
     watched.storage = unpacked.storage();
     watched.data = storage_of(tensor)->data();
   }
@@ -89,17 +103,19 @@ Guard::Watched Guard::watch(py::handle object) {
     watched.sizes = at::DimVector(tensor.sizes());
     watched.strides = at::DimVector(tensor.strides());
   }
-  return watched;
+  tensors_.push_back(std::move(watched));
+  return object;
 }
 
 bool Guard::holds() const {
+  for (const void* line : lines_) __builtin_prefetch(line);
   const auto is_empty = [](const py::object& dict) { return PyDict_Size(dict.ptr()) == 0; };
   const auto all_hold = [this](const auto& items) {
     return std::all_of(items.begin(), items.end(),
                        [this](const auto& item) { return holds(item); });
   };
   return std::all_of(hooks_.begin(), hooks_.end(), is_empty) && all_hold(parts_) &&
-         all_hold(classes_) && all_hold(dicts_) && all_hold(buffers_);
+         all_hold(classes_) && all_hold(dicts_) && all_hold(buffers_) && all_hold(tensors_);
 }
 
 bool Guard::holds(const Part& part) const {
@@ -124,8 +140,8 @@ bool Guard::holds(const Entries& entries) {
   if (PyDict_Size(dict) != Py_ssize_t(entries.values.size())) return false;
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t at = 0;
-  for (const Watched& watched : entries.values) {
-    if (!PyDict_Next(dict, &at, &key, &value) || !watched.holds(value)) return false;
+  for (const py::object& expected : entries.values) {
+    if (!PyDict_Next(dict, &at, &key, &value) || value != expected.ptr()) return false;
   }
   return true;
 }
@@ -133,21 +149,23 @@ bool Guard::holds(const Entries& entries) {
 bool Guard::holds(const Buffer& buffer) {
   PyObject* now = PyDict_GetItemWithError(buffer.dict.ptr(), buffer.key.ptr());
   if (!now) PyErr_Clear();
-  return buffer.value.holds(now);
+  return now == buffer.value.ptr();
 }
 
-bool Guard::Watched::holds(PyObject* now) const {
-  if (now != object.ptr()) return false;
-  if (!is_tensor) return true;
+bool Guard::holds(const Watched& watched) {
   // `torch.utils.swap_tensors` gives an object another tensor and class, `.data =` a tensor other
   // memory or sizes, `share_memory_` memory another place.
-  if (reinterpret_cast<PyObject*>(Py_TYPE(now)) != type.ptr()) return false;
-  c10::TensorImpl& tensor = *THPVariable_Unpack(now).unsafeGetTensorImpl();
+  PyObject* const object = watched.object.ptr();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != watched.type.ptr()) return false;
+  c10::TensorImpl& tensor = *THPVariable_Unpack(object).unsafeGetTensorImpl();
   const c10::StorageImpl* memory = storage_of(tensor);
-  if (memory != storage.unsafeGetStorageImpl() || (memory && memory->data() != data)) return false;
-  if (tensor.storage_offset() != offset || version_of(tensor) != version) return false;
+  if (memory != watched.storage.unsafeGetStorageImpl()) return false;
+  if (memory && memory->data() != watched.data) return false;
+  if (tensor.storage_offset() != watched.offset || version_of(tensor) != watched.version) {
+    return false;
+  }
   return tensor.layout() != at::kStrided ||
-         (tensor.sizes().equals(sizes) && tensor.strides().equals(strides));
+         (tensor.sizes().equals(watched.sizes) && tensor.strides().equals(watched.strides));
 }
 
 int Guard::traverse(visitproc visit, void* argument) const {
@@ -163,15 +181,13 @@ int Guard::traverse(visitproc visit, void* argument) const {
     for (const py::object& dict : hooks_) visit_object(dict);
     for (const Entries& entries : dicts_) {
       visit_object(entries.dict);
-      for (const Watched& watched : entries.values) {
-        visit_object(watched.object);
-        visit_object(watched.type);
-      }
+      for (const py::object& value : entries.values) visit_object(value);
     }
     for (const Buffer& buffer : buffers_) {
-      visit_object(buffer.dict);
-      visit_object(buffer.value.object);
-      visit_object(buffer.value.type);
+      for (const py::object* object : {&buffer.dict, &buffer.value}) visit_object(*object);
+    }
+    for (const Watched& watched : tensors_) {
+      for (const py::object* object : {&watched.object, &watched.type}) visit_object(*object);
     }
   };
   int result = 0;
@@ -188,7 +204,9 @@ void Guard::clear() {
   const auto hooks = std::move(hooks_);
   const auto dicts = std::move(dicts_);
   const auto buffers = std::move(buffers_);
+  const auto tensors = std::move(tensors_);
   parts_.clear(), classes_.clear(), hooks_.clear(), dicts_.clear(), buffers_.clear();
+  tensors_.clear();
 }
 
 namespace {

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <vector>
 
 namespace mblm::decode {
@@ -31,43 +32,46 @@ class Guard {
  private:
   struct Part {
     pybind11::object module, kind, own;
-    std::vector<pybind11::object> hooks;
+    std::array<pybind11::object, 2> hooks;
     bool drops;
   };
   struct Class {
     pybind11::object kind, forward;
   };
+  struct Entries {
+    pybind11::object dict;
+    std::vector<pybind11::object> values;
+  };
+  struct Buffer {
+    pybind11::object dict, key, value;
+  };
   struct Watched {
     pybind11::object object, type;
-    bool is_tensor = false;  // or a module or None
     // What a tensor has. Not the tensor, of which `torch.utils.swap_tensors` wants to be the owner.
     c10::Storage storage;
     const void* data = nullptr;
     int64_t offset = 0, version = 0;
     at::DimVector sizes, strides;
-
-    bool holds(PyObject* now) const;
-  };
-  struct Entries {
-    pybind11::object dict;
-    std::vector<Watched> values;
-  };
-  struct Buffer {
-    pybind11::object dict, key;
-    Watched value;
   };
 
-  static Watched watch(pybind11::handle object);
+  pybind11::object watch_dict(pybind11::handle dict, bool is_read = false);
+  pybind11::object watch_entry(pybind11::handle object);
+  void will_look_at(const void* memory, size_t size);
   bool holds(const Part& part) const;
   bool holds(const Class& of) const;
   static bool holds(const Entries& entries);
   static bool holds(const Buffer& buffer);
+  static bool holds(const Watched& watched);
 
   std::vector<Part> parts_;
   std::vector<Class> classes_;
   std::vector<pybind11::object> hooks_;
   std::vector<Entries> dicts_;
   std::vector<Buffer> buffers_;
+  std::vector<Watched> tensors_;  // of entries and buffers
+  // Where all that lies, as it was: between two calls the caches forget it, and it is quicker to
+  // ask for all at once than for each when it is read.
+  std::vector<const void*> lines_;
   pybind11::object forward_{pybind11::str("forward")}, training_{pybind11::str("training")};
 };
 

@@ -165,7 +165,7 @@ def _run(
     cache = cache_for(model, "float32")
     rows = cache.add(len(prompts))
     cache.feed(rows, [check_token_ids("input_ids", ids, model.num_tokens).cpu() for ids in prompts])
-    continuation = Continuation(model, cache)
+    continuation = Continuation(cache)
     wishes = {"seed": None, "generator": None, "names": {}, **wishes}
     continuation.add(rows, requests_of_rows(model, list(map(len, prompts)), count, **wishes))
     while continuation.going:

@@ -1,7 +1,6 @@
 """What caches of every engine refuse, in the same words."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,15 +17,15 @@ def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected a list of {len(rows)}, one for each row, got {count}")
 
 
-def end_after(seconds: Any) -> float:
-    """When a run that begins now is over, as `time.monotonic` counts.
+def check_seconds(seconds: Any) -> float:
+    """Refuse what is not a number, or NaN.
 
     Raises:
         TypeError, ValueError: No number.
     """
     if math.isnan(seconds := check_number("seconds", seconds)):
         raise ValueError("seconds: expected a number, got nan")
-    return time.monotonic() + seconds
+    return seconds
 
 
 def check_choice(

@@ -89,7 +89,7 @@ class Batch:
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self._model, self._cache, self._prompts = model, cache, prompts
-        self._continuation = Continuation(model, cache, isolates=True)
+        self._continuation = Continuation(cache, isolates=True)
         self._max_rows = self._limit = max_rows  # the limit is lower where memory is short
         self._on_bytes, self._on_end = on_bytes, on_end
         self._results: list[Generation | None] = []  # of all prompts that were read

@@ -76,12 +76,12 @@ class Cache(Protocol):
         """New rows with the same bytes. What the rows have is shared; plans stay behind."""
         ...
 
-    def feed(self, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
+    def feed(self, rows: Sequence[Row], ids: Sequence[bytes | Tensor]) -> None:
         """Append bytes to rows. Their plans go on as if nothing had been fed.
 
         Args:
             rows: The rows.
-            ids: Per row its bytes, ``(L,)`` int64 on the CPU, maybe none, below V.
+            ids: Per row its bytes, maybe none, below V: as such, or ``(L,)`` int64 on the CPU.
 
         Raises:
             ValueError: More bytes than the context.

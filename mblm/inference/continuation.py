@@ -11,9 +11,8 @@ from torch import Tensor
 from mblm.inference.cache import Cache, Ran, Reason, Row
 from mblm.inference.engine import cache_for
 from mblm.inference.guide import Guide
-from mblm.inference.plan import Draws, Plan
+from mblm.inference.plan import Plan
 from mblm.inference.request import Request
-from mblm.model.sampling import sampling_dtype
 
 _NO_BYTES = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -119,7 +118,7 @@ def begun(model: Any, request: Request, weights: str) -> tuple["Continuation", C
     cache = cache_for(model, weights)
     rows = cache.add()
     cache.feed(rows, [request.prompt])
-    continuation = Continuation(model, cache)
+    continuation = Continuation(cache)
     continuation.add(rows, [request])
     return continuation, continuation[rows[0]]
 
@@ -128,29 +127,18 @@ class Continuation:
     """Rows of one cache that go on side by side; they join and leave at any time.
 
     Args:
-        model: The model.
         cache: Where the rows are.
         isolates: Whether an error of a row's own functions ends that row alone; otherwise it is
             raised.
-        device: The model's device, which takes time to ask for.
 
     Attributes:
         going: The rows that have not ended.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        cache: Cache,
-        isolates: bool = False,
-        device: torch.device | None = None,
-    ) -> None:
-        self._model, self._cache, self._isolates = model, cache, isolates
-        self._device = device or model.device
+    def __init__(self, cache: Cache, isolates: bool = False) -> None:
+        self._cache, self._isolates = cache, isolates
         self._courses: dict[Row, Course] = {}
         self._pauses = False  # whether any row does
-        # Per draws, None standing for the device's default generator, its state at their beginning.
-        self._numbers: dict[Draws | None, Tensor] = {}
         self.going: list[Row] = []
 
     def add(
@@ -166,10 +154,7 @@ class Continuation:
         courses = list(map(Course, requests, lengths or self._cache.lengths(rows)))
         self._cache.begin(rows, [request.plan for request in requests])
         for request in requests:
-            draws = request.plan.draws
             self._pauses |= request.plan.pause
-            if draws not in self._numbers:
-                self._numbers[draws] = self._generator(draws).get_state()
         self._courses.update(zip(rows, courses, strict=True))
         self.going += rows
 
@@ -178,11 +163,7 @@ class Continuation:
         course = self._courses.pop(row)
         if row in self.going:
             self.going.remove(row)
-        requests = [course.request for course in self._courses.values()]
-        self._pauses = any(request.plan.pause for request in requests)
-        draws = course.request.plan.draws
-        if all(request.plan.draws is not draws for request in requests):
-            del self._numbers[draws]
+        self._pauses = any(other.request.plan.pause for other in self._courses.values())
         return course
 
     def __getitem__(self, row: Row) -> Course:
@@ -217,32 +198,13 @@ class Continuation:
             raise MemoryError("no memory for the bytes to come")
 
     def settle(self) -> None:
-        """After an exception: note all that was chosen; give back numbers that no byte has used."""
-        used: dict[Draws | None, int] = dict.fromkeys(self._numbers, 0)
+        """After an exception, note all that was chosen."""
         lengths = self._cache.lengths(list(self._courses))
         for (row, course), length in zip(self._courses.items(), lengths, strict=True):
             if missed := length - course.begin - course.count:
                 (last,) = self._cache.last([row])  # chosen before a run raised, or was noted
                 log_probs = None if last.log_probs is None else last.log_probs[-missed:]
                 course.ran.append(Ran(last.ids[-missed:], log_probs, last.reason))
-            draws = course.request.plan.draws
-            # Lanes of the same draws have the same numbers; other rows draw one after the other.
-            used[draws] = max(used[draws], course.count) if draws else used[None] + course.count
-        for draws, count in used.items():
-            generator = self._generator(draws)
-            generator.set_state(self._numbers[draws])
-            shape = (draws.lanes if draws else 1, self._model.num_tokens)
-            dtype = sampling_dtype(self._model.dtype)
-            numbers = torch.empty(shape, dtype=dtype, device=self._device)
-            for _ in range(count):
-                numbers.uniform_(generator=generator)
-
-    def _generator(self, draws: Draws | None) -> torch.Generator:
-        if draws is not None and draws.generator is not None:
-            return draws.generator
-        if self._device.type == "cuda":
-            return torch.cuda.default_generators[self._device.index]
-        return torch.default_generator
 
     # -- Pauses ------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ Rows live in ``mblm._C.Cache``, also the states of hosted stages, which Python s
 comes between a row and a part of it. Long pieces are taken in by the reference.
 """
 
-import time
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_choice, check_count, end_after
+from mblm.inference.arguments import check_choice, check_count, check_seconds
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import ChangedModelError, Ran, Row, State
 from mblm.inference.hosted import Share
@@ -58,10 +58,11 @@ class NativeCache:
             raise ValueError("model: compiled code cannot stand in for its local stage")
         self._model, self._type, self._packed = model, weights, packed
         self._device = model.device  # which takes time to ask for
+        self._is_on_gpu = is_on_gpu(model.local_table)
         library = _native.library()
         self._engine: Any = (
             library.DeviceCache(packed.hierarchy, max_rows)
-            if is_on_gpu(model.local_table)
+            if self._is_on_gpu
             else library.Cache(packed.hierarchy)
         )
         self._torch: TorchCache | None = None
@@ -75,106 +76,50 @@ class NativeCache:
 
     def drop(self, rows: Sequence[Row]) -> None:
         """See `Cache.drop`."""
-        self._engine.drop([row for row in rows if type(row) is int and row.bit_length() < 64])
+        self._engine.drop(rows)
 
     def copy(self, rows: Sequence[Row]) -> list[Row]:
         """See `Cache.copy`."""
-        with self._lease(rows) as held:
-            copies: list[Row] = self._engine.copy(held)
-            return copies
-
-    def _lease(self, rows: Sequence[Row]) -> Any:
-        """Rows of a call, which no other call may use until it is over."""
-        for row in rows if set(map(type, rows)) - {int} or max(rows, default=0) >> 63 else ():
-            if type(row) is not int or row >> 63:
-                raise ValueError(f"row {row!r}: there is no such row, or it was dropped")
-        return self._engine.lease(rows)
+        copies: list[Row] = self._engine.copy(rows)
+        return copies
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """See `Cache.lengths`."""
-        with self._lease(rows) as held:
-            return [length for length, _ in self._engine.lengths(held)]
+        lengths: list[int] = self._engine.lengths(rows)
+        return lengths
 
-    def feed(self, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
+    def feed(self, rows: Sequence[Row], ids: Sequence[bytes | Tensor]) -> None:
         """See `Cache.feed`."""
-        engine = self._current()
-        with self._lease(rows) as held:
-            check_count("ids", ids, rows)
-            if not engine.feed(held, ids, NATIVE_POSITIONS):
-                self._feed_with_python(held, ids)
-
-    def _feed_with_python(self, held: Any, ids: Sequence[Tensor]) -> None:
-        """Feed copies of rows, so that it is done for all rows or for none."""
-        engine = self._engine
-        long = set(engine.long_pieces(held, ids, NATIVE_POSITIONS))
-        copies = engine.copy(held)
-        try:
-            for row, (copy, part) in enumerate(zip(copies, ids, strict=True)):
-                with self._lease([copy]) as one:
-                    if row in long:
-                        self._feed_long(one, part)
-                    else:
-                        engine.append(one, [part])
-            with self._lease(copies) as fed:
-                self._take_in(fed, keep_pending=True)
-                engine.exchange(held, fed)
-        finally:
-            self.drop(copies)
+        check_count("ids", ids, rows)
+        self._engine.feed(self, self._hierarchy(), rows, ids, NATIVE_POSITIONS)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """See `Cache.logits`."""
-        self._current()
-        with self._lease(rows) as held:
-            return self._logits(held)
-
-    def _logits(self, held: Any) -> Tensor:
-        while (logits := self._engine.logits(held)) is None:
-            self._step_hosted(held)
-        result: Tensor = logits.to(self._device)
-        return result
+        logits: Tensor = self._engine.logits(self, self._hierarchy(), rows)
+        return logits.to(self._device) if self._is_on_gpu else logits
 
     def state(self, row: Row) -> State:
         """See `Cache.state`."""
-        self._current()
-        with self._lease([row]) as held:
-            return self._state(held)
+        return self._saved(self._engine.state(self, self._hierarchy(), [row]))
 
     def state_so_far(self, row: Row) -> State:
         """See `Cache.state_so_far`."""
-        with self._lease([row]) as held:
-            return self._saved(held)
-
-    def _state(self, held: Any) -> State:
-        self._take_in(held)
-        return self._saved(held)
-
-    def _saved(self, held: Any) -> State:
-        saved = self._engine.state(held)
-        state = {"length": saved.length, "taken": saved.taken, **saved.tensors}
-        for n, hosted in saved.hosted.items():
-            host = self._packed.hosted[n]
-            position = schedule.position(self._model.patch_sizes, n, saved.taken)
-            for name, value in host.saved(hosted if position else host.start).items():
-                state[f"{n}.{name}"] = value
-        return state
+        return self._saved(self._engine.state_so_far([row]))
 
     def set_state(self, row: Row, state: State) -> None:
         """See `Cache.set_state`."""
-        self._current()
-        loaded = self._loaded(state)
-        with self._lease([row]) as held:
-            self._engine.set_state(held, loaded)
+        hierarchy = self._hierarchy()
+        self._engine.set_state(self, hierarchy, [row], self._loaded(state))
 
     # -- Plans -------------------------------------------------------------------------------------
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
         """See `Cache.begin`."""
-        self._current()
-        with self._lease(rows) as held:
-            check_count("plans", plans, rows)
-            for index, plan in enumerate(plans):
-                check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._device)
-            self._engine.begin(held, [self._native_plan(plan) for plan in plans])
+        check_count("plans", plans, rows)
+        for index, plan in enumerate(plans):
+            check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._device)
+        self._hierarchy()
+        self._engine.begin(rows, [self._native_plan(plan) for plan in plans])
 
     def _native_plan(self, plan: Plan) -> Any:
         library, num_tokens = _native.library(), self._model.num_tokens
@@ -202,20 +147,13 @@ class NativeCache:
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
         """See `Cache.run`."""
-        end = end_after(seconds)
-        engine = self._current()
-        goes_on = False
-        with self._lease(rows) as held:
-            given: list[Tensor | None] = []
-            if drafts is not None:
-                check_count("drafts", drafts, rows)
-                given = [self._checked_draft(index, draft) for index, draft in enumerate(drafts)]
-            while not engine.run(held, end - time.monotonic(), given, goes_on):
-                if goes_on and time.monotonic() >= end:
-                    break
-                self._step_hosted(held, is_for_run=True)
-                goes_on = True
-            return self._last(held)
+        seconds = check_seconds(seconds)
+        given: list[Tensor | None] = []
+        if drafts is not None:
+            check_count("drafts", drafts, rows)
+            given = [self._checked_draft(index, draft) for index, draft in enumerate(drafts)]
+        ran = self._engine.run(self, self._hierarchy(), rows, seconds, given)
+        return list(starmap(Ran, ran))
 
     def _checked_draft(self, index: int, draft: Tensor | None) -> Tensor | None:
         if draft is None:
@@ -227,11 +165,7 @@ class NativeCache:
 
     def last(self, rows: Sequence[Row]) -> list[Ran]:
         """See `Cache.last`."""
-        with self._lease(rows) as held:
-            return self._last(held)
-
-    def _last(self, held: Any) -> list[Ran]:
-        return [Ran(*ran) for ran in self._engine.last(held)]
+        return list(starmap(Ran, self._engine.last(rows)))
 
     def choose(
         self,
@@ -242,22 +176,18 @@ class NativeCache:
         mask: Tensor | None = None,
     ) -> list[Ran]:
         """See `Cache.choose`."""
-        self._current()
-        with self._lease(rows) as held:
-            self._engine.check_choosing(held)
-            check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
-            if ids is not None:
-                ids = check_token_ids("ids", ids, self._model.num_tokens).cpu().long()
-            logits = None if logits is None else logits.detach().cpu().float()
-            mask = None if mask is None else mask.cpu()
-            self._logits(held)  # what is pending comes first
-            self._engine.choose(held, ids, logits, mask)
-            return self._last(held)
+        check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
+        if ids is not None:
+            ids = check_token_ids("ids", ids, self._model.num_tokens).cpu().long()
+        logits = None if logits is None else logits.detach().cpu().float()
+        mask = None if mask is None else mask.cpu()
+        ran = self._engine.choose(self, self._hierarchy(), rows, ids, logits, mask)
+        return list(starmap(Ran, ran))
 
-    # -- The engine's weights ----------------------------------------------------------------------
+    # -- What the engine leaves to Python ----------------------------------------------------------
 
-    def _current(self) -> Any:
-        """The engine, with the weights that the model has now."""
+    def _hierarchy(self) -> Any:
+        """The weights that the model has now."""
         packed = self._packed
         if not packed.holds():
             hosted = packed.hosted.keys()
@@ -267,37 +197,76 @@ class NativeCache:
                     "a layer of the model was changed after decoding began, so that compiled code "
                     "no longer stands in for it; start a new session"
                 )
-            packed = found
-        # Each time: of two threads that have noticed a change, one may come late with older ones.
-        self._engine.set_hierarchy(packed.hierarchy)
-        self._packed = packed
-        return self._engine
-
-    # -- Hosted stages -----------------------------------------------------------------------------
-
-    def _take_in(self, held: Any, keep_pending: bool = False) -> None:
-        while not self._engine.take_in(held, keep_pending):
-            self._step_hosted(held)
+            self._packed = packed = found
+        return packed.hierarchy
 
     @torch.inference_mode()
-    def _step_hosted(self, held: Any, is_for_run: bool = False) -> None:
-        """Have hosted stages take in a patch of each row that waits for it."""
-        for wanted in self._engine.wanted(held, is_for_run):
-            n, model, host = wanted.stage, self._model, self._packed.hosted[wanted.stage]
-            positions = torch.tensor(wanted.positions, device="cpu")
-            x = model.add_positions(n, model.embed_tokens(n, wanted.ids), positions)
-            if wanted.contexts is not None:
-                rows = torch.arange(len(x), device="cpu")
-                x = x + wanted.contexts[rows, positions][:, None]
-            states = [
-                state if position else host.start  # where it begins anew
-                for state, position in zip(wanted.states, wanted.positions, strict=True)
-            ]
-            y, after = host.advance(states, x)
-            contexts = model.project_context(n, y[:, -1:]).flatten(1)
-            self._engine.supply(held, wanted, y[:, -1].float(), contexts.float(), after)
+    def step_hosted(
+        self,
+        stage: int,
+        ids: Tensor,
+        positions: list[int],
+        contexts: Tensor | None,
+        states: Sequence[Share],
+    ) -> tuple[Tensor, Tensor, list[Share]]:
+        """Have a hosted stage take in a patch of each of some rows; the engine calls it.
 
-    # -- What is saved, and long pieces ------------------------------------------------------------
+        Args:
+            stage: Its number n.
+            ids: The patches' bytes, ``(rows, R_n)``.
+            positions: Where they are in the stage's sequences.
+            contexts: What the stage above gives, ``(rows, P_n, D_n)``.
+            states: The states of the rows, of use from position 1 on.
+
+        Returns:
+            The outputs ``(rows, D_n)``, the contexts that they give, ``(rows, P_{n+1} * D_{n+1})``,
+            and the states after them.
+        """
+        model, host = self._model, self._packed.hosted[stage]
+        at = torch.tensor(positions, device="cpu")
+        x = model.add_positions(stage, model.embed_tokens(stage, ids), at)
+        if contexts is not None:
+            x = x + contexts[torch.arange(len(x), device="cpu"), at][:, None]
+        before = [
+            state if position else host.start  # where it begins anew
+            for state, position in zip(states, positions, strict=True)
+        ]
+        y, after = host.advance(before, x)
+        below = model.project_context(stage, y[:, -1:]).flatten(1)
+        return y[:, -1].float(), below.float(), after
+
+    def feed_long(self, before: Any, ids: Tensor) -> Any:
+        """Have the reference take in a long piece; the engine calls it for each row by itself.
+
+        Args:
+            before: The row's state, None if it has no bytes.
+            ids: The piece.
+
+        Returns:
+            The state after it.
+        """
+        if self._torch is None:
+            self._torch = TorchCache(self._model)
+        (row,) = self._torch.add()
+        try:
+            if before is not None:
+                self._torch.set_state(row, self._saved(before))
+            self._torch.feed([row], [ids])
+            return self._loaded(self._torch.state(row))
+        finally:
+            self._torch.drop([row])
+
+    # -- What is saved -----------------------------------------------------------------------------
+
+    def _saved(self, saved: Any) -> State:
+        """What the engine saves as a state."""
+        state = {"length": saved.length, "taken": saved.taken, **saved.tensors}
+        for n, hosted in saved.hosted.items():
+            host = self._packed.hosted[n]
+            position = schedule.position(self._model.patch_sizes, n, saved.taken)
+            for name, value in host.saved(hosted if position else host.start).items():
+                state[f"{n}.{name}"] = value
+        return state
 
     def _loaded(self, state: State) -> Any:
         """The same for the engine."""
@@ -328,24 +297,6 @@ class NativeCache:
         if given:
             raise ValueError(f"state: expected no {', '.join(given)}")
         return _native.library().State(length, taken, tensors, states)
-
-    def _feed_long(self, held: Any, ids: Tensor) -> None:
-        """Have the reference take in a piece; alone, so that other rows make no difference.
-
-        The local stage still takes in what it can by itself.
-        """
-        if self._torch is None:
-            self._torch = TorchCache(self._model)
-        (other,) = self._torch.add()
-        try:
-            ((length, _),) = self._engine.lengths(held)
-            if length:
-                self._torch.set_state(other, self._state(held))
-            self._torch.feed([other], [ids])
-            loaded = self._loaded(self._torch.state(other))
-        finally:
-            self._torch.drop([other])
-        self._engine.set_state_above(held, loaded, NATIVE_POSITIONS)
 
 
 def _of(draws: Draws | None) -> tuple[torch.Generator | None, int]:

@@ -39,9 +39,9 @@ class Draws:
         self.generator = generator
         self.lanes = lanes
         self._lock = threading.Lock()
-        # Which numbers are kept first, and those from there on: changed by one assignment or one
-        # call, so that a signal finds it whole.
-        self._kept: tuple[int, list[Tensor]] = (0, [])
+        # Which numbers are kept first, and those from there on, each with the generator's state
+        # before it: changed by one assignment or one call, so that a signal finds it whole.
+        self._kept: tuple[int, list[tuple[Tensor, Tensor]]] = (0, [])
         self._next = [0] * lanes  # per lane, the first numbers that may be asked for
         self._serving: list[Lane | None] = [None] * lanes
         self._waited_for = set(range(lanes))
@@ -67,6 +67,15 @@ class Draws:
             self._waited_for.add(lane)
             entered = self._serving[lane] = Lane(self, lane, self._next[lane])
             return entered
+
+    def give_back(self) -> None:
+        """Give numbers that no lane has come to back to the generator."""
+        with self._lock:
+            first, kept = self._kept
+            if unused := kept[max(self._next) - first :]:
+                numbers, before = unused[0]
+                _generator_of(self, numbers.device).set_state(before)
+                del kept[-len(unused) :]
 
     def _forget(self) -> None:
         """Let go of numbers that no lane will ask for."""
@@ -95,10 +104,12 @@ class Lane:
             while n >= first + len(kept):
                 draws._forget()
                 first, kept = draws._kept
-                draw = partial(Tensor.uniform_, generator=draws.generator)
+                generator = _generator_of(draws, like.device)
+                draw = partial(Tensor.uniform_, generator=generator)
+                zeros, before = like.new_zeros(draws.lanes, like.shape[-1]), generator.get_state()
                 # One call draws and keeps: no signal comes between the two.
-                kept.extend(map(draw, [like.new_zeros(draws.lanes, like.shape[-1])]))
-            return kept[n - first][self._lane]
+                kept.extend(zip(map(draw, [zeros]), [before], strict=True))
+            return kept[n - first][0][self._lane]
 
     def pass_on(self, n: int) -> None:
         """Numbers before the n-th are not asked for again."""
@@ -115,6 +126,13 @@ class Lane:
                 draws._serving[lane] = None
                 draws._waited_for.discard(lane)
                 draws._forget()
+
+
+def _generator_of(draws: Draws, device: torch.device) -> torch.Generator:
+    if draws.generator is not None:
+        return draws.generator
+    is_cuda = device.type == "cuda"
+    return torch.cuda.default_generators[device.index] if is_cuda else torch.default_generator
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,13 +93,14 @@ class Session:
             BaseException: Whatever is raised, Ctrl-C too, all bytes are taken in or none.
         """
         rows = self._check_fed(ids)
-        self._check_room([len(row) for row in rows])
         self._on_cache(lambda cache: cache.feed(self._rows, rows))
         return self
 
-    def _check_fed(self, ids: Any) -> list[torch.Tensor]:
-        """One tensor ``(L,)`` int64 on the CPU for each sequence."""
+    def _check_fed(self, ids: Any) -> Sequence[bytes | torch.Tensor]:
+        """Bytes, or one tensor ``(L,)`` int64 on the CPU, for each sequence."""
         num_tokens, batch_size = self._model.num_tokens, self.batch_size
+        if type(ids) is bytes and batch_size == 1 and num_tokens >= 256:
+            return [ids]
         if isinstance(ids, (list, tuple)) and any(hasattr(row, "__len__") for row in ids[:1]):
             if len(ids) != batch_size:
                 raise ValueError(
@@ -196,7 +197,7 @@ class Session:
         """Have the sequences, of these lengths, go on."""
 
         def begin(cache: Cache) -> Continuation:
-            continuation = Continuation(self._model, cache, device=self._device)
+            continuation = Continuation(cache)
             continuation.add(self._rows, requests, lengths)
             return continuation
 
@@ -268,13 +269,3 @@ class Session:
         except session_file.DAMAGE as error:
             raise ValueError(f"{path}: a damaged session ({error!r})") from error
         return session
-
-    def _check_room(self, counts: Sequence[int]) -> None:
-        if (limit := self._model.max_length) is None:
-            return
-        for length, count in zip(self.lengths, counts, strict=True):
-            if length + count > limit:
-                raise ValueError(
-                    f"{length} bytes and {count} more exceed the context of {limit} bytes, which "
-                    f"fixed positions of stage 1 limit"
-                )

@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from threading import Lock
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_choice, check_count, end_after
+from mblm.inference.arguments import check_choice, check_count, check_seconds
 from mblm.inference.cache import ChangedModelError, Ran, Reason, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
@@ -85,7 +86,7 @@ class TorchCache:
             return [slot.now.bytes.length for slot in slots]
 
     @torch.inference_mode()
-    def feed(self, rows: Sequence[Row], ids: Sequence[Tensor]) -> None:
+    def feed(self, rows: Sequence[Row], ids: Sequence[bytes | Tensor]) -> None:
         """See `Cache.feed`."""
         self._follow()
         with (call := Lock()):
@@ -192,7 +193,7 @@ class TorchCache:
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
         """See `Cache.run`."""
-        end = end_after(seconds)
+        end = time.monotonic() + check_seconds(seconds)
         self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
@@ -200,11 +201,12 @@ class TorchCache:
             proposed = dict(zip(slots, self._check_drafts(plans, drafts), strict=True))
             for slot in slots:
                 slot.now = _Now(slot.now.bytes, _planned(slot).restarted())
-            while going := [slot for slot in slots if self._reason(slot) == "time"]:
-                self._step(self._ready(going), proposed)
-                paused = any(self._reason(slot) == "logits" for slot in going)
-                if paused or time.monotonic() >= end:
-                    break
+            with _giving_back(slots):
+                while going := [slot for slot in slots if self._reason(slot) == "time"]:
+                    self._step(self._ready(going), proposed)
+                    paused = any(self._reason(slot) == "logits" for slot in going)
+                    if paused or time.monotonic() >= end:
+                        break
             return self._returned(slots)
 
     @torch.inference_mode()
@@ -226,6 +228,7 @@ class TorchCache:
         mask: Tensor | None = None,
     ) -> list[Ran]:
         """See `Cache.choose`."""
+        check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
         self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
@@ -234,19 +237,19 @@ class TorchCache:
                     raise ValueError(f"row {row}: its plan does not pause")
                 if (reason := self._reason(slot)) not in ("time", "logits"):
                     raise ValueError(f"row {row}: its plan has ended ({reason})")
-            check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
             if not slots:
                 return []
             taken = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
             progress = [_planned(slot).restarted() for slot in slots]
             own = self._stages.logits(taken)
             rooms = [self._room(slot.now.bytes) for slot in slots]
-            if ids is not None:
-                check_token_ids("ids", ids, self._model.num_tokens)
-                after = given_bytes(progress, rooms, own, ids)
-            else:
-                after = sampled_bytes(progress, rooms, own, instead=logits, mask=mask)
-            _commit(slots, taken, after)
+            with _giving_back(slots):
+                if ids is not None:
+                    check_token_ids("ids", ids, self._model.num_tokens)
+                    after = given_bytes(progress, rooms, own, ids)
+                else:
+                    after = sampled_bytes(progress, rooms, own, instead=logits, mask=mask)
+                _commit(slots, taken, after)
             return self._returned(slots)
 
     def _progress(self, slot: _Slot, row: Row) -> Progress:
@@ -402,6 +405,19 @@ def _commit(slots: Sequence[_Slot], rows: Sequence[RowState], chosen: Sequence[P
     _assign(slots, map(_Now, appended, chosen))
     for progress in chosen:
         progress.lane.pass_on(progress.drawn)
+
+
+@contextmanager
+def _giving_back(slots: Sequence[_Slot]) -> Iterator[None]:
+    """Give numbers back that were drawn for bytes that something raised has kept from coming."""
+    try:
+        yield
+    except BaseException:
+        for slot in reversed(slots):  # they draw in their order
+            progress = _planned(slot)
+            progress.lane.pass_on(progress.drawn)
+            progress.lane.draws.give_back()
+        raise
 
 
 def _enter(progress: Progress | None, plan: Plan) -> Lane:

@@ -37,7 +37,7 @@ def courses(m: MBLM, make: MakeCache, wishes: list[dict[str, Any]]) -> list[Cour
     rows = cache.add(len(wishes))
     requests = [request(m, b"{", **each) for each in wishes]
     cache.feed(rows, [each.prompt for each in requests])
-    continuation = Continuation(m, cache)
+    continuation = Continuation(cache)
     continuation.add(rows, requests)
     with torch.inference_mode():
         while continuation.run():

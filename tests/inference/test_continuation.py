@@ -74,7 +74,7 @@ def m() -> MBLM:
 def begun(m: MBLM, cache: Cache, requests: list[Request], **how: Any) -> tuple[Continuation, Any]:
     rows = cache.add(len(requests))
     cache.feed(rows, [asked.prompt for asked in requests])
-    continuation = Continuation(m, cache, **how)
+    continuation = Continuation(cache, **how)
     continuation.add(rows, requests)
     return continuation, rows
 
@@ -108,7 +108,7 @@ def test_rows_join_and_leave_at_any_time(m: MBLM, make: MakeCache) -> None:
 
     alone = [finished(m, make, asked(index)) for index in range(len(wishes))]
     cache = make(m)
-    continuation = Continuation(m, cache)
+    continuation = Continuation(cache)
     waiting, rows, courses = list(range(len(wishes))), {}, {}
     while waiting or rows:
         while waiting and len(rows) < 3:
