@@ -1,5 +1,6 @@
 """The configuration of a model as Hugging Face's libraries read and write it."""
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -53,6 +54,13 @@ class MBLMConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width of the local stage, whose tokens are the bytes."""
         return self.hidden_dims[-1]
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """Bytes of the context where fixed positions limit it; None: any number."""
+        config = self.mblm_config()
+        is_limited = config.stage_blocks()[0].pos_emb_type == "fixed"
+        return math.prod(config.seq_lens) if is_limited else None
 
     @property
     def num_hidden_layers(self) -> int:

@@ -50,6 +50,7 @@ class MBLMTokenizer(PreTrainedTokenizer):
         """The tokenizer of a model, by its configuration; ``kwargs`` as those of the class."""
         if config.pad_token_id >= _BYTES:
             kwargs.setdefault("pad_token", special_token(config.pad_token_id))
+        kwargs.setdefault("model_max_length", config.max_position_embeddings)
         return cls(config.num_tokens, **kwargs)
 
     @property
