@@ -210,14 +210,22 @@ def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat((log_probs, is_likeliest.to(log_probs.dtype)), dim=1)
 
 
+def sequence_length(model: "MBLM") -> int | None:
+    """How many bytes a sequence has at most for the model to know its way in them; None: any.
+
+    That is its context, unless its most global stage is recurrent and has no fixed positions.
+    """
+    is_recurrent = getattr(model.stage_models[0], "is_recurrent", False)
+    return None if is_recurrent and model.max_length is None else model.context_size
+
+
 def _check_window(model: "MBLM", length: int | None, stride: int | None) -> tuple[int | None, int]:
     """The bytes of a window, None without windows, and how many of them are scored."""
     limit = model.max_length
     if length is None:
-        is_recurrent = getattr(model.stage_models[0], "is_recurrent", False)
-        if is_recurrent and limit is None and stride is None:
-            return None, 0
-        length = model.context_size
+        length = sequence_length(model) if stride is None else model.context_size
+    if length is None:
+        return None, 0
     length = check_integer("length", length)
     if length < 1 or (limit is not None and length > limit):
         most = "" if limit is None else f" to {limit}, the model's context"

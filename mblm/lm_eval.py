@@ -1,0 +1,166 @@
+"""The model ``mblm`` of lm-evaluation-harness: importing this module registers it.
+
+The harness finds models by import alone, so that its command line is started from here:
+
+    python -m mblm.lm_eval --model mblm --model_args pretrained=my-model --tasks ...
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from mblm.inference.scorer import BATCH_BYTES, sequence_length
+from mblm.model.find import find_model
+from mblm.model.mblm import MBLM
+from mblm.model.pretrained import load_checkpoint
+from mblm.utils.checks import check_integer
+
+# Requests that are scored between two steps of the progress bar.
+_AT_ONCE = 256
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+@register_model("mblm")
+class MBLMForHarness(LM):
+    """What the harness asks of a model, of bytes: contexts need no tokens and no special ones.
+
+    Args:
+        pretrained: A folder from ``save_pretrained``, a run's folder, its ``.pth`` file, ``latest``
+            or a model's id on the hub; or an `mblm.MBLM`.
+        device: Such as ``cpu`` or ``cuda:1``. Default: a GPU if there is one.
+        length, stride, batch_bytes: See `mblm.inference.score.score`.
+        weights: What compiled code reads weights as when it generates; see `mblm.Session`.
+        max_rows: How many texts are generated side by side. Default 64.
+        max_gen_toks: Bytes to generate where a task does not say. Default 256.
+        batch_size, max_batch_size: The harness's, not looked at.
+    """
+
+    tokenizer_name = "bytes"  # which the harness knows its cached requests by
+
+    def __init__(
+        self,
+        pretrained: Any,
+        *,
+        device: str | None = None,
+        length: int | None = None,
+        stride: int | None = None,
+        batch_bytes: int = BATCH_BYTES,
+        weights: str = "float32",
+        max_rows: int = 64,
+        max_gen_toks: int = 256,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pretrained, MBLM):
+            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            pretrained = load_checkpoint(MBLM, find_model(str(pretrained)), map_location=place)
+            pretrained = pretrained.float()  # the fast way to generate
+        self.model: MBLM = pretrained.eval()
+        self._device = self.model.device
+        self._of_scores: dict[str, Any] = {
+            "length": length,
+            "stride": stride,
+            "batch_bytes": batch_bytes,
+        }
+        self._weights, self._max_rows = weights, max_rows
+        self._max_gen_toks = check_integer("max_gen_toks", max_gen_toks)
+        self.model.score(b"", **self._of_scores)  # which refuses what is wrong
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """The log-probability of continuations after contexts, and whether each is greedy.
+
+        Of a context that does not fit with its continuation, only the end counts.
+        """
+        results = []
+        for part in _parts(requests, disable_tqdm):
+            contexts, continuations = zip(*(request.args for request in part), strict=True)
+            scores: Any = self.model.score(continuations, contexts, **self._of_scores)
+            for request, score in zip(part, scores, strict=True):
+                results.append((float(score.log_probs.double().sum()), score.is_greedy))
+                self.cache_hook.add_partial("loglikelihood", request.args, results[-1])
+        return results
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-probability of whole texts, in windows where they exceed the context."""
+        results = []
+        for part in _parts(requests, disable_tqdm):
+            scores: Any = self.model.score([text for (text,) in _args(part)], **self._of_scores)
+            for request, score in zip(part, scores, strict=True):
+                results.append(float(score.log_probs.double().sum()))
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What is generated after contexts, up to a stop text, which is cut off.
+
+        Of a context that leaves no room for what is to be generated, only the end counts.
+        """
+        if not requests:
+            return []
+        wishes = [self._wishes(*args) for args in _args(requests)]
+        by_name: dict[str, Any] = {name: [each[name] for each in wishes] for name in wishes[0]}
+        generations = self.model.generate_batch(
+            **by_name,
+            filter_thres=0.0,  # which a temperature of 0 does not look at
+            weights=self._weights,
+            max_rows=self._max_rows,
+            enable_progress=not disable_tqdm,
+        )
+        results = []
+        for request, each, generation in zip(requests, wishes, generations, strict=True):
+            data = generation.data
+            for stop in each["stop"]:
+                data = data.split(stop)[0]
+            results.append(data.decode(errors="replace"))
+            self.cache_hook.add_partial("generate_until", request.args, results[-1])
+        return results
+
+    def _wishes(self, context: str, options: dict[str, Any]) -> dict[str, Any]:
+        """What `MBLM.generate_batch` takes for one prompt."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(options, self._max_gen_toks))
+        prompt, count = context.encode(), given.pop("max_gen_toks")
+        if (limit := sequence_length(self.model)) is not None:
+            if count >= limit:
+                raise ValueError(
+                    f"max_gen_toks: {count} bytes leave no room for a prompt in the context of "
+                    f"{limit}; pass fewer, such as --gen_kwargs max_gen_toks={limit // 2}"
+                )
+            prompt = prompt[count - limit :]
+        stops = tuple(stop.encode() for stop in given.pop("until") if stop)
+        sampling = {name: given.pop(name, None) for name in _SAMPLING}
+        if not given.pop("do_sample"):
+            sampling["temperature"] = 0.0
+        if given:
+            logging.getLogger(__name__).warning("generation ignores %s", ", ".join(given))
+        return {"prompts": prompt, "max_bytes": count, "stop": stops, **sampling}
+
+
+def _args(requests: Sequence[Instance]) -> list[tuple[Any, ...]]:
+    return [request.args for request in requests]
+
+
+def _parts(requests: Sequence[Instance], disable_tqdm: bool) -> Iterator[Sequence[Instance]]:
+    """Some requests at a time, with a progress bar."""
+    with tqdm(total=len(requests), disable=disable_tqdm) as bar:
+        for first in range(0, len(requests), _AT_ONCE):
+            part = requests[first : first + _AT_ONCE]
+            yield part
+            bar.update(len(part))
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
