@@ -16,6 +16,7 @@ Prompt = (
 )
 
 _ANY_ID = 2**63
+_NO_IDS = torch.empty(0, dtype=torch.long, device="cpu")
 
 
 def prompt_ids(name: str, prompt: Any, num_tokens: int) -> Tensor:
@@ -36,7 +37,7 @@ def prompt_ids(name: str, prompt: Any, num_tokens: int) -> Tensor:
             for.
     """
     if isinstance(prompt, bytes) and (num_tokens >= 256 or not prompt):  # nothing can be wrong
-        return _ids_of(prompt)
+        return _ids_of(prompt) if prompt else _NO_IDS
     ids = check_token_ids(name, as_ids(name, prompt), num_tokens)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
