@@ -19,6 +19,7 @@ from mblm.inference.wishes import Wishes, request_of
 from mblm.utils.checks import check_integer
 
 OnBytes = Callable[[int, bytes], object]
+OnResult = Callable[[int, Generation], object]
 
 _SECONDS = 0.02  # of a run
 
@@ -30,6 +31,7 @@ def generate_batch(
     max_rows: int = 64,
     seeds: Any = None,
     on_bytes: OnBytes | None = None,
+    on_result: OnResult | None = None,
     weights: str = "float32",
     enable_progress: bool = True,
     **arguments: Any,
@@ -37,14 +39,21 @@ def generate_batch(
     """Generate after each of many prompts; see `mblm.MBLM.generate_batch`."""
     if (max_rows := check_integer("max_rows", max_rows)) < 1:
         raise ValueError(f"max_rows: expected a number >= 1, got {max_rows}")
-    if not (on_bytes is None or callable(on_bytes)):
-        raise TypeError(f"on_bytes: expected a function, got {type(on_bytes).__name__}")
+    for name, function in (("on_bytes", on_bytes), ("on_result", on_result)):
+        if not (function is None or callable(function)):
+            raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
     wishes = Wishes(prompts, seeds, arguments)
     wishes.check(model)
     cache = cache_for(model, weights)
     bar = tqdm(total=wishes.number, unit=" prompts", leave=False, disable=not enable_progress)
+
+    def note(index: int, result: Generation) -> None:
+        bar.update()
+        if on_result is not None:
+            on_result(index, result)
+
     with bar:
-        return Batch(model, cache, iter(wishes), max_rows, on_bytes, bar.update).run()
+        return Batch(model, cache, iter(wishes), max_rows, on_bytes, note).run()
 
 
 @dataclass(eq=False)
@@ -76,7 +85,7 @@ class Batch:
         prompts: Arguments of requests, read when a row is free.
         max_rows: How many rows there are at most.
         on_bytes: Gets the index of a prompt and its next bytes.
-        on_end: Called when a prompt is over.
+        on_result: Gets the index of a prompt and what was generated, when it is over.
     """
 
     def __init__(
@@ -85,13 +94,13 @@ class Batch:
         cache: Cache,
         prompts: Iterator[dict[str, Any]],
         max_rows: int,
-        on_bytes: OnBytes | None = None,
-        on_end: Callable[[], object] = lambda: None,
+        on_bytes: OnBytes | None,
+        on_result: OnResult,
     ) -> None:
         self._model, self._cache, self._prompts = model, cache, prompts
         self._continuation = Continuation(cache, isolates=True)
         self._max_rows = self._limit = max_rows  # the limit is lower where memory is short
-        self._on_bytes, self._on_end = on_bytes, on_end
+        self._on_bytes, self._on_result = on_bytes, on_result
         self._results: list[Generation | None] = []  # of all prompts that were read
         self._going: dict[Row, _Asked] = {}
         self._waiting: deque[_Asked] = deque()  # those that were read and have no row, in order
@@ -147,7 +156,7 @@ class Batch:
             try:
                 request = request_of(self._model, asked.index, asked.arguments)
             except Exception as error:
-                self._keep(asked, None, "error", error)
+                self._refuse(asked, "error", error)
                 continue
             if self._steps(len(request.prompt)) > steps:
                 self._waiting.appendleft(asked)
@@ -220,9 +229,15 @@ class Batch:
             self._on_bytes(asked.index, data)
 
     def _end(self, row: Row, reason: FinishReason, error: Exception | None = None) -> None:
-        self._keep(self._going[row], self._continuation[row], reason, error)
+        asked, course = self._going[row], self._continuation[row]
+        result = self._keep(asked, course, reason, error)
         self._let_go(row)
         self._limit = min(self._limit + 1, self._max_rows)
+        self._tell(asked, result)
+
+    def _refuse(self, asked: _Asked, reason: FinishReason, error: Exception) -> None:
+        """End a prompt that has no row."""
+        self._tell(asked, self._keep(asked, None, reason, error))
 
     def _let_go(self, row: Row) -> _Asked:
         asked = self._going.pop(row)
@@ -236,7 +251,7 @@ class Batch:
         They begin anew then, and the same bytes will be chosen.
         """
         if len(asked) == 1 and not self._going:
-            return self._keep(asked[0], None, "memory", error)
+            return self._refuse(asked[0], "memory", error)
         for one in reversed(asked):
             one.count = 0
             self._waiting.appendleft(one)
@@ -247,11 +262,14 @@ class Batch:
         asked: _Asked,
         course: Course | None,
         reason: FinishReason,
-        error: BaseException | None = None,
-    ) -> None:
-        """Note what has become of a prompt."""
-        request = None if course is None else course.request
-        seed = asked.arguments["seed"]
-        self._results[asked.index] = generation_of(request, course, reason, seed, error)
-        self._error = self._error or error
-        self._on_end()
+        error: BaseException | None,
+    ) -> Generation:
+        request, seed = None if course is None else course.request, asked.arguments["seed"]
+        result = generation_of(request, course, reason, seed, error)
+        self._results[asked.index] = result
+        return result
+
+    def _tell(self, asked: _Asked, result: Generation) -> None:
+        """Pass on what has become of a prompt."""
+        self._error = self._error or result.error
+        self._on_result(asked.index, result)

@@ -192,6 +192,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         logits_processor: "LogitsProcessor | Sequence[LogitsProcessor | None] | None" = None,
         log_probs: bool | Sequence[bool] = False,
         on_bytes: Callable[[int, bytes], object] | None = None,
+        on_result: Callable[[int, "Generation"], object] | None = None,
         weights: str = "float32",
         enable_progress: bool = True,
     ) -> list["Generation"]:
@@ -210,6 +211,8 @@ class MBLM(Hierarchy, PretrainedMixin):
                 prompt's seed is n more than a number that the call draws from torch's default
                 generator.
             on_bytes: Called with a prompt's index and its next bytes, as they come.
+            on_result: Called with a prompt's index and what was generated, when it is over. What it
+                raises ends all.
             weights: Type of the weights that compiled code reads; see `Session`.
             enable_progress: Show a progress bar. Default True.
 
@@ -231,6 +234,7 @@ class MBLM(Hierarchy, PretrainedMixin):
             max_rows=max_rows,
             seeds=seeds,
             on_bytes=on_bytes,
+            on_result=on_result,
             weights=weights,
             enable_progress=enable_progress,
             max_bytes=max_bytes,

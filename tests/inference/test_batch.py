@@ -345,6 +345,32 @@ def test_a_callback_that_raises_ends_its_row_alone(m: MBLM) -> None:
         assert isinstance(results[index].error, BrokenPipeError)
 
 
+@every_way
+def test_results_are_told_as_they_come(m: MBLM) -> None:
+    told: list[tuple[int, Generation]] = []
+    prompts = iter([b"\1", [19], b"\2", b"\3"])
+    with patch.object(batch, "_SECONDS", 0), pytest.raises(ValueError, match="prompts") as caught:
+        together(
+            m,
+            prompts,
+            max_bytes=[9, 1, 3, 1],
+            max_rows=2,
+            on_result=lambda index, result: told.append((index, result)),
+        )
+    assert [index for index, _ in told] == [1, 2, 3, 0]
+    assert [result for _, result in sorted(told)] == caught.value.generations
+
+
+def test_results_that_nobody_takes_end_all(m: MBLM) -> None:
+    def on_result(index: int, result: Generation) -> None:
+        raise OSError("the disk is full")
+
+    with patch.object(batch, "_SECONDS", 0), pytest.raises(OSError, match="full") as caught:
+        together(m, some_prompts(2, 3, 4), max_bytes=[2, 9, 9], max_rows=2, on_result=on_result)
+    assert [r.finish_reason for r in caught.value.generations] == ["length", "error"]
+    assert [len(r.ids) for r in caught.value.generations] == [2, 2]
+
+
 def test_a_callback_may_generate(m: MBLM) -> None:
     inner: list[int] = []
 
@@ -506,6 +532,7 @@ def test_no_memory_for_a_row_alone(m: MBLM, room: int) -> None:
         ([b"\1"], {"max_rows": 0}, "max_rows: expected a number >= 1, got 0"),
         ([b"\1"], {"max_rows": 1.5}, "max_rows"),
         ([b"\1"], {"on_bytes": 3}, "on_bytes: expected a function, got int"),
+        ([b"\1"], {"on_result": 3}, "on_result: expected a function, got int"),
         ([b"\1"], {"temperature": -1}, r"prompts\[0\]: temperature: expected"),
         ([b"\1", b""], {"temperature": [1, -1]}, r"prompts\[1\]: temperature: expected"),
         ([b"\1", b""], {"temperature": [1]}, "temperature: expected one value or a list of 2"),
