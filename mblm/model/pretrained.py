@@ -224,13 +224,15 @@ def _separate(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with copies of tensors that share memory with one before them."""
+    """The same with copies of plain tensors that share memory with one before them."""
     seen: set[int] = set()
-    separate = {}
+    separate = dict(state)
     for name, tensor in state.items():
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
+        if type(tensor) is torch.Tensor:
+            storage = tensor.untyped_storage().data_ptr()
+            if storage in seen:
+                separate[name] = tensor.clone()
+            seen.add(storage)
     return separate
 
 

@@ -182,22 +182,31 @@ class TestPeft:
         config = peft.LoraConfig(
             r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
         )
-        adapted = peft.get_peft_model(MBLMForCausalLM.from_mblm(build()), config)
-        adapted.save_pretrained(tmp_path)
-        loaded = peft.PeftModel.from_pretrained(MBLMForCausalLM.from_mblm(build()), tmp_path)
+        MBLMForCausalLM.from_mblm(build()).save_pretrained(tmp_path / "base")
+        base = MBLMForCausalLM.from_pretrained(tmp_path / "base")
+        adapted = peft.get_peft_model(base, config)
         generated = adapted.generate(input_ids=IDS, max_new_tokens=5)
-        assert torch.equal(loaded.generate(input_ids=IDS, max_new_tokens=5), generated)
-        lm = MBLMForCausalLM.from_mblm(build())
-        lm.load_adapter(str(tmp_path))
-        assert torch.equal(lm.generate(IDS, max_new_tokens=5), generated)
+        adapted.save_pretrained(tmp_path / "adapters")
+        assert not (tmp_path / "adapters" / "model.safetensors").exists()
+        for loaded in (
+            peft.PeftModel.from_pretrained(
+                MBLMForCausalLM.from_mblm(build()), tmp_path / "adapters"
+            ),
+            transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "adapters")),
+        ):
+            assert torch.equal(loaded.generate(input_ids=IDS, max_new_tokens=5), generated)
+
+
+@pytest.fixture
+def torchao() -> Any:
+    try:
+        return importlib.import_module("torchao.quantization")
+    except (ImportError, AttributeError) as error:  # it asks torch for names of later releases
+        pytest.skip(f"torchao cannot be imported, int8 is NOT tested: {error}")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torchao_quantizes_the_weights() -> None:
-    try:
-        torchao = importlib.import_module("torchao.quantization")
-    except (ImportError, AttributeError) as error:  # it asks torch for names of later releases
-        pytest.skip(f"torchao cannot be imported, int8 is NOT tested: {error}")
+def test_torchao_quantizes_the_weights(torchao: Any) -> None:
     lm = MBLMForCausalLM.from_mblm(build())
     before = decoded_logits(lm.model)
     torchao.quantize_(lm, torchao.Int8WeightOnlyConfig())
@@ -206,3 +215,17 @@ def test_torchao_quantizes_the_weights() -> None:
     assert 0 < (after - before).abs().max() < 0.2 and engine(lm.model) is TorchCache
     torch.testing.assert_close(lm(IDS).logits[:, -1], after, rtol=1e-3, atol=1e-3)
     assert lm.generate(IDS, max_new_tokens=3).shape == (2, IDS.shape[1] + 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_quantizes_what_is_loaded(torchao: Any, tmp_path: Path) -> None:
+    MBLMForCausalLM.from_mblm(build()).save_pretrained(tmp_path)
+    config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    lm = load(str(tmp_path), quantization_config=config)
+    layer = lm.model.stage_models[0].layers[0][0].to_q
+    assert type(layer.weight) is not nn.Parameter
+    lm.save_pretrained(tmp_path / "quantized")
+    again = load(str(tmp_path / "quantized"))
+    generated = lm.generate(IDS, max_new_tokens=5)
+    assert torch.equal(again.generate(IDS, max_new_tokens=5), generated)
