@@ -91,6 +91,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("my-model", "storyteller"):
         small.save_pretrained(folder / name)
     (folder / "prompt.txt").write_text("The first line\n")
+    (folder / "prompts.jsonl").write_text('{"prompt": "The first line"}\n{"prompt_base64": "/w=="}')
     (folder / "my-texts").mkdir()
     (folder / "my-texts" / "any.txt").write_text("The cat sat on the mat.\n" * 1000)
     for name in ("configs", "mblm", "README.md"):

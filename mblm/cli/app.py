@@ -20,6 +20,7 @@ from mblm.cli.generate import (
     stream,
 )
 from mblm.cli.info import collect_facts, format_facts
+from mblm.cli.prompts import generate_all, read_prompts
 from mblm.model.find import find_model, find_run
 from mblm.utils import interrupt
 from mblm.utils.imports import import_modules
@@ -120,6 +121,13 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="The same from a file; - is standard input.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='Many prompts, lines such as {"prompt": "The"}; results are lines of --out, '
+            "written as they come."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write to this file. [default: standard output]")
     ] = None,
@@ -194,32 +202,37 @@ def generate(
       mblm generate mblm-demo --regex "[a-z_]+ = [0-9]+" --min-p 0.05
       mblm generate run/model_top1.pth --filter-thres 1 | head -c 100
       mblm generate mblm-demo --weights int8 --bytes 10000 --out much.txt
+      mblm generate mblm-demo --prompts many.jsonl --out results.jsonl
     """
-    if prompt is not None and prompt_file is not None:
-        raise typer.BadParameter("pass at most one of --prompt and --prompt-file")
+    if sum(given is not None for given in (prompt, prompt_file, prompts)) > 1:
+        raise typer.BadParameter("pass at most one of --prompt, --prompt-file and --prompts")
+    if prompts is not None and out is None:
+        raise typer.BadParameter("--prompts needs --out")
     if regex is not None and json_schema is not None:
         raise typer.BadParameter("pass at most one of --regex and --json-schema")
     constraint = constraint_of(regex, json_schema)
     checkpoint = find_model(model)
     prime = os.fsencode(prompt or "") if prompt_file is None else read_file(prompt_file)
+    primes = [] if prompts is None else read_prompts(prompts)
     if out is not None:
-        check_out(out, checkpoint, prompt_file, config, json_schema)
+        check_out(out, checkpoint, prompt_file, prompts, config, json_schema)
     loaded = load(checkpoint, config, device)
-    return stream(
-        loaded,
-        prime,
-        None if out is None else LateFile(out),
-        num_tokens_to_generate=how_many(num_bytes, len(prime), loaded.max_length),
-        temperature=temperature,
-        filter_thres=filter_thres,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        constraint=constraint,
-        seed=secrets.randbits(32) if seed is None else seed,
-        stop=[os.fsencode(text) for text in stop or ()],
-        weights=weights,
-    )
+    file = None if out is None else LateFile(out)
+    wishes: dict[str, Any] = {
+        "temperature": temperature,
+        "filter_thres": filter_thres,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "constraint": constraint,
+        "seed": secrets.randbits(32) if seed is None else seed,
+        "stop": [os.fsencode(text) for text in stop or ()],
+        "weights": weights,
+    }
+    if file is not None and prompts is not None:
+        return generate_all(loaded, primes, file, num_bytes, **wishes)
+    count = how_many(num_bytes, len(prime), loaded.max_length)
+    return stream(loaded, prime, file, num_tokens_to_generate=count, **wishes)
 
 
 @app.command()
