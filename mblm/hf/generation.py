@@ -95,7 +95,7 @@ class MBLMGenerationMixin(GenerationMixin):
         if unknown := [name for name, value in others.items() if value is not None]:
             raise ValueError(f"{', '.join(unknown)}: not known to {type(self).__name__}")
         prompts = rows_of(input_ids, attention_mask)
-        count = generation_config.max_length - input_ids.shape[1]
+        count = max(stopping_criteria.max_length - input_ids.shape[1], 1)
         longest, limit = max(map(len, prompts)), self.model.max_length
         if limit is not None and longest + count > limit:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -27,7 +26,8 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
     round.
 
     Args:
-        config: Its configuration; the weights are random.
+        config: Its configuration.
+        model: What computes all of it. Default: a new one, with random weights.
 
     Attributes:
         model: The `mblm.MBLM` that computes all of it.
@@ -39,12 +39,10 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["MBLM"]  # noqa: RUF012  stages read weights of one another's devices
-    # Written by a Trainer: what a pass over whole sequences has no use for.
-    _keys_to_ignore_at_inference: list[str] = []  # noqa: RUF012
 
-    def __init__(self, config: MBLMConfig) -> None:
+    def __init__(self, config: MBLMConfig, model: MBLM | None = None) -> None:
         super().__init__(config)
-        self.model = MBLM(config.mblm_config())
+        self.model = MBLM(config.mblm_config()) if model is None else model
         self.post_init()
 
     @classmethod
@@ -57,10 +55,8 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
         """
         if not isinstance(model, MBLM):
             raise TypeError(f"model: expected an mblm.MBLM, got {type(model).__name__}")
-        with torch.device("meta"):
-            wrapped = cls(MBLMConfig.of(model.config, dtype=model.dtype, **kwargs))
-        wrapped.model = model
-        return wrapped.train(model.training)
+        config = MBLMConfig.of(model.config, dtype=model.dtype, **kwargs)
+        return cls(config, model).train(model.training)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -115,7 +111,7 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
 
         Args:
             input_ids: Token ids, any integer dtype, ``(B, L)``.
-            attention_mask: Not 0 where there are bytes, ``(B, L)``; padding is at one end of a row.
+            attention_mask: Not 0 where there are bytes, ``(B, L)``; padding is at the ends of rows.
                 Default: everywhere.
             labels: The ids that count in the loss, -100 for none, ``(B, L)``. The logits of a byte
                 predict the label of the next one, so that the first label does not count.

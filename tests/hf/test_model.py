@@ -12,6 +12,8 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is NOT tested")
 
+from transformers.generation import MaxLengthCriteria  # noqa: E402
+
 from mblm import MBLM, MBLMReturnType  # noqa: E402
 from mblm.hf import MBLMConfig, MBLMForCausalLM, MBLMTokenizer  # noqa: E402
 from tests.models import LSTMBlock, encoder, mamba, model, transformer  # noqa: E402
@@ -142,9 +144,11 @@ class TestFolders:
 
 class TestWrapping:
     def test_shares_the_weights_and_the_mode(self, m: MBLM) -> None:
+        before = [p.clone() for p in m.parameters()]
         for mode in (True, False):
             lm = MBLMForCausalLM.from_mblm(m.train(mode))
             assert lm.model is m and lm.training == mode
+            assert all(map(torch.equal, before, lm.parameters()))
             assert lm.num_parameters() == sum(p.numel() for p in m.parameters())
 
     def test_of_anything_else_is_refused(self) -> None:
@@ -237,6 +241,8 @@ class TestGenerateOptions:
         assert generate(max_length=14).shape == (1, 14)
         config = transformers.GenerationConfig(max_new_tokens=3)
         assert generate(generation_config=config).shape == (1, 12)
+        criteria = transformers.StoppingCriteriaList([MaxLengthCriteria(13)])
+        assert generate(max_new_tokens=20, stopping_criteria=criteria).shape == (1, 13)
 
     def test_without_a_prompt_begins_from_nothing(
         self, generate: Callable[..., Tensor], m: MBLM
