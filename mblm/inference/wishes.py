@@ -16,8 +16,8 @@ class Wishes:
 
     Args:
         prompts: Any number of them. Those of a list can be read twice.
-        seeds: As another argument. None draws a number from torch's default generator; the n-th
-            prompt's seed is n more.
+        seeds: As another argument. A number is drawn from torch's default generator; without a seed
+            of its own, the n-th prompt has one that is n more.
         arguments: By their names.
 
     Raises:
@@ -42,8 +42,7 @@ class Wishes:
                     f"{self.number}, one for each prompt, got {len(value)}"
                 )
             self._lists[name] = value
-        if seeds is None:
-            self._lists["seed"] = range(int(torch.randint(2**62, ())), 2**63)
+        self._first_seed = int(torch.randint(2**62, ()))
 
     def check(self, model: Any) -> None:
         """Refuse what is wrong with a prompt of a list or what is wished for it."""
@@ -60,6 +59,8 @@ class Wishes:
                     arguments[name] = next(values)
                 except StopIteration:
                     raise ValueError(f"{_given(name)}: none is left for prompts[{index}]") from None
+            if arguments["seed"] is None:
+                arguments["seed"] = self._first_seed + index
             yield arguments
 
 

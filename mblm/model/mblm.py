@@ -180,7 +180,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         *,
         max_bytes: int | Sequence[int | None] | None = None,
         max_rows: int = 64,
-        seeds: int | Sequence[int] | None = None,
+        seeds: int | Sequence[int | None] | None = None,
         end_token_id: int | Sequence[int | None] | None = None,
         temperature: float | Sequence[float] = 1.0,
         filter_thres: float | Sequence[float] = 1.0,

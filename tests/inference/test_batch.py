@@ -312,6 +312,38 @@ def test_seeds_that_are_drawn_follow_from_torchs_and_the_prompts_number(m: MBLM)
     assert together(m, prompts, **wishes)[0].seed != wide[0].seed
 
 
+def test_a_prompt_without_a_seed_does_not_touch_the_others(m: MBLM) -> None:
+    prompts = some_prompts(3, 4, 5)
+    torch.manual_seed(5)
+    results = together(m, prompts, max_bytes=9, seeds=[42, None, None], **WARM)
+    torch.manual_seed(5)
+    drawn = together(m, prompts, max_bytes=9, max_rows=1, **WARM)
+    assert results[0].ids.tolist() == alone(m, prompts[0], 42, max_bytes=9, **WARM)
+    for index in (1, 2):
+        assert results[index].seed == drawn[index].seed
+        assert results[index].ids.tolist() == drawn[index].ids.tolist()
+
+
+def test_the_order_of_prompts_changes_nothing(m: MBLM) -> None:
+    pairs = list(zip(some_prompts(3, 0, 40, 5, 9), range(5), strict=True))
+    results = []
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3]):
+        prompts, seeds = zip(*(pairs[n] for n in order), strict=True)
+        found = together(m, prompts, seeds=seeds, max_rows=2, max_bytes=12, **WARM)
+        results.append({r.seed: r.ids.tolist() for r in found})
+    assert results[0] == results[1]
+
+
+@needs_native
+def test_copies_of_a_prompt_have_the_same_bits(m: MBLM) -> None:
+    results = together(
+        m, [b"\1\2\3"] * 40, max_rows=16, max_bytes=25, log_probs=True, temperature=0
+    )
+    for result in results:
+        assert torch.equal(result.ids, results[0].ids)
+        assert torch.equal(result.log_probs, results[0].log_probs)
+
+
 def test_torchs_generator_gives_one_number(m: MBLM) -> None:
     torch.manual_seed(5)
     together(m, some_prompts(3, 4), max_bytes=5, **WARM)
