@@ -1,6 +1,6 @@
 """One prompt and all that is wished for it, checked whole before anything runs."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -118,7 +118,7 @@ def request(
         raise TypeError(
             f"logits_processor: expected a function, got {type(logits_processor).__name__}"
         )
-    has_no_end = stop == () and end_token_id is None
+    has_no_end = type(stop) is tuple and not stop and end_token_id is None
     if draws is None and not (seed is None and generator is None):
         draws = draws_of(model, seed, generator)
     plan = Plan(
@@ -266,7 +266,8 @@ def _compiled(
 
 def _stop(stop: Any, end_token_id: Any, num_tokens: int, names: Names) -> Automaton | None:
     """Accepts where generation ends; None if nothing ends it."""
-    if isinstance(stop, (bytes, bytearray, memoryview, str)) or not isinstance(stop, Collection):
+    is_one = isinstance(stop, (bytes, bytearray, memoryview, str))
+    if is_one or not isinstance(stop, (Sequence, Set)):
         raise ValueError(f"stop: expected a list of byte strings or texts, got {stop!r}")
     strings: list[tuple[int, ...]] = []
     for string in stop:

@@ -191,6 +191,7 @@ def test_log_probabilities(m: MBLM) -> None:
         ({"stop": [3]}, ValueError, "stop: expected .* got 3"),
         ({"stop": ["\udc80"]}, ValueError, "stop: expected text that UTF-8 can encode"),
         ({"stop": None}, ValueError, "stop: .* got None"),
+        ({"stop": torch.tensor(3)}, ValueError, r"stop: .* got tensor\(3\)"),
         ({"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
         ({"seed": 2**64}, ValueError, "seed: expected an integer in"),
         ({"seed": -(2**63) - 1}, ValueError, "seed"),
