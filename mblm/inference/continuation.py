@@ -81,7 +81,8 @@ class Course:
     def processed(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """What the logits processor makes of the model's logits ``(V,)``, masked."""
         assert self.request.logits_processor is not None
-        result = self.request.logits_processor(self._so_far.to(logits.device), logits)
+        so_far = self._so_far.to(logits.device, copy=True)  # the processor's own, as the logits
+        result = self.request.logits_processor(so_far, logits)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
             raise TypeError(
@@ -237,7 +238,8 @@ class Continuation:
                     self._end(row, "matched")
         chosen = {row: m for row, m in masks.items() if not self._courses[row].has_processor}
         self._choose(chosen, "mask")
-        processing = [row for row in masks if row not in chosen]
+        if not (processing := [row for row in masks if row not in chosen]):
+            return
         changed: dict[Row, Tensor] = {}
         for row, logits in zip(processing, self._cache.logits(processing), strict=True):
             with self._own_errors(row):

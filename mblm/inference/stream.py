@@ -4,6 +4,7 @@ import asyncio
 import codecs
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -41,7 +42,9 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
         self, model: Any, prompt: Prompt, text: bool, weights: str, wishes: dict[str, Any]
     ) -> None:
         self._model, self._weights = model, weights
-        self._request = request(model, prompt, **wishes)
+        asked = request(model, prompt, **wishes)
+        # It is read later, when the caller's tensor may have changed.
+        self._request = replace(asked, prompt=asked.prompt.clone())
         self._seed = wishes.get("seed")
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoder = decoder(errors="replace") if text else None

@@ -104,6 +104,19 @@ TEXTS = [
 ]
 
 
+def test_a_prompt_may_change_once_it_was_given(m: MBLM) -> None:
+    def writes(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        ids[:3] = 0
+        return logits
+
+    prompt = torch.tensor(list(b"abc"))
+    stream = m.stream(prompt, logits_processor=writes, **WISHES)
+    prompt.zero_()
+    list(stream)
+    assert stream.result.ids.tolist() == generated(m)
+    assert stream.result.prompt.tolist() == [97, 98, 99]
+
+
 class TestText:
     @pytest.mark.parametrize("data", TEXTS, ids=repr)
     def test_is_of_whole_characters(self, m: MBLM, data: bytes, byte_by_byte: None) -> None:
