@@ -101,10 +101,11 @@ MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
 
 // sums[r * kPanelStride + k] = the sum of a tile's output k and row r. The instruction multiplies
 // bytes without sign by bytes with one: 128 is added to each weight, and what that adds to the sum
-// is taken off at the end. All sums are exact.
-template <int kRows, bool kAsksAhead = true>
-MBLM_VNNI inline void multiply_int8(const int8_t* weight, const float* prepared, int64_t row_stride,
-                                    int64_t n, float* sums) {
+// is taken off at the end. All sums are exact. Of each tile, kAsked lines further ahead are asked
+// for.
+template <int kRows, int kAsked>
+MBLM_VNNI void multiply_int8(const int8_t* weight, const int8_t* ahead, const float* prepared,
+                             int64_t row_stride, int64_t n, float* sums) {
   static_assert(kTileInputs == sizeof(__m512i) && kTileOutputs == kStreams);
   const __m512i sign = _mm512_set1_epi8(-128);
   const int64_t to_lower = round_up(n, kTileInputs);
@@ -126,14 +127,15 @@ MBLM_VNNI inline void multiply_int8(const int8_t* weight, const float* prepared,
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTileOutputs; ++k) a[r][k] = b[r][k] = _mm512_setzero_si512();
     }
-    for (; i < end; i += kTileInputs, weight += kTileOutputs * kTileInputs) {
+    for (; i < end; i += kTileInputs) {
       __m512i bytes[kTileOutputs];
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTileOutputs; ++k) {
-        const int8_t* from = weight + k * kTileInputs;
-        if constexpr (kAsksAhead) __builtin_prefetch(from + kTilesAhead);
-        bytes[k] = _mm512_xor_si512(_mm512_loadu_si512(from), sign);
+        if (k < kAsked) __builtin_prefetch(ahead + k * kTileInputs);
+        bytes[k] = _mm512_xor_si512(_mm512_loadu_si512(weight + k * kTileInputs), sign);
       }
+      weight += kTileOutputs * kTileInputs;
+      ahead += kTileOutputs * kTileInputs;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m512i first = _mm512_loadu_si512(upper[r] + i);
@@ -168,23 +170,30 @@ MBLM_VNNI void multiply_row_of_int8(const void* weights, int64_t, const float* p
                                     float* sums, int64_t count) {
   const int8_t* weight = static_cast<const int8_t*>(weights);
   for (int64_t output = 0; output < count; output += kTileOutputs) {
-    multiply_int8<1>(weight + output * round_up(n, kTileInputs), prepared, 0, n, sums + output);
+    const int8_t* const tiles = weight + output * round_up(n, kTileInputs);
+    multiply_int8<1, kTileOutputs>(tiles, tiles + kTilesAhead, prepared, 0, n, sums + output);
   }
 }
 
 MBLM_VNNI void multiply_panel_of_int8(const Panel& panel) {
-  const int64_t n = panel.n, stride = panel.row_stride;
+  // By how many lines they ask for.
+  constexpr decltype(&multiply_int8<1, 0>) kOne[] = {
+      multiply_int8<1, 0>, multiply_int8<1, 1>, multiply_int8<1, 2>, nullptr, multiply_int8<1, 4>};
+  constexpr decltype(kOne) kTwo = {multiply_int8<2, 0>, multiply_int8<2, 1>, multiply_int8<2, 2>,
+                                   nullptr, multiply_int8<2, 4>};
+  const int64_t n = panel.n;
   for (int64_t output = 0; output < panel.outputs; output += kTileOutputs) {
-    const int8_t* weight =
+    const int8_t* const weight =
         static_cast<const int8_t*>(panel.weight) + output * round_up(n, kTileInputs);
-    float* sums = panel.sums + output;
+    // All turns ask for some of the weights behind the tile's: memory is to be read meanwhile.
+    int64_t asked = 0;
     for (int64_t row = 0; row < panel.rows; row += 2) {
-      // The first rows ask for the weights behind the tile's.
-      const bool has_two = row + 1 < panel.rows;
-      const auto first = has_two ? multiply_int8<2> : multiply_int8<1>;
-      const auto others = has_two ? multiply_int8<2, false> : multiply_int8<1, false>;
-      (row == 0 ? first : others)(weight, panel.x + row * stride, stride, n,
-                                  sums + row * kPanelStride);
+      const int64_t turns = (panel.rows - row + 1) / 2;
+      const int64_t lines = (kTileOutputs - asked + turns - 1) / turns;
+      const auto multiply = (row + 1 < panel.rows ? kTwo : kOne)[lines];
+      multiply(weight, weight + kTilesAhead + asked * kTileInputs, panel.x + row * panel.row_stride,
+               panel.row_stride, n, panel.sums + row * kPanelStride + output);
+      asked += lines;
     }
   }
 }
