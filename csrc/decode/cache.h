@@ -25,7 +25,7 @@ struct Wishes {
   double temperature = 1;
   int64_t top_k = 1;
   double top_p = 0, min_p = 0;
-  std::shared_ptr<GeneratorDraws> draws;
+  std::shared_ptr<GeneratorDraws> draws;  // none: a lane of the device's default generator
   int64_t lane = 0;
   std::shared_ptr<const Automaton> allow, stop;
   bool wants_log_probs = false, pauses = false;
@@ -60,7 +60,7 @@ class Cache {
   // Takes in all but the last of the bytes, which stays pending. The host is given pieces with
   // which a stage takes in more than `most` positions.
   void feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most, Host& host);
-  void begin(const Lease& rows, const std::vector<Wishes>& plans);
+  void begin(const Lease& rows, std::vector<Wishes> plans);
   std::vector<Ran> run(const Lease& rows, double seconds,
                        const std::vector<std::optional<at::Tensor>>& drafts, Host& host);
   std::vector<Ran> last(const Lease& rows);

@@ -39,13 +39,18 @@ void Cache::reserve_ahead(const Parts& parts, std::vector<Member>& members) {
   }
 }
 
-void Cache::begin(const Lease& rows, const std::vector<Wishes>& plans) {
+void Cache::begin(const Lease& rows, std::vector<Wishes> plans) {
   check_count("plans", plans.size(), size_t(rows.size()));
+  for (Wishes& wishes : plans) {
+    if (wishes.draws) continue;
+    wishes.draws =
+        std::make_shared<GeneratorDraws>(std::nullopt, 1, num_tokens_, hierarchy()->device());
+  }
   std::vector<GeneratorDraws::Entry> entries;  // of lanes that do not serve their row already
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Wishes& wishes = plans[i];
-    TORCH_CHECK_VALUE(wishes.draws && wishes.draws->num_tokens() == num_tokens_ &&
-                          wishes.lane >= 0 && wishes.lane < wishes.draws->lanes(),
+    TORCH_CHECK_VALUE(wishes.draws->num_tokens() == num_tokens_ && wishes.lane >= 0 &&
+                          wishes.lane < wishes.draws->lanes(),
                       "draws must be of the model's ", num_tokens_, " tokens");
     for (const auto* automaton : {wishes.allow.get(), wishes.stop.get()}) {
       TORCH_CHECK_VALUE(!automaton || int64_t(automaton->class_of.size()) == num_tokens_,

@@ -7,8 +7,7 @@ tells which were chosen.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -37,9 +36,8 @@ Reason = Literal[
 State = dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Ran:
-    """What a run did with a row.
+class Ran(NamedTuple):
+    """What a run did with a row: tensors that are the caller's own.
 
     Attributes:
         ids: The bytes that it chose, ``(n,)`` int64 on the CPU.

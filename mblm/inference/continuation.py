@@ -44,7 +44,7 @@ class Course:
         return sum(len(ran.ids) for ran in self.ran)
 
     def ids(self) -> Tensor:
-        """The bytes chosen so far, ``(n,)`` int64 on the CPU."""
+        """The bytes chosen so far, ``(n,)`` int64 on the CPU: the caller's own."""
         return _joined([ran.ids for ran in self.ran], _NO_BYTES)
 
     def log_probs(self) -> Tensor | None:
@@ -144,17 +144,9 @@ class Continuation:
         self._pauses = False  # whether any row does
         self.going: list[Row] = []
 
-    def add(
-        self,
-        rows: Sequence[Row],
-        requests: Sequence[Request],
-        lengths: Sequence[int] | None = None,
-    ) -> None:
-        """Have rows go on that have taken in their prompts, and with them have these lengths.
-
-        The cache is asked for lengths that are not given.
-        """
-        courses = list(map(Course, requests, lengths or self._cache.lengths(rows)))
+    def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
+        """Have rows go on that have taken in their prompts."""
+        courses = list(map(Course, requests, self._cache.lengths(rows)))
         self._cache.begin(rows, [request.plan for request in requests])
         for request in requests:
             self._pauses |= request.plan.pause
@@ -290,7 +282,10 @@ class Continuation:
 
 
 def _joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([empty, *parts])
+    if len(parts) == 1:
+        return parts[0]
+    with torch.inference_mode(False):  # the caller's own, as each part is
+        return torch.cat([empty, *parts])
 
 
 def _joined_log_probs(parts: Sequence[Ran]) -> Tensor:

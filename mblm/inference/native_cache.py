@@ -34,6 +34,9 @@ NATIVE_POSITIONS = 24
 # What the engine reads of objects that never change, or that it takes over.
 _automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()
 _draws: WeakKeyDictionary[Draws, Any] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Plan, Any] = WeakKeyDictionary()
+
+_MOST = 1 << 60  # of a number that has no limit
 
 
 class NativeCache:
@@ -71,7 +74,7 @@ class NativeCache:
 
     def add(self, count: int = 1) -> list[Row]:
         """See `Cache.add`."""
-        rows: list[Row] = self._engine.add(min(check_integer("count", count), 1 << 60))
+        rows: list[Row] = self._engine.add(min(check_integer("count", count), _MOST))
         return rows
 
     def drop(self, rows: Sequence[Row]) -> None:
@@ -118,11 +121,10 @@ class NativeCache:
         check_count("plans", plans, rows)
         for index, plan in enumerate(plans):
             check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._device)
-        self._hierarchy()
-        self._engine.begin(rows, [self._native_plan(plan) for plan in plans])
+        self._engine.begin(rows, [_plans.get(plan) or self._native_plan(plan) for plan in plans])
 
     def _native_plan(self, plan: Plan) -> Any:
-        library, num_tokens = _native.library(), self._model.num_tokens
+        library = _native.library()
         automata: list[Any] = []
         for automaton in (plan.allow, plan.stop):
             if automaton is not None and automaton not in _automata:
@@ -131,14 +133,18 @@ class NativeCache:
                 )
             automata.append(None if automaton is None else _automata[automaton])
         draws = None if plan.draws is None else _draws.get(plan.draws)
-        if draws is None:
-            draws = library.Draws(*_of(plan.draws), num_tokens, self._device)
-            if plan.draws is not None:
-                draws = _draws.setdefault(plan.draws, draws)
-        top_k, max_tokens = min(plan.top_k, num_tokens), min(plan.max_tokens, 1 << 60)
-        filters = (plan.temperature, top_k, plan.top_p, plan.min_p)
+        if plan.draws is not None and draws is None:
+            draws = library.Draws(
+                plan.draws.generator, plan.draws.lanes, self._model.num_tokens, self._device
+            )
+            draws = _draws.setdefault(plan.draws, draws)
+        filters = (plan.temperature, min(plan.top_k, _MOST), plan.top_p, plan.min_p)
         flags = (plan.log_probs, plan.pause)
-        return library.Plan(max_tokens, *filters, draws, plan.lane, *automata, *flags)
+        made = library.Plan(
+            min(plan.max_tokens, _MOST), *filters, draws, plan.lane, *automata, *flags
+        )
+        _plans[plan] = made
+        return made
 
     def run(
         self,
@@ -297,7 +303,3 @@ class NativeCache:
         if given:
             raise ValueError(f"state: expected no {', '.join(given)}")
         return _native.library().State(length, taken, tensors, states)
-
-
-def _of(draws: Draws | None) -> tuple[torch.Generator | None, int]:
-    return (None, 1) if draws is None else (draws.generator, draws.lanes)

@@ -91,9 +91,11 @@ class Progress:
     def ran(self, reason: Reason) -> Ran:
         """What the last run gave."""
         chosen = self.chosen[: self.count - self.first]
-        ids = torch.tensor([token for token, _ in chosen], dtype=torch.long, device="cpu")
-        log_probs = None
-        if self.plan.log_probs:
-            given = [log_prob for _, log_prob in chosen]
-            log_probs = torch.tensor(given, dtype=torch.float32, device="cpu")
-        return Ran(ids, log_probs, reason)
+        ids = [token for token, _ in chosen]
+        given = [log_prob for _, log_prob in chosen] if self.plan.log_probs else None
+        with torch.inference_mode(False):  # the caller's own
+            return Ran(
+                torch.tensor(ids, dtype=torch.long, device="cpu"),
+                None if given is None else torch.tensor(given, dtype=torch.float32, device="cpu"),
+                reason,
+            )

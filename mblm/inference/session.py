@@ -1,5 +1,6 @@
 """A session: incremental decoding that the user holds, feeds, forks, saves and resumes."""
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from mblm.utils.transforms import decoding
 _T = TypeVar("_T")
 
 _MOST_ROWS = 1 << 24
+_NUMBERS = frozenset((int, float, type(None)))
+_NO_STOP: tuple[bytes, ...] = ()
 _NAMES = {"max_bytes": "num_tokens", "end_token_id": "end_of_gen_token_id"}
 
 
@@ -60,6 +63,8 @@ class Session:
     ) -> None:
         self._model, self._device, self._weights = model, device, weights
         self._cache, self._rows = cache, rows
+        # What `generate` was asked for last, if the same may be asked for again.
+        self._asked: tuple[tuple[Any, ...] | None, list[Request]] = (None, [])
         weakref.finalize(self, cache.drop, rows).atexit = False
 
     @property
@@ -132,7 +137,7 @@ class Session:
         top_k: int | Sequence[int | None] | None = None,
         top_p: float | Sequence[float | None] | None = None,
         min_p: float | Sequence[float | None] | None = None,
-        stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = (),
+        stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = _NO_STOP,
         end_of_gen_token_id: int | Sequence[int | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
         generator: torch.Generator | None = None,
@@ -157,11 +162,8 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
-        lengths = self.lengths
-        requests = requests_of_rows(
-            self._model,
-            lengths,
-            num_tokens,
+        requests = self._requests(
+            max_bytes=num_tokens,
             temperature=temperature,
             filter_thres=filter_thres,
             top_k=top_k,
@@ -173,17 +175,27 @@ class Session:
             generator=generator,
             constraint=constraint,
             logits_processor=logits_processor,
-            names=_NAMES,
         )
         continuation: Continuation | None = None
+
+        def begin(cache: Cache) -> None:
+            nonlocal continuation
+            begun = Continuation(cache)
+            begun.add(self._rows, requests)
+            continuation = begun
+            begun.run()  # which shows whether the cache can
+
         try:
-            continuation = self._begin(requests, lengths)
+            self._on_cache(begin)
+            assert continuation is not None
             while continuation.going:
                 continuation.run()
             ids = [continuation[row].ids() for row in self._rows]
+            if isinstance(num_tokens, (list, tuple)) or any(r.may_end_early for r in requests):
+                return [row.to(self._device) for row in ids]
+            if len(ids) == 1:
+                return ids[0][None].to(self._device)
             with torch.inference_mode(False):  # the caller's own, as `logits`
-                if isinstance(num_tokens, (list, tuple)) or any(r.may_end_early for r in requests):
-                    return [row.clone().to(self._device) for row in ids]
                 return torch.stack(ids).to(self._device)
         except BaseException as error:
             none = [torch.empty(0, dtype=torch.long) for _ in self._rows]
@@ -193,15 +205,17 @@ class Session:
             error.ids = none  # type: ignore[attr-defined]
             raise
 
-    def _begin(self, requests: Sequence[Request], lengths: Sequence[int]) -> Continuation:
-        """Have the sequences, of these lengths, go on."""
-
-        def begin(cache: Cache) -> Continuation:
-            continuation = Continuation(cache)
-            continuation.add(self._rows, requests, lengths)
-            return continuation
-
-        return self._on_cache(begin)
+    def _requests(self, **wishes: Any) -> list[Request]:
+        """What is asked for, checked; or what was, where the same is asked for again."""
+        asked, requests = self._asked
+        if asked is not None and all(map(operator.is_, wishes.values(), asked)):
+            return requests
+        requests = requests_of_rows(self._model, self.lengths, names=_NAMES, **wishes)
+        # Numbers ask for the same again, where neither a length nor draws of their own count.
+        are_numbers = all(type(w) in _NUMBERS or w is _NO_STOP for w in wishes.values())
+        is_free = requests[0].plan.draws is None and self._model.max_length is None
+        self._asked = (tuple(wishes.values()) if are_numbers and is_free else None), requests
+        return requests
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
         """Call the cache, or another one where it cannot go on with what the model has become."""

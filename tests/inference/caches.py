@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,7 +178,7 @@ def after(first: Ran, then: Ran) -> Ran:
     log_probs = None
     if first.log_probs is not None and then.log_probs is not None:
         log_probs = torch.cat((first.log_probs, then.log_probs))
-    return replace(then, ids=torch.cat((first.ids, then.ids)), log_probs=log_probs)
+    return then._replace(ids=torch.cat((first.ids, then.ids)), log_probs=log_probs)
 
 
 def fed(cache: Cache, *parts: torch.Tensor) -> list[Row]:
