@@ -104,9 +104,9 @@ class Batch:
         self._results: list[Generation | None] = []  # of all prompts that were read
         self._going: dict[Row, _Asked] = {}
         self._waiting: deque[_Asked] = deque()  # those that were read and have no row, in order
-        # Bytes of a local patch, and whether the last run went beyond one.
         self._patch = 1 if len(model.patch_sizes) == 1 else model.patch_sizes[-2]
-        self._spans_patches = False
+        # Bytes that a row was given at most: by the last run, and since a prompt waits for it.
+        self._run_bytes = self._waited = 0
         self._error: BaseException | None = None
 
     def run(self) -> list[Generation]:
@@ -145,6 +145,7 @@ class Batch:
                 continue
             self._continuation.add(rows, requests)
             self._going.update(zip(rows, [asked for asked, _ in new], strict=True))
+            self._waited = 0
         return bool(self._going)
 
     def _next_requests(self) -> list[tuple[_Asked, Request]]:
@@ -167,9 +168,10 @@ class Batch:
     def _steps_to_come(self) -> float:
         """So many bytes are chosen before all rows that go on are at the ends of their patches.
 
-        A new row that is not there by then would have the others wait.
+        A new row that is not there by then would have others wait, or wait itself. It had better
+        begin later, together with others; but it waits no longer than a patch.
         """
-        if not self._going or self._spans_patches:
+        if not self._going or self._waited + self._run_bytes >= self._patch:
             return math.inf
         return max(map(self._steps, self._cache.lengths(list(self._going))))
 
@@ -209,7 +211,8 @@ class Batch:
                 self._end(row, ran.reason)
 
         self._continuation.going += lacking  # they go on where others make room
-        self._spans_patches = any(ran.ids.numel() >= self._patch for _, ran in results)
+        self._run_bytes = max(ran.ids.numel() for _, ran in results)
+        self._waited += self._run_bytes if self._waiting else 0
         if lacking and len(self._going) == len(results):  # none has made room by ending
             error = MemoryError("no memory for the bytes to come")
             youngest = max(self._going, key=lambda row: self._going[row].index)

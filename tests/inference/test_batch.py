@@ -17,6 +17,7 @@ from mblm.inference.cache import Ran
 from mblm.inference.generation import Generation, generation_of
 from mblm.inference.torch_cache import TorchCache
 from tests.decoding import CLOSE, in_pytorch
+from tests.inference.caches import after as joined
 from tests.inference.caches import build, whole_logits
 from tests.inference.test_continuation import Follows, InTheEngine, words
 from tests.native import needs_native
@@ -256,6 +257,29 @@ def test_a_row_comes_when_no_other_has_to_wait_for_it(m: MBLM) -> None:
         prompts = some_prompts(*range(5, 25))
         together(m, prompts, max_bytes=[n % 7 + 3 for n in range(20)], max_rows=3)
     assert len(late) > 5 and not any(late)
+
+
+@every_way
+@pytest.mark.parametrize("rounds", [1, 2, 3, 5])
+def test_a_free_row_waits_for_a_patch_at_most(m: MBLM, rounds: int) -> None:
+    """However many bytes of a patch, here of 4, a run has time for."""
+    cache = batch.cache_for(m, "float32")
+    real, rows_of_runs = cache.run, []
+
+    def run(rows: Sequence[int], seconds: float = 0) -> list[Ran]:
+        rows_of_runs.append(len(rows))
+        ran = real(rows, 0)
+        for _ in range(rounds - 1):
+            ran = [joined(a, b) for a, b in zip(ran, real(rows, 0), strict=True)]
+        return ran
+
+    prompts = some_prompts(8, *range(5, 25))
+    with patch.object(cache, "run", run), patch.object(batch, "cache_for", lambda *_: cache):
+        together(m, prompts, max_bytes=[200] + [5] * 20, max_rows=2)
+    full = [rows == 2 for rows in rows_of_runs]
+    last = len(full) - full[::-1].index(True)  # from there on, the first prompt is alone
+    alone = max(len(runs) for runs in "".join("x" if f else "." for f in full[:last]).split("x"))
+    assert alone * rounds <= max(4, rounds)
 
 
 def test_no_prompts() -> None:
