@@ -13,7 +13,7 @@ from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
 from mblm.model.pretrained import PretrainedMixin
 from mblm.model.tiled_operators import loss_in_tiles
-from mblm.model.tiled_pass import INFERENCE_TILE, TiledPass
+from mblm.model.tiled_pass import TiledPass
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
 from mblm.utils.transforms import decoding
@@ -106,23 +106,6 @@ class MBLM(Hierarchy, PretrainedMixin):
         if return_type == MBLMReturnType.LOSS:
             return loss
         return loss, self._logits_like(logits, nested_ids)
-
-    def loss_sum(
-        self, input_ids: torch.Tensor, loss_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the bytes' losses and how many are not zero, computed in tiles.
-
-        ``forward`` returns their quotient. The arguments are those of `forward`, with at least one
-        byte; without a configured tile, the tiles are of a size that suits inference.
-        """
-        nested_ids = self._check_ids(input_ids)
-        check_same_shape("loss_mask", loss_mask, nested_ids)
-        if nested_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids: expected at least one byte, got {tuple(nested_ids.shape)}"
-            )
-        weights = None if loss_mask is None else loss_mask.flatten(1)
-        return self._loss_sum(self.config.tile or INFERENCE_TILE, nested_ids.flatten(1), weights)
 
     @decoding
     def generate(
@@ -351,7 +334,7 @@ class MBLM(Hierarchy, PretrainedMixin):
     def _loss_sum(
         self, tile: int, ids: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`loss_sum` of checked ids and weights ``(B, L)``."""
+        """Sum and count of the losses of checked ids and weights ``(B, L)`` that are not zero."""
         padded = self._pad(ids, self.pad_token_id)
         targets, later_weights = self._shift(ids, weights)
         attended = self.attend_global(padded, tile)

@@ -34,7 +34,6 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "hidden states": (lambda ids: DECODER(ids, return_type=HIDDEN), (draw_ids(2, 16),)),
     "loss_mask": (lambda i, m: DECODER(i, loss_mask=m), (draw_ids(2, 24), torch.rand(2, 24))),
     "one stage": (lambda ids: LOCAL(ids, return_type=LOSS_LOGITS), (draw_ids(2, 16),)),
-    "loss_sum": (lambda i, m: DECODER.loss_sum(i, m), (draw_ids(2, 24), torch.rand(2, 24))),
     "inputs_embeds": (
         lambda *e: DECODER(inputs_embeds=e, return_type=HIDDEN),
         (torch.randn(2, 3, 2, 4, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 8)),

@@ -172,17 +172,6 @@ class TestLoss:
         expected = three(ids, loss_mask=mask)
         torch.testing.assert_close(tiled(three)(ids, loss_mask=mask), expected, **CLOSE)
 
-    def test_sum_and_count(self, three: MBLM) -> None:
-        ids, mask = draw_ids(2, 50), torch.randint(0, 2, (2, 50))
-        for m in (three, tiled(three)):
-            total, count = m.loss_sum(ids, mask)
-            assert count == mask.count_nonzero()
-            torch.testing.assert_close(total / count, three(ids, loss_mask=mask), **CLOSE)
-        with pytest.raises(ValueError, match="at least one byte"):
-            three.loss_sum(ids[:, :0])
-        with pytest.raises(ValueError, match="loss_mask: expected the shape"):
-            three.loss_sum(ids, mask[:1])
-
     def test_frozen_stages_get_no_gradient_and_pass_one_on(self, three: MBLM) -> None:
         three.stage_models[2].requires_grad_(False)
         three.to_logits.requires_grad_(False)
