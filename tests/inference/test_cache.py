@@ -200,6 +200,17 @@ def test_the_default_generator(make: MakeCache) -> None:
     assert torch.equal(run_out(cache, rows)[0].ids, want)
 
 
+def test_bytes_are_the_ids_that_they_are(make: MakeCache) -> None:
+    cache = make(build("transformer", "mamba2", seq_lens=(30, 4)))
+    row, other, long = cache.add(3)
+    cache.feed([row, other, long], [b"\x05\x00\x07", b"", bytes(range(18)) * 4])
+    assert cache.lengths([row, other, long]) == [3, 0, 72]
+    ids = [torch.tensor([5, 0, 7]), ids_of(0), torch.arange(18).repeat(4)]
+    same = cache.add(3)
+    cache.feed(same, ids)
+    assert torch.equal(cache.logits([row, other, long]), cache.logits(same))
+
+
 @pytest.mark.parametrize("seq_lens", [(30,), (8, 4), (4, 3, 2), (3, 1, 2)], ids=str)
 def test_pieces_of_any_size(make: MakeCache, seq_lens: tuple[int, ...]) -> None:
     kinds = ["transformer", "mamba2", "lstm with a state"][: len(seq_lens)]

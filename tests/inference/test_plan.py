@@ -40,6 +40,22 @@ class TestDraws:
         Draws(generator, lanes=2).enter(0)
         assert torch.equal(generator.get_state(), before)
 
+    def test_numbers_that_no_lane_has_come_to_are_given_back(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        draws = Draws(generator, lanes=2)
+        first, second = draws.enter(0), draws.enter(1)
+        for n in range(3):
+            first.numbers(n, LIKE)
+        first.pass_on(2)
+        second.pass_on(1)
+        draws.give_back()
+        after = torch.Generator().manual_seed(1)
+        torch.zeros(2, 2, 7).uniform_(generator=after)
+        assert torch.equal(generator.get_state(), after.get_state())
+        want = drawn(1, 2, 3)
+        assert torch.equal(second.numbers(1, LIKE), want[1, 1])
+        assert torch.equal(first.numbers(2, LIKE), want[2, 0])
+
     def test_a_lane_goes_on_with_the_next_row(self) -> None:
         draws = Draws(torch.Generator().manual_seed(1))
         lane = draws.enter(0)

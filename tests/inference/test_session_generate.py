@@ -147,6 +147,51 @@ class TestOneForAll:
             m(ids).backward()
 
 
+class TestAskedAgain:
+    """Numbers that ask for the same again are not checked again, but nothing else is taken so."""
+
+    def test_gives_what_one_call_gives(self, m: MBLM) -> None:
+        one, other = m.session().feed(PROMPTS[0]), m.session().feed(PROMPTS[0])
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            parts = [one.generate(2, **WISHES) for _ in range(3)]
+            torch.manual_seed(3)
+            assert torch.equal(torch.cat(parts, 1), other.generate(6, **WISHES))
+
+    def test_each_result_is_the_callers_own(self, m: MBLM) -> None:
+        session = m.session()
+        first = session.generate(2)
+        copy = first.clone()
+        session.generate(2)
+        assert torch.equal(first, copy)
+        assert not first.is_inference()
+
+    def test_equal_is_not_the_same(self, m: MBLM) -> None:
+        session = m.session()
+        session.generate(1)
+        with pytest.raises(TypeError, match="num_tokens: expected an integer, got True"):
+            session.generate(True)
+        with pytest.raises(TypeError, match=r"num_tokens: expected an integer, got 1\.0"):
+            session.generate(1.0)  # type: ignore[arg-type]
+
+    def test_what_may_change_is_looked_at_again(self, m: MBLM) -> None:
+        session, stop, cold = m.session(), [b"\x01"], torch.tensor(1.0)
+        session.generate(1, stop=stop, temperature=cold)  # type: ignore[arg-type]
+        stop.append(b"")
+        with pytest.raises(ValueError, match="stop: expected byte strings or texts, none empty"):
+            session.generate(1, stop=stop)
+        cold.fill_(-1)
+        with pytest.raises(ValueError, match="temperature: expected a finite number >= 0"):
+            session.generate(1, temperature=cold)  # type: ignore[arg-type]
+
+    def test_a_context_ends_all_the_same(self) -> None:
+        session = model(transformer(), seq_lens=[3]).session()
+        for _ in range(3):
+            session.generate(1)
+        with pytest.raises(ValueError, match="exceed the context of 3 bytes"):
+            session.generate(1)
+
+
 class TestErrors:
     def test_of_a_processor_have_what_was_generated(self, m: MBLM) -> None:
         def fails(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
