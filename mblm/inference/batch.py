@@ -42,18 +42,23 @@ def generate_batch(
     for name, function in (("on_bytes", on_bytes), ("on_result", on_result)):
         if not (function is None or callable(function)):
             raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
-    wishes = Wishes(prompts, seeds, arguments)
-    wishes.check(model)
-    cache = cache_for(model, weights)
-    bar = tqdm(total=wishes.number, unit=" prompts", leave=False, disable=not enable_progress)
+    try:
+        wishes = Wishes(prompts, seeds, arguments)
+        wishes.check(model)
+        cache = cache_for(model, weights)
+        bar = tqdm(total=wishes.number, unit=" prompts", leave=False, disable=not enable_progress)
 
-    def note(index: int, result: Generation) -> None:
-        bar.update()
-        if on_result is not None:
-            on_result(index, result)
+        def note(index: int, result: Generation) -> None:
+            bar.update()
+            if on_result is not None:
+                on_result(index, result)
 
-    with bar:
-        return Batch(model, cache, iter(wishes), max_rows, on_bytes, note).run()
+        with bar:
+            return Batch(model, cache, iter(wishes), max_rows, on_bytes, note).run()
+    except BaseException as error:
+        if not hasattr(error, "generations"):  # it comes before anything has run
+            error.generations = []  # type: ignore[attr-defined]
+        raise
 
 
 @dataclass(eq=False)

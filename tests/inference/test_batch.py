@@ -613,6 +613,15 @@ def test_bad_input_is_refused_before_anything_runs(
         together(m, prompts, **wishes)
 
 
+def test_an_interrupt_before_anything_runs_has_no_results(m: MBLM) -> None:
+    with (
+        patch.object(batch, "cache_for", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt) as caught,
+    ):
+        together(m, [b"\1"])
+    assert caught.value.generations == []
+
+
 def test_a_bad_prompt_of_an_iterator_harms_no_other(m: MBLM) -> None:
     with pytest.raises(ValueError, match=r"prompts\[1\]: prompt: .*19") as caught:
         together(m, iter([b"\1", [19], b"\2"]), max_bytes=4, max_rows=1, seeds=0)
