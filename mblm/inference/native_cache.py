@@ -27,9 +27,9 @@ from mblm.ops.packing import is_on_gpu
 from mblm.utils.checks import check_integer, check_token_ids
 
 # The engine takes in up to so many positions of a stage at a time. Beyond that, PyTorch's products
-# are faster: from 20 to 60 positions on, as stage, width and type of weights have it
-# (benchmarks/feed.py).
-NATIVE_POSITIONS = 24
+# are faster: from 60 to 130 positions on, as stage and type of weights have it, later in narrow
+# models (benchmarks/feed.py).
+NATIVE_POSITIONS = 64
 
 # What the engine reads of objects that never change, or that it takes over.
 _automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()

@@ -96,10 +96,10 @@ def test_sequences_fed_together_have_the_bits_of_each_alone(lengths: tuple[int, 
 def test_pieces_of_any_length_give_the_logits_of_the_forward_pass(stage: str) -> None:
     """Long ones are PyTorch's, short ones those of compiled code."""
     torch.manual_seed(0)
-    m = wide(stage, seq_lens=[60])
-    ids = torch.randint(0, 66, (1, 58))
+    m = wide(stage, seq_lens=[130])
+    ids = torch.randint(0, 66, (1, 129))
     expected = m(ids, return_type=MBLMReturnType.LOGITS)[:, -1]
-    for piece in (1, 24, 25, 58):
+    for piece in (1, 64, 65, 66, 129):
         session = Session(m)
         for part in ids.split(piece, dim=1):
             session.feed(part)
