@@ -107,7 +107,7 @@ class Scorer:
             new = begin + len(ids) - at
             if new <= 0:
                 return
-            ids = ids[-self._length :]
+            ids = ids[max(len(ids) - self._length, 0) :]
             yield Piece(ids, len(ids) - new, text=text, start=at - scored)
             at += new
 
