@@ -26,6 +26,15 @@ struct Automaton {
     const int32_t after = next[state * classes + of_class];
     return after >= 0 && (distance[state] > left || distance[after] <= left - 1);
   }
+  // The same of every token.
+  void mark_allowed(int32_t state, int64_t left, uint8_t* allowed) const {
+    const int32_t* const after = next.data() + state * classes;
+    const bool is_bound = distance[state] <= left;
+    for (size_t token = 0; token < class_of.size(); ++token) {
+      const int32_t to = after[class_of[token]];
+      allowed[token] = to >= 0 && (!is_bound || distance[to] < left);
+    }
+  }
   // Whether it accepts, and nothing may follow.
   bool is_complete(int32_t state) const {
     return accepts(state) && !allows_any(state, std::numeric_limits<int32_t>::max());

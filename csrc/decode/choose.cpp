@@ -1,18 +1,22 @@
 // Filters, noise and automata of a row's next byte: see choose.h.
 #include "decode/choose.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace mblm::decode {
 
 int64_t Chooser::choose(const Plan& plan, const float* logits, const float* numbers,
                         const bool* mask) {
-  const uint8_t* allowed = nullptr;
+  uint8_t* allowed = nullptr;
   if (plan.allow || mask) {
-    for (int64_t i = 0; i < num_tokens_; ++i) {
-      allowed_[i] = (!mask || mask[i]) && allows(plan, i);
-    }
     allowed = allowed_.data();
+    if (plan.allow) {
+      plan.allow->mark_allowed(plan.allow_state, plan.left(), allowed);
+    } else {
+      std::fill_n(allowed, num_tokens_, uint8_t(1));
+    }
+    for (int64_t i = 0; mask && i < num_tokens_; ++i) allowed[i] &= uint8_t(mask[i]);
   }
   return cpu::sample(plan.sampling, logits, allowed, numbers, num_tokens_, memory_);
 }

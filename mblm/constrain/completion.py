@@ -44,10 +44,10 @@ def completion(matcher: "LLMatcher", limit: int, num_tokens: int, max_tries: int
         matcher: What was read so far.
         limit: How many there may be.
         num_tokens: V; only its bytes come.
-        max_tries: How many bytes are tried for each distance.
+        max_tries: How many bytes are tried at most.
     """
     for reach in _REACHES:
-        found = _within(matcher, min(reach, limit), num_tokens, max_tries)
+        found = _within(matcher, min(reach, limit), num_tokens, max_tries // len(_REACHES))
         if found is not None or reach >= limit:
             return found
     return None

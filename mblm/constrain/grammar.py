@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
 _MARGIN = 32
 # How many bytes to try for an end: before anything runs, now and then, and for each byte near it.
-_FIRST_TRIES, _TRIES, _TRIES_EACH = 10000, 2000, 200
+_FIRST_TRIES, _TRIES, _TRIES_EACH = 40_000, 4000, 400
 # How many ends that were found for other bytes are tried before one is looked for.
 _OTHERS = 8
 
@@ -121,9 +121,10 @@ class _RowGuide:
         tokens = may_follow(self._matcher, self._num_tokens)
         if left <= self._look_at:
             tokens = self._that_can_end(tokens, left)
-        allowed = torch.zeros(self._num_tokens, dtype=torch.bool, device="cpu")
-        allowed[tokens] = True
-        return allowed
+        marks = bytearray(self._num_tokens)
+        for token in tokens:
+            marks[token] = True
+        return torch.frombuffer(marks, dtype=torch.bool)
 
     def take(self, token: int) -> None:
         if token >= END or not self._matcher.consume_token(token):
