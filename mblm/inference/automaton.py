@@ -105,6 +105,19 @@ class Automaton:
         table = torch.tensor(rows, dtype=torch.int32, device="cpu")
         return cls(classes, table, torch.tensor(accepting, device="cpu"))
 
+    def ending_by(self, token: int) -> "Automaton":
+        """The same, but a token that may not come otherwise ends it: where it accepts and may go
+        on."""
+        states, num_classes = self.next.shape
+        classes = self.classes.clone()
+        classes[token] = num_classes
+        goes_on = (self.next[:, self.classes.unique().long()] >= 0).any(1)
+        ends = torch.where(goes_on & (self.distance == 0), states, -1)
+        table = torch.full((states + 1, num_classes + 1), -1, device="cpu")
+        table[:-1, :-1], table[:-1, -1] = self.next, ends
+        accepting = torch.cat((self.distance == 0, torch.ones(1, dtype=torch.bool, device="cpu")))
+        return Automaton(classes, table, accepting, self.start)
+
     def step(self, state: int, token: int) -> int:
         """The state after a token; -1 if it is forbidden, or if ``state`` is -1."""
         return -1 if state < 0 else int(self.next[state, self.classes[token]])

@@ -38,3 +38,29 @@ class Constraint(Protocol):
             ValueError: Nothing satisfies it.
         """
         ...
+
+
+class EndingGuide:
+    """A guide that a token ends which may not come otherwise: where it accepts and may go on."""
+
+    def __init__(self, guide: Guide, token: int) -> None:
+        self._guide, self._token = guide, token
+        self._is_over = False
+
+    def allowed(self, left: int) -> Tensor:
+        allowed = self._guide.allowed(left)
+        if bool(allowed.any()) and self._guide.accepts():
+            allowed = allowed.clone()
+            allowed[self._token] = True
+        return allowed
+
+    def take(self, token: int) -> None:
+        self._is_over = token == self._token
+        if not self._is_over:
+            self._guide.take(token)
+
+    def is_complete(self) -> bool:
+        return self._is_over or self._guide.is_complete()
+
+    def accepts(self) -> bool:
+        return self._guide.accepts()

@@ -13,7 +13,7 @@ from mblm import MBLM, constrain
 from mblm.constrain import AllowedBytes, Grammar, JsonSchema, Prefix, Regex, Utf8
 from mblm.inference.continuation import Continuation, Course
 from mblm.inference.request import request
-from tests.inference.caches import MakeCache, on_every_engine
+from tests.inference.caches import ENGINES, MakeCache, on_every_engine
 from tests.models import model, transformer
 
 SAMPLED = {"temperature": 1.5, "filter_thres": 0.0}
@@ -182,6 +182,23 @@ def test_bytes_of_a_guide_equal_those_of_the_automaton(m: MBLM) -> None:
         wishes = {"num_tokens_to_generate": 9, "seed": seed, "enable_progress": False, **SAMPLED}
         by_guide = m.generate(b"", constraint=grammar, **wishes)
         assert torch.equal(by_guide, m.generate(b"", constraint=regex, **wishes))
+
+
+@pytest.mark.parametrize("kind", ["automaton", "guide"])
+def test_an_end_that_is_no_byte_comes_where_the_constraint_accepts(m: MBLM, kind: str) -> None:
+    if kind == "guide":
+        pytest.importorskip("llguidance")
+    constraint = Grammar("start: /(ab)*/") if kind == "guide" else Regex(rb"(ab)*")
+    lengths = set()
+    for seed in range(30):
+        wishes = {"max_bytes": 8, "end_token_id": 257, "seed": seed, **SAMPLED}
+        (course,) = courses(m, ENGINES["torch"], [{"constraint": constraint, **wishes}])
+        ids = course.ids().tolist()
+        lengths.add(len(ids))
+        assert course.is_matched()
+        assert (course.reason == "stop") == (257 in ids)
+        assert re.fullmatch(b"(ab)*", bytes(ids[:-1] if 257 in ids else ids))
+    assert {1, 3, 5} <= lengths, "at the beginning, too"
 
 
 def test_constraints_are_found_in_the_package() -> None:

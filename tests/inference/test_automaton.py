@@ -109,6 +109,27 @@ class TestAllowed:
         assert self.pairs.step(-1, 0) == -1 and not self.pairs.accepts(-1)
 
 
+class TestEnd:
+    # Even numbers of a, then one b at most: 0 -a-> 1 -a-> 0 -b-> 2. No token 2, 3.
+    evens = Automaton(
+        torch.tensor([0, 1, 2, 2]),
+        table([[1, 2, -1], [0, -1, -1], [-1] * 3]),
+        accepting(0, 2, of=3),
+    )
+
+    def test_comes_where_it_accepts_and_may_go_on(self) -> None:
+        ended = self.evens.ending_by(3)
+        assert ended.allowed(0, 9).tolist() == [True, True, False, True]
+        assert ended.allowed(1, 9).tolist() == [True, False, False, False]
+        assert ended.is_complete(2), "complete as before"
+        assert ended.distance[:3].tolist() == self.evens.distance.tolist()
+
+    def test_is_accepted_and_nothing_follows(self) -> None:
+        ended = self.evens.ending_by(3)
+        assert ended.is_complete(ended.step(0, 3))
+        assert read(ended, [0, 0, 3]) == [False, True, True]
+
+
 FITS = {
     "classes": torch.zeros(4, dtype=torch.int16),
     "next": torch.zeros(2, 1, dtype=torch.uint8),
