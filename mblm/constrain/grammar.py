@@ -74,13 +74,17 @@ class JsonSchema(_Guided):
         if max_spaces < 0:
             raise ValueError(f"max_spaces: expected a number >= 0, got {max_spaces}")
         try:
-            text = json.dumps(dict(schema))
-        except (TypeError, ValueError) as error:
+            text = json.dumps(dict(schema), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"schema: no JSON: {error}") from error
         options: JsonCompileOptions = {"whitespace_flexible": max_spaces > 0}
         if max_spaces:
             options["whitespace_pattern"] = rf"[ \t\r\n]{{0,{max_spaces}}}"
-        super().__init__(_matcher().grammar_from_json_schema(text, overrides=options))
+        try:
+            grammar = _matcher().grammar_from_json_schema(text, overrides=options)
+        except ValueError as error:
+            raise ValueError(f"schema: {error}") from error
+        super().__init__(grammar)
 
 
 class Grammar(_Guided):

@@ -11,6 +11,7 @@ from mblm.constrain.characters import END, Edge, _constants, _parser, character_
 
 MAX_STATES = 100_000
 
+_ALPHABETS = re.ASCII | re.LOCALE | re.UNICODE
 _CHARACTERS = {"LITERAL", "NOT_LITERAL", "IN", "ANY"}
 _REPEATS = {"MAX_REPEAT", "MIN_REPEAT"}
 _BEGINS = {"AT_BEGINNING", "AT_BEGINNING_STRING"}
@@ -47,8 +48,9 @@ class Nfa:
         self.edges: list[list[Edge]] = []
         self.free: list[list[int]] = []
         self._is_text = isinstance(pattern.pattern, str)
-        parsed: Any = _parser.parse(pattern.pattern, pattern.flags)
-        self.end = self._sequence(parsed, pattern.flags, self._state(), True, True)
+        flags = pattern.flags & ~re.DEBUG  # which prints
+        parsed: Any = _parser.parse(pattern.pattern, flags)
+        self.end = self._sequence(parsed, flags, self._state(), True, True)
 
     def _state(self) -> int:
         if len(self.edges) >= MAX_STATES:
@@ -78,6 +80,8 @@ class Nfa:
             return self._character((getattr(_constants, op), value), flags, begin)
         if op == "SUBPATTERN":
             _, added, removed, items = value
+            if added & _ALPHABETS:  # of which one holds
+                flags &= ~_ALPHABETS
             return self._sequence(items, (flags | added) & ~removed, begin, is_first, is_last)
         if op == "BRANCH":
             ends = [

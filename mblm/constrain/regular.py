@@ -57,7 +57,7 @@ class Regex(Regular):
         return _automaton(self.pattern, check_integer("num_tokens", num_tokens))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.pattern.pattern!r})"
+        return f"Regex({self.pattern.pattern!r})"
 
 
 class Utf8(Regex):
@@ -65,6 +65,9 @@ class Utf8(Regex):
 
     def __init__(self) -> None:
         super().__init__("(?s:.*)")
+
+    def __repr__(self) -> str:
+        return "Utf8()"
 
 
 class Prefix(Regex):
@@ -81,6 +84,10 @@ class Prefix(Regex):
         if not isinstance(prefix, bytes):
             raise TypeError(f"prefix: expected bytes, got {prefix!r}")
         super().__init__(re.escape(prefix) + rb"(?s:.*)")
+        self._prefix = prefix
+
+    def __repr__(self) -> str:
+        return f"Prefix({self._prefix!r})"
 
 
 class AllowedBytes(Regex):
@@ -100,6 +107,10 @@ class AllowedBytes(Regex):
         if not values or not all(0 <= value < 256 for value in values):
             raise ValueError(f"allowed: expected integers in [0, 256), got {values}")
         super().__init__(b"[" + b"".join(b"\\x%02x" % value for value in values) + b"]*")
+        self._allowed = bytes(sorted(set(values)))
+
+    def __repr__(self) -> str:
+        return f"AllowedBytes({self._allowed!r})"
 
 
 class _Both(Regular):
@@ -120,7 +131,7 @@ def _nfa(pattern: re.Pattern[Any]) -> Nfa:
 
 @lru_cache(maxsize=64)
 def _automaton(pattern: re.Pattern[Any], num_tokens: int) -> Automaton:
-    return _satisfiable(determinize(_nfa(pattern), num_tokens), repr(pattern.pattern))
+    return _satisfiable(determinize(_nfa(pattern), num_tokens), f"{pattern.pattern!r}")
 
 
 @lru_cache(maxsize=64)

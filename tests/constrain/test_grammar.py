@@ -159,6 +159,22 @@ def test_a_grammar_is_read_once() -> None:
     assert _start.cache_info().misses == 2  # for all bytes, which checks it, and for the model
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def test_keys_and_texts_of_any_characters() -> None:
+    """However JSON writes them in the schema."""
+    key = 'größe "x" \\ \U0001f600'
+    form = {"properties": {key: {"enum": ["\u00e9"]}}, "required": [key]}
+    schema = JsonSchema({"type": "object", "additionalProperties": False, **form})
+    string, state = walk(schema, 60, 1)
+    assert state.accepts() and json.loads(string) == {key: "é"}
+
+
 IMPOSSIBLE: list[Any] = [
     {"type": "integer", "minimum": 5, "maximum": 3},
     {"allOf": [{"type": "string"}, {"type": "integer"}]},
@@ -187,6 +203,9 @@ def test_a_schema_that_nothing_satisfies_is_refused(schema: Any) -> None:
         (lambda: JsonSchema({"pattern": "a(?=b)"}), ValueError, "constraint: .*"),
         (lambda: JsonSchema("{"), ValueError, "schema: no JSON: Expecting property name"),
         (lambda: JsonSchema({"enum": [{1}]}), ValueError, "schema: no JSON: .* not JSON serial"),
+        (lambda: JsonSchema({"enum": [float("nan")]}), ValueError, "schema: no JSON: "),
+        (lambda: JsonSchema(nested(200)), ValueError, "schema: recursion limit exceeded"),
+        (lambda: JsonSchema(nested(5000)), ValueError, "schema: no JSON: maximum recursion"),
         (lambda: JsonSchema("[]"), TypeError, r"schema: expected a dict or a JSON text, got \[\]"),
         (lambda: JsonSchema(3), TypeError, "schema: expected a dict or a JSON text, got 3"),
         (lambda: JsonSchema({}, -1), ValueError, "max_spaces: expected a number >= 0, got -1"),

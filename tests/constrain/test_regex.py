@@ -132,6 +132,12 @@ def test_a_compiled_pattern_keeps_its_flags() -> None:
     assert reads(automaton, b"A\n") and not reads(automaton, b"A \n")
 
 
+def test_flags_hold_where_they_are_set() -> None:
+    automaton = Regex(r"\w(?a:\w)(?i:k)\w").compile(256)
+    for text in ["éak\u212aé", "ééké", "éaKé", "éa\u212aé", "éakE"]:
+        assert reads(automaton, text.encode()) == matches(r"\w(?a:\w)(?i:k)\w", text.encode())
+
+
 @pytest.mark.parametrize(
     "pattern", [rb"^ab$", rb"\Aab\Z", rb"^^ab$$", rb"(^a|^a)(b$|c)", rb"(?m)^ab$"]
 )

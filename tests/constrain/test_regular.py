@@ -112,3 +112,8 @@ def test_a_prefix_of_every_byte() -> None:
     automaton = Prefix(every).compile(256)
     assert reads(automaton, every) and not reads(automaton, every[:-1])
     assert torch.equal(automaton.classes.unique(), automaton.classes.sort().values)
+
+
+def test_constraints_show_what_they_are() -> None:
+    shown = repr(Utf8() & Prefix(b"a") & AllowedBytes(b"ba") & Regex("a+"))
+    assert shown == "Utf8() & Prefix(b'a') & AllowedBytes(b'ab') & Regex('a+')"
