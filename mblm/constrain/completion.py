@@ -7,11 +7,15 @@ first; what is found is checked by llguidance itself, and need not be the shorte
 import heapq
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+# A byte and the matcher after it.
+_Step = tuple[int, Any]
 
 # llguidance's own token for the end; those before it are the bytes.
 END = 256
@@ -56,49 +60,64 @@ def completion(matcher: "LLMatcher", limit: int, num_tokens: int, max_tries: int
 def _within(matcher: "LLMatcher", limit: int, num_tokens: int, max_tries: int) -> bytes | None:
     """The best guess at each byte first, then strings that differ from it at one, at two, ...:
     limited discrepancy search (Harvey and Ginsberg 1995, IJCAI). What is found is shortened."""
+    if matcher.is_accepting():
+        return b""
     best = None
-    # Differences, where the last one is, and the longest first.
-    paths: list[tuple[int, int, int, int, bytes, LLMatcher]] = [
-        (0, 0, 0, 0, b"", matcher.deep_copy())
+    # Strings and how to go on from them, by differences, where the last one is, and the longest.
+    paths: list[tuple[int, int, int, int, bytes, Iterator[_Step | None]]] = [
+        (0, 0, 0, 0, b"", _steps(matcher, num_tokens))
     ]
     tried = 0
     while paths and tried < max_tries:
-        differences, turn, _, _, string, reached = heapq.heappop(paths)
-        if len(string) > limit:
+        differences, where, _, _, string, steps = heapq.heappop(paths)
+        if len(string) >= limit:
             continue
+        for step in steps:
+            tried += 1
+            if step is not None:
+                break
+        else:
+            continue
+        byte, reached = step
+        order = (differences + 1, len(string), -len(string), 2 * tried)
+        heapq.heappush(paths, (*order, string, steps))
+        string += bytes([byte])
         if reached.is_accepting():
             best, limit = string, len(string) - 1
-            max_tries = min(max_tries, 2 * tried)
-        elif len(string) < limit:
-            candidates = _few(may_follow(reached, num_tokens))
-            for rank, (byte, after) in enumerate(_choices(reached, candidates)):
-                where = len(string) if rank else turn
-                order = (differences + rank, where, -len(string), tried + rank)
-                heapq.heappush(paths, (*order, string + bytes([byte]), after))
-            tried += len(candidates)
+            max_tries = min(max_tries, 2 * tried + 100)
+        else:
+            order = (differences, where, -len(string), 2 * tried + 1)
+            heapq.heappush(paths, (*order, string, _steps(reached, num_tokens)))
     return best
 
 
-def _choices(matcher: "LLMatcher", candidates: list[int]) -> list[tuple[int, "LLMatcher"]]:
-    """The best guess first, and what it leads to.
+def _steps(matcher: "LLMatcher", num_tokens: int) -> Iterator[_Step | None]:
+    """Bytes that may come next and what they lead to, the best guess first.
 
-    Of what is alike, one byte stands for all after which the same may come; not of a few letters,
-    which may begin words.
+    Of what is alike, one byte stands for all after which the same may come, and None comes for the
+    others; not of a few letters, which may begin words.
     """
-    found: dict[tuple[bytes, int], tuple[int, LLMatcher]] = {}
+    candidates = _few(may_follow(matcher, num_tokens))
     now = matcher.compute_bitmask()
-    loops: list[tuple[int, LLMatcher]] = []
+    seen: set[tuple[bytes, int]] = set()
+    loop = None
     for byte in candidates:
         after = matcher.deep_copy()
         if not after.consume_token(byte):
             continue
         mask = after.compute_bitmask()
+        is_letter = len(candidates) <= _MANY and chr(byte).isalpha() and byte < 0x80
+        kind = (mask, byte if is_letter else 0)
         if mask == now:  # as within a string: it leads to no end
-            loops = loops or [(byte, after)]
+            loop = loop or (byte, after)
+            yield None
+        elif kind in seen:
+            yield None
         else:
-            is_letter = len(candidates) <= _MANY and chr(byte).isalpha() and byte < 0x80
-            found.setdefault((mask, byte if is_letter else 0), (byte, after))
-    return [*found.values(), *loops]
+            seen.add(kind)
+            yield byte, after
+    if loop:
+        yield loop
 
 
 def _few(candidates: list[int]) -> list[int]:

@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 # With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
-_MARGIN = 32
+_MARGIN = 512
 # How many bytes to try for an end: before anything runs, now and then, and for each byte near it.
-_FIRST_TRIES, _TRIES, _TRIES_EACH = 40_000, 4000, 400
+_FIRST_TRIES, _TRIES, _TRIES_EACH = 20_000, 4000, 1000
+# For so many bytes one is looked for at a time; others without do not come, and wait for the next.
+_SEARCHES = 10
+# Per byte what completes it after that; or with how few bytes left none was found.
+_Ways = dict[int, bytes | int]
+_MAX_WAYS = 1000
 # How many ends that were found for other bytes are tried before one is looked for.
 _OTHERS = 8
 
@@ -42,8 +47,8 @@ class _Guided:
         Raises:
             ValueError: No byte may begin what satisfies it.
         """
-        matcher, end = _start(self._grammar, check_integer("num_tokens", num_tokens))
-        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens)
+        matcher, end, ways = _start(self._grammar, check_integer("num_tokens", num_tokens))
+        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens, ways)
 
 
 class JsonSchema(_Guided):
@@ -111,15 +116,23 @@ class _RowGuide:
         matcher: At the row's beginning; its own.
         end: Bytes that complete it; None if not found.
         num_tokens: V.
+        ways: Ends after bytes: where these may come and those complete it. Found once for all rows,
+            and checked when they are used.
     """
 
-    def __init__(self, matcher: "LLMatcher", end: bytes | None, num_tokens: int) -> None:
+    def __init__(
+        self,
+        matcher: "LLMatcher",
+        end: bytes | None,
+        num_tokens: int,
+        ways: dict[tuple[bytes, bytes], _Ways],
+    ) -> None:
         self._matcher, self._end, self._num_tokens = matcher, end, num_tokens
         self._look_at = sys.maxsize  # with so many bytes left or fewer
         # What completes it after each token that may come, since the end is near.
         self._end_by_token: dict[int, bytes] = {}
-        # The same where this may come and that completes it: found once, checked when it is used.
-        self._ways: dict[tuple[bytes, bytes], dict[int, bytes]] = {}
+        self._ways = ways
+        self._searches = 0
 
     def allowed(self, left: int) -> Tensor:
         tokens = may_follow(self._matcher, self._num_tokens)
@@ -157,32 +170,39 @@ class _RowGuide:
             # An end is a byte nearer with each byte, and may go as far away.
             self._look_at = left - spare // 2 - 1
             return tokens
+        if len(self._ways) > _MAX_WAYS:
+            self._ways.clear()
         ways = self._ways.setdefault((self._matcher.compute_bitmask(), self._end), {})
         vain: set[bytes] = set()
+        self._searches = 0
         for token in tokens:
             end = ways.get(token)
-            if end is None or len(end) >= left:
-                end = self._end_after(token, left - 1, ways, vain)
-            if end is not None:
-                ways[token] = self._end_by_token[token] = end
+            if end is None or (len(end) >= left if isinstance(end, bytes) else end < left):
+                found = self._end_after(token, left - 1, ways, vain)
+                end = left if found is None else found
+                if found is not None or self._searches < _SEARCHES:
+                    ways[token] = end
+            if isinstance(end, bytes):
+                self._end_by_token[token] = end
         return list(self._end_by_token)
 
-    def _end_after(
-        self, token: int, limit: int, ways: dict[int, bytes], vain: set[bytes]
-    ) -> bytes | None:
+    def _end_after(self, token: int, limit: int, ways: _Ways, vain: set[bytes]) -> bytes | None:
         """Bytes that complete it after a token, at most ``limit``; None if they are not found.
 
-        ``ways``: what other tokens lead to; ``vain``: which bytes may follow where none were found.
+        ``vain`` are the masks after which none were found.
         """
         assert self._end is not None
         byte = bytes([token])
-        others = dict.fromkeys(ways.values())
+        others = dict.fromkeys(end for end in ways.values() if isinstance(end, bytes))
         for end in (self._end[1:], self._end, *list(others)[-_OTHERS:]):
             if len(end) <= limit and completes(self._matcher, byte, end):
                 return end
         after = self._matcher.deep_copy()
-        if not after.consume_token(token) or after.compute_bitmask() in vain:
+        if self._searches == _SEARCHES or not after.consume_token(token):
             return None
+        if after.compute_bitmask() in vain:
+            return None
+        self._searches += 1
         found = completion(after, limit, self._num_tokens, _TRIES_EACH)
         if found is None:
             vain.add(after.compute_bitmask())
@@ -217,8 +237,8 @@ def _tokenizer() -> "LLTokenizer":
 
 
 @lru_cache(maxsize=64)
-def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None]":
-    """A matcher at a grammar's beginning, and bytes that complete it, if they are found."""
+def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None, dict[Any, _Ways]]":
+    """A matcher at a grammar's beginning, bytes that complete it if they are found, and no ways."""
     matcher_type = _matcher()
     matcher = matcher_type(_tokenizer(), grammar, log_level=0)
     if matcher.is_error():
@@ -232,7 +252,7 @@ def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None]":
         trials = [matcher.deep_copy() for _ in may_follow(matcher, num_tokens)]
         if not any(map(matcher_type.consume_token, trials, may_follow(matcher, num_tokens))):
             raise ValueError(f"constraint: {_first_line(trials[0])}")
-    return matcher, end
+    return matcher, end, {}
 
 
 def _first_line(matcher: "LLMatcher") -> str:

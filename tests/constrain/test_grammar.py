@@ -121,6 +121,19 @@ def test_what_is_nested_ends_in_time() -> None:
     assert string == b"(" * 49 + b"x" + b")" * 49, "no deeper than can be closed"
 
 
+def test_what_takes_many_bytes_is_begun_only_where_they_are_left() -> None:
+    """One byte, the brace that opens an item, takes the end 50 bytes further away."""
+    properties = {name: {"type": "string"} for name in ("first", "second", "third", "fourth")}
+    item = {"type": "object", "properties": properties, "required": list(properties)}
+    schema = JsonSchema({"type": "array", "items": item}, max_spaces=0)
+    assert allowed(guide(schema), 60) == b"["
+    assert allowed(follow(schema, b"["), 60) == b"]{"
+    assert allowed(follow(schema, b"["), 40) == b"]"
+    for seed in range(5):
+        string, state = walk(schema, 150, seed)
+        assert state.accepts(), string
+
+
 def test_with_too_few_bytes_it_goes_on_unfinished() -> None:
     string, state = walk(JsonSchema(PERSON), 20, 0)
     assert len(string) == 20 and not state.accepts()
