@@ -310,7 +310,10 @@ void bind_cache(py::module_& module) {
            })
       .def("begin",
            [](Cache& cache, const py::sequence& rows, const std::vector<Wishes>& plans) {
-             call(cache, rows, [&](const Lease& held, Host&) { cache.begin(held, plans); });
+             return call(cache, rows, [&](const Lease& held, Host&) {
+               cache.begin(held, plans);
+               return cache.lengths(held);
+             });
            })
       .def(
           "run",

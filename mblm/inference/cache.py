@@ -86,8 +86,8 @@ class Cache(Protocol):
         """
         ...
 
-    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
-        """Give rows plans, in place of those they had.
+    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
+        """Give rows plans, in place of those they had; returns how many bytes rows have.
 
         Raises:
             ValueError: A plan does not fit the model or its device, has an ``allow`` that never

@@ -146,8 +146,8 @@ class Continuation:
 
     def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
         """Have rows go on that have taken in their prompts."""
-        courses = list(map(Course, requests, self._cache.lengths(rows)))
-        self._cache.begin(rows, [request.plan for request in requests])
+        lengths = self._cache.begin(rows, [request.plan for request in requests])
+        courses = list(map(Course, requests, lengths))
         for request in requests:
             self._pauses |= request.plan.pause
         self._courses.update(zip(rows, courses, strict=True))

@@ -116,12 +116,14 @@ class NativeCache:
 
     # -- Plans -------------------------------------------------------------------------------------
 
-    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
+    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
         """See `Cache.begin`."""
         check_count("plans", plans, rows)
         for index, plan in enumerate(plans):
             check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._device)
-        self._engine.begin(rows, [_plans.get(plan) or self._native_plan(plan) for plan in plans])
+        made = [_plans.get(plan) or self._native_plan(plan) for plan in plans]
+        lengths: list[int] = self._engine.begin(rows, made)
+        return lengths
 
     def _native_plan(self, plan: Plan) -> Any:
         library = _native.library()

@@ -164,7 +164,7 @@ class TorchCache:
 
     # -- Plans -------------------------------------------------------------------------------------
 
-    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> None:
+    def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
         """See `Cache.begin`."""
         with (call := Lock()):
             slots = self._slots.take(rows, call)
@@ -184,6 +184,7 @@ class TorchCache:
             _assign(slots, map(_Now, [slot.now.bytes for slot in slots], begun))
             for progress in before:
                 _leave(progress)
+            return [slot.now.bytes.length for slot in slots]
 
     @torch.inference_mode()
     def run(
