@@ -125,9 +125,9 @@ std::shared_ptr<Automaton> automaton(const Tensor& classes, const Tensor& next,
 
 Wishes plan(int64_t max_tokens, double temperature, int64_t top_k, double top_p, double min_p,
             std::shared_ptr<GeneratorDraws> draws, int64_t lane, std::shared_ptr<Automaton> allow,
-            std::shared_ptr<Automaton> stop, bool log_probs, bool pause) {
+            std::shared_ptr<Automaton> stop, bool log_probs, bool pause, int64_t draft) {
   return {max_tokens, temperature,      top_k,           top_p,     min_p, std::move(draws),
-          lane,       std::move(allow), std::move(stop), log_probs, pause};
+          lane,       std::move(allow), std::move(stop), log_probs, pause, draft};
 }
 
 // An object of Python's among what is destroyed without the GIL.
@@ -251,6 +251,20 @@ std::vector<py::tuple> tuples_of(std::vector<Ran> all) {
   return tuples;
 }
 
+// Bytes that come one piece after the other, and what a row of them would propose.
+struct Proposals {
+  Pool pool{Bytes::kPage};
+  Bytes bytes;
+  Proposer proposer;
+};
+
+void follow(Proposals& of, const std::vector<int32_t>& ids) {
+  of.bytes.reserve(of.pool, int64_t(ids.size()));
+  of.proposer.reserve(of.bytes, of.bytes.size() + int64_t(ids.size()));
+  for (const int32_t id : ids) of.bytes.push_back(id);
+  of.proposer.follow(of.bytes);
+}
+
 void bind_cache(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
 
@@ -262,10 +276,18 @@ void bind_cache(py::module_& module) {
       .def(py::init<std::optional<at::Generator>, int64_t, int64_t, at::Device>(),
            py::arg("generator"), py::arg("lanes"), py::arg("num_tokens"), py::arg("device"));
 
+  py::class_<Proposals>(module, "Proposer", "The engine's, for tests.")
+      .def(py::init<>())
+      .def("follow", &follow)
+      .def("propose", [](Proposals& of, int64_t most, double price) {
+        const auto proposed = of.proposer.propose(of.bytes, most, price);
+        return std::vector<int64_t>(proposed.begin(), proposed.end());
+      });
+
   py::class_<Wishes>(module, "Plan")
       .def(py::init(&plan), py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
            py::arg("top_p"), py::arg("min_p"), py::arg("draws"), py::arg("lane"), py::arg("allow"),
-           py::arg("stop"), py::arg("log_probs"), py::arg("pause"));
+           py::arg("stop"), py::arg("log_probs"), py::arg("pause"), py::arg("draft"));
 
   py::class_<SavedState>(module, "State")
       .def(py::init(&saved_state), py::arg("length"), py::arg("taken"), py::arg("tensors"),

@@ -20,7 +20,7 @@ void check_one(const Lease& rows) {
 
 void append_ids(Row& row, const Tensor& ids) {
   const int64_t* data = ids.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < ids.size(0); ++i) row.tail.push_back(int32_t(data[i * ids.stride(0)]));
+  for (int64_t i = 0; i < ids.size(0); ++i) row.bytes.push_back(int32_t(data[i * ids.stride(0)]));
   row.length += ids.size(0);
 }
 
@@ -170,7 +170,7 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
   } catch (...) {  // there is no memory, and no thread has begun
     for (int64_t i = 0; i < rows.size(); ++i) {
       rows[i].length -= ids[i].size(0);
-      rows[i].tail.resize(rows[i].tail.size() - ids[i].size(0));
+      rows[i].bytes.shorten(ids[i].size(0));
     }
     throw;
   }
@@ -183,7 +183,7 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
 void Cache::append(const Lease& rows, const std::vector<Tensor>& ids) {
   check_fed(rows, ids);
   for (int64_t i = 0; i < rows.size(); ++i) {
-    rows[i].tail.reserve(rows[i].tail.size() + ids[i].size(0));
+    rows[i].bytes.reserve(memory_.bytes(), ids[i].size(0));
   }
   for (int64_t i = 0; i < rows.size(); ++i) append_ids(rows[i], ids[i]);
 }

@@ -29,6 +29,7 @@ struct Wishes {
   int64_t lane = 0;
   std::shared_ptr<const Automaton> allow, stop;
   bool wants_log_probs = false, pauses = false;
+  int64_t draft = 0;
 };
 
 // What a run did with a row.

@@ -60,6 +60,10 @@ void Cache::begin(const Lease& rows, std::vector<Wishes> plans) {
                       "allow: an automaton that never accepts");
     if (!serves(rows[i], wishes)) entries.push_back({wishes.draws, wishes.lane});
   }
+  std::vector<std::unique_ptr<Proposer>> proposers(rows.size());
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    if (plans[i].draft > 0 && !plans[i].pauses) proposers[i] = std::make_unique<Proposer>();
+  }
   GeneratorDraws::enter(entries);
   auto entered = entries.begin();
   for (int64_t i = 0; i < rows.size(); ++i) {
@@ -80,6 +84,9 @@ void Cache::begin(const Lease& rows, std::vector<Wishes> plans) {
     plan.stop_state = plan.stop ? plan.stop->start : 0;
     plan.wants_log_probs = wishes.wants_log_probs;
     plan.pauses = wishes.pauses;
+    plan.draft = wishes.draft;
+    const bool knows_bytes = proposers[i] && row.plan && row.plan->proposer;
+    plan.proposer = std::move(knows_bytes ? row.plan->proposer : proposers[i]);
     if (serves(row, wishes)) {
       plan.lane = std::move(row.plan->lane);
     } else {
@@ -205,7 +212,7 @@ void Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
       TORCH_CHECK_VALUE(chooser.leaves_any(*row.plan, logits_of(i), mask_of(i)), "rows[", i,
                         "]: nothing is left to choose from");
     }
-    row.tail.reserve(row.tail.size() + 1);
+    row.bytes.reserve(memory_.bytes(), 1);
     row.ids.reserve(1);
     row.log_probs.reserve(1);
   }

@@ -56,7 +56,7 @@ void append_chosen(Row& row, int64_t id, const float* logits, int64_t num_tokens
 void append_chosen(Row& row, int64_t id, float log_probability, bool is_drawn) {
   Plan& plan = *row.plan;
   ++row.length;
-  row.tail.push_back(int32_t(id));
+  row.bytes.push_back(int32_t(id));
   row.ids.push_back(id);
   if (plan.wants_log_probs) row.log_probs.push_back(log_probability);
   if (plan.allow) plan.allow_state = plan.allow->step(plan.allow_state, id);

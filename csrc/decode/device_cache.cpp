@@ -43,8 +43,8 @@ void DeviceCache::make_room(int64_t slots, int64_t bytes) {
   slots_.reserve(parts_, slots);
 }
 
-void DeviceCache::reserve(const Parts& parts, Row& row, int64_t to, bool) {
-  reserve_lists(parts.schedule, row, to - row.taken + 1);
+void DeviceCache::reserve(const Parts&, Row& row, int64_t to, bool) {
+  memory_.reserve_lists(row, to - row.taken + 1);
 }
 
 Cache::Advanced DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<Member>& members,
@@ -246,7 +246,7 @@ void DeviceCache::copy_state(const Row& from, Row& to) {
   if (from.taken > 0) slots_.copy(from.slot, to.slot);
   to.length = from.length;
   to.taken = from.taken;
-  to.tail = from.tail;
+  to.bytes = from.bytes;
   to.logits = from.logits;
 }
 
@@ -263,7 +263,7 @@ SavedState DeviceCache::state_so_far(const Lease& rows) {
   const Row& row = rows[0];
   make_room(row.slot + 1, row.length);
   SavedState state{row.length, row.taken, slots_.save(row.slot, row.taken)};
-  state.tensors.emplace("tail", save_tail(*parts_, row));
+  state.tensors.emplace("tail", save_tail(row));
   return state;
 }
 
@@ -273,7 +273,7 @@ void DeviceCache::set_state(const Lease& rows, const SavedState& state) {
   Row& row = rows[0];
   Row loaded = check_state(*hierarchy()->parts(0), memory_, state);
   make_room(row.slot + 1, state.length);
-  slots_.load(row.slot, loaded.taken, loaded.tail, loaded.length, state.tensors);
+  slots_.load(row.slot, loaded.taken, loaded.bytes, loaded.length, state.tensors);
   loaded.slot = row.slot;
   row = std::move(loaded);
 }

@@ -284,7 +284,7 @@ DeviceSlots::Tensors DeviceSlots::save(int64_t slot, int64_t taken) const {
   return tensors;
 }
 
-void DeviceSlots::load(int64_t slot, int64_t taken, std::span<const int32_t> tail, int64_t length,
+void DeviceSlots::load(int64_t slot, int64_t taken, const Bytes& bytes, int64_t length,
                        const Tensors& tensors) {
   const c10::DeviceGuard guard(device_);
   for (int64_t n = 0; taken > 0 && n < parts_->schedule.stages(); ++n) {
@@ -294,10 +294,10 @@ void DeviceSlots::load(int64_t slot, int64_t taken, std::span<const int32_t> tai
       if (found != tensors.end()) buffer.of(slot, positions).copy_(found->second);
     }
   }
-  const int64_t size = parts_->schedule.patch_size(0), first = length - int64_t(tail.size());
+  const int64_t size = parts_->schedule.patch_size(0), first = length - bytes.size();
   Tensor ring = make::zeros({size}, at::kLong);
   for (int64_t at = std::max(first, length - size); at < taken; ++at) {
-    ring.mutable_data_ptr<int64_t>()[at % size] = tail[at - first];
+    ring.mutable_data_ptr<int64_t>()[at % size] = bytes[at - first];
   }
   last_bytes_.select(0, slot).copy_(ring);
   launch(device_, cuda::wait_for);  // other threads may use another stream

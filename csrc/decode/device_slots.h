@@ -31,8 +31,8 @@ class DeviceSlots {
   // A row's state, as the named tensors of mblm/inference/cache.py's State, on the CPU.
   using Tensors = std::map<std::string, at::Tensor>;
   Tensors save(int64_t slot, int64_t taken) const;
-  // tail: the last bytes of `length`.
-  void load(int64_t slot, int64_t taken, std::span<const int32_t> tail, int64_t length,
+  // bytes: the last ones of `length`.
+  void load(int64_t slot, int64_t taken, const Bytes& bytes, int64_t length,
             const Tensors& tensors);
   void copy(int64_t from, int64_t to);
   void exchange(int64_t one, int64_t other);

@@ -130,14 +130,13 @@ void Memory::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
     if (!jumps && schedule.begin(n, from) < schedule.begin(n, to)) end = 1 + schedule.seq_len(n);
     own_pages(parts, n, stage, kept, begins ? 0 : kept, end);
   }
-  reserve_lists(schedule, row, room);
+  reserve_lists(row, room);
 }
 
-void reserve_lists(const Schedule& schedule, Row& row, int64_t room) {
-  const int64_t dropped = first_kept(schedule, row.taken) - (row.length - int64_t(row.tail.size()));
-  if (dropped > 0) row.tail.erase(row.tail.begin(), row.tail.begin() + dropped);
-  row.tail.reserve(row.tail.size() + room);
+void Memory::reserve_lists(Row& row, int64_t room) const {
+  row.bytes.reserve(*bytes_, room);
   if (!row.plan) return;
+  if (row.plan->proposer) row.plan->proposer->reserve(row.bytes, row.bytes.size() + room);
   row.ids.reserve(row.ids.size() + room);
   if (row.plan->wants_log_probs) row.log_probs.reserve(row.log_probs.size() + room);
 }

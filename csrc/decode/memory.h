@@ -54,6 +54,12 @@ class Memory {
   // Memory for a stage's state with so many positions, the start token counted.
   void allocate(const Parts& parts, int64_t n, StageState& stage, int64_t positions);
 
+  // Makes room for so many more bytes in a row's lists. Throws std::bad_alloc.
+  void reserve_lists(Row& row, int64_t room) const;
+
+  // What rows' bytes lie in.
+  Pool& bytes() const { return *bytes_; }
+
   // Copies keys and values of positions [begin, end), which lie in one page.
   void copy_positions(int64_t n, const float* from, float* to, int64_t begin, int64_t end) const;
 
@@ -64,14 +70,11 @@ class Memory {
 
   std::vector<StageLayout> layouts_;
   std::vector<std::unique_ptr<Pool>> blobs_, pages_;
+  std::unique_ptr<Pool> bytes_ = std::make_unique<Pool>(Bytes::kPage);
 };
 
-// Forgets bytes that no stage asks for any more, and makes room for so many more in a row's lists.
-// Throws std::bad_alloc.
-void reserve_lists(const Schedule& schedule, Row& row, int64_t room);
-
-// The first byte that a row's tail must hold after so many bytes: its stages may still ask for the
-// last patch of the most global one.
+// The first byte that a row must know after so many bytes: its stages may still ask for the last
+// patch of the most global one. What it knows before that, drafts are proposed from.
 inline int64_t first_kept(const Schedule& schedule, int64_t taken) {
   return taken == 0 ? 0 : (taken - 1) / schedule.patch_size(0) * schedule.patch_size(0);
 }

@@ -11,7 +11,9 @@
 
 #include "cpu/sampling.h"
 #include "decode/automaton.h"
+#include "decode/bytes.h"
 #include "decode/pages.h"
+#include "decode/proposer.h"
 
 namespace mblm::decode {
 
@@ -112,6 +114,8 @@ struct Plan {
   Lane lane;
   std::shared_ptr<const Automaton> allow, stop;
   bool wants_log_probs = false, pauses = false;
+  int64_t draft = 0;                   // bytes that are proposed at a time, at most
+  std::unique_ptr<Proposer> proposer;  // which does it; none without drafts
 
   int64_t count = 0;  // bytes chosen
   int32_t allow_state = 0, stop_state = 0;
@@ -135,9 +139,9 @@ struct StageState {
 
 // What a row is, without its plan.
 struct RowState {
-  int64_t length = 0;         // bytes it has
-  int64_t taken = 0;          // bytes that its stages have taken in: length or length - 1
-  std::vector<int32_t> tail;  // the last bytes: see first_kept
+  int64_t length = 0;  // bytes it has
+  int64_t taken = 0;   // bytes that its stages have taken in: length or length - 1
+  Bytes bytes;         // the last of them: see first_kept
   std::vector<StageState> stages;
   // Whether the stage that is due has taken in its patch, and the context that it gives is there,
   // though the next byte has not been taken in.
@@ -146,8 +150,8 @@ struct RowState {
   std::vector<float> logits;
 
   bool has_pending() const { return length > taken; }
-  // A byte of the tail, by its number.
-  int32_t byte(int64_t number) const { return tail[number - (length - int64_t(tail.size()))]; }
+  // One of the bytes, by its number.
+  int32_t byte(int64_t number) const { return bytes[number - (length - bytes.size())]; }
 };
 
 struct Row : RowState {

@@ -2,7 +2,9 @@
 #include "decode/run.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <set>
 
 #include "cpu/kernel.h"
 
@@ -44,8 +46,16 @@ void add_position(const StageParts& stage, const float* context, int64_t positio
   if (context) add(context + at, dim, x);
 }
 
-// Drafted bytes that are checked at once.
-constexpr int64_t kMostDrafted = 24;
+// Whether no two members draw by turns from one generator.
+bool draw_apart(const std::vector<Member>& members) {
+  std::set<const Draws*> draws;
+  std::set<const void*> generators;
+  for (const Member& member : members) {
+    const Draws* const of = member.row->plan->lane.draws();
+    if (of && draws.insert(of).second && !generators.insert(of->generator()).second) return false;
+  }
+  return true;
+}
 
 // Memory that need not keep what it held.
 void grow(cpu::cache_lines::Vector<float>& memory, int64_t size) {
@@ -56,7 +66,12 @@ void grow(cpu::cache_lines::Vector<float>& memory, int64_t size) {
 
 Run::Run(const Parts& parts, const Memory& memory, Kind kind, std::vector<Member>& members,
          Workspace& space)
-    : parts_(parts), memory_(memory), kind_(kind), members_(members), space_(space) {
+    : parts_(parts),
+      memory_(memory),
+      kind_(kind),
+      members_(members),
+      space_(space),
+      draws_apart_(kind == Kind::kChoose && draw_apart(members)) {
   const auto size = int64_t(members.size());
   active_.reserve(size);
   left_.reserve(size);
@@ -85,14 +100,20 @@ bool Run::begins_patch(int64_t member) const {
 
 int64_t Run::most_positions(int64_t n, const Member& member) const {
   if (!chooses()) return parts_.schedule.new_positions(n, member.row->taken, member.to);
-  return n < local() ? 1 : 1 + std::min(int64_t(member.draft.size()), kMostDrafted);
+  if (n < local()) return 1;
+  const Row& row = *member.row;
+  const int64_t proposed = proposes(row) ? row.plan->draft : 0;
+  return 1 + std::min(std::max(int64_t(member.draft.size()), proposed), Proposer::kMost);
 }
 
 int64_t Run::products() const {
   const int64_t each =
       stages_.back().rows.weights() + (gives_logits() ? parts_.to_logits.weights() : 0);
   int64_t positions = 0;
-  for (const Member& member : members_) positions += most_positions(local(), member);
+  for (const Member& member : members_) {
+    // What will be proposed is not known.
+    positions += chooses() && member.draft.empty() ? 1 : most_positions(local(), member);
+  }
   return positions * each;
 }
 
@@ -146,9 +167,10 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
   worker.wait();
   // Every thread normalizes for itself: that is quicker than to wait for the first.
   float* const outputs = space_.outputs.data() + worker.index * outputs_of_thread_;
+  auto begin = Team::Clock::now();
   while (!round_.is_over) {
     if (round_.catches_up) catch_up(worker);
-    const bool is_shared = active_.size() > 1 && !round_.has_drafts;
+    const bool is_shared = active_.size() > 1 && (draws_apart_ || !round_.has_drafts);
     if (worker.is_last() && chooses() && !round_.has_drafts) draw();
     if (round_.positions > 0) {
       stages_.back().rows.prefill(worker, space_.x.data(), space_.scratch.data(),
@@ -170,10 +192,13 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
       for (const Active& active : active_) {
         if (!is_shared) finish(active, outputs, space_.choosers[worker.index]);
       }
-      begin_round();
-      if (chooses() && (worker.team.is_crowded() || Team::Clock::now() >= until)) {
-        round_.is_over = true;
+      const auto end = Team::Clock::now();
+      if (chooses() && !round_.catches_up) {
+        space_.pace.note(round_.positions, std::chrono::duration<double>(end - begin).count());
       }
+      begin_round();
+      if (chooses() && (worker.team.is_crowded() || end >= until)) round_.is_over = true;
+      begin = end;
     }
     worker.wait();
   }
@@ -234,15 +259,22 @@ void Run::plan_step() {
   const Schedule& schedule = parts_.schedule;
   int64_t places = 0;
   for (Active& active : active_) {
-    const Member& member = members_[active.member];
+    Member& member = members_[active.member];
     const Row& row = *member.row;
     const int64_t end = next(row, member);
     active.count = schedule.new_positions(local(), row.taken, end);
     const int64_t position = schedule.position(local(), end) - active.count;
     if (chooses() && active.count > 0) {
-      const int64_t room = local() > 0 ? schedule.seq_len(local()) - position - 1 : kMostDrafted;
-      const int64_t drafted = std::min({int64_t(member.draft.size()), kMostDrafted, room,
-                                        row.plan->left() - 1, member.to - row.taken - 1});
+      constexpr int64_t kMost = Proposer::kMost;
+      const int64_t room = local() > 0 ? schedule.seq_len(local()) - position - 1 : kMost;
+      const int64_t most = std::min({kMost, room, row.plan->left() - 1, member.to - row.taken - 1});
+      if (member.draft.empty() && proposes(row)) {
+        const double price = space_.pace.price(int64_t(active_.size()));
+        row.plan->proposer->follow(row.bytes);
+        member.draft =
+            row.plan->proposer->propose(row.bytes, std::min(most, row.plan->draft), price);
+      }
+      const int64_t drafted = std::min(int64_t(member.draft.size()), most);
       active.count += drafted;
       round_.has_drafts = round_.has_drafts || drafted > 0;
     }
@@ -470,6 +502,7 @@ int64_t Run::choose_bytes(const Active& active, Chooser& chooser) {
     }
     const int64_t id = chooser.choose(plan, logits, numbers);
     append_chosen(row, id, logits, parts_.num_tokens(), true);
+    if (proposes(row)) plan.proposer->follow(row.bytes);
     const bool is_drafted = !member.draft.empty() && member.draft.front() == id;
     member.draft = is_drafted ? member.draft.subspan(1) : std::span<const int64_t>();
     if (!is_drafted || plan.end || i + 1 >= active.count) return i + 1;

@@ -17,6 +17,7 @@
 #include "decode/choose.h"
 #include "decode/memory.h"
 #include "decode/parts.h"
+#include "decode/proposer.h"
 #include "decode/rows.h"
 #include "decode/stage_rows.h"
 
@@ -45,6 +46,7 @@ struct Workspace {
   Floats trail;                     // to roll back with, of the local stage
   Floats scratch;                   // of the stages' kernels
   std::vector<Chooser> choosers;    // per thread
+  Pace pace;                        // of choosing
   std::unique_ptr<Workspace> next;  // of those that no run uses
 };
 
@@ -108,6 +110,7 @@ class Run {
   // Whether it begins a patch with its next step.
   bool begins_patch(int64_t member) const;
   int64_t most_positions(int64_t n, const Member& member) const;
+  bool proposes(const Row& row) const { return draws_apart_ && row.plan->proposer; }
 
   // These are called by the first thread alone.
   void begin_round();
@@ -136,6 +139,8 @@ class Run {
   const Kind kind_;
   std::vector<Member>& members_;
   Workspace& space_;
+  // Whether rows may choose several bytes at a time in any order, drawing the same numbers.
+  const bool draws_apart_;
 
   // In a line that is written to in every round: others read what is beside it.
   struct alignas(cpu::cache_lines::kBytesApart) Round {

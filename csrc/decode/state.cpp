@@ -75,7 +75,7 @@ Tensor take(const SavedState& state, const std::string& name, at::IntArrayRef sh
   return check_given(name.c_str(), found->second, shape, at::kFloat);
 }
 
-std::vector<int32_t> take_tail(const Parts& parts, const SavedState& state) {
+Bytes take_tail(const Parts& parts, const Memory& memory, const SavedState& state) {
   const auto found = state.tensors.find("tail");
   TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have tail");
   const Tensor& tail = found->second;
@@ -87,21 +87,23 @@ std::vector<int32_t> take_tail(const Parts& parts, const SavedState& state) {
                     count);
   const Tensor ids = tail.contiguous();
   const int64_t* data = ids.const_data_ptr<int64_t>();
-  const int64_t* kept = data + (first_kept(parts.schedule, state.taken) - first);
-  return {kept, data + count};
+  Bytes bytes;
+  bytes.reserve(memory.bytes(), count);
+  for (int64_t i = 0; i < count; ++i) bytes.push_back(int32_t(data[i]));
+  return bytes;
 }
 
 }  // namespace
 
-Tensor save_tail(const Parts& parts, const Row& row) {
-  const int64_t kept = row.length - first_kept(parts.schedule, row.taken);
-  Tensor tail = own_tensor({kept}, at::kLong);
-  std::copy(row.tail.end() - kept, row.tail.end(), tail.mutable_data_ptr<int64_t>());
+Tensor save_tail(const Row& row) {
+  Tensor tail = own_tensor({row.bytes.size()}, at::kLong);
+  int64_t* const to = tail.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < row.bytes.size(); ++i) to[i] = row.bytes[i];
   return tail;
 }
 
 SavedState save_state(const Parts& parts, const Memory& memory, const Row& row) {
-  SavedState state{row.length, row.taken, {{"tail", save_tail(parts, row)}}};
+  SavedState state{row.length, row.taken, {{"tail", save_tail(row)}}};
   for (int64_t n = 0; row.taken > 0 && n < parts.schedule.stages(); ++n) {
     const StageLayout& layout = memory.layout(n);
     const StageState& stage = row.stages[n];
@@ -152,7 +154,7 @@ Row check_state(const Parts& parts, const Memory& memory, const SavedState& stat
   row.length = state.length;
   row.taken = state.taken;
   row.stages.resize(parts.stages.size());
-  row.tail = take_tail(parts, state);
+  row.bytes = take_tail(parts, memory, state);
   size_t used = 1;
   for (int64_t n = 0; state.taken > 0 && n < parts.schedule.stages(); ++n) {
     const StageLayout& layout = memory.layout(n);

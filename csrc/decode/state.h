@@ -24,8 +24,8 @@ struct SavedState {
 // A new tensor that is the caller's own, in inference mode, too.
 at::Tensor own_tensor(at::IntArrayRef shape, at::ScalarType type);
 
-// The bytes that a state tells.
-at::Tensor save_tail(const Parts& parts, const Row& row);
+// The bytes that a state tells: all that a row knows.
+at::Tensor save_tail(const Row& row);
 SavedState save_state(const Parts& parts, const Memory& memory, const Row& row);
 
 // The shapes of a state's tensors after so many bytes, but for the tail, by name.

@@ -142,7 +142,7 @@ class Runner {
       row.length = wishes[i].length;
       if (row.length == 0) continue;
       memory_.reserve(model_.parts, row, row.length - 1, true);
-      for (int64_t k = 0; k < row.length; ++k) row.tail.push_back(int32_t(7 * k % kVocabulary));
+      for (int64_t k = 0; k < row.length; ++k) row.bytes.push_back(int32_t(7 * k % kVocabulary));
       members.push_back({.row = &row, .to = row.length - 1});
     }
     Run run(model_.parts, memory_, Run::Kind::kTakeIn, members, space_);

@@ -16,6 +16,7 @@ from mblm.inference import schedule
 from mblm.inference.arguments import check_choice, check_count, check_seconds
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import ChangedModelError, Ran, Row, State
+from mblm.inference.draft import MOST_DRAFTED
 from mblm.inference.hosted import Share
 from mblm.inference.plan import Draws, Plan, check_plan
 from mblm.inference.torch_cache import TorchCache
@@ -142,9 +143,9 @@ class NativeCache:
             draws = _draws.setdefault(plan.draws, draws)
         filters = (plan.temperature, min(plan.top_k, _MOST), plan.top_p, plan.min_p)
         flags = (plan.log_probs, plan.pause)
-        made = library.Plan(
-            min(plan.max_tokens, _MOST), *filters, draws, plan.lane, *automata, *flags
-        )
+        draft = 0 if self._device.type != "cpu" else min(plan.draft, MOST_DRAFTED)
+        count = min(plan.max_tokens, _MOST)
+        made = library.Plan(count, *filters, draws, plan.lane, *automata, *flags, draft)
         _plans[plan] = made
         return made
 
@@ -282,7 +283,7 @@ class NativeCache:
             raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
         given = dict(state)
         length, taken, tail = loaded_bytes(given, self._model)
-        tensors = {"tail": torch.tensor(tail, dtype=torch.long, device="cpu")}
+        tensors = {"tail": tail}
         states: dict[int, Share] = {}
         shapes = self._engine.state_shapes(taken)
         for n in range(len(self._model.seq_lens) if taken else 0):

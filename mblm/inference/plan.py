@@ -158,6 +158,10 @@ class Plan:
         stop: Ends the row with the byte that makes it accept. It reads chosen bytes only.
         log_probs: Also return the log-probability of each chosen byte, of the model's own logits.
         pause: Leave each byte to the caller.
+        draft: How many bytes may be proposed at a time, those that came after the longest earlier
+            match of the row's last ones (see `mblm.inference.draft`). The bytes that are chosen are
+            the same. Not used with ``pause``, nor by a GPU's engine. Default 0, none; of more than
+            24, 24 are proposed.
 
     Raises:
         TypeError: An attribute of another type.
@@ -175,6 +179,7 @@ class Plan:
     stop: Automaton | None = None
     log_probs: bool = False
     pause: bool = False
+    draft: int = 0
 
     @property
     def filters(self) -> tuple[float, int, float, float]:
@@ -190,7 +195,7 @@ class Plan:
         return other
 
     def __post_init__(self) -> None:
-        for name, lowest in (("max_tokens", 0), ("top_k", 1), ("lane", 0)):
+        for name, lowest in (("max_tokens", 0), ("top_k", 1), ("lane", 0), ("draft", 0)):
             value = check_integer(name, getattr(self, name))
             if value < lowest:
                 raise ValueError(f"{name}: expected a number >= {lowest}, got {value}")

@@ -1,11 +1,12 @@
 """A row's plan, as far as it has come."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mblm.inference.cache import Ran, Reason
+from mblm.inference.draft import Proposer
 from mblm.inference.plan import Lane, Plan
 
 
@@ -18,6 +19,7 @@ class Progress:
         lane: What it draws numbers from; ``drawn`` tells which of them come next.
         count: Bytes chosen.
         allow, stop: States of the automata.
+        proposer: Proposes drafts, if there are to be any.
         first: How many were chosen before the last run, and ``chosen`` what since: the first
             ``count - first`` of the list, with their log-probabilities.
     """
@@ -30,17 +32,21 @@ class Progress:
     stop: int = -1
     first: int = 0
     chosen: list[tuple[int, float]] = field(default_factory=list)
+    proposer: Proposer | None = None
 
     @classmethod
-    def of(cls, plan: Plan, lane: Lane) -> "Progress":
-        """The beginning of a plan."""
+    def of(cls, plan: Plan, lane: Lane, before: "Progress | None" = None) -> "Progress":
+        """The beginning of a plan, maybe after another of the row's."""
         allow, stop = (-1 if a is None else a.start for a in (plan.allow, plan.stop))
-        return cls(plan, lane, lane.begin, allow=allow, stop=stop)
+        proposer = None
+        if plan.draft and not plan.pause:
+            proposer = (before and before.proposer) or Proposer()
+        return cls(plan, lane, lane.begin, allow=allow, stop=stop, proposer=proposer)
 
     def restarted(self) -> "Progress":
         """At the beginning of a run."""
         count = self.count
-        return Progress(self.plan, self.lane, self.drawn, count, self.allow, self.stop, count)
+        return replace(self, first=count, chosen=[])
 
     def left(self, room: int | None) -> int:
         """Bytes that may still be chosen, in a row with room for so many (None: for any number)."""
@@ -81,6 +87,7 @@ class Progress:
             -1 if stop is None else stop.step(self.stop, token),
             self.first,
             self.chosen,
+            self.proposer,
         )
 
     def ids_from(self, count: int) -> tuple[int, ...]:

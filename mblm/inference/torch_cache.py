@@ -26,6 +26,8 @@ from mblm.utils.modes import own_copy
 
 # Bytes of a draft that are taken in at a time, where no patch ends before.
 _MAX_DRAFT = 64
+# What is proposed must be right more often: where it is wrong, what was right is taken in again.
+_PRICE = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +182,7 @@ class TorchCache:
                     lane.leave(lane.begin)
                 raise
             before = [slot.now.progress for slot in slots]
-            begun = map(Progress.of, plans, entered)
+            begun = map(Progress.of, plans, entered, before)
             _assign(slots, map(_Now, [slot.now.bytes for slot in slots], begun))
             for progress in before:
                 _leave(progress)
@@ -200,11 +202,12 @@ class TorchCache:
             slots = self._slots.take(rows, call)
             plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
             proposed = dict(zip(slots, self._check_drafts(plans, drafts), strict=True))
+            proposing = _draw_apart(slots)
             for slot in slots:
                 slot.now = _Now(slot.now.bytes, _planned(slot).restarted())
             with _giving_back(slots):
                 while going := [slot for slot in slots if self._reason(slot) == "time"]:
-                    self._step(self._ready(going), proposed)
+                    self._step(self._ready(going), proposed, proposing)
                     paused = any(self._reason(slot) == "logits" for slot in going)
                     if paused or time.monotonic() >= end:
                         break
@@ -286,10 +289,12 @@ class TorchCache:
 
     # -- Steps -------------------------------------------------------------------------------------
 
-    def _step(self, slots: Sequence[_Slot], drafts: dict[_Slot, tuple[int, ...]]) -> None:
+    def _step(
+        self, slots: Sequence[_Slot], drafts: dict[_Slot, tuple[int, ...]], proposing: bool
+    ) -> None:
         """Choose one byte for each row, or more where a draft says what may come."""
         counts = [_planned(slot).count for slot in slots]
-        proposed = {slot: self._proposal(slot.now, drafts[slot]) for slot in slots}
+        proposed = {slot: self._proposal(slot, drafts[slot], proposing) for slot in slots}
         if plain := [slot for slot in slots if not proposed[slot]]:
             self._step_plain(plain)
         if drafted := [slot for slot in slots if proposed[slot]]:
@@ -314,13 +319,18 @@ class TorchCache:
             chosen = sampled_bytes([progress[i] for i in going], rooms, logits)
             _commit([slots[i] for i in going], rows, chosen)
 
-    def _proposal(self, now: _Now, draft: tuple[int, ...]) -> tuple[int, ...]:
+    def _proposal(self, slot: _Slot, draft: tuple[int, ...], proposes: bool) -> tuple[int, ...]:
         """Of a draft, what the local stage can take in after what is pending."""
-        row, progress = now.bytes, now.progress
-        if not draft or progress is None or row.length == 0:
+        row, progress = slot.now.bytes, _planned(slot)
+        if row.length == 0:
             return ()
         left = schedule.left_in_patch(self._model.patch_sizes, row.length)
         most = min(_MAX_DRAFT if left is None else left, progress.left(self._room(row)) - 1)
+        if not draft and proposes and (proposer := progress.proposer) is not None:
+            come = row.known_from(proposer.known)
+            for part in [come] if len(come) > 1 + _MAX_DRAFT else [[token] for token in come]:
+                proposer.follow(part)
+            return tuple(proposer.propose(min(most, progress.plan.draft), _PRICE))
         return draft[:most]
 
     def _step_drafted(self, slots: Sequence[_Slot], drafts: Sequence[tuple[int, ...]]) -> None:
@@ -419,6 +429,12 @@ def _giving_back(slots: Sequence[_Slot]) -> Iterator[None]:
             progress.lane.pass_on(progress.drawn)
             progress.lane.draws.give_back()
         raise
+
+
+def _draw_apart(slots: Sequence[_Slot]) -> bool:
+    """Whether no two rows draw by turns from one generator."""
+    draws = {_planned(slot).lane.draws for slot in slots}
+    return len(draws) == len({of.generator for of in draws})
 
 
 def _enter(progress: Progress | None, plan: Plan) -> Lane:

@@ -36,16 +36,33 @@ class StageState:
 
 @dataclass(frozen=True, eq=False)
 class RowState:
-    """A row: how many bytes it has and has taken in, the last of them, and its stages."""
+    """A row: how many bytes it has and has taken in, the last of them, and its stages.
+
+    Attributes:
+        tail: The bytes from `schedule.tail_begin` on, and ``earlier`` what is known of those
+            before, in pieces int32 ``(n,)`` that rows share.
+    """
 
     length: int
     taken: int
     tail: tuple[int, ...]
     stages: tuple[StageState, ...]
+    earlier: tuple[Tensor, ...] = ()
 
     def with_byte(self, token: int) -> "RowState":
         """With one more byte, which is pending."""
-        return RowState(self.length + 1, self.taken, (*self.tail, token), self.stages)
+        tail = (*self.tail, token)
+        return RowState(self.length + 1, self.taken, tail, self.stages, self.earlier)
+
+    def known_from(self, index: int) -> Sequence[int]:
+        """The bytes that are known, but for so many of the first."""
+        index -= sum(map(len, self.earlier))
+        return self.tail[index:] if index >= 0 else self.known()[index - len(self.tail) :].tolist()
+
+    def known(self) -> Tensor:
+        """The bytes that are known, ``(n,)`` int64."""
+        tail = torch.tensor(self.tail, dtype=torch.long, device="cpu")
+        return torch.cat((*self.earlier, tail)) if self.earlier else tail
 
 
 class _Work:
@@ -80,9 +97,15 @@ class _Work:
 
     def finish(self, tail_begin: int) -> None:
         """All stages have taken in their part."""
-        tail = self._window[tail_begin - self._window_begin :]
+        cut = tail_begin - self._window_begin
+        tail, earlier = self._window[cut:], self.row.earlier
+        if cut:
+            begin = torch.as_tensor(self._window[:cut], dtype=torch.int32, device="cpu").clone()
+            while earlier and len(earlier[-1]) <= len(begin):  # few pieces, each copied seldom
+                begin, earlier = torch.cat((earlier[-1], begin)), earlier[:-1]
+            earlier = (*earlier, begin)
         tail = tuple(tail.tolist()) if isinstance(tail, Tensor) else tail
-        self.row = RowState(self.end, self.end, tail, tuple(self.stages))
+        self.row = RowState(self.end, self.end, tail, tuple(self.stages), earlier)
 
 
 class TorchStages:
@@ -246,7 +269,7 @@ class TorchStages:
         state: State = {
             "length": row.length,
             "taken": row.taken,
-            "tail": torch.tensor(row.tail, dtype=torch.long, device="cpu"),
+            "tail": row.known(),
         }
         if row.taken == 0:
             return state
@@ -273,7 +296,9 @@ class TorchStages:
             stages = tuple(self._loaded_stage(n, given, taken) for n in range(len(self._stages)))
         if given:
             raise ValueError(f"state: expected no {', '.join(given)}")
-        return RowState(length, taken, tail, stages)
+        cut = schedule.tail_begin(self._sizes, taken) - (length - len(tail))
+        earlier = (tail[:cut].int(),) if cut else ()
+        return RowState(length, taken, tuple(tail[cut:].tolist()), stages, earlier)
 
     def _loaded_stage(self, n: int, given: dict[str, Any], taken: int) -> StageState:
         """Takes a stage out of a state."""
@@ -297,8 +322,8 @@ class TorchStages:
             raise ValueError(f"state: stage {n}: {error}") from error
 
 
-def loaded_bytes(given: dict[str, Any], model: DecodableModel) -> tuple[int, int, tuple[int, ...]]:
-    """Take length, taken and tail out of a state.
+def loaded_bytes(given: dict[str, Any], model: DecodableModel) -> tuple[int, int, Tensor]:
+    """Take length, taken and tail, int64 on the CPU, out of a state.
 
     Raises:
         ValueError: They do not fit the model or each other.
@@ -317,6 +342,6 @@ def loaded_bytes(given: dict[str, Any], model: DecodableModel) -> tuple[int, int
     kept = length - schedule.tail_begin(model.patch_sizes, taken)
     if tail.ndim != 1 or not kept <= len(tail) <= length:
         raise ValueError(
-            f"state: tail must be ({kept},) after {taken} bytes, got {tuple(tail.shape)}"
+            f"state: tail must be ({kept},) or longer after {taken} bytes, got {tuple(tail.shape)}"
         )
-    return length, taken, tuple(tail[len(tail) - kept :].tolist())
+    return length, taken, tail.cpu().long()
