@@ -1,12 +1,13 @@
 // Tests of runs with three stages, one above the other: a team of threads gives the bits of one
-// thread, rows that run side by side those of rows alone, and drafts, right or wrong, those of
-// none. Under the thread sanitizer, that no barrier is missing.
+// thread, rows that run side by side those of rows alone, and drafts, right, wrong or proposed,
+// those of none. Under the thread sanitizer, that no barrier is missing.
 #include "decode/run.h"
 
 #include <algorithm>
 #include <chrono>
 #include <memory>
 #include <thread>
+#include <type_traits>
 
 #include "check.h"
 #include "decode/start.h"
@@ -98,6 +99,7 @@ struct How {
   int64_t threads = 1;
   bool in_pieces = false;  // a round at a time, with memory for a few bytes
   std::chrono::milliseconds delay = {};
+  bool is_greedy = false, proposes = false;
 };
 
 // What a run leaves of a row.
@@ -153,7 +155,11 @@ class Runner {
     Plan& plan = row.plan.emplace();
     plan.max_tokens = wish.count;
     plan.room = 1000;
-    plan.sampling.top_k = 5;
+    plan.sampling.top_k = how_.is_greedy ? 1 : 5;
+    if (how_.proposes) {
+      plan.draft = Proposer::kMost;
+      plan.proposer = std::make_unique<Proposer>();
+    }
     plan.lane = Lane(draws_, wish.lane, 0);
     plan.wants_log_probs = true;
   }
@@ -278,12 +284,32 @@ void drafts_change_no_bit(test::WeightType type) {
   }
 }
 
+// What a model repeats is proposed, and chosen in fewer rounds.
+template <class Stage>
+void what_is_proposed_changes_no_bit(test::WeightType type) {
+  std::vector<Wish> wishes = {{0, 3, 110}, {1, 16, 90}, {2, 6, 100}};
+  const How how = {.in_pieces = true, .is_greedy = true};
+  const Result without = choose<Stage>(type, wishes, how);
+  How proposing = how;
+  proposing.proposes = true;
+  const Result with = choose<Stage>(type, wishes, proposing);
+  CHECK(with.rows == without.rows && with.calls <= without.calls);
+  const bool repeats = std::is_same_v<Stage, cpu::TransformerStage>;
+  CHECK(!repeats || with.calls < without.calls);
+  proposing.in_pieces = false;
+  for (const int64_t threads : {1, 3}) {
+    proposing.threads = threads;
+    CHECK(choose<Stage>(type, wishes, proposing).rows == without.rows);
+  }
+}
+
 template <class Stage>
 void all(test::WeightType type) {
   a_team_and_neighbors_change_no_bit<Stage>(type);
   a_run_in_pieces_changes_no_bit<Stage>(type);
   a_crowded_team_changes_no_bit<Stage>(type);
   drafts_change_no_bit<Stage>(type);
+  what_is_proposed_changes_no_bit<Stage>(type);
 }
 
 int main() {

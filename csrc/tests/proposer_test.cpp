@@ -1,0 +1,100 @@
+// Tests of what is proposed after a row's bytes, and of what a pass is reckoned to cost.
+#include "decode/proposer.h"
+
+#include <cmath>
+#include <random>
+#include <string>
+
+#include "check.h"
+
+using namespace mblm;
+using namespace mblm::decode;
+
+// Bytes that come one by one, and what is proposed after them.
+struct Text {
+  Pool pool{Bytes::kPage};
+  Bytes bytes;
+  Proposer proposer;
+
+  void write(const std::string& text) {
+    for (const char letter : text) {
+      bytes.reserve(pool, 1);
+      bytes.push_back(letter);
+      proposer.reserve(bytes, bytes.size());
+      proposer.follow(bytes);
+    }
+  }
+  std::string proposed(int64_t most = 6, double price = 0) {
+    std::string text;
+    for (const int64_t id : proposer.propose(bytes, most, price)) text += char(id);
+    return text;
+  }
+};
+
+std::string after(const std::string& text) {
+  Text of;
+  of.write(text);
+  return of.proposed();
+}
+
+void what_followed_the_longest_match_is_proposed() {
+  CHECK(after("").empty() && after("ab").empty() && after("abcdefg").empty());
+  CHECK(after("abcdefghi, abc") == "defghi");
+  CHECK(after("zabc1 yabc2zabc3 xabc") == "3 xabc");     // of equally long ones, the latest
+  CHECK(after("zabc12345 yabc67890 zabc") == "12345 ");  // a longer one counts for more
+  CHECK(after("a longer match, long") == "er mat");
+}
+
+void a_match_that_overlaps_the_end_goes_on_periodically() {
+  CHECK(after("ababab") == "ababab");
+  CHECK(after("-----") == "------");
+}
+
+void little_is_proposed_where_it_is_seldom_right() {
+  Text text;
+  for (int64_t i = 0; i < 40; ++i) text.write("the " + std::string(1, char('0' + i)));
+  text.write("the ");
+  CHECK(text.proposed(6, 0.3).empty());
+  for (int64_t i = 0; i < 60; ++i) text.write("the same ");
+  CHECK(text.proposed(6, 0.3).size() == 6);
+  CHECK(text.proposed(4, 0.3).size() == 4);
+}
+
+// The table grows, and a copy of the bytes goes on by itself.
+void many_bytes_are_found_again() {
+  std::mt19937 random(1);
+  std::string noise;
+  for (int64_t i = 0; i < 5000; ++i) noise += char(random() % 128);
+  for (const int64_t at : {0, 1020, 4990}) {
+    CHECK(after(noise + noise.substr(at, 4)) == (noise + noise).substr(at + 4, 6));
+  }
+  Text text;
+  text.write(noise);
+  Text copy;
+  copy.bytes = text.bytes;
+  copy.write("12345" + noise.substr(0, 4));
+  text.write("6789");
+  CHECK(copy.proposed() == noise.substr(4, 6) && copy.bytes[5000] == '1' &&
+        text.bytes[5000] == '6');
+}
+
+void a_price_follows_what_passes_cost() {
+  Pace pace;
+  CHECK(pace.price(1) == 1);
+  for (int64_t i = 0; i < 1000; ++i) {
+    const int64_t positions = 1 + i % 5;
+    const bool is_disturbed = i % 50 == 7;
+    pace.note(positions, (8 + 2 * double(positions)) * (is_disturbed ? 20 : 1));
+  }
+  CHECK(std::abs(pace.price(1) - 0.2) < 0.05);
+  CHECK(std::abs(pace.price(4) - 0.5) < 0.1);
+}
+
+int main() {
+  what_followed_the_longest_match_is_proposed();
+  a_match_that_overlaps_the_end_goes_on_periodically();
+  little_is_proposed_where_it_is_seldom_right();
+  many_bytes_are_found_again();
+  a_price_follows_what_passes_cost();
+  return test::result();
+}

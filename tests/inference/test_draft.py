@@ -1,0 +1,222 @@
+"""Drafts change no byte, and come from all that a row has had."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mblm.inference.automaton import Automaton
+from mblm.inference.draft import Proposer
+from mblm.inference.plan import Draws, Plan
+from mblm.inference.session import Session
+from mblm.inference.torch_cache import TorchCache
+from mblm.ops import _native
+from tests.inference.caches import (
+    CLOSE,
+    PAIRS,
+    MakeCache,
+    build,
+    fed,
+    ids_of,
+    on_every_engine,
+    run_out,
+    seeded,
+)
+from tests.native import needs_native
+
+
+def after(text: str, most: int = 6, price: float = 0.0) -> str:
+    """What is proposed after a text."""
+    proposer = Proposer()
+    for letter in text:
+        proposer.follow([ord(letter)])
+    return "".join(map(chr, proposer.propose(most, price)))
+
+
+class TestProposer:
+    def test_proposes_what_followed_the_longest_match(self) -> None:
+        assert after("") == after("ab") == after("abcdefg") == ""
+        assert after("abcdefghi, abc") == "defghi"
+        assert after("zabc1 yabc2zabc3 xabc") == "3 xabc"  # of equally long ones, the latest
+        assert after("zabc12345 yabc67890 zabc") == "12345 "  # a longer one counts for more
+
+    def test_goes_on_periodically(self) -> None:
+        assert after("ababab") == "ababab"
+        assert after("-----", most=99) == "-" * 24
+
+    def test_learns_how_often_it_is_right(self) -> None:
+        wrong = "".join(f"the {chr(65 + n)}" for n in range(40)) + "the "
+        assert after(wrong) != "" and after(wrong, price=0.3) == ""
+        assert after(wrong + "same the " * 40, price=0.3) == "same t"
+
+    @needs_native
+    @settings(max_examples=60, deadline=None)
+    @given(
+        parts=st.lists(st.lists(st.integers(0, 3), max_size=40), max_size=30),
+        price=st.sampled_from([0.0, 0.2, 0.6]),
+    )
+    def test_is_the_same_in_both_languages(self, parts: list[list[int]], price: float) -> None:
+        ours, native = Proposer(), _native.library().Proposer()
+        for part in parts:
+            for piece in [part] if len(part) % 2 else [[id] for id in part]:
+                ours.follow(piece)
+                native.follow(piece)
+                assert ours.propose(9, price) == native.propose(9, price)
+
+
+# Long enough to repeat itself, beside prompts that do and that do not.
+PROMPTS = [torch.tensor([1, 2, 3, 4, 5, 6] * 3), ids_of(11), ids_of(0), torch.tensor([7] * 9)]
+WISHES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"top_k": 3, "temperature": 0.2},
+    {"top_p": 0.9, "temperature": 0.7},
+    {"stop": Automaton.of_strings([[3, 3], [4]], 19), "top_k": 4},
+    {"allow": Automaton.of_strings([[5, 6]], 19), "top_k": 4},
+]
+
+
+def chosen(
+    make: MakeCache, m: Any, wishes: Sequence[dict[str, Any]], draft: Sequence[int]
+) -> tuple[list[Any], torch.Tensor]:
+    """What rows choose side by side, and the logits after it."""
+    cache = make(m)
+    rows = fed(cache, *PROMPTS[: len(wishes)])
+    plans = [
+        Plan(40, draws=seeded(row), log_probs=True, draft=most, **wish)
+        for row, (wish, most) in enumerate(zip(wishes, draft, strict=True))
+    ]
+    cache.begin(rows, plans)
+    ran = run_out(cache, rows)
+    states = [None if plan.draws is None else plan.draws.generator.get_state() for plan in plans]
+    return [*zip(ran, states, strict=True)], cache.logits(rows)
+
+
+@on_every_engine
+class TestPlans:
+    @pytest.mark.parametrize("kinds", PAIRS, ids=" above ".join)
+    def test_choose_what_they_do_without(self, make: MakeCache, kinds: tuple[str, ...]) -> None:
+        m = build(*kinds, seq_lens=(12, 7))
+        for first in range(0, len(WISHES), 2):
+            wishes = [WISHES[(first + row) % len(WISHES)] for row in range(len(PROMPTS))]
+            want, logits = chosen(make, m, wishes, [0] * 4)
+            for draft in ([24] * 4, [0, 3, 0, 100]):
+                got, after = chosen(make, m, wishes, draft)
+                for (ran, state), (ran_plain, state_plain) in zip(got, want, strict=True):
+                    assert torch.equal(ran.ids, ran_plain.ids) and ran.reason == ran_plain.reason
+                    assert torch.equal(state, state_plain)
+                    torch.testing.assert_close(ran.log_probs, ran_plain.log_probs, **CLOSE)
+                torch.testing.assert_close(after, logits, **CLOSE)
+
+    @pytest.mark.parametrize("length", range(6, 14))
+    def test_at_every_offset_in_a_patch(self, make: MakeCache, length: int) -> None:
+        m = build("transformer", "mamba2", seq_lens=(9, 7))
+        results = []
+        for draft in (0, 24):
+            cache = make(m)
+            rows = fed(cache, torch.tensor([1, 2, 3] * 5)[:length])
+            cache.begin(rows, [Plan(30, draft=draft)])
+            results.append(run_out(cache, rows)[0].ids.tolist())
+        assert results[0] == results[1]
+
+    def test_of_one_generator_draw_in_the_same_order(self, make: MakeCache) -> None:
+        m = build("mamba1", "transformer", seq_lens=(12, 7))
+        results = []
+        for draft in (0, 24):
+            cache = make(m)
+            rows = fed(cache, *PROMPTS)
+            generator = torch.Generator().manual_seed(4)
+            plans = [Plan(30, top_k=2, draws=Draws(generator), draft=draft) for _ in rows]
+            cache.begin(rows, plans)
+            results.append([ran.ids.tolist() for ran in run_out(cache, rows)])
+        assert results[0] == results[1]
+
+    def test_that_pause_propose_nothing(self, make: MakeCache) -> None:
+        cache = make(build("transformer", "transformer"))
+        rows = fed(cache, PROMPTS[0])
+        cache.begin(rows, [Plan(3, pause=True, draft=24)])
+        assert cache.run(rows)[0].reason == "logits"
+
+
+@needs_native
+@pytest.mark.parametrize("kinds", PAIRS[:3], ids=" above ".join)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_the_engine_gives_the_same_bits(kinds: tuple[str, ...], weights: str) -> None:
+    from mblm.inference.native_cache import NativeCache
+
+    m = build(*kinds, seq_lens=(12, 7))
+    wishes = [WISHES[0]] * 4
+    for (ran, _), (plain, _) in zip(
+        chosen(lambda m: NativeCache(m, weights), m, wishes, [24] * 4)[0],
+        chosen(lambda m: NativeCache(m, weights), m, wishes, [0] * 4)[0],
+        strict=True,
+    ):
+        assert torch.equal(ran.ids, plain.ids) and torch.equal(ran.log_probs, plain.log_probs)
+
+
+def passes(m: Any, cache: TorchCache, row: int, count: int = 24) -> int:
+    """How many passes of the local stage a row's next bytes take."""
+    embed, calls = m.embed_tokens, []
+    m.embed_tokens = lambda n, ids: calls.append(n) or embed(n, ids)
+    try:
+        cache.begin([row], [Plan(count, draft=24)])
+        run_out(cache, [row])
+    finally:
+        del m.embed_tokens
+    return calls.count(1)
+
+
+class TestWhatIsProposedFrom:
+    """A model that repeats what it reads is faster by drafts of what it has read."""
+
+    @pytest.fixture
+    def m(self) -> Any:
+        m = build("transformer", "transformer", seq_lens=(40, 8))
+        with torch.no_grad():
+            m.to_logits.weight.zero_()  # it writes zeros
+        return m
+
+    def prompt(self) -> torch.Tensor:
+        return torch.cat((torch.zeros(20, dtype=torch.long), ids_of(30) + 1)).clamp(max=17)
+
+    def test_drafts_save_passes(self, m: Any) -> None:
+        cache = TorchCache(m)
+        (row,) = fed(cache, self.prompt())
+        assert passes(m, cache, row) < 16
+
+    def test_copies_and_loaded_rows_know_the_prompt(self, m: Any) -> None:
+        cache = TorchCache(m)
+        (row,) = fed(cache, self.prompt())
+        (copy,), (loaded,) = cache.copy([row]), cache.add()
+        cache.set_state(loaded, cache.state(row))
+        # In steps, of which the first end patches.
+        (stepped,) = cache.add()
+        for token in self.prompt():
+            cache.feed([stepped], [token[None]])
+        want = passes(m, cache, row)
+        for other in (copy, loaded, stepped):
+            assert passes(m, cache, other) == want
+
+    def test_a_state_without_earlier_bytes_is_loaded(self, m: Any) -> None:
+        cache = TorchCache(m)
+        (row,) = fed(cache, self.prompt())
+        state = cache.state(row)
+        state["tail"] = state["tail"][-3:]
+        (loaded,) = cache.add()
+        cache.set_state(loaded, state)
+        assert cache.state(loaded)["tail"].tolist() == self.prompt()[-3:].tolist()
+        assert passes(m, cache, loaded) < 24
+
+    @pytest.mark.parametrize("length", [5, 50, 3000])
+    def test_sessions_keep_all_bytes(self, m: Any, length: int, tmp_path: Any) -> None:
+        if length > 320:
+            m = build("mamba2", "transformer", seq_lens=(4000, 8))
+        ids = ids_of(length)
+        session = Session(m).feed(ids)
+        session.save(tmp_path / "session")
+        other = Session.load(tmp_path / "session", m).fork()
+        state = other._cache.state(other._rows[0])
+        assert state["tail"].tolist() == ids.tolist()
