@@ -81,7 +81,8 @@ Bytes take_tail(const Parts& parts, const Memory& memory, const SavedState& stat
   const Tensor& tail = found->second;
   check_ids("tail", tail, parts.num_tokens());
   const int64_t count = tail.size(0), first = state.length - count;
-  TORCH_CHECK_VALUE(first >= 0 && first <= first_kept(parts.schedule, state.taken),
+  TORCH_CHECK_VALUE(first >= 0 && first <= first_kept(parts.schedule, state.taken) &&
+                        first % parts.schedule.patch_size(0) == 0,
                     "tail must hold the bytes from number ",
                     first_kept(parts.schedule, state.taken), " on, of ", state.length, ", got ",
                     count);

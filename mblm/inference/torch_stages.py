@@ -339,9 +339,10 @@ def loaded_bytes(given: dict[str, Any], model: DecodableModel) -> tuple[int, int
         raise ValueError(f"state: length {length} exceeds the context of {limit} bytes")
     if taken not in (length, max(length - 1, 0)):
         raise ValueError(f"state: taken is {taken} with a length of {length}")
-    kept = length - schedule.tail_begin(model.patch_sizes, taken)
-    if tail.ndim != 1 or not kept <= len(tail) <= length:
+    begin, patch = schedule.tail_begin(model.patch_sizes, taken), model.patch_sizes[0]
+    if tail.ndim != 1 or length - len(tail) not in range(0, begin + 1, patch):
         raise ValueError(
-            f"state: tail must be ({kept},) or longer after {taken} bytes, got {tuple(tail.shape)}"
+            f"state: tail must be ({length - begin},), or begin with another patch of {patch} "
+            f"bytes before, got {tuple(tail.shape)} after {taken} bytes"
         )
     return length, taken, tail.cpu().long()
