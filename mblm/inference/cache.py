@@ -29,8 +29,8 @@ Reason = Literal[
 ]
 
 # What a row's state is saved as. ``length`` and ``taken`` (bytes that the local stage has taken in,
-# length or length - 1), ints; ``tail``, the last bytes that the row knows, int64 (n,), at least
-# those from `schedule.tail_begin` on, or from another patch before. If taken > 0, per stage n: ``{n}.output (D_n,)``,
+# length or length - 1), ints; ``tail``, the last bytes, all that the row knows, int64 (n,), at
+# least those from `schedule.tail_begin` on. If taken > 0, per stage n: ``{n}.output (D_n,)``,
 # ``{n}.context (P_n, D_n)`` if n > 0, and what the stage's `state_tensors` names, as
 # ``{n}.keys``; or ``{n}.state``, a nest of tuples, lists and None with tensors as leaves.
 # Positions follow from ``taken``.

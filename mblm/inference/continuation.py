@@ -27,6 +27,7 @@ class Course:
         ran: What each run gave the row.
         reason: Why the row came back from the last; it goes on as long as that is ``"time"``.
         error: What a function of the caller's raised, where the reason is ``"error"``.
+        untold: The row's bytes that a drafter has not been told of.
     """
 
     def __init__(self, request: Request, begin: int) -> None:
@@ -37,6 +38,9 @@ class Course:
         self._guide: Guide | None = None if request.guide is None else request.guide()
         self._so_far = request.prompt
         self._answers = 0
+        has_drafter = request.drafter is not None and not request.plan.pause
+        self._drafter = request.drafter() if request.drafter and has_drafter else None
+        self.untold = request.prompt
 
     @property
     def count(self) -> int:
@@ -57,6 +61,27 @@ class Course:
             return self._guide.accepts()
         allow = self.request.plan.allow
         return None if allow is None else allow.accepts(allow.walk(self.ids()))
+
+    # -- Drafts ------------------------------------------------------------------------------------
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether another model proposes bytes."""
+        return self._drafter is not None
+
+    def note(self, ran: Ran) -> None:
+        """Go on by what a run gave the row."""
+        self.ran.append(ran)
+        self.reason = ran.reason
+        if self._drafter is not None:
+            self.untold = torch.cat((self.untold, ran.ids))
+
+    def draft(self) -> Tensor | None:
+        """Bytes that may come next, ``(n,)``."""
+        if self._drafter is None:
+            return None
+        untold, self.untold = self.untold, _NO_BYTES
+        return self._drafter.propose(untold)
 
     # -- The answer to a pause ---------------------------------------------------------------------
 
@@ -141,15 +166,18 @@ class Continuation:
     def __init__(self, cache: Cache, isolates: bool = False) -> None:
         self._cache, self._isolates = cache, isolates
         self._courses: dict[Row, Course] = {}
-        self._pauses = False  # whether any row does
+        self._stops = False  # whether any row pauses, or is to be told what may come
         self.going: list[Row] = []
 
     def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
         """Have rows go on that have taken in their prompts."""
         lengths = self._cache.begin(rows, [request.plan for request in requests])
         courses = list(map(Course, requests, lengths))
+        for row, course in zip(rows, courses, strict=True):
+            if course.has_drafter and course.begin > len(course.request.prompt):
+                course.untold = self._cache.state_so_far(row)["tail"]
         for request in requests:
-            self._pauses |= request.plan.pause
+            self._stops |= request.plan.pause or request.drafter is not None
         self._courses.update(zip(rows, courses, strict=True))
         self.going += rows
 
@@ -158,7 +186,8 @@ class Continuation:
         course = self._courses.pop(row)
         if row in self.going:
             self.going.remove(row)
-        self._pauses = any(other.request.plan.pause for other in self._courses.values())
+        requests = [other.request for other in self._courses.values()]
+        self._stops = any(r.plan.pause or r.drafter is not None for r in requests)
         return course
 
     def __getitem__(self, row: Row) -> Course:
@@ -174,7 +203,7 @@ class Continuation:
             MemoryError: There is no memory for the bytes to come, unless the rows are isolated.
         """
         rows = list(self.going)
-        if self._pauses:
+        if self._stops:
             return self._run_and_answer(rows, seconds)
         results = self._cache.run(rows, seconds)
         self._note(rows, results)
@@ -184,8 +213,7 @@ class Continuation:
         lacks_memory = False
         for row, ran in zip(rows, results, strict=True):
             course = self._courses[row]
-            course.ran.append(ran)
-            course.reason = ran.reason
+            course.note(ran)
             if ran.reason not in ("time", "logits"):
                 self.going.remove(row)
                 lacks_memory |= ran.reason == "memory"
@@ -204,12 +232,17 @@ class Continuation:
     # -- Pauses ------------------------------------------------------------------------------------
 
     def _run_and_answer(self, rows: list[Row], seconds: float) -> list[tuple[Row, Ran]]:
-        """`run` of rows of which some pause, which takes one byte of each at a time."""
+        """`run` of rows of which some pause or are drafted for, a byte or a draft at a time."""
         end = time.monotonic() + seconds
         courses = [self._courses[row] for row in rows]
         before = [len(course.ran) for course in courses]
         while going := list(self.going):
-            self._note(going, self._cache.run(going, max(0.0, end - time.monotonic())))
+            if any(self._courses[row].has_drafter for row in going):
+                drafts = [self._courses[row].draft() for row in going]
+                results = self._cache.run(going, 0.0, drafts)
+            else:
+                results = self._cache.run(going, max(0.0, end - time.monotonic()))
+            self._note(going, results)
             self._answer([row for row in going if self._courses[row].reason == "logits"])
             if time.monotonic() >= end:
                 break

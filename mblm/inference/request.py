@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mblm.inference.automaton import Automaton
+from mblm.inference.draft import MOST_DRAFTED
+from mblm.inference.drafter import Drafter
 from mblm.inference.guide import Constraint, EndingGuide, Guide
 from mblm.inference.plan import Draws, Plan
 from mblm.inference.prompt import Prompt, prompt_ids, utf8
@@ -33,12 +35,14 @@ class Request:
         plan: How a row that has taken it in goes on.
         guide: Makes the guide of a constraint that is no automaton; the plan pauses for it.
         logits_processor: Changes each byte's logits; the plan pauses for it.
+        drafter: Makes what proposes bytes, if a smaller model is to.
     """
 
     prompt: Tensor
     plan: Plan
     guide: Callable[[], Guide] | None = None
     logits_processor: LogitsProcessor | None = None
+    drafter: Callable[[], Drafter] | None = None
 
     @property
     def may_end_early(self) -> bool:
@@ -68,6 +72,7 @@ def request(
     draws: Draws | None = None,
     constraint: Constraint | None = None,
     logits_processor: LogitsProcessor | None = None,
+    draft: Any = None,
     log_probs: bool = False,
     length: int = 0,
     names: Names = _NAMES,
@@ -98,6 +103,9 @@ def request(
             from 256 on may come where they are that.
         logits_processor: Gets the ids so far ``(n,)``, prompt included, and the next byte's logits
             ``(V,)``, on the model's device; returns the logits to choose by.
+        draft: What proposes bytes, which then come sooner and are the same: ``"ngram"``, what came
+            after the longest earlier match; or a smaller `mblm.MBLM` with as many token ids. See
+            `mblm.inference.draft`. Default: nothing does.
         log_probs: Also give the log-probability of each byte, of the model's own logits.
         length: How many bytes the row has before the prompt. Default 0.
         names: What errors call the arguments, where a caller has other names for them.
@@ -123,6 +131,7 @@ def request(
     has_no_end = type(stop) is tuple and not stop and end is None
     if draws is None and not (seed is None and generator is None):
         draws = draws_of(model, seed, generator)
+    most, drafter = (0, None) if draft is None else _drafting(draft, num_tokens)
     plan = Plan(
         count,
         temperature=temperature,
@@ -134,8 +143,9 @@ def request(
         stop=None if has_no_end else _stop(stop, end, num_tokens),
         log_probs=log_probs,
         pause=not (guide is None and logits_processor is None),
+        draft=most,
     )
-    return Request(ids, plan, guide, logits_processor)
+    return Request(ids, plan, guide, logits_processor, drafter)
 
 
 def requests_of_rows(
@@ -275,6 +285,19 @@ def _compiled(
     if end is None or end < 256:
         return None, compiled
     return None, lambda: EndingGuide(compiled(), end)
+
+
+def _drafting(draft: Any, num_tokens: int) -> tuple[int, Callable[[], Drafter] | None]:
+    """How many bytes the plan proposes, or what makes the drafter."""
+    if isinstance(draft, str) and draft == "ngram":
+        return MOST_DRAFTED, None
+    if not hasattr(draft, "empty_logits"):
+        raise ValueError(f"draft: expected 'ngram', an mblm.MBLM or None, got {draft!r:.80}")
+    if draft.num_tokens != num_tokens:
+        raise ValueError(
+            f"draft: expected a model of {num_tokens} tokens, got one of {draft.num_tokens}"
+        )
+    return 0, partial(Drafter, draft)
 
 
 def _stop(stop: Any, end: int | None, num_tokens: int) -> Automaton | None:

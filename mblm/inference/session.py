@@ -143,6 +143,7 @@ class Session:
         generator: torch.Generator | None = None,
         constraint: Constraint | Sequence[Constraint | None] | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None = None,
+        draft: Any = None,
     ) -> Any:
         """Generate bytes for every sequence and take them in.
 
@@ -175,6 +176,7 @@ class Session:
             generator=generator,
             constraint=constraint,
             logits_processor=logits_processor,
+            draft=draft,
         )
         continuation: Continuation | None = None
 

@@ -126,6 +126,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         generator: torch.Generator | None = None,
         constraint: "Constraint | None" = None,
         logits_processor: "LogitsProcessor | None" = None,
+        draft: "str | MBLM | None" = None,
         weights: str = "float32",
     ) -> torch.Tensor:
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`.
@@ -153,6 +154,7 @@ class MBLM(Hierarchy, PretrainedMixin):
                 generator=generator,
                 constraint=constraint,
                 logits_processor=logits_processor,
+                draft=draft,
                 weights=weights,
             )
 
@@ -173,6 +175,7 @@ class MBLM(Hierarchy, PretrainedMixin):
         stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = (),
         constraint: "Constraint | Sequence[Constraint | None] | None" = None,
         logits_processor: "LogitsProcessor | Sequence[LogitsProcessor | None] | None" = None,
+        draft: Any = None,
         log_probs: bool | Sequence[bool] = False,
         on_bytes: Callable[[int, bytes], object] | None = None,
         on_result: Callable[[int, "Generation"], object] | None = None,
@@ -230,6 +233,7 @@ class MBLM(Hierarchy, PretrainedMixin):
             stop=stop,
             constraint=constraint,
             logits_processor=logits_processor,
+            draft=draft,
             log_probs=log_probs,
         )
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mblm.constrain import AllowedBytes
 from mblm.inference.automaton import Automaton
 from mblm.inference.draft import Proposer
 from mblm.inference.plan import Draws, Plan
@@ -220,3 +221,81 @@ class TestWhatIsProposedFrom:
         other = Session.load(tmp_path / "session", m).fork()
         state = other._cache.state(other._rows[0])
         assert state["tail"].tolist() == ids.tolist()
+
+
+class TestAskedFor:
+    """``draft`` of generate, of sessions and of batches."""
+
+    @pytest.fixture
+    def m(self) -> Any:
+        return build("mamba1", "transformer", seq_lens=(60, 8))
+
+    @pytest.fixture(params=["ngram", "the same model", "another model"])
+    def draft(self, request: pytest.FixtureRequest, m: Any) -> Any:
+        if request.param == "ngram":
+            return "ngram"
+        return m if request.param == "the same model" else build("transformer", seq_lens=(70,))
+
+    @pytest.mark.parametrize("wishes", [{}, {"filter_thres": 0.8, "seed": 3}])
+    def test_gives_what_there_is_without(self, m: Any, draft: Any, wishes: dict[str, Any]) -> None:
+        prompt = PROMPTS[0]
+        want = m.generate(prompt, num_tokens_to_generate=70, **wishes)
+        got = m.generate(prompt, num_tokens_to_generate=70, draft=draft, **wishes)
+        assert torch.equal(got, want)
+        plain, drafted = Session(m).feed(prompt), Session(m).feed(prompt)
+        for count in (30, 1, 40):
+            want = plain.generate(count, **wishes)
+            assert torch.equal(drafted.generate(count, draft=draft, **wishes), want)
+
+    def test_of_rows_with_and_without(self, m: Any, draft: Any) -> None:
+        prompts = [list(range(9)) * 2, list(range(5)) * 4]
+        want = Session(m, 2).feed(prompts).generate(40, filter_thres=0.9, seed=[1, 2])
+        session = Session(m, 2).feed(prompts)
+        got = session.generate(40, filter_thres=0.9, seed=[1, 2], draft=[None, draft])
+        assert torch.equal(got, want)
+
+    def test_under_a_constraint_and_a_processor(self, m: Any, draft: Any) -> None:
+        wishes: dict[str, Any] = {"num_tokens_to_generate": 30, "seed": 1, "filter_thres": 0.5}
+        for own in (
+            {"constraint": AllowedBytes([3, 4, 5])},
+            {"logits_processor": lambda ids, logits: logits.roll(1)},
+        ):
+            want = m.generate(PROMPTS[0], **wishes, **own)
+            assert torch.equal(m.generate(PROMPTS[0], draft=draft, **wishes, **own), want)
+
+    def test_a_model_that_is_right_saves_passes(self, m: Any) -> None:
+        with torch.no_grad():
+            for parameter in m.parameters():  # another type than the engine's: plain PyTorch
+                parameter.data = parameter.data.double()
+        embed, calls = m.embed_tokens, []
+        small = build("transformer", seq_lens=(99,))
+        with torch.no_grad():
+            for model in (small, m):
+                model.to_logits.weight.zero_()
+                model.to_logits.bias.copy_(torch.arange(19) == 5)
+        m.embed_tokens = lambda n, ids: calls.append(n) or embed(n, ids)
+        m.generate(PROMPTS[0], num_tokens_to_generate=32, draft=small)
+        assert calls.count(1) < 16
+
+    def test_of_many_prompts(self, m: Any) -> None:
+        want = m.generate_batch(PROMPTS, max_bytes=40, seeds=1)
+        got = m.generate_batch(PROMPTS, max_bytes=40, seeds=1, draft=["ngram", None] * 2)
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one.ids, other.ids)
+        with pytest.raises(ValueError, match=r"prompts\[0\]: draft: expected 'ngram' or None"):
+            m.generate_batch(PROMPTS, max_bytes=2, draft=m)
+
+    def test_a_smaller_context_ends_drafts(self, m: Any) -> None:
+        small = build("fixed", seq_lens=(20,))
+        assert small.max_length == 20
+        want = m.generate(PROMPTS[0], num_tokens_to_generate=20)
+        assert torch.equal(m.generate(PROMPTS[0], num_tokens_to_generate=20, draft=small), want)
+
+    def test_refuses(self, m: Any) -> None:
+        for draft in ("ngrams", 3, torch.nn.Linear(2, 2)):
+            with pytest.raises(ValueError, match="draft: expected 'ngram', an"):
+                m.generate(b"\x01", num_tokens_to_generate=2, draft=draft)
+        with pytest.raises(ValueError, match="draft: expected a model of 19 tokens, got one of 12"):
+            m.generate(b"\x01", draft=build("transformer", num_tokens=12))
+        with pytest.raises(ValueError, match="draft: expected a number >= 0, got -1"):
+            Plan(1, draft=-1)
