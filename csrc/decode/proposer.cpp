@@ -91,7 +91,8 @@ void Proposer::search(const Bytes& bytes) noexcept {
 }
 
 void Pace::note(int64_t positions, double seconds) noexcept {
-  constexpr double kRate = 1. / 32, kAtFirst = 0.15;
+  constexpr double kAtFirst = 0.4;
+  const double rate = 1. / double(std::min<int64_t>(8 + count_++, 32));
   if (seconds_ == 0) {
     positions_ = double(positions);
     seconds_ = seconds;
@@ -102,11 +103,11 @@ void Pace::note(int64_t positions, double seconds) noexcept {
   const double along = double(positions) - positions_;
   const double usual = seconds_ + common_ / spread_ * along;
   const double above = std::min(seconds, 2 * std::max(usual, seconds_ / 2)) - seconds_;
-  positions_ += kRate * along;
-  seconds_ += kRate * above;
+  positions_ += rate * along;
+  seconds_ += rate * above;
   if (along * along < 0.01) return;  // it says nothing of the slope
-  spread_ += kRate * (along * along - spread_);
-  common_ += kRate * (along * above - common_);
+  spread_ += rate * (along * along - spread_);
+  common_ += rate * (along * above - common_);
 }
 
 double Pace::price(int64_t rows) const noexcept {

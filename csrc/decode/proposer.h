@@ -28,7 +28,7 @@ class Proposer {
 
  private:
   static constexpr int64_t kShortest = 3, kLongest = 12;  // bytes of a match
-  static constexpr int64_t kLookedAt = 64;
+  static constexpr int64_t kLookedAt = 8;
   static constexpr double kExpected = 0.6, kRate = 1. / 16;
 
   void add(const Bytes& bytes) noexcept;
@@ -51,6 +51,7 @@ class Pace {
   double price(int64_t rows) const noexcept;
 
  private:
+  int64_t count_ = 0;
   double positions_ = 0, seconds_ = 0;  // means
   double spread_ = 1, common_ = 0;      // variance of positions; covariance with seconds
 };

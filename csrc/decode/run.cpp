@@ -193,7 +193,7 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
         if (!is_shared) finish(active, outputs, space_.choosers[worker.index]);
       }
       const auto end = Team::Clock::now();
-      if (chooses() && !round_.catches_up) {
+      if (chooses() && !round_.catches_up && round_.positions > 0) {
         space_.pace.note(round_.positions, std::chrono::duration<double>(end - begin).count());
       }
       begin_round();

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 MOST_DRAFTED = 24
 
 _SHORTEST, _LONGEST = 3, 12  # bytes of a match
-_LOOKED_AT = 64  # so many of the last places where the shortest match is
+_LOOKED_AT = 8  # so many of the last places where the shortest match is: late ones count for more
 # How often the byte after a match is right, before any was, and how fast that is learned.
 _EXPECTED, _RATE = 0.6, 1 / 16
 
