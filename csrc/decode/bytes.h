@@ -24,10 +24,11 @@ class Bytes {
   void reserve(Pool& pool, int64_t more) {
     const int64_t last = size_ / kPage, pages = (size_ + more + kPage - 1) / kPage;
     pages_.reserve(pages);
-    if (more > 0 && last < int64_t(pages_.size()) && pages_[last].is_shared()) {
+    for (int64_t i = last; i < std::min(pages, int64_t(pages_.size())); ++i) {
+      if (!pages_[i].is_shared()) continue;
       const Block own(pool);
-      std::copy_n(page(last * kPage), size_ % kPage, data(own));
-      pages_[last] = own;
+      if (i == last) std::copy_n(page(size_), size_ % kPage, data(own));
+      pages_[i] = own;
     }
     while (int64_t(pages_.size()) < pages) pages_.emplace_back(pool);
   }

@@ -60,6 +60,26 @@ void little_is_proposed_where_it_is_seldom_right() {
   CHECK(text.proposed(4, 0.3).size() == 4);
 }
 
+void copies_of_bytes_write_to_pages_of_their_own() {
+  Pool pool(Bytes::kPage);
+  Bytes one;
+  const auto write = [&](Bytes& bytes, int32_t id, int64_t count) {
+    bytes.reserve(pool, 3 * count);  // more than is written
+    for (int64_t i = 0; i < count; ++i) bytes.push_back(id);
+  };
+  write(one, 1, Bytes::kPage - 1);
+  Bytes other = one;
+  write(one, 2, Bytes::kPage);
+  write(other, 3, Bytes::kPage);
+  for (int64_t i = 0; i < one.size(); ++i) {
+    const bool is_later = i >= Bytes::kPage - 1;
+    CHECK(one[i] == (is_later ? 2 : 1) && other[i] == (is_later ? 3 : 1));
+  }
+  one.shorten(Bytes::kPage);
+  write(one, 4, 2);
+  CHECK(one[Bytes::kPage] == 4 && other[Bytes::kPage] == 3);
+}
+
 // The table grows, and a copy of the bytes goes on by itself.
 void many_bytes_are_found_again() {
   std::mt19937 random(1);
@@ -94,6 +114,7 @@ int main() {
   what_followed_the_longest_match_is_proposed();
   a_match_that_overlaps_the_end_goes_on_periodically();
   little_is_proposed_where_it_is_seldom_right();
+  copies_of_bytes_write_to_pages_of_their_own();
   many_bytes_are_found_again();
   a_price_follows_what_passes_cost();
   return test::result();

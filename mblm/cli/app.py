@@ -179,6 +179,10 @@ def generate(
     json_schema: Annotated[
         Path | None, typer.Option(help="Write JSON that the schema in this file describes.")
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="ngram", help="Propose what came before: the same text, sooner."),
+    ] = None,
     weights: Annotated[
         str,
         typer.Option(
@@ -225,6 +229,7 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "constraint": constraint,
+        "draft": draft,
         "seed": secrets.randbits(32) if seed is None else seed,
         "stop": [os.fsencode(text) for text in stop or ()],
         "weights": weights,

@@ -131,7 +131,7 @@ def request(
     has_no_end = type(stop) is tuple and not stop and end is None
     if draws is None and not (seed is None and generator is None):
         draws = draws_of(model, seed, generator)
-    most, drafter = (0, None) if draft is None else _drafting(draft, num_tokens)
+    most, drafter = (0, None) if draft is None else _drafting(draft, model)
     plan = Plan(
         count,
         temperature=temperature,
@@ -287,17 +287,18 @@ def _compiled(
     return None, lambda: EndingGuide(compiled(), end)
 
 
-def _drafting(draft: Any, num_tokens: int) -> tuple[int, Callable[[], Drafter] | None]:
+def _drafting(draft: Any, model: Any) -> tuple[int, Callable[[], Drafter] | None]:
     """How many bytes the plan proposes, or what makes the drafter."""
     if isinstance(draft, str) and draft == "ngram":
         return MOST_DRAFTED, None
     if not hasattr(draft, "empty_logits"):
         raise ValueError(f"draft: expected 'ngram', an mblm.MBLM or None, got {draft!r:.80}")
-    if draft.num_tokens != num_tokens:
+    if draft.num_tokens != model.num_tokens:
         raise ValueError(
-            f"draft: expected a model of {num_tokens} tokens, got one of {draft.num_tokens}"
+            f"draft: expected a model of {model.num_tokens} tokens, got one of {draft.num_tokens}"
         )
-    return 0, partial(Drafter, draft)
+    # A GPU's engine does not look at drafts.
+    return 0, partial(Drafter, draft) if model.device.type == "cpu" else None
 
 
 def _stop(stop: Any, end: int | None, num_tokens: int) -> Automaton | None:
