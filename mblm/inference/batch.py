@@ -238,7 +238,10 @@ class Batch:
 
     def _end(self, row: Row, reason: FinishReason, error: Exception | None = None) -> None:
         asked, course = self._going[row], self._continuation[row]
-        result = self._keep(asked, course, reason, error)
+        try:
+            result = self._keep(asked, course, reason, error)
+        except Exception as raised:  # by a guide, asked whether it accepts
+            result = self._keep(asked, course, "error", error or raised)
         self._let_go(row)
         self._limit = min(self._limit + 1, self._max_rows)
         self._tell(asked, result)

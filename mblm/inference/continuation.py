@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,12 +36,15 @@ class Course:
         self.ran: list[Ran] = []
         self.reason: Reason = "time"
         self.error: Exception | None = None
-        self._guide: Guide | None = None if request.guide is None else request.guide()
         self._so_far = request.prompt
         self._answers = 0
         has_drafter = request.drafter is not None and not request.plan.pause
         self._drafter = request.drafter() if request.drafter and has_drafter else None
         self.untold = request.prompt
+
+    @cached_property
+    def _guide(self) -> Guide | None:
+        return None if self.request.guide is None else self.request.guide()
 
     @property
     def count(self) -> int:
@@ -94,11 +98,16 @@ class Course:
         """Where the guide leaves a choice, ``(V,)`` bool; None without a guide.
 
         Raises:
-            ValueError: It leaves none, and accepts not what there is.
+            ValueError: It leaves none, and accepts not what there is; or it gives something else.
         """
         if self._guide is None:
             return None
         mask = self._guide.allowed(self.request.plan.max_tokens - self._answers)
+        if mask.dtype != torch.bool or mask.shape != (self.request.num_tokens,):
+            raise ValueError(
+                f"constraint: expected its guide to allow ({self.request.num_tokens},) bool, got "
+                f"{tuple(mask.shape)} {mask.dtype}"
+            )
         if not mask.any() and not self._guide.accepts():
             raise ValueError("constraint: nothing may follow, and what there is does not match")
         return mask
@@ -278,11 +287,13 @@ class Continuation:
             return
         try:
             results = self._cache.choose(rows, **{what: torch.stack(list(given.values()))})
-        except ValueError as error:  # a row is left nothing to choose from
+        except ValueError as error:  # of one of them
             for row in rows if len(rows) > 1 else ():
                 self._choose({row: given[row]}, what)
             if len(rows) == 1:
                 with self._own_errors(rows[0]):
+                    if self._courses[rows[0]].request.plan.allow is None:
+                        raise error
                     raise ValueError(
                         "logits_processor: it leaves nothing that the constraint allows to choose "
                         "from"

@@ -59,18 +59,27 @@ def generation_of(
     seed: int | None = None,
     error: BaseException | None = None,
 ) -> Generation:
-    """What has become of a request; None if it came to none, or has not begun."""
+    """What has become of a request; None if it came to none, or has not begun.
+
+    What its guide raises when asked whether it accepts is raised, unless an error is told already.
+    """
     with lasting_tensors():
         nothing = torch.empty(0, dtype=torch.long, device="cpu")
         prompt = nothing if request is None else request.prompt.clone()
         if course is None:
             return Generation(prompt, nothing, reason, seed=seed, error=error)
+        try:
+            is_matched = course.is_matched()
+        except Exception:
+            if error is None:
+                raise
+            is_matched = None
         log_probs = course.log_probs()
         return Generation(
             prompt,
             course.ids().clone(),
             reason,
-            course.is_matched(),
+            is_matched,
             None if log_probs is None else log_probs.clone(),
             seed,
             error,

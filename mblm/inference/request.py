@@ -33,6 +33,7 @@ class Request:
     Attributes:
         prompt: Its token ids, ``(L,)`` int64 on the CPU.
         plan: How a row that has taken it in goes on.
+        num_tokens: V of the model that it is for.
         guide: Makes the guide of a constraint that is no automaton; the plan pauses for it.
         logits_processor: Changes each byte's logits; the plan pauses for it.
         drafter: Makes what proposes bytes, if a smaller model is to.
@@ -40,6 +41,7 @@ class Request:
 
     prompt: Tensor
     plan: Plan
+    num_tokens: int
     guide: Callable[[], Guide] | None = None
     logits_processor: LogitsProcessor | None = None
     drafter: Callable[[], Drafter] | None = None
@@ -145,7 +147,7 @@ def request(
         pause=not (guide is None and logits_processor is None),
         draft=most,
     )
-    return Request(ids, plan, guide, logits_processor, drafter)
+    return Request(ids, plan, num_tokens, guide, logits_processor, drafter)
 
 
 def requests_of_rows(

@@ -19,7 +19,7 @@ from mblm.inference.torch_cache import TorchCache
 from tests.decoding import CLOSE, in_pytorch
 from tests.inference.caches import after as joined
 from tests.inference.caches import build, whole_logits
-from tests.inference.test_continuation import Follows, InTheEngine, words
+from tests.inference.test_continuation import Follower, Follows, InTheEngine, words
 from tests.native import needs_native
 
 # Contexts without an end, and one of 256 bytes that positions limit.
@@ -453,6 +453,51 @@ def test_a_processor_that_raises_ends_its_row_alone(m: MBLM) -> None:
 
 
 # -- Interrupts ------------------------------------------------------------------------------------
+
+
+class Fails(Follows):
+    """A constraint whose guide fails at one of the calls; at "make" there is none."""
+
+    def __init__(self, call: str, failure: Any = None) -> None:
+        super().__init__(words(5))
+        self.call, self.failure = call, failure
+
+    def compile(self, num_tokens: int) -> Any:
+        def make() -> Follower:
+            guide = Follower(self.automaton)
+            if self.call == "make":
+                self.fail()
+            setattr(guide, self.call, self.fail)
+            return guide
+
+        return make
+
+    def fail(self, *_: Any) -> Any:
+        if self.failure is None:
+            raise RuntimeError(f"{self.call} fails")
+        return self.failure
+
+
+@every_way
+@pytest.mark.parametrize("call", ["make", "allowed", "take", "is_complete", "accepts"])
+def test_a_guide_that_raises_ends_its_row_alone(m: MBLM, call: str) -> None:
+    constraints = [Follows(words(5)), Fails(call), None, Fails(call)]
+    with pytest.raises(RuntimeError, match=f"{call} fails") as raised:
+        together(m, some_prompts(4, 5, 6, 7), constraint=constraints, max_bytes=5, max_rows=3)
+    results = raised.value.generations  # type: ignore[attr-defined]
+    reasons = ["matched", "error", "length", "error"]
+    assert [result.finish_reason for result in results] == reasons
+    count = {"make": 0, "allowed": 0, "take": 1, "is_complete": 1, "accepts": 5}[call]
+    assert [len(result.ids) for result in results] == [5, count, 5, count]
+
+
+@every_way
+def test_a_guide_that_allows_no_tokens_ends_its_row_alone(m: MBLM) -> None:
+    constraints = [Follows(words(5)), Fails("allowed", torch.ones(3, dtype=torch.bool))]
+    with pytest.raises(ValueError, match=r"guide to allow \(19,\) bool, got \(3,\)") as raised:
+        together(m, some_prompts(4, 5), constraint=constraints, max_bytes=5)
+    results = raised.value.generations  # type: ignore[attr-defined]
+    assert [result.finish_reason for result in results] == ["matched", "error"]
 
 
 @every_way

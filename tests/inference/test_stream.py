@@ -213,6 +213,15 @@ class TestClosing:
         assert chunks == []
 
 
+class Even(Follows):
+    """Words of even ids, of a larger vocabulary."""
+
+    def compile(self, num_tokens: int) -> Any:
+        automaton = words(4)
+        automaton.classes = (torch.arange(V) % 2).int()
+        return Follows(automaton).compile(num_tokens)
+
+
 class TestErrors:
     def test_are_raised_once_and_kept(self, m: MBLM, byte_by_byte: None) -> None:
         want = generated(m)
@@ -230,6 +239,18 @@ class TestErrors:
         result = stream.result
         assert result.finish_reason == "error" and result.error is caught.value
         assert result.ids.tolist() == want[:5]
+
+    def test_of_a_guide_that_is_asked_at_the_end_end_it(self, m: MBLM) -> None:
+        class Fails(Even):
+            def compile(self, num_tokens: int) -> Any:
+                guide = super().compile(num_tokens)()
+                guide.accepts = lambda: 1 / 0
+                return lambda: guide
+
+        stream = m.stream(b"", constraint=Fails(words(4)), max_bytes=3)
+        with pytest.raises(ZeroDivisionError):
+            list(stream)
+        assert stream.result.finish_reason == "error" and len(stream.result.ids) == 3
 
     def test_of_weights_come_with_the_first_chunk(self) -> None:
         m = model(transformer(), seq_lens=[9])
@@ -260,12 +281,6 @@ class TestErrors:
 
 
 def test_a_constraint_says_whether_it_is_matched(m: MBLM) -> None:
-    class Even(Follows):
-        def compile(self, num_tokens: int) -> Any:
-            automaton = words(4)
-            automaton.classes = (torch.arange(V) % 2).int()
-            return Follows(automaton).compile(num_tokens)
-
     stream = m.stream(b"", constraint=Even(words(4)), max_bytes=9)
     list(stream)
     assert stream.result.finish_reason == "matched" and stream.result.is_matched
