@@ -34,7 +34,9 @@ RECORD = "mblm/_build.json"  # what was compiled, or why nothing: mblm/ops/_nati
 BUILD = ROOT / "build" if os.access(ROOT, os.W_OK) else Path(tempfile.mkdtemp())
 BUILDS = bool(COMPILE & set(sys.argv))
 # What of the decoding engine knows no torch, and is compiled as the kernels are.
-ENGINE = [f"csrc/decode/{name}.cpp" for name in ("choose", "memory", "proposer", "rows", "run", "start")]
+ENGINE = [
+    f"csrc/decode/{name}.cpp" for name in ("choose", "memory", "proposer", "rows", "run", "start")
+]
 
 
 def build_compiled(mode: str, record: dict[str, Any]) -> None:
