@@ -7,12 +7,12 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <span>
 #include <string>
 #include <vector>
 
 #include "cuda/decode_graph.h"
 #include "cuda/units.h"
+#include "decode/bytes.h"
 #include "decode/parts.h"
 
 namespace mblm::decode {
