@@ -132,7 +132,7 @@ def request(
         )
     has_no_end = type(stop) is tuple and not stop and end is None
     if draws is None and not (seed is None and generator is None):
-        draws = draws_of(model, seed, generator)
+        draws = draws_of(model, seed, generator, names=names)
     most, drafter = (0, None) if draft is None else _drafting(draft, model)
     plan = Plan(
         count,
@@ -179,23 +179,11 @@ def requests_of_rows(
     """
     name, count = names.get("max_bytes", "max_bytes"), len(lengths)
     wishes["max_bytes"] = check_integer(name, max_bytes) if max_bytes is None else max_bytes
-    if isinstance(seed, (list, tuple)):
+    if isinstance(seed, (list, tuple, range)):
         wishes |= {"seed": seed, "generator": generator}
     else:
         wishes["draws"] = draws_of(model, seed, generator, count)
-    lists = {
-        name: value
-        for name, value in wishes.items()
-        if isinstance(value, (list, tuple))
-        # A list of strings is for all rows.
-        and (name != "stop" or (value and isinstance(value[0], (list, tuple))))
-    }
-    for name, values in lists.items():
-        if len(values) != count:
-            raise ValueError(
-                f"{names.get(name, name)}: expected one value or a list of {count}, one for each "
-                f"row, got {len(values)}"
-            )
+    lists = lists_of(wishes, count, "row", names)
     if not lists:
         one = request(model, b"", length=max(lengths), names=names, **wishes)
         return [one.of_lane(lane) for lane in range(count)]
@@ -207,8 +195,42 @@ def requests_of_rows(
     return requests
 
 
+def lists_of(
+    wishes: Mapping[str, Any], count: int | None, of: str, names: Names
+) -> dict[str, Sequence[Any]]:
+    """Those of the arguments of `request` that have a value for each of many.
+
+    Args:
+        wishes: The arguments.
+        count: How many there are; None if that is not known.
+        of: What they are, for errors.
+        names: See `request`.
+
+    Raises:
+        ValueError: A list of another length.
+    """
+    lists: dict[str, Sequence[Any]] = {
+        name: value
+        for name, value in wishes.items()
+        if isinstance(value, (list, tuple, range))
+        # A list of strings is one value.
+        and (name != "stop" or any(isinstance(item, (list, tuple)) for item in value))
+    }
+    for name, values in lists.items():
+        if count is not None and len(values) != count:
+            raise ValueError(
+                f"{names.get(name, name)}: expected one value or a list of {count}, one for each "
+                f"{of}, got {len(values)}"
+            )
+    return lists
+
+
 def draws_of(
-    model: Any, seed: int | None, generator: torch.Generator | None, lanes: int = 1
+    model: Any,
+    seed: int | None,
+    generator: torch.Generator | None,
+    lanes: int = 1,
+    names: Names = _NAMES,
 ) -> Draws | None:
     """Where random numbers come from; None for one lane of the device's default generator.
 
@@ -218,9 +240,10 @@ def draws_of(
     if seed is not None:
         if generator is not None:
             raise ValueError("pass at most one of seed and generator")
-        seed = check_integer("seed", seed)
+        name = names.get("seed", "seed")
+        seed = check_integer(name, seed)
         if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed: expected an integer in [-2**63, 2**64), got {seed}")
+            raise ValueError(f"{name}: expected an integer in [-2**63, 2**64), got {seed}")
         generator = torch.Generator(model.device).manual_seed(seed)
     if generator is None and lanes == 1:
         return None

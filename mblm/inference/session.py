@@ -193,7 +193,7 @@ class Session:
             while continuation.going:
                 continuation.run()
             ids = [continuation[row].ids() for row in self._rows]
-            if isinstance(num_tokens, (list, tuple)) or any(r.may_end_early for r in requests):
+            if isinstance(num_tokens, Sequence) or any(r.may_end_early for r in requests):
                 return [row.to(self._device) for row in ids]
             if len(ids) == 1:
                 return ids[0][None].to(self._device)

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from mblm.inference.prompt import Prompt
-from mblm.inference.request import Request, request
+from mblm.inference.request import Names, Request, lists_of, request
+
+_NAMES: Names = {"seed": "seeds"}
 
 
 class Wishes:
@@ -28,20 +30,12 @@ class Wishes:
     def __init__(self, prompts: Iterable[Prompt], seeds: Any, arguments: Mapping[str, Any]) -> None:
         is_one = isinstance(prompts, (str, bytes, bytearray, memoryview))
         if is_one or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 2) < 2:
-            raise TypeError(f"prompts: expected a list, got {type(prompts).__name__}: [prompt]?")
+            kind = type(prompts).__name__
+            raise TypeError(f"prompts: expected a list of prompts, got {kind}; one is [prompt]")
         self._prompts = prompts
         self.number = len(prompts) if isinstance(prompts, Sized) else None
-        self._arguments = {**arguments, "seed": seeds}
-        self._lists: dict[str, Iterable[Any]] = {}
-        for name, value in self._arguments.items():
-            if not _is_one_per_prompt(name, value):
-                continue
-            if self.number is not None and len(value) != self.number:
-                raise ValueError(
-                    f"{_given(name)}: expected one value or a list of "
-                    f"{self.number}, one for each prompt, got {len(value)}"
-                )
-            self._lists[name] = value
+        self._arguments = {**arguments, "seed": seeds, "names": _NAMES}
+        self._lists = lists_of(self._arguments, self.number, "prompt", _NAMES)
         self._first_seed = int(torch.randint(2**62, ()))
 
     def check(self, model: Any) -> None:
@@ -58,7 +52,8 @@ class Wishes:
                 try:
                     arguments[name] = next(values)
                 except StopIteration:
-                    raise ValueError(f"{_given(name)}: none is left for prompts[{index}]") from None
+                    given = _NAMES.get(name, name)
+                    raise ValueError(f"{given}: none is left for prompts[{index}]") from None
             if arguments["seed"] is None:
                 arguments["seed"] = self._first_seed + index
             yield arguments
@@ -69,16 +64,5 @@ def request_of(model: Any, index: int, arguments: Mapping[str, Any]) -> Request:
     try:
         return request(model, **arguments)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"prompts[{index}]: {error}") from error
-
-
-def _is_one_per_prompt(name: str, value: Any) -> bool:
-    is_list = isinstance(value, (list, tuple, range))
-    if name == "stop":  # of which a list of strings is one value
-        return is_list and any(isinstance(item, (list, tuple)) for item in value)
-    return is_list
-
-
-def _given(name: str) -> str:
-    """What a caller calls an argument of a request."""
-    return "seeds" if name == "seed" else name
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"prompts[{index}]: {error}") from error

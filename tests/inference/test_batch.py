@@ -621,13 +621,20 @@ def test_no_memory_for_a_row_alone(m: MBLM, room: int) -> None:
 # -- Bad input -------------------------------------------------------------------------------------
 
 
+class Undecodable:
+    """A constraint that raises an error which takes more than a message."""
+
+    def compile(self, num_tokens: int) -> Any:
+        return b"\xff".decode()
+
+
 @pytest.mark.parametrize(
     ("prompts", "wishes", "message"),
     [
-        (b"one", {}, "prompts: expected a list, got bytes"),
-        ("one", {}, "prompts: expected a list, got str"),
-        (torch.tensor([1, 2]), {}, "prompts: expected a list, got Tensor"),
-        (None, {}, "prompts: expected a list, got NoneType"),
+        (b"one", {}, "prompts: expected a list of prompts, got bytes"),
+        ("one", {}, "prompts: expected a list of prompts, got str"),
+        (torch.tensor([1, 2]), {}, "prompts: expected a list of prompts, got Tensor"),
+        (None, {}, "prompts: expected a list of prompts, got NoneType"),
         ([b"\1", 1.5], {}, r"prompts\[1\]: prompt: expected"),
         ([b"\1", [1, 19]], {}, r"prompts\[1\]: prompt: .*19"),
         ([b"\1"], {"max_rows": 0}, "max_rows: expected a number >= 1, got 0"),
@@ -638,7 +645,9 @@ def test_no_memory_for_a_row_alone(m: MBLM, room: int) -> None:
         ([b"\1", b""], {"temperature": [1, -1]}, r"prompts\[1\]: temperature: expected"),
         ([b"\1", b""], {"temperature": [1]}, "temperature: expected one value or a list of 2"),
         ([b"\1"], {"seeds": [1, 2]}, "seeds: expected one value or a list of 1"),
-        ([b"\1"], {"seeds": "x"}, r"prompts\[0\]: seed: expected"),
+        ([b"\1"], {"seeds": "x"}, r"prompts\[0\]: seeds: expected"),
+        ([b"\1"], {"stop": ["x", [b"x"]]}, "stop: expected one value or a list of 1"),
+        ([b"\1"], {"constraint": Undecodable()}, r"prompts\[0\]: .*invalid start byte"),
         ([b"\1", b""], {"stop": [[b"x"]]}, "stop: expected one value or a list of 2"),
         ([b"\1"], {"stop": [[b""]]}, r"prompts\[0\]: stop: expected"),
         ([b"\1"], {"weights": "int3"}, "weights"),

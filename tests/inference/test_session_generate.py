@@ -55,13 +55,14 @@ class TestOneForEachSequence:
             assert ids[row].tolist() == expected
 
     def test_lengths(self, m: MBLM, session: Session) -> None:
-        ids = session.generate([4, 0, 7], seed=[1, 2, 3], **WISHES)
+        ids = session.generate([4, 0, 7], seed=range(1, 4), **WISHES)
         assert [row.tolist() for row in ids] == [
             alone(m, prompt, count, seed=seed, **WISHES)
             for prompt, count, seed in zip(PROMPTS, (4, 0, 7), (1, 2, 3), strict=True)
         ]
         assert session.lengths == [7, 0, 12]
         assert session.generate(3).shape == (3, 3)
+        assert [len(row) for row in session.generate(range(3))] == [0, 1, 2]
 
     def test_ends(self, m: MBLM, session: Session) -> None:
         whole = session.fork().generate(10, seed=[1, 2, 3], **WISHES).tolist()
