@@ -89,7 +89,7 @@ def read_prompts(file: Path) -> list[bytes]:
 def line_of(index: int, prompt: bytes, result: Generation) -> bytes:
     """A result as JSON; what is no UTF-8 is in base64."""
     named = {
-        "line": index,
+        "index": index,
         **_as_json("prompt", prompt),
         **_as_json("text", result.data),
         "finish_reason": result.finish_reason,

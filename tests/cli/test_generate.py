@@ -380,10 +380,10 @@ def test_prompts_of_a_file(run: Run, saved: Path, bytes_model: MBLM, tmp_path: P
     result = run("generate", saved, *flags)
     assert (result.status, result.out) == (0, b"")
     assert "3 prompts" in result.err and result.err.count("\n") == 1
-    written = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["line"])
+    written = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["index"])
     for number, (line, prompt) in enumerate(zip(written, [b"ab", b"\xff\0", b""], strict=True)):
         assert line.items() >= lines[number].items()
-        assert (line["line"], line["seed"], line["finish_reason"]) == (number, 5 + number, "length")
+        assert (line["index"], line["seed"], line["finish_reason"]) == (number, 5 + number, "length")
         want = expected(bytes_model, prompt, seed=5 + number, top_p=0.9)
         got = line["text"].encode() if "text" in line else b64decode(line["text_base64"])
         assert got == want
