@@ -38,9 +38,7 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
     """
 
     @decoding
-    def __init__(
-        self, model: Any, prompt: Prompt, text: bool, weights: str, wishes: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: Any, prompt: Prompt, text: bool, weights: str, **wishes: Any) -> None:
         self._model, self._weights = model, weights
         asked = request(model, prompt, **wishes)
         # It is read later, when the caller's tensor may have changed.

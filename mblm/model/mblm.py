@@ -238,15 +238,52 @@ class MBLM(Hierarchy, PretrainedMixin):
         )
 
     def stream(
-        self, prompt: "Prompt", *, text: bool = False, weights: str = "float32", **wishes: Any
+        self,
+        prompt: "Prompt",
+        *,
+        text: bool = False,
+        max_bytes: int | None = None,
+        end_token_id: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop: Collection[bytes | str] = (),
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        constraint: "Constraint | None" = None,
+        logits_processor: "LogitsProcessor | None" = None,
+        draft: "str | MBLM | None" = None,
+        log_probs: bool = False,
+        weights: str = "float32",
     ) -> "Stream":
         """Generate bytes or text to iterate over as they come; see `Stream`.
 
-        ``wishes`` are the arguments of `mblm.inference.request.request`.
+        The arguments from ``max_bytes`` on are those of `mblm.inference.request.request`.
         """
         from mblm.inference.stream import Stream
 
-        return Stream(self, prompt, text, weights, wishes)
+        return Stream(
+            self,
+            prompt,
+            text,
+            weights,
+            max_bytes=max_bytes,
+            end_token_id=end_token_id,
+            temperature=temperature,
+            filter_thres=filter_thres,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=stop,
+            seed=seed,
+            generator=generator,
+            constraint=constraint,
+            logits_processor=logits_processor,
+            draft=draft,
+            log_probs=log_probs,
+        )
 
     @decoding
     def score(

@@ -269,7 +269,8 @@ class TestErrors:
             ({"max_bytes": -1}, ValueError, "max_bytes"),
             ({"top_p": 2}, ValueError, "top_p"),
             ({"stop": b"a"}, ValueError, "stop"),
-            ({"num_tokens": 3}, TypeError, "num_tokens"),
+            ({"num_tokens": 3}, TypeError, r"stream\(\) got an unexpected .*num_tokens"),
+            ({"length": 3}, TypeError, "length"),
         ],
         ids=str,
     )
