@@ -23,6 +23,7 @@ from mblm.cli.info import collect_facts, format_facts
 from mblm.cli.prompts import generate_all, read_prompts
 from mblm.model.find import find_model, find_run
 from mblm.utils import interrupt
+from mblm.utils.atomic import atomic_write
 from mblm.utils.imports import import_modules
 
 # Typer's own usage errors; their class is in click or in typer's copy of it.
@@ -106,6 +107,7 @@ def _root(
       mblm train configs/first.yaml                  train from a configuration
       mblm generate latest --prompt "The "           write with what was trained last
       mblm eval latest book.txt                      bits per byte of files
+      mblm show latest book.txt                      which bytes surprise it
       mblm info                                      what is installed, compiled and missing
     """
     if version:
@@ -345,6 +347,41 @@ def evaluate(
     else:
         typer.echo(format_scores(scores))
         typer.echo(f"{scores['bytes_per_second']:,.0f} bytes/s", err=True)
+
+
+@app.command()
+def show(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="The text, any bytes; - is standard input.")],
+    out: Annotated[
+        Path, typer.Option(help="The page, .html, or a picture of its beginning, .png or .svg.")
+    ] = Path("surprise.html"),
+    device: Device = None,
+    config: RunConfig = None,
+    imports: Imports = None,
+) -> None:
+    """Show which bytes of a text surprise a model, on a page or in a picture.
+
+    The page is one file that needs nothing but a browser: the text colored by the bits that each
+    byte takes, the likeliest bytes wherever the pointer is, and bits by place in a patch.
+
+    \b
+    Examples:
+      mblm show mblm-demo program.py
+      mblm show latest photo.jpg --out photo.html
+      head -c 2000 book.txt | mblm show latest - --out book.png
+    """
+    from mblm.cli.show import measure_file, name_of, read_text, writer_for
+
+    write = writer_for(out)
+    checkpoint = find_model(model)
+    data = read_text(file)
+    check_out(out, checkpoint, file, config)
+    loaded = load(checkpoint, config, device)
+    with interrupt.raises(), atomic_write(out) as stream:
+        surprise = measure_file(loaded, data)
+        write(surprise, name_of(file), stream)
+    typer.echo(f"Wrote {out}: {surprise}")
 
 
 @app.command()

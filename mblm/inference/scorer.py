@@ -67,6 +67,7 @@ class Scorer:
         length: Bytes of a window.
         stride: How many of them are scored.
         batch_bytes: Bytes that are taken in together.
+        alternatives: How many of the likeliest ids to tell for each byte, up to all of them.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Scorer:
         length: int | None = None,
         stride: int | None = None,
         batch_bytes: int = BATCH_BYTES,
+        alternatives: int = 0,
     ) -> None:
         check_model(model)
         self._model = model
@@ -82,6 +84,7 @@ class Scorer:
         self._batch_bytes = check_integer("batch_bytes", batch_bytes)
         if self._batch_bytes < 1:
             raise ValueError(f"batch_bytes: expected a number >= 1, got {batch_bytes}")
+        self._alternatives = alternatives
         patch = model.patch_sizes[0]
         self._piece_bytes = max(self._batch_bytes // patch, 1) * patch
         tile = model.config.tile or INFERENCE_TILE
@@ -129,7 +132,10 @@ class Scorer:
             at += len(ids) - 1
 
     def run(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-        """Score pieces: ``(scored, 2)`` on the CPU, log-probability and whether it is likeliest.
+        """Score pieces: ``(scored, 2 + 2 * alternatives)`` float32 on the CPU.
+
+        A row is a byte's log-probability, whether it is the likeliest, the likeliest ids, the
+        likeliest first, and their log-probabilities.
 
         Whole sequences that follow each other are taken in together, as many as ``batch_bytes``
         allows. Those of a sequence that comes piece by piece follow each other.
@@ -166,7 +172,7 @@ class Scorer:
             end = row * positions - (-(len(piece.ids) - 1) // patch)
             counts.append(max(end - begin, 0) if piece.first < len(piece.ids) else 0)
             wanted.extend(range(begin, begin + counts[-1]))
-        found = torch.empty(0, 2, device="cpu")
+        found = torch.empty(0, 2 + 2 * self._alternatives, device="cpu")
         if positions:
             ids = ids.to(model.device)
             taken_in, targets = ids[:, :-1], ids[:, 1:]
@@ -175,7 +181,7 @@ class Scorer:
                 rows = torch.tensor(wanted, device=model.device)
                 above = model.below_positions(0, attended).flatten(0, 1)[rows]
                 by_patch = [t.reshape(-1, patch)[rows] for t in (taken_in, targets)]
-                found = self._tiles.per_byte(_log_probs, above, *by_patch).cpu()
+                found = self._tiles.per_byte(self._log_probs, above, *by_patch).cpu()
         of_pieces = found.split([count * patch for count in counts])
         return list(map(self._of_piece, pieces, of_pieces))
 
@@ -199,15 +205,18 @@ class Scorer:
         per_byte = found[first : first + len(piece.ids) - piece.first - is_begin]
         if not is_begin:
             return per_byte
-        of_first = _log_probs(self._empty_logits, piece.ids[:1].to(self._model.device))
+        of_first = self._log_probs(self._empty_logits, piece.ids[:1].to(self._model.device))
         return torch.cat((of_first.cpu(), per_byte))
 
-
-def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of targets ``(S,)``, and whether each is the likeliest: ``(S, 2)``."""
-    log_probs = logits.float().log_softmax(-1).gather(1, targets[:, None])
-    is_likeliest = logits.argmax(-1, keepdim=True) == targets[:, None]
-    return torch.cat((log_probs, is_likeliest.to(log_probs.dtype)), dim=1)
+    def _log_probs(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The rows of `run`, of logits ``(S, V)`` and the ids ``(S,)`` that they predict."""
+        log_probs = logits.float().log_softmax(-1)
+        is_likeliest = logits.argmax(-1, keepdim=True) == targets[:, None]
+        columns = [log_probs.gather(1, targets[:, None]), is_likeliest.float()]
+        if self._alternatives:
+            likeliest = log_probs.topk(self._alternatives)
+            columns += [likeliest.indices.float(), likeliest.values]
+        return torch.cat(columns, dim=1)
 
 
 def sequence_length(model: "MBLM") -> int | None:

@@ -1,0 +1,64 @@
+"""What `mblm show` does: read a text, measure it with a bar, and write what the name asks for."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+import mblm
+from mblm.show.page import write_page
+from mblm.show.picture import check_matplotlib, write_picture
+from mblm.show.surprise import Surprise, measure
+from mblm.utils.io import STANDARD_INPUT, open_binary
+
+MOST_BYTES = 16 << 20  # a page has about nine times as many
+
+
+def writer_for(out: Path) -> Callable[[Surprise, str, BinaryIO], None]:
+    """What writes a file of this name.
+
+    Raises:
+        ValueError: The suffix is unknown, or matplotlib is missing for a picture.
+    """
+    suffix = out.suffix.lower()
+    if suffix in (".html", ".htm"):
+        return write_page
+    if suffix not in (".png", ".svg"):
+        raise ValueError(f"--out: expected a name that ends in .html, .png or .svg, got {out}")
+    check_matplotlib()
+    return partial(write_picture, suffix=suffix)
+
+
+def read_text(file: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: There are more than a page can show.
+    """
+    with open_binary(file) as stream:
+        data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(
+            f"{file}: more than {MOST_BYTES:,} bytes; pass a part, such as by head -c 1000000"
+        )
+    return data
+
+
+def name_of(file: Path) -> str:
+    """A file's name as it can be shown, whatever its bytes are."""
+    if file == STANDARD_INPUT:
+        return "standard input"
+    return os.fsencode(file).decode(errors="replace")
+
+
+def measure_file(model: mblm.MBLM, data: bytes) -> Surprise:
+    """Measure a text, with a bar on a terminal."""
+    with tqdm(
+        total=len(data), unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
+        return measure(model, data, on_progress=bar.update)

@@ -1,0 +1,1 @@
+"""Pages and pictures of how likely a model finds each byte of a text."""
