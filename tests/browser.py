@@ -15,11 +15,11 @@ ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-u
 
 
 class Browser:
-    """A window of 1,000 by 700 pixels."""
+    """A window."""
 
     def __init__(self, address: str) -> None:
         self._address = address
-        options = {"binary": CHROMIUM, "args": [*ARGUMENTS, "--window-size=1000,700"]}
+        options = {"binary": CHROMIUM, "args": ARGUMENTS}
         wishes = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = self._post("", {"capabilities": {"alwaysMatch": wishes}})["sessionId"]
         self._address = f"{address}/{session}"
@@ -36,6 +36,9 @@ class Browser:
         """Move the mouse."""
         move = {"type": "pointerMove", "x": round(x), "y": round(y), "duration": 0}
         self._post("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
+
+    def resize(self, width: int, height: int) -> None:
+        self._post("/window/rect", {"width": width, "height": height})
 
     def complaints(self) -> list[str]:
         """What the page's scripts and the browser complained of since this was last asked."""

@@ -45,28 +45,29 @@ def write_picture(surprise: Surprise, name: str, file: BinaryIO, suffix: str = "
     rows = max((cell.row for cell in cells), default=0) + 1
     # Inches, from the top: title, legend, text, a chart for each stage.
     wide, high = COLUMNS * SIZE * 0.602 / 72, rows * SIZE * 1.4 / 72
-    whole = (wide + 0.4, 1.1 + high + 1.3 * len(surprise.patches))
+    whole = (wide + 0.4, 1.15 + high + 1.3 * len(surprise.patches))
     figure = Figure(figsize=whole)
 
     def axes_at(top: float, tall: float, inset: float = 0) -> Any:
         area = (0.2 + inset, whole[1] - top - tall, wide - inset, tall)
         return figure.add_axes(tuple(np.divide(area, whole * 2)))
 
-    shown = sum(cell.count for cell in cells)
+    shown = sum(cell.num_bytes for cell in cells)
     part = f", of which the first {shown:,} are shown" if shown < len(surprise.data) else ""
-    title = f"{name}\n{surprise}{part}"
+    title = f"{name}\n{surprise}{part}\nbits that a byte takes:"
     at = (0.2 / whole[0], 1 - 0.1 / whole[1])
     figure.text(*at, title, va="top", fontsize=SIZE, parse_math=False)
     scale = LinearSegmentedColormap.from_list("surprise", ["white", "#ff8c26"])
     colors = ScalarMappable(Normalize(0, HOTTEST), scale)
-    legend = figure.colorbar(colors, axes_at(0.6, 0.1), orientation="horizontal", extend="max")
+    legend = figure.colorbar(colors, axes_at(0.65, 0.1), orientation="horizontal", extend="max")
     legend.ax.tick_params(labelsize=SIZE - 2)
-    _draw_text(axes_at(0.9, high), cells, colors.to_rgba(surprise.bits[:shown]), rows)
+    _draw_text(axes_at(0.95, high), cells, colors.to_rgba(surprise.bits[:shown]), rows)
     for stage, patch in enumerate(surprise.patches):
-        axes = axes_at(1.1 + high + 1.3 * stage, 0.8, 0.5)
+        axes = axes_at(1.15 + high + 1.3 * stage, 0.8, 0.5)
         bits = surprise.bits_by_place(patch)
         width = patch / len(bits)
         axes.bar((np.arange(len(bits)) + 0.5) * width + 0.5, bits, 0.9 * width, color="C1")
+        axes.set_xlim(0.5, patch + 0.5)
         axes.set_ylabel("mean bits", fontsize=SIZE)
         axes.set_xlabel(f"place in the patch of {patch} bytes, stage {stage + 1}", fontsize=SIZE)
     figure.savefig(file, format=suffix.removeprefix("."), dpi=100)
@@ -95,7 +96,7 @@ class _Cell(NamedTuple):
     column: int
     columns: int
     label: str
-    count: int  # bytes
+    num_bytes: int
 
 
 def _cells(data: bytes) -> Iterator[_Cell]:

@@ -48,6 +48,7 @@ def show(window: Browser, tmp_path: Path) -> Any:
         page = tmp_path / "page.html"
         with page.open("wb") as file:
             write_page(surprise_of(data, **arguments), name, file)
+        window.resize(1000, 700)
         window.open(page)
         window.run("return new Promise(drawn => setTimeout(drawn, 0))")
         assert window.run(SPANS) or not data
@@ -62,6 +63,15 @@ SPANS = """return [...document.querySelectorAll("#view span")].map(s =>
 BOX = """const box = [...document.querySelectorAll("#view span")].find(s => s.first == arguments[0])
     .getBoundingClientRect(); return [box.left, box.top, box.width, box.height]"""
 TIP = "const tip = document.getElementById('tip'); return tip.hidden ? null : tip.innerText"
+
+
+SCROLL = """const main = document.getElementById("text");
+    main.scrollTop = arguments[0] * (main.scrollHeight - main.clientHeight);
+    return new Promise(drawn => setTimeout(drawn, 100))"""
+
+
+def scroll_to(window: Browser, part: float) -> None:
+    window.run(SCROLL, part)
 
 
 def point_at_byte(window: Browser, first: int, part: float = 0.5) -> str | None:
@@ -158,12 +168,19 @@ def test_a_megabyte_can_be_scrolled_to_its_end(show: Any, line: bytes, tmp_path:
     window = show(data)
     counts = [len(window.run(SPANS))]
     assert window.run(SPANS)[0]["first"] == 0
-    window.run(
-        """const main = document.getElementById("text"); main.scrollTop = main.scrollHeight;
-        return new Promise(drawn => setTimeout(drawn, 100))"""
-    )
+    scroll_to(window, 1)
     spans = window.run(SPANS)
     assert spans[-1]["first"] == 999_999
     assert max(*counts, len(spans)) < 10_000  # what can be seen, not what there is
     assert "byte 1,000,000" in point_at_byte(window, 999_999)
     assert window.complaints() == []
+
+
+def test_what_is_seen_stays_in_a_window_of_another_size(show: Any) -> None:
+    window = show(b"The cat sat on the mat and on the dog. " * 999)
+    scroll_to(window, 0.4)
+    first = window.run(SPANS)[0]["first"]
+    window.resize(600, 900)
+    window.run("return new Promise(drawn => setTimeout(drawn, 100))")
+    rows = window.run(SPANS)
+    assert rows[0]["first"] <= first < rows[100]["first"]
