@@ -175,7 +175,7 @@ class Continuation:
     def __init__(self, cache: Cache, isolates: bool = False) -> None:
         self._cache, self._isolates = cache, isolates
         self._courses: dict[Row, Course] = {}
-        self._stops = False  # whether any row pauses, or is to be told what may come
+        self._stops = 0  # how many of the rows pause, or are to be told what may come
         self.going: list[Row] = []
 
     def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
@@ -185,8 +185,7 @@ class Continuation:
         for row, course in zip(rows, courses, strict=True):
             if course.has_drafter and course.begin > len(course.request.prompt):
                 course.untold = self._cache.state_so_far(row)["tail"]
-        for request in requests:
-            self._stops |= request.plan.pause or request.drafter is not None
+        self._stops += sum(request.stops for request in requests)
         self._courses.update(zip(rows, courses, strict=True))
         self.going += rows
 
@@ -195,8 +194,7 @@ class Continuation:
         course = self._courses.pop(row)
         if row in self.going:
             self.going.remove(row)
-        requests = [other.request for other in self._courses.values()]
-        self._stops = any(r.plan.pause or r.drafter is not None for r in requests)
+        self._stops -= course.request.stops
         return course
 
     def __getitem__(self, row: Row) -> Course:

@@ -52,6 +52,11 @@ class Request:
         plan = self.plan
         return not (plan.stop is None and plan.allow is None and self.guide is None)
 
+    @property
+    def stops(self) -> bool:
+        """Whether its row stops for the caller on the way: it pauses, or a model drafts for it."""
+        return self.plan.pause or self.drafter is not None
+
     def of_lane(self, lane: int) -> "Request":
         """The same for a row that another lane of the plan's draws serves."""
         return self if lane == self.plan.lane else replace(self, plan=self.plan.of_lane(lane))

@@ -383,7 +383,11 @@ def test_prompts_of_a_file(run: Run, saved: Path, bytes_model: MBLM, tmp_path: P
     written = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["index"])
     for number, (line, prompt) in enumerate(zip(written, [b"ab", b"\xff\0", b""], strict=True)):
         assert line.items() >= lines[number].items()
-        assert (line["index"], line["seed"], line["finish_reason"]) == (number, 5 + number, "length")
+        assert (line["index"], line["seed"], line["finish_reason"]) == (
+            number,
+            5 + number,
+            "length",
+        )
         want = expected(bytes_model, prompt, seed=5 + number, top_p=0.9)
         got = line["text"].encode() if "text" in line else b64decode(line["text_base64"])
         assert got == want

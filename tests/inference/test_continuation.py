@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -131,6 +132,21 @@ def test_rows_join_and_leave_at_any_time(m: MBLM, make: MakeCache) -> None:
         if want.log_probs() is not None:
             assert torch.equal(got.log_probs(), want.log_probs())
     assert [course.reason for course in alone] == ["length"] * 3 + ["matched"] + ["length"] * 2
+
+
+@on_every_engine
+def test_rows_go_byte_by_byte_only_with_one_that_pauses(m: MBLM, make: MakeCache) -> None:
+    cache = make(m)
+    continuation, rows = begun(m, cache, [one(m, logits_processor=same), one(m), one(m)])
+    continuation.remove(rows[1])
+    with patch.object(cache, "run", wraps=cache.run) as runs:
+        continuation.run(seconds=0)
+        assert max(len(ran.ids) for ran in continuation[rows[2]].ran) == 1
+        continuation.remove(rows[0])
+        runs.reset_mock()
+        continuation.run(seconds=60.0)
+    assert [call.args for call in runs.call_args_list] == [([rows[2]], 60.0)]
+    assert continuation[rows[2]].reason == "length"
 
 
 @on_every_engine
