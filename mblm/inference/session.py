@@ -185,7 +185,13 @@ class Session:
             begun = Continuation(cache)
             begun.add(self._rows, requests)
             continuation = begun
-            begun.run()  # which shows whether the cache can
+            try:
+                begun.run()  # which shows whether the cache can
+            except ChangedModelError:
+                begun.settle()
+                if not any(begun[row].count for row in self._rows):
+                    raise
+                # Another cache would choose again what is chosen: the next run raises it anew.
 
         try:
             self._on_cache(begin)

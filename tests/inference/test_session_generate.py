@@ -9,6 +9,7 @@ import torch
 from mblm import MBLM, Session
 from tests.inference.test_continuation import InTheEngine, words
 from tests.models import mamba, model, transformer
+from tests.native import needs_native
 
 PROMPTS = [b"\x01\x02\x03", b"", b"\x04\x05\x06\x07\x08"]
 WISHES: dict[str, Any] = {"temperature": 2.0, "filter_thres": 0.0}
@@ -210,6 +211,24 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="broken") as caught:
             m.generate(b"\x01", logits_processor=lambda ids, own: fails(ids[1:], own))
         assert caught.value.ids.tolist() == [1, *expected[0].tolist()]  # type: ignore[attr-defined]
+
+    @needs_native
+    def test_of_a_model_that_a_processor_changes_have_what_was_generated(self) -> None:
+        """No byte is chosen twice: the session goes on in PyTorch, by the next call."""
+        m = model(transformer(), transformer(), seq_lens=[12, 4])
+        session = m.session().feed(b"\x01")
+        expected = session.fork().generate(5).tolist()[0]
+
+        def changes(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if len(ids) == 2:
+                m.stage_models[1].register_forward_hook(lambda *_: None)
+            return logits
+
+        with pytest.raises(RuntimeError, match="a layer of the model was changed") as caught:
+            session.generate(5, logits_processor=changes)
+        first = caught.value.ids[0].tolist()  # type: ignore[attr-defined]
+        assert len(first) in (2, 3) and session.length == 1 + len(first)
+        assert first + session.generate(5 - len(first)).tolist()[0] == expected
 
 
 class TestFeed:
