@@ -3,8 +3,10 @@
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +117,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         mblm.Nothing  # noqa: B018
     assert set(mblm.__all__) <= set(dir(mblm))
+
+
+def test_what_is_no_python_is_installed_too() -> None:
+    package = Path(mblm.__file__).parent
+    files = [str(file.relative_to(package)) for file in package.rglob("*.*") if file.is_file()]
+    compiled = re.compile(r"\.(py|pyc|so|pyd)$|^_build\.json$")
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^\[tool\.setuptools\.package-data\]\nmblm = \[(.+)\]$", project, re.M)
+    assert re.findall(r'"(.+?)"', listed) == sorted(f for f in files if not compiled.search(f))
