@@ -8,6 +8,7 @@ import torch
 
 from mblm import MBLM, Session
 from tests.inference.test_continuation import InTheEngine, words
+from tests.inference.test_request import without_address
 from tests.models import mamba, model, transformer
 from tests.native import needs_native
 
@@ -44,7 +45,7 @@ class TestOneForEachSequence:
             {"min_p": [0.1, 0.0, None]},
             {"temperature": (0.5, 0.7, 0.9), "top_k": [7, 8, 9]},
         ],
-        ids=str,
+        ids=without_address,
     )
     def test_filters(self, m: MBLM, session: Session, wishes: dict[str, Any]) -> None:
         seeds = [5, 6, 7]
@@ -109,7 +110,7 @@ class TestOneForEachSequence:
                 "at most one of seed and generator",
             ),
         ],
-        ids=str,
+        ids=without_address,
     )
     def test_is_checked_before_anything_runs(
         self, session: Session, wishes: dict[str, Any], words: str
