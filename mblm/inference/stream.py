@@ -51,7 +51,7 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
         self._given = 0  # of how many runs the bytes were given
         self._result: Generation | None = None
         self._is_closed = False
-        self._lock = threading.Lock()  # held by the thread that generates
+        self._lock = threading.RLock()  # held by the thread that generates
 
     @property
     def result(self) -> Generation:

@@ -212,6 +212,19 @@ class TestClosing:
         thread.join()
         assert chunks == []
 
+    def test_from_within(self, m: MBLM) -> None:
+        """The thread that generates is not waited for by itself."""
+
+        def closes(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if len(ids) == 3 + 2:
+                stream.close()
+                assert len(stream.result.ids) == 2
+            return logits
+
+        stream = m.stream("abc", logits_processor=closes, **WISHES)
+        assert list(stream) == []
+        assert stream.result.finish_reason == "closed"
+
 
 class Even(Follows):
     """Words of even ids, of a larger vocabulary."""
