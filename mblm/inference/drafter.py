@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference.engine import cache_for
-from mblm.inference.plan import Plan
+from mblm.inference.plan import Draws, Plan
 
 # Bytes that are proposed at a time: a pass checks them inside one patch.
 _MOST = 8
@@ -27,6 +27,8 @@ class Drafter:
         self._cache = cache_for(model, weights)
         self._limit = model.max_length
         self._most = most
+        # A greedy plan draws numbers, too: those of the larger model's generator are not for it.
+        self._generator = torch.Generator(model.device)
         (self._row,) = self._cache.add()
         self._length = 0
         # A copy of the row with the bytes proposed last, which may turn out to be right.
@@ -54,7 +56,7 @@ class Drafter:
             return None
         cache.feed([self._row], [ids])
         (self._ahead,) = cache.copy([self._row])
-        cache.begin([self._ahead], [Plan(self._most)])
+        cache.begin([self._ahead], [Plan(self._most, draws=Draws(self._generator))])
         parts = [cache.run([self._ahead])[0]]
         while parts[-1].reason == "time":
             parts += cache.run([self._ahead])

@@ -254,6 +254,14 @@ class TestAskedFor:
             want = plain.generate(count, **wishes)
             assert torch.equal(drafted.generate(count, draft=draft, **wishes), want)
 
+    def test_leaves_the_default_generator_as_it_is_without(self, m: Any, draft: Any) -> None:
+        def drawn(**wishes: Any) -> list[list[int]]:
+            torch.manual_seed(3)
+            ids = m.generate(PROMPTS[0], num_tokens_to_generate=40, filter_thres=0.5, **wishes)
+            return [ids.tolist(), torch.randint(2**40, (3,)).tolist()]
+
+        assert drawn(draft=draft) == drawn()
+
     def test_of_rows_with_and_without(self, m: Any, draft: Any) -> None:
         prompts = [list(range(9)) * 2, list(range(5)) * 4]
         want = Session(m, 2).feed(prompts).generate(40, filter_thres=0.9, seed=[1, 2])
