@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "decode/rows.h"
@@ -33,7 +34,7 @@ class Host {
   virtual ~Host() = default;
   virtual Supplied step(const Wanted& wanted) = 0;
   // What a row is after more bytes, (n) int64, and was before; none if it had no bytes.
-  virtual SavedState feed(const SavedState* before, const at::Tensor& ids) = 0;
+  virtual SavedState feed(std::optional<SavedState> before, const at::Tensor& ids) = 0;
 };
 
 }  // namespace mblm::decode

@@ -254,16 +254,16 @@ class NativeCache:
         Returns:
             The state after it.
         """
-        if self._torch is None:
-            self._torch = TorchCache(self._model)
-        (row,) = self._torch.add()
+        cache = self._torch or TorchCache(self._model)
+        self._torch = cache  # of threads that come at once, each makes one and goes on with it
+        (row,) = cache.add()
         try:
             if before is not None:
-                self._torch.set_state(row, self._saved(before))
-            self._torch.feed([row], [ids])
-            return self._loaded(self._torch.state(row))
+                cache.set_state(row, self._saved(before))
+            cache.feed([row], [ids])
+            return self._loaded(cache.state(row))
         finally:
-            self._torch.drop([row])
+            cache.drop([row])
 
     # -- What is saved -----------------------------------------------------------------------------
 

@@ -310,6 +310,40 @@ def test_a_thread_that_is_late_with_older_weights_changes_nothing() -> None:
     assert torch.equal(cache.logits(rows), now)
 
 
+def test_what_a_long_piece_comes_after_stays_with_who_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = NativeCache(small("transformer", "mamba2"))
+    rows = fed(cache, ids_of(5))
+    told = []
+    feed_long = cache.feed_long
+    monkeypatch.setattr(cache, "feed_long", lambda *given: told.append(given) or feed_long(*given))
+    cache.feed(rows, [ids_of(999)])
+    ((before, ids),) = told
+    assert len(ids) == 999
+    assert before.length == 5
+    assert torch.equal(before.tensors["tail"], ids_of(5))
+
+
+def test_threads_with_their_first_long_pieces_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = small("transformer", "mamba2")
+    cache, alone = NativeCache(m), NativeCache(m)
+    rows, expected = fed(cache, ids_of(5), ids_of(6)), fed(alone, ids_of(5))
+    alone.feed(expected, [ids_of(999)])
+    set_state = TorchCache.set_state
+    others = [rows[1]]
+
+    def set_state_and_be_overtaken(self: TorchCache, row: Row, state: Any) -> None:
+        set_state(self, row, state)
+        while others:
+            cache._torch = None  # which the other thread found before
+            cache.feed([others.pop()], [ids_of(998)])
+
+    monkeypatch.setattr(TorchCache, "set_state", set_state_and_be_overtaken)
+    cache.feed(rows[:1], [ids_of(999)])
+    assert torch.equal(cache.logits(rows[:1]), alone.logits(expected))
+
+
 @contextmanager
 def raised_at(line: int) -> Iterator[list[int]]:
     """Raise KeyboardInterrupt before the line-th line that native_cache.py goes through."""
