@@ -64,13 +64,11 @@ int64_t keep_top_p(const Sampling& sampling, const float* logits, std::span<int6
     probabilities[i] = std::exp(logits[order[i]] / sampling.temperature - highest);
     sum += probabilities[i];
   }
-  // Too small a number for a float keeps the likeliest, as 0 would not.
-  const float top_p = std::max(sampling.top_p, std::numeric_limits<float>::min());
   double mass = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float probability = probabilities[i] / sum;
     mass += probability;
-    if (float(mass) - probability >= top_p) return i;
+    if (float(mass) - probability >= sampling.top_p) return i;
   }
   return count;
 }
@@ -79,7 +77,6 @@ int64_t keep_top_p(const Sampling& sampling, const float* logits, std::span<int6
 
 int64_t sample(const Sampling& sampling, const float* logits, const uint8_t* allowed,
                const float* u, int64_t num_tokens, SampleMemory& memory) {
-  constexpr float kColdest = 1e-30f;
   const float* const given = logits;
   if (allowed) {
     logits = memory.logits.data();
@@ -93,8 +90,7 @@ int64_t sample(const Sampling& sampling, const float* logits, const uint8_t* all
     return std::find_if(allowed, allowed + num_tokens, [](uint8_t is) { return is != 0; }) -
            allowed;
   // No noise changes what NaN and infinity decide.
-  const bool is_greedy = sampling.temperature < kColdest || !std::isfinite(highest);
-  if (is_greedy || (sampling.top_k == 1 && !(sampling.top_p > 0))) return first;
+  if (!std::isfinite(highest) || (sampling.top_k == 1 && !(sampling.top_p > 0))) return first;
 
   const std::span<int64_t> order(memory.order.data(), num_tokens);
   std::iota(order.begin(), order.end(), int64_t(0));

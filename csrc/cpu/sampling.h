@@ -7,7 +7,7 @@
 namespace mblm::cpu {
 
 struct Sampling {
-  float temperature = 1;  // below 1e-30, the highest logit is taken
+  float temperature = 1;  // positive
   int64_t top_k = 1;      // how many of the highest logits may be drawn
   float top_p = 0;        // if positive, instead: the fewest likeliest whose probability reaches it
   double min_p = 0;  // and of those, which are at least so many times as likely as the likeliest

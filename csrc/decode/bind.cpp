@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -71,11 +72,7 @@ void bind_weights(py::module_& module) {
           },
           py::arg("weights"), py::arg("eps"))
       .def_static(
-          "hosted", [](int64_t dim) { return mutable_stage(hosted_stage(dim)); }, py::arg("dim"))
-      .def_property_readonly(
-          "is_hosted",
-          [](const Stage& stage) { return std::holds_alternative<Hosted>(stage.model); })
-      .def_readonly("dim", &Stage::dim);
+          "hosted", [](int64_t dim) { return mutable_stage(hosted_stage(dim)); }, py::arg("dim"));
 
   py::class_<Hierarchy, std::shared_ptr<Hierarchy>>(module, "Hierarchy",
                                                     "A model's packed weights.")
@@ -123,11 +120,18 @@ std::shared_ptr<Automaton> automaton(const Tensor& classes, const Tensor& next,
   return made;
 }
 
-Wishes plan(int64_t max_tokens, double temperature, int64_t top_k, double top_p, double min_p,
-            std::shared_ptr<GeneratorDraws> draws, int64_t lane, std::shared_ptr<Automaton> allow,
-            std::shared_ptr<Automaton> stop, bool log_probs, bool pause, int64_t draft) {
-  return {max_tokens, temperature,      top_k,           top_p,     min_p, std::move(draws),
-          lane,       std::move(allow), std::move(stop), log_probs, pause, draft};
+NewPlan plan(int64_t max_tokens, double temperature, int64_t top_k, double top_p, double min_p,
+             std::shared_ptr<GeneratorDraws> draws, int64_t lane, std::shared_ptr<Automaton> allow,
+             std::shared_ptr<Automaton> stop, bool log_probs, bool pause, int64_t draft) {
+  mblm::cpu::Sampling sampling;  // the likeliest, as with a temperature of 0
+  if (temperature > 0) {
+    sampling = {float(temperature), top_k, float(top_p), min_p};
+    // Too small a number for a float keeps the likeliest, as 0 would not.
+    if (top_p > 0) sampling.top_p = std::max(sampling.top_p, std::numeric_limits<float>::min());
+  }
+  return {{max_tokens, sampling, std::move(allow), std::move(stop), log_probs, pause, draft},
+          std::move(draws),
+          lane};
 }
 
 // An object of Python's among what is destroyed without the GIL.
@@ -184,9 +188,9 @@ class Caller : public Host {
     return supplied;
   }
 
-  SavedState feed(const SavedState* before, const Tensor& ids) override {
+  SavedState feed(std::optional<SavedState> before, const Tensor& ids) override {
     const py::gil_scoped_acquire acquire;
-    return cache_.attr("feed_long")(before, ids).cast<SavedState>();
+    return cache_.attr("feed_long")(std::move(before), ids).cast<SavedState>();
   }
 
  private:
@@ -203,7 +207,7 @@ std::optional<RowId> row_of(py::handle given) {
 
 RowIds rows_of(const py::sequence& given) {
   RowIds rows;
-  for (const py::handle item : given) {
+  for (const py::object item : given) {  // which a sequence may have made for this alone
     const std::optional<RowId> row = row_of(item);
     if (!row) {
       throw py::value_error("row " + std::string(py::repr(item)) +
@@ -284,7 +288,7 @@ void bind_cache(py::module_& module) {
         return std::vector<int64_t>(proposed.begin(), proposed.end());
       });
 
-  py::class_<Wishes>(module, "Plan")
+  py::class_<NewPlan>(module, "Plan")
       .def(py::init(&plan), py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
            py::arg("top_p"), py::arg("min_p"), py::arg("draws"), py::arg("lane"), py::arg("allow"),
            py::arg("stop"), py::arg("log_probs"), py::arg("pause"), py::arg("draft"));
@@ -307,7 +311,7 @@ void bind_cache(py::module_& module) {
       .def("drop",
            [](Cache& cache, const py::sequence& given) {
              RowIds rows;
-             for (const py::handle item : given) {
+             for (const py::object item : given) {
                if (const std::optional<RowId> row = row_of(item)) rows.push_back(*row);
              }
              const py::gil_scoped_release release;
@@ -326,12 +330,12 @@ void bind_cache(py::module_& module) {
            [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows,
               const py::sequence& pieces, int64_t most) {
              std::vector<Tensor> ids;
-             for (const py::handle piece : pieces) ids.push_back(ids_of(piece));
+             for (const py::object piece : pieces) ids.push_back(ids_of(piece));
              call(cache, caller, weights, rows,
                   [&](const Lease& held, Host& host) { cache.feed(held, ids, most, host); });
            })
       .def("begin",
-           [](Cache& cache, const py::sequence& rows, const std::vector<Wishes>& plans) {
+           [](Cache& cache, const py::sequence& rows, const std::vector<NewPlan>& plans) {
              return call(cache, rows, [&](const Lease& held, Host&) {
                cache.begin(held, plans);
                return cache.lengths(held);

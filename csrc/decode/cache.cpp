@@ -1,6 +1,8 @@
 // Rows, the bytes that they take in, their states, and hosted stages. See cache.h.
 #include "decode/cache.h"
 
+#include <c10/util/ScopeExit.h>
+
 #include <algorithm>
 #include <string>
 
@@ -29,6 +31,14 @@ void note_fed(Row& row, int64_t count) {
   if (!row.plan || row.plan->end || count == 0) return;
   row.plan->room -= count;
   end_where_due(*row.plan);
+}
+
+// Whether a stage takes in more than `most` positions with the bytes before number `to`.
+bool is_long(const Schedule& schedule, const Row& row, int64_t to, int64_t most) {
+  for (int64_t n = 0; n < schedule.stages(); ++n) {
+    if (schedule.new_positions(n, row.taken, to) > most) return true;
+  }
+  return false;
 }
 
 // The bytes that a row may have taken in before a hosted stage is due, at most `to`.
@@ -87,7 +97,10 @@ RowIds Cache::copy(const Lease& rows) {
   RowIds made = rows_.add(rows.size());
   try {
     const Lease copies(rows_, made);
-    for (int64_t i = 0; i < rows.size(); ++i) copy_state(rows[i], copies[i]);
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      copy_memory(rows[i], copies[i]);
+      static_cast<RowState&>(copies[i]) = rows[i];
+    }
   } catch (...) {
     rows_.drop(made);
     throw;
@@ -95,24 +108,8 @@ RowIds Cache::copy(const Lease& rows) {
   return made;
 }
 
-void Cache::copy_state(const Row& from, Row& to) {
-  static_cast<RowState&>(to) = from;
-}
-
-void Cache::exchange_states(Row& one, Row& other) {
-  std::swap(static_cast<RowState&>(one), static_cast<RowState&>(other));
-}
-
 void Cache::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
   memory_.reserve(parts, row, to, jumps);
-}
-
-void Cache::exchange(const Lease& rows, const Lease& others) {
-  check_count("others", size_t(others.size()), size_t(rows.size()));
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    note_fed(rows[i], others[i].length - rows[i].length);
-    exchange_states(rows[i], others[i]);
-  }
 }
 
 void Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
@@ -126,22 +123,32 @@ void Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
   }
 }
 
-bool Cache::is_long(const Parts& parts, const Row& row, int64_t to, int64_t most) const {
-  for (int64_t n = 0; n < parts.schedule.stages(); ++n) {
-    if (parts.schedule.new_positions(n, row.taken, to) > most) return true;
-  }
-  return false;
-}
-
-std::vector<int64_t> Cache::long_pieces(const Lease& rows, const std::vector<Tensor>& ids,
-                                        int64_t most) {
-  check_fed(rows, ids);
+void Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most, Host& host) {
+  if (feed(rows, ids, most)) return;
   const std::shared_ptr<const Parts> parts = this->parts(0);
-  std::vector<int64_t> found;
+  // Copies are fed, so that it is done for all rows or for none.
+  const RowIds copies = copy(rows);
+  const auto drop_copies = c10::make_scope_exit([&] { drop(copies); });
   for (int64_t i = 0; i < rows.size(); ++i) {
-    if (is_long(*parts, rows[i], rows[i].length + ids[i].size(0) - 1, most)) found.push_back(i);
+    const Lease one(rows_, std::span(&copies[i], 1));
+    Row& row = one[0];
+    const int64_t count = ids[i].size(0);
+    if (count > 0 && is_long(parts->schedule, row, row.length + count - 1, most)) {
+      std::optional<SavedState> before;
+      if (row.length > 0) before = state(one, host);
+      static_cast<RowState&>(row) = load_above(row, host.feed(std::move(before), ids[i]), most);
+    } else {
+      row.bytes.reserve(memory_.bytes(), count);
+      append_ids(row, ids[i]);
+    }
   }
-  return found;
+  const Lease fed(rows_, copies);
+  take_in(fed, true, host);
+  for (int64_t i = 0; i < rows.size(); ++i) copy_memory(fed[i], rows[i]);
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    static_cast<RowState&>(rows[i]) = std::move(fed[i]);
+    note_fed(rows[i], ids[i].size(0));
+  }
 }
 
 bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most) {
@@ -155,7 +162,7 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
     const int64_t to = rows[i].length + ids[i].size(0) - 1;
     const bool wants_host = to > rows[i].taken &&
                             (is_host_due(*parts, rows[i]) || before_host(*parts, rows[i], to) < to);
-    if (wants_host || is_long(*parts, rows[i], to, most)) return false;
+    if (wants_host || is_long(parts->schedule, rows[i], to, most)) return false;
     members.push_back({.row = &rows[i], .to = to});
   }
   // All that may fail comes before the first change.
@@ -178,14 +185,6 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
     note_fed(rows[i], ids[i].size(0));
   }
   return true;
-}
-
-void Cache::append(const Lease& rows, const std::vector<Tensor>& ids) {
-  check_fed(rows, ids);
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    rows[i].bytes.reserve(memory_.bytes(), ids[i].size(0));
-  }
-  for (int64_t i = 0; i < rows.size(); ++i) append_ids(rows[i], ids[i]);
 }
 
 bool Cache::take_in(const Lease& rows, bool keeps_pending) {
@@ -274,33 +273,40 @@ std::map<std::string, std::vector<int64_t>> Cache::state_shapes(int64_t taken) c
 
 SavedState Cache::state_so_far(const Lease& rows) {
   check_one(rows);
-  const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
   Row& row = rows[0];
   if (row.is_supplied) {  // what a host has given is of use with the next byte only
+    const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
     reserve(*parts, row, row.taken + 1, true);
     std::vector<Member> members = {{.row = &row, .to = row.taken + 1}};
     advance(*parts, Run::Kind::kTakeIn, members);
   }
-  return save_state(*parts, memory_, row);
+  return save(row);
 }
 
 void Cache::set_state(const Lease& rows, const SavedState& state) {
   check_one(rows);
-  Row loaded = load_state(*parts(0), memory_, state);
-  rows[0] = std::move(loaded);
+  Row& row = rows[0];
+  row = {load(row, state), row.slot};
 }
 
-void Cache::set_state_above(const Lease& rows, const SavedState& state, int64_t most) {
-  check_one(rows);
+SavedState Cache::save(const Row& row) {
+  return save_state(*parts(0), memory_, row);
+}
+
+RowState Cache::load(const Row&, const SavedState& state) {
+  return load_state(*parts(0), memory_, state);
+}
+
+RowState Cache::load_above(const Row& row, const SavedState& state, int64_t most) {
   const std::shared_ptr<const Parts> parts = this->parts(0);
-  Row loaded = load_state(*parts, memory_, state);
+  RowState loaded = load(row, state);
   const int64_t local = parts->schedule.stages() - 1;
   if (local > 0 && parts->schedule.position(local, state.taken) <= most) {
     // As if the stages above had taken in what the first byte asks for, and it had not come yet.
     loaded.taken = parts->schedule.begin(local, state.taken);
     loaded.is_supplied = true;
   }
-  rows[0] = std::move(loaded);
+  return loaded;
 }
 
 }  // namespace mblm::decode

@@ -19,17 +19,10 @@
 
 namespace mblm::decode {
 
-// A plan as Python has checked it.
-struct Wishes {
-  int64_t max_tokens = 0;
-  double temperature = 1;
-  int64_t top_k = 1;
-  double top_p = 0, min_p = 0;
+// A plan that Python has checked.
+struct NewPlan : Wishes {
   std::shared_ptr<GeneratorDraws> draws;  // none: a lane of the device's default generator
   int64_t lane = 0;
-  std::shared_ptr<const Automaton> allow, stop;
-  bool wants_log_probs = false, pauses = false;
-  int64_t draft = 0;
 };
 
 // What a run did with a row.
@@ -61,7 +54,7 @@ class Cache {
   // Takes in all but the last of the bytes, which stays pending. The host is given pieces with
   // which a stage takes in more than `most` positions.
   void feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most, Host& host);
-  void begin(const Lease& rows, std::vector<Wishes> plans);
+  void begin(const Lease& rows, std::vector<NewPlan> plans);
   std::vector<Ran> run(const Lease& rows, double seconds,
                        const std::vector<std::optional<at::Tensor>>& drafts, Host& host);
   std::vector<Ran> last(const Lease& rows);
@@ -74,8 +67,8 @@ class Cache {
   std::map<std::string, std::vector<int64_t>> state_shapes(int64_t taken) const;
   // Of one row.
   SavedState state(const Lease& rows, Host& host);
-  virtual SavedState state_so_far(const Lease& rows);
-  virtual void set_state(const Lease& rows, const SavedState& state);
+  SavedState state_so_far(const Lease& rows);
+  void set_state(const Lease& rows, const SavedState& state);
 
  protected:
   enum class Advanced { kFully, kToHost, kToMemory };
@@ -86,11 +79,14 @@ class Cache {
   virtual Advanced advance(
       const Parts& parts, Run::Kind kind, std::vector<Member>& members,
       cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
-  // Loads it with the local stage before its sequence, whose bytes it has yet to take in; but as it
+  virtual SavedState save(const Row& row);
+  // What a saved row is; it changes nothing of this row but memory that lies outside of it.
+  virtual RowState load(const Row& row, const SavedState& state);
+  // The same with the local stage before its sequence, whose bytes it has yet to take in; but as it
   // was saved, if they are more than `most`.
-  virtual void set_state_above(const Lease& rows, const SavedState& state, int64_t most);
-  virtual void copy_state(const Row& from, Row& to);
-  virtual void exchange_states(Row& one, Row& other);
+  virtual RowState load_above(const Row& row, const SavedState& state, int64_t most);
+  // Copies what lies outside of rows.
+  virtual void copy_memory(const Row& from, const Row& to) {}
 
   std::shared_ptr<const Hierarchy> hierarchy() const;
 
@@ -113,26 +109,12 @@ class Cache {
   void step_hosted(const Lease& rows, bool is_for_run, Host& host);
   void step_hosted(const Parts& parts, int64_t n, const std::vector<Row*>& rows, Host& host);
 
-  // The indices of pieces with which a stage takes in more than `most` positions.
-  std::vector<int64_t> long_pieces(const Lease& rows, const std::vector<at::Tensor>& ids,
-                                   int64_t most);
-  // Appends bytes that no stage takes in.
-  void append(const Lease& rows, const std::vector<at::Tensor>& ids);
-  // Rows become what others are, and those what these were; plans stay where they are.
-  void exchange(const Lease& rows, const Lease& others);
-  // Refuses rows without plans that pause and have not ended.
-  void check_choosing(const Lease& rows) const;
-  // The rows' logits must have been computed.
-  void choose(const Lease& rows, const std::optional<at::Tensor>& ids,
-              const std::optional<at::Tensor>& logits, const std::optional<at::Tensor>& mask);
-
   // What a call reads: it stays, with the weights, whatever the other calls' become meanwhile.
   std::shared_ptr<const Parts> parts(int64_t most_bytes) const;
   std::shared_ptr<const Parts> parts_for(const Lease& rows, int64_t more) const;
   std::unique_ptr<Workspace> take_space();
   void give_space(std::unique_ptr<Workspace> space) noexcept;
   void reserve_ahead(const Parts& parts, std::vector<Member>& members);
-  bool is_long(const Parts& parts, const Row& row, int64_t to, int64_t most) const;
   void check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
 
   const int64_t num_tokens_, max_length_;

@@ -1,6 +1,4 @@
 // Calls on rows as Python makes them, with what they ask of it: see host.h.
-#include <c10/util/ScopeExit.h>
-
 #include <algorithm>
 
 #include "decode/cache.h"
@@ -9,28 +7,6 @@
 namespace mblm::decode {
 
 using at::Tensor;
-
-void Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most, Host& host) {
-  if (feed(rows, ids, most)) return;
-  const std::vector<int64_t> long_ones = long_pieces(rows, ids, most);
-  // Copies are fed, so that it is done for all rows or for none.
-  const RowIds copies = copy(rows);
-  const auto drop_copies = c10::make_scope_exit([&] { drop(copies); });
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    const Lease one(rows_, std::span(&copies[i], 1));
-    if (!std::binary_search(long_ones.begin(), long_ones.end(), i)) {
-      append(one, {ids[i]});
-    } else if (one[0].length == 0) {
-      set_state_above(one, host.feed(nullptr, ids[i]), most);
-    } else {
-      const SavedState before = state(one, host);
-      set_state_above(one, host.feed(&before, ids[i]), most);
-    }
-  }
-  const Lease fed(rows_, copies);
-  take_in(fed, true, host);
-  exchange(rows, fed);
-}
 
 void Cache::take_in(const Lease& rows, bool keeps_pending, Host& host) {
   while (!take_in(rows, keeps_pending)) step_hosted(rows, false, host);
@@ -55,15 +31,6 @@ Tensor Cache::logits(const Lease& rows, Host& host) {
     if (const std::optional<Tensor> there = logits(rows)) return *there;
     step_hosted(rows, false, host);
   }
-}
-
-std::vector<Ran> Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
-                               const std::optional<Tensor>& logits,
-                               const std::optional<Tensor>& mask, Host& host) {
-  check_choosing(rows);
-  this->logits(rows, host);  // what is pending comes first
-  choose(rows, ids, logits, mask);
-  return last(rows);
 }
 
 SavedState Cache::state(const Lease& rows, Host& host) {

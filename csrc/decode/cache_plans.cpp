@@ -1,6 +1,5 @@
 // Plans of rows: begun, followed, and chosen for. See cache.h.
 #include <algorithm>
-#include <limits>
 
 #include "decode/cache.h"
 #include "decode/given.h"
@@ -16,7 +15,7 @@ using cpu::Team;
 constexpr int64_t kReserved = 256;
 
 // Whether the lane that a plan is to have is its row's already.
-bool serves(const Row& row, const Wishes& wishes) {
+bool serves(const Row& row, const NewPlan& wishes) {
   return row.plan && row.plan->lane.is(wishes.draws.get(), wishes.lane);
 }
 
@@ -39,16 +38,16 @@ void Cache::reserve_ahead(const Parts& parts, std::vector<Member>& members) {
   }
 }
 
-void Cache::begin(const Lease& rows, std::vector<Wishes> plans) {
+void Cache::begin(const Lease& rows, std::vector<NewPlan> plans) {
   check_count("plans", plans.size(), size_t(rows.size()));
-  for (Wishes& wishes : plans) {
+  for (NewPlan& wishes : plans) {
     if (wishes.draws) continue;
     wishes.draws =
         std::make_shared<GeneratorDraws>(std::nullopt, 1, num_tokens_, hierarchy()->device());
   }
   std::vector<GeneratorDraws::Entry> entries;  // of lanes that do not serve their row already
   for (int64_t i = 0; i < rows.size(); ++i) {
-    const Wishes& wishes = plans[i];
+    const NewPlan& wishes = plans[i];
     TORCH_CHECK_VALUE(wishes.draws->num_tokens() == num_tokens_ && wishes.lane >= 0 &&
                           wishes.lane < wishes.draws->lanes(),
                       "draws must be of the model's ", num_tokens_, " tokens");
@@ -67,24 +66,13 @@ void Cache::begin(const Lease& rows, std::vector<Wishes> plans) {
   GeneratorDraws::enter(entries);
   auto entered = entries.begin();
   for (int64_t i = 0; i < rows.size(); ++i) {
-    const Wishes& wishes = plans[i];
+    const NewPlan& wishes = plans[i];
     Row& row = rows[i];
-    Plan plan;
-    plan.max_tokens = wishes.max_tokens;
+    Plan plan{wishes};
     plan.room = (max_length_ > 0 ? max_length_ : kMostBytes) - row.length;
-    plan.sampling.temperature = float(wishes.temperature);
-    plan.sampling.top_k = std::clamp<int64_t>(wishes.top_k, 1, num_tokens_);
-    // Too small a number for a float keeps the likeliest, as 0 would not.
-    const float top_p = std::max(float(wishes.top_p), std::numeric_limits<float>::min());
-    plan.sampling.top_p = wishes.top_p > 0 ? top_p : 0;
-    plan.sampling.min_p = wishes.min_p;
-    plan.allow = wishes.allow;
-    plan.stop = wishes.stop;
+    plan.sampling.top_k = std::clamp<int64_t>(plan.sampling.top_k, 1, num_tokens_);
     plan.allow_state = plan.allow ? plan.allow->start : 0;
     plan.stop_state = plan.stop ? plan.stop->start : 0;
-    plan.wants_log_probs = wishes.wants_log_probs;
-    plan.pauses = wishes.pauses;
-    plan.draft = wishes.draft;
     const bool knows_bytes = proposers[i] && row.plan && row.plan->proposer;
     plan.proposer = std::move(knows_bytes ? row.plan->proposer : proposers[i]);
     if (serves(row, wishes)) {
@@ -169,22 +157,19 @@ std::vector<Ran> Cache::last(const Lease& rows) {
   return all;
 }
 
-void Cache::check_choosing(const Lease& rows) const {
-  for (int64_t i = 0; i < rows.size(); ++i) {
+std::vector<Ran> Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
+                               const std::optional<Tensor>& logits,
+                               const std::optional<Tensor>& mask, Host& host) {
+  const int64_t count = rows.size(), vocabulary = num_tokens_;
+  TORCH_CHECK_VALUE(ids.has_value() + logits.has_value() + mask.has_value() == 1,
+                    "expected exactly one of ids, logits and mask");
+  for (int64_t i = 0; i < count; ++i) {
     const std::optional<Plan>& plan = rows[i].plan;
     TORCH_CHECK_VALUE(plan, "row ", rows.id(i), ": it has no plan");
     TORCH_CHECK_VALUE(plan->pauses, "row ", rows.id(i), ": its plan does not pause");
     TORCH_CHECK_VALUE(!plan->end, "row ", rows.id(i), ": its plan has ended (", name_of(*plan->end),
                       ")");
   }
-}
-
-void Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
-                   const std::optional<Tensor>& logits, const std::optional<Tensor>& mask) {
-  const int64_t count = rows.size(), vocabulary = num_tokens_;
-  TORCH_CHECK_VALUE(ids.has_value() + logits.has_value() + mask.has_value() == 1,
-                    "expected exactly one of ids, logits and mask");
-  check_choosing(rows);
   Tensor given_ids, given_logits, given_mask;
   if (ids) {
     given_ids = check_given("ids", *ids, {count}, at::kLong);
@@ -192,6 +177,7 @@ void Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
   }
   if (logits) given_logits = check_given("logits", *logits, {count, vocabulary}, at::kFloat);
   if (mask) given_mask = check_given("mask", *mask, {count, vocabulary}, at::kBool);
+  this->logits(rows, host);  // what is pending comes first
   Chooser chooser(vocabulary);
   const auto logits_of = [&](int64_t i) {
     return given_logits.defined() ? given_logits.const_data_ptr<float>() + i * vocabulary
@@ -202,8 +188,6 @@ void Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
   };
   for (int64_t i = 0; i < count; ++i) {
     Row& row = rows[i];
-    TORCH_CHECK_VALUE(!row.has_pending() && !row.logits.empty(), "row ", rows.id(i),
-                      ": what is pending comes first");
     if (given_ids.defined()) {
       const int64_t id = given_ids.const_data_ptr<int64_t>()[i];
       TORCH_CHECK_VALUE(allows(*row.plan, id), "ids[", i, "]: the plan does not allow ", id,
@@ -230,6 +214,7 @@ void Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
     row.log_probs.clear();
     append_chosen(row, id, row.logits.data(), vocabulary, !given_ids.defined());
   }
+  return last(rows);
 }
 
 }  // namespace mblm::decode

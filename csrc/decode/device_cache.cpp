@@ -12,9 +12,6 @@ namespace {
 
 using at::Tensor;
 
-// Below this temperature, the highest logit is taken: see cpu/sampling.h.
-constexpr float kColdest = 1e-30f;
-
 // Whether something other than the local stage is due before a row's next byte.
 bool is_at_turn(const Schedule& schedule, int64_t taken) {
   return taken == 0 || schedule.due(taken) + 1 < schedule.stages();
@@ -120,8 +117,7 @@ int64_t DeviceCache::tell(Run::Kind kind, const Member& member) {
   slot.way = cuda::Way::kChoose;
   slot.planned = plan.left();
   slot.left = std::min({plan.left(), room + !row.has_pending(), DeviceSlots::kBytes});
-  const bool takes_likeliest = plan.sampling.temperature < kColdest;
-  const cpu::Sampling sampling = takes_likeliest ? cpu::Sampling() : plan.sampling;
+  const cpu::Sampling& sampling = plan.sampling;
   slot.temperature = sampling.temperature;
   slot.top_k = sampling.top_k;
   slot.top_p = sampling.top_p;
@@ -240,42 +236,26 @@ cuda::Automaton DeviceCache::on_device(const std::shared_ptr<const Automaton>& a
   return {first, first + tokens, first + tokens + transitions, automaton->classes, state};
 }
 
-void DeviceCache::copy_state(const Row& from, Row& to) {
+void DeviceCache::copy_memory(const Row& from, const Row& to) {
   const std::lock_guard lock(mutex_);
   make_room(std::max(from.slot, to.slot) + 1, from.length);
   if (from.taken > 0) slots_.copy(from.slot, to.slot);
-  to.length = from.length;
-  to.taken = from.taken;
-  to.bytes = from.bytes;
-  to.logits = from.logits;
 }
 
-void DeviceCache::exchange_states(Row& one, Row& other) {
+SavedState DeviceCache::save(const Row& row) {
   const std::lock_guard lock(mutex_);
-  make_room(std::max(one.slot, other.slot) + 1, std::max(one.length, other.length));
-  slots_.exchange(one.slot, other.slot);
-  std::swap(static_cast<RowState&>(one), static_cast<RowState&>(other));
-}
-
-SavedState DeviceCache::state_so_far(const Lease& rows) {
-  TORCH_CHECK_VALUE(rows.size() == 1, "rows: expected one, got ", rows.size());
-  const std::lock_guard lock(mutex_);
-  const Row& row = rows[0];
   make_room(row.slot + 1, row.length);
   SavedState state{row.length, row.taken, slots_.save(row.slot, row.taken)};
   state.tensors.emplace("tail", save_tail(row));
   return state;
 }
 
-void DeviceCache::set_state(const Lease& rows, const SavedState& state) {
-  TORCH_CHECK_VALUE(rows.size() == 1, "rows: expected one, got ", rows.size());
+RowState DeviceCache::load(const Row& row, const SavedState& state) {
   const std::lock_guard lock(mutex_);
-  Row& row = rows[0];
-  Row loaded = check_state(*hierarchy()->parts(0), memory_, state);
+  RowState loaded = check_state(*hierarchy()->parts(0), memory_, state);
   make_room(row.slot + 1, state.length);
   slots_.load(row.slot, loaded.taken, loaded.bytes, loaded.length, state.tensors);
-  loaded.slot = row.slot;
-  row = std::move(loaded);
+  return loaded;
 }
 
 }  // namespace mblm::decode

@@ -18,18 +18,16 @@ class DeviceCache : public Cache {
   // kernels, and so a row's last bits, may differ with their number.
   DeviceCache(std::shared_ptr<const Hierarchy> hierarchy, int64_t max_rows);
 
-  SavedState state_so_far(const Lease& rows) override;
-  void set_state(const Lease& rows, const SavedState& state) override;
-
  private:
-  void set_state_above(const Lease& rows, const SavedState& state, int64_t) override {
-    set_state(rows, state);
+  SavedState save(const Row& row) override;
+  RowState load(const Row& row, const SavedState& state) override;
+  RowState load_above(const Row& row, const SavedState& state, int64_t) override {
+    return load(row, state);
   }
+  void copy_memory(const Row& from, const Row& to) override;
   void reserve(const Parts& parts, Row& row, int64_t to, bool jumps) override;
   Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
                    cpu::Team::Clock::time_point until) override;
-  void copy_state(const Row& from, Row& to) override;
-  void exchange_states(Row& one, Row& other) override;
 
   void make_room(int64_t slots, int64_t bytes);
   bool run_unit(Run::Kind kind, std::vector<Member>& members);

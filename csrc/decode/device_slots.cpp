@@ -315,21 +315,5 @@ void DeviceSlots::copy(int64_t from, int64_t to) {
   launch(device_, cuda::wait_for);
 }
 
-void DeviceSlots::exchange(int64_t one, int64_t other) {
-  const c10::DeviceGuard guard(device_);
-  const auto swap = [](Tensor a, Tensor b) {
-    const Tensor held = a.clone();
-    a.copy_(b);
-    b.copy_(held);
-  };
-  for (const StageMemory& stage : stages_) {
-    for (const Buffer& buffer : stage.buffers) {
-      if (buffer.tensor.size(buffer.slot_dim) > 0) swap(buffer.of(one), buffer.of(other));
-    }
-  }
-  swap(last_bytes_.select(0, one), last_bytes_.select(0, other));
-  launch(device_, cuda::wait_for);
-}
-
 }  // namespace mblm::decode
 #endif

@@ -35,7 +35,6 @@ class DeviceSlots {
   void load(int64_t slot, int64_t taken, const Bytes& bytes, int64_t length,
             const Tensors& tensors);
   void copy(int64_t from, int64_t to);
-  void exchange(int64_t one, int64_t other);
 
   // What the host writes before a unit and reads after it.
   cuda::Slot& row(int64_t slot) { return reinterpret_cast<cuda::Slot*>(host(0))[slot]; }

@@ -106,16 +106,20 @@ class Lane {
   int64_t lane_ = 0, next_ = 0;
 };
 
-// How a row is to be continued, and how far it is.
-struct Plan {
+// How a row is to be continued.
+struct Wishes {
   int64_t max_tokens = 0;
-  int64_t room = 0;  // bytes that the row may still have had when the plan began
   cpu::Sampling sampling;
-  Lane lane;
   std::shared_ptr<const Automaton> allow, stop;
   bool wants_log_probs = false, pauses = false;
-  int64_t draft = 0;                   // bytes that are proposed at a time, at most
-  std::unique_ptr<Proposer> proposer;  // which does it; none without drafts
+  int64_t draft = 0;  // bytes that are proposed at a time, at most
+};
+
+// The same, and how far it is.
+struct Plan : Wishes {
+  int64_t room = 0;  // bytes that the row may still have had when the plan began
+  Lane lane;
+  std::unique_ptr<Proposer> proposer;  // none without drafts
 
   int64_t count = 0;  // bytes chosen
   int32_t allow_state = 0, stop_state = 0;

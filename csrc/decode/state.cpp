@@ -143,7 +143,7 @@ std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, con
   return shapes;
 }
 
-Row check_state(const Parts& parts, const Memory& memory, const SavedState& state) {
+RowState check_state(const Parts& parts, const Memory& memory, const SavedState& state) {
   const int64_t limit = parts.max_length > 0 ? parts.max_length : kMostBytes;
   TORCH_CHECK_VALUE(0 <= state.length && state.length <= limit,
                     "length must be at most the context of ", limit, " bytes, got ", state.length);
@@ -151,7 +151,7 @@ Row check_state(const Parts& parts, const Memory& memory, const SavedState& stat
       state.taken >= 0 && (state.taken == state.length || state.taken == state.length - 1),
       "taken must be length or length - 1 and not negative, got ", state.taken, " of length ",
       state.length);
-  Row row;
+  RowState row;
   row.length = state.length;
   row.taken = state.taken;
   row.stages.resize(parts.stages.size());
@@ -177,8 +177,8 @@ Row check_state(const Parts& parts, const Memory& memory, const SavedState& stat
   return row;
 }
 
-Row load_state(const Parts& parts, Memory& memory, const SavedState& state) {
-  Row row = check_state(parts, memory, state);
+RowState load_state(const Parts& parts, Memory& memory, const SavedState& state) {
+  RowState row = check_state(parts, memory, state);
   for (int64_t n = 0; state.taken > 0 && n < parts.schedule.stages(); ++n) {
     const StageLayout& layout = memory.layout(n);
     StageState& stage = row.stages[n];

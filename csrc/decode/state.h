@@ -32,11 +32,11 @@ SavedState save_state(const Parts& parts, const Memory& memory, const Row& row);
 std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, const Memory& memory,
                                                          int64_t taken);
 
-// A row of that state without memory. Throws c10::ValueError or c10::TypeError that names what does
-// not fit the model or the rest.
-Row check_state(const Parts& parts, const Memory& memory, const SavedState& state);
+// A row of that state without memory for its stages. Throws c10::ValueError or c10::TypeError that
+// names what does not fit the model or the rest.
+RowState check_state(const Parts& parts, const Memory& memory, const SavedState& state);
 
 // The same, in memory of its own. The engine's own start token is kept.
-Row load_state(const Parts& parts, Memory& memory, const SavedState& state);
+RowState load_state(const Parts& parts, Memory& memory, const SavedState& state);
 
 }  // namespace mblm::decode
