@@ -8,17 +8,18 @@ import heapq
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
 
 # A byte and the matcher after it.
 _Step = tuple[int, Any]
 
-# llguidance's own token for the end; those before it are the bytes.
-END = 256
+# How many of llguidance's tokens are bytes; others, such as the end, come after them.
+BYTES = 256
 
 # Bytes that tend to close something come first, those that open something last.
 _CLOSING, _OPENING = b"\"'`}])>;,0123456789.:@/=*|&#%$!?_~^-+ \n\t\r", b"<([{\\"
@@ -30,14 +31,22 @@ _MANY, _FEW = 16, 2
 _REACHES = (32, 128, 512, 2048)
 
 
+@lru_cache(maxsize=1)
+def tokenizer() -> "LLTokenizer":
+    """llguidance's own for bytes: it does not survive a Ctrl-C in one that is written in Python."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte", slices=[])
+
+
 def may_follow(matcher: "LLMatcher", num_tokens: int) -> list[int]:
     """The bytes that may come next, of a vocabulary of so many."""
-    return list(compress(range(min(END, num_tokens)), matcher.compute_logit_bias()))
+    return list(compress(range(min(BYTES, num_tokens)), matcher.compute_logit_bias()))
 
 
 def completes(matcher: "LLMatcher", *parts: bytes) -> bool:
     """Whether some bytes more make it complete; at least one."""
-    tokens = [*b"".join(parts), END]
+    tokens = [*b"".join(parts), tokenizer().eos_token]
     return matcher.validate_tokens(tokens) == len(tokens)
 
 

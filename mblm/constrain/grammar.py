@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mblm.constrain.completion import END, completes, completion, may_follow
+from mblm.constrain.completion import BYTES, completes, completion, may_follow, tokenizer
 from mblm.inference.guide import Guide
 from mblm.utils.checks import check_integer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
     from llguidance._lib import JsonCompileOptions
 
 # With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
@@ -144,7 +144,7 @@ class _RowGuide:
         return torch.frombuffer(marks, dtype=torch.bool)
 
     def take(self, token: int) -> None:
-        if token >= END or not self._matcher.consume_token(token):
+        if token >= BYTES or not self._matcher.consume_token(token):
             raise ValueError(f"constraint: {_first_line(self._matcher) or f'no byte: {token}'}")
         if token in self._end_by_token:
             self._end = self._end_by_token[token]
@@ -166,7 +166,7 @@ class _RowGuide:
             self._look_at = left // 2
             return tokens
         spare = left - len(self._end) - _MARGIN
-        if spare > 0 and self._num_tokens >= END:
+        if spare > 0 and self._num_tokens >= BYTES:
             # An end is a byte nearer with each byte, and may go as far away.
             self._look_at = left - spare // 2 - 1
             return tokens
@@ -219,28 +219,11 @@ def _matcher() -> "type[LLMatcher]":
     return LLMatcher
 
 
-@lru_cache(maxsize=1)
-def _tokenizer() -> "LLTokenizer":
-    """Bytes and an end."""
-    from llguidance import LLTokenizer, TokenizerWrapper
-
-    class Bytes:
-        eos_token_id = END
-        bos_token_id = None
-        tokens = [*(bytes([byte]) for byte in range(256)), b"<end>"]  # noqa: RUF012
-        special_token_ids = [END]  # noqa: RUF012
-
-        def __call__(self, text: str | bytes) -> list[int]:
-            return list(text.encode() if isinstance(text, str) else text)
-
-    return LLTokenizer(TokenizerWrapper(Bytes()), n_vocab=END + 1, slices=[])
-
-
 @lru_cache(maxsize=64)
 def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None, dict[Any, _Ways]]":
     """A matcher at a grammar's beginning, bytes that complete it if they are found, and no ways."""
     matcher_type = _matcher()
-    matcher = matcher_type(_tokenizer(), grammar, log_level=0)
+    matcher = matcher_type(tokenizer(), grammar, log_level=0)
     if matcher.is_error():
         raise ValueError(f"constraint: {_first_line(matcher)}")
     if not may_follow(matcher, num_tokens):

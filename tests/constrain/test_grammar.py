@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,3 +244,16 @@ def test_a_byte_that_may_not_come_is_refused() -> None:
     with pytest.raises(ValueError, match=r"constraint: .*doesn't satisfy the grammar") as caught:
         state.take(ord("x"))
     assert "<state>" not in str(caught.value)
+
+
+def test_nothing_of_pythons_runs_in_llguidance() -> None:
+    """Where a Ctrl-C would be lost, and the grammar with it, for all that use it later."""
+    called: set[str] = set()
+    guide = JsonSchema({"type": "array", "minItems": 100, "items": {"const": 0}}).compile(256)()
+    sys.setprofile(lambda frame, *_: called.add(frame.f_code.co_filename))
+    try:
+        for left in range(201, 0, -1):
+            guide.take(int(guide.allowed(left).int().argmax()))
+    finally:
+        sys.setprofile(None)
+    assert guide.accepts() and not any("llguidance" in Path(file).parts for file in called)
