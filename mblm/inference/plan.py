@@ -74,7 +74,7 @@ class Draws:
             first, kept = self._kept
             if unused := kept[max(self._next) - first :]:
                 numbers, before = unused[0]
-                _generator_of(self, numbers.device).set_state(before)
+                generator_of(self, numbers.device).set_state(before)
                 del kept[-len(unused) :]
 
     def _forget(self) -> None:
@@ -104,7 +104,7 @@ class Lane:
             while n >= first + len(kept):
                 draws._forget()
                 first, kept = draws._kept
-                generator = _generator_of(draws, like.device)
+                generator = generator_of(draws, like.device)
                 draw = partial(Tensor.uniform_, generator=generator)
                 zeros, before = like.new_zeros(draws.lanes, like.shape[-1]), generator.get_state()
                 # One call draws and keeps: no signal comes between the two.
@@ -128,7 +128,8 @@ class Lane:
                 draws._forget()
 
 
-def _generator_of(draws: Draws, device: torch.device) -> torch.Generator:
+def generator_of(draws: Draws, device: torch.device) -> torch.Generator:
+    """What draws come from on a device."""
     if draws.generator is not None:
         return draws.generator
     is_cuda = device.type == "cuda"

@@ -17,7 +17,7 @@ from mblm.inference.cache import ChangedModelError, Ran, Reason, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
 from mblm.inference.model import DecodableModel, check_model
-from mblm.inference.plan import Draws, Lane, Plan, check_plan
+from mblm.inference.plan import Draws, Lane, Plan, check_plan, generator_of
 from mblm.inference.progress import Progress
 from mblm.inference.slots import Slots
 from mblm.inference.torch_stages import RowState, TorchStages
@@ -202,7 +202,7 @@ class TorchCache:
             slots = self._slots.take(rows, call)
             plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
             proposed = dict(zip(slots, self._check_drafts(plans, drafts), strict=True))
-            proposing = _draw_apart(slots)
+            proposing = _draw_apart(slots, self._model.device)
             for slot in slots:
                 slot.now = _Now(slot.now.bytes, _planned(slot).restarted())
             with _giving_back(slots):
@@ -431,10 +431,10 @@ def _giving_back(slots: Sequence[_Slot]) -> Iterator[None]:
         raise
 
 
-def _draw_apart(slots: Sequence[_Slot]) -> bool:
+def _draw_apart(slots: Sequence[_Slot], device: torch.device) -> bool:
     """Whether no two rows draw by turns from one generator."""
     draws = {_planned(slot).lane.draws for slot in slots}
-    return len(draws) == len({of.generator for of in draws})
+    return len(draws) == len({generator_of(of, device) for of in draws})
 
 
 def _enter(progress: Progress | None, plan: Plan) -> Lane:

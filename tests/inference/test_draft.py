@@ -123,15 +123,19 @@ class TestPlans:
             results.append(run_out(cache, rows)[0].ids.tolist())
         assert results[0] == results[1]
 
-    def test_of_one_generator_draw_in_the_same_order(self, make: MakeCache) -> None:
+    @pytest.mark.parametrize("is_default", [False, True])
+    def test_of_one_generator_draw_in_the_same_order(
+        self, make: MakeCache, is_default: bool
+    ) -> None:
         m = build("mamba1", "transformer", seq_lens=(12, 7))
         results = []
         for draft in (0, 24):
             cache = make(m)
-            rows = fed(cache, *PROMPTS)
-            generator = torch.Generator().manual_seed(4)
-            plans = [Plan(30, top_k=2, draws=Draws(generator), draft=draft) for _ in rows]
-            cache.begin(rows, plans)
+            rows = fed(cache, *PROMPTS[:2])
+            generator = torch.default_generator if is_default else torch.Generator()
+            generator.manual_seed(4)
+            draws = Draws(generator), Draws(None if is_default else generator)
+            cache.begin(rows, [Plan(30, top_k=5, draws=of, draft=draft) for of in draws])
             results.append([ran.ids.tolist() for ran in run_out(cache, rows)])
         assert results[0] == results[1]
 
