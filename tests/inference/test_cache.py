@@ -649,17 +649,20 @@ class TestExceptions:
         """KeyboardInterrupt after up to 10 ms."""
         if not hasattr(signal, "setitimer"):
             pytest.skip("no timers")
-        random = Random(0)
+        random, armed = Random(0), [False]
 
         def interrupt(*_: Any) -> None:
-            raise KeyboardInterrupt
+            if armed[0]:  # another thread may take a signal late, when the test is elsewhere
+                raise KeyboardInterrupt
 
         @contextmanager
         def alarm() -> Iterator[None]:
             try:
+                armed[0] = True
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0002, 0.01))
                 yield
             finally:
+                armed[0] = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
         before = signal.signal(signal.SIGALRM, interrupt)
