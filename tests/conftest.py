@@ -13,10 +13,14 @@ from tests.cli.program import Result, Run
 
 ROOT = Path(__file__).parents[1]
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, and so the processes that
-# tests interrupt.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that runs the tests in the background has them ignore Ctrl-C, nohup the end of the terminal:
+# and so would the processes that tests send these signals.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def shared_dir() -> Path | None:
