@@ -13,8 +13,8 @@ from tests.cli.program import Result, Run
 
 ROOT = Path(__file__).parents[1]
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, nohup the end of the terminal:
-# and so would the processes that tests send these signals.
+# A shell that runs the tests in the background has them ignore Ctrl-C, and nohup the end of the
+# terminal: the processes that tests send these signals would ignore them, too.
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
     (getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_DFL),
