@@ -64,7 +64,8 @@ class Session:
         self._model, self._device, self._weights = model, device, weights
         self._cache, self._rows = cache, rows
         # What `generate` was asked for last, if the same may be asked for again.
-        self._asked: tuple[tuple[Any, ...] | None, list[Request]] = (None, [])
+        # What was asked for last, its requests, and the context that it has to fit.
+        self._asked: tuple[tuple[Any, ...] | None, list[Request], int | None] = (None, [], None)
         weakref.finalize(self, cache.drop, rows).atexit = False
 
     @property
@@ -215,14 +216,15 @@ class Session:
 
     def _requests(self, **wishes: Any) -> list[Request]:
         """What is asked for, checked; or what was, where the same is asked for again."""
-        asked, requests = self._asked
-        if asked is not None and all(map(operator.is_, wishes.values(), asked)):
+        asked, requests, limit = self._asked
+        is_same = asked is not None and all(map(operator.is_, wishes.values(), asked))
+        if is_same and (limit is None or self.length + requests[0].plan.max_tokens <= limit):
             return requests
         requests = requests_of_rows(self._model, self.lengths, names=_NAMES, **wishes)
-        # Numbers ask for the same again, where neither a length nor draws of their own count.
+        # Numbers ask for the same again, where there are no draws of their own.
         are_numbers = all(type(w) in _NUMBERS or w is _NO_STOP for w in wishes.values())
-        is_free = requests[0].plan.draws is None and self._model.max_length is None
-        self._asked = (tuple(wishes.values()) if are_numbers and is_free else None), requests
+        kept = tuple(wishes.values()) if are_numbers and requests[0].plan.draws is None else None
+        self._asked = kept, requests, self._model.max_length
         return requests
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:

@@ -193,6 +193,7 @@ class TestAskedAgain:
             session.generate(1)
         with pytest.raises(ValueError, match="exceed the context of 3 bytes"):
             session.generate(1)
+        assert session.length == 3
 
 
 class TestErrors:
