@@ -34,8 +34,10 @@ MODELS: dict[str, tuple[list[str], int, list[int], list[int]]] = {
 }
 
 
-def build(kinds: list[str], width: int, layers: list[int], seq_lens: list[int]) -> MBLM:
-    """A model with random weights in evaluation mode."""
+def config_of(
+    kinds: list[str], width: int, layers: list[int], seq_lens: list[int]
+) -> MBLMModelConfig:
+    """The configuration of one of `MODELS`."""
 
     def block(kind: str, position: str | None) -> TransformerBlock | MambaBlock:
         if kind == "t":
@@ -49,18 +51,21 @@ def build(kinds: list[str], width: int, layers: list[int], seq_lens: list[int]) 
             d_state=128, d_conv=4, expand=2, headdim=64, pos_emb_type=None, block_type="mamba2"
         )
 
+    return MBLMModelConfig(
+        num_tokens=257,
+        pad_token_id=256,
+        hidden_dims=[width] * len(kinds),
+        num_layers=layers,
+        seq_lens=seq_lens,
+        train_checkpoint_chunks=None,
+        block=[block(kind, None if n == 0 else "fixed") for n, kind in enumerate(kinds)],
+    )
+
+
+def build(kinds: list[str], width: int, layers: list[int], seq_lens: list[int]) -> MBLM:
+    """A model with random weights in evaluation mode."""
     torch.manual_seed(0)
-    return MBLM(
-        MBLMModelConfig(
-            num_tokens=257,
-            pad_token_id=256,
-            hidden_dims=[width] * len(kinds),
-            num_layers=layers,
-            seq_lens=seq_lens,
-            train_checkpoint_chunks=None,
-            block=[block(kind, None if n == 0 else "fixed") for n, kind in enumerate(kinds)],
-        )
-    ).eval()
+    return MBLM(config_of(kinds, width, layers, seq_lens)).eval()
 
 
 def bytes_read(model: MBLM, weights: str) -> int:
