@@ -256,9 +256,10 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="latest|PATH",
-            help="Go on from the last run of that name, or from a run's folder, its config.yaml, "
-            "a training state in it, or a .pth file, which holds the weights alone.",
+            metavar="auto|latest|PATH",
+            help="Go on from the last run of that name (auto: or begin one), or from a run's "
+            "folder, its config.yaml, a training state in it, or a .pth file, which holds the "
+            "weights alone.",
         ),
     ] = None,
     nproc: Annotated[

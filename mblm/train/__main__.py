@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="mblm.train", description=__doc__)
     parser.add_argument("config", type=Path, help="the experiment's YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    parser.add_argument("--resume", metavar="latest|PATH")
+    parser.add_argument("--resume", metavar="auto|latest|PATH")
     parser.add_argument("--import", action="append", default=[], metavar="MODULE", dest="imports")
     arguments = parser.parse_args()
     with interrupt.ends_at_once():  # but while a run goes, which is saved then

@@ -64,6 +64,8 @@ def load_experiment(
     if resume is not None:
         assert config.resume is not None
         found = find_resume(resume, Path(config.io.output_dir), config.io.name_model)
+        if not found:
+            return load_experiment(file, settings)
         config.resume = config.resume.model_copy(update=found)
     return config
 
@@ -127,21 +129,26 @@ def find_resume(resume: str, output_dir: Path, name_model: str) -> dict[str, Any
     """Fields of a `ResumeConfig`, from what a user says to resume from.
 
     Args:
-        resume: ``"latest"``, the newest training state of the runs of that name; a run's folder
-            or its ``config.yaml``, its newest training state or, where it has none, the weights
-            and the place in the data that its configuration names; a training state; or a
-            ``.pth`` file, whose weights start anew.
+        resume: ``"latest"``, the newest training state of the runs of that name; ``"auto"``, the
+            same if there is one; a run's folder or its ``config.yaml``, its newest training state
+            or, where it has none, the weights and the place in the data that its configuration
+            names; a training state; or a ``.pth`` file, whose weights start anew.
         output_dir: The folder of the runs.
         name_model: The name of the model of these runs.
+
+    Returns:
+        The fields; none for ``"auto"`` if there is nothing to go on from.
 
     Raises:
         FileNotFoundError: There is no such thing.
         ValueError: There is nothing to resume from in it.
     """
-    if resume == "latest":
+    if resume in ("latest", "auto"):
         runs = output_dir.glob(f"{glob.escape(name_model)}_*")  # of longer names, too
         latest = [state for run in runs if (state := find_latest_state(run)) is not None]
         states = [state for state in latest if _name_of(state) == name_model]
+        if not states and resume == "auto":
+            return {}
         if not states:
             raise ValueError(
                 f"resume: no run of {name_model!r} in {str(output_dir)!r} with a training state"

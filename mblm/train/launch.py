@@ -2,16 +2,18 @@
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from mblm.train.core.interrupt import EXIT_INTERRUPTED
-from mblm.train.experiment import STOPPED_MARK, load_experiment, train_experiment
+from mblm.train.core.interrupt import EXIT_INTERRUPTED, STOPS
+from mblm.train.experiment import STOPPED_MARK, find_resume, load_experiment, train_experiment
 from mblm.utils.imports import import_modules
 
 # Workers finish their step and save when they are told to stop; later they are killed.
@@ -64,10 +66,12 @@ def launch(
         arguments += ["--set", setting]
     for module in imports:
         arguments += ["--import", module]
-    if resume is not None:
-        assert config.resume is not None
+    if resume in ("latest", "auto"):
         # The latest of now: later it could be one that these workers write.
-        arguments += ["--resume", config.resume.checkpoint_file if resume == "latest" else resume]
+        found = find_resume(resume, Path(config.io.output_dir), config.io.name_model)
+        resume = found.get("checkpoint_file")
+    if resume is not None:
+        arguments += ["--resume", resume]
     _run_workers(arguments, nproc, nnodes, node_rank, rdzv_endpoint)
 
 
@@ -96,6 +100,7 @@ def _run_workers(
         rdzv_configs={} if node_rank is None else {"rank": node_rank},
         max_restarts=0,
     )
+
     # It tells of a failed worker in pages; here that takes a line.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # The launcher does not tell how the workers ended that a signal was passed on to.
@@ -103,6 +108,7 @@ def _run_workers(
         mark = Path(folder, "saved")
         os.environ[STOPPED_MARK] = str(mark)
         try:
+            _let_signals_raise(SignalException)
             elastic_launch(config, sys.executable)("-m", "mblm.train", *arguments)
         except SignalException as stopped:
             raise SystemExit(EXIT_INTERRUPTED if mark.exists() else 128 + stopped.sigval) from None
@@ -119,3 +125,18 @@ def _run_workers(
             raise SystemExit(128 - status if status < 0 else status) from None
         finally:
             del os.environ[STOPPED_MARK]
+
+
+def _let_signals_raise(error: type[Exception]) -> None:
+    """Let the signals that a run stops for raise what the launcher passes on to the workers.
+
+    By itself it does so for SIGTERM, SIGINT and SIGHUP, and dies of others alone.
+    """
+
+    def handle(number: int, _: object) -> None:
+        raise error(f"got signal {number}", signal.Signals(number))
+
+    if threading.current_thread() is threading.main_thread():  # others cannot take signals
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handle)

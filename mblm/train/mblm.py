@@ -157,8 +157,9 @@ class _HierarchyTrainer(
         return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
 
     def configure_run_id(self) -> str:
-        """The environment variable ``JOB_ID``, or the time."""
-        return os.environ.get("JOB_ID") or super().configure_run_id()
+        """The environment variable ``JOB_ID`` or ``SLURM_JOB_ID``, or the time."""
+        job = os.environ.get("JOB_ID") or os.environ.get("SLURM_JOB_ID")
+        return job or super().configure_run_id()
 
     def configure_count_parameters(self, model: TModel) -> tuple[int, dict[str, int]]:
         """All parameters, and those of each stage."""

@@ -154,6 +154,17 @@ def test_the_latest_state_of_the_runs_of_that_name(tmp_path: Path) -> None:
     assert find_resume("latest", tmp_path, "model") == {"checkpoint_file": str(newest)}
 
 
+def test_auto_is_the_latest_state_or_a_new_run(tmp_path: Path) -> None:
+    settings = [f"io.output_dir={tmp_path}", "io.name_model=model"]
+    assert load_experiment(SMALL, settings, "auto").resume is None
+    said = [*settings, "resume.checkpoint_file=a.pth"]
+    new = load_experiment(SMALL, said, "auto").resume
+    assert new is not None and new.checkpoint_file == "a.pth"
+    state = state_of(tmp_path / "model_1", 3)
+    resume = load_experiment(SMALL, said, "auto").resume
+    assert resume is not None and resume.checkpoint_file == str(state)
+
+
 def test_the_latest_state_of_a_run(tmp_path: Path) -> None:
     run = tmp_path / "model_1"
     first, last = state_of(run, 2), state_of(run, 10)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 INTERRUPTED = 75
 ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name != "JOB_ID"},
+    **{name: value for name, value in os.environ.items() if not name.endswith("JOB_ID")},
     "PYTHONPATH": str(ROOT),
     "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",
@@ -302,7 +302,7 @@ def stop_elsewhere(experiment: Path, *arguments: object) -> tuple[int, str]:
         if logs and logs[0].read_text().count("\n") > 5:
             break
         time.sleep(0.01)
-    stopped.send_signal(signal.SIGTERM)
+    stopped.send_signal(signal.SIGUSR1)
     said = stopped.communicate(timeout=120)[1]
     return stopped.returncode, said
 

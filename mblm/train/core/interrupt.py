@@ -18,9 +18,12 @@ T = TypeVar("T")
 EXIT_INTERRUPTED = 75
 """Exit code of a run that was stopped by a signal and saved its state: start it again to go on."""
 
-_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+STOPS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
 )
+"""The signals that a run stops for, those that schedulers of clusters send included."""
 
 
 class TrainingInterrupted(SystemExit):
@@ -39,7 +42,7 @@ class Requests:
 
     Signals come to the workers at different moments. What a worker has seen by the end of a step
     is exchanged while the next one runs, so that asking costs no waiting. SIGTERM asks a run to
-    stop, and so do SIGINT and SIGHUP unless they are ignored, as after ``nohup``.
+    stop, and so do SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 unless they are ignored, as after ``nohup``.
 
     Args:
         group: What the workers exchange it over; None for a single one.
@@ -57,7 +60,7 @@ class Requests:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # others cannot take signals
-            for number in _SIGNALS:
+            for number in STOPS:
                 if number == signal.SIGTERM or not _is_ignored(number):
                     self._handlers[number] = signal.signal(number, self._note)
         return self
@@ -119,7 +122,7 @@ def start_loading(loader: "DataLoader[T]") -> Iterator[T]:
     if not isinstance(loader.worker_init_fn, _LoaderProcess):
         loader.worker_init_fn = _LoaderProcess(os.getpid(), loader.worker_init_fn)
     # Blocked signals are so for the processes, too, from their start.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         return iter(loader)
     finally:
@@ -134,7 +137,7 @@ class _LoaderProcess:
         self._init = init
 
     def __call__(self, worker: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # not so from a server that was there
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # not so from a server that was there
         threading.Thread(target=self._wait, daemon=True).start()
         if self._init is not None:
             self._init(worker)

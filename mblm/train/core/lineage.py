@@ -30,6 +30,7 @@ _FIXED = (
     "training_data",
     "validation_data",
 )
+_OF_A_STEP = ("train.batch_size", "train.gradient_accumulate_every")
 _OF_A_MACHINE = ("io.output_dir", "io.dataset_dir")
 
 
@@ -68,13 +69,14 @@ def check_same_on_all(facts: Facts, workers: Workers) -> None:
             )
 
 
-def check_same_as_before(before: Facts, now: Facts, state: object) -> list[str]:
+def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: bool) -> list[str]:
     """Compare a run with the one that a training state is of.
 
     Args:
         before: The facts that the state was saved with.
         now: The facts.
         state: The state, for the message.
+        exact: Whether the run goes on to the bit; if not, batches and steps may have another size.
 
     Returns:
         What has changed and takes effect from now on.
@@ -83,7 +85,8 @@ def check_same_as_before(before: Facts, now: Facts, state: object) -> list[str]:
         ValueError: Something has changed that the state's numbers depend on.
     """
     changes = _changes(before, now)
-    refused = [n for n in changes if any(f"{n}.".startswith(f"{fixed}.") for fixed in _FIXED)]
+    names = _FIXED if exact else [name for name in _FIXED if name not in _OF_A_STEP]
+    refused = [n for n in changes if any(f"{n}.".startswith(f"{fixed}.") for fixed in names)]
     if refused:
         raise ValueError(
             f"{state} cannot be gone on from, since these have changed: "

@@ -54,6 +54,23 @@ class Position:
         self.epoch, self.batch = next_epoch, next_batch
         self.elements_seen += elements
 
+    def share_out(self, before: tuple[int, int], now: tuple[int, int]) -> None:
+        """Go on from the last whole step with other workers, or batches of another size.
+
+        The steps are as many as the same sequences make, and the place in the data is as far in its
+        epoch. The cumulative index goes on: states and rows stay in their order.
+
+        Args:
+            before: Sequences of a batch, all workers together, and batches of a step until here.
+            now: The same from here on.
+        """
+        (batch_before, every_before), (batch, every) = before, now
+        whole, pending = divmod(self.done, every_before)
+        left_out = whole - self.applied
+        steps = whole * every_before * batch_before // (batch * every)
+        self.done, self.applied = steps * every, max(steps - left_out, 0)
+        self.batch = max(self.batch - pending, 0) * batch_before // batch
+
 
 @dataclass
 class Run:
@@ -159,6 +176,8 @@ class Run:
             raise ValueError(f"{saved.path} cannot be gone on from: {error}") from error
         if self.scaler.is_enabled() and common["scaler"]:
             self.scaler.load_state_dict(common["scaler"])
+        if not saved.is_exact:  # the rest is of other workers
+            return
         self.model.load_gradients(own["gradients"])
         self.losses = list(own["losses"])
         self.batches.epoch_rng = own["epoch_rng"]

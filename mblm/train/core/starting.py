@@ -88,7 +88,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self._seed = self._workers.from_main(drawn)
         if self._resumed is not None:
             self._seed = self._resumed.common["seed"]
-        elif seed is not None or self._workers.rank:  # what is drawn differs between workers
+        is_new = self._resumed is None or not self._resumed.is_exact
+        if is_new and (seed is not None or self._workers.rank):  # workers draw different numbers
             seed_everything((self._seed + 1 + self._workers.rank) % 2**32)
 
         self._parallel = ParallelModel(
@@ -112,7 +113,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         )
         if resumed is not None:
             then, now = resumed.manifest["facts"], facts_of(self.config, lineage)
-            changes = check_same_as_before(then, now, resumed.path)
+            changes = check_same_as_before(then, now, resumed.path, exact=resumed.is_exact)
             self._notes += [f"The configuration has changed: {change}" for change in changes]
         train_dataset.offset_to(0)  # the epoch that has most batches
         batches = TrainBatches(self.get_train_dataloader(train_dataset))
@@ -123,11 +124,15 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         position = Position()
         if resumed is not None:
             position = Position(**resumed.own["position"])
+            if not resumed.is_exact:
+                self._share_out(position, resumed)
         elif resume is not None:
             position.epoch, position.batch = resume.next_epoch_index, resume.next_batch_index
             position.step = len(batches) * position.epoch + position.batch
         plan = plan_run(self.config, self._workers.world_size, position.step - position.done)
         train_dataset.offset_to(position.epoch)
+        if resumed is not None and not resumed.is_exact and position.batch >= len(batches):
+            position.epoch, position.batch = position.epoch + 1, 0
         check_start(plan, position.done, position.epoch, position.batch, len(batches))
         optimizer = self.configure_optimizer(self._parallel.parameters())
         run = Run(
@@ -155,6 +160,16 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
                 f"that the last step has all of its {config.gradient_accumulate_every} batches"
             )
         return run
+
+    def _share_out(self, position: Position, resumed: SavedState) -> None:
+        """Give a place that other workers have come to as what it is for these."""
+        facts, now = resumed.manifest["facts"], self.config.train
+        batch = resumed.manifest["workers"] * facts["train.batch_size"]
+        every = facts["train.gradient_accumulate_every"]
+        world = self._workers.world_size
+        position.share_out((batch, every), (world * now.batch_size, now.gradient_accumulate_every))
+        elements = plan_run(self.config, world).elements_per_batch
+        position.elements_seen = position.done * elements
 
     def _open(self) -> None:
         """Make the run's folder, or go on in that of the state; from now on the run writes."""
@@ -219,6 +234,12 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self._say(describe_model(*self._parameters))
         self._say(describe_data(*data, unit))
         self._say(describe_plan(run.plan, done, elements, workers, self._folder.path))
+        if self._resumed is not None and not self._resumed.is_exact:
+            self._say(
+                f"Not an exact resume: the state is of {self._resumed.manifest['workers']} workers, "
+                f"this run has {workers}. Weights, optimizer and schedule go on; the data are "
+                "shared out anew, so that some of this epoch's come twice or not at all"
+            )
 
     def tell_result(self) -> None:
         """Say what came out, where it is, and what to type next; called when all is done."""

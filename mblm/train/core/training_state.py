@@ -47,13 +47,15 @@ class SavedState:
         path: Its folder.
         manifest: What ``COMPLETE`` holds.
         common: What all workers share.
-        own: What is this worker's.
+        own: What is this worker's; of a state of another number of workers, the main one's.
+        is_exact: Whether it is of as many workers, which go on with the same bits.
     """
 
     path: Path
     manifest: State
     common: State
     own: State
+    is_exact: bool = True
 
 
 def find_latest_state(run_dir: str | Path) -> Path | None:
@@ -208,19 +210,22 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
     """Load a state, what all share and what is this worker's; nothing is changed.
 
     Raises:
-        ValueError: No whole state of this format, one of another number of workers or strategy,
-            or a damaged file.
+        ValueError: No whole state of this format, one of another strategy, shards of another number
+            of workers, or a damaged file.
     """
     manifest = read_manifest(state_dir)
-    expected = {"format": FORMAT, "workers": workers.world_size, "strategy": strategy}
+    is_exact = manifest.get("workers") == workers.world_size
+    expected = {"format": FORMAT, "strategy": strategy}
+    if strategy == "fsdp":  # the shards of so many workers are not made those of others
+        expected["workers"] = workers.world_size
     for field, value in expected.items():
         if manifest.get(field) != value:
             raise ValueError(
                 f"{state_dir} was saved with {field} {manifest.get(field)}, this run has {value}. "
                 f"Resume with the same {field}, or from a checkpoint .pth, the weights only"
             )
-    common, own = _read(state_dir / "common.pt"), _read(state_dir / f"rank_{workers.rank}.pt")
-    return SavedState(state_dir, manifest, common, own)
+    own = state_dir / f"rank_{workers.rank if is_exact else 0}.pt"
+    return SavedState(state_dir, manifest, _read(state_dir / "common.pt"), _read(own), is_exact)
 
 
 def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -42,7 +42,7 @@ def train_as_a_group(cfg, trainer):
     ("number", "trainer"),
     [
         (signal.SIGTERM, LoadsInProcesses),
-        (signal.SIGHUP, LoadsInProcesses),
+        (signal.SIGUSR1, LoadsInProcesses),
         pytest.param(signal.SIGTERM, LoadsByAServer, marks=pytest.mark.slow),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_run_that_fails_does_not_wait_for_the_processes_of_its_loader(tmp_path
     assert jobs.join([process]) == [1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_stops_unless_it_is_ignored(number):
     before = signal.getsignal(number)
     try:

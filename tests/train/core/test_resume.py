@@ -15,6 +15,7 @@ import torch
 from mblm import __version__
 from mblm.train.core import output, training_state
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, TrainingInterrupted
+from mblm.train.core.run import Position
 from mblm.train.core.run_folder import hold_run
 from mblm.train.core.training_state import find_latest_state, list_states
 from mblm.train.mblm import MegabyteTrainer
@@ -458,6 +459,13 @@ def test_numbers_of_numpy_are_saved_as_pythons(tmp_path):
     assert jobs.losses(run) == jobs.losses(whole)
 
 
+def test_a_place_is_shared_out_in_whole_steps():
+    """Nine batches of 8 sequences, in steps of two, one of which was left out."""
+    place = Position(step=109, done=9, batch=5, applied=3)
+    place.share_out((8, 2), (4, 3))
+    assert (place.step, place.done, place.batch, place.applied) == (109, 15, 8, 4)
+
+
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     class Array(jobs.Trainer):
         def configure_optimizer(self, parameters):
@@ -469,13 +477,13 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
         train_alone(Array, jobs.config(tmp_path))
 
 
-def test_a_state_of_other_workers_or_a_damaged_one_is_refused(tmp_path):
+def test_a_state_of_another_strategy_or_a_damaged_one_is_refused(tmp_path):
     run = train_alone(jobs.Trainer, jobs.config(tmp_path))
     state = find_latest_state(run)
     manifest = state / "COMPLETE"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"workers": 1', '"workers": 4'))
-    with pytest.raises(ValueError, match="workers 4, this run has 1"):
+    manifest.write_text(text.replace('"strategy": "ddp"', '"strategy": "fsdp"'))
+    with pytest.raises(ValueError, match="strategy fsdp, this run has ddp"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
     manifest.write_text(text)
     (state / "common.pt").write_bytes(b"rubbish")

@@ -52,16 +52,17 @@ def train_global(cfg, seen_dir=None):
         trainer.test(jobs.Ids(8), model)
 
 
-def global_run(folder, workers, strategy="ddp"):
+def global_run(folder, workers, strategy="ddp", every=2, resume=None):
     """Losses of the validations and the test, and the last best model."""
     cfg = jobs.config(
         folder,
         workers=workers,
-        batch_size=4 // workers,
-        batches=24,
+        batch_size=8 // workers // every,
+        batches=12 * every,
         strategy=strategy,
-        gradient_accumulate_every=2,
+        gradient_accumulate_every=every,
         gradient_clipping=0.2,
+        resume=resume,
     )
     assert jobs.join(jobs.start(train_global, workers, cfg)) == [0] * workers
     run = jobs.run_of(folder)
@@ -82,6 +83,32 @@ def test_any_number_of_workers_reaches_the_same_loss(tmp_path, one_worker, worke
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
     assert expected_losses[-2] < expected_losses[0] - 0.05
+
+
+@pytest.mark.parametrize(("workers", "every"), [(1, 4), (4, 1)])
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, one_worker, workers, every):
+    """With the same sequences a step it ends where it would have, to rounding."""
+    global_run(tmp_path, 2)
+    run = jobs.run_of(tmp_path)
+    state = list_states(run)[0]
+    assert state.name == "step_00000016"
+    losses, model = global_run(tmp_path, workers, every=every, resume=state)
+    assert jobs.run_of(tmp_path) == run
+    log = (run / "train.log").read_text()
+    assert f"Not an exact resume: the state is of 2 workers, this run has {workers}" in log
+    steps = [int(row[5]) for row in jobs.losses(run)[1:] if row[2] == "train"]
+    assert steps == list(range(16 + 4 * every))
+    expected_losses, expected = one_worker
+    torch.testing.assert_close(losses[-2:], expected_losses[-2:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_shards_are_of_the_workers_that_saved_them(tmp_path):
+    global_run(tmp_path, 2, "fsdp")
+    state = find_latest_state(jobs.run_of(tmp_path))
+    cfg = jobs.config(tmp_path, strategy="fsdp", resume=state)
+    with pytest.raises(ValueError, match="saved with workers 2, this run has 1"):
+        jobs.alone(jobs.Trainer, cfg)
 
 
 def train_and_note(cfg, folder):
