@@ -1,77 +1,75 @@
 // Chooses the next byte of every row: see decode_choose.h.
 //
-// A block takes a row. A token's rank is how many come before it, which for the few hundred tokens
-// of a byte model is counted quicker than sorted. What depends on the order of sums, the mass of
-// the likeliest, one thread adds up as the CPU does.
+// A block takes a row. Tokens are compared, and sorted where filters need their order, by keys: a
+// number in whose upper half the value falls and in whose lower half the token rises. What depends
+// on the order of sums, the mass of the likeliest, one thread adds up as the CPU does.
 #include <cmath>
 
 #include "cuda/decode_choose.h"
 #include "cuda/kernel.cuh"
 #include "cuda/philox.h"
+#include "cuda/row_math.cuh"
 
 namespace mblm::cuda {
 namespace {
+
+using Key = uint64_t;
+constexpr Key kLast = ~Key(0);  // after every token
+constexpr int64_t kMostShared = 4096;
+
+// The smallest that is no smaller.
+MBLM_ANYWHERE int64_t power_of_two(int64_t count) {
+  int64_t power = 1;
+  while (power < count) power *= 2;
+  return power;
+}
 
 MBLM_DEVICE float bounded_log(float x) {
   return logf(fmaxf(x, 1e-20f));
 }
 
-// NaN counts as the highest, as it does in torch; ties go to the lower id.
-MBLM_DEVICE bool is_before(float one, int64_t a, float other, int64_t b) {
-  const bool one_nan = one != one, other_nan = other != other;
-  if (one_nan || other_nan) return one_nan != other_nan ? one_nan : a < b;
-  return one != other ? one > other : a < b;
+// The lowest key is that of the highest value. NaN counts as the highest, as it does in torch; ties
+// go to the lower id.
+MBLM_DEVICE Key key_of(float value, int64_t token) {
+  const uint32_t bits = __float_as_uint(value + 0.f);  // which makes no difference but to -0
+  const uint32_t falling = value != value ? 0 : bits >> 31 ? bits : 0x7fffffffu - bits;
+  return Key(falling) << 32 | uint32_t(token);
 }
 
-MBLM_DEVICE int64_t rank_of(const float* logits, int64_t token, int64_t num_tokens) {
-  const float own = logits[token];
-  int64_t rank = 0;
-  MBLM_UNROLL
-  for (int64_t other = 0; other < num_tokens; ++other) {
-    rank += is_before(logits[other], other, own, token);
-  }
-  return rank;
+MBLM_DEVICE int64_t token_of(Key key) {
+  return int64_t(uint32_t(key));
 }
 
-// A token, and what it is compared by.
-struct Candidate {
-  float value;
-  int64_t token;
-
-  MBLM_DEVICE void take(float other_value, int64_t other) {
-    const bool is_first = is_before(other_value, other, value, token);
-    value = is_first ? other_value : value;
-    token = is_first ? other : token;
-  }
-};
+MBLM_DEVICE Key earlier(Key a, Key b) {
+  return a < b ? a : b;
+}
 
 struct Shared {
-  Candidate candidates[kThreads];
-  float sums[kThreads];
+  Key firsts[kWarps];
+  float sums[kWarps];
   int64_t kept;
 };
 
-// The candidate of all threads that comes first, in each of them.
-MBLM_DEVICE Candidate first_of_all(const Candidate& own, Shared& shared) {
-  __syncthreads();
-  shared.candidates[threadIdx.x] = own;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) {
-      const Candidate other = shared.candidates[threadIdx.x + half];
-      shared.candidates[threadIdx.x].take(other.value, other.token);
-    }
+// The lowest key of all threads, in each of them.
+MBLM_DEVICE Key first_of_all(Key own, Shared& shared) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    own = earlier(own, __shfl_xor_sync(0xffffffffu, own, offset));
   }
+  if (threadIdx.x % kWarp == 0) shared.firsts[threadIdx.x / kWarp] = own;
   __syncthreads();
-  return shared.candidates[0];
+  for (int w = 0; w < kWarps; ++w) own = earlier(own, shared.firsts[w]);
+  __syncthreads();
+  return own;
 }
 
 // The likeliest token, in each thread.
-MBLM_DEVICE Candidate likeliest(const float* logits, int64_t count, Shared& shared) {
-  Candidate own = {-INFINITY, count};
-  for (int64_t token = threadIdx.x; token < count; token += kThreads)
-    own.take(logits[token], token);
-  return first_of_all(own, shared);
+MBLM_DEVICE int64_t likeliest(const float* logits, int64_t count, Shared& shared) {
+  Key own = kLast;
+  MBLM_UNROLL
+  for (int64_t token = threadIdx.x; token < count; token += kThreads) {
+    own = earlier(own, key_of(logits[token], token));
+  }
+  return token_of(first_of_all(own, shared));
 }
 
 // The logarithm of the sum of exponentials, in each thread.
@@ -80,14 +78,32 @@ MBLM_DEVICE float log_sum(const float* logits, int64_t count, float highest, Sha
   for (int64_t token = threadIdx.x; token < count; token += kThreads) {
     sum += expf(logits[token] - highest);
   }
-  __syncthreads();
-  shared.sums[threadIdx.x] = sum;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) shared.sums[threadIdx.x] += shared.sums[threadIdx.x + half];
+  return highest + logf(block_sum(sum, shared.sums));
+}
+
+// Sorts keys, a power of two of them, by a bitonic network. Where pairs are at most a warp apart, a
+// warp's own stay its own from step to step.
+MBLM_DEVICE void sort(Key* keys, int64_t size) {
+  int64_t before = size;  // distance in the last step
+  for (int64_t run = 2; run <= size; run *= 2) {
+    for (int64_t distance = run / 2; distance > 0; distance /= 2) {
+      if (before > kWarp || distance > kWarp || run == 2) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+      }
+      before = distance;
+      for (int64_t pair = threadIdx.x; pair < size / 2; pair += kThreads) {
+        const int64_t low = 2 * pair - pair % distance, high = low + distance;
+        const Key a = keys[low], b = keys[high];
+        if ((a > b) != ((low & run) != 0)) {
+          keys[low] = b;
+          keys[high] = a;
+        }
+      }
+    }
   }
   __syncthreads();
-  return highest + logf(shared.sums[0]);
 }
 
 MBLM_DEVICE int64_t next_state(const Automaton& automaton, int64_t of_class) {
@@ -120,21 +136,38 @@ MBLM_DEVICE bool allows_any(const Automaton& automaton, int64_t left, Shared& sh
   return shared.kept > 0;
 }
 
-// How many of the ordered tokens are kept by top_p; weights (num_tokens) is working memory.
-MBLM_DEVICE int64_t count_of_mass(const float* ordered, float* weights, int64_t count,
-                                  float temperature, float top_p, Shared& shared) {
-  const float highest = ordered[0] / temperature;
-  __syncthreads();  // weights may be what is ordered
+// How many of the sorted tokens top_p keeps: each while those before it do not reach it. Their
+// values in the keys become probabilities.
+MBLM_DEVICE int64_t count_of_mass(Key* keys, const float* logits, int64_t count, const Slot& row,
+                                  Shared& shared) {
+  const auto put = [&](int64_t i, float value) {
+    keys[i] = Key(__float_as_uint(value)) << 32 | uint32_t(keys[i]);
+  };
+  const auto get = [&](int64_t i) { return __uint_as_float(uint32_t(keys[i] >> 32)); };
+  const float highest = logits[token_of(keys[0])] / row.temperature;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    weights[i] = expf(ordered[i] / temperature - highest);
+    put(i, expf(logits[token_of(keys[i])] / row.temperature - highest));
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    float sum = 0, mass = 0;
+    float sum = 0, before = -1;
     MBLM_UNROLL
-    for (int64_t i = 0; i < count; ++i) sum += weights[i];
+    for (int64_t i = 0; i < count && sum != before; ++i) {  // what follows is too little to count
+      before = sum;
+      sum += get(i);
+    }
+    shared.sums[0] = sum;
+  }
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) put(i, get(i) / shared.sums[0]);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double mass = 0;
     int64_t kept = 0;
-    for (; kept < count && (kept == 0 || mass < top_p); ++kept) mass += weights[kept] / sum;
+    for (; kept < count; ++kept) {
+      mass += get(kept);
+      if (float(mass) - get(kept) >= row.top_p) break;
+    }
     shared.kept = kept;
   }
   __syncthreads();
@@ -143,50 +176,49 @@ MBLM_DEVICE int64_t count_of_mass(const float* ordered, float* weights, int64_t 
 
 // A row's next byte, in each thread.
 MBLM_DEVICE int64_t choose_of_row(const Choice& in, const Slot& row, int64_t index,
-                                  const float* logits, Shared& shared) {
+                                  const float* logits, Key* keys, Shared& shared) {
   const int64_t count = in.num_tokens, at = index * in.bytes + row.done;
-  const Candidate first = likeliest(logits, count, shared);
-  if (first.value == -INFINITY && row.allow.classes) {  // the model rules out all that is allowed
-    Candidate allowed = {-INFINITY, count};
+  const int64_t first = likeliest(logits, count, shared);
+  const float highest = logits[first];
+  if (highest == -INFINITY && row.allow.classes) {  // the model rules out all that is allowed
+    Key own = kLast;
     for (int64_t token = threadIdx.x; token < count; token += kThreads) {
-      if (is_allowed(row.allow, row.allow.classes[token], row.planned)) allowed.take(0, token);
+      const bool may_come = is_allowed(row.allow, row.allow.classes[token], row.planned);
+      if (may_come) own = earlier(own, key_of(0, token));
     }
-    return first_of_all(allowed, shared).token;
+    return token_of(first_of_all(own, shared));
   }
+  // No noise changes what NaN and infinity decide.
+  const bool is_finite = fabsf(highest) < INFINITY;
+  if (!is_finite || (row.top_k == 1 && !(row.top_p > 0))) return first;
   int64_t kept = row.top_k < count ? row.top_k : count;
-  if (kept <= 1 && !(row.top_p > 0)) return first.token;
-  float* const ranks = in.ordered + index * 2 * count;  // of this thread's tokens
-  float* const ordered = ranks + count;
-  const bool has_order = row.top_p > 0 || kept < count;
-  if (has_order) {
-    for (int64_t token = threadIdx.x; token < count; token += kThreads) {
-      const int64_t rank = rank_of(logits, token, count);
-      ranks[token] = float(rank);
-      ordered[rank] = logits[token];
+  const bool is_sorted = row.top_p > 0 || kept < count;
+  if (is_sorted) {
+    const int64_t size = power_of_two(count);
+    for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+      keys[i] = i < count ? key_of(logits[i], i) : kLast;
     }
-    __syncthreads();
+    sort(keys, size);
   }
-  if (row.top_p > 0) {
-    kept = count_of_mass(ordered, ordered, count, row.temperature, row.top_p, shared);
-  }
-  Candidate best = {-INFINITY, first.token};
-  const float highest = first.value / row.temperature;
-  for (int64_t token = threadIdx.x; token < count; token += kThreads) {
-    if (has_order && ranks[token] >= float(kept)) continue;
-    const float value = logits[token] / row.temperature;
-    if (row.min_p > 0 && expf(value - highest) < row.min_p) continue;
+  if (row.top_p > 0) kept = count_of_mass(keys, logits, count, row, shared);
+  Key best = key_of(-INFINITY, first);
+  for (int64_t i = threadIdx.x; i < kept; i += kThreads) {
+    const int64_t token = is_sorted ? token_of(keys[i]) : i;
+    if ((logits[token] - highest) / row.temperature < row.least) continue;
     const float number = row.has_numbers
                              ? in.uniform[at * count + token]
                              : uniform_number(in.drawn[at].seed, in.drawn[at].offset, row.threads,
                                               row.first_number + uint32_t(token));
-    best.take(value - bounded_log(-bounded_log(number)), token);
+    const float value = logits[token] / row.temperature - bounded_log(-bounded_log(number));
+    best = earlier(best, key_of(value, token));
   }
-  return first_of_all(best, shared).token;
+  return token_of(first_of_all(best, shared));
 }
 
 __global__ void __launch_bounds__(kThreads) choose_of_rows(Choice in) {
   release_dependents();
   Shared& shared = *shared_memory<Shared>();
+  Key* const own_keys = reinterpret_cast<Key*>(&shared + 1);
   wait_for_inputs();
   const int64_t count = in.num_tokens;
   for (int64_t index = blockIdx.x; index < in.slots; index += gridDim.x) {
@@ -207,7 +239,7 @@ __global__ void __launch_bounds__(kThreads) choose_of_rows(Choice in) {
       }
       float sum = 0;
       if (row.has_log_probs) {
-        sum = log_sum(logits, count, likeliest(logits, count, shared).value, shared);
+        sum = log_sum(logits, count, logits[likeliest(logits, count, shared)], shared);
       }
       if (row.allow.classes) {
         for (int64_t token = threadIdx.x; token < count; token += kThreads) {
@@ -216,7 +248,8 @@ __global__ void __launch_bounds__(kThreads) choose_of_rows(Choice in) {
         }
         __syncthreads();
       }
-      id = choose_of_row(in, row, index, logits, shared);
+      Key* const keys = in.keys ? in.keys + index * power_of_two(count) : own_keys;
+      id = choose_of_row(in, row, index, logits, keys, shared);
       log_prob = logits[id] - sum;
     }
     __syncthreads();
@@ -253,7 +286,14 @@ __global__ void __launch_bounds__(kThreads) choose_of_rows(Choice in) {
 
 Error choose(const Choice& in, Stream stream) {
   if (in.num_tokens < 1) return "there must be a token to choose";
-  return launch_dependent(choose_of_rows, in.slots, kThreads, sizeof(Shared), stream, in);
+  const int64_t own_keys = in.keys ? 0 : power_of_two(in.num_tokens);
+  const size_t shared_bytes = sizeof(Shared) + size_t(own_keys) * sizeof(Key);
+  return launch_dependent(choose_of_rows, in.slots, kThreads, shared_bytes, stream, in);
+}
+
+int64_t keys_of(int64_t num_tokens) {
+  const int64_t keys = power_of_two(num_tokens);
+  return keys > kMostShared ? keys : 0;
 }
 
 Drawing drawing_of(int64_t numbers) {

@@ -15,7 +15,7 @@ struct Choice {
   const int64_t* positions = nullptr;   // (slots), negative where no byte has been taken in
   const float* empty_logits = nullptr;  // (num_tokens), of a row without bytes
   float* logits = nullptr;              // (slots, num_tokens); those forbidden become -inf
-  float* ordered = nullptr;             // (slots, 2, num_tokens), working memory
+  uint64_t* keys = nullptr;             // (slots, keys_of), working memory
   // Random numbers: where the generator is, or what it gave.
   const Drawn* drawn = nullptr;    // (slots, bytes)
   const float* uniform = nullptr;  // (slots, bytes, num_tokens), of rows with has_numbers
@@ -24,6 +24,9 @@ struct Choice {
 };
 
 Error choose(const Choice& choice, Stream stream);
+
+// For how many keys of a row there must be working memory: none where they fit where it is faster.
+int64_t keys_of(int64_t num_tokens);
 
 // How many threads draw so many numbers at once, by how much a generator's offset then grows, and
 // what went wrong.

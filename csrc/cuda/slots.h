@@ -4,6 +4,7 @@
 // them until a byte is chosen, which is when they change.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace mblm::cuda {
@@ -32,8 +33,11 @@ struct Slot {
   int64_t done = 0;      // bytes by which it has grown in this unit
   Way way = Way::kPause;
 
-  float temperature = 1, top_p = 0, min_p = 0;  // 0: not used
+  float temperature = 1;
   int64_t top_k = 1;
+  float top_p = 0;  // instead, if it is positive
+  float least =
+      -INFINITY;  // of what is kept, the logarithm of how likely it is beside the likeliest
   bool has_log_probs = false;
   bool has_numbers = false;  // the host has drawn them: see Choice::uniform
   // Random numbers: how many threads draw them, and which of what they draw at once are the row's.

@@ -3,6 +3,7 @@
 #include "decode/device_cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 
 #include "torch/common.h"
@@ -121,7 +122,7 @@ int64_t DeviceCache::tell(Run::Kind kind, const Member& member) {
   slot.temperature = sampling.temperature;
   slot.top_k = sampling.top_k;
   slot.top_p = sampling.top_p;
-  slot.min_p = float(sampling.min_p);
+  if (sampling.min_p > 0) slot.least = float(std::log(sampling.min_p));
   slot.has_log_probs = plan.wants_log_probs;
   slot.allow = on_device(plan.allow, plan.allow_state);
   slot.stop = on_device(plan.stop, plan.stop_state);

@@ -164,7 +164,7 @@ void DeviceSlots::allocate_exchange() {
   patch_sizes_.copy_(at::from_blob(sizes.data(), {stages}, at::kLong));
   masks_ = make::zeros({2 * stages + 1, slots_}, integers);
   logits_ = make::zeros({slots_, vocabulary}, floats());
-  ordered_ = make::zeros({slots_, 2, vocabulary}, floats());
+  keys_ = make::empty({slots_, cuda::keys_of(vocabulary)}, integers);
   const auto bytes_of = [&](int64_t size) { return slots_ * kBytes * size; };
   ids_at_ = slots_ * int64_t(sizeof(cuda::Slot));
   drawn_at_ = ids_at_ + bytes_of(sizeof(int64_t));
@@ -206,7 +206,7 @@ void DeviceSlots::point() {
   units_.positions = units_.takes + stages * slots_;
   units_.logits = pointer<float>(logits_);
   units_.choice.empty_logits = parts_->empty_logits;
-  units_.choice.ordered = pointer<float>(ordered_);
+  units_.choice.keys = pointer<uint64_t>(keys_);
   units_.choice.ids = reinterpret_cast<int64_t*>(io + ids_at_);
   units_.choice.drawn = reinterpret_cast<cuda::Drawn*>(io + drawn_at_);
   units_.choice.log_probs = reinterpret_cast<float*>(io + log_probs_at_);

@@ -87,7 +87,7 @@ class DeviceSlots {
   int64_t slots_ = 0, limit_ = 0;  // limit: tokens of the most global stage
   std::shared_ptr<const Parts> parts_;
   std::vector<StageMemory> stages_;
-  at::Tensor patch_sizes_, last_bytes_, masks_, logits_, ordered_;
+  at::Tensor patch_sizes_, last_bytes_, masks_, logits_, keys_;
   at::Tensor device_io_, host_, device_uniform_, uniform_;  // what the host and the GPU exchange
   bool has_uniform_ = false;
   int64_t ids_at_ = 0, drawn_at_ = 0, log_probs_at_ = 0;

@@ -66,7 +66,6 @@ struct Cache {
     units.takes = store.integers(count * slots);
     units.positions = store.integers(slots);
     units.logits = store.vector(slots * kVocabulary, NAN);
-    units.choice.ordered = store.vector(2 * slots * kVocabulary, NAN);
     units.choice.empty_logits = store.vector(kVocabulary);
     drawn.resize(slots * kBytes);
     ids.resize(slots * kBytes);
@@ -170,7 +169,7 @@ struct Cache {
     row.temperature = 0.7f + 0.1f * float(slot);
     row.top_k = slot % 3 == 0 ? 1 : 9;
     row.top_p = slot % 3 == 2 ? 0.8f : 0;
-    row.min_p = slot % 2 ? 0.01f : 0;
+    if (slot % 2) row.least = std::log(0.01f);
     row.threads = 256;
     row.first_number = slot * kVocabulary;
     row.has_log_probs = true;
