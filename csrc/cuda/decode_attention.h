@@ -19,7 +19,13 @@ struct CachedAttention {
   float *keys = nullptr, *values = nullptr;    // (rows, heads, capacity, head_dim)
   int64_t capacity = 0;
   float* out = nullptr;  // (rows, heads, head_dim)
+  // Of a long cache, whose positions several blocks share: size_of_partial floats, and (rows,
+  // heads) that are 0 before and after.
+  float* partial = nullptr;
+  uint32_t* tickets = nullptr;
 };
+
+int64_t size_of_partial(int64_t items, int64_t head_dim, int64_t limit);
 
 // Appends the rotated key, and the value, and attends to all positions so far.
 Error attend(const CachedAttention& attention, Stream stream);

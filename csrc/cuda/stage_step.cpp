@@ -46,15 +46,16 @@ void add_final_norm(Launches& launches, const StageStep& in, int64_t dim, const 
 
 }  // namespace
 
-int64_t workspace_size(const cpu::TransformerStage& stage, int64_t rows) {
-  return rows * (4 * stage.heads * stage.head_dim + stage.dim + inner_width(stage));
+int64_t workspace_size(const cpu::TransformerStage& stage, int64_t rows, int64_t limit) {
+  return rows * (4 * stage.heads * stage.head_dim + stage.dim + inner_width(stage)) +
+         size_of_partial(rows * stage.heads, stage.head_dim, limit);
 }
 
-int64_t workspace_size(const cpu::Mamba1Stage& stage, int64_t rows) {
+int64_t workspace_size(const cpu::Mamba1Stage& stage, int64_t rows, int64_t) {
   return rows * (3 * stage.inner + stage.rank + 2 * stage.states);
 }
 
-int64_t workspace_size(const cpu::Mamba2Stage& stage, int64_t rows) {
+int64_t workspace_size(const cpu::Mamba2Stage& stage, int64_t rows, int64_t) {
   return rows * (projected_width(stage) + stage.inner);
 }
 
@@ -66,6 +67,7 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
   float* attended = kv + in.rows * 2 * width;   // (rows, width)
   float* middle = attended + in.rows * width;   // (rows, dim)
   float* inner = middle + in.rows * stage.dim;  // (rows, inner width)
+  float* partial = inner + in.rows * inner_width(stage);
   Launches launches(stream);
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::TransformerLayer& layer = stage.layers[index];
@@ -94,6 +96,8 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
     attention.values = state.values + index * state.layer_stride;
     attention.capacity = state.capacity;
     attention.out = attended;
+    attention.partial = partial;
+    attention.tickets = state.tickets;
     launches.add(attend, attention);
 
     Product out = product_of(in, layer.out, attended, width, middle);

@@ -21,6 +21,7 @@ struct TransformerRow {
   int64_t part_stride = 0;   // from there to the next shift's: there are two in a layer
   const float *cos = nullptr, *sin = nullptr;  // (angles, head_dim / 2), or null
   int64_t angles = 0;
+  uint32_t* tickets = nullptr;  // see CachedAttention
 };
 
 struct MambaRow {
@@ -38,9 +39,9 @@ struct StageStep {
   float* workspace = nullptr;          // workspace_size floats
 };
 
-int64_t workspace_size(const cpu::TransformerStage& stage, int64_t rows);
-int64_t workspace_size(const cpu::Mamba1Stage& stage, int64_t rows);
-int64_t workspace_size(const cpu::Mamba2Stage& stage, int64_t rows);
+int64_t workspace_size(const cpu::TransformerStage& stage, int64_t rows, int64_t limit);
+int64_t workspace_size(const cpu::Mamba1Stage& stage, int64_t rows, int64_t limit);
+int64_t workspace_size(const cpu::Mamba2Stage& stage, int64_t rows, int64_t limit);
 
 Error step(const cpu::TransformerStage& stage, const TransformerRow& state, const StageStep& step,
            Stream stream);

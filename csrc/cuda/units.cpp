@@ -11,7 +11,8 @@ namespace mblm::cuda {
 int64_t Units::workspace_size(const UnitStage& stage) const {
   const int64_t flat = stage.patch_size > 1 ? slots * stage.patch_size * local().dim : 0;
   const int64_t of_step = std::visit(
-      [&](const auto& of) { return cuda::workspace_size(*of.model, slots); }, stage.model);
+      [&](const auto& of) { return cuda::workspace_size(*of.model, slots, 1 + stage.limit); },
+      stage.model);
   return std::max(flat, of_step);
 }
 

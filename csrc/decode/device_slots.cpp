@@ -13,6 +13,8 @@ namespace {
 
 using at::Tensor;
 
+using TransformerInSlots = cuda::StageInSlots<cpu::TransformerStage, cuda::TransformerRow>;
+
 template <class T>
 T* pointer(const Tensor& tensor) {
   return tensor.numel() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
@@ -92,8 +94,7 @@ cuda::AnyStageInSlots DeviceSlots::bind(int64_t n, const std::vector<Buffer>& bu
   row.cos = of.cos;
   row.sin = of.sin;
   row.angles = of.angles;
-  return cuda::StageInSlots<cpu::TransformerStage, cuda::TransformerRow>{
-      &of, row, {part(kState, 2 * int64_t(of.layers.size())), {}}};
+  return TransformerInSlots{&of, row, {part(kState, 2 * int64_t(of.layers.size())), {}}};
 }
 
 void DeviceSlots::reserve(std::shared_ptr<const Parts> parts, int64_t slots) {
@@ -145,7 +146,7 @@ std::vector<DeviceSlots::Buffer> DeviceSlots::start_of(int64_t n) const {
   step.x = output;
   std::visit(
       [&](const auto& of) {
-        const Tensor space = make::empty({cuda::workspace_size(*of.model, 1)}, floats());
+        const Tensor space = make::empty({cuda::workspace_size(*of.model, 1, 1)}, floats());
         step.workspace = pointer<float>(space);
         launch(device_,
                [&](cuda::Stream stream) { return cuda::step(*of.model, of.row, step, stream); });
@@ -216,6 +217,11 @@ void DeviceSlots::point() {
     const std::vector<Buffer>& buffers = stages_[n].buffers;
     cuda::UnitStage& stage = units_.stages.emplace_back();
     stage.model = bind(n, buffers, stages_[n].start);
+    if (auto* of = std::get_if<TransformerInSlots>(&stage.model)) {
+      Tensor& tickets = stages_[n].tickets;
+      tickets = make::zeros({slots_, of->model->heads}, floats().dtype(at::kInt));
+      of->row.tickets = pointer<uint32_t>(tickets);
+    }
     stage.dim = part.dim;
     stage.patch_size = schedule.patch_size(n);
     stage.limit = n > 0 ? schedule.seq_len(n) : limit_;

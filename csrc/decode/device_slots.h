@@ -66,7 +66,7 @@ class DeviceSlots {
   struct StageMemory {
     std::vector<Buffer> buffers;  // output, context, then the model's state
     std::vector<Buffer> start;    // the same of the start token alone, with one slot
-    at::Tensor workspace;
+    at::Tensor workspace, tickets;
   };
 
   at::TensorOptions floats() const { return at::TensorOptions().device(device_).dtype(at::kFloat); }

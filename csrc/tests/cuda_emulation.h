@@ -236,6 +236,14 @@ inline void __syncwarp() {
   mblm::cuda::emulation::scheduler.wait(false);
 }
 
+inline void __threadfence() {}
+
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  const unsigned before = *address;
+  *address = before >= last ? 0 : before + 1;
+  return before;
+}
+
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return mblm::cuda::emulation::scheduler.exchange(value, lane);

@@ -245,7 +245,7 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     Store store;
     const auto state = make_state(store, stage, rows, kCapacity);
     std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
-    std::vector<float> workspace(cuda::workspace_size(stage, rows), NAN);
+    std::vector<float> workspace(cuda::workspace_size(stage, rows, kCapacity), NAN);
     for (int64_t n = 0; n < kSteps; ++n) {
       const std::vector<int64_t> positions(rows, 1 + n);
       CHECK(!cuda::step(stage, state[0],
@@ -273,34 +273,46 @@ void steps() {
   steps_equal_those_of_the_cpu<Stage>(test::WeightType::kBFloat16, 12, wide);
 }
 
-// Attention to more positions than the warps take at once, against sums in double.
+// Attention to caches of several parts, against sums in double; a row alone has the same bits,
+// however much room there is.
 void attends_to_a_long_cache() {
   Store store;
-  const int64_t rows = 2, heads = 2, dim = 40, capacity = 80, position = 75;
-  const int64_t positions[] = {position, position};
+  const int64_t heads = 2, dim = 40;
+  const std::vector<int64_t> positions = {75, 63, 64, 4500, 190, -1};
+  const int64_t rows = int64_t(positions.size()), capacity = 4600, width = heads * dim;
   cuda::CachedAttention in;
   in.rows = rows;
   in.heads = heads;
   in.head_dim = dim;
-  in.positions = positions;
+  in.positions = positions.data();
   in.limit = in.capacity = capacity;
-  in.q = store.vector(rows * heads * dim);
-  in.kv = store.vector(rows * 2 * heads * dim);
-  in.keys = store.vector(rows * heads * capacity * dim, 3);
-  in.values = store.vector(rows * heads * capacity * dim);
-  const auto [out] = test::in_both_orders([&] {
-    auto out = test::unwritten<float>(rows * heads * dim);
+  in.q = store.vector(rows * width);
+  in.kv = store.vector(rows * 2 * width);
+  in.keys = store.vector(rows * width * capacity, 3);
+  in.values = store.vector(rows * width * capacity);
+  const auto attend = [&] {
+    auto out = test::unwritten<float>(in.rows * width);
+    std::vector<float> partial(cuda::size_of_partial(in.rows * heads, dim, in.limit), NAN);
+    std::vector<uint32_t> tickets(in.rows * heads);
     in.out = out.data();
+    in.partial = partial.data();
+    in.tickets = tickets.data();
     CHECK(!cuda::attend(in, nullptr));
+    CHECK(std::count(tickets.begin(), tickets.end(), 0u) == in.rows * heads);
     return std::tuple(out);
-  });
+  };
+  const auto [out] = test::in_both_orders(attend);
   for (int64_t item = 0; item < rows * heads; ++item) {
-    const int64_t row = item / heads, head = item % heads;
+    const int64_t row = item / heads, head = item % heads, position = positions[row];
     const float *keys = in.keys + item * capacity * dim,
                 *values = in.values + item * capacity * dim;
+    if (position < 0) {
+      CHECK(out[item * dim] == 7.0f);
+      continue;
+    }
     const float* own = in.kv + (row * 2 * heads + head) * dim;
     CHECK(std::equal(own, own + dim, keys + position * dim));
-    CHECK(std::equal(own + heads * dim, own + heads * dim + dim, values + position * dim));
+    CHECK(std::equal(own + width, own + width + dim, values + position * dim));
     std::vector<double> sums(dim);
     double total = 0;
     for (int64_t at = 0; at <= position; ++at) {
@@ -312,6 +324,10 @@ void attends_to_a_long_cache() {
     }
     for (int64_t c = 0; c < dim; ++c) CHECK(test::close(out[item * dim + c], sums[c] / total));
   }
+  in.rows = 1;
+  in.limit = 80;
+  const auto [alone] = attend();
+  CHECK(std::equal(alone.begin(), alone.end(), out.begin()));
 }
 
 void no_position_beyond_the_cache_is_written() {

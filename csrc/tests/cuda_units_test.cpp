@@ -120,6 +120,7 @@ struct Cache {
     row.part_stride = slots * half;
     row.cos = store.vector(capacity * (model.head_dim / 2));
     row.sin = store.vector(capacity * (model.head_dim / 2));
+    row.tickets = reinterpret_cast<uint32_t*>(store.integers(slots * model.heads));
     const float* start = store.vector(layers * 2 * half);
     stage.model = cuda::StageInSlots<cpu::TransformerStage, cuda::TransformerRow>{
         &model, row, {{start, row.delayed, layers * 2, half}, {}}};
