@@ -23,7 +23,7 @@ INSTALL = echo 'Compiling for this torch, two to three minutes on two cores'; se
 PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize install_cpu install_cuda install_mamba lint format \
+.PHONY: help demo test test-all docs sanitize install_cpu install_cuda install_mamba lint format \
         check_format check_types clean clean_venv
 
 help: ## List the targets
@@ -37,6 +37,9 @@ test: $(VENV)/installed-test ## Run the tests, slow ones aside
 
 test-all: $(VENV)/installed-test ## Run all tests
 	$(PYTEST) -m ''
+
+docs: $(VENV)/installed-docs ## Build the site of docs/ and the API reference, in build/docs/site
+	$(BIN)/python scripts/build_docs.py build/docs
 
 sanitize: $(VENV)/installed-test ## Run decoding under sanitizers: address, undefined behavior, threads
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON="$(abspath $(BIN))/python" scripts/sanitize.sh
