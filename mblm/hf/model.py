@@ -13,7 +13,7 @@ from mblm.model.config import MBLMReturnType
 from mblm.model.hub import model_card, push_folder
 from mblm.model.mblm import MBLM
 from mblm.model.pretrained import untied
-from mblm.model.tiled_pass import INFERENCE_TILE
+from mblm.model.tiles import INFERENCE_TILE
 from mblm.utils.checks import check_token_ids
 
 _NO_LABEL = -100  # the library's

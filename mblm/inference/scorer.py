@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mblm.inference.hosted import HostedStage
 from mblm.inference.model import check_model
-from mblm.model.tiled_pass import INFERENCE_TILE, TiledPass
+from mblm.model.tiled_pass import TiledPass
+from mblm.model.tiles import INFERENCE_TILE
 from mblm.utils.checks import check_integer
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Scorer:
     def _attend_global(self, ids: Tensor, before: int | None) -> Tensor:
         """Output of stage 1 for whole patches, ids ``(B, S * R_1)``: ``(B, 1 + S, D_1)``."""
         if before is None:
-            return self._model.attend_global(ids, self._tiles.tile)
+            return self._model.attend_global(ids, self._tiles)
         if before == 0:
             self._state, self._output = self._stage.start, self._stage.start_output
         x = self._model.embed_tokens(0, ids)

@@ -11,9 +11,9 @@ from mblm.model.config import MaskReduceStrat, MBLMEncoderModelConfig, MBLMRetur
 from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy
 from mblm.model.pretrained import PretrainedMixin
-from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import TiledPass
 from mblm.utils.checks import check_id_dtype, check_token_ids
+from mblm.utils.transforms import not_compiled
 
 IGNORED_LABEL = -100
 
@@ -116,6 +116,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         loss = cross_entropy(logits, targets, weights, IGNORED_LABEL)
         return loss if return_type == MBLMReturnType.LOSS else (loss, nested_logits)
 
+    @not_compiled
     def _forward_in_tiles(
         self,
         tile: int,
@@ -128,18 +129,13 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         """`forward` of checked ids; ``mask``, ``targets`` and ``weights`` are flat."""
         ids = nested_ids.flatten(1)
         padded, mask = self._pad(ids, self.pad_token_id), self._pad(mask, False)
-        attended = self._attend_global(padded, mask, tile)
+        tiles = TiledPass(self, tile, IGNORED_LABEL)
+        attended = self._run_stage(0, tiles.global_tokens(padded), None, mask)
         if targets is not None:
             targets = self._pad(targets, IGNORED_LABEL)
             weights = None if weights is None else self._pad(weights, 0)
             if return_type == MBLMReturnType.LOSS:
-                return self.mean_loss(
-                    *loss_in_tiles(
-                        self, tile, IGNORED_LABEL, attended, padded, targets, mask, weights
-                    )
-                )
-
-        tiles = TiledPass(self, tile, IGNORED_LABEL)
+                return self.mean_loss(*tiles.loss(attended, padded, targets, mask, weights))
 
         is_hidden = return_type == MBLMReturnType.HIDDEN_STATE
         head = nn.Identity() if is_hidden else self.compute_logits
@@ -197,12 +193,6 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         if context is not None:
             x = x + context
         return self.run_stage(stage, x, self._mask_at(stage, mask, x.shape[1]))
-
-    def _attend_global(
-        self, padded_ids: torch.Tensor, mask: torch.Tensor, tile: int
-    ) -> torch.Tensor:
-        """Output of stage 1 for ids and mask ``(B, S * R_1)``: ``(B, S, D_1)``."""
-        return self._run_stage(0, self._global_tokens(padded_ids, tile), None, mask)
 
     def attend(
         self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None

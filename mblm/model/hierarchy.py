@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mblm.model import tiled_operators
 from mblm.model.checks import check_embeddings, check_hierarchy_shape
 from mblm.model.config import MBLMModelConfig
 from mblm.model.embeddings import (
@@ -21,11 +20,10 @@ from mblm.model.embeddings import (
     migrate_embedding_keys,
 )
 from mblm.model.global_stage import run_recomputed, saved_on_host
-from mblm.model.gradients import GradientSums, gradients_are_watched, with_weights_of_now
+from mblm.model.gradients import with_weights_of_now
 from mblm.model.linear import apply, apply_in_order
-from mblm.model.plain import Part, are_plain, is_plain, parts_in
-from mblm.model.tiled_pass import INFERENCE_TILE
-from mblm.model.tiles import map_over_tiles, map_with_sums
+from mblm.model.plain import Part, is_plain, parts_in
+from mblm.model.tiles import INFERENCE_TILE
 from mblm.model.utils import RoPE, rotate_pairs
 from mblm.utils.checks import check_token_ids
 from mblm.utils.transforms import is_transformed
@@ -35,9 +33,6 @@ StageTokens = tuple[torch.Tensor, torch.Tensor | None]
 # What may stand in for a linear layer.
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
-# Bytes whose embeddings are held at once for the most global stage, per position of a tile: it has
-# one linear layer where a stage has many.
-_BYTES_PER_TILE_POSITION = 16
 _POSITIONS = {"fixed": nn.Embedding, "rope": RoPE, None: nn.Identity}
 
 
@@ -48,7 +43,6 @@ class Hierarchy(nn.Module):
         config: The configuration the hierarchy was built from.
         seq_lens: P_1 .. P_N.
         patch_sizes: R_1 .. R_N, the bytes that one position of a stage covers; R_N is 1.
-        number: What operators that take no models find this one by.
         packed_weights: What `mblm.inference.weights` keeps with it, by type of weights.
     """
 
@@ -101,7 +95,6 @@ class Hierarchy(nn.Module):
             self.to_next_stage_proj.append(projection)
         self.to_logits = nn.Linear(self.hidden_dims[-1], config.num_tokens)
         self.register_load_state_dict_pre_hook(_migrate_before_load)
-        self.number = tiled_operators.number_of(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -111,7 +104,6 @@ class Hierarchy(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.packed_weights = {}
-        self.number = tiled_operators.number_of(self)  # copies have one of their own
 
     # -- What the stages are made of -------------------------------------------------------------
 
@@ -228,7 +220,7 @@ class Hierarchy(nn.Module):
 
     def parts_between(self, stage: int) -> Iterator[Part]:
         """What embeds an upper stage's patches and what projects its context, as built."""
-        yield from _parts_of(self.token_embs_rev[self.num_stages - 1 - stage], PatchTokenEmbedding)
+        yield from parts_of(self.token_embs_rev[self.num_stages - 1 - stage], PatchTokenEmbedding)
         projection: Any = self.to_next_stage_proj[stage]
         yield projection, nn.Sequential
         yield from parts_in(projection, nn.Identity, nn.Linear, nn.Unflatten)
@@ -238,7 +230,7 @@ class Hierarchy(nn.Module):
         if stage + 1 < self.num_stages:
             yield from self.parts_between(stage)
         else:
-            yield from _parts_of(self.token_embs_rev[0], LocalTokenEmbedding)
+            yield from parts_of(self.token_embs_rev[0], LocalTokenEmbedding)
             yield self.to_logits, nn.Linear
         yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
 
@@ -312,45 +304,6 @@ class Hierarchy(nn.Module):
     def mean_loss(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """The mean of so many losses from their sum; 0, with a gradient, if there are none."""
         return (total / count.clamp(min=1)).to(self.dtype)
-
-    def _global_tokens(self, padded_ids: torch.Tensor, tile: int) -> StageTokens:
-        """Token embeddings of stage 1, ids ``(B, S * R_1)``.
-
-        The embeddings of bytes exist for some patches at a time, also in the backward pass.
-        """
-        if self.num_stages == 1:
-            return self.local_tokens(padded_ids)
-        if tiled_operators.suit(self):
-            return tiled_operators.global_tokens(self, padded_ids, tile), None
-        embed, size, rows, sums = self.global_embedding(padded_ids, tile)
-        if gradients_are_watched(self):
-            embedded = map_over_tiles(embed, size, rows)
-        else:
-            embedded = map_with_sums(embed, size, rows, sums)
-        return embedded.unflatten(0, (len(padded_ids), -1)), None
-
-    def global_embedding(
-        self, padded_ids: torch.Tensor, tile: int
-    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], int, torch.Tensor, GradientSums]:
-        """What `map_with_sums` takes to embed patches of stage 1, ids ``(B, S * R_1)``.
-
-        It maps rows of ids ``(B * S, R_1)`` to ``(B * S, D_1)``.
-        """
-        patch_size = self.patch_sizes[0]
-        # A tile reads the layer's weight, which is large where patches are: a few patches at least.
-        # Their embeddings take 1/32 of its memory.
-        fewest = max(1, self.hidden_dims[0] // 32)
-        size = max(fewest, _BYTES_PER_TILE_POSITION * tile // patch_size)
-        sums = GradientSums(list(self.token_embs_rev[-1].parameters()))
-        project: Projection | None = None
-        if are_plain(_parts_of(self.token_embs_rev[-1], PatchTokenEmbedding)):
-            project = functools.partial(sums.linear, self.parts_of_patches(0)[2])
-
-        def embed(ids: torch.Tensor) -> torch.Tensor:
-            return self.embed_patches(0, ids, 1, project).squeeze(1)
-
-        run = with_weights_of_now(self.token_embs_rev[-1], embed)
-        return run, size, padded_ids.reshape(-1, patch_size), sums
 
     def _tile_tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
         """Token embeddings of rows of a stage, ids ``(rows, P_n * R_n)``."""
@@ -435,7 +388,8 @@ def _migrate_before_load(
     state_dict.update(migrated)
 
 
-def _parts_of(module: Any, kind: type[nn.Module]) -> Iterator[Part]:
+def parts_of(module: Any, kind: type[nn.Module]) -> Iterator[Part]:
+    """A module that lists what is in it, and that, as built."""
     yield module, kind  # first: another module has no parts of its own
     yield from module.parts()
 

@@ -12,11 +12,10 @@ from mblm.model.encoder import MBLMEncoder
 from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
 from mblm.model.pretrained import PretrainedMixin
-from mblm.model.tiled_operators import loss_in_tiles
 from mblm.model.tiled_pass import TiledPass
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
-from mblm.utils.transforms import decoding
+from mblm.utils.transforms import decoding, not_compiled
 
 if TYPE_CHECKING:
     from mblm.inference.generation import Generation
@@ -343,6 +342,7 @@ class MBLM(Hierarchy, PretrainedMixin):
 
     # -- The same in tiles -------------------------------------------------------------------------
 
+    @not_compiled
     def _forward_in_tiles(
         self,
         tile: int,
@@ -357,7 +357,7 @@ class MBLM(Hierarchy, PretrainedMixin):
             return self.mean_loss(*self._loss_sum(tile, ids, weights))
         padded = self._pad(ids, self.pad_token_id)
         tiles = TiledPass(self, tile, self.pad_token_id)
-        attended = self.attend_global(padded, tile)
+        attended = self.attend_global(padded, tiles)
         if return_type == MBLMReturnType.HIDDEN_STATE:
             hidden = tiles.outputs(lambda local: local[:, 1:], attended, padded)
             return self._unpatch(hidden, nested_ids)
@@ -378,16 +378,15 @@ class MBLM(Hierarchy, PretrainedMixin):
         """Sum and count of the losses of checked ids and weights ``(B, L)`` that are not zero."""
         padded = self._pad(ids, self.pad_token_id)
         targets, later_weights = self._shift(ids, weights)
-        attended = self.attend_global(padded, tile)
-        total, count = loss_in_tiles(
-            self, tile, self.pad_token_id, attended, padded, targets, weights=later_weights
-        )
+        tiles = TiledPass(self, tile, self.pad_token_id)
+        attended = self.attend_global(padded, tiles)
+        total, count = tiles.loss(attended, padded, targets, weights=later_weights)
         first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
         return first_total + total, first_count + count
 
-    def attend_global(self, padded_ids: torch.Tensor, tile: int) -> torch.Tensor:
+    def attend_global(self, padded_ids: torch.Tensor, tiles: TiledPass) -> torch.Tensor:
         """Output of stage 1 for whole patches, ids ``(B, S * R_1)``: ``(B, 1 + S, D_1)``."""
-        return self._run_stage(0, self._global_tokens(padded_ids, tile), None)
+        return self._run_stage(0, tiles.global_tokens(padded_ids), None)
 
     def attend(
         self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None

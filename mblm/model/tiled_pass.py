@@ -5,25 +5,26 @@ of that stage. So the stages below run on tiles of positions, tiles within tiles
 three stages or more, down to the logits and the loss.
 """
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mblm.model.embeddings import PatchTokenEmbedding
 from mblm.model.gradients import GradientSums, gradients_are_watched, with_weights_of_now
+from mblm.model.hierarchy import Hierarchy, Projection, StageTokens, parts_of
 from mblm.model.loss import losses_per_byte, sum_and_count
-from mblm.model.tiles import SumAndCount, map_over_tiles, sum_over_tiles
+from mblm.model.plain import are_plain
+from mblm.model.tiles import SumAndCount, map_over_tiles, map_with_sums, sum_over_tiles
 
-if TYPE_CHECKING:
-    from mblm.model.hierarchy import Hierarchy
-
-# Positions of a tile where no gradient is needed and no tile is configured: enough for full speed.
-INFERENCE_TILE = 8192
+# Bytes whose embeddings are held at once for the most global stage, per position of a tile: it has
+# one linear layer where a stage has many.
+_BYTES_PER_TILE_POSITION = 16
 
 
 class TiledPass:
-    """The stages below the most global one, in tiles.
+    """The stages below the most global one, and the embedding of that, in tiles.
 
     Args:
         model: The hierarchy.
@@ -32,13 +33,41 @@ class TiledPass:
         ignored_id: The target that does not count in a loss.
     """
 
-    def __init__(self, model: "Hierarchy", tile: int, ignored_id: int) -> None:
+    def __init__(self, model: Hierarchy, tile: int, ignored_id: int) -> None:
         self.model = model
         self.tile = tile
         self.ignored_id = ignored_id
         self.local = model.num_stages - 1
-        self._gradients = GradientSums(parameters_below_global(model))
+        self._gradients = GradientSums(_parameters_below_global(model))
         self._recompute = gradients_are_watched(model)
+
+    def global_tokens(self, ids: Tensor) -> StageTokens:
+        """Token embeddings of the most global stage, ids ``(B, S * R_1)``.
+
+        The embeddings of bytes exist for some patches at a time, also in the backward pass.
+        """
+        model = self.model
+        if model.num_stages == 1:
+            return model.local_tokens(ids)
+        embedding: nn.Module = model.token_embs_rev[-1]
+        sums = GradientSums(embedding.parameters())
+        project: Projection | None = None
+        if are_plain(parts_of(embedding, PatchTokenEmbedding)):
+            project = functools.partial(sums.linear, model.parts_of_patches(0)[2])
+
+        def embed(ids: Tensor) -> Tensor:
+            return model.embed_patches(0, ids, 1, project).squeeze(1)
+
+        # A tile reads the layer's weight, which is large where patches are: a few patches at least.
+        # Their embeddings take 1/32 of its memory.
+        patch_size, fewest = model.patch_sizes[0], max(1, model.hidden_dims[0] // 32)
+        size = max(fewest, _BYTES_PER_TILE_POSITION * self.tile // patch_size)
+        run, rows = with_weights_of_now(embedding, embed), ids.reshape(-1, patch_size)
+        if self._recompute:
+            embedded = map_over_tiles(run, size, rows)
+        else:
+            embedded = map_with_sums(run, size, rows, sums)
+        return embedded.unflatten(0, (len(ids), -1)), None
 
     def loss(
         self,
@@ -165,7 +194,7 @@ class TiledPass:
         return None if per_byte is None else per_byte.reshape(-1, self.model.patch_sizes[stage])
 
 
-def parameters_below_global(model: "Hierarchy") -> list[nn.Parameter]:
+def _parameters_below_global(model: Hierarchy) -> list[nn.Parameter]:
     """The parameters that what hangs on a position of the most global stage is computed with."""
     modules: list[nn.Module] = [
         *model.to_next_stage_proj,

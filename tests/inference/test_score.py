@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mblm import MBLM, MBLMReturnType, Score
 from mblm.inference.score import score
+from mblm.model.tiled_pass import TiledPass
 from tests.models import LSTMBlock, encoder, hierarchies, mamba, model, transformer
 
 V = 19
@@ -191,9 +192,9 @@ def test_a_batch_takes_in_no_more_bytes_than_it_may(monkeypatch: pytest.MonkeyPa
     shapes = []
     attend = net.attend_global
 
-    def watch(ids: torch.Tensor, tile: int) -> torch.Tensor:
+    def watch(ids: torch.Tensor, tiles: TiledPass) -> torch.Tensor:
         shapes.append(tuple(ids.shape))
-        return attend(ids, tile)
+        return attend(ids, tiles)
 
     monkeypatch.setattr(net, "attend_global", watch)
     net.score([some_ids(5)] * 10 + [some_ids(11)] * 3, batch_bytes=24)

@@ -12,7 +12,7 @@ import torch
 
 from mblm import MBLM
 from mblm.inference.score_files import FileScore, score_files
-from mblm.model.tiled_pass import INFERENCE_TILE
+from mblm.model.tiles import INFERENCE_TILE
 from tests.models import mamba, model, transformer
 from tests.ops.largest_tensor import LargestTensor
 

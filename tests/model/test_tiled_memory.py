@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mblm import MBLM, MBLMReturnType
 from mblm.model.block import StageBlock
-from mblm.model.tiled_pass import INFERENCE_TILE
+from mblm.model.tiles import INFERENCE_TILE
 from tests.model.tiled import HIDDEN, LOGITS, LOSS, LOSS_LOGITS, draw_ids, gradients, tiled
 from tests.models import LSTMBlock, mamba, model, transformer
 from tests.ops.largest_tensor import LargestTensor

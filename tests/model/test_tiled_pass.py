@@ -1,6 +1,7 @@
 """Long sequences in tiles: the losses, gradients and outputs of a pass without."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mblm import MBLM, MBLMReturnType
 from mblm.model.block import StageBlock
-from mblm.model.tiled_pass import INFERENCE_TILE
+from mblm.model.tiles import INFERENCE_TILE
 from tests.model.golden import (
     DECODERS,
     ENCODERS,
@@ -278,3 +279,31 @@ def test_without_a_tile_a_training_step_is_what_it_was(three: MBLM) -> None:
         assert three.tile_for(INFERENCE_TILE) is None
         assert three.tile_for(INFERENCE_TILE + 1) == INFERENCE_TILE
     assert torch.equal(tiled(three, 60)(ids), three(ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_compiled_model_leaves_its_tiles_to_python(three: MBLM, kind: str) -> None:
+    """A graph break; stages that are compiled by themselves stay so."""
+    m: Any = tiled(three if kind == "decoder" else encoder(seq_lens=[5, 4]).double().train())
+    ids = draw_ids(2, 20)
+    given = {} if kind == "decoder" else {"labels": ids, "return_type": LOSS}
+    expected = m(ids, **given)
+    of_weights = gradients(m, expected)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(m, fullgraph=True, backend="aot_eager")(ids, **given)
+    compiled = torch.compile(m, backend="aot_eager")
+    for _ in range(2):
+        loss = compiled(ids, **given)
+        torch.testing.assert_close(loss, expected, **CLOSE)
+        torch.testing.assert_close(gradients(m, loss), of_weights, **CLOSE)
+    calls = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return graph
+
+    m.stage_models[-1].compile(backend=count)
+    torch.testing.assert_close(compiled(ids, **given), expected, **CLOSE)
+    assert calls

@@ -194,23 +194,6 @@ class TestPiecewise:
             torch.testing.assert_close(second(m), second(whole))
 
 
-@pytest.mark.parametrize("how", ["torch.func.grad", "dual tensors"])
-def test_a_compiled_pass_in_tiles_is_refused_by_its_operators(how: str) -> None:
-    x = torch.randn(1, 2, 8)
-    ids = torch.zeros(1, 8, dtype=torch.long)
-
-    def call(x: Tensor) -> Tensor:
-        out = torch.ops.mblm.loss_in_tiles(x, ids, ids, None, None, [], 0, 4, 0, True, None)
-        return out[0]
-
-    with pytest.raises(NotImplementedError, match=r"mblm::loss_in_tiles .* set tile to None"):
-        if how == "torch.func.grad":
-            torch.func.grad(call)(x)
-        else:
-            with forward_ad.dual_level():
-                call(forward_ad.make_dual(x, x))
-
-
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
 def test_decoding_is_refused(transform: Callable[..., Any]) -> None:
     m = MAKERS["transformers"]()

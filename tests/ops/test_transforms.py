@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import mblm.ops
-from mblm.model import tiled_operators  # noqa: F401  its operators are of the same library
 
 for _module in pkgutil.iter_modules(mblm.ops.__path__, "mblm.ops."):
     importlib.import_module(_module.name)
@@ -96,9 +95,8 @@ SAMPLES: dict[str, list[Sample]] = {
         Sample((*SSD, normal(2, 3, 2) + 1, normal(2), normal(2, 2, 2, 2), 2), tuple(range(7)), 2),
     ],
 }
-# Gradients by name of their operator, and passes in tiles, which are tested as a whole.
+# Gradients by name of their operator.
 GRADIENTS = {f"{name}_backward" for name in SAMPLES} - {"linear_backward", "linear_rows_backward"}
-TILED = {"loss_in_tiles", "global_tokens", "global_tokens_backward"}
 ALL = pytest.mark.parametrize(
     ("name", "sample"),
     [
@@ -160,7 +158,7 @@ def test_every_operator_has_a_sample() -> None:
         if name.startswith("mblm::")
         and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
     }
-    assert with_reference == {*SAMPLES, *GRADIENTS, *TILED}
+    assert with_reference == {*SAMPLES, *GRADIENTS}
 
 
 @ALL
