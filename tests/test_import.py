@@ -1,5 +1,6 @@
 """The names a program may import, and that importing the package brings nothing it needs later."""
 
+import ast
 import importlib
 import inspect
 import os
@@ -70,9 +71,61 @@ def test_parameters_have_their_names_and_places(function: object, parameters: st
     placed = [
         name
         for name, parameter in signature.parameters.items()
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
     assert placed == parameters.split()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def imports_of(module: str, modules: dict[str, ast.Module]) -> set[str]:
+    """Modules of the package that one imports where it is imported, or for its types."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [modules[module]]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & modules.keys() or {node.module} & modules.keys()
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & modules.keys()
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes.extend(ast.iter_child_nodes(node))
+    return found - {module}
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """What each module of the package imports."""
+    modules = {}
+    for file in (ROOT / "mblm").rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        modules[name.removesuffix(".__init__")] = ast.parse(file.read_text())
+    return {module: imports_of(module, modules) for module in modules}
+
+
+def test_imports_make_no_circle(imports: dict[str, set[str]]) -> None:
+    """Also with those for types."""
+    left = imports
+    while bottom := {module for module, others in left.items() if not others & left.keys()}:
+        left = {module: others for module, others in left.items() if module not in bottom}
+    assert not left
+
+
+def test_the_drawn_floors_are_those_there_are(imports: dict[str, set[str]]) -> None:
+    floors: dict[str, set[str]] = {}
+    for module, others in imports.items():
+        if module == "mblm.model.mblm":  # the types of what its methods return
+            others = {other for other in others if not other.startswith("mblm.inference.")}
+        _, *parts = module.split(".")
+        if parts and parts[0] != "__main__":
+            below = {other.split(".")[1] for other in others if "." in other}
+            floors[parts[0]] = floors.get(parts[0], set()) | below - {parts[0]}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (drawn,) = re.findall(r"^Imports point one way[^:]+:\n\n((?:    .+\n)+)", text, re.M)
+    lines = (line.split(" ← ") for line in drawn.splitlines())
+    assert {names[-1].strip(): set(" ".join(names[:-1]).split()) for names in lines} == floors
 
 
 LATER = [
@@ -123,6 +176,6 @@ def test_what_is_no_python_is_installed_too() -> None:
     package = Path(mblm.__file__).parent
     files = [str(file.relative_to(package)) for file in package.rglob("*.*") if file.is_file()]
     compiled = re.compile(r"\.(py|pyc|so|pyd)$|^_build\.json$")
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     (listed,) = re.findall(r"^\[tool\.setuptools\.package-data\]\nmblm = \[(.+)\]$", project, re.M)
     assert re.findall(r'"(.+?)"', listed) == sorted(f for f in files if not compiled.search(f))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from mblm.inference import schedule
 from mblm.inference.cache import Cache, Ran, Row
@@ -14,8 +15,9 @@ from mblm.inference.continuation import Continuation, Course
 from mblm.inference.engine import cache_for
 from mblm.inference.generation import FinishReason, Generation, generation_of
 from mblm.inference.prompt import Prompt, to_bytes
+from mblm.inference.prompts import Prompts, request_of
 from mblm.inference.request import Request
-from mblm.inference.wishes import Wishes, request_of
+from mblm.inference.wishes import WishesOfPrompts, check_known
 from mblm.utils.checks import check_integer
 
 OnBytes = Callable[[int, bytes], object]
@@ -34,7 +36,7 @@ def generate_batch(
     on_result: OnResult | None = None,
     weights: str = "float32",
     enable_progress: bool = True,
-    **arguments: Any,
+    **wishes: Unpack[WishesOfPrompts],
 ) -> list[Generation]:
     """Generate after each of many prompts; see `mblm.MBLM.generate_batch`."""
     if (max_rows := check_integer("max_rows", max_rows)) < 1:
@@ -42,11 +44,12 @@ def generate_batch(
     for name, function in (("on_bytes", on_bytes), ("on_result", on_result)):
         if not (function is None or callable(function)):
             raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
+    check_known("generate_batch", wishes, WishesOfPrompts)
     try:
-        wishes = Wishes(prompts, seeds, arguments)
-        wishes.check(model)
+        asked = Prompts(prompts, seeds, wishes)
+        asked.check(model)
         cache = cache_for(model, weights)
-        bar = tqdm(total=wishes.number, unit=" prompts", leave=False, disable=not enable_progress)
+        bar = tqdm(total=asked.number, unit=" prompts", leave=False, disable=not enable_progress)
 
         def note(index: int, result: Generation) -> None:
             bar.update()
@@ -54,7 +57,7 @@ def generate_batch(
                 on_result(index, result)
 
         with bar:
-            return Batch(model, cache, iter(wishes), max_rows, on_bytes, note).run()
+            return Batch(model, cache, iter(asked), max_rows, on_bytes, note).run()
     except BaseException as error:
         if not hasattr(error, "generations"):  # it comes before anything has run
             error.generations = []  # type: ignore[attr-defined]

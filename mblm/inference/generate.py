@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from mblm.inference.continuation import Continuation, Course, begun
 from mblm.inference.prompt import Prompt
 from mblm.inference.request import request
+from mblm.inference.wishes import Wishes
 from mblm.utils.modes import own_copy
 from mblm.utils.stream import ByteStreamer
 
@@ -27,7 +29,7 @@ def generate(
     *,
     weights: str = "float32",
     enable_progress: bool = True,
-    **wishes: Any,
+    **wishes: Unpack[Wishes],
 ) -> torch.Tensor:
     """Generate bytes after a prompt; must run under ``torch.inference_mode``.
 
@@ -39,7 +41,7 @@ def generate(
             pipe or connection), generation ends and what the stream was given is returned.
         weights: Type of the weights that compiled code reads; see `mblm.inference.session.Session`.
         enable_progress: Show a progress bar when there is no stream. Default True.
-        wishes: See `mblm.inference.request.request`.
+        wishes: See `mblm.inference.wishes.Wishes`.
 
     Returns:
         The prompt followed by what was generated, token ids ``(L + generated,)`` int64.

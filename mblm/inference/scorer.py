@@ -1,19 +1,17 @@
 """Sequences of bytes, cut to pieces and scored many at a time by passes over the stages."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mblm.inference.hosted import HostedStage
 from mblm.inference.model import check_model
+from mblm.model.causal import CausalHierarchy
 from mblm.model.tiled_pass import TiledPass
 from mblm.model.tiles import INFERENCE_TILE
 from mblm.utils.checks import check_integer
-
-if TYPE_CHECKING:
-    from mblm.model.mblm import MBLM
 
 # Bytes that are taken in together by default.
 BATCH_BYTES = 1 << 16
@@ -73,7 +71,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: "MBLM",
+        model: CausalHierarchy,
         length: int | None = None,
         stride: int | None = None,
         batch_bytes: int = BATCH_BYTES,
@@ -220,7 +218,7 @@ class Scorer:
         return torch.cat(columns, dim=1)
 
 
-def sequence_length(model: "MBLM") -> int | None:
+def sequence_length(model: CausalHierarchy) -> int | None:
     """How many bytes a sequence has at most for the model to know its way in them; None: any.
 
     That is its context, unless its most global stage is recurrent and has no fixed positions.
@@ -229,7 +227,9 @@ def sequence_length(model: "MBLM") -> int | None:
     return None if is_recurrent and model.max_length is None else model.context_size
 
 
-def _check_window(model: "MBLM", length: int | None, stride: int | None) -> tuple[int | None, int]:
+def _check_window(
+    model: CausalHierarchy, length: int | None, stride: int | None
+) -> tuple[int | None, int]:
     """The bytes of a window, None without windows, and how many of them are scored."""
     limit = model.max_length
     if length is None:

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
+from typing_extensions import Unpack
 
 from mblm.inference import session_file
 from mblm.inference.cache import Cache, ChangedModelError, Row
 from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
-from mblm.inference.guide import Constraint
 from mblm.inference.model import check_model
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
-from mblm.inference.request import LogitsProcessor, Request, requests_of_rows
+from mblm.inference.request import Request, requests_of_rows
+from mblm.inference.wishes import WishesOfMany, check_known
 from mblm.utils.checks import check_token_ids
 from mblm.utils.transforms import decoding
 
@@ -24,7 +25,6 @@ _T = TypeVar("_T")
 
 _MOST_ROWS = 1 << 24
 _NUMBERS = frozenset((int, float, type(None)))
-_NO_STOP: tuple[bytes, ...] = ()
 _NAMES = {"max_bytes": "num_tokens", "end_token_id": "end_of_gen_token_id"}
 
 
@@ -63,9 +63,8 @@ class Session:
     ) -> None:
         self._model, self._device, self._weights = model, device, weights
         self._cache, self._rows = cache, rows
-        # What `generate` was asked for last, if the same may be asked for again.
-        # What was asked for last, its requests, and the context that it has to fit.
-        self._asked: tuple[tuple[Any, ...] | None, list[Request], int | None] = (None, [], None)
+        # What `generate` was asked for last, its requests, and the context that it has to fit.
+        self._asked: tuple[dict[str, Any], list[Request], int | None] = ({}, [], None)
         weakref.finalize(self, cache.drop, rows).atexit = False
 
     @property
@@ -133,23 +132,15 @@ class Session:
         self,
         num_tokens: int | Sequence[int],
         *,
-        temperature: float | Sequence[float] = 1.0,
-        filter_thres: float | Sequence[float] = 1.0,
-        top_k: int | Sequence[int | None] | None = None,
-        top_p: float | Sequence[float | None] | None = None,
-        min_p: float | Sequence[float | None] | None = None,
-        stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = _NO_STOP,
         end_of_gen_token_id: int | Sequence[int | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
         generator: torch.Generator | None = None,
-        constraint: Constraint | Sequence[Constraint | None] | None = None,
-        logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None = None,
-        draft: Any = None,
+        **wishes: Unpack[WishesOfMany],
     ) -> Any:
         """Generate bytes for every sequence and take them in.
 
         Each argument but ``generator`` is one value or a list of one for each sequence; see
-        `mblm.inference.request.request`. Of one generator, seeded or not, the n-th bytes of all
+        `mblm.inference.wishes.Wishes`. Of one generator, seeded or not, the n-th bytes of all
         sequences have the n-th numbers ``(B, V)``; with a list of seeds, each sequence has its own.
         A logits processor gets the ids that this call has generated.
 
@@ -164,20 +155,13 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
+        check_known("generate", wishes, WishesOfMany)
         requests = self._requests(
             max_bytes=num_tokens,
-            temperature=temperature,
-            filter_thres=filter_thres,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop=stop,
             end_token_id=end_of_gen_token_id,
             seed=seed,
             generator=generator,
-            constraint=constraint,
-            logits_processor=logits_processor,
-            draft=draft,
+            **wishes,
         )
         continuation: Continuation | None = None
 
@@ -217,13 +201,13 @@ class Session:
     def _requests(self, **wishes: Any) -> list[Request]:
         """What is asked for, checked; or what was, where the same is asked for again."""
         asked, requests, limit = self._asked
-        is_same = asked is not None and all(map(operator.is_, wishes.values(), asked))
+        is_same = [*wishes] == [*asked] and all(map(operator.is_, wishes.values(), asked.values()))
         if is_same and (limit is None or self.length + requests[0].plan.max_tokens <= limit):
             return requests
         requests = requests_of_rows(self._model, self.lengths, names=_NAMES, **wishes)
         # Numbers ask for the same again, where there are no draws of their own.
-        are_numbers = all(type(w) in _NUMBERS or w is _NO_STOP for w in wishes.values())
-        kept = tuple(wishes.values()) if are_numbers and requests[0].plan.draws is None else None
+        are_numbers = _NUMBERS.issuperset(map(type, wishes.values()))
+        kept = wishes if are_numbers and requests[0].plan.draws is None else {}
         self._asked = kept, requests, self._model.max_length
         return requests
 

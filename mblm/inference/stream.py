@@ -9,11 +9,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from mblm.inference.continuation import Continuation, Course, begun
 from mblm.inference.generation import FinishReason, Generation, generation_of
 from mblm.inference.prompt import Prompt, to_bytes
 from mblm.inference.request import request
+from mblm.inference.wishes import Wishes, check_known
 from mblm.utils.transforms import decoding
 
 Chunk = bytes | str
@@ -31,15 +33,18 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
         prompt: See `mblm.inference.prompt.prompt_ids`.
         text: Give text, whole characters only, instead of bytes. What is no UTF-8 becomes U+FFFD.
         weights: Type of the weights that compiled code reads; see `mblm.inference.session.Session`.
-        wishes: See `mblm.inference.request.request`.
+        wishes: See `mblm.inference.wishes.Wishes`.
 
     Raises:
         TypeError, ValueError: Bad input. Weights that are NaN are told of with the first chunk.
     """
 
     @decoding
-    def __init__(self, model: Any, prompt: Prompt, text: bool, weights: str, **wishes: Any) -> None:
+    def __init__(
+        self, model: Any, prompt: Prompt, text: bool, weights: str, **wishes: Unpack[Wishes]
+    ) -> None:
         self._model, self._weights = model, weights
+        check_known("stream", wishes, Wishes)
         asked = request(model, prompt, **wishes)
         # It is read later, when the caller's tensor may have changed.
         self._request = replace(asked, prompt=asked.prompt.clone())

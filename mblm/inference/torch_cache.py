@@ -16,11 +16,12 @@ from mblm.inference.arguments import check_choice, check_count, check_seconds
 from mblm.inference.cache import ChangedModelError, Ran, Reason, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.hosted import Share
-from mblm.inference.model import DecodableModel, check_model
+from mblm.inference.model import check_model
 from mblm.inference.plan import Draws, Lane, Plan, check_plan, generator_of
 from mblm.inference.progress import Progress
 from mblm.inference.slots import Slots
 from mblm.inference.torch_stages import RowState, TorchStages
+from mblm.model.causal import CausalHierarchy
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.modes import own_copy
 
@@ -55,7 +56,7 @@ class TorchCache:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: DecodableModel) -> None:
+    def __init__(self, model: CausalHierarchy) -> None:
         self._model = model
         self._max_length = model.max_length
         self._stages = TorchStages(model)

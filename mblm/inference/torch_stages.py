@@ -15,7 +15,7 @@ from mblm.inference import schedule
 from mblm.inference.cache import State
 from mblm.inference.fingerprint import Seen
 from mblm.inference.hosted import HostedStage, Share, joined, shares_of
-from mblm.inference.model import DecodableModel
+from mblm.model.causal import CausalHierarchy
 from mblm.model.stage import has_values, tensor_of
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.modes import own_copy
@@ -115,7 +115,7 @@ class TorchStages:
         model: The model.
     """
 
-    def __init__(self, model: DecodableModel) -> None:
+    def __init__(self, model: CausalHierarchy) -> None:
         self.model = model
         self._seen = [Seen(weight) for weight in model.parameters()]  # before it is computed with
         self._sizes = model.patch_sizes
@@ -322,7 +322,7 @@ class TorchStages:
             raise ValueError(f"state: stage {n}: {error}") from error
 
 
-def loaded_bytes(given: dict[str, Any], model: DecodableModel) -> tuple[int, int, Tensor]:
+def loaded_bytes(given: dict[str, Any], model: CausalHierarchy) -> tuple[int, int, Tensor]:
     """Take length, taken and tail, int64 on the CPU, out of a state.
 
     Raises:

@@ -1,35 +1,35 @@
 """MBLM, the causal hierarchy: forward pass, loss, and the faces of incremental generation."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from mblm.model.causal import CausalHierarchy
 from mblm.model.checks import check_same_shape
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
-from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
 from mblm.model.pretrained import PretrainedMixin
 from mblm.model.tiled_pass import TiledPass
-from mblm.ops.assemble_stage import assemble_stage
 from mblm.utils.stream import ByteStreamer
 from mblm.utils.transforms import decoding, not_compiled
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mblm.inference.generation import Generation
-    from mblm.inference.guide import Constraint
     from mblm.inference.prompt import Prompt
-    from mblm.inference.request import LogitsProcessor
     from mblm.inference.score import Score
     from mblm.inference.session import Session
     from mblm.inference.stream import Stream
+    from mblm.inference.wishes import Filters, Wishes, WishesOfPrompts
 
 __all__ = ["MBLM", "MBLMEncoder"]
 
 
-class MBLM(Hierarchy, PretrainedMixin):
+class MBLM(CausalHierarchy, PretrainedMixin):
     """Multiscale Byte Language Model: a hierarchy of causal stages that models bytes.
 
     Source: Egli et al., Multiscale Byte Language Models, https://arxiv.org/abs/2502.14553.
@@ -38,7 +38,7 @@ class MBLM(Hierarchy, PretrainedMixin):
     config_class = MBLMModelConfig
 
     def __init__(self, cfg: MBLMModelConfig) -> None:
-        super().__init__(cfg, start_tokens=True)
+        super().__init__(cfg)
         self.pretrained_config = cfg
 
     def forward(
@@ -117,24 +117,18 @@ class MBLM(Hierarchy, PretrainedMixin):
         filter_thres: float = 1.0,
         enable_progress: bool = True,
         *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop: Collection[bytes | str] = (),
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        constraint: "Constraint | None" = None,
-        logits_processor: "LogitsProcessor | None" = None,
-        draft: "str | MBLM | None" = None,
         weights: str = "float32",
+        **wishes: "Unpack[Filters]",
     ) -> torch.Tensor:
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`.
 
         The arguments from ``num_tokens_to_generate`` (there ``max_bytes``) on are those of
-        `mblm.inference.request.request`.
+        `mblm.inference.wishes.Wishes`.
         """
         from mblm.inference.generate import generate
+        from mblm.inference.wishes import Filters, check_known
 
+        check_known("generate", wishes, Filters)
         with torch.inference_mode():
             return generate(
                 self,
@@ -145,16 +139,8 @@ class MBLM(Hierarchy, PretrainedMixin):
                 temperature=temperature,
                 filter_thres=filter_thres,
                 enable_progress=enable_progress,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                stop=stop,
-                seed=seed,
-                generator=generator,
-                constraint=constraint,
-                logits_processor=logits_processor,
-                draft=draft,
                 weights=weights,
+                **wishes,
             )
 
     @decoding
@@ -162,30 +148,19 @@ class MBLM(Hierarchy, PretrainedMixin):
         self,
         prompts: Iterable["Prompt"],
         *,
-        max_bytes: int | Sequence[int | None] | None = None,
         max_rows: int = 64,
         seeds: int | Sequence[int | None] | None = None,
-        end_token_id: int | Sequence[int | None] | None = None,
-        temperature: float | Sequence[float] = 1.0,
-        filter_thres: float | Sequence[float] = 1.0,
-        top_k: int | Sequence[int | None] | None = None,
-        top_p: float | Sequence[float | None] | None = None,
-        min_p: float | Sequence[float | None] | None = None,
-        stop: Sequence[bytes | str] | Sequence[Sequence[bytes | str]] = (),
-        constraint: "Constraint | Sequence[Constraint | None] | None" = None,
-        logits_processor: "LogitsProcessor | Sequence[LogitsProcessor | None] | None" = None,
-        draft: Any = None,
-        log_probs: bool | Sequence[bool] = False,
         on_bytes: Callable[[int, bytes], object] | None = None,
         on_result: Callable[[int, "Generation"], object] | None = None,
         weights: str = "float32",
         enable_progress: bool = True,
+        **wishes: "Unpack[WishesOfPrompts]",
     ) -> list["Generation"]:
         """Generate after many prompts: a row that ends makes room for the next prompt.
 
         Each result is what `generate` gives for the prompt and the seed alone: the same ids, and
         in compiled code the same log-probabilities to the last bit. Arguments that are not told of
-        here are those of `mblm.inference.request.request`; each is one value, or a list with one
+        here are those of `mblm.inference.wishes.Wishes`; each is one value, or a list with one
         for each prompt.
 
         Args:
@@ -222,18 +197,7 @@ class MBLM(Hierarchy, PretrainedMixin):
             on_result=on_result,
             weights=weights,
             enable_progress=enable_progress,
-            max_bytes=max_bytes,
-            end_token_id=end_token_id,
-            temperature=temperature,
-            filter_thres=filter_thres,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop=stop,
-            constraint=constraint,
-            logits_processor=logits_processor,
-            draft=draft,
-            log_probs=log_probs,
+            **wishes,
         )
 
     def stream(
@@ -241,48 +205,17 @@ class MBLM(Hierarchy, PretrainedMixin):
         prompt: "Prompt",
         *,
         text: bool = False,
-        max_bytes: int | None = None,
-        end_token_id: int | None = None,
-        temperature: float = 1.0,
-        filter_thres: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop: Collection[bytes | str] = (),
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        constraint: "Constraint | None" = None,
-        logits_processor: "LogitsProcessor | None" = None,
-        draft: "str | MBLM | None" = None,
-        log_probs: bool = False,
         weights: str = "float32",
+        **wishes: "Unpack[Wishes]",
     ) -> "Stream":
         """Generate bytes or text to iterate over as they come; see `Stream`.
 
-        The arguments from ``max_bytes`` on are those of `mblm.inference.request.request`.
+        Raises:
+            TypeError, ValueError: Bad input; see `Stream`.
         """
         from mblm.inference.stream import Stream
 
-        return Stream(
-            self,
-            prompt,
-            text,
-            weights,
-            max_bytes=max_bytes,
-            end_token_id=end_token_id,
-            temperature=temperature,
-            filter_thres=filter_thres,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop=stop,
-            seed=seed,
-            generator=generator,
-            constraint=constraint,
-            logits_processor=logits_processor,
-            draft=draft,
-            log_probs=log_probs,
-        )
+        return Stream(self, prompt, text, weights, **wishes)
 
     @decoding
     def score(
@@ -304,41 +237,6 @@ class MBLM(Hierarchy, PretrainedMixin):
         from mblm.inference.session import Session
 
         return Session(self, batch_size, weights=weights)
-
-    # -- The pass over the stages ------------------------------------------------------------------
-
-    def _run_stage(
-        self, stage: int, tokens: StageTokens, context: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Output ``a_0 .. a_P`` of a stage, ``(rows, 1 + P_n, D_n)``."""
-        embeddings, ids = tokens
-        positions = rotation = None
-        if self.rotates_itself(stage):
-            if ids is not None:
-                embeddings, ids = nn.functional.embedding(ids, embeddings, self.pad_token_id), None
-            embeddings = self.add_positions(stage, embeddings)
-        else:
-            seq_len = (embeddings if ids is None else ids).shape[1]
-            positions, rotation = self.positions(stage, 0, seq_len)
-        x = assemble_stage(
-            self.start_tokens[stage],
-            embeddings,
-            ids,
-            positions,
-            rotation,
-            context,
-            padding_idx=self.pad_token_id,
-        )
-        return self.run_stage(stage, x)
-
-    def _attend(self, tokens: Callable[[int], StageTokens]) -> torch.Tensor:
-        """Run all stages; returns the local stage's ``a_0 .. a_P``, ``(rows, 1 + P_N, D_N)``."""
-        context = None
-        for stage in range(self.num_stages):
-            attended = self._run_stage(stage, tokens(stage), context)
-            if stage + 1 < self.num_stages:  # a_P of a patch is for nobody
-                context = self.project_context(stage, attended[:, :-1])
-        return attended
 
     # -- The same in tiles -------------------------------------------------------------------------
 
@@ -384,21 +282,6 @@ class MBLM(Hierarchy, PretrainedMixin):
         first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
         return first_total + total, first_count + count
 
-    def attend_global(self, padded_ids: torch.Tensor, tiles: TiledPass) -> torch.Tensor:
-        """Output of stage 1 for whole patches, ids ``(B, S * R_1)``: ``(B, 1 + S, D_1)``."""
-        return self._run_stage(0, tiles.global_tokens(padded_ids), None)
-
-    def attend(
-        self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `Hierarchy.attend`; the output begins with the start position, S is 1 + P_n."""
-        context = self.project_context(stage - 1, above[None])
-        return self._run_stage(stage, self._tile_tokens(stage, ids), context)
-
-    def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
-        """See `Hierarchy.below_positions`: ``a_j`` has seen what is before patch j."""
-        return attended[:, :-1] if stage + 1 < self.num_stages else attended[:, 1:]
-
     def _shift(
         self, ids: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -416,32 +299,6 @@ class MBLM(Hierarchy, PretrainedMixin):
         logits = self.compute_logits(self.stage_models[-1](start))  # (B, 1, V)
         weights = None if weights is None else weights[:, :1]
         return losses_per_byte(logits, ids[:, :1], weights, self.pad_token_id)
-
-    # -- Generation --------------------------------------------------------------------------------
-
-    def empty_logits(self, batch_size: int) -> torch.Tensor:
-        """Logits of the first byte, when there is none yet: ``(batch_size, 1, V)``.
-
-        Only here does a start token get context: row 0 of what the stage above projects.
-        """
-        attended = torch.empty(0)
-        for stage in range(self.num_stages):
-            x = self.start_token(stage, batch_size)[:, None]
-            if stage > 0:
-                x = x + self.project_context(stage - 1, attended)[:, :1]
-            attended = self.stage_models[stage](x)
-        return self.compute_logits(attended)
-
-    def start_token(self, stage: int, batch_size: int) -> torch.Tensor:
-        """A stage's start token, ``(batch_size, D_n)``."""
-        return self.start_tokens[stage].expand(batch_size, -1)
-
-    def embed_tokens(self, stage: int, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings of whole patches of a stage, ids ``(B, S * R_n)`` -> ``(B, S, D_n)``."""
-        if stage + 1 == self.num_stages:
-            table, ids_or_none = self.local_tokens(ids)
-            return table if ids_or_none is None else nn.functional.embedding(ids, table)
-        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage])
 
     # -- Between the rows of the local stage and the bytes of a sequence ---------------------------
 
