@@ -3,7 +3,6 @@
 Run by torchrun, or by itself as a single worker; one YAML file says all of an experiment.
 """
 
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +12,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from pydantic import Field, ValidationError
 from torch import nn
-from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mblm.data.dataset.byte_files import ByteFiles
 from mblm.data.dataset.clevr import Clevr
@@ -38,6 +37,7 @@ from mblm.train.core.config import (
 )
 from mblm.train.core.hooks import TBatch, TModel
 from mblm.train.core.trainer import CoreTrainer
+from mblm.train.recipe import make_optimizer, make_schedule
 from mblm.utils.distributed import process_group
 from mblm.utils.errors import with_title
 from mblm.utils.logging import create_logger, shutdown_log_handlers
@@ -138,23 +138,17 @@ masked_dataset_registry = DatasetRegistry(pg19masked=PG19Masked)
 class _HierarchyTrainer(
     CoreTrainer[TModel, TBatch, Any, Any, TIoConfig], Generic[TModel, TBatch, TIoConfig]
 ):
-    """What the trainers of decoder and encoder share: Adam, warm-up and cosine, names."""
+    """What the trainers of decoder and encoder share: the configured recipe, names."""
 
     progress_unit = "byte"
 
     def configure_optimizer(self, parameters: Iterator[nn.Parameter]) -> Optimizer:
-        """Adam with betas 0.9 and 0.95."""
-        rate = self.config.train.learning_rate
-        return Adam(parameters, lr=rate, betas=(0.9, 0.95), fused=True)
+        """The one of ``train.optimizer``."""
+        return make_optimizer(self.config.train, self._parallel.base, parameters)
 
     def configure_scheduler(self, optimizer: Optimizer, local_gradient_steps: int) -> LRScheduler:
-        """Linearly from 0.1 of the learning rate to all of it, then a cosine to 0."""
-        warmup = math.floor(local_gradient_steps * self.config.train.warmup_steps_perc)
-        cosine = CosineAnnealingLR(optimizer, T_max=max(local_gradient_steps - warmup, 1))
-        if warmup == 0:
-            return cosine
-        linear = LinearLR(optimizer, start_factor=0.1, end_factor=1, total_iters=warmup)
-        return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
+        """The one of ``train.lr_schedule``, after the warm-up."""
+        return make_schedule(self.config.train, optimizer, local_gradient_steps)
 
     def configure_run_id(self) -> str:
         """The environment variable ``JOB_ID`` or ``SLURM_JOB_ID``, or the time."""

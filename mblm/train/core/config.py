@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -19,8 +20,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from typing_extensions import Self
 
 from mblm.utils.fields import Fields
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class CoreModelParams(Fields):
@@ -53,6 +57,29 @@ class CoreTrainConfig(Fields):
         description="At most how many batches a validation takes, all workers together",
     )
     learning_rate: PositiveFloat = Field(description="The learning rate after the warm-up")
+    optimizer: Literal["adam", "adamw", "muon"] = Field(
+        default="adam",
+        description="'muon': Muon for the matrices of stages, patch embeddings and contexts, AdamW "
+        "for the rest",
+    )
+    learning_rate_matrix: PositiveFloat | None = Field(
+        default=None, description="Muon's learning rate; by default learning_rate"
+    )
+    betas: tuple[_Share, _Share] = Field(default=(0.9, 0.95), description="Of Adam and AdamW")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="Decay of the matrices by adamw or muon; nothing else decays"
+    )
+    lr_schedule: Literal["cosine", "wsd", "linear"] = Field(
+        default="cosine",
+        description="How the learning rate falls after the warm-up: along a cosine, linearly, or "
+        "'wsd', not at all but in the last decay_ratio of the steps, linearly",
+    )
+    decay_ratio: float = Field(
+        default=0.4, gt=0, le=1, description="Fraction of the gradient steps in which wsd falls"
+    )
+    min_lr_factor: float = Field(
+        default=0.0, ge=0, le=1, description="What the learning rate falls to, as a share of it"
+    )
     gradient_clipping: PositiveFloat | None = Field(
         default=None, description="Largest total norm of the gradient; longer ones are scaled"
     )
@@ -83,6 +110,25 @@ class CoreTrainConfig(Fields):
     max_non_finite_steps: PositiveInt = Field(
         default=10, description="Steps in a row that may be left out, the last of which is fatal"
     )
+
+    @model_validator(mode="after")
+    def _check_recipe(self) -> Self:
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError(
+                f"weight_decay: expected 0 with optimizer adam, got {self.weight_decay}; adamw and "
+                "muon decay"
+            )
+        if self.learning_rate_matrix is not None and self.optimizer != "muon":
+            raise ValueError(
+                f"learning_rate_matrix: expected none with optimizer {self.optimizer}, got "
+                f"{self.learning_rate_matrix}; it is muon's"
+            )
+        if self.lr_schedule == "wsd" and self.warmup_steps_perc + self.decay_ratio > 1:
+            raise ValueError(
+                "decay_ratio: expected at most what warmup_steps_perc leaves, "
+                f"{1 - self.warmup_steps_perc:g}, got {self.decay_ratio}"
+            )
+        return self
 
 
 class TrainMaskedConfig(CoreTrainConfig):

@@ -5,8 +5,16 @@ from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from pydantic import BaseModel
+
 from mblm.data.datasets import DistributedDataset
-from mblm.train.core.config import DataLineage, GenericEntryConfig, Lineage
+from mblm.train.core.config import (
+    CoreIoConfig,
+    CoreTrainConfig,
+    DataLineage,
+    GenericEntryConfig,
+    Lineage,
+)
 from mblm.train.core.parallel import Workers
 
 Facts: TypeAlias = dict[str, Any]
@@ -22,6 +30,7 @@ _FIXED = (
     "train.batch_size",
     "train.shuffle_train",
     "train.gradient_accumulate_every",
+    "train.optimizer",
     "train.seed",
     "io.name_model",
     "io.dataset_id",
@@ -84,7 +93,7 @@ def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: boo
     Raises:
         ValueError: Something has changed that the state's numbers depend on.
     """
-    changes = _changes(before, now)
+    changes = _changes(_with_defaults(before), now)
     names = _FIXED if exact else [name for name in _FIXED if name not in _OF_A_STEP]
     refused = [n for n in changes if any(f"{n}.".startswith(f"{fixed}.") for fixed in names)]
     if refused:
@@ -94,6 +103,18 @@ def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: boo
             "run with the weights of a .pth file"
         )
     return list(changes.values())
+
+
+def _with_defaults(before: Facts) -> Facts:
+    """The facts of a state, with the fields that a version before this one had not."""
+    parts: dict[str, type[BaseModel]] = {"train": CoreTrainConfig, "io": CoreIoConfig}
+    defaults = {n: part.model_construct().model_dump(mode="json") for n, part in parts.items()}
+    known = {_field_of(name) for name in before}
+    return {n: v for n, v in _flat(defaults).items() if _field_of(n) not in known} | before
+
+
+def _field_of(name: str) -> tuple[str, ...]:
+    return tuple(name.split(".")[:2])
 
 
 def _flat(value: Any, name: str = "") -> Facts:

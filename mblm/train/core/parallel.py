@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from mblm.utils.distributed import ElasticRunVars, cpu_group
@@ -187,11 +187,7 @@ class ParallelModel:
                 if state is not None:
                     full.copy_(state[name])
                 _broadcast([full], self._workers)
-                if isinstance(target, DTensor):
-                    sharded = _shard_like(full, target)
-                    target.to_local().copy_(sharded)
-                else:
-                    target.copy_(full)
+                to_local(target).copy_(shard_of(full, target))
 
     def local_state(self) -> State:
         """The part of the state dict that this worker holds."""
@@ -263,8 +259,18 @@ def _full(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _shard_like(full: torch.Tensor, target: DTensor) -> torch.Tensor:
-    return distribute_tensor(full, target.device_mesh, target.placements).to_local()
+def gather(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """What the workers hold of something of a parameter's shape, as a whole on all of them."""
+    return _full(like_shard(local, parameter))
+
+
+def shard_of(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The worker's own part of what all of them have as a whole, as it is of the parameter."""
+    if not isinstance(parameter, DTensor):
+        return full
+    mesh = parameter.device_mesh
+    whole = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=parameter.placements).to_local()
 
 
 def _broadcast(tensors: Iterable[torch.Tensor], workers: Workers) -> None:

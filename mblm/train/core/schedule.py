@@ -1,11 +1,12 @@
-"""How long a run is, and when in it to log and to validate."""
+"""How long a run is, its learning rates, and when in it to log and to validate."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mblm.train.core.config import GenericEntryConfig
+from mblm.train.core.config import CoreTrainConfig, GenericEntryConfig
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,24 @@ def check_start(plan: Plan, done: int, epoch: int, batch: int, batches: int) -> 
             f"resume.next_batch_index: expected a batch of an epoch of {batches}, got {batch}: are "
             "the data fewer than those of the run before?"
         )
+
+
+def learning_rate_factor(train: CoreTrainConfig, steps: int, step: int) -> float:
+    """The share of the learning rate that a step takes, counted from 0, of a run of ``steps``.
+
+    It rises linearly from 0.1 to 1 in the warm-up, then falls to ``min_lr_factor`` as
+    ``lr_schedule`` says. It depends on nothing else: a run that goes on takes the same.
+    """
+    warmup = math.floor(steps * train.warmup_steps_perc)
+    if step < warmup:
+        return 0.1 + 0.9 * step / warmup
+    falling = steps - warmup
+    if train.lr_schedule == "wsd":
+        falling = math.floor(steps * train.decay_ratio)
+    left = min(max(steps - step, 0) / max(falling, 1), 1.0)
+    if train.lr_schedule == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    return train.min_lr_factor + (1 - train.min_lr_factor) * left
 
 
 def spread(start: int, batches: int, amount: int) -> frozenset[int]:

@@ -20,6 +20,7 @@ from mblm.train.core.config import (
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.trainer import CoreTrainer
 from mblm.train.core.training_state import find_latest_state
+from mblm.train.mblm import MegabyteTrainer
 from mblm.utils.distributed import ElasticRunVars, process_group
 
 SEQ_LEN = 8
@@ -85,6 +86,21 @@ class Trainer(CoreTrainer[Model, torch.Tensor, Params, CoreTrainConfig, CoreIoCo
 
     def configure_fsdp_units(self, model: Model) -> Any:
         return [model.logits]
+
+
+class ByRecipe(Trainer):
+    """Is optimized as the configuration says."""
+
+    configure_optimizer = MegabyteTrainer.configure_optimizer  # type: ignore[assignment]
+    configure_scheduler = MegabyteTrainer.configure_scheduler  # type: ignore[assignment]
+
+
+MUON = {
+    "optimizer": "muon",
+    "learning_rate_matrix": 0.01,
+    "weight_decay": 0.1,
+    "lr_schedule": "wsd",
+}
 
 
 def config(folder: Path, batches: int = 12, workers: int = 1, **fields: Any) -> Config:

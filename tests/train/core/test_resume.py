@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import signal
 import time
 from contextlib import nullcontext
@@ -18,7 +19,6 @@ from mblm.train.core.interrupt import EXIT_INTERRUPTED, TrainingInterrupted
 from mblm.train.core.run import Position
 from mblm.train.core.run_folder import hold_run
 from mblm.train.core.training_state import find_latest_state, list_states
-from mblm.train.mblm import MegabyteTrainer
 
 from . import jobs
 
@@ -116,15 +116,22 @@ def train_alone(trainer, cfg, dataset=jobs.Ids):
 
 
 @pytest.mark.parametrize(
-    "trainer",
-    [jobs.Trainer, ForeignLoader, ForeignValidation, HasExtraState],
-    ids=lambda trainer: trainer.__name__,
+    ("trainer", "recipe"),
+    [
+        (jobs.Trainer, {}),
+        (ForeignLoader, {}),
+        (ForeignValidation, {}),
+        (HasExtraState, {}),
+        (jobs.ByRecipe, jobs.MUON),
+        (jobs.ByRecipe, {"optimizer": "adamw", "lr_schedule": "linear", "weight_decay": 0.1}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or value.get("optimizer", ""),
 )
-def test_a_run_stopped_in_any_batch_ends_the_same(tmp_path, trainer):
+def test_a_run_stopped_in_any_batch_ends_the_same(tmp_path, trainer, recipe):
     class Stops(StopsItself, trainer):
         pass
 
-    everything = {**EVERYTHING, "max_eval_steps": 2}
+    everything = {**EVERYTHING, **recipe, "max_eval_steps": 2}
     whole = train_alone(trainer, jobs.config(tmp_path / "whole", **everything))
     done, state = 0, None
     for stop in (1, 6, 12, 13, 24, 33):
@@ -308,6 +315,7 @@ def everything_in(folder):
         ({"gradient_accumulate_every": 2}, "train.gradient_accumulate_every: 1 -> 2"),
         ({"shuffle_train": True}, "train.shuffle_train: False -> True"),
         ({"seed": 6}, "train.seed: 5 -> 6"),
+        ({"optimizer": "muon"}, "train.optimizer: adam -> muon"),
         ({"name_model": "other"}, "io.name_model: tiny -> other"),
         ({"batches": 7}, "train.target_elements: .* after 7 batches, .* has 8 behind it"),
         (
@@ -353,10 +361,6 @@ def test_a_run_that_another_process_trains_is_left_to_it(tmp_path):
     train_alone(jobs.Trainer, cfg)
 
 
-class WarmsUp(jobs.Trainer):
-    configure_scheduler = MegabyteTrainer.configure_scheduler
-
-
 def final_optimizer(run):
     return jobs.final_state(run)[0]["optimizer"]
 
@@ -365,15 +369,31 @@ def rates(run, first=0):
     return [row[7] for row in jobs.losses(run)[1:] if row[2] == "train" and int(row[5]) >= first]
 
 
-@pytest.mark.parametrize("trainer", [jobs.Trainer, WarmsUp])
-def test_the_learning_rate_is_that_of_the_step_in_the_plan_there_is(tmp_path, trainer):
-    long = {"batches": 30, "log_train_loss_amount": 30}
+@pytest.mark.parametrize("schedule", ["trainer's", "cosine", "linear", "wsd"])
+def test_the_learning_rate_is_that_of_the_step_in_the_plan_there_is(tmp_path, schedule):
+    trainer, long = jobs.Trainer, {"batches": 30, "log_train_loss_amount": 30}
+    short = {}
+    if schedule != "trainer's":
+        trainer, short = jobs.ByRecipe, {"lr_schedule": schedule}
+    long |= short
     whole = train_alone(trainer, jobs.config(tmp_path / "long", **long))
     assert max(map(float, rates(whole))) == pytest.approx(0.02, rel=0.1)
-    run = train_alone(trainer, jobs.config(tmp_path))
+    run = train_alone(trainer, jobs.config(tmp_path, **short))
     train_alone(trainer, jobs.config(tmp_path, **long, resume=find_latest_state(run)))
     assert rates(run, 12) == rates(whole, 12)
     assert len(rates(run, 12)) == 18
+
+
+def test_a_run_is_made_longer_exactly_before_its_learning_rate_falls(tmp_path):
+    wsd = {"lr_schedule": "wsd", "decay_ratio": 0.5, "warmup_steps_perc": 0.0}
+    whole = train_alone(jobs.ByRecipe, jobs.config(tmp_path / "long", batches=24, **wsd))
+    run = train_alone(jobs.ByRecipe, jobs.config(tmp_path, batches=12, **wsd, validate_amount=3))
+    states = list_states(run)
+    assert [state.name for state in states] == ["step_00000006", "step_00000012"]
+    train_alone(jobs.ByRecipe, jobs.config(tmp_path, batches=24, **wsd, resume=states[0]))
+    (common, *_), (expected, *_) = jobs.final_state(run), jobs.final_state(whole)
+    assert jobs.same(common["model"], expected["model"])
+    assert "train.target_elements: 48 -> 96" in (run / "train.log").read_text()
 
 
 class OneCycle(jobs.Trainer):
@@ -384,7 +404,7 @@ class OneCycle(jobs.Trainer):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, local_gradient_steps)
 
 
-@pytest.mark.parametrize("trainer", [jobs.Trainer, WarmsUp, OneCycle])
+@pytest.mark.parametrize("trainer", [jobs.Trainer, jobs.ByRecipe, OneCycle])
 def test_a_changed_learning_rate_takes_effect_and_is_told(tmp_path, trainer):
     run = train_alone(trainer, jobs.config(tmp_path))
     before = rates(run, 8)
@@ -403,6 +423,17 @@ def test_another_version_of_the_package_is_told(tmp_path):
     manifest.write_text(manifest.read_text().replace('"package": "', '"package": "0.'))
     train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(run)))
     assert f"package: 0.{__version__} -> {__version__}" in (run / "train.log").read_text()
+
+
+def test_a_state_of_a_version_without_a_field_meant_its_default(tmp_path):
+    run = train_alone(jobs.Trainer, jobs.config(tmp_path))
+    manifest = find_latest_state(run) / "COMPLETE"
+    text = manifest.read_text()
+    older = re.sub(r'"train.(optimizer|betas.\d|lr_schedule|decay_ratio)": [^,]+, ', "", text)
+    assert len(older) < len(text) - 80
+    manifest.write_text(older)
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(run)))
+    assert "has changed" not in (run / "train.log").read_text()
 
 
 class Decays(jobs.Trainer):

@@ -47,12 +47,12 @@ def train_global(cfg, seen_dir=None):
     with process_group(backend="gloo") as run_vars:
         dataset = GlobalBatches(cfg.train.batch_size, run_vars.rank, run_vars.world_size)
         options = CoreTrainerOptions(display_progress=False)
-        trainer = jobs.Trainer(cfg, run_vars, options)
+        trainer = jobs.ByRecipe(cfg, run_vars, options)
         model = trainer.train(dataset, jobs.Ids(12))
         trainer.test(jobs.Ids(8), model)
 
 
-def global_run(folder, workers, strategy="ddp", every=2, resume=None):
+def global_run(folder, workers, strategy="ddp", every=2, resume=None, **fields):
     """Losses of the validations and the test, and the last best model."""
     cfg = jobs.config(
         folder,
@@ -63,6 +63,7 @@ def global_run(folder, workers, strategy="ddp", every=2, resume=None):
         gradient_accumulate_every=every,
         gradient_clipping=0.2,
         resume=resume,
+        **fields,
     )
     assert jobs.join(jobs.start(train_global, workers, cfg)) == [0] * workers
     run = jobs.run_of(folder)
@@ -70,15 +71,24 @@ def global_run(folder, workers, strategy="ddp", every=2, resume=None):
     return [float(row[6]) for row in jobs.losses(run)[1:] if row[2] != "train"], model
 
 
+RECIPES = {"adam": {}, "muon": jobs.MUON}
+
+
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory):
-    return global_run(tmp_path_factory.mktemp("one"), 1)
+    make = tmp_path_factory.mktemp
+    return {name: global_run(make(name), 1, **fields) for name, fields in RECIPES.items()}
 
 
-@pytest.mark.parametrize(("workers", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
-def test_any_number_of_workers_reaches_the_same_loss(tmp_path, one_worker, workers, strategy):
-    losses, model = global_run(tmp_path, workers, strategy)
-    expected_losses, expected = one_worker
+@pytest.mark.parametrize(
+    ("workers", "strategy", "recipe"),
+    [(2, "ddp", "adam"), (4, "ddp", "muon"), (2, "fsdp", "adam"), (2, "fsdp", "muon")],
+)
+def test_any_number_of_workers_reaches_the_same_loss(
+    tmp_path, one_worker, workers, strategy, recipe
+):
+    losses, model = global_run(tmp_path, workers, strategy, **RECIPES[recipe])
+    expected_losses, expected = one_worker[recipe]
     assert len(losses) == 5
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
@@ -98,7 +108,7 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path, one_worker, work
     assert f"Not an exact resume: the state is of 2 workers, this run has {workers}" in log
     steps = [int(row[5]) for row in jobs.losses(run)[1:] if row[2] == "train"]
     assert steps == list(range(16 + 4 * every))
-    expected_losses, expected = one_worker
+    expected_losses, expected = one_worker["adam"]
     torch.testing.assert_close(losses[-2:], expected_losses[-2:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
 
@@ -133,10 +143,13 @@ def test_what_two_nodes_of_two_workers_see_is_disjoint_and_complete(tmp_path):
     assert all(len(of_worker) == jobs.SAMPLES // 4 for of_worker in seen)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "recipe"), [("ddp", "adam"), ("fsdp", "adam"), ("fsdp", "muon")]
+)
+def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, strategy, recipe):
     workers = 2
     fields = {
+        **RECIPES[recipe],
         "batches": 40,
         "workers": workers,
         "strategy": strategy,
@@ -147,15 +160,17 @@ def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, strategy):
         "batch_size": 2,
     }
     whole_cfg = jobs.config(tmp_path / "whole", **fields)
-    assert jobs.join(jobs.start(jobs.train, workers, whole_cfg)) == [0] * workers
-    processes = jobs.start(jobs.train, workers, jobs.config(tmp_path / "cut", **fields))
+    assert jobs.join(jobs.start(jobs.train, workers, whole_cfg, jobs.ByRecipe)) == [0] * workers
+    processes = jobs.start(
+        jobs.train, workers, jobs.config(tmp_path / "cut", **fields), jobs.ByRecipe
+    )
     while not list(tmp_path.glob("cut/*/state/step_*/COMPLETE")):
         time.sleep(0.005)
     os.kill(processes[-1].pid, signal.SIGTERM)
     assert jobs.join(processes) == [EXIT_INTERRUPTED] * workers
     run = jobs.run_of(tmp_path / "cut")
     cfg = jobs.config(tmp_path / "cut", **fields, resume=find_latest_state(run))
-    assert jobs.join(jobs.start(jobs.train, workers, cfg)) == [0] * workers
+    assert jobs.join(jobs.start(jobs.train, workers, cfg, jobs.ByRecipe)) == [0] * workers
     whole = jobs.run_of(tmp_path / "whole")
     assert jobs.losses(run) == jobs.losses(whole)
     assert jobs.same(jobs.final_state(run), jobs.final_state(whole))

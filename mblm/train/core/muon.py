@@ -1,0 +1,163 @@
+"""Muon for the matrices of a model and AdamW for the rest, as one optimizer."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from mblm.train.core.parallel import gather, shard_of, to_local
+
+_COEFFICIENTS = 3.4445, -4.7750, 2.0315
+_ITERATIONS = 5
+_AT_ONCE = 1 << 26  # entries of matrices that are gathered and orthogonalized together
+
+
+class Muon(Optimizer):
+    """Moves matrices along their orthogonalized momentum, and other parameters by AdamW.
+
+    Sources: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, with Nesterov's
+    momentum; Liu et al. 2025, https://arxiv.org/abs/2502.16982, for the scale
+    ``0.2 * sqrt(max(rows, columns))``, which makes an update as large as AdamW's, so that one
+    learning rate suits both. Decay is decoupled. Updates are computed in float32 on a CPU and in
+    bfloat16 on a GPU. Of a sharded matrix, every worker gathers the update once.
+
+    Args:
+        params: Groups as `mblm.train.param_groups` makes them: with the option ``orthogonalize``
+            the matrices, ``(rows, columns)``; without it what AdamW is for.
+        lr: Learning rate. Default 1e-3.
+        momentum: Muon's. Default 0.95.
+        betas, eps: AdamW's. Default (0.9, 0.95) and 1e-8.
+        weight_decay: Default 0.
+
+    Raises:
+        ValueError: A parameter to orthogonalize is no matrix, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+            if not value >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        for name, value in ("momentum", momentum), ("betas", betas[0]), ("betas", betas[1]):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected at least 0 and less than 1, got {value}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "orthogonalize": False,
+            "fused": True,  # AdamW's kernel; loading a state keeps its steps on the device
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; the matrices of one to orthogonalize are checked."""
+        super().add_param_group(param_group)
+        if self.param_groups[-1]["orthogonalize"]:
+            for parameter in self.param_groups[-1]["params"]:
+                if parameter.ndim != 2:
+                    shape = tuple(parameter.shape)
+                    raise ValueError(f"params: expected matrices to orthogonalize, got {shape}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Apply the gradients; returns what the closure, which is called first, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["orthogonalize"]:
+                for matrices in _alike(parameters):
+                    self._step_muon(matrices, group)
+            elif parameters:
+                self._step_adamw(parameters, group)
+        return loss
+
+    def _step_muon(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape."""
+        updates = orthogonalized(torch.stack([self._momentum(p, group) for p in matrices]))
+        rate = 0.2 * math.sqrt(max(matrices[0].shape)) * group["lr"]
+        for parameter, update in zip(matrices, updates, strict=True):
+            local = to_local(parameter)
+            local.mul_(1 - group["lr"] * group["weight_decay"])
+            local.add_(shard_of(update, parameter), alpha=-rate)
+
+    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """What to orthogonalize of a matrix, whole and of the type to compute in."""
+        state, momentum = self.state[parameter], group["momentum"]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        gradient, mean = to_local(parameter.grad), to_local(state["momentum_buffer"])  # type: ignore[arg-type]
+        mean.lerp_(gradient, 1 - momentum)
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = torch.bfloat16 if parameter.is_cuda else wide
+        return gather(gradient.lerp(mean, momentum).to(dtype), parameter)
+
+    def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not (state := self.state[parameter]):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        means, squares, steps = (
+            [to_local(self.state[p][name]) for p in parameters]
+            for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        adamw(
+            [to_local(p) for p in parameters],
+            [to_local(p.grad) for p in parameters],  # type: ignore[arg-type]
+            means,
+            squares,
+            [],
+            steps,
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices ``(.., rows, columns)`` with singular values of about 1, by Newton and Schulz.
+
+    The quintic's coefficients are Jordan's, who chose them for speed: they end between 0.7 and 1.2.
+    """
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalized(matrices.mT).mT
+    a, b, c = _COEFFICIENTS
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape on one device, as many as may be in memory together."""
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        groups[matrix.shape, matrix.device, matrix.dtype].append(matrix)
+    for group in groups.values():
+        count = max(1, _AT_ONCE // max(1, group[0].numel()))
+        yield from (group[first : first + count] for first in range(0, len(group), count))

@@ -1,0 +1,150 @@
+"""Muon: its update beside PyTorch's and the exact one, sharded matrices, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from mblm.train.core.muon import Muon, orthogonalized
+from mblm.train.core.parallel import like_shard, shard_of
+from mblm.utils.distributed import process_group
+
+from . import jobs
+
+SHAPES = [(24, 16), (16, 24), (24, 16), (12, 12), (1, 7)]
+
+
+def matrices(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+
+
+def train(optimizer, parameters, steps=5):
+    for step in range(steps):
+        for parameter, gradient in zip(parameters, matrices(seed=step + 1), strict=True):
+            gradient = gradient.to(parameter.dtype)
+            parameter.grad = like_shard(shard_of(gradient, parameter), parameter)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 16), (3, 16, 24), (12, 12)], ids=str)
+def test_singular_values_become_about_one_and_vectors_stay(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x.expand(1, *shape) if x.ndim == 2 else x
+    u, before, vh = torch.linalg.svd(x, full_matrices=False)
+    y = orthogonalized(x)
+    assert before.min() < 1 < before.max()
+    values = u.mT @ y @ vh.mT
+    assert values.diagonal(dim1=-2, dim2=-1).sub(0.95).abs().max() < 0.3
+    torch.testing.assert_close(values - values.diagonal(dim1=-2, dim2=-1).diag_embed(), 0 * values)
+
+
+def test_a_matrix_of_zeros_stays_one():
+    assert torch.equal(orthogonalized(torch.zeros(2, 4, 3)), torch.zeros(2, 4, 3))
+
+
+def test_an_update_is_as_large_as_adamws():
+    (weight,) = [nn.Parameter(torch.zeros(64, 48))]
+    weight.grad = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    Muon([{"params": [weight], "orthogonalize": True}], lr=1.0).step()
+    assert 0.15 < weight.square().mean().sqrt() < 0.25
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
+def test_steps_are_those_of_pytorchs_muon_but_for_its_bfloat16():
+    ours, theirs = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    train(Muon([{"params": ours, "orthogonalize": True}], **options), ours)
+    train(torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options), theirs)
+    for mine, other, first in zip(ours, theirs, matrices(), strict=True):
+        assert (mine - other).norm() < 0.02 * (other - first).norm()
+
+
+def test_the_rest_takes_the_steps_of_adamw():
+    ours, theirs = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.9)}
+    train(Muon(ours, **options), ours)
+    train(torch.optim.AdamW(theirs, fused=True, **options), theirs)
+    assert jobs.same(ours, theirs)
+
+
+def test_groups_have_rates_of_their_own_and_a_parameter_without_gradient_stays():
+    matrix, bias, frozen = (nn.Parameter(torch.ones(shape)) for shape in [(4, 4), (4,), (4, 4)])
+    first = {"params": [matrix, frozen], "orthogonalize": True, "lr": 0.1}
+    optimizer = Muon([first, {"params": [bias]}], lr=0.0)
+    matrix.grad, bias.grad = torch.ones(4, 4), torch.ones(4)
+    optimizer.step()
+    assert (matrix < 1).all()
+    assert torch.equal(bias, torch.ones(4)) and torch.equal(frozen, torch.ones(4, 4))
+    assert frozen not in optimizer.state
+
+
+def test_half_precision_weights_move():
+    weights = [nn.Parameter(m.bfloat16()) for m in matrices()]
+    train(Muon([{"params": weights, "orthogonalize": True}], lr=0.1), weights)
+    assert all(torch.isfinite(weight).all() for weight in weights)
+    assert all(weight.dtype == torch.bfloat16 for weight in weights)
+
+
+def test_its_state_is_plain_and_goes_on_to_the_bit(tmp_path):
+    def make():
+        parameters = [nn.Parameter(m) for m in matrices()]
+        groups = [{"params": parameters[:3], "orthogonalize": True}, {"params": parameters[3:]}]
+        return parameters, Muon(groups, lr=0.02)
+
+    parameters, optimizer = make()
+    train(optimizer, parameters)
+    torch.save([optimizer.state_dict(), *(p.detach() for p in parameters)], tmp_path / "state")
+    state, *weights = torch.load(tmp_path / "state", weights_only=True)
+    others, other = make()
+    other.load_state_dict(state)
+    for parameter, weight in zip(others, weights, strict=True):
+        parameter.data.copy_(weight)
+    train(optimizer, parameters)
+    train(other, others)
+    assert jobs.same(others, parameters)
+
+
+def step_as_shards(folder):
+    with process_group(backend="gloo") as run_vars:
+        holder = nn.ParameterList(nn.Parameter(m) for m in matrices())
+        mesh = init_device_mesh("cpu", (run_vars.world_size,))
+        fully_shard(holder, mesh=mesh)
+        parameters = list(holder.parameters())
+        groups = [{"params": parameters[:3], "orthogonalize": True}, {"params": parameters[3:]}]
+        optimizer = Muon(groups, lr=0.02, weight_decay=0.1)
+        train(optimizer, parameters, steps=3)
+        whole = [parameter.full_tensor().detach() for parameter in parameters]
+        if run_vars.rank == 0:
+            torch.save(whole, folder / "whole.pt")
+
+
+def test_sharded_parameters_take_the_steps_of_whole_ones_to_the_bit(tmp_path: Path):
+    assert jobs.join(jobs.start(step_as_shards, 3, tmp_path)) == [0] * 3  # of unequal shards
+    parameters = [nn.Parameter(m) for m in matrices()]
+    groups = [{"params": parameters[:3], "orthogonalize": True}, {"params": parameters[3:]}]
+    train(Muon(groups, lr=0.02, weight_decay=0.1), parameters, steps=3)
+    assert jobs.same(torch.load(tmp_path / "whole.pt"), [p.detach() for p in parameters])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr: expected at least 0, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
+        ({"momentum": 1.0}, "momentum: expected at least 0 and less than 1, got 1.0"),
+        ({"betas": (0.9, 1.0)}, "betas: expected .* got 1.0"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Muon([nn.Parameter(torch.ones(2, 2))], **options)
+
+
+def test_what_is_no_matrix_is_refused():
+    with pytest.raises(ValueError, match=r"params: expected matrices to orthogonalize, got \(3,\)"):
+        Muon([{"params": [nn.Parameter(torch.ones(3))], "orthogonalize": True}])
