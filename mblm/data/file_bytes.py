@@ -25,11 +25,14 @@ class FileBytes:
 
     Args:
         files: Files in their order. Empty ones count for nothing.
-        separator_id: The id between two files; none by default. May be above 255.
+        separator_id: The id between two documents; none by default. May be above 255.
+        starts: Where each document starts in the bytes of all files, ascending from 0, int64; by
+            default, where each file does.
 
     Attributes:
         files: The files that have bytes.
         sizes: Their sizes.
+        starts: Where each document starts in the row, int64.
 
     Raises:
         OSError: A file does not exist or cannot be read; also when reading.
@@ -39,18 +42,25 @@ class FileBytes:
 
     MAX_OPEN = 64
 
-    def __init__(self, files: Sequence[Path], separator_id: int | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        separator_id: int | None = None,
+        starts: NDArray[np.int64] | None = None,
+    ) -> None:
         self._opened: OrderedDict[Path, _OpenFile] = OrderedDict()
         # Absolute, so that a program may change its folder before a file is opened again.
         paths = [file.absolute() for file in files]
         sizes = [self._open(path).size for path in paths]
         self.files = [path for path, size in zip(paths, sizes, strict=True) if size]
         self.sizes = [size for size in sizes if size]
+        *self._origins, total = accumulate(self.sizes, initial=0)  # where each file starts
         self._separator_id = separator_id
-        between = 0 if separator_id is None else 1
-        # Where each file starts, and where another one would.
-        *self._starts, end = accumulate((size + between for size in self.sizes), initial=0)
-        self._length = max(end - between, 0)
+        self.starts = np.array(self._origins, np.int64) if starts is None else starts
+        if separator_id is not None:
+            self.starts = self.starts + np.arange(len(self.starts))
+            total += max(len(self.starts) - 1, 0)
+        self._length = total
 
     def read(self, start: int, stop: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """The ids from ``start`` up to ``stop``, which the end cuts off: ``(stop - start,)``."""
@@ -58,18 +68,28 @@ class FileBytes:
         if not 0 <= start <= stop:
             raise IndexError(f"bytes {start} to {stop} of {self._length}")
         ids = torch.empty(stop - start, dtype=dtype, device="cpu")
-        if self._separator_id is not None:  # what the files, copied over it, leave
-            ids.fill_(self._separator_id)
-        target = ids.numpy()
-        first = max(bisect_right(self._starts, start) - 1, 0)
-        for file in range(first, bisect_left(self._starts, stop)):
-            origin = self._starts[file]
-            begin, end = max(start - origin, 0), min(stop - origin, self.sizes[file])
-            at = max(origin - start, 0)
-            target[at : at + max(end - begin, 0)] = self._read_file(file, begin, end)
+        if self._separator_id is None or start == stop:
+            ids.numpy()[:] = self._read_bytes(start, stop)
+            return ids
+        # Before a place in the row are as many separators as documents that start up to there,
+        # but for the first, which has none before it.
+        before, until = np.searchsorted(self.starts, (start, stop), side="right").tolist()
+        is_byte = np.ones(stop - start, dtype=bool)
+        is_byte[self.starts[before:until] - 1 - start] = False
+        ids.fill_(self._separator_id)
+        ids.numpy()[is_byte] = self._read_bytes(start - (before - 1), stop - (until - 1))
         return ids
 
-    def _read_file(self, file: int, begin: int, end: int) -> NDArray[np.uint8]:
+    def _read_bytes(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """The bytes from ``begin`` up to ``end`` of all files."""
+        pieces = []
+        first = max(bisect_right(self._origins, begin) - 1, 0)
+        for file in range(first, bisect_left(self._origins, end)):
+            origin, size = self._origins[file], self.sizes[file]
+            pieces.append(self._read_file(file, max(begin - origin, 0), min(end - origin, size)))
+        return np.frombuffer(b"".join(pieces), dtype=np.uint8)  # a single one is not copied
+
+    def _read_file(self, file: int, begin: int, end: int) -> bytes:
         path, size = self.files[file], self.sizes[file]
         opened = self._open(path)
         if opened.size != size:
@@ -127,7 +147,7 @@ class _OpenFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
 
-    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
+    def read(self, begin: int, end: int) -> bytes:
         """The bytes from ``begin`` up to ``end``."""
         pieces = []
         while begin < end:  # a system reads 2 GiB at most at once
@@ -139,7 +159,7 @@ class _OpenFile:
                 now = os.fstat(self._descriptor).st_size
                 raise ValueError(f"{str(self._path)!r} had {self.size} bytes and now has {now}")
             begin += len(pieces[-1])
-        return np.frombuffer(b"".join(pieces), dtype=np.uint8)
+        return b"".join(pieces)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
