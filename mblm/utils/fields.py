@@ -14,8 +14,12 @@ class Fields(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
         parsed = parse(value)
-        both_lists = isinstance(value, (list, tuple)) and isinstance(parsed, (list, tuple))
-        for given, taken in zip(value, parsed, strict=True) if both_lists else [(value, parsed)]:
+        pairs = [(value, parsed)]
+        if isinstance(value, (list, tuple)) and isinstance(parsed, (list, tuple)):
+            pairs = list(zip(value, parsed, strict=True))
+        elif isinstance(value, dict) and isinstance(parsed, dict):
+            pairs = list(zip(value.values(), parsed.values(), strict=True))
+        for given, taken in pairs:
             if isinstance(given, bool) and not isinstance(taken, bool):
                 raise ValueError("expected a number, no truth value (in YAML, yes and on are true)")
         return parsed

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from typing_extensions import Self, Unpack
 
+from mblm.data.dataset.mixture import Mixture
 from mblm.data.datasets import (
     DatasetEntryConfig,
     DistributedDataset,
@@ -18,8 +22,15 @@ from mblm.data.datasets import (
 )
 from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
+from mblm.data.packed import is_packed, lineage_of_part, open_part
 from mblm.data.types import BatchWithLossMask, ModelMode
+from mblm.utils.errors import describe
 from mblm.utils.fields import Fields
+
+_PARTS_OF_FILES = {
+    *("files", "valid_files", "test_files"),
+    *("valid_fraction", "test_fraction", "split_by"),
+}
 
 
 class ByteFilesArgs(Fields):
@@ -44,7 +55,17 @@ class ByteFilesArgs(Fields):
         description="Whether a fraction is the end of the bytes, or whole files from all over",
     )
     separator_id: int | None = Field(
-        default=None, ge=0, description="The id between two files; may be above 255"
+        default=None, ge=0, description="The id between two documents; may be above 255"
+    )
+    sample_starts: Literal["anywhere", "documents"] = Field(
+        default="anywhere",
+        description="Where samples start: one where another ends; or at every document, a long one "
+        "being cut, and what follows fills a sample up",
+    )
+    sources: dict[str, float] | None = Field(
+        default=None,
+        min_length=1,
+        description="Files, folders or packed folders to mix, and their shares of the samples",
     )
 
     @model_validator(mode="after")
@@ -57,6 +78,19 @@ class ByteFilesArgs(Fields):
                 f"valid_fraction {self.valid_fraction} and test_fraction {self.test_fraction} "
                 "leave nothing to train on"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if self.sources is None:
+            return self
+        if given := self.model_fields_set & {"files", "valid_files", "test_files"}:
+            raise ValueError(f"give sources or {min(given)}, not both")
+        for name, weight in self.sources.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"sources: expected weights above 0, got {weight} for {name!r}")
+        if abs((total := sum(self.sources.values())) - 1) > 1e-6:
+            raise ValueError(f"sources: expected weights that sum to 1, got {total:.6g}")
         return self
 
     def shares(self) -> dict[ModelMode, float]:
@@ -73,18 +107,19 @@ class ByteFilesArgs(Fields):
 class ByteFiles(DistributedDataset[BatchWithLossMask]):
     """Files for a decoder: a sample is ``(ids, loss_mask)``, int64 and float16, ``(seq_len,)``.
 
-    The files follow one another, with ``separator_id`` between two if it is given. Making
-    the dataset looks at their sizes; a sample is read when it is asked for.
-    The same files and arguments give the same parts, always:
+    The files follow one another, with ``separator_id`` between two documents if it is given; a
+    document is a file, or one of a packed folder. Making the dataset looks at their sizes; a sample
+    is read when it is asked for. The same files and arguments give the same parts, always:
 
     - ``valid_files`` and ``test_files`` are parts of their own; their files are in no other part.
     - ``split_by: bytes`` cuts the row: training first, then validation, then test, whose sizes
       are their fractions of it, rounded down. A cut may go through a file.
     - ``split_by: documents`` deals whole files out, from all over the row: each goes to the part
       that lacks most of its fraction of the bytes so far.
+    - A packed folder has parts of its own.
 
     Args:
-        data_dir: The folder that the arguments are relative to; or a single file.
+        data_dir: The folder that the arguments are relative to; a packed folder; or a single file.
         mode: Which part.
         optional_args: What to read; everything in ``data_dir`` by default.
         without: A folder that is left out, such as the one that runs write to.
@@ -92,7 +127,8 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
     Raises:
         FileNotFoundError: A file or folder does not exist, or a folder or glob means no file.
-        ValueError: A file in two parts; a part that has no bytes, or too few for the workers.
+        ValueError: A file in two parts; a part that has no bytes, or too few for the workers;
+            ``sources``, which `from_train_entry_config` mixes.
     """
 
     def __init__(
@@ -104,38 +140,49 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         **config: Unpack[DistributedDatasetConfig],
     ) -> None:
         mode, args = ModelMode(mode), optional_args or ByteFilesArgs()
+        if args.sources is not None:
+            raise ValueError("sources: expected none, make a Mixture of several datasets")
         root = Path(data_dir).expanduser()
-        own_files, files = _files_of_part(root, mode, args, without)
-        self._root = root if root.is_dir() else root.parent
-        self._data = FileBytes(files, args.separator_id)
-        self._first, self._stop = 0, len(self._data)
-        shares = args.shares()
-        if not own_files and args.split_by == "documents":
-            parts = deal_documents(self._data.sizes, shares)
-            files = [
-                file for file, part in zip(self._data.files, parts, strict=True) if part is mode
-            ]
-            self._data = FileBytes(files, args.separator_id)
-            self._stop = len(self._data)
-        elif not own_files:
-            stop = self._stop
-            valid, test = (int(stop * shares[part]) for part in (ModelMode.VALID, ModelMode.TEST))
-            cuts = {
-                ModelMode.TRAIN: (0, stop - valid - test),
-                ModelMode.VALID: (stop - valid - test, stop - test),
-                ModelMode.TEST: (stop - test, stop),
-            }
-            self._first, self._stop = cuts[mode]
+        if is_packed(root):
+            if given := args.model_fields_set & _PARTS_OF_FILES:
+                raise ValueError(f"{min(given)}: {str(root)!r} is packed and has its own parts")
+            self._data = open_part(root, mode, args.separator_id)
+            self._first, self._stop = 0, len(self._data)
+            self._lineage = lineage_of_part(root, mode)
+        else:
+            self._data, self._first, self._stop = _part_of_files(root, mode, args, without)
+            folder = (root if root.is_dir() else root.parent).absolute()
+            names = [os.path.relpath(file, folder) for file in self._data.files]
+            self._lineage = list(zip(names, self._data.sizes, strict=True))
+        self._samples_until: NDArray[np.int64] | None = None
+        size = self._stop - self._first
+        if args.sample_starts == "documents":
+            size = self._cut_documents(config["seq_len"], args.separator_id is not None)
+        is_sequential = self._samples_until is None
         try:
-            super().__init__(data_size=self._stop - self._first, is_sequential=True, **config)
+            super().__init__(data_size=size, is_sequential=is_sequential, **config)
         except ValueError as error:
             raise ValueError(f"{str(data_dir)!r}, split by {args.split_by}: {error}") from None
+
+    def _cut_documents(self, seq_len: int, is_separated: bool) -> int:
+        """Note where documents start and how many samples there are up to the end of each."""
+        if seq_len < 1:
+            raise ValueError(f"seq_len: expected at least 1, got {seq_len}")
+        inside = slice(*np.searchsorted(self._data.starts, (self._first + 1, self._stop)))
+        starts = np.append(self._first, self._data.starts[inside])
+        ends = np.append(starts[1:] - int(is_separated), self._stop)
+        last = np.minimum(ends - 1, self._stop - seq_len)  # that a sample may start at
+        self._document_starts = starts
+        self._samples_until = np.cumsum(np.maximum((last - starts) // seq_len + 1, 0))
+        return int(self._samples_until[-1])
 
     @staticmethod
     def from_train_entry_config(
         config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
-    ) -> ByteFiles:
-        """The part of the files that a training configuration names.
+    ) -> Any:
+        """The part of the files that a training configuration names, a `Mixture` if of `sources`.
+
+        None if there is to be no test part.
 
         Raises:
             ValueError: Unknown or unfit ``dataset_args``, or a separator outside the vocabulary.
@@ -147,18 +194,42 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
                 f"separator_id: expected one in [0, {num_tokens}), the vocabulary of num_tokens, "
                 f"got {args.separator_id}"
             )
-        data_dir, output_dir = Path(config.io.dataset_dir).expanduser(), Path(config.io.output_dir)
-        if data_dir.is_dir() and data_dir.resolve() == output_dir.resolve():
-            raise ValueError(
-                f"io.output_dir: expected another folder than io.dataset_dir {str(data_dir)!r}: "
-                "a run would be trained on what runs have written"
-            )
-        return ByteFiles(
-            data_dir=data_dir,
-            mode=mode,
-            optional_args=args,
-            without=output_dir,
-            seq_len=config.params.input_seq_len,
+        root, seq_len = Path(config.io.dataset_dir).expanduser(), config.params.input_seq_len
+
+        def open_files(
+            data_dir: Path, args: ByteFilesArgs, worker_id: int = 0, num_workers: int = 1
+        ) -> ByteFiles | None:
+            without = Path(config.io.output_dir)
+            if data_dir.is_dir() and data_dir.resolve() == without.resolve():
+                raise ValueError(
+                    f"io.output_dir: expected another folder than io.dataset_dir {str(data_dir)!r}:"
+                    " a run would be trained on what runs have written"
+                )
+            has_test_part = not is_packed(data_dir) and (args.test_files or args.test_fraction)
+            if mode is ModelMode.TEST and not has_test_part:
+                return None
+            workers = {"worker_id": worker_id, "num_workers": num_workers}
+            return ByteFiles(data_dir, mode, args, without, seq_len=seq_len, **workers)
+
+        if args.sources is None:
+            return open_files(root, args, worker_id, num_workers)
+        of_each = args.model_copy(update={"sources": None})
+        parts: dict[str, DistributedDataset[BatchWithLossMask]] = {}
+        for name in args.sources:
+            try:
+                part = open_files(root / Path(name).expanduser(), of_each)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"sources: {name!r}: {describe(error)}") from error
+            if part is not None:
+                parts[name] = part
+        if not parts:
+            return None
+        weights = {name: args.sources[name] for name in parts}
+        return Mixture(
+            parts,
+            weights,
+            seed=config.train.seed or 0,
+            seq_len=seq_len,
             worker_id=worker_id,
             num_workers=num_workers,
         )
@@ -170,12 +241,18 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
     def lineage(self) -> list[tuple[str, int]]:
         """The files by their place in the folder, and how many ids of them are this part."""
-        names = [os.path.relpath(file, self._root.absolute()) for file in self._data.files]
-        return list(zip(names, self._data.sizes, strict=True))
+        return self._lineage
 
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
-        """The ids from position ``from_idx`` of this part on, and their loss mask."""
+        """The ids from position ``from_idx`` of this part on, and their loss mask.
+
+        With ``sample_starts: documents``, of its sample ``from_idx``.
+        """
         start = self._first + from_idx
+        if self._samples_until is not None:
+            document = int(np.searchsorted(self._samples_until, from_idx, side="right"))
+            before = self._samples_until[document - 1] if document else 0
+            start = int(self._document_starts[document] + (from_idx - before) * self.seq_len)
         ids = self._data.read(start, min(start + self.seq_len, self._stop))
         return ids, torch.ones_like(ids, dtype=torch.float16)
 
@@ -191,6 +268,29 @@ def deal_documents(sizes: Iterable[int], shares: dict[ModelMode, float]) -> list
         lacking[part] -= size
         parts.append(part)
     return parts
+
+
+def _part_of_files(
+    root: Path, mode: ModelMode, args: ByteFilesArgs, without: str | Path | None
+) -> tuple[FileBytes, int, int]:
+    """A row of files, and from where to where in it the part is."""
+    own_files, files = _files_of_part(root, mode, args, without)
+    data, shares = FileBytes(files, args.separator_id), args.shares()
+    if own_files:
+        return data, 0, len(data)
+    if args.split_by == "documents":
+        parts = deal_documents(data.sizes, shares)
+        files = [file for file, part in zip(data.files, parts, strict=True) if part is mode]
+        data = FileBytes(files, args.separator_id)
+        return data, 0, len(data)
+    stop = len(data)
+    valid, test = (int(stop * shares[part]) for part in (ModelMode.VALID, ModelMode.TEST))
+    cuts = {
+        ModelMode.TRAIN: (0, stop - valid - test),
+        ModelMode.VALID: (stop - valid - test, stop - test),
+        ModelMode.TEST: (stop - test, stop),
+    }
+    return data, *cuts[mode]
 
 
 def _files_of_part(

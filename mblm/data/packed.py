@@ -1,0 +1,85 @@
+"""A packed folder: many documents as one file of bytes for each part, as ``mblm pack`` writes it.
+
+<folder>/
+    pack.json               what was packed, a `PackSummary`
+    train/bytes.bin         the documents of the part, one after another
+    train/documents.npy     where each starts, and where the last ends: (documents + 1,), int64
+    valid/                  the same, unless packed without a validation part
+"""
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from mblm.data.file_bytes import FileBytes
+from mblm.data.types import ModelMode
+from mblm.utils.errors import with_title
+
+BYTES, DOCUMENTS, SUMMARY = "bytes.bin", "documents.npy", "pack.json"
+
+
+class PackedPart(BaseModel):
+    """One part: its documents, their bytes in all and of each source, and what they hash to."""
+
+    documents: int
+    bytes: int
+    sha256: str
+    sources: dict[str, int]
+
+
+class PackSummary(BaseModel):
+    """What was packed: the parts by name, and how many documents were left out, by reason."""
+
+    parts: dict[str, PackedPart]
+    left_out: dict[str, int]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder is packed."""
+    return (folder / SUMMARY).is_file()
+
+
+def read_summary(folder: Path) -> PackSummary:
+    """What a packed folder holds.
+
+    Raises:
+        ValueError: Its summary is none.
+    """
+    file = folder / SUMMARY
+    try:
+        return PackSummary.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise with_title(error, str(file)) from None
+
+
+def open_part(folder: Path, mode: ModelMode, separator_id: int | None = None) -> FileBytes:
+    """The documents of a part as a row of ids, with the separator between two of them.
+
+    Raises:
+        OSError: A file is missing.
+        ValueError: There is no such part, or its files do not fit together.
+    """
+    part = read_summary(folder).parts.get(mode.value)
+    if part is None:
+        raise ValueError(f"{str(folder)!r} was packed without a {mode.value} part")
+    file = folder / mode.value / DOCUMENTS
+    offsets = np.load(file, allow_pickle=False)
+    data = FileBytes([folder / mode.value / BYTES], separator_id, offsets[:-1])
+    is_right = (
+        offsets.dtype == np.int64
+        and offsets.shape == (part.documents + 1,)
+        and (offsets[0], offsets[-1]) == (0, part.bytes)
+        and bool((np.diff(offsets) > 0).all())
+        and sum(data.sizes) == part.bytes
+    )
+    if not is_right:
+        raise ValueError(f"{str(file)!r} does not fit {BYTES} and {SUMMARY}: pack again")
+    return data
+
+
+def lineage_of_part(folder: Path, mode: ModelMode) -> list[tuple[str, int]]:
+    """A part's file, by what it hashes to, with each source and its bytes."""
+    part = read_summary(folder).parts[mode.value]
+    name = f"{mode.value}/{BYTES} ({part.sha256[:12]})"
+    return [(f"{name} of {source}", size) for source, size in part.sources.items()]
