@@ -54,7 +54,8 @@ class CoreTrainConfig(Fields):
     shuffle_eval: bool = Field(default=False, description="Shuffle the validation samples")
     max_eval_steps: PositiveInt | None = Field(
         default=None,
-        description="At most how many batches a validation takes, all workers together",
+        description="At most how many batches a validation takes, all workers together; the "
+        "sources of a mixture have equally many, and each at least one",
     )
     learning_rate: PositiveFloat = Field(description="The learning rate after the warm-up")
     optimizer: Literal["adam", "adamw", "muon"] = Field(
@@ -214,17 +215,17 @@ class DataLineage(BaseModel):
 
     Attributes:
         dataset: The class.
+        first: The sizes of the first hundred files by their names.
         size: The elements of this part.
         files, total: The number of files and their sizes together.
-        first: The first hundred names and sizes.
         digest: SHA-256 of all names and sizes.
     """
 
     dataset: str
+    first: dict[str, int]
     size: int
     files: int
     total: int
-    first: list[tuple[str, int]]
     digest: str
 
 
@@ -280,7 +281,10 @@ class GenericOutputConfig(_Parts[TModelParams, TTrainConfig, TIoConfig]):
 
 
 class CSVLossEntry(NamedTuple):
-    """A row of ``loss.csv``. ``kind`` is train, valid or test; -1 stands for what there is not."""
+    """A row of ``loss.csv``; -1 stands for what there is not.
+
+    ``kind`` is train, valid or test; of one source of a mixture ``valid/<source>``.
+    """
 
     gpu_rank: int
     timestamp: str

@@ -2,12 +2,15 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
 
+from mblm.data.dataset.mixture import Mixture
+from mblm.data.datasets import DistributedDataset
 from mblm.train.core.interrupt import start_loading
 from mblm.train.core.parallel import Workers
 from mblm.train.core.sampling import EpochBatches
@@ -24,12 +27,14 @@ class Evaluation(NamedTuple):
         batches: How many batches there were.
         left_out: The indices of those that do not count: their loss is NaN or infinite.
         seconds: What the forward passes of this worker took.
+        of_sources: The loss on each source of a mixture; empty for other data.
     """
 
     loss: float
     batches: int
     left_out: list[int]
     seconds: float
+    of_sources: Mapping[str, float] = MappingProxyType({})
 
     def trouble(self) -> str:
         """What is wrong with it, for a user; empty if nothing is."""
@@ -50,6 +55,60 @@ class EvaluationStoppedError(Exception):
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped by {number.name}")
         self.number = number
+
+
+class Sources:
+    """The loaders that a model is evaluated with: one for each source of a mixture, or just one.
+
+    Args:
+        dataset: The data, a `Mixture` or any other.
+        make_loader: Makes the loader of a dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: DistributedDataset[Any],
+        make_loader: "Callable[[DistributedDataset[Any]], DataLoader[Any]]",
+    ) -> None:
+        parts, self._weights = {"": dataset}, {"": 1.0}
+        if isinstance(dataset, Mixture):
+            parts, self._weights = dataset.parts, dataset.weights
+        self._loaders = {name: make_loader(part) for name, part in parts.items()}
+        self.generators = [loader.generator for loader in self._loaders.values()]
+
+    def begin(self, epoch: int) -> None:
+        """Let the order of an epoch come next, of loaders whose sampler knows epochs."""
+        for loader in self._loaders.values():
+            if isinstance(loader.batch_sampler, EpochBatches):
+                loader.batch_sampler.begin(epoch)
+
+    def evaluate(
+        self,
+        forward: Callable[[Any], torch.Tensor],
+        count: Callable[[Any], int],
+        workers: Workers,
+        *,
+        max_batches: int | None,
+        **how: Any,
+    ) -> Evaluation:
+        """Evaluate on every source, as `evaluate` does; the loss is their mean by their weights."""
+        if max_batches is not None:
+            max_batches = max(max_batches // len(self._loaders), 1)
+        results = {
+            name: evaluate(forward, count, loader, workers, max_batches=max_batches, **how)
+            for name, loader in self._loaders.items()
+        }
+        if set(results) == {""}:
+            return results[""]
+        losses = {name: result.loss for name, result in results.items()}
+        total = sum(self._weights[name] * loss for name, loss in losses.items())
+        left_out: list[int] = []
+        batches = 0
+        for result in results.values():
+            left_out += [batches + index for index in result.left_out]
+            batches += result.batches
+        seconds = sum(result.seconds for result in results.values())
+        return Evaluation(total / sum(self._weights.values()), batches, left_out, seconds, losses)
 
 
 def evaluate(

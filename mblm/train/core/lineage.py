@@ -52,7 +52,7 @@ def lineage_of(dataset: DistributedDataset[Any]) -> DataLineage:
         size=dataset._data_size,
         files=len(files),
         total=sum(size for _, size in files),
-        first=files[:_LISTED_FILES],
+        first=dict(files[:_LISTED_FILES]),
         digest=hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),
     )
 
@@ -96,6 +96,7 @@ def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: boo
     changes = _changes(_with_defaults(before), now)
     names = _FIXED if exact else [name for name in _FIXED if name not in _OF_A_STEP]
     refused = [n for n in changes if any(f"{n}.".startswith(f"{fixed}.") for fixed in names)]
+    refused.sort(key=lambda name: ".first." not in name)  # the names of files say most
     if refused:
         raise ValueError(
             f"{state} cannot be gone on from, since these have changed: "

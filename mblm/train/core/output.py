@@ -57,7 +57,7 @@ class CsvLog(Generic[Row]):
             for row in csv.reader(text[: text.rfind("\n") + 1].splitlines())
             if len(row) == len(self._columns)
             and row[batch].isdigit()
-            and int(row[batch]) < batches.get(row[kind], 0)
+            and int(row[batch]) < batches.get(row[kind].partition("/")[0], 0)
         ]
         with atomic_write(self._file) as stream:
             stream.write(_csv_lines([self._columns, *kept]).encode())

@@ -9,10 +9,10 @@ import torch
 Rng: TypeAlias = dict[str, Any]
 
 
-def get_rng(own: torch.Generator | None = None) -> Rng:
+def get_rng(*own: torch.Generator | None) -> Rng:
     """The states of torch's default generators (CPU, current CUDA device), numpy's and Python's.
 
-    ``own`` is a generator beside them, such as a loader's.
+    ``own`` are generators beside them, such as a loader's.
     """
     name, keys, *rest = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
@@ -20,15 +20,16 @@ def get_rng(own: torch.Generator | None = None) -> Rng:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "own": None if own is None else own.get_state(),
+        "own": [None if generator is None else generator.get_state() for generator in own],
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
     }
 
 
-def set_rng(rng: Rng, own: torch.Generator | None = None) -> None:
+def set_rng(rng: Rng, *own: torch.Generator | None) -> None:
     """Set the generators to states that `get_rng` gave."""
-    if own is not None and rng.get("own") is not None:
-        own.set_state(rng["own"])
+    for generator, state in zip(own, rng["own"], strict=False):
+        if generator is not None and state is not None:
+            generator.set_state(state)
     torch.set_rng_state(rng["torch"])
     if rng["cuda"] is not None:
         torch.cuda.set_rng_state(rng["cuda"])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from mblm.train.core.config import Lineage
+from mblm.train.core.evaluation import Sources
 from mblm.train.core.parallel import ParallelModel, like_shard, to_local
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.sampling import TrainBatches
@@ -89,7 +89,7 @@ class Run:
     plan: Plan
     lineage: Lineage
     batches: TrainBatches[Any]
-    validation: "DataLoader[Any]"
+    validation: Sources
     model: ParallelModel
     optimizer: Optimizer
     scheduler: LRScheduler | None
@@ -153,7 +153,7 @@ class Run:
         """What is this worker's."""
         state: State = {
             "position": asdict(self.position),
-            "rng": get_rng(self.validation.generator),
+            "rng": get_rng(*self.validation.generators),
             "epoch_rng": self.batches.epoch_rng,
             "gradients": self.model.gradients(),
             "losses": [loss.detach().cpu() for loss in self.losses],
@@ -181,7 +181,7 @@ class Run:
         self.model.load_gradients(own["gradients"])
         self.losses = list(own["losses"])
         self.batches.epoch_rng = own["epoch_rng"]
-        set_rng(own["rng"], self.validation.generator)
+        set_rng(own["rng"], *self.validation.generators)
 
     def _repeat_schedule(self) -> None:
         """Bring the schedule to where it was: it depends on the plan and the steps, nothing else.

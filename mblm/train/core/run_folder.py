@@ -143,14 +143,18 @@ class RunFolder:
             )
             dump_yml(self._config_file, output)
 
-    def write_loss(self, kind: ModelMode, loss: float, **columns: float) -> None:
-        """Append a row to ``loss.csv``, if this worker does; columns that are not given are -1."""
+    def write_loss(self, kind: ModelMode, loss: float, source: str = "", **columns: float) -> None:
+        """Append a row to ``loss.csv``, if this worker does; columns that are not given are -1.
+
+        The loss on one source of a mixture has the kind ``valid/<source>``.
+        """
+        name = f"{kind.value}/{source}" if source else kind.value
         told: dict[str, Any] = {"gpu_rank": self._workers.rank, "timestamp": str(datetime.now())}
-        told |= {"kind": kind.value, "loss": loss, **columns}
+        told |= {"kind": name, "loss": loss, **columns}
         row = CSVLossEntry(**{**dict.fromkeys(CSVLossEntry._fields, -1), **told})
         self._loss.write_row(row)
         if self._board is not None:
-            self._board.add_scalar(f"loss/{kind.value}", loss, row.cum_batch)
+            self._board.add_scalar(f"loss/{name}", loss, row.cum_batch)
             if kind is ModelMode.TRAIN:
                 self._board.add_scalar("learning rate", row.lr, row.cum_batch)
             self._board.flush()

@@ -13,6 +13,7 @@ from mblm.train.core.config import (
     TModelParams,
     TTrainConfig,
 )
+from mblm.train.core.evaluation import Sources
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel, TrainerHooks
 from mblm.train.core.lineage import (
     check_same_as_before,
@@ -139,7 +140,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             plan,
             lineage,
             batches,
-            self.get_valid_dataloader(valid_dataset),
+            Sources(valid_dataset, self.get_valid_dataloader),
             self._parallel,
             optimizer,
             self.configure_scheduler(optimizer, plan.gradient_steps),

@@ -24,7 +24,7 @@ def describe_data(training: DataLineage, validation: DataLineage, unit: str) -> 
     """One line: the files, their size, and that of the parts in elements of this name."""
     source = training.dataset
     if training.files:
-        source = training.first[0][0] if training.files == 1 else f"{training.files:,} files"
+        source = next(iter(training.first)) if training.files == 1 else f"{training.files:,} files"
         source += f", {training.total:,} bytes"
     parts = f"{training.size:,} {unit}s to train on, {validation.size:,} to validate"
     return f"Data: {source}; {parts}"

@@ -10,13 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mblm.data.datasets import DistributedDataset
 from mblm.data.types import ModelMode
 from mblm.train.core.config import TIoConfig, TModelParams, TTrainConfig
-from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, Stop, evaluate
+from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, Sources, Stop
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
@@ -25,7 +24,6 @@ from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
 from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
-from mblm.train.core.sampling import EpochBatches
 from mblm.train.core.starting import TrainerStart
 from mblm.train.core.training_state import save_training_state
 
@@ -83,10 +81,10 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         try:
             self._folder.dump_config()
             if self._restores and not self.options.skip_validation:
-                rng = get_rng(run.validation.generator)
+                rng = get_rng(*run.validation.generators)
                 result = self._rank(run, place := "Validation of the weights that it starts from")
                 self._log.info(f"{place}: loss {result.loss}")
-                set_rng(rng, run.validation.generator)
+                set_rng(rng, *run.validation.generators)
             while True:
                 self._rewind(run)
                 try:
@@ -116,12 +114,14 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
     def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
         """Log a model's loss on test data; called by all workers, each with all the data."""
         self._open()
-        loader = self.get_test_dataloader(test_dataset)
+        sources = Sources(test_dataset, self.get_test_dataloader)
         is_ours = model is self._parallel.base
         callee = self._parallel.to_evaluate if is_ours else model
-        self._test_loss = self._evaluate(callee, loader, Position(elements_seen=-1), "Test").loss
-        self._log.info(f"Test loss: {self._test_loss}")
-        self._folder.write_loss(ModelMode.TEST, self._test_loss)
+        result = self._evaluate(callee, sources, Position(elements_seen=-1), "Test")
+        self._test_loss = result.loss
+        self._log.info(f"Test loss: {result.loss}")
+        for source, loss in {"": result.loss, **result.of_sources}.items():
+            self._folder.write_loss(ModelMode.TEST, loss, source)
 
     def avg_gradient_value(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
@@ -268,12 +268,12 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
         Stopped on the way, the run goes on with the whole validation, as it was before it.
         """
-        position, generator = run.position, run.validation.generator
-        index, rng = position.step - 1, get_rng(generator)
+        position, generators = run.position, run.validation.generators
+        index, rng = position.step - 1, get_rng(*generators)
         try:
             result = self._rank(run, f"Validation after batch {index}", requests.stop)
         except EvaluationStoppedError as stopped:
-            set_rng(rng, generator)
+            set_rng(rng, *generators)
             self._save(run)
             raise TrainingInterrupted(
                 f"Stopped by {stopped.number.name} in the validation after batch {index}; "
@@ -282,7 +282,8 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         assert position.validates_after is not None
         (epoch, batch), position.validates_after = position.validates_after, None
         run.model.call.train()
-        self._log_loss(ModelMode.VALID, result.loss, position, epoch, batch)
+        for source, loss in {"": result.loss, **result.of_sources}.items():
+            self._log_loss(ModelMode.VALID, loss, position, epoch, batch, source)
         if self.config.io.num_models_to_save and not self._folder.best.entries:
             raise NonFiniteLossError(f"No model can be ranked. Validation: {result.trouble()}")
 
@@ -298,15 +299,14 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
     def _evaluate(
         self,
         model: nn.Module,
-        loader: "DataLoader[TBatch]",
+        sources: Sources,
         position: Position,
         place: str,
         stop: Stop = lambda: None,
     ) -> Evaluation:
-        """The mean loss over a loader's batches; raises `EvaluationStoppedError` on request."""
+        """The mean loss over the sources' batches; raises `EvaluationStoppedError` on request."""
         options = self.options
-        if isinstance(loader.batch_sampler, EpochBatches):
-            loader.batch_sampler.begin(position.step)  # another order, if it is shuffled
+        sources.begin(position.step)  # another order, if it is shuffled
         show: Callable[[range], Any] = partial(
             tqdm,
             desc="Evaluating",
@@ -316,10 +316,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         )
         model.eval()
         with torch.no_grad():  # inference mode would reach what FSDP gathers
-            result = evaluate(
+            result = sources.evaluate(
                 partial(self._forward, model),
                 self.count_entries,
-                loader,
                 self._workers,
                 max_batches=self.config.train.max_eval_steps,
                 in_step=self._parallel.is_sharded,
@@ -373,9 +372,16 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
     # -- Small things ----------------------------------------------------------------------------
 
     def _log_loss(
-        self, kind: ModelMode, loss: float, at: Position, epoch: int, batch: int, **more: float
+        self,
+        kind: ModelMode,
+        loss: float,
+        at: Position,
+        epoch: int,
+        batch: int,
+        source: str = "",
+        **more: float,
     ) -> None:
-        """Log this worker's loss of the batch before, which was there."""
-        self._log.info(f"[{at.step - 1}] {kind.value} loss: {loss}")
+        """Log this worker's loss of the batch before, which was there; or of one source's part."""
+        self._log.info(f"[{at.step - 1}] {kind.value} loss{source and f' of {source}'}: {loss}")
         where = {"elements_seen": at.elements_seen, "epoch": epoch, "batch": batch}
-        self._folder.write_loss(kind, loss, **where, cum_batch=at.step - 1, **more)
+        self._folder.write_loss(kind, loss, source, **where, cum_batch=at.step - 1, **more)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mblm.data.dataset.mixture import Mixture
 from mblm.data.datasets import DistributedDataset
 from mblm.train.core.config import (
     CoreIoConfig,
@@ -55,6 +56,13 @@ class Ids(DistributedDataset[torch.Tensor]):
     def get_sample(self, from_idx: int) -> torch.Tensor:
         self.seen.append(from_idx)
         return self.ids[from_idx : from_idx + SEQ_LEN]
+
+
+def mixed(samples: int = SAMPLES, **worker: int) -> Mixture[torch.Tensor]:
+    """Two sources; the first has all of the samples, the second the first few of them."""
+    parts = {"all": Ids(samples), "few": Ids(samples // 2)}
+    alone = {"worker_id": 0, "num_workers": 1, **worker}
+    return Mixture(parts, {"all": 0.25, "few": 0.75}, 7, seq_len=SEQ_LEN, **alone)
 
 
 class Model(nn.Module):

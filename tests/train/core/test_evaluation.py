@@ -7,9 +7,23 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mblm.train.core.evaluation import EvaluationStoppedError, evaluate
+from mblm.data.dataset.mixture import Mixture
+from mblm.data.datasets import DistributedDataset
+from mblm.train.core.evaluation import EvaluationStoppedError, Sources, evaluate
 from mblm.train.core.parallel import Workers
 from mblm.utils.distributed import ElasticRunVars
+
+
+class Losses(DistributedDataset):
+    """Losses as they are."""
+
+    def __init__(self, values):
+        self.values = torch.tensor(values)
+        super().__init__(len(values), True, seq_len=1, worker_id=0, num_workers=1)
+
+    def get_sample(self, from_idx):
+        return self.values[from_idx]
+
 
 ALONE = Workers(ElasticRunVars(local_rank=0, world_size=1, is_cuda=False))
 
@@ -49,6 +63,20 @@ def test_takes_no_more_than_asked_and_needs_one_batch():
     assert evaluate_losses([1.0, 2.0, 9.0], max_batches=2).loss == 1.5
     with pytest.raises(ValueError, match="no batch to evaluate on"):
         evaluate_losses([])
+
+
+def test_sources_count_by_their_weights_and_each_has_its_share_of_the_batches():
+    losses = {"few": [1.0, 3.0, 99.0], "many": [5.0, math.inf, 99.0, 99.0]}
+    parts = {name: Losses(values) for name, values in losses.items()}
+    alone = {"seq_len": 1, "worker_id": 0, "num_workers": 1}
+    mixture = Mixture(parts, {"few": 0.25, "many": 0.75}, seed=0, **alone)
+    sources = Sources(mixture, lambda part: DataLoader(part, batch_size=1))
+    result = sources.evaluate(
+        lambda b: b.squeeze(), lambda batch: 1, ALONE, max_batches=5, in_step=False
+    )
+    assert result.of_sources == {"few": 2.0, "many": 5.0}
+    assert result.loss == 0.25 * 2 + 0.75 * 5
+    assert (result.batches, result.left_out) == (4, [3])
 
 
 def test_stops_between_two_batches():

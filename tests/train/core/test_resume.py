@@ -151,6 +151,20 @@ def test_a_run_stopped_in_any_batch_ends_the_same(tmp_path, trainer, recipe):
         assert jobs.same(torch.load(run / name), torch.load(whole / name))
 
 
+def test_a_mixture_goes_on_with_the_samples_that_come_next(tmp_path):
+    whole = train_alone(jobs.Trainer, jobs.config(tmp_path / "whole", **EVERYTHING), jobs.mixed)
+    StopsItself.stop_in = 22
+    with pytest.raises(TrainingInterrupted):
+        train_alone(StopsItself, jobs.config(tmp_path / "cut", **EVERYTHING), jobs.mixed)
+    state = find_latest_state(jobs.run_of(tmp_path / "cut"))
+    cfg = jobs.config(tmp_path / "cut", **EVERYTHING, resume=state)
+    run = train_alone(jobs.Trainer, cfg, jobs.mixed)
+    kinds = {row[2] for row in jobs.losses(run)}
+    assert kinds == {"kind", "train", "valid", "valid/all", "valid/few"}
+    assert jobs.losses(run) == jobs.losses(whole)
+    assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
+
+
 class StopsInValidation(jobs.Trainer):
     """Asks itself to stop in the first batch of a validation, and draws random numbers in all."""
 

@@ -70,6 +70,21 @@ def test_the_run_folder(tmp_path):
     assert config.lineage.validation_data.size == 80
 
 
+def test_a_mixture_is_validated_on_each_source_and_ranked_by_their_weights(tmp_path):
+    made = jobs.alone(jobs.Trainer, jobs.config(tmp_path, batches=6, max_eval_steps=6))
+    model = made.train(jobs.mixed(), jobs.mixed(16))
+    made.test(jobs.mixed(16), model)
+    loss = {row["kind"]: row for row in rows(jobs.run_of(tmp_path))}
+    for kind in ("valid", "test"):
+        of_all, of_few = (float(loss[f"{kind}/{name}"]["loss"]) for name in ("all", "few"))
+        assert of_all != of_few
+        assert float(loss[kind]["loss"]) == pytest.approx(0.25 * of_all + 0.75 * of_few)
+    assert loss["valid/few"]["cum_batch"] == loss["valid"]["cum_batch"] == "5"
+    alone = jobs.alone(jobs.Trainer, jobs.config(tmp_path / "alone", batches=6, max_eval_steps=3))
+    alone.test(jobs.Ids(16), model)
+    assert rows(jobs.run_of(tmp_path / "alone"))[-1]["loss"] == loss["test/all"]["loss"]
+
+
 def test_a_seed_decides_everything(tmp_path):
     torch.manual_seed(1)
     _, first = train(jobs.config(tmp_path, dropout=0.2, shuffle_train=True))
