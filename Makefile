@@ -23,8 +23,8 @@ INSTALL = echo 'Compiling for this torch, two to three minutes on two cores'; se
 PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs sanitize install_cpu install_cuda install_mamba lint format \
-        check_format check_types clean clean_venv
+.PHONY: help demo test test-all docs sanitize install_cpu install_cuda install_mamba wheels lint \
+        format check_format check_types clean clean_venv
 
 help: ## List the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -55,6 +55,9 @@ install_cuda: $(VENV)/torch ## Install into $(VENV) beside a torch with CUDA
 install_mamba: install_cuda ## Install mamba-ssm's CUDA kernels too
 	$(PIP) install setuptools wheel ninja packaging
 	$(PIP) install --no-build-isolation -e '.[mamba]'
+
+wheels: ## Fetch what scripts/gpu_check.sh takes to a machine without a network, into build/wheels
+	$(PYTHON) scripts/gpu_check.py --fetch build/wheels
 
 lint: $(VENV)/installed-dev ## Look for mistakes in Python
 	$(BIN)/ruff check .

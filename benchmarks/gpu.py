@@ -13,14 +13,15 @@ backward and AdamW's update.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from side_by_side import run_worker, write_json
+from side_by_side import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,12 +124,11 @@ def operators(
     }
 
 
-def measure_operators(device: str, quick: bool) -> dict[str, float]:
+def measure_operators(device: str, quick: bool) -> Iterator[tuple[str, float]]:
     """Milliseconds of each operator's forward pass, and of its forward and backward pass."""
     import torch
 
     runs, repeats = (1, 1) if quick else (5, 5)
-    figures = {}
     for name, (function, tensors, others) in operators(device, quick).items():
         with torch.no_grad():
             forward = seconds(
@@ -145,12 +145,11 @@ def measure_operators(device: str, quick: bool) -> dict[str, float]:
             outputs = [given] if isinstance(given, torch.Tensor) else list(given)
             torch.autograd.grad(outputs, inputs, weightings)
 
-        figures[f"{name}, forward"] = forward * 1e3
-        figures[f"{name}, forward and backward"] = seconds(both, device, runs, repeats) * 1e3
-    return figures
+        yield f"{name}, forward", forward * 1e3
+        yield f"{name}, forward and backward", seconds(both, device, runs, repeats) * 1e3
 
 
-def measure_step(device: str, quick: bool) -> dict[str, float]:
+def measure_step(device: str, quick: bool) -> Iterator[tuple[str, float]]:
     """Milliseconds and peak memory in MB of a training step."""
     import torch
     import yaml
@@ -173,23 +172,22 @@ def measure_step(device: str, quick: bool) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    figures = {"training step": seconds(step, device, *((1, 1) if quick else (5, 1))) * 1e3}
+    yield "training step", seconds(step, device, *((1, 1) if quick else (5, 1))) * 1e3
     if device == "cuda":
-        figures["peak memory of a training step, MB"] = torch.cuda.max_memory_allocated() / 2**20
-    return figures
+        yield "peak memory of a training step, MB", torch.cuda.max_memory_allocated() / 2**20
 
 
-def work(job: dict[str, Any]) -> dict[str, float]:
-    os.environ["MBLM_NATIVE"] = job["native"]
+def work(quick: bool) -> Iterator[tuple[str, float]]:
+    """Names and figures, as they are measured."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    figures = measure_operators(device, job["quick"])
+    yield from measure_operators(device, quick)
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return {**figures, **measure_step(device, job["quick"])}
+    yield from measure_step(device, quick)
 
 
 def main() -> None:
@@ -198,10 +196,11 @@ def main() -> None:
     )
     options.add_argument("--json", type=Path, help="write all figures to this file")
     options.add_argument("--quick", action="store_true", help="tiny sizes, to try this script")
-    options.add_argument("--worker", help=argparse.SUPPRESS)
+    options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.worker:
-        print(json.dumps(work(json.loads(arguments.worker))))
+        for figure in work(arguments.quick):
+            print(json.dumps(figure), flush=True)
         return
     import torch
 
@@ -209,17 +208,23 @@ def main() -> None:
         sys.exit("no GPU: only --quick runs on the CPU")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}; milliseconds unless said otherwise")
-    kernels, plain = (
-        run_worker(sys.executable, __file__, {"native": native, "quick": arguments.quick})
-        for native in ("require", "0")
-    )
+    results: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    command = [sys.executable, __file__, "--worker", *["--quick"] * arguments.quick]
+    for side, native in {"kernels": "require", "PyTorch": "0"}.items():
+        figures = results[side] = {}
+        environment = {**os.environ, "MBLM_NATIVE": native}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        ) as worker:
+            for line in worker.stdout or []:
+                figures.update([json.loads(line)])
+                write_json(arguments.json, results)  # now, lest a time limit take it away
+        if worker.returncode:
+            sys.exit(f"measuring {side} failed ({worker.returncode})")
     print(f"{'':44} {'kernels':>10} {'PyTorch':>10} {'ratio':>7}")
-    for name, ours in kernels.items():
-        print(f"{name:44} {ours:10.3f} {plain[name]:10.3f} {plain[name] / ours:7.2f}")
-    write_json(
-        arguments.json,
-        {"device": device, "torch": torch.__version__, "kernels": kernels, "plain": plain},
-    )
+    for name, plain in results["PyTorch"].items():
+        ours = results["kernels"][name]
+        print(f"{name:44} {ours:10.3f} {plain:10.3f} {plain / ours:7.2f}")
 
 
 if __name__ == "__main__":

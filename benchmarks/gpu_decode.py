@@ -1,13 +1,15 @@
 """Decoding on a GPU, rung by rung, against the floor that memory sets; weights in bfloat16.
 
 The rungs: PyTorch on the whole sequence for every byte, as the published release does; with a
-cache (its weights in float32); with this package's fused kernels as CUDA graphs; with kernels that
-begin while the ones before them end; and so for prompts of different lengths. All are in one
-process, on the same weights, for one sequence and for 64.
+cache (its weights in float32); this package's engine, whose kernels are launched by graphs and
+begin while the ones before them end; and, of 64 rows, so for prompts of different lengths. All are
+in one process, on the same weights, for one row and for 64.
 
-The floor is the time to read the weights that a byte needs (see decode.py) at the bandwidth of a
-sum over a large buffer, measured in the same run. Times are medians of several runs, after one that
-is not counted.
+A byte's time is the slope between two runs of different lengths, by events on the GPU: what a call
+costs beside its bytes is not in it. The rows have bytes enough from the beginning, so that nothing
+grows meanwhile. The floor is the time to move what a byte needs, its weights and states (see
+gpu_model.py), at the bandwidth of a large copy in the same run. Beside it stands what that model
+predicts at this bandwidth.
 
     python benchmarks/gpu_decode.py [--json FILE] [--quick]
 
@@ -15,17 +17,18 @@ is not counted.
 """
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from decode import MODELS, build, bytes_read
+from decode import MODELS, build, config_of
+from gpu_model import DESIGNS, DEVICES, predict
 from side_by_side import write_json
 
 from mblm import MBLM
@@ -35,70 +38,62 @@ from mblm.inference.torch_cache import TorchCache
 
 NAMES = ["quickstart, Transformer/Transformer", "published 2D, 25 Mamba-2 + 21 Transformer"]
 QUICK = ["small, 2 + 2 Transformer, width 128"]
-PROMPT = 64
-BANDWIDTH_BYTES = 1 << 30
+BUILT = next(design for design in DESIGNS if design.name == "dependent launches")
+# A little more than half of a power of two: memory that doubles has room for the runs, too.
+PROMPT = 1088
+COPIED = 4 << 30
 
 
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(call: Callable[[], Any], runs: int) -> float:
-    """Median time of a call, after one that is not counted."""
-    times = []
-    for _ in range(1 + runs):
-        wait()
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call, between events on the GPU."""
+    if not torch.cuda.is_available():
         begin = time.perf_counter()
         call()
-        wait()
-        times.append(time.perf_counter() - begin)
-    return median(times[1:])
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def middle(call: Callable[[], Any], runs: int) -> float:
+    """Median seconds of a call, after one that is not counted."""
+    return median([seconds(call) for _ in range(1 + runs)][1:])
 
 
 def bandwidth(device: str, quick: bool) -> float:
-    """Bytes per second of a sum over a buffer."""
-    buffer = torch.ones((BANDWIDTH_BYTES >> (10 if quick else 0)) // 4, device=device)
-    return buffer.numel() * 4 / seconds(buffer.sum, 9)
+    """Bytes per second that a copy reads and writes."""
+    source = torch.ones((COPIED >> (10 if quick else 0)) // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / middle(lambda: target.copy_(source), 9)
 
 
-@contextlib.contextmanager
-def rung(dependent: bool) -> Iterator[None]:
-    """Sessions decode so far up the ladder."""
-    torch.ops.mblm.set_dependent_launches(dependent)
-    try:
-        yield
-    finally:
-        torch.ops.mblm.set_dependent_launches(True)
+def per_byte(model: MBLM, lengths: list[int], counts: tuple[int, int]) -> float:
+    """Seconds for a byte of every row, after prompts of these lengths."""
+    session = Session(model, len(lengths), weights="bfloat16")
+    session.feed([bytes(length) for length in lengths])
+    few, many = (middle(lambda n=n: session.generate(n), 3) for n in counts)
+    return (many - few) / (counts[1] - counts[0])
 
 
-def per_byte(model: MBLM, batch: int, count: int, runs: int, *, is_ragged: bool = False) -> float:
-    """Seconds for a byte of every sequence, in a session that goes on."""
-    session = Session(model, batch, weights="bfloat16")
-    session.feed([bytes(PROMPT - (row if is_ragged else 0)) for row in range(batch)])
-    session.generate(3 * model.seq_lens[-1])  # graphs come with the second use
-    return seconds(lambda: session.generate(count), runs) / count
-
-
-def ladder(model: MBLM, device: str, batch: int, quick: bool) -> dict[str, float]:
-    """Seconds per byte of all sequences, by rung."""
-    runs, few, many = (1, 8, 16) if quick else (3, 16, 256)
-    ids = torch.zeros(batch, PROMPT, dtype=torch.long, device=device)
+def ladder(model: MBLM, device: str, batch: int, quick: bool) -> Iterator[tuple[str, float]]:
+    """Seconds per byte of all rows, by rung. The counts are patches of eight bytes."""
+    prompt, short, long = (72, (8, 16), (8, 16)) if quick else (PROMPT, (8, 16), (24, 192))
+    ids = torch.zeros(batch, prompt, dtype=torch.long, device=device)
 
     @torch.inference_mode()
     def without_cache() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
             model(ids)
 
-    figures = {"PyTorch, without a cache": seconds(without_cache, runs)}
-    with patch.object(session_module, "cache_for", lambda model, weights: TorchCache(model)):
-        figures["PyTorch, with a cache"] = per_byte(model, batch, few, runs)
-    for name, dependent in {"graphs": False, "dependent": True}.items():
-        with rung(dependent):
-            figures[name] = per_byte(model, batch, many, runs)
+    yield "engine", per_byte(model, [prompt] * batch, long)
     if batch > 1:
-        figures["dependent, ragged"] = per_byte(model, batch, many, runs, is_ragged=True)
-    return figures
+        yield "engine, ragged", per_byte(model, [prompt - row for row in range(batch)], long)
+    with patch.object(session_module, "cache_for", lambda model, weights: TorchCache(model)):
+        yield "PyTorch, with a cache", per_byte(model, [prompt] * batch, short)
+    yield "PyTorch, without a cache", middle(without_cache, 3)
 
 
 def main() -> None:
@@ -113,24 +108,28 @@ def main() -> None:
         sys.exit("no GPU: only --quick runs on the CPU")
     name_of_device = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     rate = bandwidth(device, arguments.quick)
-    print(f"{name_of_device}, torch {torch.__version__}, reads {rate / 1e9:.0f} GB/s")
+    print(f"{name_of_device}, torch {torch.__version__}, copies {rate / 1e9:.0f} GB/s")
     results: dict[str, Any] = {"device": name_of_device, "torch": torch.__version__}
     results["bytes_per_second"] = rate
-    print(f"{'model':44} {'batch':>5}  {'rung':26} {'bytes/s':>10}  of the floor")
+    print(f"{'model':44} {'rows':>4}  {'rung':26} {'bytes/s':>10}  of the floor")
     for name in QUICK if arguments.quick else NAMES:
         with torch.device(device):
             model = build(*MODELS[name])
-        floor = bytes_read(model, "bfloat16") / rate
-        for batch in (1, 64):
-            figures = ladder(model, device, batch, arguments.quick)
-            results[f"{name}, batch {batch}"] = {"floor": floor, "seconds_per_byte": figures}
-            for step, value in figures.items():
+        for batch in (1, 2 if arguments.quick else 64):
+            here = replace(DEVICES[0], bandwidth=rate)
+            predicted = predict(config_of(*MODELS[name]), here, BUILT, batch)
+            floor = predicted["floor"]
+            told = results[f"{name}, {batch} rows"] = {"predicted": predicted}
+            figures = told["seconds_per_byte"] = {}
+            for step, value in ladder(model, device, batch, arguments.quick):
+                figures[step] = value
+                write_json(arguments.json, results)  # now, lest a time limit take it away
                 print(
-                    f"{name:44} {batch:>5}  {step:26} {batch / value:>10.1f}  {floor / value:.3f}",
+                    f"{name:44} {batch:>4}  {step:26} {batch / value:>10.1f}  {floor / value:.3f}"
+                    + f", predicted {predicted['fraction']:.3f}" * (step == "engine"),
                     flush=True,
                 )
         del model
-    write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

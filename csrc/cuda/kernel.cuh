@@ -79,7 +79,7 @@ bool can_launch_dependents();
 template <class... Parameters, class... Arguments>
 Error launch_dependent(void (*kernel)(Parameters...), int64_t blocks, int threads,
                        size_t shared_bytes, Stream stream, Arguments... args) {
-  if (!dependent_launches || !can_launch_dependents()) {
+  if (!can_launch_dependents()) {
     return launch(kernel, blocks, threads, shared_bytes, stream, args...);
   }
   if (blocks <= 0) return nullptr;

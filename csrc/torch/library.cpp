@@ -14,10 +14,6 @@ std::string device_kind() {
 #endif
 }
 
-void set_dependent_launches(bool value) {
-  cuda::dependent_launches = value;
-}
-
 }  // namespace mblm
 
 namespace {
@@ -58,5 +54,4 @@ TORCH_LIBRARY_IMPL(mblm, CUDA, library) {
 TORCH_LIBRARY_FRAGMENT(mblm, library) {
   library.def("onednn_is_faster() -> bool", &mblm::onednn_is_faster);
   library.def("device_kind() -> str", &mblm::device_kind);
-  library.def("set_dependent_launches(bool value) -> ()", &mblm::set_dependent_launches);
 }
