@@ -1,5 +1,7 @@
 """A run goes on with the data that it began with, or says which file is another."""
 
+from pathlib import Path
+
 import pytest
 
 from mblm import __version__
@@ -22,9 +24,10 @@ class Files(jobs.Ids):
 
 def facts(*files: tuple[str, int]) -> dict[str, object]:
     data = lineage_of(Files(*files))
-    return facts_of(
-        Lineage(package=__version__, stages=[], seed=0, training_data=data, validation_data=data)
+    lineage = Lineage(
+        package=__version__, stages=[], seed=0, training_data=data, validation_data=data
     )
+    return facts_of(jobs.config(Path("runs")), lineage)
 
 
 BEFORE = [("in/a.txt", 40), ("b", 60)]
