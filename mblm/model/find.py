@@ -1,4 +1,4 @@
-"""Find a model or a training run by what a person types: a folder, a `.pth` file, `latest`."""
+"""Find a model or a training run by its name: a folder, a `.pth` file, `latest`, a packaged one."""
 
 import os
 import re
@@ -11,6 +11,9 @@ RUN_CONFIG_FILE = "config.yaml"
 DEFAULT_RUNS = Path("data", "output")
 """Where the runs of the configurations that come with this package go."""
 
+PACKAGED_MODELS = Path(__file__).parents[1] / "models"
+"""The trained models that come with this package, a folder for each."""
+
 LATEST = "latest"
 _BEST = "*_top*.pth"
 
@@ -21,7 +24,9 @@ def find_model(name: str | os.PathLike[str]) -> Path:
     Args:
         name: A folder that ``save_pretrained`` wrote; a ``.pth`` file; a run's folder, for its best
             model; ``latest`` or ``FOLDER/latest``, for that of the newest run in ``data/output`` or
-            in ``FOLDER`` that has one. Anything else is returned as it is: it may be a model's id.
+            in ``FOLDER`` that has one; a model that comes with this package, such as ``python``,
+            where no folder of that name holds a model. Anything else is returned as it is: it may
+            be a model's id.
 
     Raises:
         FileNotFoundError: There is no such run, or it has no model yet.
@@ -34,7 +39,14 @@ def find_model(name: str | os.PathLike[str]) -> Path:
     if (path / RUN_CONFIG_FILE).exists():
         return _best_of(path)
     _refuse_runs(path)
+    if not (path / WEIGHTS_FILE).exists():
+        return next((model for model in packaged_models() if model.name == os.fspath(name)), path)
     return path
+
+
+def packaged_models() -> list[Path]:
+    """The folders of the models that come with this package, by name."""
+    return sorted(file.parent for file in PACKAGED_MODELS.glob(f"*/{CONFIG_FILE}"))
 
 
 def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:

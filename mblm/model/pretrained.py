@@ -79,8 +79,9 @@ class PretrainedMixin:
 
         Args:
             pretrained_model_name_or_path: A folder; a run's folder, its ``.pth`` file or ``latest``
-                (see `mblm.model.find.find_model`); or the id of a model on the hub, for which
-                ``pip install "mblm[hub]"`` is needed.
+                (see `mblm.model.find.find_model`); ``python`` or another model that comes with this
+                package; or the id of a model on the hub, for which ``pip install "mblm[hub]"`` is
+                needed. The first of these that there is counts.
             revision: Branch, tag or commit on the hub. Default: the main branch.
             map_location: The device of the weights; ``"meta"`` gives a model without values.
                 Default: the CPU.

@@ -60,6 +60,25 @@ def test_a_folder_called_latest_is_meant_where_there_is_one(runs: Path) -> None:
     assert find_model("data/output/latest") == runs / "latest"
 
 
+def test_a_folder_with_a_model_comes_before_the_packaged_one_of_its_name(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged = Path("packaged", "python")
+    packaged.mkdir(parents=True)
+    (packaged / "config.json").touch()
+    monkeypatch.setattr("mblm.model.find.PACKAGED_MODELS", packaged.parent)
+    assert find_model("python") == packaged
+    folder = make_run(Path("python"), 1, "a_top1.pth")
+    assert find_model("python") == folder / "a_top1.pth"
+    (folder / "config.yaml").unlink()  # a folder of anything
+    assert find_model("python") == packaged
+    assert find_model("./python") == folder
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).touch()
+        assert find_model("python") == folder
+        (folder / file).unlink()
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
