@@ -1,7 +1,9 @@
-"""What the operators of the two Mamba scans share: checks, shapes of gradients, what is saved.
+"""What the operators of the two Mamba scans share: the walk over chunks of positions, and checks.
 
 Both take ``(x, step sizes, A, B, C, D, initial_state or None, chunk_size)`` and return y, the final
-state and the states before the chunks, from which the backward pass recomputes the others.
+state and the states before the chunks, from which the backward pass computes one chunk at a time
+again. What a chunk computes is each operator's own, by ``chunk(x, step sizes, B, C, A, D, state)``,
+which gives its y and the state after it, differentiable by PyTorch.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mblm.ops._library import Call
+from mblm.ops._library import Call, as_outside
+
+Chunk = Callable[..., tuple[Tensor, Tensor]]
 
 
 def check_tensors(
@@ -53,8 +57,8 @@ def backward_fake(
     return tuple(tensor.new_empty(tensor.shape) for tensor in shaped)
 
 
-def derivable(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
-    """A scan that takes one step after the other, as PyTorch can differentiate it."""
+def reference(chunk: Chunk) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A scan as its chunks one after the other; PyTorch can differentiate it."""
 
     def scan(
         x: Tensor,
@@ -69,16 +73,60 @@ def derivable(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple
         shape = (x.shape[0], *x.shape[2:], weight_in.shape[2])
         state = rates.new_zeros(shape) if initial_state is None else initial_state.clone()
         outputs, states = [x[:, :0]], [rates.new_zeros(shape)[:, None][:, :0]]
-        for position in range(x.shape[1]):
-            if position % chunk_size == 0:
+        with torch.autocast(x.device.type, enabled=False):
+            for span in _spans(x, chunk_size):
                 states.append(state[:, None])
-            at = (t[:, position] for t in (x, steps, weight_in, weight_out))
-            inputs, size, to_state, from_state = at
-            y, state = step(inputs, size, rates, to_state, from_state, direct, state)
-            outputs.append(y[:, None])
-        return torch.cat(outputs, 1), state, torch.cat(states, 1)
+                given = (tensor[:, span] for tensor in (x, steps, weight_in, weight_out))
+                y, state = chunk(*given, rates, direct, state)
+                outputs.append(y)
+        return torch.cat(outputs, 1), state.contiguous(), torch.cat(states, 1)
 
     return scan
+
+
+def backward_reference(chunk: Chunk) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradient of a scan: chunks backwards, each computed again from the state before it."""
+
+    def backward(
+        grad_y: Tensor,
+        grad_final_state: Tensor,
+        x: Tensor,
+        steps: Tensor,
+        rates: Tensor,
+        weight_in: Tensor,
+        weight_out: Tensor,
+        direct: Tensor,
+        chunk_states: Tensor,
+        chunk_size: int,
+    ) -> tuple[Tensor, ...]:
+        by_position = (x, steps, weight_in, weight_out)
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in by_position]
+        grad_rates, grad_direct = (
+            torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (rates, direct)
+        )
+        carry = grad_final_state.clone(memory_format=torch.contiguous_format)
+        spans = list(enumerate(_spans(x, chunk_size)))
+        with as_outside(), torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+            for index, span in reversed(spans):
+                given = [tensor[:, span] for tensor in by_position]
+                given += [rates, direct, chunk_states[:, index]]
+                leaves = [tensor.detach().requires_grad_() for tensor in given]
+                *of_positions, of_rates, of_direct, carry = torch.autograd.grad(
+                    chunk(*leaves), leaves, (grad_y[:, span], carry)
+                )
+                for grad, part in zip(grads, of_positions, strict=True):
+                    grad[:, span] = part
+                grad_rates += of_rates
+                grad_direct += of_direct
+        grad_x, grad_steps, grad_in, grad_out = grads
+        carry = carry.contiguous()
+        return grad_x, grad_steps, grad_rates, grad_in, grad_out, grad_direct, carry
+
+    return backward
+
+
+def _spans(x: Tensor, chunk_size: int) -> list[slice]:
+    return [slice(start, start + chunk_size) for start in range(0, x.shape[1], chunk_size)]
 
 
 def gradient(operator: str) -> Callable[..., tuple[Tensor | None, ...]]:

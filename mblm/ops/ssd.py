@@ -6,19 +6,20 @@ the backward pass recomputes each from the state before it.
 """
 
 # A, B, C and D are the paper's names.
-# ruff: noqa: N803, N806
-
-from collections.abc import Iterator
-from typing import NamedTuple
+# ruff: noqa: N803
 
 import torch
 from torch import Tensor
 
 from mblm.ops._library import register_operator
-from mblm.ops._scans import backward_fake, check_tensors, derivable, fake, gradient
-
-# Entries of the (rows, H, T, T) and (rows, H, P, N) buffers of one group of rows.
-_GROUP_ENTRIES = 2**21
+from mblm.ops._scans import (
+    backward_fake,
+    backward_reference,
+    check_tensors,
+    fake,
+    gradient,
+    reference,
+)
 
 
 def ssd(
@@ -117,174 +118,40 @@ def _check(
     )
 
 
-class _Decays(NamedTuple):
-    """The decays inside one chunk of T positions."""
+def _chunk(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pairs of T positions as a matrix product, and what the state before gives and becomes.
 
-    pairs: Tensor  # (R, H, T, T): from position j to i >= j, 0 above the diagonal
-    since_start: Tensor  # (R, T, H): from the state before the chunk to each position
-    until_end: Tensor  # (R, T, H): from each position to the state after the chunk
-    total: Tensor  # (R, H): over the whole chunk
-
-
-def _decays(dt: Tensor, A: Tensor) -> _Decays:
-    """All decays of a chunk from dt (R, T, H) and A (H,).
-
+    From x (R, T, H, P), dt (R, T, H), B and C (R, T, N), and the state before, (R, H, P, N).
     The sums of ``dt A`` are float64: a difference of two long sums must keep its digits.
     """
-    sums = torch.cumsum(dt * A, dim=1, dtype=torch.float64)
-    by_head = sums.transpose(1, 2)
-    pairs = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).to(A.dtype)
-    length = dt.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=dt.device).triu_(1)
-    return _Decays(
-        pairs=pairs.masked_fill_(later, -torch.inf).exp_(),
-        since_start=sums.exp().to(A.dtype),
-        until_end=(sums[:, -1:] - sums).exp().to(A.dtype),
-        total=sums[:, -1].exp().to(A.dtype),
-    )
+    inputs, weight_in, weight_out = (tensor.to(A.dtype) for tensor in (x, B, C))
+    scaled = inputs * dt.unsqueeze(-1)
+    sums = (dt * A).cumsum(1, dtype=torch.float64)  # (R, T, H)
+    by_head = sums.mT
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    between = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).to(A.dtype)
+    pairs = between.masked_fill(later, -torch.inf).exp()  # (R, H, T, T): from j to i >= j
 
+    scores = weight_out @ weight_in.mT  # (R, T, T)
+    inside = ((pairs * scores.unsqueeze(1)) @ scaled.transpose(1, 2)).transpose(1, 2)
+    flat = state.flatten(1, 2)  # (R, H·P, N)
+    before = (weight_out @ flat.mT).view_as(inputs)
+    y = inside.addcmul(before, sums.exp().to(A.dtype).unsqueeze(-1))
 
-def _row_groups(x: Tensor, num_states: int, chunk_size: int) -> Iterator[slice]:
-    rows, length, heads, head_dim = x.shape
-    span = min(length, chunk_size)
-    per_row = heads * (span * span + head_dim * num_states)
-    step = max(1, _GROUP_ENTRIES // max(per_row, 1))
-    for row in range(0, rows, step):
-        yield slice(row, row + step)
-
-
-def _reference(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial_state: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, length, heads, head_dim = x.shape
-    num_states = B.shape[2]
-    dtype = A.dtype
-    starts = range(0, length, chunk_size)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    shape = (rows, heads, head_dim, num_states)
-    chunk_states = A.new_empty(rows, len(starts), *shape[1:])
-    final_state = A.new_zeros(shape)
-    if initial_state is not None:
-        final_state.copy_(initial_state)
-    with torch.autocast(x.device.type, enabled=False):
-        for r in _row_groups(x, num_states, chunk_size):
-            state = final_state[r].flatten(1, 2)  # (R, H·P, N)
-            for chunk, start in enumerate(starts):
-                span = slice(start, start + chunk_size)
-                chunk_states[r, chunk] = state.unflatten(1, (heads, head_dim))
-                inputs, weight_in, weight_out = (t[r, span].to(dtype) for t in (x, B, C))
-                step = dt[r, span]
-                decays = _decays(step, A)
-                scaled = inputs * step.unsqueeze(-1)  # (R, T, H, P)
-
-                scores = weight_out @ weight_in.mT  # (R, T, T)
-                mixing = decays.pairs.mul_(scores.unsqueeze(1))
-                inside = (mixing @ scaled.transpose(1, 2)).transpose(1, 2)  # (R, T, H, P)
-                before = (weight_out @ state.mT).view_as(inputs)
-                out = inside.addcmul(before, decays.since_start.unsqueeze(-1))
-                y[r, span] = out.addcmul_(inputs, D.unsqueeze(-1)).to(x.dtype)
-
-                kept = state * decays.total.repeat_interleave(head_dim, dim=1).unsqueeze(-1)
-                arriving = (scaled * decays.until_end.unsqueeze(-1)).flatten(2)  # (R, T, H·P)
-                state = torch.baddbmm(kept, arriving.mT, weight_in)
-            final_state[r] = state.unflatten(1, (heads, head_dim))
-    return y, final_state, chunk_states
-
-
-def _backward_reference(
-    grad_y: Tensor,
-    grad_final_state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    chunk_states: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """The product rule on the chunked form, chunks walked backwards.
-
-    With s_i the sum of ``dt A`` up to position i of the chunk, each decay is an exponential of
-    s_i, s_j or the last s; their gradients are collected in ``grad_sums`` and summed from the
-    end to give the gradient of each ``dt_t A``.
-    """
-    _, length, heads, head_dim = x.shape
-    num_states = B.shape[2]
-    dtype = A.dtype
-    starts = range(0, length, chunk_size)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_dt = torch.empty_like(dt, memory_format=torch.contiguous_format)
-    grad_A, grad_D = torch.zeros_like(A), torch.zeros_like(D)
-    grad_B = torch.empty_like(B, memory_format=torch.contiguous_format)
-    grad_C = torch.empty_like(C, memory_format=torch.contiguous_format)
-    grad_state = grad_final_state.clone(memory_format=torch.contiguous_format)
-    with torch.autocast(x.device.type, enabled=False):
-        for r in _row_groups(x, num_states, chunk_size):
-            carry = grad_state[r].flatten(1, 2)  # (R, H·P, N), gradient of the state after
-            for chunk, start in reversed(list(enumerate(starts))):
-                span = slice(start, start + chunk_size)
-                before = chunk_states[r, chunk].flatten(1, 2)  # (R, H·P, N)
-                inputs, weight_in, weight_out, grad_out = (
-                    t[r, span].to(dtype) for t in (x, B, C, grad_y)
-                )
-                step = dt[r, span]
-                decays = _decays(step, A)
-                scaled = inputs * step.unsqueeze(-1)  # (R, T, H, P)
-                arriving = scaled * decays.until_end.unsqueeze(-1)
-                leaving = grad_out * decays.since_start.unsqueeze(-1)  # gradient of h C
-
-                # Pairs of positions: y_i += pairs_ij (C_i · B_j) scaled_j.
-                scores = weight_out @ weight_in.mT  # (R, T, T)
-                grad_out_by_head = grad_out.transpose(1, 2)
-                grad_mixing = grad_out_by_head @ scaled.transpose(1, 2).mT  # (R, H, T, T)
-                grad_mixing.mul_(decays.pairs)
-                grad_scores = grad_mixing.sum(1)
-                mixing = decays.pairs.mul_(scores.unsqueeze(1))
-                grad_scaled = (mixing.mT @ grad_out_by_head).transpose(1, 2)
-                through = grad_mixing.mul_(scores.unsqueeze(1))
-                grad_sums = (through.sum(-1) - through.sum(-2)).transpose(1, 2)  # (R, T, H)
-
-                # Out of the state before, y_i += since_start_i (h C_i), and into the one after.
-                carried = (weight_in @ carry.mT).view_as(inputs)
-                grad_scaled = grad_scaled.addcmul(carried, decays.until_end.unsqueeze(-1))
-                into = (arriving * carried).sum(-1)  # (R, T, H)
-                out_of = (leaving * (weight_out @ before.mT).view_as(inputs)).sum(-1)
-                kept = carry * decays.total.repeat_interleave(head_dim, dim=1).unsqueeze(-1)
-                grad_total = (kept * before).sum(-1).unflatten(1, (heads, head_dim)).sum(-1)
-                grad_sums = grad_sums + out_of - into
-                grad_sums[:, -1] += into.sum(1) + grad_total
-                grad_rates = grad_sums.flip(1).cumsum(1).flip(1)  # of dt A
-
-                grad_C[r, span] = (
-                    torch.baddbmm(grad_scores @ weight_in, leaving.flatten(2), before)
-                ).to(C.dtype)
-                grad_B[r, span] = (
-                    torch.baddbmm(grad_scores.mT @ weight_out, arriving.flatten(2), carry)
-                ).to(B.dtype)
-                grad_dt[r, span] = grad_rates * A + (grad_scaled * inputs).sum(-1)
-                grad_A += (grad_rates * step).sum((0, 1))
-                grad_D += (grad_out * inputs).sum((0, 1, 3))
-                grad_inputs = grad_scaled * step.unsqueeze(-1)
-                grad_x[r, span] = grad_inputs.addcmul_(grad_out, D.unsqueeze(-1)).to(x.dtype)
-                carry = torch.baddbmm(kept, leaving.flatten(2).mT, weight_out)
-            grad_state[r] = carry.unflatten(1, (heads, head_dim))
-    return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_state
+    arriving = (scaled * (sums[:, -1:] - sums).exp().to(A.dtype).unsqueeze(-1)).flatten(2)
+    kept = state * sums[:, -1].exp().to(A.dtype)[..., None, None]
+    after = torch.baddbmm(kept.flatten(1, 2), arriving.mT, weight_in).view_as(state)
+    return y.addcmul(inputs, D.unsqueeze(-1)).to(x.dtype), after
 
 
 register_operator(
     "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, "
     "int chunk_size) -> (Tensor y, Tensor final_state, Tensor chunk_states)",
-    reference=_reference,
+    reference=reference(_chunk),
     fake=fake,
-    derivable=derivable(ssd_step),
+    derivable=reference(_chunk),
     backward=gradient("ssd"),
     intermediates=1,
 )
@@ -293,6 +160,6 @@ register_operator(
     "Tensor B, Tensor C, Tensor D, Tensor chunk_states, int chunk_size) "
     "-> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, "
     "Tensor grad_D, Tensor grad_initial_state)",
-    reference=_backward_reference,
+    reference=backward_reference(_chunk),
     fake=backward_fake,
 )

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mblm.ops import ssd as module
+from mblm.ops._scans import backward_reference, reference
 from mblm.ops.ssd import ssd, ssd_step
 from tests.ops.largest_tensor import LargestTensor
+
+_reference, _backward_reference = reference(module._chunk), backward_reference(module._chunk)
 
 Arguments = dict[str, Tensor]
 
@@ -64,13 +67,6 @@ def plain_loop(
     return torch.cat(outputs, dim=1), state
 
 
-@pytest.fixture(params=["one group", "a group per row"])
-def group_entries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "a group per row":
-        monkeypatch.setattr(module, "_GROUP_ENTRIES", 1)
-
-
-@pytest.mark.usefixtures("group_entries")
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 9])
 def test_equals_the_plain_loop(length: int) -> None:
     arguments = make_arguments(3, length, 5, 2, 4)
@@ -81,11 +77,9 @@ def test_no_state_per_position_is_ever_held() -> None:
     arguments = make_arguments(1, 512, 4, 16, 16)
     num_inputs = arguments["x"].numel()
     with LargestTensor() as largest:
-        y, final_state, chunk_states = module._reference(**arguments, chunk_size=16)
+        y, final_state, chunk_states = _reference(*arguments.values(), 16)
         arguments.pop("initial_state")
-        module._backward_reference(
-            y, final_state, **arguments, chunk_states=chunk_states, chunk_size=16
-        )
+        _backward_reference(y, final_state, *arguments.values(), chunk_states, 16)
     assert largest.entries == num_inputs == chunk_states.numel()  # not 16 times as many
 
 
@@ -180,7 +174,6 @@ def test_autocast_does_not_lower_the_precision() -> None:
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("group_entries")
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_gradients(length: int) -> None:
     arguments = [tensor.requires_grad_() for tensor in make_arguments(2, length, 3, 2, 2).values()]
@@ -295,16 +288,16 @@ def test_native_equals_reference(
 
     forward = (*inputs, initial_state if with_state else None, chunk_size)
     ours = torch.ops.mblm.ssd(*forward)
-    theirs = module._reference(*forward)
+    theirs = _reference(*forward)
     backward = (grad_y, grad_final_state, *inputs, theirs[2], chunk_size)
     ours = (*ours, *torch.ops.mblm.ssd_backward(*backward))
-    theirs = (*theirs, *module._backward_reference(*backward))
+    theirs = (*theirs, *_backward_reference(*backward))
 
     # Terms of a sum may cancel out: errors are relative to the largest sum of the terms' sizes.
     sizes = [t if t is arguments["A"] else t.abs() for t in inputs]
-    of_sizes = module._reference(*sizes, initial_state.abs() if with_state else None, chunk_size)
+    of_sizes = _reference(*sizes, initial_state.abs() if with_state else None, chunk_size)
     gradients = (grad_y.abs(), grad_final_state.abs(), *sizes, of_sizes[2], chunk_size)
-    of_sizes = (*of_sizes, *module._backward_reference(*gradients))
+    of_sizes = (*of_sizes, *_backward_reference(*gradients))
 
     names = ["y", "final_state", "chunk_states", "x", "dt", "A", "B", "C", "D", "initial_state"]
     for name, one, other, size in zip(names, ours, theirs, of_sizes, strict=True):
@@ -384,7 +377,7 @@ def test_bad_arguments_are_named(
 
 
 @pytest.mark.parametrize("chunk_size", [9, 10, 2**62, sys.maxsize - 1, sys.maxsize])
-@pytest.mark.parametrize("operator", [module._reference, torch.ops.mblm.ssd.default])
+@pytest.mark.parametrize("operator", [_reference, torch.ops.mblm.ssd.default])
 def test_a_chunk_may_be_longer_than_the_sequences(
     chunk_size: int, operator: Callable[..., Any]
 ) -> None:
@@ -395,7 +388,7 @@ def test_a_chunk_may_be_longer_than_the_sequences(
     given = (y, final_state, *arguments.values(), states)
     expected = gradients(*given, 9)
     torch.testing.assert_close(gradients(*given, chunk_size), expected)
-    torch.testing.assert_close(module._backward_reference(*given, chunk_size), expected)
+    torch.testing.assert_close(_backward_reference(*given, chunk_size), expected)
     torch.testing.assert_close((y, final_state), ssd(**make_arguments(2, 9, 3, 2, 4)))
 
 
