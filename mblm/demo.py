@@ -80,10 +80,6 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
 
     Returns:
         The model, in evaluation mode.
-
-    Raises:
-        ValueError: ``seconds`` is not a positive number, or there are no sources.
-        OSError: ``out`` cannot be a folder.
     """
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"minutes: expected a positive number, got {seconds / 60}")
@@ -115,9 +111,6 @@ def find_sources(root: Path) -> tuple[list[str], list[str]]:
 
     Returns:
         Their names, relative to the folder: for training and for validation.
-
-    Raises:
-        ValueError: There are too few sources.
     """
     names = sorted(
         str(file.relative_to(root))

@@ -31,11 +31,7 @@ def read_file(file: Path) -> bytes:
 
 
 def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | None:
-    """What the options say that is to be written.
-
-    Raises:
-        OSError, ValueError: No pattern, no file or no schema, or llguidance is not installed.
-    """
+    """What the options say that is to be written."""
     if regex is not None:
         from mblm.constrain import Regex
 
@@ -55,11 +51,7 @@ def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | N
 
 
 def how_many(asked: int | None, prompt: int, context: int | None) -> int:
-    """How many bytes to generate: those asked for, or as many as the context holds.
-
-    Raises:
-        ValueError: They do not fit after a prompt of so many bytes.
-    """
+    """How many bytes to generate: those asked for, or as many as the context holds."""
     if context is None:
         return DEFAULT_BYTES if asked is None else asked
     room = context - prompt

@@ -62,11 +62,7 @@ def generate_all(
 
 
 def read_prompts(file: Path) -> list[bytes]:
-    """The prompts of a file, one JSON object a line: ``prompt``, text, or ``prompt_base64``.
-
-    Raises:
-        OSError, ValueError: No such file, or a line that is none of these; the message names it.
-    """
+    """The prompts of a file, one JSON object a line: ``prompt``, text, or ``prompt_base64``."""
     prompts: list[bytes] = []
     for number, line in enumerate(read_file(file).splitlines(), 1):
         try:

@@ -19,11 +19,7 @@ MOST_BYTES = 16 << 20  # a page has about nine times as many
 
 
 def writer_for(out: Path) -> Callable[[Surprise, str, BinaryIO], None]:
-    """What writes a file of this name.
-
-    Raises:
-        ValueError: The suffix is unknown, or matplotlib is missing for a picture.
-    """
+    """What writes a file of this name."""
     suffix = out.suffix.lower()
     if suffix in (".html", ".htm"):
         return write_page
@@ -34,12 +30,7 @@ def writer_for(out: Path) -> Callable[[Surprise, str, BinaryIO], None]:
 
 
 def read_text(file: Path) -> bytes:
-    """A file's bytes.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: There are more than a page can show.
-    """
+    """A file's bytes."""
     with open_binary(file) as stream:
         data = stream.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:

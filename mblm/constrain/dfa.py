@@ -17,11 +17,7 @@ State = TypeVar("State", bound=Hashable)
 
 
 def determinize(nfa: Nfa, num_tokens: int) -> Automaton:
-    """The automaton whose states are the sets of states that are reached together.
-
-    Raises:
-        ValueError: It is too large.
-    """
+    """The automaton whose states are the sets of states that are reached together."""
     class_of, classes_in = _byte_classes({of_bytes for edges in nfa.edges for of_bytes, _ in edges})
     reached = _without_a_byte(nfa)
     moves = [[(classes_in[of_bytes], reached(to)) for of_bytes, to in edges] for edges in nfa.edges]
@@ -51,11 +47,7 @@ def determinize(nfa: Nfa, num_tokens: int) -> Automaton:
 
 
 def intersection(a: Automaton, b: Automaton) -> Automaton:
-    """Accepts what both accept; they are of the same tokens.
-
-    Raises:
-        ValueError: It is too large.
-    """
+    """Accepts what both accept; they are of the same tokens."""
     pairs, classes = torch.stack((a.classes, b.classes)).unique(dim=1, return_inverse=True)
     rows_a, rows_b = a.next[:, pairs[0].long()].tolist(), b.next[:, pairs[1].long()].tolist()
 

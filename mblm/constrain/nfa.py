@@ -39,9 +39,6 @@ class Nfa:
         edges: Per state, sets of bytes (bit b for byte b) and the states that these lead to.
         free: Per state, the states that are reached without a byte.
         end: The state that accepts.
-
-    Raises:
-        ValueError: It has what no automaton over bytes can be, or more than 100000 states.
     """
 
     def __init__(self, pattern: re.Pattern[Any]) -> None:

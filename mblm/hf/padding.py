@@ -13,9 +13,6 @@ def align_left(ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tens
 
     Returns:
         The ids, and by how many positions each row was rotated, ``(B,)``, or None if none was.
-
-    Raises:
-        ValueError: A mask of another shape, or with gaps.
     """
     first, _ = _bounds(ids, attention_mask)
     if first is None or not first.any():

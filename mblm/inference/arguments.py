@@ -18,11 +18,7 @@ def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
 
 
 def check_seconds(seconds: Any) -> float:
-    """Refuse what is not a number, or NaN.
-
-    Raises:
-        TypeError, ValueError: No number.
-    """
+    """Refuse what is not a number, or NaN."""
     if math.isnan(seconds := check_number("seconds", seconds)):
         raise ValueError("seconds: expected a number, got nan")
     return seconds

@@ -27,9 +27,6 @@ def sampled_bytes(
 
     Returns:
         The plans with the bytes.
-
-    Raises:
-        ValueError: With ``instead`` or ``mask``, a row is left nothing to choose from.
     """
     logits = own if instead is None else instead.to(own)
     logits = logits.to(sampling_dtype(logits.dtype))
@@ -62,11 +59,7 @@ def sampled_bytes(
 def given_bytes(
     progress: Sequence[Progress], rooms: Sequence[int | None], own: Tensor, ids: Tensor
 ) -> list[Progress]:
-    """Take bytes ``(rows,)`` that the caller chose; as `sampled_bytes`.
-
-    Raises:
-        ValueError: A plan does not allow its byte.
-    """
+    """Take bytes ``(rows,)`` that the caller chose; as `sampled_bytes`."""
     for index, (now, room, token) in enumerate(zip(progress, rooms, ids.tolist(), strict=True)):
         allowed = now.allowed(room)
         if allowed is not None and not allowed[token]:

@@ -95,11 +95,7 @@ class Course:
         return self.request.logits_processor is not None
 
     def mask(self) -> Tensor | None:
-        """Where the guide leaves a choice, ``(V,)`` bool; None without a guide.
-
-        Raises:
-            ValueError: It leaves none, and accepts not what there is; or it gives something else.
-        """
+        """Where the guide leaves a choice, ``(V,)`` bool; None without a guide."""
         if self._guide is None:
             return None
         mask = self._guide.allowed(self.request.plan.max_tokens - self._answers)

@@ -19,10 +19,6 @@ def cache_for(model: Any, weights: str) -> Cache:
     Args:
         model: An `mblm.MBLM`.
         weights: The type of weights that compiled code reads.
-
-    Raises:
-        TypeError: No `mblm.MBLM`.
-        ValueError: An unknown type of weights, or weights that are NaN, infinite or not there.
     """
     check_model(model)
     packed = weights_of(model, weights)

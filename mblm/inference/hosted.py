@@ -184,11 +184,7 @@ def _has(stage: Any, *names: str) -> bool:
 
 
 def _copy_nest(value: Any, copy: Any) -> Any:
-    """A nest with its tensors copied.
-
-    Raises:
-        ValueError: It holds something else.
-    """
+    """A nest with its tensors copied."""
     if isinstance(value, Tensor):
         return copy(value)
     if isinstance(value, (tuple, list)):

@@ -4,12 +4,7 @@ from typing import Any
 
 
 def check_model(model: Any) -> None:
-    """Refuse what does not decode.
-
-    Raises:
-        TypeError: No `mblm.MBLM`, such as an encoder or a wrapper.
-        ValueError: A model without values.
-    """
+    """Refuse what does not decode."""
     if not hasattr(model, "empty_logits"):
         raise TypeError(f"model: expected an mblm.MBLM, got {type(model).__name__}")
     if model.device.type == "meta":

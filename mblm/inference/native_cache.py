@@ -51,9 +51,6 @@ class NativeCache:
         weights: What linear layers' weights are read as: ``"float32"``, ``"bfloat16"``, ``"int8"``.
         max_rows: On a GPU, how many rows there are slots for at first. Their number doubles when
             there are more rows, and a row's last bits may change then. Default 1.
-
-    Raises:
-        ValueError: The engine cannot stand in for the model; see `mblm.inference.weights`.
     """
 
     def __init__(self, model: Any, weights: str = "float32", max_rows: int = 1) -> None:

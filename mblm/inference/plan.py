@@ -25,9 +25,6 @@ class Draws:
     Args:
         generator: Where they come from. Default: torch's default generator of the device.
         lanes: How many rows. Default 1.
-
-    Raises:
-        TypeError, ValueError: No generator, or lanes below 1.
     """
 
     def __init__(self, generator: torch.Generator | None = None, lanes: int = 1) -> None:
@@ -57,11 +54,7 @@ class Draws:
             )
 
     def enter(self, lane: int, instead_of: "Lane | None" = None) -> "Lane":
-        """Have a lane serve a row, maybe instead of another.
-
-        Raises:
-            ValueError: See `check_free`.
-        """
+        """Have a lane serve a row, maybe instead of another."""
         with self._lock:
             self.check_free(lane, instead_of)
             self._waited_for.add(lane)
@@ -163,10 +156,6 @@ class Plan:
             match of the row's last ones (see `mblm.inference.draft`). The bytes that are chosen are
             the same. Not used with ``pause``, nor by a GPU's engine. Default 0, none; of more than
             24, 24 are proposed.
-
-    Raises:
-        TypeError: An attribute of another type.
-        ValueError: An attribute outside its range.
     """
 
     max_tokens: int
@@ -223,11 +212,7 @@ class Plan:
 
 
 def check_plan(name: str, plan: Plan, num_tokens: int, device: torch.device) -> None:
-    """Refuse a plan that is none, or not one for a model of so many tokens on a device.
-
-    Raises:
-        TypeError, ValueError: The message begins with ``name``.
-    """
+    """Refuse a plan that is none, or not one for a model of so many tokens on a device."""
     if not isinstance(plan, Plan):
         raise TypeError(f"{name}: expected a Plan, got {type(plan).__name__}")
     for what, automaton in (("allow", plan.allow), ("stop", plan.stop)):

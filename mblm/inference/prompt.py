@@ -78,11 +78,7 @@ def _ids_of(data: bytes | bytearray | memoryview) -> Tensor:
 
 
 def utf8(name: str, text: str) -> bytes:
-    """The bytes of a text.
-
-    Raises:
-        ValueError: It has surrogates alone, for which UTF-8 has no bytes.
-    """
+    """The bytes of a text."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -21,10 +21,6 @@ class Prompts:
         seeds: As another argument. A number is drawn from torch's default generator; without a seed
             of its own, the n-th prompt has one that is n more.
         arguments: By their names.
-
-    Raises:
-        TypeError: No prompts, or one.
-        ValueError: A list of values that is not as long as the prompts.
     """
 
     def __init__(self, prompts: Iterable[Prompt], seeds: Any, arguments: Mapping[str, Any]) -> None:

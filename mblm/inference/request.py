@@ -150,9 +150,6 @@ def requests_of_rows(
         generator: What to draw from.
         names: See `request`.
         wishes: The other arguments of `request`.
-
-    Raises:
-        TypeError, ValueError: See `request`; a list of another length.
     """
     name, count = names.get("max_bytes", "max_bytes"), len(lengths)
     wishes["max_bytes"] = check_integer(name, max_bytes) if max_bytes is None else max_bytes
@@ -182,9 +179,6 @@ def lists_of(
         count: How many there are; None if that is not known.
         of: What they are, for errors.
         names: See `request`.
-
-    Raises:
-        ValueError: A list of another length.
     """
     lists: dict[str, Sequence[Any]] = {
         name: value
@@ -209,11 +203,7 @@ def draws_of(
     lanes: int = 1,
     names: Names = _NAMES,
 ) -> Draws | None:
-    """Where random numbers come from; None for one lane of the device's default generator.
-
-    Raises:
-        TypeError, ValueError: Both are given, or one that is none; a generator of another device.
-    """
+    """Where random numbers come from; None for one lane of the device's default generator."""
     if seed is not None:
         if generator is not None:
             raise ValueError("pass at most one of seed and generator")

@@ -40,12 +40,7 @@ def write(path: str | Path, header: dict[str, str], states: Sequence[State]) -> 
 
 
 def read(path: str | Path) -> tuple[dict[str, str], list[State]]:
-    """The header and the states of a file, on the CPU.
-
-    Raises:
-        OSError: No such file, or one that cannot be read.
-        ValueError: Not a session, a damaged one, or one of another release.
-    """
+    """The header and the states of a file, on the CPU."""
     from safetensors import SafetensorError, safe_open
 
     if Path(path).is_dir():

@@ -53,9 +53,6 @@ class Slots(Generic[_T]):
         """What rows have, for one call at a time: as long as ``call`` is locked.
 
         A lock is released by no code of Python, in which a signal might come before.
-
-        Raises:
-            ValueError: A row that there is not, twice the same, or in another call.
         """
         with self._lock:
             taken: set[Row] = set()

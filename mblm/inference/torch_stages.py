@@ -323,11 +323,7 @@ class TorchStages:
 
 
 def loaded_bytes(given: dict[str, Any], model: CausalHierarchy) -> tuple[int, int, Tensor]:
-    """Take length, taken and tail, int64 on the CPU, out of a state.
-
-    Raises:
-        ValueError: They do not fit the model or each other.
-    """
+    """Take length, taken and tail, int64 on the CPU, out of a state."""
     try:
         length, taken = (check_integer(name, given.pop(name)) for name in ("length", "taken"))
         tail = has_values("tail", given.pop("tail"))

@@ -76,9 +76,6 @@ def weights_of(
         None where there is no native cache: kernels that are not loaded; a local stage, or what is
         around it, that is not as built, not float32, not contiguous, or with dropout in training;
         on a GPU, any such stage.
-
-    Raises:
-        ValueError: An unknown type of weights.
     """
     if weights not in WEIGHT_TYPES:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHT_TYPES)}, got {weights!r}")

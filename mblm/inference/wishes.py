@@ -91,11 +91,7 @@ class WishesOfPrompts(WishesOfMany, total=False):
 
 
 def check_known(caller: str, wishes: Mapping[str, Any], known: Any) -> None:
-    """Refuse wishes of a caller that one of these classes does not name.
-
-    Raises:
-        TypeError: There is one.
-    """
+    """Refuse wishes of a caller that one of these classes does not name."""
     for name in wishes:
         if name not in known.__optional_keys__:
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")

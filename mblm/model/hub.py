@@ -27,9 +27,6 @@ def push_folder(
 
     Returns:
         The address of the commit.
-
-    Raises:
-        ImportError: There is no `huggingface_hub`.
     """
     try:
         from huggingface_hub import HfApi
@@ -63,9 +60,6 @@ def model_card(
         library: What loads it, ``"mblm"`` or ``"transformers"``.
         usage: Lines of Python that load and use it.
         bits_per_byte: What it needs on average of a text's byte, if that is known.
-
-    Raises:
-        TypeError, ValueError: ``bits_per_byte`` is no number above 0.
     """
     is_decoder = hasattr(model, "generate")
     lines = [

@@ -53,9 +53,6 @@ def sum_over_tiles(
 
     Returns:
         The sum, float32 (or float64), and the count, both scalars.
-
-    Raises:
-        ValueError: ``function`` uses a tensor that needs a gradient and is no known parameter.
     """
     if not torch.is_grad_enabled() or not (rows.requires_grad or sums.parameters):
         tiles = _tiles(size, rows, *others)

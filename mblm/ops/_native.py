@@ -23,10 +23,6 @@ def load() -> None:
 
     The environment variable ``MBLM_NATIVE`` decides: unset, absent kernels are a warning;
     ``require`` makes them an error; ``0`` loads nothing.
-
-    Raises:
-        ValueError: ``MBLM_NATIVE`` has another value.
-        ImportError: the kernels are required and cannot be loaded.
     """
     global _library
     setting = os.environ.get("MBLM_NATIVE", "")
@@ -58,11 +54,7 @@ def _use_one_thread_if_forked() -> None:
 
 
 def load_library(folder: Path) -> ModuleType:
-    """Load ``mblm._C`` from a folder; the operators then use its kernels.
-
-    Raises:
-        ImportError: it cannot be loaded, or is not there.
-    """
+    """Load ``mblm._C`` from a folder; the operators then use its kernels."""
     spec = _find_library(folder)
     if spec is None or spec.loader is None:
         raise ImportError(f"{folder} holds none")

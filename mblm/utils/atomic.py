@@ -17,10 +17,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     a reader, or a machine that lost power, sees the old file or the new one. On an error `path`
     is left as it was and the file beside it is removed. A symbolic link is followed, and the
     permissions of a file that is replaced are kept.
-
-    Raises:
-        FileNotFoundError: The folder of `path` does not exist.
-        ValueError: `path` exists and is not a regular file.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():

@@ -61,11 +61,7 @@ def save_model_state(
 
 
 def save_tensors(file: File, content: Any) -> None:
-    """Do as ``torch.save``, but replace the file as a whole or leave it as it was.
-
-    Raises:
-        OSError: It cannot be written, such as to a full disk, which torch has another error for.
-    """
+    """Do as ``torch.save``, but replace the file as a whole or leave it as it was."""
     try:
         with atomic_write(file) as stream:
             torch.save(content, stream)
@@ -141,10 +137,6 @@ def load_checked_state(
         model: The module to load into.
         extend: As ``map_extend_embeddings`` of `load_model_state`.
         messages: Gets a line for every tensor that was extended.
-
-    Raises:
-        ValueError: Tensors are missing, unexpected or mismatched, all of them named; a weight is
-            NaN or infinite; or weights differ that are tied in the model.
     """
     own = model.state_dict()
     own_names = {_uncompiled(name): name for name in own}

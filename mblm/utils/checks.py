@@ -13,11 +13,7 @@ _ID_DTYPES = frozenset(
 
 
 def check_integer(name: str, value: Any) -> int:
-    """Refuse what is not an integer; a bool is none.
-
-    Raises:
-        TypeError: Not an integer.
-    """
+    """Refuse what is not an integer; a bool is none."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)
@@ -27,11 +23,7 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def check_number(name: str, value: Any) -> float:
-    """Refuse what is not a number; a bool or a text is none.
-
-    Raises:
-        TypeError: Not a number.
-    """
+    """Refuse what is not a number; a bool or a text is none."""
     try:
         if not isinstance(value, (bool, str, bytes)):
             return float(value)
@@ -41,11 +33,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_id_dtype(name: str, ids: torch.Tensor | None) -> torch.Tensor:
-    """Refuse what is not a tensor of integers; returns it as int64.
-
-    Raises:
-        TypeError: Not a tensor, or not of an integer dtype.
-    """
+    """Refuse what is not a tensor of integers; returns it as int64."""
     if not isinstance(ids, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor of token ids, got {type(ids).__name__}")
     if ids.dtype not in _ID_DTYPES:
@@ -57,10 +45,6 @@ def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> tor
     """Refuse what is not a tensor of token ids in ``[0, num_tokens)``; returns them as int64.
 
     The range is not checked while a graph is traced, where values do not exist.
-
-    Raises:
-        TypeError: Not a tensor, or not of an integer dtype.
-        ValueError: An id outside the vocabulary; the message names it and its position.
     """
     given = ids
     ids = check_id_dtype(name, ids)
@@ -77,11 +61,7 @@ def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> tor
 
 
 def check_finite_weights(module: torch.nn.Module) -> None:
-    """Refuse a module with NaN or infinite weights; those of other types (quantized) are not read.
-
-    Raises:
-        ValueError: Names the first parameter that is not finite.
-    """
+    """Refuse NaN or infinite weights; those of other types (quantized) are not read."""
     for name, parameter in module.named_parameters():
         if type(parameter) is not torch.nn.Parameter or parameter.is_meta:
             continue

@@ -6,11 +6,7 @@ from collections.abc import Sequence
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name, those in the working folder too.
-
-    Raises:
-        ValueError: There is no module of that name. What a module itself raises is passed on.
-    """
+    """Import modules by name, those in the working folder too."""
     if names and "" not in sys.path:
         sys.path.append("")  # as `python -m` begins with it, and an installed program does not
     for name in names:

@@ -39,11 +39,7 @@ _OTHER_SUFFIX = {".yaml": ".yml", ".yml": ".yaml"}
 
 
 def open_binary(file: Path) -> AbstractContextManager[BinaryIO]:
-    """Open a file for reading bytes; ``-`` is standard input, which stays open.
-
-    Raises:
-        OSError: The file cannot be read, or standard input is closed.
-    """
+    """Open a file for reading bytes; ``-`` is standard input, which stays open."""
     if file != STANDARD_INPUT:
         return file.open("rb")
     if sys.stdin is None:
@@ -91,11 +87,7 @@ def _read_yml(path: Path) -> Any:
 
 
 def parse_yml(text: str | bytes, name: str) -> Any:
-    """What a YAML document says, refused where a key comes twice; ``1e6`` is a number.
-
-    Raises:
-        ValueError: It is no valid YAML; the message begins with ``name`` and tells the place.
-    """
+    """What a YAML document says, refused where a key comes twice; ``1e6`` is a number."""
     try:
         return yaml.load(text, _Loader)  # a safe one
     except (yaml.YAMLError, ValueError, RecursionError) as error:
