@@ -108,6 +108,7 @@ def _root(
       mblm generate latest --prompt "The "           write with what was trained last
       mblm eval latest book.txt                      bits per byte of files
       mblm show latest book.txt                      which bytes surprise it
+      mblm pack posts.jsonl.zst --out packed         make documents fast to train on
       mblm info                                      what is installed, compiled and missing
     """
     if version:
@@ -383,6 +384,45 @@ def show(
         surprise = measure_file(loaded, data)
         write(surprise, name_of(file), stream)
     typer.echo(f"Wrote {out}: {surprise}")
+
+
+@app.command()
+def pack(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC...",
+            help="Files, folders, globs, URLs, or datasets of the hub, owner/name or "
+            "owner/name:config, of which the split train is taken.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    field: Annotated[
+        str, typer.Option(help="The column of .jsonl, .csv, .tsv and .parquet that holds the text.")
+    ] = "text",
+    valid: Annotated[
+        float,
+        typer.Option(help="Share of the bytes, in whole documents, to validate on; 0: none."),
+    ] = 0.01,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Take tables as one document each, as other files.")
+    ] = False,
+) -> None:
+    """Pack documents into a folder that training reads fast, as its io.dataset_dir.
+
+    A row of a table is a document, and so is any other file. Files may be compressed: .gz, .bz2,
+    .xz, .zst. Order and bytes are kept. Packing ends with the whole folder or with none.
+
+    \b
+    Examples:
+      mblm pack my-texts --out packed
+      mblm pack posts.jsonl.gz books/*.parquet --field body --out packed --valid 0.005
+      mblm pack HuggingFaceFW/fineweb-edu:sample-10BT --out fineweb
+    """
+    from mblm.cli.pack import pack_sources
+
+    with interrupt.raises():
+        typer.echo(pack_sources(sources, out, field, valid, whole))
 
 
 @app.command()

@@ -20,6 +20,10 @@ NAMES = {
     "mblm.data.dataset.pg19_masked": "PG19Masked",
     "mblm.data.dataset.clevr": "Clevr ClevrOptionalArgs",
     "mblm.data.dataset.byte_files": "ByteFiles ByteFilesArgs",
+    "mblm.data.dataset.mixture": "Mixture",
+    "mblm.data.pack": "pack",
+    "mblm.data.packed": "PackSummary open_part read_summary",
+    "mblm.data.documents": "find_source read_source",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from mblm.data.datasets import (
     DistributedDataset,
     DistributedDatasetConfig,
 )
+from mblm.data.deal import Dealer
 from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
 from mblm.data.packed import is_packed, lineage_of_part, open_part
@@ -257,19 +257,6 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         return ids, torch.ones_like(ids, dtype=torch.float16)
 
 
-def deal_documents(sizes: Iterable[int], shares: dict[ModelMode, float]) -> list[ModelMode]:
-    """The part that each document goes to: the one that lacks most bytes of its share so far."""
-    lacking = dict.fromkeys(shares, 0.0)
-    parts = []
-    for size in sizes:
-        for part, share in shares.items():
-            lacking[part] += share * size
-        part = max(lacking, key=lacking.__getitem__)
-        lacking[part] -= size
-        parts.append(part)
-    return parts
-
-
 def _part_of_files(
     root: Path, mode: ModelMode, args: ByteFilesArgs, without: str | Path | None
 ) -> tuple[FileBytes, int, int]:
@@ -279,8 +266,8 @@ def _part_of_files(
     if own_files:
         return data, 0, len(data)
     if args.split_by == "documents":
-        parts = deal_documents(data.sizes, shares)
-        files = [file for file, part in zip(data.files, parts, strict=True) if part is mode]
+        dealer, of_files = Dealer(shares), zip(data.files, data.sizes, strict=True)
+        files = [file for file, size in of_files if dealer.deal(size) is mode]
         data = FileBytes(files, args.separator_id)
         return data, 0, len(data)
     stop = len(data)

@@ -39,11 +39,7 @@ from mblm.train.core.training_state import (
 )
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
+from mblm.utils.lock import hold
 
 Config = GenericEntryConfig[Any, Any, Any]
 
@@ -203,15 +199,7 @@ def hold_run(folder: Path) -> Any:
         ValueError: Another process holds it.
     """
     (folder / "state").mkdir(exist_ok=True)
-    file = (folder / "state" / "lock").open("ab")
-    try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder}: another process is training this run") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+    return hold(folder / "state" / "lock", f"{folder}: another process is training this run")
 
 
 def _tensorboard() -> Any:

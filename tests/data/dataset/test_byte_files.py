@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
-from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs, deal_documents
+from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
+from mblm.data.deal import Dealer
 from mblm.data.types import ModelMode
 
 TRAIN, VALID, TEST = ModelMode
@@ -112,6 +113,11 @@ def test_a_separator_stands_between_files(tmp_path: Path) -> None:
     write(tmp_path, a=b"ab", b=b"", c=b"c", d=b"d")
     ids = ids_of(part(tmp_path, TRAIN, separator_id=300, valid_fraction=0, test_fraction=0))
     assert ids == [97, 98, 300, 99, 300, 100]
+
+
+def deal_documents(sizes: list[int], shares: dict[ModelMode, float]) -> list[ModelMode]:
+    dealer = Dealer(shares)
+    return [dealer.deal(size) for size in sizes]
 
 
 def test_documents_are_dealt_out_by_their_bytes_from_all_over() -> None:

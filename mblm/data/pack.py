@@ -1,0 +1,155 @@
+"""Pack documents from anywhere into a folder that training reads fast: `mblm.data.packed`."""
+
+import hashlib
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from mblm.data.deal import Dealer
+from mblm.data.documents import Source, find_source, read_source
+from mblm.data.packed import BYTES, DOCUMENTS, SUMMARY, PackedPart, PackSummary
+from mblm.data.types import ModelMode
+from mblm.utils.atomic import sync_directory
+from mblm.utils.lock import hold
+
+
+def pack(
+    sources: Sequence[str | Source],
+    out: Path,
+    *,
+    field: str = "text",
+    valid: float = 0.01,
+    whole: bool = False,
+    on_read: Callable[[int], object] = lambda size: None,
+) -> PackSummary:
+    """Write the documents of sources into a new folder, which is there as a whole or not at all.
+
+    Args:
+        sources: Files, folders, globs, URLs or names on the hub; `find_source` says which is which.
+        out: The folder.
+        field: The column of tables that holds the documents.
+        valid: The validation part's share of the bytes, in whole documents from all over; 0: none.
+        whole: Whether tables are one document each, as other files are.
+        on_read: Called with how many bytes of a file were read.
+
+    Returns:
+        What is in the folder's ``pack.json``.
+
+    Raises:
+        FileExistsError: There is such a folder already.
+        OSError: A source is missing, or the folder cannot be written.
+        ValueError: A source is empty or cannot be read, a row lacks the field, or no document is
+            left for a part.
+    """
+    if not 0 <= valid < 1:
+        raise ValueError(f"valid: expected a share in [0, 1), got {valid}")
+    found = [find_source(source) if isinstance(source, str) else source for source in sources]
+    names = [source.name for source in found]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"sources: {twice[0]!r} is given twice")
+    shares = {ModelMode.TRAIN.value: 1 - valid}
+    if valid:
+        shares[ModelMode.VALID.value] = valid
+    dealer = Dealer(shares)
+    left_out: Counter[str] = Counter()
+    with _new_folder(out) as folder:
+        writers = {part: _PartWriter(folder / part) for part in shares}
+        for source in found:
+            count = 0
+            for document in read_source(source, field, whole=whole, on_read=on_read):
+                if document.trouble:
+                    left_out[document.trouble] += 1
+                else:
+                    writers[dealer.deal(len(document.data))].add(document.data, source.name)
+                    count += 1
+            if not count:
+                raise ValueError(f"{source.name}: holds no document" + _told(left_out))
+        parts = {part: writer.close() for part, writer in writers.items()}
+        for part, told in parts.items():
+            if not told.documents:
+                documents = sum(other.documents for other in parts.values())
+                raise ValueError(
+                    f"valid: {valid:g} of the bytes leaves the {part} part none of {documents} "
+                    "documents: ask for a larger share, or 0"
+                )
+        summary = PackSummary(parts=parts, left_out=dict(left_out))
+        with (folder / SUMMARY).open("xb") as file:
+            file.write(summary.model_dump_json(indent=2).encode() + b"\n")
+            _sync(file)
+    return summary
+
+
+class _PartWriter:
+    """Writes the files of one part."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._file = (folder / BYTES).open("xb")
+        self._offsets = array("q", [0])
+        self._hash = hashlib.sha256()
+        self._sources: Counter[str] = Counter()
+
+    def add(self, document: bytes, source: str) -> None:
+        self._file.write(document)
+        self._hash.update(document)
+        self._offsets.append(self._offsets[-1] + len(document))
+        self._sources[source] += len(document)
+
+    def close(self) -> PackedPart:
+        with self._file as file:
+            _sync(file)
+        with (self._folder / DOCUMENTS).open("xb") as file:
+            np.save(file, np.frombuffer(self._offsets, np.int64))
+            _sync(file)
+        return PackedPart(
+            documents=len(self._offsets) - 1,
+            bytes=self._offsets[-1],
+            sha256=self._hash.hexdigest(),
+            sources=dict(self._sources),
+        )
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` when the block ends without an error, and else is removed.
+
+    What a process that was killed has left is removed, too.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: remove it, or name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.absolute().with_name(f".{out.name}.tmp")
+    folder.mkdir(exist_ok=True)
+    with hold(folder / "lock", f"{out}: another process is packing into it") as lock:
+        try:
+            for left in folder.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != "lock":
+                    left.unlink()
+            yield folder
+            os.unlink(lock.name)
+            os.rename(folder, out)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(out)  # such as of a full disk
+            raise
+    sync_directory(out.absolute().parent)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _told(left_out: Counter[str]) -> str:
+    return "".join(f", {count:,} are {trouble}" for trouble, count in left_out.items())
