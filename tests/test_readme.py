@@ -4,7 +4,9 @@ A comment before a code block says how it is run: ``<!-- continues -->`` in the 
 Python block before it, ``<!-- not run: why -->`` not at all.
 """
 
+import gzip
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -94,6 +96,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text('{"prompt": "The first line"}\n{"prompt_base64": "/w=="}')
     (folder / "my-texts").mkdir()
     (folder / "my-texts" / "any.txt").write_text("The cat sat on the mat.\n" * 1000)
+    posts = (json.dumps({"text": f"Post {n}: " + "the cat sat. " * 9}) for n in range(400))
+    (folder / "posts.jsonl.gz").write_bytes(gzip.compress("\n".join(posts).encode()))
     for name in ("configs", "mblm", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     program = folder / "bin" / "mblm"
