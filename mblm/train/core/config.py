@@ -97,6 +97,9 @@ class CoreTrainConfig(Fields):
         description="What the forward pass computes in. 'auto': on CUDA bfloat16, or half with a "
         "gradient scaler where it is missing; on a CPU float32",
     )
+    compile: bool = Field(
+        default=False, description="Compile the model by torch.compile, which takes its time first"
+    )
     seed: NonNegativeInt | None = Field(
         default=None,
         lt=2**32,

@@ -95,6 +95,7 @@ class ParallelModel:
         strategy: ``"ddp"`` or ``"fsdp"``.
         units: For FSDP, the submodules that are gathered one at a time; the rest of the model is
             gathered as a whole.
+        compiles: Whether the model is compiled, in place: names in its state stay.
 
     Attributes:
         base: The model itself.
@@ -103,9 +104,17 @@ class ParallelModel:
     """
 
     def __init__(
-        self, model: nn.Module, workers: Workers, strategy: str, units: Iterable[nn.Module]
+        self,
+        model: nn.Module,
+        workers: Workers,
+        strategy: str,
+        units: Iterable[nn.Module],
+        *,
+        compiles: bool = False,
     ) -> None:
         self._workers = workers
+        if compiles:
+            model.compile()
         self.is_sharded = strategy == "fsdp" and workers.world_size > 1
         self._ddp: DistributedDataParallel | None = None
         if self.is_sharded:
@@ -113,7 +122,7 @@ class ParallelModel:
             mesh = init_device_mesh(workers.device_type, (workers.world_size,))
             for module in (*units, model):
                 fully_shard(module, mesh=mesh)
-            self.base: nn.Module = model
+            self.base = model
             self.call: nn.Module = _Called(self.base)
         elif workers.world_size > 1:
             self.base = nn.SyncBatchNorm.convert_sync_batchnorm(model).to(workers.device)
@@ -121,12 +130,13 @@ class ParallelModel:
             self.call = self._ddp = DistributedDataParallel(self.base, device_ids=device_ids)
             _settle_buckets(self._ddp)
         else:
-            self.base = self.call = model.to(workers.device)
+            self.base = model.to(workers.device)
+            self.call = _Called(self.base) if compiles else self.base
 
     @property
     def to_evaluate(self) -> nn.Module:
         """What to call for validation: not DDP, which exchanges buffers in every call."""
-        return self.call if self.is_sharded else self.base
+        return self.call if self._ddp is None else self.base
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that are optimized; DTensors if they are sharded."""
@@ -226,7 +236,7 @@ class ParallelModel:
 
 
 class _Called(nn.Module):
-    """Calls the model, so that FSDP's hooks run also where ``forward`` is called by its name."""
+    """Calls the model, also where ``forward`` is called by its name, past compiler and FSDP."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -94,7 +94,11 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             seed_everything((self._seed + 1 + self._workers.rank) % 2**32)
 
         self._parallel = ParallelModel(
-            model, self._workers, config.train.strategy, self.configure_fsdp_units(model)
+            model,
+            self._workers,
+            config.train.strategy,
+            self.configure_fsdp_units(model),
+            compiles=config.train.compile,
         )
 
     def _start(

@@ -341,6 +341,24 @@ def test_bfloat16_on_a_cpu(tmp_path):
     assert seen == {False, True}
 
 
+def test_a_compiled_model_trains_the_same_and_keeps_its_names(tmp_path, monkeypatch):
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_by = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_by(self, backend=backend))
+    _, plain = train(jobs.config(tmp_path / "plain"))
+    assert not compiled
+    trainer, model = train(jobs.config(tmp_path / "compiled", compile=True))
+    assert compiled
+    saved = torch.load(trainer._folder.path / "tiny_top1.pth")["MODEL"]
+    assert saved.keys() == jobs.Model(0.0).state_dict().keys()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path):
     trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path, batch_size=64))
     with pytest.raises(ValueError, match="not one batch of 64 samples"):
