@@ -87,6 +87,11 @@ class CoreTrainConfig(Fields):
     gradient_accumulate_every: PositiveInt = Field(
         description="Batches whose gradients are averaged for one step"
     )
+    loss_average: Literal["batches", "entries"] = Field(
+        default="batches",
+        description="What the loss of a step is the mean of: of its batches' means, as published, "
+        "or of all entries that count, so that a step of many small batches is one of a large",
+    )
     strategy: Literal["ddp", "fsdp"] = Field(
         default="ddp",
         description="'ddp': every worker holds the model; 'fsdp': the workers share its weights, "

@@ -103,7 +103,8 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def count_entries(self, batch: TBatch) -> int:
         """How many entries of a batch have loss, which is what the batch weighs in a validation.
 
-        Default: 1, so that all batches weigh the same.
+        With ``loss_average: entries`` it weighs as much in a step. Default: 1, so that all batches
+        weigh the same.
         """
         return 1
 

@@ -30,6 +30,7 @@ _FIXED = (
     "train.batch_size",
     "train.shuffle_train",
     "train.gradient_accumulate_every",
+    "train.loss_average",
     "train.optimizer",
     "train.seed",
     "io.name_model",

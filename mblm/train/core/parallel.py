@@ -157,6 +157,11 @@ class ParallelModel:
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients."""
+        if gradients := [gradient for gradient in self.gradients() if gradient is not None]:
+            torch._foreach_mul_(gradients, factor)
+
     def clip_gradients(self, max_norm: float, norm: torch.Tensor) -> None:
         """Scale gradients whose norm is ``norm`` down to ``max_norm``."""
         torch.nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)

@@ -31,6 +31,7 @@ class Position:
         applied: Steps of the optimizer and of the schedule; those left out do not count.
         non_finite: Steps left out in a row.
         without_gradient: Steps whose gradient was zero.
+        entries: Entries with loss since the last step, where they are counted.
         avg_grad, avg_grad_clipped: Mean gradient of the last step that was looked at, or -1.
         validates_after: Epoch and batch that a validation is due after, if one is.
     """
@@ -43,6 +44,7 @@ class Position:
     applied: int = 0
     non_finite: int = 0
     without_gradient: int = 0
+    entries: int = 0
     avg_grad: float = -1.0
     avg_grad_clipped: float = -1.0
     validates_after: tuple[int, int] | None = None
@@ -69,6 +71,7 @@ class Position:
         left_out = whole - self.applied
         steps = whole * every_before * batch_before // (batch * every)
         self.done, self.applied = steps * every, max(steps - left_out, 0)
+        self.entries = 0
         self.batch = max(self.batch - pending, 0) * batch_before // batch
 
 
@@ -101,17 +104,23 @@ class Run:
     def __post_init__(self) -> None:
         self.options = _options(self.optimizer)
 
-    def backward(self, loss: torch.Tensor, every: int) -> None:
-        """Add the gradients of a batch, one of so many of a step.
+    def backward(self, loss: torch.Tensor, divisor: float) -> None:
+        """Add the gradients of a batch, whose loss is divided for its share in a step.
 
         A loss that is not finite makes all gradients NaN, so that no worker applies the step.
         """
-        divisor = torch.where(torch.isfinite(loss.detach()), float(every), math.nan)
-        scaled: Any = self.scaler.scale(loss / divisor)
+        checked = torch.where(torch.isfinite(loss.detach()), divisor, math.nan)
+        scaled: Any = self.scaler.scale(loss / checked)
         scaled.backward()
         self.losses.append(loss.detach())
 
-    def step(self, *, clip: float | None, measure: Callable[[], float] | None = None) -> float:
+    def step(
+        self,
+        *,
+        clip: float | None,
+        measure: Callable[[], float] | None = None,
+        factor: float = 1.0,
+    ) -> float:
         """Apply the gradients, unless one of them is NaN or infinite on any worker.
 
         Waits for the device once, for the norm of the gradients: weights that a bad gradient has
@@ -120,11 +129,14 @@ class Run:
         Args:
             clip: The largest norm.
             measure: Measures the mean gradient, if that is to be noted.
+            factor: What the gradients are multiplied by first.
 
         Returns:
             The norm of the gradients, which were applied if it is finite.
         """
         self.scaler.unscale_(self.optimizer)
+        if factor != 1:
+            self.model.scale_gradients(factor)
         device_norm = self.model.gradient_norm()
         if measure is not None:
             self.position.avg_grad = measure()

@@ -209,7 +209,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             start = clock()
             loss = self._forward(run.model.call, batch)
             forward = clock()
-            run.backward(loss, self.config.train.gradient_accumulate_every)
+            run.backward(loss, self._divisor(run, batch))
             backward = clock()
         if measures:
             self._folder.write_timemem(
@@ -221,6 +221,28 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             )
         return loss.detach()
 
+    def _divisor(self, run: Run, batch: TBatch) -> float:
+        """What to divide a batch's loss by: it weighs as its entries do among those it may have.
+
+        How many the step has is not known before its last batch; `_factor` makes up for it.
+        """
+        every = float(self.config.train.gradient_accumulate_every)
+        if self.config.train.loss_average == "batches":
+            return every
+        entries = self.count_entries(batch)
+        run.position.entries += entries
+        possible = self._elements_per_batch() // self._workers.world_size
+        return every * possible / entries if entries else math.inf
+
+    def _factor(self, run: Run) -> float:
+        """What to multiply a step's gradients by: then they are those of the mean over entries."""
+        if self.config.train.loss_average == "batches":
+            return 1.0
+        (entries,) = self._workers.sum(run.position.entries)
+        run.position.entries = 0
+        possible = self.config.train.gradient_accumulate_every * self._elements_per_batch()
+        return possible / max(entries, 1)
+
     def _step(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
         """Apply the gradients, or leave them out and judge whether to go on."""
         config, position = self.config.train, run.position
@@ -228,7 +250,8 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         is_logged = any(point in run.plan.log_points for point in upcoming)
         measure = self.avg_gradient_value if is_logged else None
         losses, run.losses = run.losses, []
-        norm = run.step(clip=config.gradient_clipping, measure=measure)
+        factor = self._factor(run)
+        norm = run.step(clip=config.gradient_clipping, measure=measure, factor=factor)
         if math.isfinite(norm):
             position.non_finite = 0
             if norm == 0:

@@ -75,8 +75,10 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(NUM_TOKENS, 8)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self.logits(self.dropout(self.embedding(ids[:, :-1])))
+    def forward(self, ids: torch.Tensor, return_logits: bool = False) -> torch.Tensor:
+        logits: torch.Tensor = self.logits(self.dropout(self.embedding(ids[:, :-1])))
+        if return_logits:
+            return logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 

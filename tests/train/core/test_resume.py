@@ -122,7 +122,7 @@ def train_alone(trainer, cfg, dataset=jobs.Ids):
         (ForeignLoader, {}),
         (ForeignValidation, {}),
         (HasExtraState, {}),
-        (jobs.ByRecipe, jobs.MUON),
+        (jobs.ByRecipe, {**jobs.MUON, "loss_average": "entries"}),
         (jobs.ByRecipe, {"optimizer": "adamw", "lr_schedule": "linear", "weight_decay": 0.1}),
     ],
     ids=lambda value: getattr(value, "__name__", None) or value.get("optimizer", ""),

@@ -95,6 +95,71 @@ def test_any_number_of_workers_reaches_the_same_loss(
     assert expected_losses[-2] < expected_losses[0] - 0.05
 
 
+class Masked(jobs.ByRecipe):
+    """Learns few of the ids, of some batches none."""
+
+    def model_forward(self, model, batch, device):
+        logits = model.forward(batch, return_logits=True)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
+        )
+        mask = self.mask(batch).flatten()
+        return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+    def mask(self, batch):
+        return batch[:, :-1] % 5 == 0
+
+    def count_entries(self, batch):
+        return int(self.mask(batch).sum())
+
+
+class Unmasked(Masked):
+    """Learns all but the first id of a sequence."""
+
+    def mask(self, batch):
+        return torch.ones_like(batch[:, 1:])
+
+
+def train_same_steps(cfg, trainer):
+    with process_group(backend="gloo") as run_vars:
+        dataset = GlobalBatches(cfg.train.batch_size, run_vars.rank, run_vars.world_size)
+        trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False)).train(dataset, dataset)
+
+
+def weights_after_steps_of_8(folder, trainer, batch_size, every, workers=1, **fields):
+    cfg = jobs.config(
+        folder,
+        batches=6 * every,
+        workers=workers,
+        batch_size=batch_size,
+        gradient_accumulate_every=every,
+        gradient_clipping=0.5,
+        **fields,
+    )
+    if workers == 1:
+        dataset = GlobalBatches(batch_size, 0, 1)
+        jobs.alone(trainer, cfg).train(dataset, dataset)
+    else:
+        assert jobs.join(jobs.start(train_same_steps, workers, cfg, trainer)) == [0] * workers
+    return jobs.final_state(jobs.run_of(folder))[0]["model"]
+
+
+@pytest.mark.parametrize("trainer", [Masked, Unmasked])
+def test_a_step_of_many_small_batches_is_one_of_a_large(tmp_path, trainer):
+    """1 batch of 8 sequences, 8 of 1, and with 2 workers 4 of 1 each, also where few count."""
+    entries = {"loss_average": "entries"}
+    large = weights_after_steps_of_8(tmp_path / "large", trainer, 8, 1, **entries)
+    small = weights_after_steps_of_8(tmp_path / "small", trainer, 1, 8, **entries)
+    torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-5)
+    two = weights_after_steps_of_8(tmp_path / "two", trainer, 1, 4, workers=2, **entries)
+    torch.testing.assert_close(two, large, rtol=1e-4, atol=1e-5)
+    published = weights_after_steps_of_8(tmp_path / "published", trainer, 8, 1)
+    torch.testing.assert_close(published, large, rtol=1e-4, atol=1e-5)
+    of_means = weights_after_steps_of_8(tmp_path / "of_means", trainer, 1, 8)
+    moved = max(float((of_means[name] - large[name]).abs().max()) for name in large)
+    assert (moved > 1e-2) == (trainer is Masked)
+
+
 @pytest.mark.parametrize(("workers", "every"), [(1, 4), (4, 1)])
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path, one_worker, workers, every):
     """With the same sequences a step it ends where it would have, to rounding."""
