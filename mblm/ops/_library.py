@@ -40,6 +40,7 @@ class Call(NamedTuple):
     """A call of an operator, as its gradient is told of it."""
 
     inputs: tuple[Any, ...]  # the arguments, a `Like` in place of those of no values
+    results: tuple[Like, ...]
     intermediates: tuple[Tensor, ...]  # results kept for the gradient
     needed: tuple[bool, ...]  # which arguments need a gradient
 
@@ -50,7 +51,7 @@ def register_operator(
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
     derivable: Callable[..., Any] | None = None,
-    backward: Callable[..., Sequence[Tensor | None]] | None = None,
+    backward: Callable[..., Sequence[Tensor | None]] | str | None = None,
     intermediates: int = 0,
     linear_in: Sequence[int] = (),
 ) -> None:
@@ -65,7 +66,8 @@ def register_operator(
             a gradient, has no derivatives: asked for them, it raises.
         backward: Gradient, ``backward(call, *grads) -> gradients of the first arguments``; those
             that are not needed are ignored. ``grads`` are those of the results but the
-            intermediates, None for one that is not used. Default: that of ``derivable``.
+            intermediates, None for one that is not used. Or the name of an operator, see
+            `_by_operator`. Default: that of ``derivable``.
         intermediates: So many of the last results are for ``backward`` alone.
         linear_in: Indices of arguments, each of which is added or is a factor of one term, so that
             ``backward`` needs no values of theirs: they are not kept.
@@ -78,6 +80,8 @@ def register_operator(
         LIBRARY.impl(name, derivable, TRANSFORMED)
     operator = getattr(torch.ops.mblm, name).default
     derive = derivable or functools.partial(_refuse, name)
+    if isinstance(backward, str):
+        backward = _by_operator(operator, backward)
     run = _function(operator, derive, backward, intermediates, linear_in)
 
     def differentiated(keyset: Any, *args: Any) -> Any:
@@ -99,6 +103,36 @@ def _refuse(name: str, *_: Any) -> NoReturn:
     )
 
 
+def _by_operator(operator: Any, backward: str) -> Callable[..., Sequence[Tensor | None]]:
+    """The gradient of an operator by another, told by the names of arguments and results.
+
+    The other's first arguments, ``grad..``, are the gradients of the results, zeros for one that is
+    not used unless it may be None; the rest are arguments and intermediates of the operator. Its
+    results are ``grad_<argument>``.
+    """
+
+    def run(call: Call, *grads: Tensor | None) -> list[Tensor | None]:
+        gradient = getattr(torch.ops.mblm, backward).default
+        schema, own = operator._schema, gradient._schema
+        values = _named(schema.arguments, call.inputs)
+        values |= _named(schema.returns[len(call.results) :], call.intermediates)
+        given = [
+            torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            if grad is None and argument.type.kind() != "OptionalType"
+            else grad
+            for grad, like, argument in zip(grads, call.results, own.arguments, strict=False)
+        ]
+        found = gradient(*given, *(values[other.name] for other in own.arguments[len(given) :]))
+        of = _named(own.returns, found)
+        return [of.get(f"grad_{argument.name}") for argument in schema.arguments]
+
+    return run
+
+
+def _named(places: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip((place.name for place in places), values, strict=True))
+
+
 def _below_autograd(operator: Any, keyset: Any, args: Sequence[Any]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -115,7 +149,9 @@ def _function(
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         results = _below_autograd(operator, keyset, args)
-        kept = results[len(results) - intermediates :] if intermediates else ()
+        several = results if isinstance(results, tuple) else (results,)
+        own, kept = several[: len(several) - intermediates], several[len(several) - intermediates :]
+        ctx.results = tuple(Like(result.shape, result.dtype, result.device) for result in own)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
@@ -137,7 +173,7 @@ def _function(
             return (None,) * (1 + len(inputs))
         if backward is None or torch.is_grad_enabled() or is_transformed():
             return None, *derived_gradients(derive, inputs, needed, grads)
-        call = Call(inputs, saved[len(inputs) :], needed)
+        call = Call(inputs, ctx.results, saved[len(inputs) :], needed)
         found = backward(call, *grads[: len(grads) - intermediates])
         pairs = zip_longest(found, needed)  # there are none of the last arguments
         return None, *(grad if of_it else None for grad, of_it in pairs)

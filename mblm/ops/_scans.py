@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mblm.ops._library import Call, as_outside
+from mblm.ops._library import as_outside
 
 Chunk = Callable[..., tuple[Tensor, Tensor]]
 
@@ -127,24 +127,3 @@ def backward_reference(chunk: Chunk) -> Callable[..., tuple[Tensor, ...]]:
 
 def _spans(x: Tensor, chunk_size: int) -> list[slice]:
     return [slice(start, start + chunk_size) for start in range(0, x.shape[1], chunk_size)]
-
-
-def gradient(operator: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The gradient of a scan, by the operator ``<operator>_backward``."""
-
-    def backward(
-        call: Call, grad_y: Tensor | None, grad_final_state: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        *tensors, _, chunk_size = call.inputs
-        (chunk_states,) = call.intermediates
-        if grad_y is None:
-            grad_y = torch.zeros_like(tensors[0])
-        if grad_final_state is None:
-            shape = (chunk_states.shape[0], *chunk_states.shape[2:])
-            grad_final_state = chunk_states.new_zeros(shape)
-        grads: tuple[Tensor, ...] = getattr(torch.ops.mblm, f"{operator}_backward")(
-            grad_y, grad_final_state, *tensors, chunk_states, chunk_size
-        )
-        return grads
-
-    return backward

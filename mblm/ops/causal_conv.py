@@ -11,7 +11,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, gradients_of, register_operator
+from mblm.ops._library import gradients_of, register_operator
 
 
 def causal_conv(
@@ -90,23 +90,12 @@ def causal_conv_backward_reference(
     return gradients_of(4, causal_conv_reference, inputs, grads)
 
 
-def _backward(
-    call: Call, grad_y: Tensor | None, grad_next_window: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        grad_y = torch.zeros_like(call.inputs[0])
-    grads: tuple[Tensor, ...] = torch.ops.mblm.causal_conv_backward(
-        grad_y, grad_next_window, *call.inputs
-    )
-    return grads
-
-
 register_operator(
     "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor? window) "
     "-> (Tensor y, Tensor next_window)",
     reference=causal_conv_reference,
     derivable=causal_conv_reference,
-    backward=_backward,
+    backward="causal_conv_backward",
 )
 register_operator(
     "causal_conv_backward(Tensor grad_y, Tensor? grad_next_window, Tensor x, Tensor weight, "

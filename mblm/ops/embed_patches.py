@@ -12,7 +12,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, register_operator
+from mblm.ops._library import register_operator
 
 
 def embed_patches(
@@ -180,21 +180,13 @@ def _check_backward(
             raise TypeError(f"{name} must be {compute}, got {moments.dtype}")
 
 
-def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
-    ids, table, weight, _, _, patch_size, pad_token_id, _ = call.inputs
-    grads = torch.ops.mblm.embed_patches_backward(
-        grad, ids, table, weight, *call.intermediates, patch_size, pad_token_id
-    )
-    return None, *grads
-
-
 register_operator(
     "embed_patches(Tensor ids, Tensor table, Tensor weight, Tensor bias, SymInt num_patches, "
     "SymInt patch_size, int pad_token_id, float eps) "
     "-> (Tensor out, Tensor mean, Tensor inverse_std)",
     reference=embed_patches_reference,
     derivable=embed_patches_reference,
-    backward=_backward,
+    backward="embed_patches_backward",
     intermediates=2,
 )
 register_operator(

@@ -11,7 +11,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, gradients_of, register_operator
+from mblm.ops._library import gradients_of, register_operator
 
 
 def gated_rms_norm(
@@ -88,20 +88,12 @@ def _check(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> None:
         check_like("gate", gate, "x", x)
 
 
-def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, gate, eps = call.inputs
-    grads: tuple[Tensor, ...] = torch.ops.mblm.gated_rms_norm_backward(
-        grad, x, weight, gate, *call.intermediates, eps
-    )
-    return grads
-
-
 register_operator(
     "gated_rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
     reference=gated_rms_norm_reference,
     derivable=gated_rms_norm_reference,
-    backward=_backward,
+    backward="gated_rms_norm_backward",
     intermediates=1,
 )
 register_operator(

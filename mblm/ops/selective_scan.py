@@ -16,7 +16,6 @@ from mblm.ops._scans import (
     backward_reference,
     check_tensors,
     fake,
-    gradient,
     reference,
 )
 
@@ -148,7 +147,7 @@ register_operator(
     reference=reference(_chunk),
     fake=fake,
     derivable=reference(_chunk),
-    backward=gradient("selective_scan"),
+    backward="selective_scan_backward",
     intermediates=1,
 )
 register_operator(

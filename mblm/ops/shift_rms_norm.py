@@ -10,7 +10,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, gradients_of, register_operator
+from mblm.ops._library import gradients_of, register_operator
 
 
 def shift_rms_norm(
@@ -108,20 +108,12 @@ def _check(x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps:
         check_like("previous", previous, "x", x)
 
 
-def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, previous, shift, eps = call.inputs
-    grads: tuple[Tensor, ...] = torch.ops.mblm.shift_rms_norm_backward(
-        grad, x, weight, previous, *call.intermediates, shift, eps
-    )
-    return grads
-
-
 register_operator(
     "shift_rms_norm(Tensor x, Tensor weight, Tensor? previous, bool shift, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
     reference=shift_rms_norm_reference,
     derivable=shift_rms_norm_reference,
-    backward=_backward,
+    backward="shift_rms_norm_backward",
     intermediates=1,
 )
 register_operator(

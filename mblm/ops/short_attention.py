@@ -10,7 +10,7 @@ from mblm.ops._checks import (
     check_shape,
     compute_dtype,
 )
-from mblm.ops._library import Call, gradients_of, register_operator
+from mblm.ops._library import gradients_of, register_operator
 
 # The longest sequence that the operator takes: one head's work stays in a core's cache.
 MAX_POSITIONS = 64
@@ -102,16 +102,11 @@ def short_attention_backward_reference(
     return gradients_of(3, short_attention_reference, inputs, {"grad": grad})
 
 
-def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads: tuple[Tensor, ...] = torch.ops.mblm.short_attention_backward(grad, *call.inputs)
-    return grads
-
-
 register_operator(
     "short_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin) -> Tensor",
     reference=short_attention_reference,
     derivable=short_attention_reference,
-    backward=_backward,
+    backward="short_attention_backward",
 )
 register_operator(
     "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, "

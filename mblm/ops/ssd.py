@@ -17,7 +17,6 @@ from mblm.ops._scans import (
     backward_reference,
     check_tensors,
     fake,
-    gradient,
     reference,
 )
 
@@ -152,7 +151,7 @@ register_operator(
     reference=reference(_chunk),
     fake=fake,
     derivable=reference(_chunk),
-    backward=gradient("ssd"),
+    backward="ssd_backward",
     intermediates=1,
 )
 register_operator(
