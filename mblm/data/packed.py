@@ -7,6 +7,7 @@
     valid/                  the same, unless packed without a validation part
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,16 @@ class PackSummary(BaseModel):
 def is_packed(folder: Path) -> bool:
     """Whether a folder is packed."""
     return (folder / SUMMARY).is_file()
+
+
+def refuse_packed(files: Iterable[Path]) -> None:
+    """Refuse the files of a packed folder among others: its offsets are no text."""
+    for file in files:
+        if file.name == DOCUMENTS and file.with_name(BYTES).exists():
+            raise ValueError(
+                f"files: {str(file)!r} is of a packed folder: name that folder itself, as "
+                "dataset_dir or among sources"
+            )
 
 
 def read_summary(folder: Path) -> PackSummary:

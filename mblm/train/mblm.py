@@ -88,12 +88,12 @@ class TrainerDataset(Protocol[EntryConfig, Batch]):
     def from_train_entry_config(
         config: EntryConfig, mode: ModelMode, worker_id: int, num_workers: int
     ) -> "DistributedDataset[Batch]":  # type: ignore[type-var,unused-ignore]
-        """One part of the dataset, or a worker's share of it."""
+        """One part of the dataset, or a worker's share of it; None if there is no test part."""
         ...
 
     @staticmethod
     def supports_test_mode() -> bool:
-        """Whether there is a test part with answers."""
+        """Whether there may be a test part with answers."""
         ...
 
 

@@ -116,6 +116,8 @@ def test_a_packed_folder_is_a_dataset_of_two_parts(posts: Path) -> None:
         assert bytes(ids) == b"".join(documents(out, mode))[: len(ids)]
     with pytest.raises(ValueError, match="was packed without a test part"):
         read_part(out, TEST)
+    with pytest.raises(ValueError, match=r"documents.npy' is of a packed folder: name that folder"):
+        read_part(posts.parent, TRAIN)
     with pytest.raises(ValueError, match=r"valid_fraction: .* is packed and has its own parts"):
         read_part(out, TRAIN, valid_fraction=0.1)
 
@@ -208,6 +210,15 @@ def test_an_archive_that_breaks_in_the_middle_leaves_nothing(posts: Path) -> Non
     with pytest.raises(ValueError, match=r"cut.jsonl.gz.*: cannot be read: Compressed file ended"):
         pack(sources, posts.parent / "packed")
     posts.with_name("cut.jsonl.gz").unlink()
+    assert is_clean(posts.parent)
+
+
+def test_an_interrupt_leaves_nothing(posts: Path) -> None:
+    def interrupt(size: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack([str(posts)], posts.parent / "packed", on_read=interrupt)
     assert is_clean(posts.parent)
 
 

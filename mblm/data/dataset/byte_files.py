@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from typing_extensions import Self, Unpack
 
-from mblm.data.dataset.mixture import Mixture
+from mblm.data.dataset.mixture import Mixture, check_weights
 from mblm.data.datasets import (
     DatasetEntryConfig,
     DistributedDataset,
@@ -22,7 +21,7 @@ from mblm.data.datasets import (
 from mblm.data.deal import Dealer
 from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
-from mblm.data.packed import is_packed, lineage_of_part, open_part
+from mblm.data.packed import is_packed, lineage_of_part, open_part, refuse_packed
 from mblm.data.types import BatchWithLossMask, ModelMode
 from mblm.utils.errors import describe
 from mblm.utils.fields import Fields
@@ -86,11 +85,7 @@ class ByteFilesArgs(Fields):
             return self
         if given := self.model_fields_set & {"files", "valid_files", "test_files"}:
             raise ValueError(f"give sources or {min(given)}, not both")
-        for name, weight in self.sources.items():
-            if not 0 < weight < math.inf:
-                raise ValueError(f"sources: expected weights above 0, got {weight} for {name!r}")
-        if abs((total := sum(self.sources.values())) - 1) > 1e-6:
-            raise ValueError(f"sources: expected weights that sum to 1, got {total:.6g}")
+        check_weights(self.sources)
         return self
 
     def shares(self) -> dict[ModelMode, float]:
@@ -224,7 +219,8 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
                 parts[name] = part
         if not parts:
             return None
-        weights = {name: args.sources[name] for name in parts}
+        total = sum(args.sources[name] for name in parts)  # 1, but for tests that some have not
+        weights = {name: args.sources[name] / total for name in parts}
         return Mixture(
             parts,
             weights,
@@ -236,7 +232,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
     @staticmethod
     def supports_test_mode() -> bool:
-        """Whether there is a test part: yes; one without bytes is an error."""
+        """Whether there may be a test part: yes; `from_train_entry_config` gives None if not."""
         return True
 
     def lineage(self) -> list[tuple[str, int]]:
@@ -262,6 +258,7 @@ def _part_of_files(
 ) -> tuple[FileBytes, int, int]:
     """A row of files, and from where to where in it the part is."""
     own_files, files = _files_of_part(root, mode, args, without)
+    refuse_packed(files)
     data, shares = FileBytes(files, args.separator_id), args.shares()
     if own_files:
         return data, 0, len(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -11,6 +12,15 @@ from typing_extensions import Unpack
 from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
 
 _T = TypeVar("_T")
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuse weights that are not above 0 or do not sum to 1."""
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"sources: expected weights above 0, got {weight} for {name!r}")
+    if abs((total := sum(weights.values())) - 1) > 1e-6:
+        raise ValueError(f"sources: expected weights that sum to 1, got {total:.6g}")
 
 
 class Mixture(DistributedDataset[_T]):
@@ -29,6 +39,10 @@ class Mixture(DistributedDataset[_T]):
 
     Attributes:
         parts, weights: As given.
+
+    Raises:
+        ValueError: Weights that do not sum to 1 or are of other parts; samples of another length,
+            or too few for the workers.
     """
 
     def __init__(
@@ -38,6 +52,15 @@ class Mixture(DistributedDataset[_T]):
         seed: int,
         **config: Unpack[DistributedDatasetConfig],
     ) -> None:
+        check_weights(weights)
+        if parts.keys() != weights.keys():
+            raise ValueError(f"weights: expected one for each of {[*parts]}, got {[*weights]}")
+        for name, part in parts.items():
+            if part.seq_len != config["seq_len"]:
+                raise ValueError(
+                    f"parts: expected samples of {config['seq_len']} as seq_len says, {name!r} has "
+                    f"samples of {part.seq_len}"
+                )
         self.parts, self.weights = dict(parts), dict(weights)
         self._names = list(parts)
         self._until = np.cumsum([weights[name] for name in self._names])

@@ -224,7 +224,8 @@ class DataLineage(BaseModel):
     Attributes:
         dataset: The class.
         first: The sizes of the first hundred files by their names.
-        size: The elements of this part.
+        size: The elements of this part, or its samples.
+        in_samples: Whether it is samples that are counted.
         files, total: The number of files and their sizes together.
         digest: SHA-256 of all names and sizes.
     """
@@ -232,6 +233,7 @@ class DataLineage(BaseModel):
     dataset: str
     first: dict[str, int]
     size: int
+    in_samples: bool
     files: int
     total: int
     digest: str

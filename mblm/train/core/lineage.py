@@ -51,6 +51,7 @@ def lineage_of(dataset: DistributedDataset[Any]) -> DataLineage:
     return DataLineage(
         dataset=type(dataset).__name__,
         size=dataset._data_size,
+        in_samples=not dataset.is_sequential,
         files=len(files),
         total=sum(size for _, size in files),
         first=dict(files[:_LISTED_FILES]),

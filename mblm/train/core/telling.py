@@ -26,6 +26,7 @@ def describe_data(training: DataLineage, validation: DataLineage, unit: str) -> 
     if training.files:
         source = next(iter(training.first)) if training.files == 1 else f"{training.files:,} files"
         source += f", {training.total:,} bytes"
+    unit = "sample" if training.in_samples else unit
     parts = f"{training.size:,} {unit}s to train on, {validation.size:,} to validate"
     return f"Data: {source}; {parts}"
 

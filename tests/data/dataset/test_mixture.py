@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
 from mblm.data.dataset.mixture import Mixture
+from mblm.data.pack import pack
 from mblm.data.types import ModelMode
 
 TRAIN, VALID, TEST = ModelMode
@@ -155,3 +156,19 @@ def test_any_datasets_can_be_mixed(folder: Path) -> None:
     parts = {str(at): ByteFiles(folder / "digits" / str(at), TRAIN, **alone) for at in range(2)}
     data = Mixture(parts, {"0": 0.5, "1": 0.5}, seed=1, **alone)
     assert {bytes(sorted(text)) for text in texts(data)} == {b"0123", b"4567"}
+    for weights, message in (
+        ({"0": 1.0}, r"weights: expected one for each of \['0', '1'\], got \['0'\]"),
+        ({"0": 0.5, "1": 0.4}, "sum to 1, got 0.9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mixture(parts, weights, seed=1, **alone)
+    with pytest.raises(ValueError, match="parts: expected samples of 5 as seq_len says, '0' has"):
+        Mixture(parts, {"0": 0.5, "1": 0.5}, seed=1, **{**alone, "seq_len": 5})
+
+
+def test_a_test_is_of_the_sources_that_have_one(folder: Path, tmp_path: Path) -> None:
+    pack([str(folder / "digits")], tmp_path / "packed", valid=0.5)
+    data = mixture(folder, TEST, sources={"letters": 0.5, "packed": 0.5})
+    assert data.weights == {"letters": 1.0}
+    data = mixture(folder, VALID, sources={"letters": 0.5, "packed": 0.5})
+    assert data.weights == {"letters": 0.5, "packed": 0.5}

@@ -40,6 +40,16 @@ def test_data() -> None:
     assert told("byte", book) == f"Data: book.txt, 1,234 bytes{parts}"
     assert told("byte", book, ("b", 1)) == f"Data: 2 files, 1,235 bytes{parts}"
 
+    class Documents(Mine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_sequential = False
+
+    lineage = lineage_of(Documents())
+    assert describe_data(lineage, lineage, "byte").endswith(
+        "384 samples to train on, 384 to validate"
+    )
+
 
 def test_the_plan() -> None:
     fields = {"batches": 1000, "validate_amount": 10}
