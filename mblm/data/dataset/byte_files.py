@@ -189,30 +189,16 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
                 f"separator_id: expected one in [0, {num_tokens}), the vocabulary of num_tokens, "
                 f"got {args.separator_id}"
             )
-        root, seq_len = Path(config.io.dataset_dir).expanduser(), config.params.input_seq_len
-
-        def open_files(
-            data_dir: Path, args: ByteFilesArgs, worker_id: int = 0, num_workers: int = 1
-        ) -> ByteFiles | None:
-            without = Path(config.io.output_dir)
-            if data_dir.is_dir() and data_dir.resolve() == without.resolve():
-                raise ValueError(
-                    f"io.output_dir: expected another folder than io.dataset_dir {str(data_dir)!r}:"
-                    " a run would be trained on what runs have written"
-                )
-            has_test_part = not is_packed(data_dir) and (args.test_files or args.test_fraction)
-            if mode is ModelMode.TEST and not has_test_part:
-                return None
-            workers = {"worker_id": worker_id, "num_workers": num_workers}
-            return ByteFiles(data_dir, mode, args, without, seq_len=seq_len, **workers)
-
+        root = Path(config.io.dataset_dir).expanduser()
         if args.sources is None:
-            return open_files(root, args, worker_id, num_workers)
-        of_each = args.model_copy(update={"sources": None})
+            return _open_configured(config, root, mode, args, worker_id, num_workers)
         parts: dict[str, DistributedDataset[BatchWithLossMask]] = {}
         for name in args.sources:
+            path = root / Path(name).expanduser()
+            unfit = {"sources"} | (_PARTS_OF_FILES if is_packed(path) else set())
+            of_source = ByteFilesArgs(**args.model_dump(exclude_unset=True, exclude=unfit))
             try:
-                part = open_files(root / Path(name).expanduser(), of_each)
+                part = _open_configured(config, path, mode, of_source, worker_id=0, num_workers=1)
             except (OSError, ValueError) as error:
                 raise ValueError(f"sources: {name!r}: {describe(error)}") from error
             if part is not None:
@@ -220,12 +206,11 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         if not parts:
             return None
         total = sum(args.sources[name] for name in parts)  # 1, but for tests that some have not
-        weights = {name: args.sources[name] / total for name in parts}
         return Mixture(
             parts,
-            weights,
+            weights={name: args.sources[name] / total for name in parts},
             seed=config.train.seed or 0,
-            seq_len=seq_len,
+            seq_len=config.params.input_seq_len,
             worker_id=worker_id,
             num_workers=num_workers,
         )
@@ -251,6 +236,35 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
             start = int(self._document_starts[document] + (from_idx - before) * self.seq_len)
         ids = self._data.read(start, min(start + self.seq_len, self._stop))
         return ids, torch.ones_like(ids, dtype=torch.float16)
+
+
+def _open_configured(
+    config: DatasetEntryConfig,
+    data_dir: Path,
+    mode: ModelMode,
+    args: ByteFilesArgs,
+    worker_id: int,
+    num_workers: int,
+) -> ByteFiles | None:
+    """One folder for a run; None if there is to be no test part."""
+    output_dir = Path(config.io.output_dir)
+    if data_dir.is_dir() and data_dir.resolve() == output_dir.resolve():
+        raise ValueError(
+            f"io.output_dir: expected another folder than io.dataset_dir {str(data_dir)!r}: "
+            "a run would be trained on what runs have written"
+        )
+    has_test_part = not is_packed(data_dir) and (args.test_files or args.test_fraction)
+    if mode is ModelMode.TEST and not has_test_part:
+        return None
+    return ByteFiles(
+        data_dir=data_dir,
+        mode=mode,
+        optional_args=args,
+        without=output_dir,
+        seq_len=config.params.input_seq_len,
+        worker_id=worker_id,
+        num_workers=num_workers,
+    )
 
 
 def _part_of_files(

@@ -170,5 +170,8 @@ def test_a_test_is_of_the_sources_that_have_one(folder: Path, tmp_path: Path) ->
     pack([str(folder / "digits")], tmp_path / "packed", valid=0.5)
     data = mixture(folder, TEST, sources={"letters": 0.5, "packed": 0.5})
     assert data.weights == {"letters": 1.0}
-    data = mixture(folder, VALID, sources={"letters": 0.5, "packed": 0.5})
-    assert data.weights == {"letters": 0.5, "packed": 0.5}
+    data = mixture(folder, VALID, sources={"letters": 0.5, "packed": 0.5}, valid_fraction=0.2)
+    assert {name: part._data_size for name, part in data.parts.items()} == {
+        "letters": 200,  # a fifth
+        "packed": 200,  # as it was packed
+    }

@@ -47,5 +47,12 @@ def test_other_data_are_refused_by_the_file_that_differs(now, message) -> None:
         check_same_as_before(facts(*BEFORE), facts(*now), "step_3", exact=True)
 
 
+def test_other_weights_of_a_mixture_are_refused() -> None:
+    weights = [{"io.dataset_args.sources.code": weight} for weight in (0.5, 0.6)]
+    before, now = (facts(*BEFORE) | of_run for of_run in weights)
+    with pytest.raises(ValueError, match=r"io.dataset_args.sources.code: 0.5 -> 0.6"):
+        check_same_as_before(before, now, "step_3", exact=True)
+
+
 def test_the_same_data_are_not() -> None:
     assert check_same_as_before(facts(*BEFORE), facts(*BEFORE), "step_3", exact=True) == []
