@@ -73,8 +73,9 @@ def bits_per_byte(model: MBLM, data: ByteFiles, windows: int) -> float:
     last = data._data_size - LENGTH
     starts = torch.linspace(0, last, min(windows, last + 1)).long().tolist()
     model.eval()
-    losses = [float(model(data.get_sample(start)[0][None])) for start in starts]
-    return mean(losses) / math.log(2)
+    samples = torch.stack([data.get_sample(start)[0] for start in starts])
+    sums = [float(model(part)) * len(part) for part in samples.split(16)]
+    return sum(sums) / len(samples) / math.log(2)
 
 
 def recipe_of(text: str) -> tuple[str, dict[str, Any]]:
