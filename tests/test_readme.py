@@ -23,6 +23,7 @@ import yaml
 import mblm
 from mblm import MBLMModelConfig
 from mblm.model.config import block_registry
+from mblm.train.core.config import CoreTrainConfig
 from tests.cli.program import Run
 from tests.models import mamba, model, transformer
 
@@ -131,8 +132,13 @@ def test_python(block: Block) -> None:
 
 @pytest.mark.parametrize("block", those("yaml"))
 def test_yaml(block: Block) -> None:
-    """A YAML block is a model configuration, alone or as ``params`` of an experiment's."""
+    """A model configuration, alone or as ``params`` of an experiment's, or fields of ``train``."""
     fields = yaml.safe_load(block.code)
+    if fields.keys() == {"train"}:
+        batch = {"batch_size": 1, "gradient_accumulate_every": 1}
+        target = {"target_elements": 1, "target_elements_strategy": "batch"}
+        CoreTrainConfig(**fields["train"], **batch, **target)
+        return
     fields = fields.get("params", fields)
     fields.pop("input_seq_len", None)
     MBLMModelConfig.model_validate(fields)
