@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from mblm.data.find_files import find_files
+from mblm.data.packed import refuse_packed
 from mblm.utils.errors import describe
 
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -41,15 +42,18 @@ def find_source(name: str) -> Source:
 
     Raises:
         FileNotFoundError: None of these.
+        ValueError: It is packed already.
     """
     if "://" in name:
         return Source(name, [name])
     if _HUB_NAME.fullmatch(name) and not Path(name).expanduser().exists():
         return Source(name, [])
     try:
-        return Source(name, [str(file) for file in find_files(Path(), [name]).values()])
+        files = find_files(Path(), [name]).values()
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no file, nor a folder that holds any") from None
+    refuse_packed(files)
+    return Source(name, [str(file) for file in files])
 
 
 def read_source(

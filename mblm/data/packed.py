@@ -46,8 +46,8 @@ def refuse_packed(files: Iterable[Path]) -> None:
     for file in files:
         if file.name == DOCUMENTS and file.with_name(BYTES).exists():
             raise ValueError(
-                f"files: {str(file)!r} is of a packed folder: name that folder itself, as "
-                "dataset_dir or among sources"
+                f"{str(file)!r} is of a packed folder: train on that folder itself, as dataset_dir "
+                "or among sources"
             )
 
 

@@ -116,8 +116,10 @@ def test_a_packed_folder_is_a_dataset_of_two_parts(posts: Path) -> None:
         assert bytes(ids) == b"".join(documents(out, mode))[: len(ids)]
     with pytest.raises(ValueError, match="was packed without a test part"):
         read_part(out, TEST)
-    with pytest.raises(ValueError, match=r"documents.npy' is of a packed folder: name that folder"):
+    with pytest.raises(ValueError, match=r"documents.npy' is of a packed folder: train on that"):
         read_part(posts.parent, TRAIN)
+    with pytest.raises(ValueError, match=r"documents.npy' is of a packed folder: train on that"):
+        pack([str(out)], posts.parent / "again")
     with pytest.raises(ValueError, match=r"valid_fraction: .* is packed and has its own parts"):
         read_part(out, TRAIN, valid_fraction=0.1)
 
