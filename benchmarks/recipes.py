@@ -124,23 +124,27 @@ def main() -> None:
         for name, fields in (arguments.recipes or RECIPES.items())
     }
 
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
-    figures |= {"bytes": training._data_size, "steps": arguments.steps}
-    print(f"{training._data_size} bytes, {arguments.steps} steps, {arguments.seeds} seeds")
-    figures["recipes"] = {}
-    for name, recipe in recipes.items():
-        bits, seconds = [], []
-        for seed in range(arguments.seeds):
+    machine = machine_line(arguments.threads)
+    print(f"{machine}\n{training._data_size} bytes, {arguments.steps} steps")
+    results: dict[str, dict[str, list[float]]] = {
+        name: {"bits_per_byte": [], "seconds_per_step": []} for name in recipes
+    }
+    figures = {"machine": machine, "bytes": training._data_size, "steps": arguments.steps}
+    for seed in range(arguments.seeds):
+        for name, recipe in recipes.items():
             start = time.process_time()
             model = train(recipe, training, seed, arguments.steps)
-            seconds.append((time.process_time() - start) / arguments.steps)
-            bits.append(bits_per_byte(model, held_out, arguments.windows))
-        figures["recipes"][name] = {"bits_per_byte": bits, "seconds_per_step": seconds}
-        deviation = f" ± {stdev(bits):.3f}" if len(bits) > 1 else ""
-        result = f"{mean(bits):.3f}{deviation} bits per byte"
-        print(f"{name:>14}: {result}, {median(seconds):.3f} s of CPU time a step", flush=True)
-    write_json(arguments.json, figures)
+            seconds = (time.process_time() - start) / arguments.steps
+            bits = bits_per_byte(model, held_out, arguments.windows)
+            print(f"seed {seed}, {name}: {bits:.3f} bits per byte", flush=True)
+            results[name]["bits_per_byte"].append(bits)
+            results[name]["seconds_per_step"].append(seconds)
+            write_json(arguments.json, {**figures, "recipes": results})
+    for name, result in results.items():
+        values, seconds = result["bits_per_byte"], median(result["seconds_per_step"])
+        deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+        measured = f"{mean(values):.3f}{deviation} bits per byte"
+        print(f"{name:>14}: {measured}, {seconds:.3f} s of CPU time a step")
 
 
 if __name__ == "__main__":
