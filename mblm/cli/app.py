@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,20 +10,16 @@ import typer
 
 import mblm
 from mblm.cli.generate import (
-    LateFile,
     check_out,
-    constraint_of,
-    how_many,
     load,
-    read_file,
     stream,
 )
+from mblm.cli.generate_command import generate
 from mblm.cli.info import collect_facts, format_facts
-from mblm.cli.prompts import generate_all, read_prompts
+from mblm.cli.options import Device, Imports, Model, RunConfig
 from mblm.model.find import find_model, find_run
 from mblm.utils import interrupt
 from mblm.utils.atomic import atomic_write
-from mblm.utils.imports import import_modules
 
 # Typer's own usage errors; their class is in click or in typer's copy of it.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -60,37 +55,7 @@ def _fail(message: str, status: int = 1) -> int:
     return status
 
 
-def _import(names: list[str] | None) -> list[str]:
-    """Import a user's modules as soon as the option is read: commands look blocks up by name."""
-    import_modules(names or ())
-    return names or []
-
-
-# What several commands take.
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A folder from save_pretrained, a training run's folder, its .pth file, latest (the "
-        "newest run in data/output; of another folder FOLDER/latest), or a model's id on the hub.",
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(help="Such as cpu or cuda:1. [default: cuda if available]")
-]
-RunConfig = Annotated[
-    Path | None, typer.Option(help="The config.yaml of a .pth file, if not beside it.")
-]
-Imports = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--import",
-        metavar="MODULE",
-        callback=_import,
-        help="Import this Python module first, which registers blocks or datasets of your own; "
-        "may be given several times.",
-    ),
-]
+app.command()(generate)
 
 
 @app.callback(invoke_without_command=True)
@@ -115,132 +80,6 @@ def _root(
         typer.echo(f"mblm {mblm.__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[str | None, typer.Option(help="What comes before the bytes.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="The same from a file; - is standard input.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help='Many prompts, lines such as {"prompt": "The"}; results are lines of --out, '
-            "written as they come."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write to this file. [default: standard output]")
-    ] = None,
-    num_bytes: Annotated[
-        int | None,
-        typer.Option(
-            "--bytes",
-            min=0,
-            help="How many bytes to generate. [default: 256, or as many as the context holds]",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            help="Divides the logits: below 1, likely bytes get likelier; 0 takes the likeliest."
-        ),
-    ] = 1.0,
-    filter_thres: Annotated[
-        float,
-        typer.Option(
-            metavar="F", help="Sample from the top 1 - F of the vocabulary; 1 takes the likeliest."
-        ),
-    ] = 0.9,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample from so many likeliest bytes, as the next two.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample from the likeliest bytes that together reach this probability, instead "
-            "of what --filter-thres keeps."
-        ),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Sample from bytes at least this share as likely as the likeliest."),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="The same seed gives the same bytes. [default: a new one]")
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="End after this text; may be given several times."),
-    ] = None,
-    regex: Annotated[
-        str | None,
-        typer.Option(metavar="PATTERN", help="Write what this regular expression matches."),
-    ] = None,
-    json_schema: Annotated[
-        Path | None, typer.Option(help="Write JSON that the schema in this file describes.")
-    ] = None,
-    draft: Annotated[
-        str | None,
-        typer.Option(metavar="ngram", help="Propose what came before: the same text, sooner."),
-    ] = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            metavar="float32|bfloat16|int8",
-            help="Read the weights rounded to this type: faster on a CPU, not quite the model.",
-        ),
-    ] = "float32",
-    device: Device = None,
-    config: RunConfig = None,
-    imports: Imports = None,
-) -> int:
-    """Generate bytes with a saved model, written as they come.
-
-    The prompt is not repeated. A last line on standard error tells the speed and the seed.
-
-    \b
-    Examples:
-      mblm generate mblm-demo --prompt "def "
-      mblm generate mblm-demo --prompt-file story.txt --bytes 1000 --out more.txt
-      mblm generate runs/latest --temperature 0.7 --stop END --seed 1
-      mblm generate mblm-demo --regex "[a-z_]+ = [0-9]+" --min-p 0.05
-      mblm generate run/model_top1.pth --filter-thres 1 | head -c 100
-      mblm generate mblm-demo --weights int8 --bytes 10000 --out much.txt
-      mblm generate mblm-demo --prompts many.jsonl --out results.jsonl
-    """
-    if sum(given is not None for given in (prompt, prompt_file, prompts)) > 1:
-        raise typer.BadParameter("pass at most one of --prompt, --prompt-file and --prompts")
-    if prompts is not None and out is None:
-        raise typer.BadParameter("--prompts needs --out")
-    if regex is not None and json_schema is not None:
-        raise typer.BadParameter("pass at most one of --regex and --json-schema")
-    constraint = constraint_of(regex, json_schema)
-    checkpoint = find_model(model)
-    prime = os.fsencode(prompt or "") if prompt_file is None else read_file(prompt_file)
-    primes = [] if prompts is None else read_prompts(prompts)
-    if out is not None:
-        check_out(out, checkpoint, prompt_file, prompts, config, json_schema)
-    loaded = load(checkpoint, config, device)
-    file = None if out is None else LateFile(out)
-    wishes: dict[str, Any] = {
-        "temperature": temperature,
-        "filter_thres": filter_thres,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "constraint": constraint,
-        "draft": draft,
-        "seed": secrets.randbits(32) if seed is None else seed,
-        "stop": [os.fsencode(text) for text in stop or ()],
-        "weights": weights,
-    }
-    if file is not None and prompts is not None:
-        return generate_all(loaded, primes, file, num_bytes, **wishes)
-    count = how_many(num_bytes, len(prime), loaded.max_length)
-    return stream(loaded, prime, file, num_tokens_to_generate=count, **wishes)
 
 
 @app.command()
