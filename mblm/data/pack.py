@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from mblm.data.deal import Dealer
 from mblm.data.documents import Source, find_source, read_source
 from mblm.data.packed import BYTES, DOCUMENTS, SUMMARY, PackedPart, PackSummary
 from mblm.data.types import ModelMode
-from mblm.utils.atomic import sync_directory
+from mblm.utils.atomic import atomic_write, sync_directory
 from mblm.utils.lock import hold
 
 
@@ -62,15 +61,16 @@ def pack(
     with _new_folder(out) as folder:
         writers = {part: _PartWriter(folder / part) for part in shares}
         for source in found:
-            count = 0
+            count, without = 0, Counter[str]()
             for document in read_source(source, field, whole=whole, on_read=on_read):
                 if document.trouble:
-                    left_out[document.trouble] += 1
+                    without[document.trouble] += 1
                 else:
                     writers[dealer.deal(len(document.data))].add(document.data, source.name)
                     count += 1
             if not count:
-                raise ValueError(f"{source.name}: holds no document" + _told(left_out))
+                raise ValueError(f"{source.name}: holds no document" + _told(without))
+            left_out += without
         parts = {part: writer.close() for part, writer in writers.items()}
         for part, told in parts.items():
             if not told.documents:
@@ -80,9 +80,8 @@ def pack(
                     "documents: ask for a larger share, or 0"
                 )
         summary = PackSummary(parts=parts, left_out=dict(left_out))
-        with (folder / SUMMARY).open("xb") as file:
+        with atomic_write(folder / SUMMARY) as file:
             file.write(summary.model_dump_json(indent=2).encode() + b"\n")
-            _sync(file)
     return summary
 
 
@@ -105,10 +104,10 @@ class _PartWriter:
 
     def close(self) -> PackedPart:
         with self._file as file:
-            _sync(file)
-        with (self._folder / DOCUMENTS).open("xb") as file:
+            file.flush()
+            os.fsync(file.fileno())
+        with atomic_write(self._folder / DOCUMENTS) as file:
             np.save(file, np.frombuffer(self._offsets, np.int64))
-            _sync(file)
         return PackedPart(
             documents=len(self._offsets) - 1,
             bytes=self._offsets[-1],
@@ -144,11 +143,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
                 error.filename = str(out)  # such as of a full disk
             raise
     sync_directory(out.absolute().parent)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _told(left_out: Counter[str]) -> str:

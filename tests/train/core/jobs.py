@@ -223,9 +223,15 @@ def _work(rank: int, workers: int, port: int, function: Any, args: tuple[Any, ..
     function(*args)
 
 
-def train(cfg: Config, trainer: type[Trainer] = Trainer, samples: int = SAMPLES) -> None:
+def train(
+    cfg: Config,
+    trainer: type[Trainer] = Trainer,
+    samples: int = SAMPLES,
+    dataset: Any = Ids,
+) -> None:
     """Train as one worker of several."""
     with process_group(backend="gloo") as run_vars:
         worker, workers = run_vars.rank or 0, run_vars.world_size
         made = trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
-        made.train(Ids(samples, worker, workers), Ids(10))
+        training = dataset(samples, worker_id=worker, num_workers=workers)
+        made.train(training, dataset(10))

@@ -643,10 +643,12 @@ def rows_written(folder):
     return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*/loss.csv"))
 
 
-def kill_until_done(folder, kills, workers, seed):
+def kill_until_done(folder, kills, workers, seed, dataset=jobs.Ids):
     """Kill all workers at random moments, resume, and compare with a run that went through."""
     everything = {**EVERYTHING, "workers": workers, "validate_amount": 17}
-    processes = jobs.start(jobs.train, workers, jobs.config(folder / "whole", **everything))
+    what = jobs.Trainer, jobs.SAMPLES, dataset
+    cfg = jobs.config(folder / "whole", **everything)
+    processes = jobs.start(jobs.train, workers, cfg, *what)
     assert jobs.join(processes) == [0] * workers
     whole, cut = jobs.run_of(folder / "whole"), folder / "cut"
     generator = random.Random(seed)
@@ -654,7 +656,7 @@ def kill_until_done(folder, kills, workers, seed):
     state = None
     for moment in [*moments, None]:
         cfg = jobs.config(cut, **everything, resume=state)
-        processes = jobs.start(jobs.train, workers, cfg)
+        processes = jobs.start(jobs.train, workers, cfg, *what)
         if moment is not None:
             deadline = time.monotonic() + 60
             while rows_written(cut) < moment and time.monotonic() < deadline:
@@ -673,6 +675,11 @@ def kill_until_done(folder, kills, workers, seed):
 
 def test_killed_at_a_random_moment(tmp_path):
     kill_until_done(tmp_path, kills=1, workers=2, seed=1)
+
+
+@pytest.mark.slow
+def test_a_mixture_is_killed_twice(tmp_path):
+    kill_until_done(tmp_path, kills=2, workers=2, seed=3, dataset=jobs.mixed)
 
 
 @pytest.mark.slow
