@@ -12,25 +12,33 @@ namespace mblm::cuda {
 
 constexpr int kQuad = 4;  // floats that are read at once
 
-// 16 bytes of weights as they are in memory: they take fewer registers than their values.
-struct Words {
-  uint32_t words[4];
-};
+// A row of weights: those of a column of the results.
+template <class W>
+MBLM_DEVICE const W* weights_of(const Product& in, int64_t column) {
+  const int64_t of_second = column - in.matrix.outputs;
+  return of_second < 0 ? static_cast<const W*>(in.matrix.weight) + column * in.matrix.inputs
+                       : static_cast<const W*>(in.second.weight) + of_second * in.matrix.inputs;
+}
 
-// Values [first, first + N) of a row of weights, zeros beyond its end.
-template <bool kAligned, int N, class W>
-MBLM_DEVICE Words read_weights(const W* row, int64_t inputs, int64_t first) {
-  Words pack{};
-  if constexpr (kAligned) {
-    if (first < inputs) pack = load_once(reinterpret_cast<const Words*>(row + first));
-  } else {
-    W values[N] = {};
-    for (int k = 0; k < N; ++k) {
-      if (first + k < inputs) values[k] = row[first + k];
-    }
-    memcpy(&pack, values, sizeof(pack));
+// Asks for what a later kernel reads, each block for its share, so that the second cache has it by
+// then.
+MBLM_DEVICE void ask_ahead([[maybe_unused]] const Product& in) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr uint32_t kLine = 128;
+  if (threadIdx.x > 0) return;
+  MBLM_UNROLL_ALL
+  for (const Ahead& ahead : in.ahead) {
+    const uint32_t share = (ahead.bytes / gridDim.x + kLine) / kLine * kLine;
+    const uint64_t begin = uint64_t(blockIdx.x) * share;
+    if (begin + 16 > ahead.bytes) continue;
+    const uint32_t left = ahead.bytes - uint32_t(begin),
+                   bytes = (left < share ? left : share) / 16 * 16;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                     static_cast<const char*>(ahead.from) + begin),
+                 "r"(bytes)
+                 : "memory");
   }
-  return pack;
+#endif
 }
 
 // A column of one of the two matrices, and what does not depend on the row.
@@ -85,7 +93,9 @@ MBLM_DEVICE void finish(const Product& in, const Column& column, int64_t row, fl
   if (!is_left_out) out[row * column.outputs + column.index] = value;
 }
 
-// multiply() of many rows, with weights that are not float32.
+// Whether tensor cores can take a product: its weights are rounded, and rows lie so that packs of
+// them and of inputs can be loaded.
+bool is_for_tensor_cores(const Product& product);
 Error multiply_on_tensor_cores(const Product& product, Stream stream);
 
 }  // namespace mblm::cuda

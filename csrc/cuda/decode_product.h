@@ -23,6 +23,12 @@ struct Convolution {
   float* window = nullptr;                    // (rows, taps - 1, channels), oldest first
 };
 
+// Memory that a later kernel reads, such as weights; from is a multiple of 16, or bytes are 0.
+struct Ahead {
+  const void* from = nullptr;
+  uint32_t bytes = 0;
+};
+
 // out = then(inputs @ weight.T + bias + residual), of one matrix or of two with the same inputs.
 struct Product {
   int64_t rows = 0;
@@ -42,15 +48,15 @@ struct Product {
   const float* residual = nullptr;  // (rows, outputs), may be out; with one matrix alone
   float* keep = nullptr;            // (rows, outputs / 2): gets the residual's last half
   Convolution convolution;
+  Ahead ahead[2];  // is asked for meanwhile
 };
 
-// Up to so many rows, every weight is read once and multiplied in float32. More rows than that
-// would read it again and compute for longer than reading takes: tensor cores multiply them, 64 at
-// a time, unless weights are float32.
+// Tensor cores multiply rounded weights, up to so many rows at a time, or 32 where there are more.
+// Adders multiply float32, and what does not lie in whole packs.
 constexpr int kFewRows = 8;
 
 // A row is summed in the same order however many rows there are, if it is up to kFewRows or more
-// than that on both sides; with float32 weights always.
+// than that on both sides; by adders always.
 Error multiply(const Product& product, Stream stream);
 
 }  // namespace mblm::cuda

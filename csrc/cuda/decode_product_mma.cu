@@ -1,14 +1,18 @@
-// Products of packed, rounded weights and many rows, on tensor cores: see decode_product.h.
+// Products of packed, rounded weights on tensor cores: see decode_product.h.
 //
-// A block takes some columns, of up to 64 rows, so that a weight is read from memory once for all
-// of them. Its warps share out the inputs in slices and add up their sums at the end. Sixteen
-// columns are multiplied with eight rows at a time: as it does not matter in which order a product
-// takes the inputs, a lane holds packs of two columns as they lie in memory, and the inputs of
-// eight rows that belong to them, which no other lane of the block needs. An input is the sum of
-// two bfloat16, which are multiplied one after the other. Weights that no kernel writes are loaded
-// before the kernel waits for its inputs, and further ones as soon as there is room for them.
-#include <cmath>
+// A block takes some columns of all its rows. Its warps share out the inputs in slices of 32 and
+// add up their sums at the end; with many rows, half of them take half of the columns, and the
+// blocks of a cluster share out the inputs in splits. As it does not matter in which order a
+// product takes the inputs, a lane multiplies packs of weights as they lie in memory, of columns
+// that no other lane has, by quads of inputs that belong to them. Packs are copied to a place of
+// the lane's own in shared memory: the first of them before the kernel waits for its inputs, so
+// that memory works while kernels change. Then all threads load inputs at once, a chunk at a time,
+// and put them into shared memory as the sums of two bfloat16 each, which are multiplied one after
+// the other. A norm's factor is known by then and applied to the sums.
+#include <algorithm>
 
+#include "cuda/cluster.cuh"
+#include "cuda/copy_async.cuh"
 #include "cuda/decode_product.cuh"
 #include "cuda/mma.cuh"
 
@@ -17,258 +21,551 @@ namespace {
 
 using cpu::WeightType;
 
-constexpr int kHeight = 16, kWidth = 8;  // columns and rows of a product of pieces
-constexpr int kRowTiles = 8, kMostRows = kRowTiles * kWidth;
-constexpr int kSharers = 4;  // lanes that share a column
+constexpr int kWidth = 8, kHeight = 16;   // columns and rows of a product of pieces
+constexpr int kSharers = 4;               // lanes that share a column
+constexpr int kPack = 8;                  // weights of a lane next to each other
+constexpr int kSlice = kSharers * kPack;  // inputs
+constexpr int kSteps = kPack / kQuad;     // products of pieces in a slice
+constexpr int kGroups = 4;                // of packs, that are on their way
+constexpr int kPacksOfGroup = 4;          // of a lane
+constexpr int kManyRows = 32;             // of a block, where there are more than a few
 
-// From a row of a block's sums to the next: lanes write them to different banks.
-template <int kColumns>
-constexpr int kStrideOf = kColumns + 4;
+// What a block of so many rows does. With few of them, a piece of inputs holds their upper halves
+// above the lower ones; else it holds either half of sixteen rows.
+template <class W, int kRows, int kTiles>
+struct Shape {
+  static constexpr bool kIsFew = kRows <= kFewRows;
+  static constexpr int kWide = kIsFew ? 1 : 2, kDeep = kWarps / kWide;  // warps
+  static constexpr int kColumns = kWide * kTiles * kWidth;
+  static constexpr int kStride = kColumns + 4;                // lanes write to different banks
+  static constexpr int kSums = kIsFew ? 2 : kRows / kHeight;  // of few rows, one for each step
+  static constexpr int kSlicesOfGroup = kPacksOfGroup / kTiles;
+  static constexpr int kGroupInputs = kSlicesOfGroup * kDeep * kSlice;
+  // Quads of inputs that a thread loads at once, of so many rows, and the inputs that they are of.
+  static constexpr int kLoads = kRows == 1 ? 2 : kIsFew ? kFewRows : kManyRows / kWarps;
+  static constexpr int kLoadsOfRow = kIsFew ? kLoads / kRows : 1;
+  static constexpr int kRowsOfThread = kLoads / kLoadsOfRow, kRowStep = kIsFew ? 1 : kWarps;
+  static constexpr int kChunk = kLoads * kQuad * kThreads / kRows;
+  static constexpr int kRowsApart = kThreads / kColumns;     // of a thread's results
+  static constexpr int kSharersOfRow = kIsFew ? kWarps : 1;  // warps that load of a row
+  static constexpr int kGroupBytes = kPacksOfGroup * kThreads * kPack * int(sizeof(W));
+  static constexpr int kPartialBytes = kDeep * kRows * kStride * int(sizeof(float));
+  static_assert(kChunk % kGroupInputs == 0);
+};
 
-// The weights of a quad of two columns as the lane's piece of a product.
-MBLM_DEVICE void piece_of(const Words (&packs)[2], int quad, uint32_t (&piece)[4], BFloat16) {
+// How blocks share out a product, and what lies where in their memory.
+struct Layout {
+  int items = 0, passes = 0;  // of columns and rows; over the rows
+  int splits = 1;             // of the inputs
+  int split_inputs = 0;
+  int chunk = 0;  // inputs that there is room for
+  // Bytes ahead of inputs, sums and squares. Packs come first.
+  int inputs_at = 0, sums_at = 0, squares_at = 0;
+};
+
+template <class T>
+MBLM_DEVICE T* shared_at(int bytes) {
+  return reinterpret_cast<T*>(shared_memory<unsigned char>() + bytes);
+}
+
+struct alignas(16) Piece {
+  uint32_t pairs[4];
+};
+
+// Four weights as a lane's piece of a product.
+MBLM_DEVICE void piece_of(const uint32_t (&quad)[2], uint32_t (&piece)[2]) {
   MBLM_UNROLL_ALL
-  for (int i = 0; i < 4; ++i) piece[i] = packs[i % 2].words[2 * quad + i / 2];
+  for (int i = 0; i < 2; ++i) piece[i] = quad[i];
 }
-MBLM_DEVICE void piece_of(const Words (&packs)[2], int quad, uint32_t (&piece)[4], int8_t) {
-  MBLM_UNROLL_ALL
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t four = packs[i % 2].words[quad];
-    piece[i] = pair_of_bytes(__byte_perm(four, 0, i < 2 ? 0x4140 : 0x4342));
-  }
+MBLM_DEVICE void piece_of(const uint32_t (&quad)[1], uint32_t (&piece)[2]) {
+  piece[0] = pair_of_bytes(__byte_perm(quad[0], 0, 0x4140));
+  piece[1] = pair_of_bytes(__byte_perm(quad[0], 0, 0x4342));
 }
 
-// What remains of two values. A number that is not finite is all in the upper half: it remains so
-// if what is left of an infinity, NaN, becomes finite.
-MBLM_DEVICE uint32_t rest_of(float first, float second, uint32_t upper) {
-  constexpr float kMost = 0x1p120f;  // more than is left of any number
-  return pair_of(fmaxf(first - first_of(upper), -kMost), fmaxf(second - second_of(upper), -kMost));
-}
+// A quad of inputs: pairs of their upper halves, and of what then remains of them.
+struct Halves {
+  uint32_t upper[2], lower[2];
 
-// Inputs [k, k + 4) of every eighth row from the given one on, zeros where there are none. The last
-// half of a row may come from elsewhere; four that are aligned lie on one side.
-template <bool kAligned>
-MBLM_DEVICE void read_inputs(const Product& in, int64_t row, int64_t rows, int64_t k,
-                             Pack<float, kQuad> (&x)[kRowTiles]) {
-  const int64_t inputs = in.matrix.inputs, half = inputs / 2;
-  const int64_t kept = in.delayed ? inputs - half : inputs;
-  if constexpr (kAligned) {
-    const bool is_delayed = in.delayed && k >= kept;
-    const int64_t stride = is_delayed ? half : in.x_stride;
-    const float* const from = is_delayed ? in.delayed : in.x;
-    const int64_t at = row * stride + (is_delayed ? k - kept : k);
-    if (k >= inputs) rows = 0;
+  MBLM_DEVICE explicit Halves(const Pack<float, kQuad>& quad) {
     MBLM_UNROLL_ALL
-    for (int r = 0; r < kRowTiles; ++r) {
-      x[r] = {};
-      if (row + r * kWidth < rows) x[r] = load_pack<kQuad>(from + at + r * kWidth * stride);
+    for (int i = 0; i < 2; ++i) {
+      const float first = quad.values[2 * i], second = quad.values[2 * i + 1];
+      upper[i] = pair_of(first, second);
+      // A number that is not finite is all in the upper half: it remains so if what is left of an
+      // infinity, NaN, becomes finite.
+      constexpr float kMost = 0x1p120f;  // more than is left of any number
+      lower[i] = pair_of(fmaxf(first - first_of(upper[i]), -kMost),
+                         fmaxf(second - second_of(upper[i]), -kMost));
     }
-  } else {
+  }
+};
+
+// What a thread does for one item: some columns of some rows.
+template <class W, int kRows, int kTiles>
+class Work {
+ public:
+  using S = Shape<W, kRows, kTiles>;
+
+  MBLM_DEVICE Work(const Product& product, const Layout& of, int item)
+      : in(product),
+        layout(of),
+        first_row(item % of.passes * kRows),
+        first_column(item / of.passes * S::kColumns),
+        last_column(int(in.matrix.outputs + in.second.outputs) - 1),
+        count(int(in.rows) - first_row < kRows ? int(in.rows) - first_row : kRows) {
     MBLM_UNROLL_ALL
-    for (int r = 0; r < kRowTiles; ++r, row += kWidth) {
+    for (int c = 0; c < kTiles; ++c) {
+      const int column = first_column + first_of_warp() + c * kWidth + group();
+      weights[c] = weights_of<W>(in, column < last_column ? column : last_column) + first_of_lane();
+    }
+  }
+
+  // Asks for what no kernel writes of a split of the inputs.
+  MBLM_DEVICE void begin_split(int split) {
+    const int inputs = int(in.matrix.inputs);
+    begin = split * layout.split_inputs;
+    end = begin + layout.split_inputs < inputs ? begin + layout.split_inputs : inputs;
+    MBLM_UNROLL_ALL
+    for (int n = 0; n < kGroups; ++n) ask_for_packs(n);
+    read_gains(begin);
+  }
+
+  // The sums of its columns, which then lie in shared memory, where no thread waits for them.
+  MBLM_DEVICE void multiply_split() {
+    MBLM_UNROLL_ALL
+    for (float (&of_tile)[S::kSums][4] : sums) {
+      for (float (&of_piece)[4] : of_tile) {
+        for (float& sum : of_piece) sum = 0;
+      }
+    }
+    int index = 0;  // of a group of packs
+    for (int chunk = begin; chunk < end; chunk += S::kChunk) {
+      if (chunk > begin) __syncthreads();  // all have multiplied the one before
+      stage_inputs();
+      __syncthreads();
+      if (chunk + S::kChunk < end) {
+        read_gains(chunk + S::kChunk);
+        read_inputs(chunk + S::kChunk);
+      }
+      for (int g = 0; g < S::kChunk / S::kGroupInputs; ++g, ++index) {
+        if (chunk + g * S::kGroupInputs >= end) break;
+        wait_for_copies<kGroups - 1>();
+        multiply_group(g, index);
+        ask_for_packs(index + kGroups);
+      }
+    }
+    if (!S::kIsFew) __syncthreads();  // sums of warps lie where packs and inputs have been
+    share_sums();
+  }
+
+  // From one split to the next, squares add up.
+  MBLM_DEVICE void share_squares() {
+    if (!in.norm.weight) return;
+    float sum = squares;
+    MBLM_UNROLL_ALL
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const bool is_of_others = offset >= kSharers && offset < kSharers * S::kRowsOfThread;
+      if (!is_of_others) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    }
+    const int row = row_of(group() % S::kRowsOfThread * S::kLoadsOfRow);
+    if (row >= count || lane() != group() % S::kRowsOfThread * kSharers) return;
+    row_squares()[S::kIsFew ? row * kWarps + warp() : row] = sum;
+  }
+
+  MBLM_DEVICE void add_to_totals(bool is_first) {
+    for (int row = threadIdx.x / S::kColumns; row < count; row += S::kRowsApart) {
+      float& total = totals()[row * S::kColumns + of_column()];
+      total = (is_first ? 0 : total) + sum_of_warps(row);
+    }
+  }
+
+  // The sum of this thread's column, and of the squares of all inputs.
+  MBLM_DEVICE float total_of(int row) const {
+    if constexpr (S::kIsFew) {
+      return sum_of_warps(row);
+    } else {
+      float sum = 0;
+      for (int r = 0; r < cluster_size(); ++r) {
+        sum += load_of_rank(totals() + row * S::kColumns + of_column(), r);
+      }
+      return sum;
+    }
+  }
+  MBLM_DEVICE float squares_of(int row) const {
+    float sum = 0;
+    if constexpr (S::kIsFew) {
       MBLM_UNROLL_ALL
-      for (int i = 0; i < kQuad; ++i) {
-        x[r].values[i] = row >= rows || k + i >= inputs ? 0
-                         : k + i < kept                 ? in.x[row * in.x_stride + k + i]
-                                                        : in.delayed[row * half + k + i - kept];
+      for (int w = 0; w < kWarps; ++w) sum += row_squares()[row * kWarps + w];
+    } else {
+      for (int r = 0; r < cluster_size(); ++r) sum += load_of_rank(row_squares() + row, r);
+    }
+    return sum;
+  }
+
+  MBLM_DEVICE static int of_column() { return threadIdx.x % S::kColumns; }
+  MBLM_DEVICE void read_inputs() { read_inputs(begin); }
+
+  const Product& in;
+  const Layout& layout;
+  const int first_row, first_column, last_column;
+  const int count;  // of rows
+
+ private:
+  static constexpr int kLoads = S::kLoads;
+  struct alignas(kQuad * sizeof(W)) Quad {
+    uint32_t words[kQuad * sizeof(W) / 4];
+  };
+  struct alignas(kPack * sizeof(W)) Words {
+    Quad quads[kSteps];
+  };
+
+  MBLM_DEVICE static int lane() { return threadIdx.x % kWarp; }
+  MBLM_DEVICE static int warp() { return threadIdx.x / kWarp; }
+  MBLM_DEVICE static int group() { return threadIdx.x % kWarp / kSharers; }
+  MBLM_DEVICE static int part() { return threadIdx.x % kSharers; }
+  MBLM_DEVICE static int deep() { return warp() % S::kDeep; }
+  MBLM_DEVICE static int first_of_warp() { return warp() / S::kDeep * kTiles * kWidth; }
+  // Of a group's inputs.
+  MBLM_DEVICE static int first_of_lane() { return deep() * kSlice + part() * kPack; }
+  // The row and the place in it of this thread's i-th quad of a chunk.
+  MBLM_DEVICE static int row_of(int i) {
+    return i / S::kLoadsOfRow * S::kRowStep + (S::kIsFew ? 0 : warp());
+  }
+  MBLM_DEVICE static int quad_of(int i) {
+    return S::kIsFew ? int(threadIdx.x) + i % S::kLoadsOfRow * kThreads : lane();
+  }
+
+  // (kGroups, kPacksOfGroup, kThreads)
+  MBLM_DEVICE Words* packs(int index) const {
+    return shared_at<Words>(0) + index % kGroups * (kPacksOfGroup * kThreads) + threadIdx.x;
+  }
+  // Of few rows (products, kRows, kSharers), else (products, sums, 2, kWarp).
+  MBLM_DEVICE Piece* pieces() const { return shared_at<Piece>(layout.inputs_at); }
+  // (kDeep, kRows, kStride)
+  MBLM_DEVICE float* partial() const { return shared_at<float>(S::kIsFew ? layout.sums_at : 0); }
+  // (kRows, kColumns), of many rows alone
+  MBLM_DEVICE float* totals() const { return shared_at<float>(layout.sums_at); }
+  // (kRows, kSharersOfRow)
+  MBLM_DEVICE float* row_squares() const { return shared_at<float>(layout.squares_at); }
+
+  MBLM_DEVICE void ask_for_packs(int index) {
+    const int first = begin + index * S::kGroupInputs;
+    MBLM_UNROLL_ALL
+    for (int s = 0; s < S::kSlicesOfGroup; ++s) {
+      if (first >= end) break;
+      const int k = first + s * S::kDeep * kSlice;
+      MBLM_UNROLL_ALL
+      for (int c = 0; c < kTiles; ++c) {
+        copy_async<sizeof(Words)>(packs(index) + (s * kTiles + c) * kThreads, weights[c] + k,
+                                  k + first_of_lane() < end);
+      }
+    }
+    end_of_copies();
+  }
+
+  MBLM_DEVICE void read_gains(int chunk) {
+    MBLM_UNROLL_ALL
+    for (int i = 0; i < S::kLoadsOfRow; ++i) {
+      const int k = chunk + quad_of(i) * kQuad;
+      gains[i] = {{1, 1, 1, 1}};
+      if (in.norm.weight && k < end) gains[i] = load_pack<kQuad>(in.norm.weight + k);
+    }
+  }
+
+  MBLM_DEVICE void read_inputs(int chunk) {
+    const int half = int(in.matrix.inputs) / 2;
+    MBLM_UNROLL_ALL
+    for (int j = 0; j < S::kLoadsOfRow; ++j) {
+      const int k = chunk + quad_of(j) * kQuad;
+      const bool is_delayed = in.delayed && k >= half;
+      const int64_t stride = is_delayed ? half : in.x_stride;
+      const float* from = (is_delayed ? in.delayed : in.x) + (is_delayed ? k - half : k);
+      from += (first_row + row_of(0)) * stride;
+      MBLM_UNROLL_ALL
+      for (int r = 0; r < S::kRowsOfThread; ++r) {
+        Pack<float, kQuad>& quad = x[r * S::kLoadsOfRow + j];
+        quad = {};
+        if (row_of(r * S::kLoadsOfRow) < count && k < end) quad = load_pack<kQuad>(from);
+        from += S::kRowStep * stride;
       }
     }
   }
-}
 
-// A norm's weights of inputs [k, k + 4), 1 where there are none.
-template <bool kAligned>
-MBLM_DEVICE Pack<float, kQuad> read_gains(const Product& in, int64_t k) {
-  Pack<float, kQuad> gains = {{1, 1, 1, 1}};
-  if (!in.norm.weight) return gains;
-  if constexpr (kAligned) {
-    if (k < in.matrix.inputs) gains = load_pack<kQuad>(in.norm.weight + k);
-  } else {
+  // Puts what was read into shared memory, in pieces.
+  MBLM_DEVICE void stage_inputs() {
+    float of_rows[S::kRowsOfThread] = {};
     MBLM_UNROLL_ALL
-    for (int i = 0; i < kQuad; ++i) {
-      if (k + i < in.matrix.inputs) gains.values[i] = in.norm.weight[k + i];
+    for (int i = 0; i < kLoads; ++i) {
+      MBLM_UNROLL_ALL
+      for (int e = 0; e < kQuad; ++e) {
+        float& value = x[i].values[e];
+        of_rows[i / S::kLoadsOfRow] += value * value;
+        value *= gains[i % S::kLoadsOfRow].values[e];
+      }
+    }
+    if (in.norm.weight) add_squares(of_rows);
+    MBLM_UNROLL_ALL
+    for (int i = 0; i < kLoads; i += S::kIsFew ? 1 : 2) {
+      const uint32_t quad = quad_of(i), slice = quad / (kSharers * kSteps);
+      const uint32_t product = slice * kSteps + quad % kSteps, sharer = quad / kSteps % kSharers;
+      const Halves first(x[i]);
+      if constexpr (S::kIsFew) {
+        if (row_of(i) < count && int(quad) * kQuad < layout.chunk) {
+          pieces()[(product * kRows + row_of(i)) * kSharers + sharer] = {
+              {first.upper[0], first.lower[0], first.upper[1], first.lower[1]}};
+        }
+      } else if (i * kWarps < count) {
+        const Halves second(x[i + 1]);
+        Piece* const to =
+            pieces() + (product * S::kSums + i / 2) * 2 * kWarp + warp() * kSharers + sharer;
+        to[0] = {{first.upper[0], second.upper[0], first.upper[1], second.upper[1]}};
+        to[kWarp] = {{first.lower[0], second.lower[0], first.lower[1], second.lower[1]}};
+      }
     }
   }
-  return gains;
-}
 
-template <class W, int kTiles, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 1) product_of_tiles(Product in, int shared_rows) {
-  constexpr int N = kPackSize<W>, kSteps = N / kQuad, kSlice = kSharers * N;
-  constexpr int kColumns = kTiles * kHeight, kStride = kStrideOf<kColumns>;
-  constexpr int kDepth = kAligned ? 4 / kTiles : 1;  // slices that are loaded ahead
-  constexpr int kRowsApart = kThreads / kColumns, kOwn = kMostRows / kRowsApart;
-  release_dependents();
-  float* const partial = shared_memory<float>();  // (kWarps, shared_rows, kStride)
-  float* const partial_squares = partial + kWarps * shared_rows * kStride;  // (kWarps, shared_rows)
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int group = lane / kSharers, part = lane % kSharers;
-  const int64_t inputs = in.matrix.inputs, outputs = in.matrix.outputs + in.second.outputs;
-  const int64_t slices = (inputs + kSlice - 1) / kSlice;
-  const int64_t passes = (in.rows + kMostRows - 1) / kMostRows;
-  const int64_t groups = (outputs + kColumns - 1) / kColumns;
-  for (int64_t item = blockIdx.x; item < groups * passes; item += gridDim.x) {
-    const int64_t first_row = item % passes * kMostRows, first_column = item / passes * kColumns;
-    const int count = int(in.rows - first_row < kMostRows ? in.rows - first_row : kMostRows);
-    const W* weights[kTiles][2];
+  // The g-th group of a chunk.
+  MBLM_DEVICE void multiply_group(int g, int index) {
     MBLM_UNROLL_ALL
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const int64_t next = first_column + i * (kHeight / 2) + group;
-      const int64_t column = next < outputs ? next : outputs - 1;
-      const bool is_second = column >= in.matrix.outputs;
-      weights[i / 2][i % 2] = is_second ? static_cast<const W*>(in.second.weight) +
-                                              (column - in.matrix.outputs) * inputs
-                                        : static_cast<const W*>(in.matrix.weight) + column * inputs;
-    }
-    Words packs[kDepth][kTiles][2];
-    const auto read = [&](Words(&slice)[kTiles][2], int64_t index) {
+    for (int s = 0; s < S::kSlicesOfGroup; ++s) {
+      const int slice = (g * S::kSlicesOfGroup + s) * S::kDeep + deep();
       MBLM_UNROLL_ALL
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        slice[i / 2][i % 2] =
-            read_weights<kAligned, N>(weights[i / 2][i % 2], inputs, index * kSlice + part * N);
-      }
-    };
-    MBLM_UNROLL_ALL
-    for (int d = 0; d < kDepth; ++d) read(packs[d], warp + d * kWarps);
-    // The results that this thread writes are of one column, of rows that are kRowsApart.
-    const int own_row = threadIdx.x / kColumns;
-    const bool has_column = first_column + threadIdx.x % kColumns < outputs;
-    const Column column(in, has_column ? first_column + threadIdx.x % kColumns : 0);
-    wait_for_inputs();
-
-    const auto input_of = [&](int64_t slice, int step) {
-      return slice * kSlice + part * N + step * kQuad;
-    };
-    Pack<float, kQuad> next[kRowTiles];
-    const auto read_next = [&](int64_t k) {
-      read_inputs<kAligned>(in, first_row + group, first_row + count, k, next);
-    };
-    read_next(input_of(warp, 0));
-    float sums[kTiles][kRowTiles][4] = {}, squares[kRowTiles] = {};
-    for (int64_t first = warp; first < slices; first += kDepth * kWarps) {
-      MBLM_UNROLL_ALL
-      for (int d = 0; d < kDepth; ++d) {
-        const int64_t slice = first + d * kWarps;
-        if (slice >= slices) break;
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t right[kTiles][2];
         MBLM_UNROLL_ALL
-        for (int step = 0; step < kSteps; ++step) {
-          // The next inputs are on their way while these are multiplied.
-          Pack<float, kQuad> x[kRowTiles];
+        for (int c = 0; c < kTiles; ++c) {
+          const Quad quad = packs(index)[(s * kTiles + c) * kThreads].quads[step];
+          piece_of(quad.words, right[c]);
+        }
+        multiply_step(slice * kSteps + step, step, right);
+      }
+    }
+  }
+
+  MBLM_DEVICE void multiply_step(int product, int step, const uint32_t (&right)[kTiles][2]) {
+    if constexpr (S::kIsFew) {
+      Piece left = {};
+      if (group() < count) left = pieces()[(product * kRows + group()) * kSharers + part()];
+      MBLM_UNROLL_ALL
+      for (int c = 0; c < kTiles; ++c) multiply_add(sums[c][step], left.pairs, right[c]);
+    } else {
+      MBLM_UNROLL_ALL
+      for (int r = 0; r < S::kSums; ++r) {
+        if (r * kHeight >= count) break;
+        MBLM_UNROLL_ALL
+        for (int half = 0; half < 2; ++half) {
+          const Piece left = pieces()[((product * S::kSums + r) * 2 + half) * kWarp + lane()];
           MBLM_UNROLL_ALL
-          for (int r = 0; r < kRowTiles; ++r) x[r] = next[r];
-          const Pack<float, kQuad> gains = read_gains<kAligned>(in, input_of(slice, step));
-          const bool is_last = step + 1 == kSteps;
-          read_next(is_last ? input_of(slice + kWarps, 0) : input_of(slice, step + 1));
-          uint32_t pieces[kTiles][4];
+          for (int c = 0; c < kTiles; ++c) multiply_add(sums[c][r], left.pairs, right[c]);
+        }
+      }
+    }
+  }
+
+  // A thread keeps the sum of one of its rows, the (group % kRowsOfThread)-th, of several threads.
+  MBLM_DEVICE void add_squares(float (&of_rows)[S::kRowsOfThread]) {
+    MBLM_UNROLL_ALL
+    for (int half = S::kRowsOfThread / 2; half > 0; half /= 2) {
+      const bool is_upper = lane() & half * kSharers;
+      MBLM_UNROLL_ALL
+      for (int i = 0; i < half; ++i) {
+        const float given = is_upper ? of_rows[i] : of_rows[i + half];
+        const float kept = is_upper ? of_rows[i + half] : of_rows[i];
+        of_rows[i] = kept + __shfl_xor_sync(0xffffffffu, given, half * kSharers);
+      }
+    }
+    squares += of_rows[0];
+  }
+
+  MBLM_DEVICE void share_sums() {
+    MBLM_UNROLL_ALL
+    for (int c = 0; c < kTiles; ++c) {
+      float* const to = partial() + deep() * kRows * S::kStride + first_of_warp() + c * kWidth;
+      MBLM_UNROLL_ALL
+      for (int e = 0; e < 2; ++e) {
+        float* const of = to + group() * S::kStride + 2 * part() + e;
+        if constexpr (S::kIsFew) {
+          const float (&steps)[2][4] = sums[c];
+          if (group() < kRows)
+            of[0] = steps[0][e] + steps[0][2 + e] + steps[1][e] + steps[1][2 + e];
+        } else {
           MBLM_UNROLL_ALL
-          for (int i = 0; i < kTiles; ++i) piece_of(packs[d][i], step, pieces[i], W());
-          MBLM_UNROLL_ALL
-          for (int r = 0; r < kRowTiles; ++r) {
-            if (r * kWidth >= count) break;
-            float (&values)[kQuad] = x[r].values;
-            MBLM_UNROLL_ALL
-            for (int i = 0; i < kQuad; ++i) {
-              squares[r] += values[i] * values[i];
-              values[i] *= gains.values[i];
-            }
-            const uint32_t upper[] = {pair_of(values[0], values[1]), pair_of(values[2], values[3])};
-            const uint32_t lower[] = {rest_of(values[0], values[1], upper[0]),
-                                      rest_of(values[2], values[3], upper[1])};
-            MBLM_UNROLL_ALL
-            for (int i = 0; i < kTiles; ++i) {
-              multiply_add(sums[i][r], pieces[i], upper);
-              multiply_add(sums[i][r], pieces[i], lower);
-            }
+          for (int r = 0; r < S::kSums; ++r) {
+            if (r * kHeight >= count) break;
+            of[r * kHeight * S::kStride] = sums[c][r][e];
+            of[(r * kHeight + kHeight / 2) * S::kStride] = sums[c][r][2 + e];
           }
         }
-        read(packs[d], slice + kDepth * kWarps);
       }
     }
+  }
 
-    float residuals[kOwn] = {};
+  MBLM_DEVICE float sum_of_warps(int row) const {
+    float sum = 0;
     MBLM_UNROLL_ALL
-    for (int i = 0; i < kOwn; ++i) {
-      const int row = own_row + i * kRowsApart;
-      if (in.residual && has_column && row < count) {
-        residuals[i] = in.residual[(first_row + row) * column.outputs + column.index];
-      }
-    }
-    MBLM_UNROLL_ALL
-    for (int r = 0; r < kRowTiles; ++r) {
-      if (r * kWidth >= count) break;
-      float* const rows = partial + (warp * shared_rows + r * kWidth) * kStride;
-      MBLM_UNROLL_ALL
-      for (int i = 0; i < kTiles; ++i) {
-        MBLM_UNROLL_ALL
-        for (int e = 0; e < 4; ++e) {
-          const int of_tile = i * kHeight + e / 2 * (kHeight / 2) + group;
-          rows[(2 * part + e % 2) * kStride + of_tile] = sums[i][r][e];
-        }
-      }
+    for (int d = 0; d < S::kDeep; ++d)
+      sum += partial()[(d * kRows + row) * S::kStride + of_column()];
+    return sum;
+  }
+
+  const W* weights[kTiles];  // of this lane
+  int begin, end;            // of the inputs
+  Pack<float, kQuad> x[kLoads], gains[S::kLoadsOfRow];
+  float sums[kTiles][S::kSums][4], squares = 0;
+};
+
+// What a thread writes: a column of some rows.
+template <class Work>
+class Results {
+  using S = typename Work::S;
+
+ public:
+  MBLM_DEVICE explicit Results(const Work& of)
+      : work(of),
+        has_column(work.first_column + Work::of_column() <= work.last_column),
+        column(work.in, has_column ? work.first_column + Work::of_column() : 0) {}
+
+  // Asks for what kernels ahead have written, of the first row.
+  MBLM_DEVICE void read() { next = read(0); }
+
+  MBLM_DEVICE void write() {
+    const Product& in = work.in;
+    for (int i = 0; is_there(i); ++i) {
+      const Read now = next;
+      if (!S::kIsFew) next = read(i + 1);
+      float sum = work.total_of(row_of(i));
       if (in.norm.weight) {
-        float sum = squares[r];
-        for (int offset = 1; offset < kSharers; offset *= 2) {
-          sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        }
-        if (part == 0) partial_squares[warp * shared_rows + r * kWidth + group] = sum;
+        sum *= factor_of(in.norm, work.squares_of(row_of(i)), in.matrix.inputs);
       }
+      finish(in, column, work.first_row + row_of(i), sum, now.residual, now.is_left_out);
+      if (S::kIsFew) break;  // there is but one
     }
-    __syncthreads();
-    MBLM_UNROLL_ALL
-    for (int i = 0; i < kOwn; ++i) {
-      const int row = own_row + i * kRowsApart;
-      if (!has_column || row >= count) break;
-      float sum = 0, all = 0;
-      for (int w = 0; w < kWarps; ++w) {
-        sum += partial[(w * shared_rows + row) * kStride + threadIdx.x % kColumns];
-      }
-      if (in.norm.weight) {
-        for (int w = 0; w < kWarps; ++w) all += partial_squares[w * shared_rows + row];
-        sum *= factor_of(in.norm, all, inputs);
-      }
-      finish(in, column, first_row + row, sum, residuals[i],
-             is_masked(in.positions, first_row + row));
+  }
+
+ private:
+  struct Read {
+    float residual = 0;
+    bool is_left_out = false;
+  };
+
+  MBLM_DEVICE Read read(int i) const {
+    const Product& in = work.in;
+    const int64_t row = work.first_row + row_of(i);
+    Read result;
+    result.is_left_out = is_masked(in.positions, row, is_there(i));
+    if (in.residual && is_there(i)) {
+      result.residual = in.residual[row * column.outputs + column.index];
     }
-    __syncthreads();
+    return result;
+  }
+  MBLM_DEVICE static int row_of(int i) {
+    const int n = S::kIsFew ? i : i * cluster_size() + cluster_rank();
+    return int(threadIdx.x / S::kColumns) + n * S::kRowsApart;
+  }
+  MBLM_DEVICE bool is_there(int i) const { return has_column && row_of(i) < work.count; }
+
+  const Work& work;
+  const bool has_column;
+  const Column column;
+  Read next;
+};
+
+template <class W, int kRows, int kTiles>
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2)
+    product_of_tiles(Product in, Layout layout) {
+  using Own = Work<W, kRows, kTiles>;
+  constexpr bool kIsFew = kRows <= kFewRows;
+  release_dependents();
+  const int rank = kIsFew ? 0 : cluster_rank(), ranks = kIsFew ? 1 : cluster_size();
+  for (int item = blockIdx.x / ranks; item < layout.items; item += gridDim.x / ranks) {
+    Own work(in, layout, item);
+    work.begin_split(rank);
+    ask_ahead(in);
+    if constexpr (kIsFew) {
+      Results<Own> results(work);
+      wait_for_inputs();
+      work.read_inputs();
+      results.read();
+      work.multiply_split();
+      work.share_squares();
+      __syncthreads();
+      results.write();
+    } else {
+      wait_for_inputs();
+      for (int split = rank;;) {
+        work.read_inputs();
+        work.multiply_split();
+        __syncthreads();
+        work.add_to_totals(split == rank);
+        split += ranks;
+        if (split >= layout.splits) break;
+        __syncthreads();  // packs and inputs will lie where sums of warps have been
+        work.begin_split(split);
+      }
+      work.share_squares();
+      Results<Own> results(work);
+      results.read();
+      cluster_barrier();
+      results.write();
+      cluster_barrier();  // the other blocks have read what this one has
+    }
   }
 }
 
-template <class W, int kTiles, bool kAligned>
-Error launch_tiles(const Product& in, Stream stream) {
-  constexpr int kColumns = kTiles * kHeight;
-  const int64_t outputs = in.matrix.outputs + in.second.outputs;
-  const int64_t blocks = divide_up(outputs, kColumns) * divide_up(in.rows, kMostRows);
-  const int64_t whole = divide_up(in.rows, kWidth) * kWidth;
-  const int shared_rows = int(whole < kMostRows ? whole : kMostRows);
-  const size_t shared_bytes =
-      size_t(kWarps) * shared_rows * (kStrideOf<kColumns> + 1) * sizeof(float);
-  const auto kernel = product_of_tiles<W, kTiles, kAligned>;
-  return in.is_dependent
-             ? launch_dependent(kernel, blocks, kThreads, shared_bytes, stream, in, shared_rows)
-             : launch(kernel, blocks, kThreads, shared_bytes, stream, in, shared_rows);
+template <class W, int kRows, int kTiles>
+Error launch_tiles(const Product& in, int splits, Stream stream) {
+  using S = Shape<W, kRows, kTiles>;
+  const int64_t outputs = in.matrix.outputs + in.second.outputs, inputs = in.matrix.inputs;
+  Layout layout;
+  layout.split_inputs =
+      int(divide_up(divide_up(inputs, splits), S::kGroupInputs) * S::kGroupInputs);
+  layout.splits = int(divide_up(inputs, layout.split_inputs));
+  layout.chunk = std::min(layout.split_inputs, S::kChunk);
+  layout.inputs_at = std::min(layout.split_inputs / S::kGroupInputs, kGroups) * S::kGroupBytes;
+  layout.sums_at = layout.inputs_at + layout.chunk * kRows * int(sizeof(float));
+  if (!S::kIsFew) layout.sums_at = std::max(layout.sums_at, S::kPartialBytes);
+  const int sums = S::kIsFew ? S::kPartialBytes : kRows * S::kColumns * int(sizeof(float));
+  layout.squares_at = layout.sums_at + sums;
+  const size_t shared = layout.squares_at + kRows * S::kSharersOfRow * sizeof(float);
+  layout.passes = int(divide_up(in.rows, kRows));
+  layout.items = int(divide_up(outputs, S::kColumns)) * layout.passes;
+  return launch_clusters(product_of_tiles<W, kRows, kTiles>, layout.items, layout.splits, kThreads,
+                         shared, in.is_dependent, stream, in, layout);
 }
 
-// Each block reads all inputs of all rows, so that fewer, larger ones are better as soon as there
-// are enough of them to read the weights quickly.
 template <class W>
-Error launch_columns(const Product& in, Stream stream) {
-  constexpr int64_t kWide = 1024;  // 32 larger blocks
+Error launch_rows(const Product& in, Stream stream) {
+  constexpr int64_t kBlocks = 128;  // about one for each multiprocessor
   const int64_t outputs = in.matrix.outputs + in.second.outputs;
-  const bool has_aligned_weights = in.matrix.inputs % kPackSize<W> == 0 &&
-                                   is_aligned(in.matrix.weight) &&
-                                   (in.second.outputs == 0 || is_aligned(in.second.weight));
-  const bool has_aligned_inputs = in.x_stride % kQuad == 0 && is_aligned(in.x) &&
-                                  is_aligned(in.delayed) && is_aligned(in.norm.weight);
-  if (!has_aligned_weights || !has_aligned_inputs) return launch_tiles<W, 1, false>(in, stream);
-  return outputs < kWide ? launch_tiles<W, 1, true>(in, stream)
-                         : launch_tiles<W, 2, true>(in, stream);
+  if (in.rows == 1) return launch_tiles<W, 1, 1>(in, 1, stream);
+  // All blocks read the inputs of all rows: fewer, wider ones are better if there are enough.
+  if (in.rows <= kFewRows) {
+    const bool is_wide = divide_up(outputs, 2 * kWidth) >= kBlocks;
+    return is_wide ? launch_tiles<W, kFewRows, 2>(in, 1, stream)
+                   : launch_tiles<W, kFewRows, 1>(in, 1, stream);
+  }
+  const int64_t groups = divide_up(outputs, Shape<W, kManyRows, 4>::kColumns);
+  const int64_t splits = std::clamp<int64_t>((kBlocks + kBlocks / 8) / groups, 1, kMostInCluster);
+  return launch_tiles<W, kManyRows, 4>(in, int(splits), stream);
 }
 
 }  // namespace
 
+bool is_for_tensor_cores(const Product& in) {
+  constexpr int64_t kMost = 1 << 30;  // is counted in 32 bits
+  const size_t pack = kPack * cpu::size_of(in.matrix.type);
+  const auto has_packs = [&](const cpu::Matrix& matrix) {
+    return matrix.outputs == 0 || reinterpret_cast<uintptr_t>(matrix.weight) % pack == 0;
+  };
+  return in.matrix.type != WeightType::kFloat32 && in.matrix.inputs % kPack == 0 &&
+         in.matrix.inputs <= kMost && in.rows <= kMost / (in.matrix.outputs + in.second.outputs) &&
+         in.x_stride % kQuad == 0 && has_packs(in.matrix) && has_packs(in.second) &&
+         is_aligned(in.x) && is_aligned(in.delayed) && is_aligned(in.norm.weight);
+}
+
 Error multiply_on_tensor_cores(const Product& in, Stream stream) {
-  return in.matrix.type == WeightType::kInt8 ? launch_columns<int8_t>(in, stream)
-                                             : launch_columns<BFloat16>(in, stream);
+  return in.matrix.type == WeightType::kInt8 ? launch_rows<int8_t>(in, stream)
+                                             : launch_rows<BFloat16>(in, stream);
 }
 
 }  // namespace mblm::cuda

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) normalize_rows(FinalNorm in) {
 }  // namespace
 
 #ifdef __CUDACC__
-// A kernel that was compiled for an older device does not wait.
-bool can_launch_dependents() {
+// A kernel that was compiled for an older device neither waits nor knows of its cluster.
+bool has_compute_90() {
   constexpr int kDevices = 64;
   static signed char known[kDevices] = {};
   int device = 0;

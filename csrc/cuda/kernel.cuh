@@ -71,33 +71,44 @@ Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   return message_of(error);
 }
 
-// Whether the current device begins kernels early, and they were compiled to wait for their inputs.
-bool can_launch_dependents();
+// Whether the current device has what 9.0 has, and kernels were compiled to make use of it: they
+// begin early and wait for their inputs, and blocks form clusters.
+bool has_compute_90();
 
-// As launch(), of a kernel that may begin before those ahead of it on the stream have ended. What
-// they write or read, every block of it touches after wait_for_inputs() alone.
+// As launch(), in clusters of so many blocks where there are such; else one block stands for each.
+// A dependent kernel may begin before those ahead of it on the stream have ended: what they write
+// or read, every block of it touches after wait_for_inputs() alone.
 template <class... Parameters, class... Arguments>
-Error launch_dependent(void (*kernel)(Parameters...), int64_t blocks, int threads,
-                       size_t shared_bytes, Stream stream, Arguments... args) {
-  if (!can_launch_dependents()) {
-    return launch(kernel, blocks, threads, shared_bytes, stream, args...);
+Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int size, int threads,
+                      size_t shared_bytes, bool is_dependent, Stream stream, Arguments... args) {
+  if ((!is_dependent && size == 1) || !has_compute_90()) {
+    return launch(kernel, clusters, threads, shared_bytes, stream, args...);
   }
-  if (blocks <= 0) return nullptr;
+  if (clusters <= 0) return nullptr;
   cudaError_t error = ask_for_shared(kernel, shared_bytes);
   if (error == cudaSuccess) {
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = is_dependent;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {unsigned(size), 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+    const int64_t most = kMaxBlocks / size;
+    config.gridDim = dim3(unsigned(clusters < most ? clusters : most) * size);
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &early;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = size > 1 ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...);
   }
   return message_of(error);
+}
+
+template <class... Parameters, class... Arguments>
+Error launch_dependent(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                       size_t shared_bytes, Stream stream, Arguments... args) {
+  return launch_clusters(kernel, blocks, 1, threads, shared_bytes, true, stream, args...);
 }
 
 // The block's dynamic shared memory.

@@ -330,6 +330,12 @@ Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
   return nullptr;
 }
 
+// One block stands for a cluster.
+template <class... Parameters, class... Arguments>
+Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int, int threads,
+                      size_t shared_bytes, bool, Stream stream, Arguments... args) {
+  return launch(kernel, clusters, threads, shared_bytes, stream, args...);
+}
 template <class... Parameters, class... Arguments>
 Error launch_dependent(void (*kernel)(Parameters...), Arguments... args) {
   return launch(kernel, args...);

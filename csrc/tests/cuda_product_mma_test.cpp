@@ -1,4 +1,4 @@
-// Tests of the GPU's products of many rows, emulated, against sums in double.
+// Tests of the GPU's products of rounded weights, emulated, against sums in double.
 #include "cuda_check.h"
 // The emulation comes before the sources.
 #include "cuda/decode_product.cu"
@@ -116,16 +116,17 @@ void equals_sums_in_double(WeightType type, const Case& of) {
 }
 
 void products(WeightType type) {
-  for (const int64_t rows : {8, 9, 16, 17, 64, 65}) {
+  for (const int64_t rows : {1, 2, 8, 9, 32, 33, 65}) {
     equals_sums_in_double(type, {rows, 96, 21});
     equals_sums_in_double(type, {rows, 37, 16});
   }
   equals_sums_in_double(type, {9, 1, 1});
-  // More slices of the inputs than are loaded ahead, of whole packs and not.
-  equals_sums_in_double(type, {17, 4096 + 16, 19});
+  // More of the inputs than are loaded ahead, in one split and in several, of whole packs and not.
+  for (const int64_t rows : {1, 3, 17}) equals_sums_in_double(type, {rows, 4096 + 16, 19});
   equals_sums_in_double(type, {11, 2500, 5});
   // Wide blocks, of one matrix and of two whose border is inside one.
   equals_sums_in_double(type, {16, 64, 1030});
+  equals_sums_in_double(type, {4, 64, 2041, 20});
   equals_sums_in_double(type, {13, 80, 1000, 41});
   equals_sums_in_double(type, {9, 80, 7, 9});
   // Inputs alone that are not aligned: the sanitizer sees whether they are loaded as if they were.
@@ -133,6 +134,8 @@ void products(WeightType type) {
   // All that is done beside a product, aligned and not.
   for (const int64_t inputs : {64, 1056, 75}) {
     equals_sums_in_double(type, {20, inputs, 18, 6, 0, 0, true, true});
+    equals_sums_in_double(type, {1, inputs, 18, 6, 0, 0, true, true});
+    equals_sums_in_double(type, {7, inputs, 18, 0, 4, 0, true, true, true});
     equals_sums_in_double(type, {20, inputs, 18, 0, 12, 0, true, false, true});
     equals_sums_in_double(type, {64, inputs, 34, 0, 3, 1, true, true, true});
   }

@@ -37,6 +37,7 @@ WAIT = "ACQBULK"  # for the kernels ahead on the stream: griddepcontrol.wait
 BARRIER = "BAR.SYNC"
 LOAD, STORE, SHARED_STORE = "LDG", "STG", "STS"  # of global memory, of shared memory
 COPY = "LDGSTS"  # cp.async, from global to shared memory
+PREFETCH = "UBLKPF"  # cp.async.bulk.prefetch
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,12 @@ class Used:
 @dataclass(frozen=True)
 class Kernel:
     name: str  # demangled, with its template arguments and parameters
+    used: Used
     code: tuple[str, ...]  # an instruction each, without its predicate: "LDG.E.128 R4, ..."
 
     def places(self, *opcodes: str) -> list[int]:
         """Where in the code the instructions are that begin with any of these opcodes."""
         return [place for place, text in enumerate(self.code) if _is_any_of(text, opcodes)]
-
-    def between(self, first: int, last: int, *opcodes: str) -> list[str]:
-        return [text for text in self.code[first:last] if _is_any_of(text, opcodes)]
 
 
 def _is_any_of(text: str, opcodes: tuple[str, ...]) -> bool:
@@ -98,24 +97,24 @@ def used_by_kernels(report: str) -> dict[str, Used]:
 @functools.cache
 def kernels_of(source: str) -> tuple[Kernel, ...]:
     """The kernels of csrc/cuda/<source> as machine code for compute capability 9.0."""
-    target, _ = compiled(CSRC / "cuda" / source, "90")
+    target, report = compiled(CSRC / "cuda" / source, "90")
     command = [str(CUOBJDUMP), "-sass", str(target)]
     path = f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}"  # nvdisasm is beside it
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
     )
-    return kernels_in(done.stdout)
+    return kernels_in(done.stdout, used_by_kernels(report))
 
 
-def kernels_in(listing: str) -> tuple[Kernel, ...]:
+def kernels_in(listing: str, used: dict[str, Used]) -> tuple[Kernel, ...]:
     instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;")
     _, *parts = re.split(r"Function : (?=\w+)", listing)
+    named = [(names_and_types(part.split(maxsplit=1)[0]), part) for part in parts]
     return tuple(
         Kernel(
-            names_and_types(part.split(maxsplit=1)[0]),
-            tuple(" ".join(text.split()) for text in instruction.findall(part)),
+            name, used[name], tuple(" ".join(text.split()) for text in instruction.findall(part))
         )
-        for part in parts
+        for name, part in named
     )
 
 

@@ -7,12 +7,19 @@ while a kernel waits holds only if it holds here.
 import pytest
 
 from tests.packaging.sass import (
+    BARRIER,
+    COPY,
     CSRC,
     CUOBJDUMP,
+    LOAD,
     NVCC,
+    PREFETCH,
+    SHARED_STORE,
     STORE,
     WAIT,
     WHAT_LACKS,
+    Kernel,
+    Used,
     kernels_in,
     kernels_of,
 )
@@ -36,6 +43,45 @@ def test_nothing_is_written_before_the_kernels_ahead_have_ended(source: str) -> 
         assert not stores or min(waits) < min(stores), kernel.name
 
 
+def products() -> list[Kernel]:
+    return [*kernels_of("decode_product.cu"), *kernels_of("decode_product_mma.cu")]
+
+
+@pytest.mark.slow
+@needs_tools
+def test_weights_are_on_their_way_before_a_product_waits() -> None:
+    """Its own, and those of the next one into the second cache."""
+    for kernel in products():
+        (wait,) = kernel.places(WAIT)
+        before = [place for place in kernel.places(COPY, LOAD) if place < wait]
+        assert len(before) >= (16 if "tiles" in kernel.name else 8), kernel.name
+        assert any(place < wait for place in kernel.places(PREFETCH)), kernel.name
+
+
+@pytest.mark.slow
+@needs_tools
+def test_a_product_loads_its_inputs_together() -> None:
+    """None waits for a store of another one: that would be a trip to the second cache for each."""
+    for kernel in products():
+        (wait,) = kernel.places(WAIT)
+        store = min(place for place in kernel.places(SHARED_STORE) if place > wait)
+        barrier = min(place for place in kernel.places(BARRIER) if place > store)
+        loads = kernel.places(LOAD)
+        assert any(wait < place < store for place in loads), kernel.name
+        assert not any(store < place < barrier for place in loads), kernel.name
+
+
+@pytest.mark.slow
+@needs_tools
+def test_blocks_of_the_next_product_fit_beside_those_that_run() -> None:
+    """Else it would begin when they have ended: two blocks of 256 threads share 65,536 registers.
+
+    What is not aligned is loaded as it comes, and may take more.
+    """
+    for kernel in products():
+        assert kernel.used.registers <= 128 or "float, false" in kernel.name, kernel
+
+
 def test_a_listing_is_read() -> None:
     listing = """
         Function : _Z1fPf
@@ -47,7 +93,10 @@ def test_a_listing_is_read() -> None:
         Function : _Z1gv
         /*0000*/                   EXIT ;                     /* 0x0 */
 """
-    first, second = kernels_in(listing)
+    used = Used(registers=8, stack=0, spilled=0)
+    first, second = kernels_in(
+        listing, {"f(float*)": used, "_Z1fPf": used, "g()": used, "_Z1gv": used}
+    )
     assert first.code[1] == "LDG.E.128 R4, desc[UR4][R2.64+0x10]"
     assert first.places("LDG") == [1] and first.places("LDGSTS", "LD") == []
     assert (first.places(WAIT), second.code) == ([2], ("EXIT",))

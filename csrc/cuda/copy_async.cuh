@@ -1,0 +1,49 @@
+// Copies from global to shared memory that go on while a kernel does something else, or waits.
+#pragma once
+
+#include <cstring>
+
+#include "cuda/kernel.cuh"
+
+namespace mblm::cuda {
+
+// Copies kBytes (4, 8 or 16, aligned so), or zeros where there is nothing to copy.
+template <int kBytes>
+MBLM_DEVICE void copy_async(void* to, const void* from, bool there_is) {
+#ifdef __CUDA_ARCH__
+  const uint32_t shared = uint32_t(__cvta_generic_to_shared(to));
+  const int bytes = there_is ? kBytes : 0;
+  if constexpr (kBytes == 16) {  // past the first cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
+                 "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
+#else
+  if (there_is) {
+    std::memcpy(to, from, kBytes);
+  } else {
+    std::memset(to, 0, kBytes);
+  }
+#endif
+}
+
+// Ends a group of the calling thread's copies.
+MBLM_DEVICE void end_of_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for the calling thread's groups but the last kLeft.
+template <int kLeft>
+MBLM_DEVICE void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+}  // namespace mblm::cuda
