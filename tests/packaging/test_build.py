@@ -4,16 +4,21 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import traceback
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 LOUD = "WITHOUT its native kernels"
@@ -25,23 +30,62 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def start(source: Path, *command: str, **environment: str) -> "subprocess.Popen[str]":
+class Forked:
+    """A copy of this process that runs a function: nothing has to import torch again.
+
+    Attributes:
+        returncode: With which it has ended.
+    """
+
+    def __init__(self, function: Callable[[], object], cwd: Path, environment: dict[str, str]):
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._pid = os.fork()
+        if self._pid:
+            return
+        status = 1
+        try:
+            for descriptor in (1, 2):
+                os.dup2(self._said.fileno(), descriptor)
+            sys.stdout, sys.stderr = (open(d, "w", closefd=False) for d in (1, 2))  # noqa: SIM115
+            os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(environment)
+            function()
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            print(end.code or "", file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def wait(self) -> str:
+        """Wait for its end; returns what it has said."""
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        with self._said as said:
+            said.seek(0)
+            return said.read()
+
+
+def start(source: Path, *command: str, **environment: str) -> Forked:
     """Run setup.py as an installer does."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MBLM_")}
-    return subprocess.Popen(
-        [sys.executable, "setup.py", *command],
-        cwd=source,
-        env={**clean, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+
+    def run() -> None:
+        sys.argv = ["setup.py", *command]
+        sys.modules.pop("find_tools", None)
+        runpy.run_path("setup.py", run_name="__main__")
+
+    return Forked(run, source, {**clean, **environment})
 
 
 def build(source: Path, target: Path, **environment: str) -> str:
     """Build the library into ``target``; returns what was said."""
     process = start(source, "build_ext", "--build-lib", str(target), **environment)
-    said = process.communicate()[0]
+    said = process.wait()
     assert process.returncode == 0, said
     return said
 
@@ -57,9 +101,15 @@ def library(target: Path) -> Path | None:
 def loads(target: Path) -> bool:
     """Whether a Python takes the library for its module."""
     path = library(target)
-    code = f"import importlib.util as u; s = u.spec_from_file_location('mblm._C', {str(path)!r});"
-    code += "import torch; s.loader.exec_module(u.module_from_spec(s))"
-    return path is not None and subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+    def load() -> None:
+        spec = importlib.util.spec_from_file_location("mblm._C", path)
+        assert spec and spec.loader
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+    process = Forked(load, target, dict(os.environ))
+    process.wait()
+    return path is not None and process.returncode == 0
 
 
 @needs_compiler
@@ -88,7 +138,7 @@ def test_two_builds_at_once_get_the_library_both(clone: Path, tmp_path: Path) ->
     targets = [tmp_path / "first", tmp_path / "second"]
     builds = [start(clone, "build_ext", "--build-lib", str(target)) for target in targets]
     for process, target in zip(builds, targets, strict=True):
-        said = process.communicate()[0]
+        said = process.wait()
         assert process.returncode == 0, said
         assert loads(target)
 
@@ -129,7 +179,7 @@ def test_demands_that_cannot_be_met_are_errors(
     clone: Path, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
     process = start(clone, "build_ext", "--build-lib", str(tmp_path), **environment)
-    assert message in process.communicate()[0]
+    assert message in process.wait()
     assert process.returncode != 0 and library(tmp_path) is None
 
 
@@ -148,7 +198,7 @@ def metadata(source: Path, target: Path, **environment: str) -> str:
     """What an installer is told of the package before it is built."""
     target.mkdir()
     process = start(source, "dist_info", "--output-dir", str(target), **environment)
-    said = process.communicate()[0]
+    said = process.wait()
     assert process.returncode == 0, said
     (file,) = target.glob("*.dist-info/METADATA")
     return file.read_text()
@@ -176,21 +226,19 @@ def test_a_release_of_sources_keeps_its_version(clone: Path, tmp_path: Path) -> 
 def test_a_wheel_says_what_failed_after_its_metadata_was_written(
     clone: Path, tmp_path: Path, kind: str
 ) -> None:
-    code = f"""
-import os, sys
-from setuptools import build_meta
-target = sys.argv[1]
-info = build_meta.prepare_metadata_for_build_{kind}(target)
-assert "+cpu." in info, info
-os.environ["CFLAGS"] = "-DMBLM_BROKEN"
-print(build_meta.build_{kind}(target, None, os.path.join(target, info)))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=clone, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "+pure" in done.stdout.splitlines()[-1]
-    wheel = tmp_path / done.stdout.splitlines()[-1]
+    def make() -> None:
+        from setuptools import build_meta
+
+        info = getattr(build_meta, f"prepare_metadata_for_build_{kind}")(str(tmp_path))
+        assert "+cpu." in info, info
+        os.environ["CFLAGS"] = "-DMBLM_BROKEN"
+        print(getattr(build_meta, f"build_{kind}")(str(tmp_path), None, str(tmp_path / info)))
+
+    process = Forked(make, clone, dict(os.environ))
+    said = process.wait()
+    assert process.returncode == 0, said
+    wheel = tmp_path / said.splitlines()[-1]
+    assert "+pure" in wheel.name
     shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
     (file,) = (tmp_path / "wheel").glob("*+pure.dist-info/METADATA")
     assert "Requires-Dist: torch>=2.6" in file.read_text()
