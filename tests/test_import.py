@@ -141,8 +141,10 @@ LATER = [
     "tensorboard",
     "torch.utils.cpp_extension",
     "torch.utils.tensorboard",
+    "trackio",
     "transformers",
     "typer",
+    "wandb",
     "yaml",
 ]
 

@@ -226,6 +226,7 @@ CHECKS = {
     "python": check_python,
     "torchrun": check_torchrun,
     "bash": check_bash,
+    "sbatch": check_bash,
 }
 
 

@@ -15,6 +15,8 @@ OPTIONAL_PACKAGES = (
     "filelock",
     "matplotlib",
     "tensorboard",
+    "wandb",
+    "trackio",
 )
 
 

@@ -3,17 +3,19 @@
 Run by torchrun, or by itself as a single worker; one YAML file says all of an experiment.
 """
 
+import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import Self
 
 from mblm.data.dataset.byte_files import ByteFiles
 from mblm.data.dataset.clevr import Clevr
@@ -21,6 +23,7 @@ from mblm.data.dataset.pg19 import PG19
 from mblm.data.dataset.pg19_masked import PG19Masked
 from mblm.data.datasets import DistributedDataset
 from mblm.data.types import BatchMaskedForMLM, BatchWithLossMask, ModelMode
+from mblm.inference.score import Score
 from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
 from mblm.model.embeddings import MBLM_TOKEN_EMB_MIGRATION
 from mblm.model.encoder import IGNORED_LABEL
@@ -41,6 +44,8 @@ from mblm.train.recipe import make_optimizer, make_schedule
 from mblm.utils.distributed import process_group
 from mblm.utils.errors import with_title
 from mblm.utils.logging import create_logger, shutdown_log_handlers
+
+SAMPLE_BYTES = 256
 
 
 class TrainMBLMParams(MBLMModelConfig, CoreModelParams):
@@ -64,6 +69,17 @@ class TrainMBLMIoConfig(CoreIoConfig):
 
 class TrainEntryConfig(GenericEntryConfig[TrainMBLMParams, CoreTrainConfig, TrainMBLMIoConfig]):
     """The configuration of a run that trains an MBLM."""
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        context = math.prod(self.params.seq_lens)
+        for prompt in self.io.sample_prompts:
+            if (size := len(prompt.encode())) >= context:
+                raise ValueError(
+                    f"io.sample_prompts: expected less than the context of {context} bytes, got "
+                    f"{size}: {prompt[:40]!r}"
+                )
+        return self
 
 
 class TrainOutputConfig(GenericOutputConfig[TrainMBLMParams, CoreTrainConfig, TrainMBLMIoConfig]):
@@ -189,6 +205,31 @@ class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
         ids, loss_mask = (tensor.to(device, non_blocking=True) for tensor in batch)
         loss: torch.Tensor = model(ids, return_type=MBLMReturnType.LOSS, loss_mask=loss_mask)
         return loss
+
+    def generate_samples(self, model: MBLM, prompts: Sequence[str], seed: int) -> list[bytes]:
+        """At most 256 bytes after each, as ``mblm generate`` does it."""
+        texts = [prompt.encode() for prompt in prompts]
+        limits = [min(SAMPLE_BYTES, model.context_size - len(text)) for text in texts]
+        written = model.generate_batch(
+            texts,
+            seeds=[seed] * len(texts),
+            max_bytes=limits,
+            filter_thres=0.9,
+            enable_progress=False,
+        )
+        return [result.data for result in written]
+
+    def losses_by_position(self, model: MBLM, samples: Sequence[BatchWithLossMask]) -> list[float]:
+        """Of the local stage's patch, unless that is the whole context."""
+        params = self.config.params
+        patch, pad = params.seq_lens[-1], params.pad_token_id
+        if len(params.seq_lens) == 1 or params.input_seq_len > model.context_size:
+            return []
+        scores = cast("list[Score]", model.score([ids[ids != pad] for ids, _ in samples]))
+        losses = torch.cat([-score.log_probs for score in scores])
+        places = torch.cat([torch.arange(len(score)) % patch for score in scores])
+        sums = torch.zeros(patch).index_add_(0, places, losses)
+        return (sums / places.bincount(minlength=patch)).tolist()
 
     def count_entries(self, batch: BatchWithLossMask) -> int:
         """Ids that are no padding, where the mask is not zero."""

@@ -191,7 +191,17 @@ class CoreIoConfig(Fields):
         "validation; 0: not by time",
     )
     tensorboard: bool = Field(
-        default=False, description="Write the losses for TensorBoard, too; needs mblm[tensorboard]"
+        default=False, description="The same as tensorboard among the loggers"
+    )
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[],
+        description="Where losses, speed and samples go, too; each needs its library, mblm[<name>]",
+    )
+    sample_amount: NonNegativeInt = Field(
+        default=0, description="At how many of the validations to let the model write"
+    )
+    sample_prompts: list[str] = Field(
+        default=[""], min_length=1, description="What it goes on from then, each by itself"
     )
 
     @field_validator("name_model")
@@ -307,6 +317,32 @@ class CSVLossEntry(NamedTuple):
     lr: float
     avg_grad: float
     avg_grad_clipped: float
+
+
+class CSVMetricsEntry(NamedTuple):
+    """A row of ``metrics.csv``, of all workers together; empty where there is nothing.
+
+    Attributes:
+        cum_batch, kind: The batch and train or valid, as in ``loss.csv``.
+        elements_seen: Elements of this run that were trained on.
+        seconds: Since the first batch of this process.
+        loss: Mean over the workers and the batches of the step.
+        lr, gradient_norm: Those of the step.
+        elements_per_second: Since the row before, without validating and saving.
+        waiting: Which share of that time the data were waited for.
+        memory_max: The most memory of the main worker in 1024**3 bytes, the GPU's or the process's.
+    """
+
+    cum_batch: int
+    kind: str
+    elements_seen: int
+    seconds: float
+    loss: float
+    lr: float | None = None
+    gradient_norm: float | None = None
+    elements_per_second: float | None = None
+    waiting: float | None = None
+    memory_max: float | None = None
 
 
 class CSVTimeAndMemSnapshotEntry(NamedTuple):

@@ -70,6 +70,7 @@ class Sources:
         dataset: DistributedDataset[Any],
         make_loader: "Callable[[DistributedDataset[Any]], DataLoader[Any]]",
     ) -> None:
+        self.dataset: Any = dataset
         parts, self._weights = {"": dataset}, {"": 1.0}
         if isinstance(dataset, Mixture):
             parts, self._weights = dataset.parts, dataset.weights

@@ -100,6 +100,24 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def configure_optimizer(self, parameters: Iterator[nn.Parameter]) -> Optimizer:
         """Make the optimizer of these parameters."""
 
+    def generate_samples(self, model: TModel, prompts: Sequence[str], seed: int) -> list[bytes]:
+        """Let the model write after each prompt, for ``io.sample_amount``. Default: it cannot.
+
+        Called on the main worker; the random numbers of the run stay as they are.
+        """
+        raise NotImplementedError
+
+    def losses_by_position(self, model: TModel, samples: Sequence[TBatch]) -> list[float]:
+        """The mean loss at each position in a patch, for the loggers. Default: none.
+
+        Called on the main worker.
+
+        Args:
+            model: The model.
+            samples: Samples of the validation data, not collated.
+        """
+        return []
+
     def count_entries(self, batch: TBatch) -> int:
         """How many entries of a batch have loss, which is what the batch weighs in a validation.
 

@@ -48,19 +48,24 @@ class CsvLog(Generic[Row]):
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._file)) from error
 
-    def keep_before(self, **batches: int) -> None:
-        """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut."""
+    def keep_before(self, **batches: int) -> set[tuple[str, int]]:
+        """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut.
+
+        Returns:
+            Kinds and batches of the rows from there on.
+        """
         batch, kind = self._columns.index("cum_batch"), self._columns.index("kind")
         text = self._file.read_text() if self._file.exists() else ""
-        kept = [
+        rows = [
             row
             for row in csv.reader(text[: text.rfind("\n") + 1].splitlines())
-            if len(row) == len(self._columns)
-            and row[batch].isdigit()
-            and int(row[batch]) < batches.get(row[kind].partition("/")[0], 0)
+            if len(row) == len(self._columns) and row[batch].isdigit()
         ]
+        end = {row[kind]: batches.get(row[kind].partition("/")[0], 0) for row in rows}
+        kept = [row for row in rows if int(row[batch]) < end[row[kind]]]
         with atomic_write(self._file) as stream:
             stream.write(_csv_lines([self._columns, *kept]).encode())
+        return {(row[kind], int(row[batch])) for row in rows if row not in kept}
 
 
 class Ranked(NamedTuple):

@@ -3,12 +3,16 @@
 <output_dir>/<name_model>_<run id>/
     config.yaml             the run's configuration, how to go on from its best model, a summary
     loss.csv, timemem.csv   rows of `CSVLossEntry` and `CSVTimeAndMemSnapshotEntry`
+    metrics.csv             rows of `CSVMetricsEntry`
+    samples/                what the model wrote at validations, if configured
     train.log               what the main worker tells
     <name_model>_top<i>.pth the best models, best first
     state/                  training states, and the best models that they refer to
-    tensorboard/            if configured
+    tensorboard/, wandb/    if configured
 """
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +23,7 @@ import yaml
 from mblm.data.types import ModelMode
 from mblm.train.core.config import (
     CSVLossEntry,
+    CSVMetricsEntry,
     CSVTimeAndMemSnapshotEntry,
     GenericEntryConfig,
     GenericOutputConfig,
@@ -27,6 +32,7 @@ from mblm.train.core.config import (
     SummaryStats,
 )
 from mblm.train.core.hooks import CoreTrainerOptions
+from mblm.train.core.loggers import Loggers, check_loggers
 from mblm.train.core.output import BestModels, CsvLog, Ranked, new_run_dir
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
@@ -37,6 +43,7 @@ from mblm.train.core.training_state import (
     run_dir_of,
     step_of,
 )
+from mblm.utils.atomic import atomic_write
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
 from mblm.utils.lock import hold
@@ -72,7 +79,9 @@ class RunFolder:
         state_dir: Path | None,
     ) -> None:
         io = config.io
-        board = _tensorboard() if io.tensorboard and workers.is_main else None
+        names = [*["tensorboard"] * io.tensorboard, *io.loggers] if workers.is_main else []
+        self._logger_names = list(dict.fromkeys(names))
+        check_loggers(self._logger_names)
         path = Path()
         if state_dir is not None:
             path = run_dir_of(state_dir)
@@ -99,7 +108,8 @@ class RunFolder:
         self._timemem = CsvLog(
             path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=workers.is_main
         )
-        self._board: Any = board and board(str(path / "tensorboard"))
+        self._metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=workers.is_main)
+        self.loggers = Loggers([], path, "", {}, logging.getLogger())
         self.lineage: Lineage | None = None
         resume = config.resume
         self._resume = ResumeConfig(
@@ -113,15 +123,23 @@ class RunFolder:
         elif workers.is_main:
             self._loss.create()
             self._timemem.create()
+            self._metrics.create()
         workers.barrier()
+
+    def open_loggers(self, log: logging.Logger) -> None:
+        """Begin to log where it is configured; what goes wrong there is told."""
+        io, config = self._config.io, self._config.model_dump(mode="json")
+        self.loggers = Loggers(self._logger_names, self.path, io.name_model, config, log)
 
     def rewind(self, saved: SavedState) -> None:
         """Go back to a training state: drop what was written after it."""
         if self._workers.is_main:
             step = step_of(saved.path)
             validated = step - (saved.own["position"]["validates_after"] is not None)
-            for log in (self._loss, self._timemem):
-                log.keep_before(train=step, valid=validated)
+            sent = set()
+            for log in (self._loss, self._timemem, self._metrics):
+                sent |= log.keep_before(train=step, valid=validated)
+            self.loggers.rewind(step, sent)
             prune_states(self.path, after=step)
         self.best.restore(saved.manifest["best"])
         self._workers.barrier()
@@ -149,11 +167,25 @@ class RunFolder:
         told |= {"kind": name, "loss": loss, **columns}
         row = CSVLossEntry(**{**dict.fromkeys(CSVLossEntry._fields, -1), **told})
         self._loss.write_row(row)
-        if self._board is not None:
-            self._board.add_scalar(f"loss/{name}", loss, row.cum_batch)
-            if kind is ModelMode.TRAIN:
-                self._board.add_scalar("learning rate", row.lr, row.cum_batch)
-            self._board.flush()
+        rate = {"learning rate": row.lr} if kind is ModelMode.TRAIN else {}
+        self.loggers.log(name, {f"loss/{name}": loss, **rate}, row.cum_batch)
+
+    def write_metrics(self, row: CSVMetricsEntry, values: Mapping[str, float]) -> None:
+        """Append a row to ``metrics.csv``, and log values by the names that people read."""
+        self.loggers.log(row.kind, values, row.cum_batch)
+        self._metrics.write_row(row)
+
+    def write_samples(self, step: int, prompts: Sequence[str], texts: Sequence[bytes]) -> None:
+        """Write what the model writes after prompts to ``samples/step_<n>.txt``, and log it."""
+        told = [
+            f"{prompt}{text.decode(errors='replace')}"
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        (self.path / "samples").mkdir(exist_ok=True)
+        with atomic_write(self.path / "samples" / f"step_{step:08d}.txt") as file:
+            file.write("\n\n---\n\n".join([*told, ""]).encode())
+        for number, text in enumerate(told, start=1):
+            self.loggers.log_text(f"sample {number}", text, step - 1)
 
     def write_timemem(self, kind: ModelMode, **columns: Any) -> None:
         """Append a row to ``timemem.csv``: these columns, and the GPU's memory now."""
@@ -200,13 +232,3 @@ def hold_run(folder: Path) -> Any:
     """
     (folder / "state").mkdir(exist_ok=True)
     return hold(folder / "state" / "lock", f"{folder}: another process is training this run")
-
-
-def _tensorboard() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "io.tensorboard needs TensorBoard: pip install 'mblm[tensorboard]'"
-        ) from error
-    return SummaryWriter

@@ -21,6 +21,7 @@ class Plan:
         added: How many of the batches are there only to make the last step whole.
         start: Cumulative index of the first batch; not 0 after resuming from a checkpoint.
         log_points, validation_points: Cumulative indices of batches.
+        sample_points: Those of the validations at which the model writes.
     """
 
     elements_per_batch: int
@@ -30,6 +31,7 @@ class Plan:
     start: int
     log_points: frozenset[int]
     validation_points: frozenset[int]
+    sample_points: frozenset[int]
 
 
 def plan_run(config: GenericEntryConfig[Any, Any, Any], world_size: int, start: int = 0) -> Plan:
@@ -52,6 +54,7 @@ def plan_run(config: GenericEntryConfig[Any, Any, Any], world_size: int, start: 
         )
     steps = -(-wanted // every)
     batches = steps * every
+    validations = sorted(spread(start, batches, io.validate_amount))
     return Plan(
         elements_per_batch=elements,
         batches=batches,
@@ -59,7 +62,10 @@ def plan_run(config: GenericEntryConfig[Any, Any, Any], world_size: int, start: 
         added=batches - wanted,
         start=start,
         log_points=spread(start, batches, io.log_train_loss_amount),
-        validation_points=spread(start, batches, io.validate_amount),
+        validation_points=frozenset(validations),
+        sample_points=frozenset(
+            validations[number] for number in spread(0, len(validations), io.sample_amount)
+        ),
     )
 
 

@@ -57,6 +57,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             config.train.precision, self._workers.device_type, self.options.amp_dtype
         )
         plan_run(config, self._workers.world_size)  # refuses what cannot be planned
+        self._check_samples()
         self._is_open = False
         self._test_loss: float | None = None
         self._resumed: SavedState | None = None
@@ -100,6 +101,21 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             self.configure_fsdp_units(model),
             compiles=config.train.compile,
         )
+
+    def _check_samples(self) -> None:
+        """Refuse to let a model write that cannot."""
+        if not self.config.io.sample_amount:
+            return
+        if type(self).generate_samples is TrainerHooks.generate_samples:
+            raise ValueError(
+                f"io.sample_amount: {type(self).__name__} does not generate; expected 0, got "
+                f"{self.config.io.sample_amount}"
+            )
+        if self.config.train.strategy == "fsdp" and self._workers.world_size > 1:
+            raise ValueError(
+                "io.sample_amount: with train.strategy fsdp no worker holds the model that is to "
+                "write; expected 0; generate from the .pth files"
+            )
 
     def _start(
         self, train_dataset: DistributedDataset[TBatch], valid_dataset: DistributedDataset[TBatch]
@@ -185,6 +201,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
         self._folder = RunFolder(self.config, self.options, self._workers, run_id, state_dir)
         self._log = self.configure_logger(self._folder.path, self._workers.is_main)
+        self._folder.open_loggers(self._log)
         self._folder.summary.parameter_count, parts = self._parameters
         self._folder.dump_config()
         self._log.info(f"Model parameters: {self._parameters[0]}, ({parts})")
@@ -241,9 +258,10 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self._say(describe_plan(run.plan, done, elements, workers, self._folder.path))
         if self._resumed is not None and not self._resumed.is_exact:
             self._say(
-                f"Not an exact resume: the state is of {self._resumed.manifest['workers']} workers, "
-                f"this run has {workers}. Weights, optimizer and schedule go on; the data are "
-                "shared out anew, so that some of this epoch's come twice or not at all"
+                "Not an exact resume: the state is of "
+                f"{self._resumed.manifest['workers']} workers, this run has {workers}. Weights, "
+                "optimizer and schedule go on; the data are shared out anew, so that some of this "
+                "epoch's come twice or not at all"
             )
 
     def tell_result(self) -> None:
@@ -258,6 +276,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self._say("; ".join([*losses, f"the run is in {folder}"]))
         if best and (command := self.configure_next_command(folder)):
             self._say(f"Next: {command}")
+        self._folder.loggers.close()
 
     def _elements_per_batch(self) -> int:
         """Elements of a batch, all workers together."""

@@ -21,6 +21,7 @@ from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
 from mblm.train.core.lineage import facts_of
 from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
+from mblm.train.core.observer import Observer
 from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
@@ -105,6 +106,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 self._log.critical(f"Training failed: {summary.error}", exc_info=error)
             with suppress(OSError):  # such as the disk being full, which is the error, then
                 self._folder.dump_config()
+            self._folder.loggers.close()
             raise
         summary.error = None
         summary.training_end = datetime.now().isoformat()
@@ -146,10 +148,14 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             max_iters=plan.batches - position.done,
         )
         run.model.call.train()
+        elements = self._elements_per_batch()
+        self._observer = Observer(
+            self._workers, self._folder, self._log, self.progress_unit, elements
+        )
         requests = Requests(self._workers.group, 60 * self.config.io.save_every_minutes)
         progress = Progress(
             plan.batches,
-            self._elements_per_batch(),
+            elements,
             done=position.done,
             unit=self.progress_unit,
             bar=self.options.display_progress and self._workers.is_main,
@@ -159,7 +165,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         with requests, progress:
             if position.validates_after is not None:  # where the run was stopped
                 self._validate(run, requests)
-            for item in items:
+            for item in self._observer.waiting(items):
                 index = position.step
                 is_last = position.done + 1 == plan.batches
                 completes = (position.done + 1) % config.gradient_accumulate_every == 0
@@ -179,6 +185,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                     )
                 if completes:
                     self._step(run, item)
+                self._observer.batch_done()
                 validates = index in plan.validation_points and not self.options.skip_validation
                 if validates:
                     position.validates_after = item.epoch, item.batch
@@ -246,12 +253,16 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
     def _step(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
         """Apply the gradients, or leave them out and judge whether to go on."""
         config, position = self.config.train, run.position
-        upcoming = range(position.step, position.step + config.gradient_accumulate_every)
-        is_logged = any(point in run.plan.log_points for point in upcoming)
-        measure = self.avg_gradient_value if is_logged else None
+        every, now = config.gradient_accumulate_every, position.step
+        past, upcoming = range(now - every, now), range(now, now + every)
+        is_told_next = not run.plan.log_points.isdisjoint(upcoming)  # with the next one's losses
+        measure = self.avg_gradient_value if is_told_next else None
         losses, run.losses = run.losses, []
+        rates = [float(group["lr"]) for group in run.optimizer.param_groups]
         factor = self._factor(run)
         norm = run.step(clip=config.gradient_clipping, measure=measure, factor=factor)
+        if not run.plan.log_points.isdisjoint(past):
+            self._observer.step(position.done, now - 1, losses, rates, norm)
         if math.isfinite(norm):
             position.non_finite = 0
             if norm == 0:
@@ -304,9 +315,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             ) from None
         assert position.validates_after is not None
         (epoch, batch), position.validates_after = position.validates_after, None
-        run.model.call.train()
         for source, loss in {"": result.loss, **result.of_sources}.items():
             self._log_loss(ModelMode.VALID, loss, position, epoch, batch, source)
+        self._observer.validation(self, run, result.loss)
         if self.config.io.num_models_to_save and not self._folder.best.entries:
             raise NonFiniteLossError(f"No model can be ranked. Validation: {result.trouble()}")
 

@@ -35,7 +35,7 @@ def test_the_run_folder(tmp_path):
     run = jobs.run_of(tmp_path)
     assert re.fullmatch(r"tiny_\d+", run.name)
     assert {file.name for file in run.iterdir()} == {
-        "config.yaml", "loss.csv", "timemem.csv", "train.log", "state",
+        "config.yaml", "loss.csv", "timemem.csv", "metrics.csv", "train.log", "state",
         "tiny_top1.pth", "tiny_top2.pth",
     }  # fmt: skip
 
@@ -389,7 +389,8 @@ class FailsLate(jobs.Trainer):
         (Fails, {}, "no model"),
         (FailsLate, {}, "no optimizer"),
         (jobs.Trainer, {"batch_size": 64}, "not one batch of 64"),
-        (jobs.Trainer, {"tensorboard": True}, "needs TensorBoard"),
+        (jobs.Trainer, {"tensorboard": True}, r"tensorboard needs pip install 'mblm.tensorboard.'"),
+        (jobs.Trainer, {"sample_amount": 1}, "sample_amount: Trainer does not generate"),
         (jobs.Trainer, {"resume": __file__}, "cannot be read as a checkpoint"),
     ],
 )

@@ -1,0 +1,198 @@
+"""Where a run's numbers and samples go, too: TensorBoard, Weights & Biases, Trackio."""
+
+import html
+import importlib
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+Point = tuple[str, int]
+"""What a value is of, such as ``train``, and the batch."""
+
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+class Logger(Protocol):
+    """One of the places."""
+
+    def rewind(self, step: int, sent: Collection[Point]) -> None:
+        """Expect the points from a batch on again; those that were sent there."""
+
+    def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """Take values by their names, of a batch."""
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Take a text."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Event files in the run's folder; those of a run that goes on replace the points after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "tensorboard"
+        self._purge: int | None = None
+        self._sent: Collection[Point] = ()
+        self._writer: Any = None
+
+    def rewind(self, step: int, sent: Collection[Point]) -> None:
+        self.close()
+        self._writer, self._purge, self._sent = None, step, sent
+
+    def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        board = self._board()
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+        board.flush()
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        if ("valid", step) not in self._sent:  # texts are not replaced
+            self._board().add_text(name, f"<pre>{html.escape(text)}</pre>", step)
+            self._board().flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _board(self) -> Any:
+        if self._writer is None:
+            module = importlib.import_module(_MODULES["tensorboard"])
+            self._writer = module.SummaryWriter(str(self._folder), purge_step=self._purge)
+        return self._writer
+
+
+class Tracker:
+    """Weights & Biases or Trackio, whose calls are the same. A run that goes on stays one there.
+
+    Points cannot be taken back: those that come again are not sent a second time.
+    """
+
+    def __init__(
+        self,
+        library: str,
+        folder: Path,
+        project: str,
+        config: dict[str, Any],
+        log: logging.Logger,
+    ) -> None:
+        self._library = importlib.import_module(_MODULES[library])
+        id_file = folder / "state" / f"{library}_id"
+        is_new = not id_file.exists()
+        if is_new:
+            id_file.write_text(uuid.uuid4().hex[:12])
+        name, own = folder.name, {}
+        if library == "wandb":
+            settings = self._library.Settings(console="off", silent=True)
+            own = {"id": id_file.read_text(), "dir": str(folder), "settings": settings}
+            if "WANDB_MODE" not in os.environ and not self._library.login(prompt=False):
+                own["mode"] = "offline"
+                _tell(
+                    log, f"wandb: no login; to send it later: wandb sync {folder}/wandb/offline-*"
+                )
+        resume = "never" if is_new else "allow"
+        self._run = self._library.init(
+            project=project, name=name, config=config, resume=resume, **own
+        )
+        self._sent: Collection[Point] = ()
+
+    def rewind(self, step: int, sent: Collection[Point]) -> None:
+        self._sent = sent
+
+    def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        if (kind, step) not in self._sent:
+            self._run.log(dict(values), step=step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        self.log("valid", {name: self._library.Html(f"<pre>{html.escape(text)}</pre>")}, step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Loggers:
+    """All that are configured. One that fails is left out from then on, which is said once.
+
+    Args:
+        names: Their names; none for a worker that does not log.
+        folder: The run's folder.
+        project: What the run is one of many of: the model's name.
+        config: The run's configuration, plain values.
+        log: Is told what went wrong, as is standard error.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        project: str,
+        config: dict[str, Any],
+        log: logging.Logger,
+    ) -> None:
+        self._log = log
+        self._loggers: dict[str, Logger] = {}
+        for name in names:
+            try:
+                self._loggers[name] = (
+                    TensorBoard(folder)
+                    if name == "tensorboard"
+                    else Tracker(name, folder, project, config, log)
+                )
+            except Exception as error:
+                self._leave_out(name, error)
+
+    def __bool__(self) -> bool:
+        return bool(self._loggers)
+
+    def rewind(self, step: int, sent: Collection[Point]) -> None:
+        """Expect the points from a batch on again."""
+        self._each(lambda logger: logger.rewind(step, sent))
+
+    def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """Send values by their names, of a batch, all of a kind."""
+        self._each(lambda logger: logger.log(kind, values, step))
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Send a text that a batch's model has written."""
+        self._each(lambda logger: logger.log_text(name, text, step))
+
+    def close(self) -> None:
+        """End the run there."""
+        self._each(lambda logger: logger.close())
+        self._loggers = {}
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            try:
+                call(logger)
+            except Exception as error:
+                del self._loggers[name]
+                self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        message = f"{name} has failed and gets nothing more of this run, which goes on: {reason}"
+        _tell(self._log, message)
+
+
+def _tell(log: logging.Logger, message: str) -> None:
+    log.error(message)
+    print(message, file=sys.stderr, flush=True)
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse loggers whose library is missing.
+
+    Raises:
+        ValueError: One is; the message says how to get it.
+    """
+    for name in names:
+        try:
+            importlib.import_module(_MODULES[name])
+        except ImportError as error:
+            raise ValueError(f"io.loggers: {name} needs pip install 'mblm[{name}]'") from error
