@@ -15,7 +15,7 @@ from torch import Tensor
 from mblm.inference import schedule
 from mblm.inference.arguments import check_choice, check_count, check_seconds
 from mblm.inference.automaton import Automaton
-from mblm.inference.cache import ChangedModelError, Ran, Row, State
+from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
 from mblm.inference.draft import MOST_DRAFTED
 from mblm.inference.hosted import Share
 from mblm.inference.plan import Draws, Plan, check_plan
@@ -40,8 +40,8 @@ _plans: WeakKeyDictionary[Plan, Any] = WeakKeyDictionary()
 _MOST = 1 << 60  # of a number that has no limit
 
 
-class NativeCache:
-    """A `mblm.inference.cache.Cache` of which threads in C++, or a GPU, do the work.
+class NativeCache(Cache):
+    """A `Cache` of which threads in C++, or a GPU, do the work.
 
     Its weights are those of the model at the time of each call. What it computes does not depend
     on the rows beside a row.
@@ -71,51 +71,41 @@ class NativeCache:
     # -- Rows --------------------------------------------------------------------------------------
 
     def add(self, count: int = 1) -> list[Row]:
-        """See `Cache.add`."""
         rows: list[Row] = self._engine.add(min(check_integer("count", count), _MOST))
         return rows
 
     def drop(self, rows: Sequence[Row]) -> None:
-        """See `Cache.drop`."""
         self._engine.drop(rows)
 
     def copy(self, rows: Sequence[Row]) -> list[Row]:
-        """See `Cache.copy`."""
         copies: list[Row] = self._engine.copy(rows)
         return copies
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
-        """See `Cache.lengths`."""
         lengths: list[int] = self._engine.lengths(rows)
         return lengths
 
     def feed(self, rows: Sequence[Row], ids: Sequence[bytes | Tensor]) -> None:
-        """See `Cache.feed`."""
         check_count("ids", ids, rows)
         self._engine.feed(self, self._hierarchy(), rows, ids, NATIVE_POSITIONS)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
-        """See `Cache.logits`."""
         logits: Tensor = self._engine.logits(self, self._hierarchy(), rows)
         return logits.to(self._device) if self._is_on_gpu else logits
 
     def state(self, row: Row) -> State:
-        """See `Cache.state`."""
         return self._saved(self._engine.state(self, self._hierarchy(), [row]))
 
     def state_so_far(self, row: Row) -> State:
-        """See `Cache.state_so_far`."""
         return self._saved(self._engine.state_so_far([row]))
 
     def set_state(self, row: Row, state: State) -> None:
-        """See `Cache.set_state`."""
         hierarchy = self._hierarchy()
         self._engine.set_state(self, hierarchy, [row], self._loaded(state))
 
     # -- Plans -------------------------------------------------------------------------------------
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
-        """See `Cache.begin`."""
         check_count("plans", plans, rows)
         for index, plan in enumerate(plans):
             check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._device)
@@ -152,7 +142,6 @@ class NativeCache:
         seconds: float = 0.02,
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
-        """See `Cache.run`."""
         seconds = check_seconds(seconds)
         given: list[Tensor | None] = []
         if drafts is not None:
@@ -170,7 +159,6 @@ class NativeCache:
         return ids.cpu().long()
 
     def last(self, rows: Sequence[Row]) -> list[Ran]:
-        """See `Cache.last`."""
         return list(starmap(Ran, self._engine.last(rows)))
 
     def choose(
@@ -181,7 +169,6 @@ class NativeCache:
         logits: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> list[Ran]:
-        """See `Cache.choose`."""
         check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
         if ids is not None:
             ids = check_token_ids("ids", ids, self._model.num_tokens).cpu().long()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference.arguments import check_choice, check_count, check_seconds
-from mblm.inference.cache import ChangedModelError, Ran, Row, State
+from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.model import check_model
 from mblm.inference.plan import Draws, Lane, Plan, check_plan, generator_of
@@ -22,8 +22,8 @@ from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.modes import own_copy
 
 
-class TorchCache:
-    """A `mblm.inference.cache.Cache` whose rows are immutable values that each call replaces.
+class TorchCache(Cache):
+    """A `Cache` whose rows are immutable values that each call replaces.
 
     Args:
         model: An `mblm.MBLM`. Weights that change are used from the next call on.
@@ -46,32 +46,27 @@ class TorchCache:
     # -- Rows --------------------------------------------------------------------------------------
 
     def add(self, count: int = 1) -> list[Row]:
-        """See `Cache.add`."""
         if check_integer("count", count) < 0:
             raise ValueError(f"count: expected a number >= 0, got {count}")
         empty = self._stages.empty_row()
         return self._slots.add([Slot(Now(empty)) for _ in range(count)])
 
     def drop(self, rows: Sequence[Row]) -> None:
-        """See `Cache.drop`."""
         for slot in self._slots.drop(rows):
             _leave(slot.now.progress)
 
     def copy(self, rows: Sequence[Row]) -> list[Row]:
-        """See `Cache.copy`."""
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             return self._slots.add([Slot(Now(slot.now.bytes)) for slot in slots])
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
-        """See `Cache.lengths`."""
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             return [slot.now.bytes.length for slot in slots]
 
     @torch.inference_mode()
     def feed(self, rows: Sequence[Row], ids: Sequence[bytes | Tensor]) -> None:
-        """See `Cache.feed`."""
         self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
@@ -89,7 +84,6 @@ class TorchCache:
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Tensor:
-        """See `Cache.logits`."""
         self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
@@ -98,7 +92,6 @@ class TorchCache:
 
     @torch.inference_mode()
     def state(self, row: Row) -> State:
-        """See `Cache.state`."""
         self._follow()
         with (call := Lock()):
             (slot,) = self._slots.take([row], call)
@@ -106,14 +99,12 @@ class TorchCache:
             return self._stages.saved(slot.now.bytes)
 
     def state_so_far(self, row: Row) -> State:
-        """See `Cache.state_so_far`."""
         with (call := Lock()):
             (slot,) = self._slots.take([row], call)
             return self._stages.saved(slot.now.bytes)
 
     @torch.inference_mode()
     def set_state(self, row: Row, state: State) -> None:
-        """See `Cache.set_state`."""
         self._follow()
         with (call := Lock()):
             (slot,) = self._slots.take([row], call)
@@ -145,7 +136,6 @@ class TorchCache:
     # -- Plans -------------------------------------------------------------------------------------
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
-        """See `Cache.begin`."""
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             check_count("plans", plans, rows)
@@ -173,7 +163,6 @@ class TorchCache:
         seconds: float = 0.02,
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
-        """See `Cache.run`."""
         end = time.monotonic() + check_seconds(seconds)
         self._follow()
         with (call := Lock()):
@@ -193,7 +182,6 @@ class TorchCache:
 
     @torch.inference_mode()
     def last(self, rows: Sequence[Row]) -> list[Ran]:
-        """See `Cache.last`."""
         with (call := Lock()):
             slots = self._slots.take(rows, call)
             for slot, row in zip(slots, rows, strict=True):
@@ -209,7 +197,6 @@ class TorchCache:
         logits: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> list[Ran]:
-        """See `Cache.choose`."""
         check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
         self._follow()
         with (call := Lock()):

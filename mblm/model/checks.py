@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mblm.model.config import MBLMReturnType
+
 
 def check_hierarchy_shape(
     name: str, shape: Sequence[int], seq_lens: Sequence[int], *, fixed_first: bool
@@ -31,6 +33,15 @@ def check_hierarchy_shape(
             f"{name}: {length} exceed the context of {seq_lens[0] * patch_size} bytes "
             f"({seq_lens[0]} patches of {patch_size}), which fixed positions of stage 1 limit"
         )
+
+
+def check_inputs(input_ids: object, inputs_embeds: object, return_type: object) -> None:
+    """Refuse both inputs, neither, or something else than hidden states of embeddings."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    MBLMReturnType.check(return_type)
+    if inputs_embeds is not None and return_type != MBLMReturnType.HIDDEN_STATE:
+        raise ValueError(f"return_type: inputs_embeds gives HIDDEN_STATE only, got {return_type!r}")
 
 
 def check_same_shape(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) -> None:

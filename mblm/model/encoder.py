@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from mblm.model.checks import check_same_shape
+from mblm.model.checks import check_inputs, check_same_shape
 from mblm.model.config import MaskReduceStrat, MBLMEncoderModelConfig, MBLMReturnType
 from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy
@@ -67,9 +67,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
             ValueError: Bad shapes, ids outside the vocabulary, more bytes than the context, or
                 labels missing for a loss.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        MBLMReturnType.check(return_type)
+        check_inputs(input_ids, inputs_embeds, return_type)
         with_loss = return_type in (MBLMReturnType.LOSS, MBLMReturnType.LOSS_LOGITS)
         if with_loss and labels is None:
             raise ValueError(f"labels: a loss needs labels, got None with {return_type!r}")
@@ -79,10 +77,6 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
                 raise TypeError(f"attention_mask: expected a tensor of torch.bool, got {kind}")
 
         if inputs_embeds is not None:
-            if return_type != MBLMReturnType.HIDDEN_STATE:
-                raise ValueError(
-                    f"return_type: inputs_embeds gives HIDDEN_STATE only, got {return_type!r}"
-                )
             return self._hidden_of_embeddings(inputs_embeds, attention_mask)
 
         nested_ids = self._check_ids(input_ids)

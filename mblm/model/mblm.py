@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mblm.model.causal import CausalHierarchy
-from mblm.model.checks import check_same_shape
+from mblm.model.checks import check_inputs, check_same_shape
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
@@ -70,14 +70,8 @@ class MBLM(CausalHierarchy, PretrainedMixin):
             TypeError: A dtype that is none of token ids or embeddings, or an unknown return type.
             ValueError: Bad shapes, ids outside the vocabulary, more bytes than the context.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        MBLMReturnType.check(return_type)
+        check_inputs(input_ids, inputs_embeds, return_type)
         if inputs_embeds is not None:
-            if return_type != MBLMReturnType.HIDDEN_STATE:
-                raise ValueError(
-                    f"return_type: inputs_embeds gives HIDDEN_STATE only, got {return_type!r}"
-                )
             attended = self._attend(self._tokens_of_embeddings(inputs_embeds))
             local = inputs_embeds if isinstance(inputs_embeds, torch.Tensor) else inputs_embeds[0]
             return attended[:, 1:].reshape(local.shape)
