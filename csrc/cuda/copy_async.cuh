@@ -1,4 +1,4 @@
-// Copies from global to shared memory that go on while a kernel does something else, or waits.
+// Copies from global memory that go on while a kernel does something else, or waits.
 #pragma once
 
 #include <cstring>
@@ -43,6 +43,20 @@ template <int kLeft>
 MBLM_DEVICE void wait_for_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// Has the second cache hold what is read later; from is a multiple of 16. Emulated, it is read.
+MBLM_DEVICE void prefetch([[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes) {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 900
+  bytes = bytes / 16 * 16;
+  if (bytes == 0) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+#else
+  const volatile char* const values = static_cast<const char*>(from);
+  (void)values[0], (void)values[bytes - 1];
 #endif
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cuda/copy_async.cuh"
 #include "cuda/decode.cuh"
 #include "cuda/decode_product.h"
 #include "cuda/kernel.cuh"
@@ -20,25 +21,18 @@ MBLM_DEVICE const W* weights_of(const Product& in, int64_t column) {
                        : static_cast<const W*>(in.second.weight) + of_second * in.matrix.inputs;
 }
 
-// Asks for what a later kernel reads, each block for its share, so that the second cache has it by
-// then.
-MBLM_DEVICE void ask_ahead([[maybe_unused]] const Product& in) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Asks for what later kernels read, each block for its share.
+MBLM_DEVICE void ask_ahead(const Product& in) {
   constexpr uint32_t kLine = 128;
   if (threadIdx.x > 0) return;
   MBLM_UNROLL_ALL
-  for (const Ahead& ahead : in.ahead) {
+  for (const Ahead::Part& ahead : in.ahead.parts) {
     const uint32_t share = (ahead.bytes / gridDim.x + kLine) / kLine * kLine;
     const uint64_t begin = uint64_t(blockIdx.x) * share;
-    if (begin + 16 > ahead.bytes) continue;
-    const uint32_t left = ahead.bytes - uint32_t(begin),
-                   bytes = (left < share ? left : share) / 16 * 16;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                     static_cast<const char*>(ahead.from) + begin),
-                 "r"(bytes)
-                 : "memory");
+    if (begin >= ahead.bytes) continue;
+    const uint32_t left = ahead.bytes - uint32_t(begin);
+    prefetch(static_cast<const char*>(ahead.from) + begin, left < share ? left : share);
   }
-#endif
 }
 
 // A column of one of the two matrices, and what does not depend on the row.

@@ -2,6 +2,8 @@
 // before a product and what comes after it are done with it.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/matrix.h"
 #include "cuda/stream.h"
 
@@ -23,10 +25,26 @@ struct Convolution {
   float* window = nullptr;                    // (rows, taps - 1, channels), oldest first
 };
 
-// Memory that a later kernel reads, such as weights; from is a multiple of 16, or bytes are 0.
+// Weights that later products read, which are asked for while this one waits.
 struct Ahead {
-  const void* from = nullptr;
-  uint32_t bytes = 0;
+  struct Part {
+    const void* from = nullptr;
+    uint32_t bytes = 0;
+  } parts[2];
+
+  Ahead() = default;
+  explicit Ahead(const cpu::Matrix& first, const cpu::Matrix& second = {}) {
+    add(first, parts[0]);
+    add(second, parts[1]);
+  }
+
+ private:
+  static void add(const cpu::Matrix& matrix, Part& part) {
+    constexpr int64_t kMost = int64_t(1) << 31;
+    if (reinterpret_cast<uintptr_t>(matrix.weight) % 16) return;
+    part.from = matrix.weight;
+    part.bytes = uint32_t(std::min(matrix.weights() * cpu::size_of(matrix.type), kMost));
+  }
 };
 
 // out = then(inputs @ weight.T + bias + residual), of one matrix or of two with the same inputs.
@@ -48,7 +66,7 @@ struct Product {
   const float* residual = nullptr;  // (rows, outputs), may be out; with one matrix alone
   float* keep = nullptr;            // (rows, outputs / 2): gets the residual's last half
   Convolution convolution;
-  Ahead ahead[2];  // is asked for meanwhile
+  Ahead ahead;
 };
 
 // Tensor cores multiply rounded weights, up to so many rows at a time, or 32 where there are more.

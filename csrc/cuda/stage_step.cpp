@@ -14,7 +14,7 @@ namespace {
 
 // out = matrix applied to x (rows, stride).
 Product product_of(const StageStep& in, const cpu::Matrix& matrix, const float* x, int64_t stride,
-                   float* out) {
+                   float* out, const Ahead& ahead = {}) {
   Product product;
   product.rows = in.rows;
   product.positions = in.positions;
@@ -22,7 +22,14 @@ Product product_of(const StageStep& in, const cpu::Matrix& matrix, const float* 
   product.x_stride = stride;
   product.matrix = matrix;
   product.out = out;
+  product.ahead = ahead;
   return product;
+}
+
+// What comes after a layer: the next one, or what the step is followed by.
+template <class Layer>
+Ahead after(const std::vector<Layer>& layers, size_t index, const StageStep& in) {
+  return index + 1 < layers.size() ? beginning_of(layers[index + 1]) : in.ahead;
 }
 
 int64_t inner_width(const cpu::TransformerStage& stage) {
@@ -74,7 +81,7 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
     float* delayed[] = {state.delayed + 2 * index * state.part_stride,
                         state.delayed + (2 * index + 1) * state.part_stride};
 
-    Product heads = product_of(in, layer.q, in.x, stage.dim, q);
+    Product heads = product_of(in, layer.q, in.x, stage.dim, q, Ahead(layer.out));
     heads.norm = {layer.attention_norm, 0, true};
     heads.delayed = delayed[0];
     heads.second = layer.kv;
@@ -100,18 +107,19 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
     attention.tickets = state.tickets;
     launches.add(attend, attention);
 
-    Product out = product_of(in, layer.out, attended, width, middle);
+    Product out = product_of(in, layer.out, attended, width, middle, Ahead(layer.expand));
     out.residual = in.x;
     out.keep = delayed[0];
     launches.add(multiply, out);
 
-    Product expand = product_of(in, layer.expand, middle, stage.dim, inner);
+    Product expand = product_of(in, layer.expand, middle, stage.dim, inner, Ahead(layer.contract));
     expand.norm = {layer.feed_forward_norm, 0, true};
     expand.delayed = delayed[1];
     expand.then = cpu::Then::kGelu;
     launches.add(multiply, expand);
 
-    Product contract = product_of(in, layer.contract, inner, layer.expand.outputs, in.x);
+    Product contract = product_of(in, layer.contract, inner, layer.expand.outputs, in.x,
+                                  after(stage.layers, index, in));
     contract.residual = middle;
     contract.keep = delayed[1];
     launches.add(multiply, contract);
@@ -129,7 +137,8 @@ Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep
   Launches launches(stream);
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::Mamba1Layer& layer = stage.layers[index];
-    Product both_branches = product_of(in, layer.in, in.x, stage.dim, both);
+    Product both_branches =
+        product_of(in, layer.in, in.x, stage.dim, both, Ahead(layer.x, layer.out));
     both_branches.is_dependent = index > 0 || in.is_dependent;
     both_branches.norm = {layer.norm, layer.eps, false};
     both_branches.convolution = {
@@ -158,7 +167,8 @@ Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep
     channels.direct = layer.direct;
     launches.add(static_cast<Error (*)(const ChannelScan&, Stream)>(scan), channels);
 
-    Product out = product_of(in, layer.out, scanned, stage.inner, in.x);
+    Product out =
+        product_of(in, layer.out, scanned, stage.inner, in.x, after(stage.layers, index, in));
     out.residual = in.x;
     launches.add(multiply, out);
   }
@@ -174,7 +184,7 @@ Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep
   Launches launches(stream);
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::Mamba2Layer& layer = stage.layers[index];
-    Product all = product_of(in, layer.in, in.x, stage.dim, both);
+    Product all = product_of(in, layer.in, in.x, stage.dim, both, Ahead(layer.out));
     all.is_dependent = index > 0 || in.is_dependent;
     all.norm = {layer.norm, stage.eps, false};
     all.convolution = {inner,      channels,        stage.taps,
@@ -201,7 +211,7 @@ Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep
     heads.direct = layer.direct;
     launches.add(static_cast<Error (*)(const HeadScan&, Stream)>(scan), heads);
 
-    Product out = product_of(in, layer.out, scanned, inner, in.x);
+    Product out = product_of(in, layer.out, scanned, inner, in.x, after(stage.layers, index, in));
     out.norm = {layer.gated_norm, stage.eps, false};
     out.residual = in.x;
     launches.add(multiply, out);

@@ -8,6 +8,7 @@
 #include "cpu/mamba1_stage.h"
 #include "cpu/mamba2_stage.h"
 #include "cpu/transformer_stage.h"
+#include "cuda/decode_product.h"
 #include "cuda/stream.h"
 
 namespace mblm::cuda {
@@ -30,6 +31,12 @@ struct MambaRow {
   int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
 };
 
+// The weights that a layer reads first.
+template <class Layer>
+Ahead beginning_of(const Layer& layer) {
+  return Ahead(*layer.matrices()[0], *layer.matrices()[1]);
+}
+
 struct StageStep {
   int64_t rows = 0;
   bool is_dependent = true;            // of the first kernel: see Product
@@ -37,6 +44,7 @@ struct StageStep {
   int64_t limit = 0;                   // positions that the cache has room for
   float* x = nullptr;                  // (rows, dim), replaced by the output
   float* workspace = nullptr;          // workspace_size floats
+  Ahead ahead;                         // of what comes after it
 };
 
 int64_t workspace_size(const cpu::TransformerStage& stage, int64_t rows, int64_t limit);

@@ -35,6 +35,7 @@ Error Units::step(const UnitStage& stage, const int64_t* positions, Stream strea
   in.limit = 1 + stage.limit;  // with the start token
   in.x = stage.output;
   in.workspace = stage.workspace;
+  in.ahead = Ahead(&stage == &local() ? to_logits : stage.to_context);
   return std::visit([&](const auto& of) { return cuda::step(*of.model, of.row, in, stream); },
                     stage.model);
 }
@@ -153,6 +154,11 @@ Error Units::compute_logits(Stream stream) const {
   product.x_stride = local().dim;
   product.matrix = to_logits;
   product.out = logits;
+  product.ahead = std::visit(  // the next byte's
+      [](const auto& of) {
+        return of.model->layers.empty() ? Ahead() : beginning_of(of.model->layers[0]);
+      },
+      local().model);
   return multiply(product, stream);
 }
 

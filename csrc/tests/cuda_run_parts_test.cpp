@@ -249,8 +249,13 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
     for (int64_t n = 0; n < kSteps; ++n) {
       const std::vector<int64_t> positions(rows, 1 + n);
       CHECK(!cuda::step(stage, state[0],
-                        {rows, true, positions.data(), kCapacity,
-                         outputs.data() + n * rows * sizes.dim, workspace.data()},
+                        {rows,
+                         true,
+                         positions.data(),
+                         kCapacity,
+                         outputs.data() + n * rows * sizes.dim,
+                         workspace.data(),
+                         {}},
                         nullptr));
     }
     return std::tuple(outputs);

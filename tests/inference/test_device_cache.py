@@ -141,17 +141,22 @@ def test_a_seed_means_the_bytes_that_it_means_in_pytorch(stops: bool) -> None:
     assert all(map(torch.equal, results[0][1], results[1][1]))
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+# A GPU multiplies one row, up to eight, or 32 at a time, in kernels of their own.
+@pytest.mark.parametrize("rows", [1, 2, 9, 64, 65], ids="{} rows".format)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @torch.inference_mode()
-def test_weights_are_rounded_and_nothing_else(weights: str) -> None:
+def test_weights_are_rounded_and_nothing_else(weights: str, rows: int) -> None:
     m, rounded = (on_device("transformer", "mamba1", seq_lens=(5, 4)) for _ in range(2))
     for part in rounded.modules():
-        if isinstance(part, torch.nn.Linear):
+        if isinstance(part, torch.nn.Linear) and weights != "float32":
             weight, scale = round_weight(part.weight.data, weights)
             part.weight.data = weight.float() * (scale[:, None] if weights == "int8" else 1)
-    cache, ids = NativeCache(m, weights, max_rows=2), ids_of(11)
-    rows = cache.add()
-    cache.feed(rows, [ids])
-    torch.testing.assert_close(
-        cache.logits(rows)[0].cpu(), whole_logits(rounded, ids).cpu(), atol=2e-3, rtol=2e-3
-    )
+    cache = NativeCache(m, weights, max_rows=rows)
+    handles = cache.add(rows)
+    lengths = {row: 11 - index for index, row in enumerate({0, rows // 2, rows - 1})}
+    prompts = [ids_of(length, row) for row, length in lengths.items()]
+    chosen = [handles[row] for row in lengths]
+    cache.feed(chosen, prompts)
+    for logits, prompt in zip(cache.logits(chosen), prompts, strict=True):
+        expected = whole_logits(rounded, prompt).cpu()
+        torch.testing.assert_close(logits.cpu(), expected, atol=2e-3, rtol=2e-3)
