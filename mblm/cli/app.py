@@ -113,6 +113,10 @@ def train(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Where the machines meet, on one of them."),
     ] = None,
+    profile: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Profile N steps: a trace, and a GPU's memory."),
+    ] = 0,
     imports: Imports = None,
 ) -> None:
     """Train a model as a configuration says, in one process or many.
@@ -138,6 +142,7 @@ def train(
         nnodes=nnodes,
         node_rank=node_rank,
         rdzv_endpoint=rdzv_endpoint,
+        profile=profile,
     )
 
 

@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--resume", metavar="auto|latest|PATH")
     parser.add_argument("--import", action="append", default=[], metavar="MODULE", dest="imports")
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     arguments = parser.parse_args()
     with interrupt.ends_at_once():  # but while a run goes, which is saved then
         from torch.distributed.elastic.multiprocessing.errors import record
@@ -31,7 +32,8 @@ def _work(arguments: argparse.Namespace) -> None:
     from mblm.utils.imports import import_modules
 
     import_modules(arguments.imports)
-    train_experiment(load_experiment(arguments.config, arguments.set, arguments.resume))
+    config = load_experiment(arguments.config, arguments.set, arguments.resume)
+    train_experiment(config, profile=arguments.profile)
 
 
 if __name__ == "__main__":

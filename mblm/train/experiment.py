@@ -70,20 +70,28 @@ def load_experiment(
     return config
 
 
-def train_experiment(config: "TrainEntryConfig | TrainMaskedEntryConfig") -> None:
+def train_experiment(
+    config: "TrainEntryConfig | TrainMaskedEntryConfig", *, profile: int = 0
+) -> None:
     """Train what the configuration describes, a decoder or an encoder.
+
+    Args:
+        config: The configuration.
+        profile: How many steps to profile.
 
     Raises:
         TrainingInterrupted: A signal stopped the run; the first worker says how to go on.
         ValueError: The loss was NaN or infinite too often, besides what else may be wrong.
     """
+    from mblm.train.core.hooks import CoreTrainerOptions
     from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
 
+    options = CoreTrainerOptions(profile_steps=profile)
     try:
         if isinstance(config, TrainMaskedEntryConfig):
-            train_encoder_mblm(config)
+            train_encoder_mblm(config, options)
         else:
-            train_mblm(config)
+            train_mblm(config, options)
     except NonFiniteLossError as error:  # of the data or of the learning rate, and no bug
         raise ValueError(str(error)) from error
     except TrainingInterrupted:

@@ -30,6 +30,7 @@ def launch(
     nnodes: int = 1,
     node_rank: int | None = None,
     rdzv_endpoint: str | None = None,
+    profile: int = 0,
 ) -> None:
     """Train an experiment in this process, or with torchrun's launcher in several.
 
@@ -42,6 +43,7 @@ def launch(
         nnodes: Machines, each of which runs this with the same arguments. Default 1.
         node_rank: Number of this machine, from 0. Default: given out as the machines arrive.
         rdzv_endpoint: ``HOST:PORT`` on one of the machines, where they meet.
+        profile: How many steps the first worker profiles.
 
     Raises:
         OSError: The file cannot be read.
@@ -59,9 +61,9 @@ def launch(
     import_modules(imports)
     config = load_experiment(file, settings, resume)  # refuses before anything is started
     if nproc == nnodes == 1:
-        train_experiment(config)
+        train_experiment(config, profile=profile)
         return
-    arguments = [str(file)]
+    arguments = [str(file), "--profile", str(profile)]
     for setting in settings:
         arguments += ["--set", setting]
     for module in imports:

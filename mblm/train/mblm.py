@@ -38,7 +38,7 @@ from mblm.train.core.config import (
     TIoConfig,
     TrainMaskedConfig,
 )
-from mblm.train.core.hooks import TBatch, TModel
+from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.trainer import CoreTrainer
 from mblm.train.recipe import make_optimizer, make_schedule
 from mblm.utils.distributed import process_group
@@ -273,25 +273,33 @@ class MaskedTrainer(_HierarchyTrainer[MBLMEncoder, BatchMaskedForMLM, CoreIoConf
         return int(((mask != 0) & (labels != IGNORED_LABEL)).sum())
 
 
-def train_mblm(config: TrainEntryConfig) -> None:
+def train_mblm(config: TrainEntryConfig, options: CoreTrainerOptions | None = None) -> None:
     """Train an MBLM, and test the best where the dataset has a test part.
 
     Runs as one of torchrun's processes, on its GPU or, on a machine without, on the CPU; without
     torchrun it is the only worker.
 
+    Args:
+        config: The experiment.
+        options: The program's wishes.
+
     Raises:
         Exception: Whatever fails; it is logged to ``<output_dir>/mblm.train.mblm.log`` first.
         TrainingInterrupted: A signal stopped the run; see `CoreTrainer.train`.
     """
-    _train(MegabyteTrainer, dataset_registry, config)
+    _train(MegabyteTrainer, dataset_registry, config, options)
 
 
-def train_encoder_mblm(config: TrainMaskedEntryConfig) -> None:
+def train_encoder_mblm(
+    config: TrainMaskedEntryConfig, options: CoreTrainerOptions | None = None
+) -> None:
     """Train an MBLM encoder; otherwise as `train_mblm`."""
-    _train(MaskedTrainer, masked_dataset_registry, config)
+    _train(MaskedTrainer, masked_dataset_registry, config, options)
 
 
-def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
+def _train(
+    trainer_class: Any, registry: DatasetRegistry, config: Any, options: CoreTrainerOptions | None
+) -> None:
     log = create_logger(__name__, log_dir=config.io.output_dir)
     try:
         with process_group() as run_vars:
@@ -313,7 +321,7 @@ def _train(trainer_class: Any, registry: DatasetRegistry, config: Any) -> None:
             validation = part(ModelMode.VALID)
             # Now: what is wrong with it should not end a run that has trained.
             testing = part(ModelMode.TEST) if dataset.supports_test_mode() else None
-            trainer = trainer_class(config, run_vars=run_vars)
+            trainer = trainer_class(config, run_vars=run_vars, options=options)
             best_model = trainer.train(training, validation)
             if best_model is not None and testing is not None:
                 try:

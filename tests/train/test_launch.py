@@ -1,6 +1,8 @@
 """Start training: in one process, in several, on several nodes, by every command there is."""
 
+import gzip
 import itertools
+import json
 import os
 import re
 import signal
@@ -160,6 +162,38 @@ def test_the_script_passes_all_on_and_every_worker_imports_a_users_module(experi
     assert done.returncode == 0, done.stderr
     assert "my-bytes" in (the_run(experiment) / "config.yaml").read_text()
     assert summary(the_run(experiment))["num_workers"] == 2
+
+
+def test_profiles_some_steps(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch(experiment, nproc=1, profile=3)
+    profile = the_run(experiment) / "profile"
+    assert f"Profiled 3 steps: {profile}/trace.json.gz for" in capsys.readouterr().err
+    trace = json.loads(gzip.decompress((profile / "trace.json.gz").read_bytes()))
+    names = [event["name"] for event in trace["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step#") for name in names) == 3
+    assert "aten::" in (profile / "operators.txt").read_text()
+
+
+def test_a_profile_longer_than_the_run_is_refused_before_it_trains(experiment: Path) -> None:
+    with pytest.raises(ValueError, match=r"profile: expected at most 22 steps, .* got 23"):
+        launch(experiment, nproc=1, profile=23)
+    assert not list((experiment.parent / "out").glob("tiny_*"))
+
+
+def test_what_watches_a_run_does_not_change_it(experiment: Path) -> None:
+    pytest.importorskip("tensorboard")
+    plain, watched = (
+        [f"io.output_dir={experiment.parent / name}"] for name in ("plain", "watched")
+    )
+    launch(experiment, settings=plain, nproc=1)
+    watched += ["io.loggers=[tensorboard]", "io.sample_amount=2", 'io.sample_prompts=["The ", ""]']
+    launch(experiment, settings=watched, nproc=1, profile=1)
+    runs = [next((experiment.parent / name).glob("tiny_*")) for name in ("plain", "watched")]
+    assert losses_of(runs[0]) == losses_of(runs[1])
+    weights = [torch.load(run / "tiny_top1.pth", weights_only=True)["MODEL"] for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    first, last = sorted((runs[1] / "samples").iterdir())
+    assert last.read_bytes().startswith(b"The ") and first.read_bytes() != last.read_bytes()
 
 
 def test_refuses_before_anything_is_written(experiment: Path) -> None:

@@ -42,6 +42,7 @@ class CoreTrainerOptions:
             train.log has it anyway.
         train_prog_min_interval_seconds, valid_prog_min_interval_seconds: Between two updates.
         track_first_fw_bw_exec_times: How many passes ``timemem.csv`` tells about.
+        profile_steps: How many steps the main worker profiles, into ``profile/``.
         amp_dtype: What ``precision: auto`` computes in on CUDA.
     """
 
@@ -57,6 +58,7 @@ class CoreTrainerOptions:
     train_prog_min_interval_seconds: int = 1
     valid_prog_min_interval_seconds: int = 1
     track_first_fw_bw_exec_times: int | None = 30
+    profile_steps: int = 0
     amp_dtype: torch.dtype = field(
         default_factory=lambda: torch.bfloat16 if cuda.IS_BF16_AVAILABLE else torch.half
     )

@@ -23,6 +23,7 @@ from mblm.train.core.lineage import (
 )
 from mblm.train.core.parallel import ParallelModel, Workers
 from mblm.train.core.precision import Precision
+from mblm.train.core.profiling import check_profile
 from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder
 from mblm.train.core.sampling import TrainBatches
@@ -155,6 +156,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         if resumed is not None and not resumed.is_exact and position.batch >= len(batches):
             position.epoch, position.batch = position.epoch + 1, 0
         check_start(plan, position.done, position.epoch, position.batch, len(batches))
+        steps_done = position.done // config.gradient_accumulate_every
+        check_profile(self.options.profile_steps, plan.gradient_steps - steps_done)
         optimizer = self.configure_optimizer(self._parallel.parameters())
         run = Run(
             plan,

@@ -22,6 +22,7 @@ from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
 from mblm.train.core.lineage import facts_of
 from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
 from mblm.train.core.observer import Observer
+from mblm.train.core.profiling import Profile
 from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
@@ -162,7 +163,13 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             say=self._say,
             interval=self.options.train_prog_min_interval_seconds,
         )
-        with requests, progress:
+        profile = Profile(
+            self.options.profile_steps if self._workers.is_main else 0,
+            self._folder.path / "profile",
+            is_cuda=self._workers.device_type == "cuda",
+            say=self._say,
+        )
+        with requests, progress, profile:
             if position.validates_after is not None:  # where the run was stopped
                 self._validate(run, requests)
             for item in self._observer.waiting(items):
@@ -185,6 +192,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                     )
                 if completes:
                     self._step(run, item)
+                    profile.step_done()
                 self._observer.batch_done()
                 validates = index in plan.validation_points and not self.options.skip_validation
                 if validates:
