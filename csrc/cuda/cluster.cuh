@@ -31,8 +31,8 @@ MBLM_DEVICE int cluster_rank() {
 // All threads of a cluster have come here; what they wrote to shared memory is seen.
 MBLM_DEVICE void cluster_barrier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #else
   __syncthreads();
 #endif

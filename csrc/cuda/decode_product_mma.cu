@@ -558,7 +558,7 @@ bool is_for_tensor_cores(const Product& in) {
     return matrix.outputs == 0 || reinterpret_cast<uintptr_t>(matrix.weight) % pack == 0;
   };
   return in.matrix.type != WeightType::kFloat32 && in.matrix.inputs % kPack == 0 &&
-         in.matrix.inputs <= kMost && in.rows <= kMost / (in.matrix.outputs + in.second.outputs) &&
+         in.matrix.inputs <= kMost && in.rows * (in.matrix.outputs + in.second.outputs) <= kMost &&
          in.x_stride % kQuad == 0 && has_packs(in.matrix) && has_packs(in.second) &&
          is_aligned(in.x) && is_aligned(in.delayed) && is_aligned(in.norm.weight);
 }

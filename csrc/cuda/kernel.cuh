@@ -86,6 +86,12 @@ Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int size,
   }
   if (clusters <= 0) return nullptr;
   cudaError_t error = ask_for_shared(kernel, shared_bytes);
+  // A multiprocessor runs kernels at the same time only if they divide its memory alike.
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess) {
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;

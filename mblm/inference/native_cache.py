@@ -31,6 +31,9 @@ from mblm.utils.checks import check_integer, check_token_ids
 # are faster: from 60 to 130 positions on, as stage and type of weights have it, later in narrow
 # models (benchmarks/feed.py).
 NATIVE_POSITIONS = 64
+# On a GPU it takes them in one at a time, some 6 us a layer, where PyTorch launches some 30 kernels a
+# layer for all of them, 5 us each: predicted, not measured (docs/gpu.md).
+GPU_POSITIONS = 24
 
 # What the engine reads of objects that never change, or that it takes over.
 _automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()
@@ -87,7 +90,8 @@ class NativeCache(Cache):
 
     def feed(self, rows: Sequence[Row], ids: Sequence[bytes | Tensor]) -> None:
         check_count("ids", ids, rows)
-        self._engine.feed(self, self._hierarchy(), rows, ids, NATIVE_POSITIONS)
+        most = GPU_POSITIONS if self._is_on_gpu else NATIVE_POSITIONS
+        self._engine.feed(self, self._hierarchy(), rows, ids, most)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         logits: Tensor = self._engine.logits(self, self._hierarchy(), rows)
