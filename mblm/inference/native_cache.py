@@ -31,8 +31,8 @@ from mblm.utils.checks import check_integer, check_token_ids
 # are faster: from 60 to 130 positions on, as stage and type of weights have it, later in narrow
 # models (benchmarks/feed.py).
 NATIVE_POSITIONS = 64
-# On a GPU it takes them in one at a time, some 6 us a layer, where PyTorch launches some 30 kernels a
-# layer for all of them, 5 us each: predicted, not measured (docs/gpu.md).
+# On a GPU it takes them in one at a time, some 6 us a layer, where PyTorch launches some 30 kernels
+# a layer for all of them, 5 us each: predicted, not measured (docs/gpu.md).
 GPU_POSITIONS = 24
 
 # What the engine reads of objects that never change, or that it takes over.
