@@ -281,6 +281,15 @@ def test_without_a_tile_a_training_step_is_what_it_was(three: MBLM) -> None:
     assert torch.equal(tiled(three, 60)(ids), three(ids))
 
 
+def test_a_compiled_loss_in_tiles_is_that_without() -> None:
+    m = tiled(model(transformer(), seq_lens=[12]).double().train())
+    ids = draw_ids(2, 12)
+    expected = m(ids)
+    loss = torch.compile(m, backend="eager")(ids)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(gradients(m, loss), gradients(m, expected), **CLOSE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_a_compiled_model_leaves_its_tiles_to_python(three: MBLM, kind: str) -> None:
