@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mblm.utils.checks import check_number
+from mblm.utils.checks import check_number, check_token_ids
 
 
 def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
@@ -22,6 +22,16 @@ def check_seconds(seconds: Any) -> float:
     if math.isnan(seconds := check_number("seconds", seconds)):
         raise ValueError("seconds: expected a number, got nan")
     return seconds
+
+
+def check_draft(name: str, draft: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Refuse what is no draft ``(n,)``; returns it as int64 on the CPU."""
+    if draft is None:
+        return None
+    ids = check_token_ids(name, draft, num_tokens)
+    if ids.ndim != 1:
+        raise ValueError(f"{name}: expected shape (n,), got {tuple(ids.shape)}")
+    return ids.cpu()
 
 
 def check_choice(

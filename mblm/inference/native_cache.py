@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_choice, check_count, check_seconds
+from mblm.inference.arguments import check_choice, check_count, check_draft, check_seconds
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
 from mblm.inference.draft import MOST_DRAFTED
@@ -150,17 +150,10 @@ class NativeCache(Cache):
         given: list[Tensor | None] = []
         if drafts is not None:
             check_count("drafts", drafts, rows)
-            given = [self._checked_draft(index, draft) for index, draft in enumerate(drafts)]
+            num_tokens = self._model.num_tokens
+            given = [check_draft(f"drafts[{i}]", d, num_tokens) for i, d in enumerate(drafts)]
         ran = self._engine.run(self, self._hierarchy(), rows, seconds, given)
         return list(starmap(Ran, ran))
-
-    def _checked_draft(self, index: int, draft: Tensor | None) -> Tensor | None:
-        if draft is None:
-            return None
-        ids = check_token_ids(f"drafts[{index}]", draft, self._model.num_tokens)
-        if ids.ndim != 1:
-            raise ValueError(f"drafts[{index}]: expected shape (n,), got {tuple(ids.shape)}")
-        return ids.cpu().long()
 
     def last(self, rows: Sequence[Row]) -> list[Ran]:
         return list(starmap(Ran, self._engine.last(rows)))

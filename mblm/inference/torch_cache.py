@@ -8,7 +8,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from mblm.inference.arguments import check_choice, check_count, check_seconds
+from mblm.inference.arguments import check_choice, check_count, check_draft, check_seconds
 from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
 from mblm.inference.model import check_model
@@ -243,16 +243,11 @@ class TorchCache(Cache):
         check_count("drafts", drafts, plans)
         checked: list[tuple[int, ...]] = []
         for index, (plan, draft) in enumerate(zip(plans, drafts, strict=True)):
-            if draft is None:
-                checked.append(())
-                continue
             name = f"drafts[{index}]"
-            ids = check_token_ids(name, draft, self._model.num_tokens)
-            if ids.ndim != 1:
-                raise ValueError(f"{name}: expected shape (n,), got {tuple(ids.shape)}")
-            if plan.pause:
+            ids = check_draft(name, draft, self._model.num_tokens)
+            if ids is not None and plan.pause:
                 raise ValueError(f"{name}: the plan pauses, so that nothing is drafted")
-            checked.append(tuple(ids.tolist()))
+            checked.append(() if ids is None else tuple(ids.tolist()))
         return checked
 
 

@@ -12,9 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mblm.ops._library import as_outside
+from mblm.ops._library import as_outside, register_operator
 
 Chunk = Callable[..., tuple[Tensor, Tensor]]
+
+
+def register_scan(name: str, steps: str, chunk: Chunk) -> None:
+    """Register a scan, whose step sizes are called ``steps``, and its gradient."""
+    tensors = f"Tensor x, Tensor {steps}, Tensor A, Tensor B, Tensor C, Tensor D"
+    gradients = ", ".join(f"Tensor grad_{of}" for of in ("x", steps, *"ABCD", "initial_state"))
+    register_operator(
+        f"{name}({tensors}, Tensor? initial_state, int chunk_size) "
+        "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
+        reference=reference(chunk),
+        fake=_fake,
+        derivable=reference(chunk),
+        backward=f"{name}_backward",
+        intermediates=1,
+    )
+    register_operator(
+        f"{name}_backward(Tensor grad_y, Tensor grad_final_state, {tensors}, Tensor chunk_states, "
+        f"int chunk_size) -> ({gradients})",
+        reference=backward_reference(chunk),
+        fake=_backward_fake,
+    )
 
 
 def check_tensors(
@@ -30,7 +51,7 @@ def check_tensors(
             raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
-def fake(
+def _fake(
     x: Tensor,
     _steps: Tensor,
     rates: Tensor,
@@ -48,7 +69,7 @@ def fake(
     return x.new_empty(x.shape), rates.new_empty(rows, *state), states
 
 
-def backward_fake(
+def _backward_fake(
     grad_y: Tensor, grad_final_state: Tensor, *inputs: Tensor | int
 ) -> tuple[Tensor, ...]:
     """Gradients have the shapes of the six inputs and of the state."""

@@ -10,14 +10,7 @@ a time; see `mblm.ops._scans`.
 import torch
 from torch import Tensor
 
-from mblm.ops._library import register_operator
-from mblm.ops._scans import (
-    backward_fake,
-    backward_reference,
-    check_tensors,
-    fake,
-    reference,
-)
+from mblm.ops._scans import check_tensors, register_scan
 
 
 def selective_scan(
@@ -140,21 +133,4 @@ def _chunk(
     return y.to(x.dtype), state
 
 
-register_operator(
-    "selective_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, "
-    "Tensor? initial_state, int chunk_size) "
-    "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
-    reference=reference(_chunk),
-    fake=fake,
-    derivable=reference(_chunk),
-    backward="selective_scan_backward",
-    intermediates=1,
-)
-register_operator(
-    "selective_scan_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor delta, "
-    "Tensor A, Tensor B, Tensor C, Tensor D, Tensor chunk_states, int chunk_size) "
-    "-> (Tensor grad_x, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, "
-    "Tensor grad_D, Tensor grad_initial_state)",
-    reference=backward_reference(_chunk),
-    fake=backward_fake,
-)
+register_scan("selective_scan", "delta", _chunk)

@@ -11,14 +11,7 @@ the backward pass recomputes each from the state before it.
 import torch
 from torch import Tensor
 
-from mblm.ops._library import register_operator
-from mblm.ops._scans import (
-    backward_fake,
-    backward_reference,
-    check_tensors,
-    fake,
-    reference,
-)
+from mblm.ops._scans import check_tensors, register_scan
 
 
 def ssd(
@@ -145,20 +138,4 @@ def _chunk(
     return y.addcmul(inputs, D.unsqueeze(-1)).to(x.dtype), after
 
 
-register_operator(
-    "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, "
-    "int chunk_size) -> (Tensor y, Tensor final_state, Tensor chunk_states)",
-    reference=reference(_chunk),
-    fake=fake,
-    derivable=reference(_chunk),
-    backward="ssd_backward",
-    intermediates=1,
-)
-register_operator(
-    "ssd_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor dt, Tensor A, "
-    "Tensor B, Tensor C, Tensor D, Tensor chunk_states, int chunk_size) "
-    "-> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, "
-    "Tensor grad_D, Tensor grad_initial_state)",
-    reference=backward_reference(_chunk),
-    fake=backward_fake,
-)
+register_scan("ssd", "dt", _chunk)
