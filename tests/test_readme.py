@@ -213,7 +213,8 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_bash(words: list[str]) -> None:
-    assert (ROOT / words[0]).is_file(), words[0]
+    script = next(word for word in words if word.endswith((".sh", ".sbatch")))
+    assert (ROOT / script).is_file(), script
 
 
 SETTING = re.compile(r"[A-Z_]+=")  # of a variable

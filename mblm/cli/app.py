@@ -277,7 +277,7 @@ def plot(
     ],
     out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")] = Path("loss.png"),
 ) -> None:
-    """Draw loss and learning rate of training runs.
+    """Compare training runs, while they run, too: bits per byte, learning rate, speed.
 
     \b
     Examples:
@@ -288,7 +288,7 @@ def plot(
     from mblm.train.plot import plot as plot_runs
 
     curves = plot_runs([find_run(run, holds=LOSS_FILE) for run in runs], out)
-    typer.echo(f"Wrote {out}: {', '.join(run.name for run in curves)}")
+    typer.echo("\n".join([f"Wrote {out}", *map(str, curves)]))
 
 
 @app.command()

@@ -1,72 +1,119 @@
-"""Curves of training runs, loss and learning rate, as one picture."""
+"""Curves of training runs as one picture: bits per byte, learning rate, speed."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 LOSS_FILE = "loss.csv"
-COLUMNS = {"gpu_rank", "elements_seen", "kind", "loss", "lr"}
+METRICS_FILE = "metrics.csv"
+COLUMNS = {"elements_seen", "kind", "loss", "lr", "timestamp"}
+
+Curve = list[tuple[float, float]]
 
 
 @dataclass
 class Curves:
-    """What a run logged: lists of ``(elements seen, value)``.
+    """What a run logged: lists of ``(elements seen, value)``, the training of all workers together.
+
+    Of a run of the published package, which has a ``loss.csv`` only, it is that of the first rank.
 
     Attributes:
         name: Name of the run.
-        train: Training loss in bits per byte, as the run's first logging rank saw it.
+        train: Training loss in bits per byte.
         valid: Validation loss in bits per byte.
         learning_rate: The learning rate.
+        speed: Elements a second.
+        seconds: Seconds that it had trained for, without what lies between a stop and a resume.
     """
 
     name: str
-    train: list[tuple[float, float]] = field(default_factory=list)
-    valid: list[tuple[float, float]] = field(default_factory=list)
-    learning_rate: list[tuple[float, float]] = field(default_factory=list)
+    train: Curve = field(default_factory=list)
+    valid: Curve = field(default_factory=list)
+    learning_rate: Curve = field(default_factory=list)
+    speed: Curve = field(default_factory=list)
+    seconds: Curve = field(default_factory=list)
+
+    def by_time(self, curve: Curve) -> Curve:
+        """A loss curve over hours instead of elements."""
+        hours = {seen: seconds / 3600 for seen, seconds in self.seconds}
+        return [(hours[seen], value) for seen, value in curve]
+
+    def __str__(self) -> str:
+        seen, seconds = self.seconds[-1]
+        best = min((bits for _, bits in self.valid if not math.isnan(bits)), default=None)
+        told = "no validation yet" if best is None else f"at best {best:.3f} bits per byte"
+        return f"{self.name}: {told}, {seen:,.0f} bytes in {seconds / 3600:.2f} hours"
 
 
 def read_curves(run: Path) -> Curves:
-    """Read the curves of a run.
+    """Read the curves of a run, which may be training.
 
     Args:
-        run: A run's folder or its ``loss.csv``.
+        run: A run's folder, or its ``loss.csv`` or ``metrics.csv``.
 
     Raises:
         OSError: There is no such file.
         ValueError: It is none of a run's, or holds no losses; the message names file and line.
     """
-    file = run / LOSS_FILE if run.is_dir() else run
-    curves = Curves(file.absolute().parent.name if file.name == LOSS_FILE else file.stem)
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = csv.DictReader(stream)
-        if missing := COLUMNS - set(rows.fieldnames or ()):
-            raise ValueError(f"{file}: not a run's losses, no column {', '.join(sorted(missing))}")
-        first_rank = None
-        for row in rows:
-            try:
-                seen, nats, rate = (float(row[c]) for c in ("elements_seen", "loss", "lr"))
-            except (TypeError, ValueError):
-                raise ValueError(f"{file}, line {rows.line_num}: not a row of losses") from None
-            first_rank = first_rank or row["gpu_rank"]
-            if row["gpu_rank"] != first_rank:
-                continue
-            if row["kind"] == "train":
-                curves.train.append((seen, nats / math.log(2)))
-                curves.learning_rate.append((seen, rate))
-            elif row["kind"] == "valid":
-                curves.valid.append((seen, nats / math.log(2)))
-    if not (curves.train or curves.valid):
+    file = run
+    if run.is_dir():
+        file = run / (METRICS_FILE if (run / METRICS_FILE).exists() else LOSS_FILE)
+    is_runs = file.name in (LOSS_FILE, METRICS_FILE)
+    curves = Curves(file.absolute().parent.name if is_runs else file.stem)
+    text = file.read_text(encoding="utf-8")
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a row may be half written
+    found = set(rows.fieldnames or ())
+    if "seconds" in found:  # metrics, which need no clock
+        found.add("timestamp")
+    if missing := COLUMNS - found:
+        raise ValueError(f"{file}: not a run's losses, no column {', '.join(sorted(missing))}")
+    first_rank, before = None, None
+    for row in rows:
+        try:
+            seen, bits = float(row["elements_seen"]), float(row["loss"]) / math.log(2)
+            rate, clock = float(row["lr"] or -1), _clock(row)
+            speed = float(row.get("elements_per_second") or "nan")
+        except (TypeError, ValueError):
+            raise ValueError(f"{file}, line {rows.line_num}: not a row of losses") from None
+        first_rank = first_rank or row.get("gpu_rank")
+        if row.get("gpu_rank") != first_rank or row["kind"] not in ("train", "valid"):
+            continue
+        if before is None:
+            before = 0.0 if "seconds" in row else clock
+        passed = clock - before if clock >= before else clock  # a new process counts from 0
+        before = clock
+        last, total = curves.seconds[-1] if curves.seconds else (0.0, 0.0)
+        curves.seconds.append((seen, total + passed))
+        if row["kind"] == "valid":
+            curves.valid.append((seen, bits))
+            continue
+        curves.train.append((seen, bits))
+        curves.learning_rate.append((seen, rate))
+        if "elements_per_second" not in row and passed:
+            speed = (seen - last) / passed
+        if not math.isnan(speed):
+            curves.speed.append((seen, speed))
+    if not curves.seconds:
         raise ValueError(f"{file}: no losses yet")
     return curves
+
+
+def _clock(row: dict[str, str]) -> float:
+    if "seconds" in row:
+        return float(row["seconds"])
+    return datetime.fromisoformat(row["timestamp"]).timestamp()
 
 
 def plot(runs: Sequence[Path], out: Path) -> list[Curves]:
     """Write a picture of the runs' curves, and return them.
 
     Args:
-        runs: Folders of runs, or their ``loss.csv``.
+        runs: Folders of runs, or their ``loss.csv`` or ``metrics.csv``.
         out: The picture; its suffix says the format, such as ``.png``.
 
     Raises:
@@ -78,20 +125,28 @@ def plot(runs: Sequence[Path], out: Path) -> list[Curves]:
     except ImportError as error:
         raise ValueError("plotting needs matplotlib: pip install 'mblm[plot]'") from error
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    losses, rates = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    (losses, by_time), (rates, speeds) = figure.subplots(2, 2, height_ratios=[2, 1])
     all_curves = [read_curves(run) for run in runs]
     for number, curves in enumerate(all_curves):
         color = f"C{number % 10}"
-        if curves.train:
-            losses.plot(*zip(*curves.train, strict=True), color=color, alpha=0.4, linewidth=1)
-            rates.plot(*zip(*curves.learning_rate, strict=True), color=color)
-        valid = list(zip(*curves.valid, strict=True)) or [(), ()]
-        losses.plot(*valid, color=color, marker=".", label=curves.name)
-    losses.set_ylabel("bits per byte\n(pale: training, dots: validation)")
-    rates.set(xlabel="elements seen", ylabel="learning rate")
-    for axes in (losses, rates):
+        for axes, of in ((losses, list), (by_time, curves.by_time)):
+            _draw(axes, of(curves.train), color=color, alpha=0.4, linewidth=1)
+            _draw(axes, of(curves.valid), color=color, marker=".")
+        losses.plot([], [], color=color, label=curves.name)
+        _draw(rates, curves.learning_rate, color=color)
+        _draw(speeds, curves.speed, color=color, linewidth=1)
+    losses.set(xlabel="bytes", ylabel="bits per byte (pale: training, dots: validation)")
+    by_time.set(xlabel="hours of training")
+    by_time.sharey(losses)
+    rates.set(xlabel="bytes", ylabel="learning rate")
+    speeds.set(xlabel="bytes", ylabel="bytes a second", ylim=(0, None))
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
     losses.legend()
     figure.savefig(out, dpi=120)
     return all_curves
+
+
+def _draw(axes: Any, curve: Curve, **style: Any) -> None:
+    axes.plot(*(zip(*curve, strict=True) if curve else ([], [])), **style)

@@ -40,6 +40,37 @@ def test_reads_bits_per_byte_and_learning_rates(tmp_path: Path) -> None:
         assert curves.learning_rate == [(10, 0.1), (20, 0.2)]
 
 
+METRICS = (
+    "cum_batch,kind,elements_seen,seconds,loss,lr,gradient_norm,elements_per_second,waiting,"
+    "memory_max"
+)
+
+
+def test_metrics_come_before_losses_and_tell_time_and_speed(tmp_path: Path) -> None:
+    """Training goes on in another process after the second row, which counts from 0 again."""
+    folder = run(tmp_path / "one", row("train", 10, 9.0))
+    rows = (
+        "3,train,100,5,2.0,0.1,1,20,0,1",
+        "3,valid,100,8,1.0,,,,,",
+        "7,train,200,4,1.0,0.2,1,25,0,1",
+    )
+    (folder / "metrics.csv").write_text("\n".join([METRICS, *rows, "9,tra"]))
+    curves = read_curves(folder)
+    assert curves.train == [(100, 2 * NAT), (200, NAT)]
+    assert curves.valid == [(100, NAT)]
+    assert curves.learning_rate == [(100, 0.1), (200, 0.2)]
+    assert curves.speed == [(100, 20), (200, 25)]
+    assert curves.seconds == [(100, 5), (100, 8), (200, 12)]
+    assert curves.by_time(curves.train) == [(8 / 3600, 2 * NAT), (12 / 3600, NAT)]
+    assert str(curves) == "one: at best 1.443 bits per byte, 200 bytes in 0.00 hours"
+
+
+def test_of_losses_alone_time_and_speed_are_those_of_the_clock(tmp_path: Path) -> None:
+    rows = [row("train", n, 1.0).replace("2026-01-01", f"2026-01-01 00:00:{n}") for n in (10, 30)]
+    curves = read_curves(run(tmp_path / "one", *rows))
+    assert curves.seconds == [(10, 0), (30, 20)] and curves.speed == [(30, 1)]
+
+
 def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
     folder = run(tmp_path / "r", row("train", 10, 2, rank=1), row("train", 10, 3, rank=0))
     assert read_curves(folder).train == [(10, 2 * NAT)]
@@ -61,7 +92,7 @@ def test_draws_one_picture_of_several_runs(tmp_path: Path, suffix: str) -> None:
     "text, message",
     [
         ("", "no column"),
-        ("a,b\n1,2\n", "no column elements_seen, gpu_rank, kind"),
+        ("a,b\n1,2\n", "no column elements_seen, kind, loss, lr, timestamp"),
         (HEADER + "\n", "no losses yet"),
         (f"{HEADER}\n{row('train', 1, 'much')}\n", "line 2: not a row of losses"),
         (f"{HEADER}\n{row('train', 1, 1)}\n0,2026\n", "line 3: not a row of losses"),
