@@ -88,11 +88,8 @@ def request(
     top_k, top_p, min_p = wishes.get("top_k"), wishes.get("top_p"), wishes.get("min_p")
     seed, generator = wishes.get("seed"), wishes.get("generator")
     constraint, logits_processor = wishes.get("constraint"), wishes.get("logits_processor")
-    stop, end_token_id, draft = (
-        wishes.get("stop", ()),
-        wishes.get("end_token_id"),
-        wishes.get("draft"),
-    )
+    draft, stop = wishes.get("draft"), wishes.get("stop", ())
+    end_token_id = wishes.get("end_token_id")
     num_tokens = model.num_tokens
     ids = prompt_ids(names.get("prompt", "prompt"), prompt, num_tokens)
     count = _check_count(model, length, ids.shape[0], wishes.get("max_bytes"), names)
