@@ -54,6 +54,8 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
     flags = ["-std=c++20", "-g0", "-fno-wrapv", "-fvisibility=hidden"]
     flags += [f"-fmacro-prefix-map={ROOT}/=", f"-fmacro-prefix-map={torch_root}/=torch/"]
     nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
+    # So that what another toolkit of the same path has compiled is compiled again.
+    nvcc_flags.append(f"-DMBLM_TOOLKIT={(torch.version.cuda or '').split('.')[0]}")
     kernel_flags = {"cxx": [*flags, "-O3"], "nvcc": nvcc_flags}
     glue_flags = [*flags, "-O1"]  # it calls the kernels, and is quick to compile
     if mode == "cuda":

@@ -277,6 +277,7 @@ def test_headers_of_python_that_are_missing_are_named(
         (None, None, "was built without CUDA"),
         ("13.0", None, "nvcc was not found"),
         ("13.0", "12.8", "nvcc is of CUDA 12, torch's is 13.0"),
+        ("12.6", "13.0", "nvcc is of CUDA 13, torch's is 12.6"),
         ("12.6", "12.8", None),
     ],
 )
