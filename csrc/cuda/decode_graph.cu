@@ -39,8 +39,10 @@ Error Graph::record(const CaptureStream& on, const std::function<Error(Stream)>&
   const Error not_queued = queue(on.get());
   cudaGraph_t graph = nullptr;
   error = cudaStreamEndCapture(stream, &graph);
+  size_t kernels = 0;
+  if (error == cudaSuccess) error = cudaGraphGetNodes(graph, nullptr, &kernels);
   cudaGraphExec_t executable = nullptr;
-  if (error == cudaSuccess && !not_queued) {
+  if (error == cudaSuccess && !not_queued && kernels > 0) {
     error = cudaGraphInstantiateWithFlags(&executable, graph, 0);
   }
   if (graph) cudaGraphDestroy(graph);
@@ -49,6 +51,7 @@ Error Graph::record(const CaptureStream& on, const std::function<Error(Stream)>&
     return not_queued;
   }
   if (error != cudaSuccess) return message_of(error);
+  if (!executable) return "no kernel was recorded";
   if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
   graph_ = executable;
   return nullptr;

@@ -1,4 +1,6 @@
 // Norms of whole rows: see decode_rows.h. A block takes a row.
+#include <atomic>
+
 #include "cuda/decode_rows.h"
 #include "cuda/row_math.cuh"
 
@@ -27,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) normalize_rows(FinalNorm in) {
 // A kernel that was compiled for an older device neither waits nor knows of its cluster.
 bool has_compute_90() {
   constexpr int kDevices = 64;
-  static signed char known[kDevices] = {};
+  static std::atomic<signed char> known[kDevices] = {};  // of all threads
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
   if (known[device] == 0) {
