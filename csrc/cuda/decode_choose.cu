@@ -94,7 +94,7 @@ MBLM_DEVICE void sort(Key* keys, int64_t size) {
       }
       before = distance;
       for (int64_t pair = threadIdx.x; pair < size / 2; pair += kThreads) {
-        const int64_t low = 2 * pair - pair % distance, high = low + distance;
+        const int64_t low = 2 * pair - (pair & (distance - 1)), high = low + distance;
         const Key a = keys[low], b = keys[high];
         if ((a > b) != ((low & run) != 0)) {
           keys[low] = b;
@@ -215,70 +215,82 @@ MBLM_DEVICE int64_t choose_of_row(const Choice& in, const Slot& row, int64_t ind
   return token_of(first_of_all(best, shared));
 }
 
-__global__ void __launch_bounds__(kThreads) choose_of_rows(Choice in) {
+struct Chosen {
+  int64_t id = -1;
+  float log_prob = 0;
+};
+
+// What comes next in a row, and how likely it was, in each thread.
+MBLM_DEVICE Chosen next_of_row(const Choice& in, const Slot& row, int64_t index, bool has_stepped,
+                               Key* own_keys, Shared& shared) {
+  const int64_t count = in.num_tokens;
+  if (row.way == Way::kPause) return {};
+  if (row.way == Way::kFeed) return {in.ids[index * in.bytes + row.done], 0};
+  float* const logits = in.logits + index * count;
+  if (row.taken == 0 && !has_stepped) {
+    for (int64_t token = threadIdx.x; token < count; token += kThreads) {
+      logits[token] = in.empty_logits[token];
+    }
+    __syncthreads();
+  }
+  float sum = 0;
+  if (row.has_log_probs) {
+    sum = log_sum(logits, count, logits[likeliest(logits, count, shared)], shared);
+  }
+  if (row.allow.classes) {
+    for (int64_t token = threadIdx.x; token < count; token += kThreads) {
+      if (!is_allowed(row.allow, row.allow.classes[token], row.planned)) logits[token] = -INFINITY;
+    }
+    __syncthreads();
+  }
+  Key* const keys = in.keys ? in.keys + index * power_of_two(count) : own_keys;
+  const int64_t id = choose_of_row(in, row, index, logits, keys, shared);
+  return {id, logits[id] - sum};
+}
+
+// Has a row grow by what comes next.
+MBLM_DEVICE void move_on(const Choice& in, int64_t index, bool has_stepped, const Chosen& chosen,
+                         Shared& shared) {
+  Slot& row = in.rows[index];
+  const int64_t planned = row.planned - 1, at = index * in.bytes + row.done;
+  bool is_over = chosen.id < 0 || row.left <= 1;
+  if (row.way == Way::kChoose) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (row.allow.classes) row.allow.state = state_after(row.allow, chosen.id);
+      if (row.stop.classes) row.stop.state = state_after(row.stop, chosen.id);
+    }
+    __syncthreads();
+    const bool stops = row.stop.classes && row.stop.distance[row.stop.state] == 0;
+    is_over = is_over || stops || (row.allow.classes && !allows_any(row.allow, planned, shared));
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  if (row.way == Way::kChoose) {
+    in.ids[at] = chosen.id;
+    if (row.has_log_probs) in.log_probs[at] = chosen.log_prob;
+    row.planned = planned;
+  }
+  row.taken += has_stepped;
+  row.pending = chosen.id;
+  row.left = is_over ? 0 : row.left - 1;
+  row.done += chosen.id >= 0;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) choose_of_rows(Choice in) {
   release_dependents();
   Shared& shared = *shared_memory<Shared>();
   Key* const own_keys = reinterpret_cast<Key*>(&shared + 1);
   wait_for_inputs();
-  const int64_t count = in.num_tokens;
   for (int64_t index = blockIdx.x; index < in.slots; index += gridDim.x) {
     const Slot& row = in.rows[index];
     const bool has_stepped = in.positions[index] >= 0;
-    if (row.left <= 0 || row.done >= in.bytes || (row.pending >= 0 && !has_stepped)) continue;
-    const int64_t at = index * in.bytes + row.done;
-    float* const logits = in.logits + index * count;
-    int64_t id = -1;
-    float log_prob = 0;
-    if (row.way == Way::kFeed) id = in.ids[at];
-    if (row.way == Way::kChoose) {
-      if (row.taken == 0 && !has_stepped) {
-        for (int64_t token = threadIdx.x; token < count; token += kThreads) {
-          logits[token] = in.empty_logits[token];
-        }
-        __syncthreads();
-      }
-      float sum = 0;
-      if (row.has_log_probs) {
-        sum = log_sum(logits, count, logits[likeliest(logits, count, shared)], shared);
-      }
-      if (row.allow.classes) {
-        for (int64_t token = threadIdx.x; token < count; token += kThreads) {
-          if (!is_allowed(row.allow, row.allow.classes[token], row.planned))
-            logits[token] = -INFINITY;
-        }
-        __syncthreads();
-      }
-      Key* const keys = in.keys ? in.keys + index * power_of_two(count) : own_keys;
-      id = choose_of_row(in, row, index, logits, keys, shared);
-      log_prob = logits[id] - sum;
+    if (row.left > 0 && row.done < in.bytes && (row.pending < 0 || has_stepped)) {
+      const Chosen chosen = next_of_row(in, row, index, has_stepped, own_keys, shared);
+      move_on(in, index, has_stepped, chosen, shared);
     }
     __syncthreads();
-    const int64_t planned = row.planned - 1;
-    bool is_over = id < 0 || row.left <= 1;
-    if (row.way == Way::kChoose) {
-      Slot& to = in.rows[index];
-      if (threadIdx.x == 0) {
-        if (to.allow.classes) to.allow.state = state_after(to.allow, id);
-        if (to.stop.classes) to.stop.state = state_after(to.stop, id);
-      }
-      __syncthreads();
-      const bool stops = to.stop.classes && to.stop.distance[to.stop.state] == 0;
-      is_over = is_over || stops || (to.allow.classes && !allows_any(to.allow, planned, shared));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      Slot& to = in.rows[index];
-      if (to.way == Way::kChoose) {
-        in.ids[at] = id;
-        if (to.has_log_probs) in.log_probs[at] = log_prob;
-        to.planned = planned;
-      }
-      to.taken += has_stepped;
-      to.pending = id;
-      to.left = is_over ? 0 : to.left - 1;
-      to.done += id >= 0;
-    }
-    __syncthreads();
+    if (in.has_next) embed_byte(in.next, index);
   }
 }
 

@@ -1,9 +1,10 @@
-// Chooses the next byte of every row in a slot from its logits, and moves the row on by one.
+// Chooses the next byte of every row in a slot from its logits, moves the row on by one, and embeds
+// the byte.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/slots.h"
+#include "cuda/decode_slots.h"
 #include "cuda/stream.h"
 
 namespace mblm::cuda {
@@ -21,6 +22,8 @@ struct Choice {
   const float* uniform = nullptr;  // (slots, bytes, num_tokens), of rows with has_numbers
   int64_t* ids = nullptr;          // (slots, bytes): in, of rows that are fed; else out
   float* log_probs = nullptr;      // (slots, bytes), out, of rows that ask for them
+  bool has_next = false;           // whether the byte is embedded, to be taken in within the unit
+  PendingBytes next;
 };
 
 Error choose(const Choice& choice, Stream stream);

@@ -5,16 +5,6 @@
 namespace mblm::cuda {
 namespace {
 
-// Bytes of a local sequence.
-MBLM_DEVICE int64_t local_span(const Schedule& schedule) {
-  return schedule.patch_sizes[schedule.stages - 2];
-}
-
-// Whether something other than the local stage is due before the next byte.
-MBLM_DEVICE bool is_at_turn(const Schedule& schedule, int64_t taken) {
-  return schedule.stages > 1 ? taken % local_span(schedule) == 0 : taken == 0;
-}
-
 __global__ void __launch_bounds__(kThreads) turn_of_rows(Turn in) {
   release_dependents();
   wait_for_inputs();
@@ -39,23 +29,7 @@ __global__ void __launch_bounds__(kThreads) turn_of_rows(Turn in) {
 __global__ void __launch_bounds__(kThreads) embed_bytes(PendingBytes in) {
   release_dependents();
   wait_for_inputs();
-  const Tokens& tokens = in.tokens;
-  for (int64_t row = blockIdx.x; row < tokens.slots; row += gridDim.x) {
-    const Slot& of = in.rows[row];
-    const int64_t taken = of.taken, id = of.pending;
-    const bool goes_on = in.is_after_turn || !is_at_turn(in.schedule, taken);
-    int64_t position = in.schedule.stages > 1 ? taken % local_span(in.schedule) : taken;
-    if (of.left <= 0 || id < 0 || !goes_on || position >= tokens.limit) position = -1;
-    if (threadIdx.x == 0) in.positions[row] = position < 0 ? -1 : 1 + position;
-    if (position < 0) continue;
-    if (threadIdx.x == 0) in.bytes.ids[row * in.bytes.size + taken % in.bytes.size] = id;
-    const float* const embedding = is_id(id, in.num_tokens) ? in.table + id * tokens.dim : nullptr;
-    MBLM_UNROLL_TWICE
-    for (int64_t i = threadIdx.x; i < tokens.dim; i += kThreads) {
-      const auto value = [&](int64_t i) { return embedding ? embedding[i] : 0; };
-      tokens.x[row * tokens.dim + i] = placed(tokens, row, position, i, value);
-    }
-  }
+  for (int64_t row = blockIdx.x; row < in.tokens.slots; row += gridDim.x) embed_byte(in, row);
 }
 
 __global__ void __launch_bounds__(kThreads) embed_patches_of_rows(LastPatches in) {

@@ -1,4 +1,5 @@
-// What kernels that take a row per block compute: sums over it, LayerNorm, a token at its place.
+// What kernels that take a row per block compute: sums over it, LayerNorm, a token at its place, an
+// embedding.
 #pragma once
 
 #include <cmath>
@@ -60,6 +61,39 @@ MBLM_DEVICE float placed(const Tokens& in, int64_t row, int64_t position, int64_
 
 MBLM_DEVICE bool is_id(int64_t id, int64_t num_tokens) {
   return id >= 0 && id < num_tokens;
+}
+
+MBLM_DEVICE int64_t remainder(int64_t a, int64_t b) {
+  return a - quotient(a, b) * b;
+}
+
+// Bytes of a local sequence.
+MBLM_DEVICE int64_t local_span(const Schedule& schedule) {
+  return schedule.patch_sizes[schedule.stages - 2];
+}
+
+// Whether something other than the local stage is due before the next byte.
+MBLM_DEVICE bool is_at_turn(const Schedule& schedule, int64_t taken) {
+  return schedule.stages > 1 ? remainder(taken, local_span(schedule)) == 0 : taken == 0;
+}
+
+// Embeds a row's pending byte, if it is to be taken in.
+MBLM_DEVICE void embed_byte(const PendingBytes& in, int64_t row) {
+  const Tokens& tokens = in.tokens;
+  const Slot& of = in.rows[row];
+  const int64_t taken = of.taken, id = of.pending;
+  const bool goes_on = in.is_after_turn || !is_at_turn(in.schedule, taken);
+  int64_t position = in.schedule.stages > 1 ? remainder(taken, local_span(in.schedule)) : taken;
+  if (of.left <= 0 || id < 0 || !goes_on || position >= tokens.limit) position = -1;
+  if (threadIdx.x == 0) in.positions[row] = position < 0 ? -1 : 1 + position;
+  if (position < 0) return;
+  if (threadIdx.x == 0) in.bytes.ids[row * in.bytes.size + remainder(taken, in.bytes.size)] = id;
+  const float* const embedding = is_id(id, in.num_tokens) ? in.table + id * tokens.dim : nullptr;
+  MBLM_UNROLL_TWICE
+  for (int64_t i = threadIdx.x; i < tokens.dim; i += kThreads) {
+    const auto value = [&](int64_t i) { return embedding ? embedding[i] : 0; };
+    tokens.x[row * tokens.dim + i] = placed(tokens, row, position, i, value);
+  }
 }
 
 }  // namespace mblm::cuda

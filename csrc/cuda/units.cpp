@@ -44,8 +44,9 @@ Error Units::queue(bool has_turn, int64_t count, Stream stream) const {
   if (has_turn) {
     if (const Error error = turn(stream)) return error;
   }
+  if (const Error error = embed_pending(pending(has_turn), stream)) return error;
   for (int64_t n = 0; n < count; ++n) {
-    if (const Error error = take_byte(has_turn && n == 0, stream)) return error;
+    if (const Error error = take_byte(n + 1 < count, stream)) return error;
   }
   return nullptr;
 }
@@ -124,7 +125,7 @@ Error Units::take_patch(size_t index, Stream stream) const {
   return step(stage, positions, stream);
 }
 
-Error Units::take_byte(bool is_after_turn, Stream stream) const {
+PendingBytes Units::pending(bool is_after_turn) const {
   PendingBytes pending;
   pending.tokens = tokens(local());
   pending.rows = rows;
@@ -134,7 +135,10 @@ Error Units::take_byte(bool is_after_turn, Stream stream) const {
   pending.table = local().table;
   pending.num_tokens = num_tokens;
   pending.positions = positions;
-  if (const Error error = embed_pending(pending, stream)) return error;
+  return pending;
+}
+
+Error Units::take_byte(bool has_next, Stream stream) const {
   if (const Error error = step(local(), positions, stream)) return error;
   if (const Error error = compute_logits(stream)) return error;
   Choice in = choice;
@@ -144,6 +148,8 @@ Error Units::take_byte(bool is_after_turn, Stream stream) const {
   in.rows = rows;
   in.positions = positions;
   in.logits = logits;
+  in.has_next = has_next;
+  in.next = pending(false);
   return choose(in, stream);
 }
 

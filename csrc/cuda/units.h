@@ -66,9 +66,11 @@ struct Units {
   Error turn(Stream stream) const;
   Error begin(size_t stage, Stream stream) const;
   Error take_patch(size_t stage, Stream stream) const;
-  Error take_byte(bool is_after_turn, Stream stream) const;
+  // The byte that is embedded; then embeds the next one.
+  Error take_byte(bool has_next, Stream stream) const;
   Error step(const UnitStage& stage, const int64_t* positions, Stream stream) const;
   Tokens tokens(const UnitStage& stage) const;
+  PendingBytes pending(bool is_after_turn) const;
 };
 
 }  // namespace mblm::cuda

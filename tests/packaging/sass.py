@@ -35,6 +35,7 @@ WHAT_LACKS = "nvcc, on PATH or in CUDA_HOME" if not NVCC else "nvidia-cuda-cuobj
 # Opcodes, as `Kernel.places` takes them.
 WAIT = "ACQBULK"  # for the kernels ahead on the stream: griddepcontrol.wait
 BARRIER = "BAR.SYNC"
+SHUFFLE = "SHFL"
 LOAD, STORE, SHARED_STORE = "LDG", "STG", "STS"  # of global memory, of shared memory
 COPY = "LDGSTS"  # cp.async, from global to shared memory
 PREFETCH = "UBLKPF"  # cp.async.bulk.prefetch

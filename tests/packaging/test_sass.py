@@ -4,6 +4,8 @@ The assembler may move what a source states in order: what is said there of load
 while a kernel waits holds only if it holds here.
 """
 
+import re
+
 import pytest
 
 from tests.packaging.sass import (
@@ -15,6 +17,7 @@ from tests.packaging.sass import (
     NVCC,
     PREFETCH,
     SHARED_STORE,
+    SHUFFLE,
     STORE,
     WAIT,
     WHAT_LACKS,
@@ -80,6 +83,17 @@ def test_blocks_of_the_next_product_fit_beside_those_that_run() -> None:
     """
     for kernel in products():
         assert kernel.used.registers <= 128 or "float, false" in kernel.name, kernel
+
+
+@needs_tools
+@pytest.mark.slow
+def test_attention_asks_for_keys_and_values_at_once() -> None:
+    """Those of the four positions that a warp takes at a time, before the first is summed up."""
+    for kernel in kernels_of("decode_attention.cu"):
+        components = int(re.findall(r"cached_attention<[^0-9]*(\d+)", kernel.name)[0])  # of a lane
+        first_sum = min(kernel.places(SHUFFLE))
+        begin = max(place for place in kernel.places(BARRIER) if place < first_sum)
+        assert len(kernel.between(begin, first_sum, LOAD)) == 2 * 4 * components
 
 
 def test_a_listing_is_read() -> None:
