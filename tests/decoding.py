@@ -26,7 +26,7 @@ def in_pytorch() -> Iterator[None]:
     """What begins here takes PyTorch's way, as do forks of its sessions."""
     with ExitStack() as stack:
         for module in (session, continuation):
-            stack.enter_context(patch.object(module, "cache_for", lambda m, _: TorchCache(m)))
+            stack.enter_context(patch.object(module, "cache_for", lambda m, *_: TorchCache(m)))
         yield
 
 

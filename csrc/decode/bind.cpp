@@ -391,7 +391,9 @@ void bind_cache(py::module_& module) {
       .def(py::init([](std::shared_ptr<Hierarchy> hierarchy, int64_t max_rows) {
              return std::make_shared<DeviceCache>(std::move(hierarchy), max_rows);
            }),
-           py::arg("hierarchy"), py::arg("max_rows"));
+           py::arg("hierarchy"), py::arg("max_rows"))
+      .def_property_readonly("slots", &DeviceCache::slots)
+      .def_property_readonly("graphs", &DeviceCache::graphs);
 #endif
 }
 

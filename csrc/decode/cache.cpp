@@ -20,25 +20,11 @@ void check_one(const Lease& rows) {
   TORCH_CHECK_VALUE(rows.size() == 1, "rows: expected one, got ", rows.size());
 }
 
-void append_ids(Row& row, const Tensor& ids) {
-  const int64_t* data = ids.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < ids.size(0); ++i) row.bytes.push_back(int32_t(data[i * ids.stride(0)]));
-  row.length += ids.size(0);
-}
-
 // A row has got so many more bytes, which its plan did not choose.
 void note_fed(Row& row, int64_t count) {
   if (!row.plan || row.plan->end || count == 0) return;
   row.plan->room -= count;
   end_where_due(*row.plan);
-}
-
-// Whether a stage takes in more than `most` positions with the bytes before number `to`.
-bool is_long(const Schedule& schedule, const Row& row, int64_t to, int64_t most) {
-  for (int64_t n = 0; n < schedule.stages(); ++n) {
-    if (schedule.new_positions(n, row.taken, to) > most) return true;
-  }
-  return false;
 }
 
 // The bytes that a row may have taken in before a hosted stage is due, at most `to`.
@@ -112,6 +98,14 @@ void Cache::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
   memory_.reserve(parts, row, to, jumps);
 }
 
+void Cache::append(Row& row, const Tensor& ids) {
+  if (ids.size(0) == 0) return;
+  row.bytes.reserve(memory_.bytes(), ids.size(0));
+  const int64_t* data = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < ids.size(0); ++i) row.bytes.push_back(int32_t(data[i * ids.stride(0)]));
+  row.length += ids.size(0);
+}
+
 void Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
   check_count("ids", ids.size(), size_t(rows.size()));
   const int64_t limit = max_length_ ? max_length_ : kMostBytes;
@@ -124,7 +118,11 @@ void Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
 }
 
 void Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most, Host& host) {
-  if (feed(rows, ids, most)) return;
+  if (!feed(rows, ids, most)) feed_long(rows, ids, most, host);
+  for (int64_t i = 0; i < rows.size(); ++i) note_fed(rows[i], ids[i].size(0));
+}
+
+void Cache::feed_long(const Lease& rows, const std::vector<Tensor>& ids, int64_t most, Host& host) {
   const std::shared_ptr<const Parts> parts = this->parts(0);
   // Copies are fed, so that it is done for all rows or for none.
   const RowIds copies = copy(rows);
@@ -133,13 +131,12 @@ void Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
     const Lease one(rows_, std::span(&copies[i], 1));
     Row& row = one[0];
     const int64_t count = ids[i].size(0);
-    if (count > 0 && is_long(parts->schedule, row, row.length + count - 1, most)) {
+    if (count > 0 && parts->schedule.is_long(row.taken, row.length + count - 1, most)) {
       std::optional<SavedState> before;
       if (row.length > 0) before = state(one, host);
       static_cast<RowState&>(row) = load_above(row, host.feed(std::move(before), ids[i]), most);
     } else {
-      row.bytes.reserve(memory_.bytes(), count);
-      append_ids(row, ids[i]);
+      append(row, ids[i]);
     }
   }
   const Lease fed(rows_, copies);
@@ -147,7 +144,6 @@ void Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
   for (int64_t i = 0; i < rows.size(); ++i) copy_memory(fed[i], rows[i]);
   for (int64_t i = 0; i < rows.size(); ++i) {
     static_cast<RowState&>(rows[i]) = std::move(fed[i]);
-    note_fed(rows[i], ids[i].size(0));
   }
 }
 
@@ -162,15 +158,12 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
     const int64_t to = rows[i].length + ids[i].size(0) - 1;
     const bool wants_host = to > rows[i].taken &&
                             (is_host_due(*parts, rows[i]) || before_host(*parts, rows[i], to) < to);
-    if (wants_host || is_long(parts->schedule, rows[i], to, most)) return false;
+    if (wants_host || parts->schedule.is_long(rows[i].taken, to, most)) return false;
     members.push_back({.row = &rows[i], .to = to});
   }
   // All that may fail comes before the first change.
   for (const Member& member : members) reserve(*parts, *member.row, member.to, true);
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    if (ids[i].size(0) == 0) continue;
-    append_ids(rows[i], ids[i]);
-  }
+  for (int64_t i = 0; i < rows.size(); ++i) append(rows[i], ids[i]);
   try {
     std::erase_if(members, [](const Member& member) { return member.to == member.row->taken; });
     advance(*parts, Run::Kind::kTakeIn, members);
@@ -180,9 +173,6 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
       rows[i].bytes.shorten(ids[i].size(0));
     }
     throw;
-  }
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    note_fed(rows[i], ids[i].size(0));
   }
   return true;
 }

@@ -75,6 +75,9 @@ class Cache {
 
   // Makes memory a row's own for the bytes before number `to`: see Memory.
   virtual void reserve(const Parts& parts, Row& row, int64_t to, bool jumps);
+  // Feeds rows of which a piece is long, or for which a hosted stage is due: all or none.
+  virtual void feed_long(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most,
+                         Host& host);
   // Goes on until no member does, one is paused, or the time is over.
   virtual Advanced advance(
       const Parts& parts, Run::Kind kind, std::vector<Member>& members,
@@ -86,9 +89,11 @@ class Cache {
   // was saved, if they are more than `most`.
   virtual RowState load_above(const Row& row, const SavedState& state, int64_t most);
   // Copies what lies outside of rows.
-  virtual void copy_memory(const Row& from, const Row& to) {}
+  virtual void copy_memory(const Row& /* from */, const Row& /* to */) {}
 
   std::shared_ptr<const Hierarchy> hierarchy() const;
+  void append(Row& row, const at::Tensor& ids);
+  void take_in(const Lease& rows, bool keeps_pending, Host& host);
 
   std::shared_ptr<const Hierarchy> hierarchy_;
   Memory memory_;
@@ -105,7 +110,6 @@ class Cache {
            bool goes_on);
   std::optional<at::Tensor> logits(const Lease& rows);
 
-  void take_in(const Lease& rows, bool keeps_pending, Host& host);
   void step_hosted(const Lease& rows, bool is_for_run, Host& host);
   void step_hosted(const Parts& parts, int64_t n, const std::vector<Row*>& rows, Host& host);
 

@@ -21,28 +21,64 @@ bool is_at_turn(const Schedule& schedule, int64_t taken) {
 }  // namespace
 
 DeviceCache::DeviceCache(std::shared_ptr<const Hierarchy> hierarchy, int64_t max_rows)
-    : Cache(hierarchy), slots_(hierarchy->device()) {
+    : Cache(hierarchy) {
   TORCH_CHECK_VALUE(max_rows > 0, "max_rows must be positive, got ", max_rows);
   TORCH_CHECK_VALUE(!hierarchy->is_on_cpu(), "weights must be on a GPU");
   for (const StageParts& stage : hierarchy->parts(0)->stages) {
     TORCH_CHECK_VALUE(!stage.is_hosted(), "on a GPU, no stage can be hosted");
   }
+  slots_ = hierarchy->exchange_slots(nullptr);
+  if (slots_ && !slots_->are_for(max_rows)) slots_ = hierarchy->exchange_slots(std::move(slots_));
+  if (!slots_) slots_ = std::make_shared<DeviceSlots>(hierarchy->device());
   make_room(max_rows, 0);
 }
 
-// Slots and tables for what rows need; they only grow. Tables are made for the context at once.
+DeviceCache::~DeviceCache() {
+  if (used_) used_->exchange_slots(std::move(slots_));
+}
+
+int64_t DeviceCache::slots() {
+  const std::lock_guard lock(mutex_);
+  return slots_->slots();
+}
+
+int64_t DeviceCache::graphs() {
+  const std::lock_guard lock(mutex_);
+  return slots_->graphs();
+}
+
+// Slots and tables for what rows need; they only grow.
 void DeviceCache::make_room(int64_t slots, int64_t bytes) {
-  const std::shared_ptr<const Hierarchy> now = hierarchy();
-  if (used_ != now || bytes > parts_->most_bytes) {
-    const Schedule& schedule = now->parts(0)->schedule;
-    parts_ = now->parts(std::max(bytes, schedule.seq_len(0) * schedule.patch_size(0)));
-    used_ = now;
-  }
-  slots_.reserve(parts_, slots);
+  used_ = hierarchy();
+  slots_->reserve(*used_, slots, bytes);
 }
 
 void DeviceCache::reserve(const Parts&, Row& row, int64_t to, bool) {
   memory_.reserve_lists(row, to - row.taken + 1);
+}
+
+// As no stage is hosted, only the host may fail, before there is a change: rows need no copies,
+// which would take slots.
+void DeviceCache::feed_long(const Lease& rows, const std::vector<Tensor>& ids, int64_t most,
+                            Host& host) {
+  const Schedule schedule = hierarchy()->parts(0)->schedule;
+  std::vector<std::optional<SavedState>> fed(rows.size());
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const Row& row = rows[i];
+    const int64_t count = ids[i].size(0);
+    if (count == 0 || !schedule.is_long(row.taken, row.length + count - 1, most)) continue;
+    std::optional<SavedState> before;
+    if (row.length > 0) before = save(row);
+    fed[i] = host.feed(std::move(before), ids[i]);
+  }
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    if (fed[i]) {
+      static_cast<RowState&>(rows[i]) = load(rows[i], *fed[i]);
+    } else {
+      append(rows[i], ids[i]);
+    }
+  }
+  take_in(rows, true, host);
 }
 
 Cache::Advanced DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<Member>& members,
@@ -67,7 +103,7 @@ Cache::Advanced DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<M
 
 // Returns whether any row went on.
 bool DeviceCache::run_unit(Run::Kind kind, std::vector<Member>& members) {
-  for (int64_t slot = 0; slot < slots_.slots(); ++slot) slots_.row(slot).left = 0;
+  for (int64_t slot = 0; slot < slots_->slots(); ++slot) slots_->row(slot).left = 0;
   std::vector<Member*> going;
   bool has_turn = false;
   int64_t count = 0;
@@ -77,12 +113,12 @@ bool DeviceCache::run_unit(Run::Kind kind, std::vector<Member>& members) {
     const int64_t steps = member.goes() ? tell(kind, member) : 0;
     if (steps == 0) continue;
     going.push_back(&member);
-    has_turn |= row.has_pending() && is_at_turn(parts_->schedule, row.taken);
+    has_turn |= row.has_pending() && is_at_turn(slots_->parts().schedule, row.taken);
     count = std::max(count, steps);
   }
   if (going.empty()) return false;
   if (kind == Run::Kind::kChoose) count = draw(going, count);
-  slots_.run(has_turn, count);
+  slots_->run(has_turn, count);
   std::set<Draws*> draws;
   for (const Member* member : going) {
     read(kind, *member->row);
@@ -96,7 +132,7 @@ bool DeviceCache::run_unit(Run::Kind kind, std::vector<Member>& members) {
 
 int64_t DeviceCache::tell(Run::Kind kind, const Member& member) {
   const Row& row = *member.row;
-  cuda::Slot& slot = slots_.row(row.slot);
+  cuda::Slot& slot = slots_->row(row.slot);
   slot = {};
   slot.taken = row.taken;
   slot.pending = row.has_pending() ? row.byte(row.taken) : -1;
@@ -105,7 +141,7 @@ int64_t DeviceCache::tell(Run::Kind kind, const Member& member) {
     slot.left = std::min(member.to - row.taken, DeviceSlots::kBytes);
     for (int64_t k = 0; k < slot.left; ++k) {
       const int64_t number = row.taken + 1 + k;
-      slots_.ids(row.slot)[k] = number < row.length ? row.byte(number) : -1;
+      slots_->ids(row.slot)[k] = number < row.length ? row.byte(number) : -1;
     }
     return steps_of(row, slot.left);
   }
@@ -131,7 +167,7 @@ int64_t DeviceCache::tell(Run::Kind kind, const Member& member) {
 
 // How many steps a row takes before it waits for a turn.
 int64_t DeviceCache::steps_of(const Row& row, int64_t left) const {
-  const Schedule& schedule = parts_->schedule;
+  const Schedule& schedule = slots_->parts().schedule;
   const bool chooses_first = !row.has_pending();
   if (chooses_first && is_at_turn(schedule, row.taken)) return std::min<int64_t>(left, 1);
   if (schedule.stages() == 1) return left;
@@ -154,33 +190,33 @@ int64_t DeviceCache::draw(const std::vector<Member*>& going, int64_t count) {
     sources.insert(plan.lane.draws()->generator());
   }
   if (may_end && !(gives_back && draws.size() == sources.size())) count = 1;
-  const int64_t vocabulary = parts_->num_tokens();
+  const int64_t vocabulary = slots_->parts().num_tokens();
   for (int64_t step = 0; step < count; ++step) {
     for (const Member* member : going) {
       const Row& row = *member->row;
-      cuda::Slot& slot = slots_.row(row.slot);
+      cuda::Slot& slot = slots_->row(row.slot);
       if (slot.way != cuda::Way::kChoose || step >= steps_of(row, slot.left)) continue;
       const Numbers numbers = row.plan->lane.ahead(step);
       if (numbers.values) {
         slot.has_numbers = true;
-        std::copy_n(numbers.values, vocabulary, slots_.uniform(row.slot) + step * vocabulary);
+        std::copy_n(numbers.values, vocabulary, slots_->uniform(row.slot) + step * vocabulary);
         continue;
       }
       slot.threads = numbers.threads;
       slot.first_number = numbers.first;
-      slots_.drawn(row.slot)[step] = {numbers.seed, numbers.offset};
+      slots_->drawn(row.slot)[step] = {numbers.seed, numbers.offset};
     }
   }
   return count;
 }
 
 void DeviceCache::read(Run::Kind kind, Row& row) {
-  const cuda::Slot& slot = slots_.row(row.slot);
+  const cuda::Slot& slot = slots_->row(row.slot);
   if (slot.taken > row.taken) row.logits.clear();
   row.taken = slot.taken;
   if (kind != Run::Kind::kChoose || row.plan->pauses) return;
   for (int64_t k = 0; k < slot.done; ++k) {
-    append_chosen(row, slots_.ids(row.slot)[k], slots_.log_probs(row.slot)[k], true);
+    append_chosen(row, slots_->ids(row.slot)[k], slots_->log_probs(row.slot)[k], true);
   }
   row.plan->lane.pass_on();
 }
@@ -200,8 +236,8 @@ bool DeviceCache::pause(Run::Kind kind, std::vector<Member>& members) {
     }
   }
   if (paused.empty()) return false;
-  const Tensor logits = slots_.logits(), empty = slots_.empty_logits();
-  const int64_t vocabulary = parts_->num_tokens();
+  const Tensor logits = slots_->logits(), empty = slots_->empty_logits();
+  const int64_t vocabulary = slots_->parts().num_tokens();
   for (Member* member : paused) {
     Row& row = *member->row;
     const float* const from = row.length == 0
@@ -240,13 +276,13 @@ cuda::Automaton DeviceCache::on_device(const std::shared_ptr<const Automaton>& a
 void DeviceCache::copy_memory(const Row& from, const Row& to) {
   const std::lock_guard lock(mutex_);
   make_room(std::max(from.slot, to.slot) + 1, from.length);
-  if (from.taken > 0) slots_.copy(from.slot, to.slot);
+  if (from.taken > 0) slots_->copy(from.slot, to.slot);
 }
 
 SavedState DeviceCache::save(const Row& row) {
   const std::lock_guard lock(mutex_);
   make_room(row.slot + 1, row.length);
-  SavedState state{row.length, row.taken, slots_.save(row.slot, row.taken)};
+  SavedState state{row.length, row.taken, slots_->save(row.slot, row.taken)};
   state.tensors.emplace("tail", save_tail(row));
   return state;
 }
@@ -255,7 +291,7 @@ RowState DeviceCache::load(const Row& row, const SavedState& state) {
   const std::lock_guard lock(mutex_);
   RowState loaded = check_state(*hierarchy()->parts(0), memory_, state);
   make_room(row.slot + 1, state.length);
-  slots_.load(row.slot, loaded.taken, loaded.bytes, loaded.length, state.tensors);
+  slots_->load(row.slot, loaded.taken, loaded.bytes, loaded.length, state.tensors);
   return loaded;
 }
 

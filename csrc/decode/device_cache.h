@@ -14,9 +14,14 @@ namespace mblm::decode {
 
 class DeviceCache : public Cache {
  public:
-  // With slots for so many rows from the beginning. More are made when there are more rows; the
-  // kernels, and so a row's last bits, may differ with their number.
+  // With slots for so many rows from the beginning, which another cache may have left. More are
+  // made when there are more rows; the kernels, and so a row's last bits, may differ with their
+  // number.
   DeviceCache(std::shared_ptr<const Hierarchy> hierarchy, int64_t max_rows);
+  ~DeviceCache() override;
+
+  int64_t slots();
+  int64_t graphs();
 
  private:
   SavedState save(const Row& row) override;
@@ -26,6 +31,8 @@ class DeviceCache : public Cache {
   }
   void copy_memory(const Row& from, const Row& to) override;
   void reserve(const Parts& parts, Row& row, int64_t to, bool jumps) override;
+  void feed_long(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most,
+                 Host& host) override;
   Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
                    cpu::Team::Clock::time_point until) override;
 
@@ -42,9 +49,8 @@ class DeviceCache : public Cache {
   cuda::Automaton on_device(const std::shared_ptr<const Automaton>& automaton, int64_t state);
 
   std::mutex mutex_;  // of what follows; held while a unit runs
-  DeviceSlots slots_;
   std::shared_ptr<const Hierarchy> used_;
-  std::shared_ptr<const Parts> parts_;
+  std::shared_ptr<DeviceSlots> slots_;
   // Tables of automata, (classes of tokens, next, distance).
   std::map<std::shared_ptr<const Automaton>, at::Tensor> automata_;
 };

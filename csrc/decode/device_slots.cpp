@@ -30,6 +30,20 @@ void copy_common(const Tensor& from, Tensor to) {
   to.copy_(from);
 }
 
+// Whether nothing of what rows have grows with them.
+bool is_endless(const Parts& parts) {
+  const StageParts& top = parts.stages[0];
+  const bool is_transformer = std::holds_alternative<cpu::TransformerStage>(top.model);
+  return !is_transformer && !top.rotation && !top.fixed;
+}
+
+// Tokens that there must be room for in the most global stage.
+int64_t limit_of(const Parts& parts) {
+  if (is_endless(parts)) return kMostBytes;
+  const Schedule& schedule = parts.schedule;
+  return parts.max_length > 0 ? schedule.seq_len(0) : parts.most_bytes / schedule.patch_size(0);
+}
+
 // Of a stage's buffers, those of its model's state come after these.
 constexpr size_t kState = 2;
 
@@ -44,7 +58,7 @@ std::vector<DeviceSlots::Buffer> DeviceSlots::buffers_of(int64_t n, int64_t slot
     all.push_back({name, slot_dim, position_dim, make::zeros(shape, floats())});
   };
   add("output", {slots, part.dim}, 0);
-  add("context", {n > 0 ? slots : 0, limit, part.dim}, 0);
+  add("context", {n > 0 ? slots : 0, n > 0 ? limit : 0, part.dim}, 0);
   if (const auto* of = std::get_if<cpu::TransformerStage>(&part.model)) {
     const auto layers = int64_t(of->layers.size());
     add("delayed", {layers, 2, slots, of->dim / 2}, 2);
@@ -97,37 +111,53 @@ cuda::AnyStageInSlots DeviceSlots::bind(int64_t n, const std::vector<Buffer>& bu
   return TransformerInSlots{&of, row, {part(kState, 2 * int64_t(of.layers.size())), {}}};
 }
 
-void DeviceSlots::reserve(std::shared_ptr<const Parts> parts, int64_t slots) {
-  if (parts == parts_ && slots <= slots_) return;
+int64_t DeviceSlots::slots_for(int64_t rows) {
+  int64_t slots = 1;
+  while (slots < rows) slots *= 2;
+  return slots;
+}
+
+void DeviceSlots::reserve(const Hierarchy& hierarchy, int64_t rows, int64_t bytes) {
+  std::shared_ptr<const Parts> parts = hierarchy.parts(0);
+  const bool is_same = parts_ && parts_->start_id == parts->start_id;
+  const bool has_room = is_same && (bytes <= parts_->most_bytes || is_endless(*parts_));
+  if (has_room && rows <= slots_) return;
+  if (has_room) {
+    parts = parts_;
+  } else if (!is_endless(*parts)) {
+    const int64_t context = parts->schedule.seq_len(0) * parts->schedule.patch_size(0);
+    parts = hierarchy.parts(std::max(bytes, context));
+  }
   const c10::DeviceGuard guard(device_);
-  const bool is_first = !parts_;
-  const Schedule& schedule = parts->schedule;
-  int64_t size = std::max<int64_t>(slots_, 1);
-  while (size < slots) size *= 2;
-  const int64_t limit =
-      parts->max_length > 0 ? schedule.seq_len(0) : parts->most_bytes / schedule.patch_size(0);
-  parts_.swap(parts);
-  std::vector<StageMemory> grown(schedule.stages());
+  DeviceSlots made(device_);  // which leaves this as it is if there is no memory
+  made.parts_ = std::move(parts);
+  made.slots_ = slots_for(std::max(rows, slots_));
+  made.limit_ = std::max(limit_, limit_of(*made.parts_));
+  made.allocate(*this);
+  made.point();
+  launch(device_, cuda::wait_for);
+  *this = std::move(made);
+}
+
+void DeviceSlots::allocate(const DeviceSlots& from) {
+  const Schedule& schedule = parts_->schedule;
+  stages_.resize(schedule.stages());
   for (int64_t n = 0; n < schedule.stages(); ++n) {
-    grown[n].buffers = buffers_of(n, size, n > 0 ? schedule.seq_len(n) : std::max(limit, limit_));
-    grown[n].start = start_of(n);
-    for (size_t i = 0; i < grown[n].buffers.size(); ++i) {
-      const Buffer& to = grown[n].buffers[i];
-      if (!is_first) copy_common(stages_[n].buffers[i].tensor, to.tensor);
+    StageMemory& stage = stages_[n];
+    stage.buffers = buffers_of(n, slots_, n > 0 ? schedule.seq_len(n) : limit_);
+    stage.start = start_of(n);
+    for (size_t i = 0; i < stage.buffers.size(); ++i) {
+      const Buffer& to = stage.buffers[i];
+      if (from.parts_) copy_common(from.stages_[n].buffers[i].tensor, to.tensor);
       // Keys and values of the start token stay; all else is copied when a sequence begins.
-      if (to.position_dim >= 0)
-        to.tensor.narrow(to.position_dim, 0, 1).copy_(grown[n].start[i].tensor);
+      if (to.position_dim >= 0) {
+        to.tensor.narrow(to.position_dim, 0, 1).copy_(stage.start[i].tensor);
+      }
     }
   }
-  const Tensor last_bytes = make::zeros({size, schedule.patch_size(0)}, floats().dtype(at::kLong));
-  if (!is_first) copy_common(last_bytes_, last_bytes);
-  last_bytes_ = last_bytes;
-  stages_ = std::move(grown);
-  slots_ = size;
-  limit_ = std::max(limit, limit_);
+  last_bytes_ = make::zeros({slots_, schedule.patch_size(0)}, floats().dtype(at::kLong));
+  if (from.parts_) copy_common(from.last_bytes_, last_bytes_);
   allocate_exchange();
-  point();
-  launch(device_, cuda::wait_for);
 }
 
 // One step of a stage, of its start token.

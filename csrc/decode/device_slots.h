@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -14,6 +15,7 @@
 #include "cuda/units.h"
 #include "decode/bytes.h"
 #include "decode/parts.h"
+#include "decode/weights.h"
 
 namespace mblm::decode {
 
@@ -25,8 +27,17 @@ class DeviceSlots {
   explicit DeviceSlots(const c10::Device& device) : device_(device) {}
 
   int64_t slots() const { return slots_; }
-  // Makes room for so many rows, and for what the parts have tables for. They are kept alive.
-  void reserve(std::shared_ptr<const Parts> parts, int64_t slots);
+  // That were recorded.
+  int64_t graphs() const {
+    return std::count_if(graphs_.begin(), graphs_.end(),
+                         [](const auto& each) { return bool(each.second.graph); });
+  }
+  // Whether there are as many slots as are made for so many rows.
+  bool are_for(int64_t rows) const { return slots_ == slots_for(rows); }
+  // Makes room for so many rows of so many bytes, at least for the context, with weights that the
+  // caller keeps alive.
+  void reserve(const Hierarchy& hierarchy, int64_t rows, int64_t bytes);
+  const Parts& parts() const { return *parts_; }
 
   // A row's state, as the named tensors of mblm/inference/cache.py's State, on the CPU.
   using Tensors = std::map<std::string, at::Tensor>;
@@ -69,12 +80,15 @@ class DeviceSlots {
     at::Tensor workspace, tickets;
   };
 
+  static int64_t slots_for(int64_t rows);
   at::TensorOptions floats() const { return at::TensorOptions().device(device_).dtype(at::kFloat); }
   std::vector<Buffer> buffers_of(int64_t n, int64_t slots, int64_t limit) const;
   std::vector<Buffer> start_of(int64_t n) const;
   // start: the same buffers after the start token, or none.
   cuda::AnyStageInSlots bind(int64_t n, const std::vector<Buffer>& buffers,
                              const std::vector<Buffer>& start) const;
+  // Memory, with what there is already.
+  void allocate(const DeviceSlots& from);
   void allocate_exchange();
   void point();
   unsigned char* host(int64_t at) { return host_.mutable_data_ptr<uint8_t>() + at; }
@@ -83,7 +97,7 @@ class DeviceSlots {
     return reinterpret_cast<T*>(host(begin)) + slot * kBytes;
   }
 
-  const c10::Device device_;
+  c10::Device device_;
   int64_t slots_ = 0, limit_ = 0;  // limit: tokens of the most global stage
   std::shared_ptr<const Parts> parts_;
   std::vector<StageMemory> stages_;

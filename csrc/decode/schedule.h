@@ -65,6 +65,14 @@ class Schedule {
     return position(n, to) - (begins_anew(n, from, to) ? 0 : position(n, from));
   }
 
+  // Whether a stage takes in more than `most` positions with them.
+  bool is_long(int64_t from, int64_t to, int64_t most) const {
+    for (int64_t n = 0; n < stages(); ++n) {
+      if (new_positions(n, from, to) > most) return true;
+    }
+    return false;
+  }
+
   // Whether stage n takes in anything, or begins anew, with bytes [from, to).
   bool touches(int64_t n, int64_t from, int64_t to) const {
     return begins_anew(n, from, to) || new_positions(n, from, to) > 0;

@@ -344,6 +344,12 @@ bool Hierarchy::is_on_cpu() const {
   return !on_gpu(weights_.front());
 }
 
+std::shared_ptr<DeviceSlots> Hierarchy::exchange_slots(std::shared_ptr<DeviceSlots> slots) const {
+  const std::lock_guard lock(table_mutex());
+  left_slots_.swap(slots);
+  return slots;
+}
+
 std::shared_ptr<const Parts> Hierarchy::parts(int64_t most_bytes) const {
   TORCH_CHECK_VALUE(most_bytes >= 0 && most_bytes <= kMostBytes, "a row must have at most ",
                     kMostBytes, " bytes, got ", most_bytes);

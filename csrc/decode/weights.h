@@ -11,6 +11,8 @@
 
 namespace mblm::decode {
 
+class DeviceSlots;
+
 // A stage's model. It never changes.
 struct Stage {
   int64_t dim = 0;
@@ -71,6 +73,10 @@ class Hierarchy {
   // Whether the kernels of a CPU read them, which no kernels of a GPU do that are emulated.
   bool is_on_cpu() const;
 
+  // Leaves slots on a GPU, with the graphs of their kernels, to the next cache with these weights;
+  // gives those that were left.
+  std::shared_ptr<DeviceSlots> exchange_slots(std::shared_ptr<DeviceSlots> slots) const;
+
  private:
   std::vector<std::shared_ptr<const Stage>> stages_;  // kept alive
   std::vector<at::Tensor> weights_;                   // kept alive
@@ -78,7 +84,9 @@ class Hierarchy {
   std::vector<at::Tensor> frequencies_;  // per stage, of rotary positions, or undefined
   Parts parts_;                          // without tables
 
-  mutable std::shared_ptr<const Parts> last_;  // guarded by table_mutex()
+  // Guarded by table_mutex().
+  mutable std::shared_ptr<const Parts> last_;
+  mutable std::shared_ptr<DeviceSlots> left_slots_;
 };
 
 }  // namespace mblm::decode

@@ -162,7 +162,7 @@ def _run(
     model: Any, prompts: list[Tensor], count: int, wishes: dict[str, Any], streamer: Any
 ) -> list[Tensor]:
     """Generate by the engine: what comes after each prompt; with a streamer, after one."""
-    cache = cache_for(model, "float32")
+    cache = cache_for(model, "float32", max(len(prompts), 1))
     rows = cache.add(len(prompts))
     cache.feed(rows, [check_token_ids("input_ids", ids, model.num_tokens).cpu() for ids in prompts])
     continuation = Continuation(cache)

@@ -24,6 +24,7 @@ OnBytes = Callable[[int, bytes], object]
 OnResult = Callable[[int, Generation], object]
 
 _SECONDS = 0.02  # of a run
+_AT_FIRST = 64  # rows that a GPU has slots for, at most
 
 
 def generate_batch(
@@ -48,7 +49,8 @@ def generate_batch(
     try:
         asked = Prompts(prompts, seeds, wishes)
         asked.check(model)
-        cache = cache_for(model, weights)
+        number = _AT_FIRST if asked.number is None else asked.number
+        cache = cache_for(model, weights, max(min(max_rows, number, _AT_FIRST), 1))
         bar = tqdm(total=asked.number, unit=" prompts", leave=False, disable=not enable_progress)
 
         def note(index: int, result: Generation) -> None:

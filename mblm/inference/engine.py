@@ -13,12 +13,13 @@ from mblm.utils.checks import check_finite_weights
 _finite: "WeakSet[Weights]" = WeakSet()  # of models whose weights were looked at
 
 
-def cache_for(model: Any, weights: str) -> Cache:
+def cache_for(model: Any, weights: str, rows: int = 1) -> Cache:
     """A cache without rows: the compiled engine's where that can stand in for the local stage.
 
     Args:
         model: An `mblm.MBLM`.
         weights: The type of weights that compiled code reads.
+        rows: How many rows a GPU has slots for at first. Default 1.
     """
     check_model(model)
     packed = weights_of(model, weights)
@@ -27,4 +28,4 @@ def cache_for(model: Any, weights: str) -> Cache:
     if packed is None:
         return TorchCache(model)
     _finite.add(packed)
-    return NativeCache(model, weights)
+    return NativeCache(model, weights, rows)

@@ -36,7 +36,7 @@ WARM = {"temperature": 1.5, "top_p": 0.95}
 
 @contextmanager
 def every_session_in_pytorch() -> Iterator[None]:
-    with in_pytorch(), patch.object(batch, "cache_for", lambda model, weights: TorchCache(model)):
+    with in_pytorch(), patch.object(batch, "cache_for", lambda model, *_: TorchCache(model)):
         yield
 
 

@@ -108,6 +108,56 @@ def test_a_state_moves_between_engines_and_slots() -> None:
         device.drop([row])  # whose slot the next one has
 
 
+def generated(cache: NativeCache, length: int, count: int) -> list[int]:
+    rows = cache.add()
+    cache.feed(rows, [ids_of(length)])
+    cache.begin(rows, [Plan(count)])
+    return run_out(cache, rows)[0]
+
+
+@torch.inference_mode()
+def test_a_cache_goes_on_with_graphs_that_another_has_left() -> None:
+    m = on_device("transformer", "transformer", seq_lens=(5, 3))
+    first = NativeCache(m)
+    expected = generated(first, 4, 12)
+    graphs = first._engine.graphs
+    assert graphs > 0
+    assert NativeCache(m)._engine.graphs == 0  # they are in use
+    del first
+    assert NativeCache(m, max_rows=2)._engine.graphs == 0  # they are of one row
+    second = NativeCache(m)
+    assert generated(second, 4, 12) == expected
+    assert second._engine.graphs == graphs
+
+
+@torch.inference_mode()
+def test_a_long_piece_takes_no_more_slots() -> None:
+    m = on_device("transformer", "transformer", seq_lens=(150, 3))
+    cache, ids = NativeCache(m), ids_of(300)
+    rows = cache.add()
+    cache.feed(rows, [ids[:220]])
+    cache.feed(rows, [ids[220:]])
+    assert cache._engine.slots == 1
+    torch.testing.assert_close(cache.logits(rows)[0].cpu(), whole_logits(m, ids).cpu(), **CLOSE)
+
+
+@torch.inference_mode()
+def test_stages_without_positions_never_grow() -> None:
+    """A sequence of Mamba's has no end: graphs are not recorded anew beyond the context."""
+    m = on_device("mamba1", "transformer", seq_lens=(4, 3))
+    cache = NativeCache(m)
+    rows = cache.add()
+    cache.feed(rows, [ids_of(6)])
+    cache.begin(rows, [Plan(12)])
+    run_out(cache, rows)
+    graphs = cache._engine.graphs
+    assert graphs > 0
+    cache.feed(rows, [ids_of(600)])
+    cache.begin(rows, [Plan(1)])
+    run_out(cache, rows)
+    assert cache._engine.graphs >= graphs
+
+
 @torch.inference_mode()
 def test_slots_grow_with_rows() -> None:
     m = on_device("transformer", "transformer", seq_lens=(5, 3))
