@@ -52,4 +52,15 @@ MBLM_DEVICE float load_of_rank(const float* shared, [[maybe_unused]] int rank) {
 #endif
 }
 
+MBLM_DEVICE void store_to_rank(float* shared, [[maybe_unused]] int rank, float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t own = uint32_t(__cvta_generic_to_shared(shared));
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+#else
+  *shared = value;
+#endif
+}
+
 }  // namespace mblm::cuda

@@ -6,9 +6,7 @@
 // positions are divided depends on nothing but how many there are.
 #include <cmath>
 
-#include "cuda/decode.cuh"
-#include "cuda/decode_attention.h"
-#include "cuda/kernel.cuh"
+#include "cuda/attend_short.cuh"
 
 namespace mblm::cuda {
 namespace {
@@ -60,14 +58,6 @@ MBLM_DEVICE bool is_last(uint32_t* ticket, int64_t count, bool* shared) {
   __syncthreads();
   __threadfence();
   return *shared;
-}
-
-// Component c of a vector whose halves are rotated.
-MBLM_DEVICE float rotated(const CachedAttention& in, const float* x, int c, int64_t position) {
-  if (!in.cos) return x[c];
-  const int half = int(in.head_dim / 2), i = c < half ? c : c - half;
-  const float cos = in.cos[position * half + i], sin = in.sin[position * half + i];
-  return c < half ? x[c] * cos - x[c + half] * sin : x[c] * cos + x[i] * sin;
 }
 
 // kOwn components in each lane: lane, lane + 32, ...

@@ -8,6 +8,8 @@
 namespace mblm::cuda {
 
 constexpr int64_t kWidestHead = 256;
+// What the product that follows attends to by itself, where it can: see Product.
+constexpr int64_t kShortCache = 9, kNarrowHead = 64;
 
 struct CachedAttention {
   int64_t rows = 0, heads = 0, head_dim = 0;   // head_dim at most kWidestHead

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/matrix.h"
+#include "cuda/decode_attention.h"
 #include "cuda/stream.h"
 
 namespace mblm::cuda {
@@ -55,8 +56,9 @@ struct Product {
   // together
   bool is_dependent = true;
 
-  const float* x = nullptr;  // (rows, inputs)
-  int64_t x_stride = 0;      // from a row to the next
+  const float* x = nullptr;   // (rows, inputs)
+  int64_t x_stride = 0;       // from a row to the next
+  CachedAttention attention;  // if it has heads, what it gives is x: see attends
   RowNorm norm;
   const float* delayed = nullptr;  // (rows, inputs / 2), instead of x's last half; or null
 
@@ -76,5 +78,8 @@ constexpr int kFewRows = 8;
 // A row is summed in the same order however many rows there are, if it is up to kFewRows or more
 // than that on both sides; by adders always.
 Error multiply(const Product& product, Stream stream);
+
+// Whether a product can attend for itself: of one row, to a short cache.
+bool attends(const Product& product, const CachedAttention& attention);
 
 }  // namespace mblm::cuda

@@ -11,6 +11,7 @@
 // the other. A norm's factor is known by then and applied to the sums.
 #include <algorithm>
 
+#include "cuda/attend_short.cuh"
 #include "cuda/cluster.cuh"
 #include "cuda/copy_async.cuh"
 #include "cuda/decode_product.cuh"
@@ -60,7 +61,7 @@ struct Layout {
   int split_inputs = 0;
   int chunk = 0;  // inputs that there is room for
   // Bytes ahead of inputs, sums and squares. Packs come first.
-  int inputs_at = 0, sums_at = 0, squares_at = 0;
+  int inputs_at = 0, sums_at = 0, squares_at = 0, attended_at = 0;
 };
 
 template <class T>
@@ -204,11 +205,18 @@ class Work {
 
   MBLM_DEVICE static int of_column() { return threadIdx.x % S::kColumns; }
   MBLM_DEVICE void read_inputs() { read_inputs(begin); }
+  // Has inputs be what attention gives; all blocks of the cluster have begun.
+  MBLM_DEVICE void attend() {
+    float* const attended = shared_at<float>(layout.attended_at);
+    attend_in_cluster<int(kNarrowHead) / kWarp>(in.attention, attended);
+    rows_at = attended;
+  }
 
   const Product& in;
   const Layout& layout;
   const int first_row, first_column, last_column;
   const int count;  // of rows
+  const float* rows_at = in.x;
 
  private:
   static constexpr int kLoads = S::kLoads;
@@ -279,7 +287,7 @@ class Work {
       const int k = chunk + quad_of(j) * kQuad;
       const bool is_delayed = in.delayed && k >= half;
       const int64_t stride = is_delayed ? half : in.x_stride;
-      const float* from = (is_delayed ? in.delayed : in.x) + (is_delayed ? k - half : k);
+      const float* from = (is_delayed ? in.delayed : rows_at) + (is_delayed ? k - half : k);
       from += (first_row + row_of(0)) * stride;
       MBLM_UNROLL_ALL
       for (int r = 0; r < S::kRowsOfThread; ++r) {
@@ -470,8 +478,8 @@ class Results {
   Read next;
 };
 
-template <class W, int kRows, int kTiles>
-__global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2)
+template <class W, int kRows, int kTiles, bool kAttends>
+__global__ void __launch_bounds__(kThreads, kRows == 1 && !kAttends ? 3 : 2)
     product_of_tiles(Product in, Layout layout) {
   using Own = Work<W, kRows, kTiles>;
   constexpr bool kIsFew = kRows <= kFewRows;
@@ -483,7 +491,9 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2)
     ask_ahead(in);
     if constexpr (kIsFew) {
       Results<Own> results(work);
+      if constexpr (kAttends) cluster_barrier();
       wait_for_inputs();
+      if constexpr (kAttends) work.attend();
       work.read_inputs();
       results.read();
       work.multiply_split();
@@ -512,7 +522,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2)
   }
 }
 
-template <class W, int kRows, int kTiles>
+template <class W, int kRows, int kTiles, bool kAttends = false>
 Error launch_tiles(const Product& in, int splits, Stream stream) {
   using S = Shape<W, kRows, kTiles>;
   const int64_t outputs = in.matrix.outputs + in.second.outputs, inputs = in.matrix.inputs;
@@ -526,17 +536,26 @@ Error launch_tiles(const Product& in, int splits, Stream stream) {
   if (!S::kIsFew) layout.sums_at = std::max(layout.sums_at, S::kPartialBytes);
   const int sums = S::kIsFew ? S::kPartialBytes : kRows * S::kColumns * int(sizeof(float));
   layout.squares_at = layout.sums_at + sums;
-  const size_t shared = layout.squares_at + kRows * S::kSharersOfRow * sizeof(float);
+  layout.attended_at = layout.squares_at + kRows * S::kSharersOfRow * int(sizeof(float));
+  const size_t shared = layout.attended_at + (kAttends ? inputs * sizeof(float) : 0);
   layout.passes = int(divide_up(in.rows, kRows));
   layout.items = int(divide_up(outputs, S::kColumns)) * layout.passes;
-  return launch_clusters(product_of_tiles<W, kRows, kTiles>, layout.items, layout.splits, kThreads,
-                         shared, in.is_dependent, stream, in, layout);
+  const auto kernel = product_of_tiles<W, kRows, kTiles, kAttends>;
+  const auto launch = [&](int64_t clusters, int size) {
+    return launch_clusters(kernel, clusters, size, kThreads, shared, in.is_dependent, stream, in,
+                           layout);
+  };
+  if (!kAttends) return launch(layout.items, layout.splits);
+  // The last cluster is whole: all of its blocks attend.
+  layout.items = int(divide_up(layout.items, kMostInCluster)) * kMostInCluster;
+  return launch(layout.items / kMostInCluster, kMostInCluster);
 }
 
 template <class W>
 Error launch_rows(const Product& in, Stream stream) {
   constexpr int64_t kBlocks = 128;  // about one for each multiprocessor
   const int64_t outputs = in.matrix.outputs + in.second.outputs;
+  if (in.attention.heads > 0) return launch_tiles<W, 1, 1, true>(in, 1, stream);
   if (in.rows == 1) return launch_tiles<W, 1, 1>(in, 1, stream);
   // All blocks read the inputs of all rows: fewer, wider ones are better if there are enough.
   if (in.rows <= kFewRows) {
@@ -561,6 +580,14 @@ bool is_for_tensor_cores(const Product& in) {
          in.matrix.inputs <= kMost && in.rows * (in.matrix.outputs + in.second.outputs) <= kMost &&
          in.x_stride % kQuad == 0 && has_packs(in.matrix) && has_packs(in.second) &&
          is_aligned(in.x) && is_aligned(in.delayed) && is_aligned(in.norm.weight);
+}
+
+bool attends(const Product& in, const CachedAttention& attention) {
+#ifdef __CUDACC__
+  if (!has_compute_90()) return false;
+#endif
+  return in.rows == 1 && is_for_tensor_cores(in) && attention.limit <= kShortCache &&
+         attention.head_dim <= kNarrowHead;
 }
 
 Error multiply_on_tensor_cores(const Product& in, Stream stream) {

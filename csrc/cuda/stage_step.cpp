@@ -105,11 +105,15 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
     attention.out = attended;
     attention.partial = partial;
     attention.tickets = state.tickets;
-    launches.add(attend, attention);
 
     Product out = product_of(in, layer.out, attended, width, middle, Ahead(layer.expand));
     out.residual = in.x;
     out.keep = delayed[0];
+    if (attends(out, attention)) {
+      out.attention = attention;
+    } else {
+      launches.add(attend, attention);
+    }
     launches.add(multiply, out);
 
     Product expand = product_of(in, layer.expand, middle, stage.dim, inner, Ahead(layer.contract));

@@ -335,6 +335,48 @@ void attends_to_a_long_cache() {
   CHECK(std::equal(alone.begin(), alone.end(), out.begin()));
 }
 
+// The output product of one row computes attention to a short cache, as its own kernel would.
+void a_product_attends_for_itself(test::WeightType type, int64_t position) {
+  Store store(type);
+  const int64_t heads = 11, dim = 40, width = heads * dim, capacity = 9, outputs = 21;
+  cuda::CachedAttention attention;
+  attention.rows = 1;
+  attention.heads = heads;
+  attention.head_dim = dim;
+  attention.positions = &position;
+  attention.limit = attention.capacity = capacity;
+  attention.q = store.vector(width, 3);
+  attention.kv = store.vector(2 * width, 3);
+  attention.cos = store.vector(capacity * dim / 2);
+  attention.sin = store.vector(capacity * dim / 2);
+  const float *keys = store.vector(width * capacity), *values = store.vector(width * capacity);
+  cuda::Product out;
+  out.rows = 1;
+  out.positions = &position;
+  out.x_stride = width;
+  out.matrix = store.matrix(outputs, width);
+  CHECK(cuda::attends(out, attention));
+  const auto run = [&](bool is_fused) {
+    std::vector<float> k(keys, keys + width * capacity), v(values, values + width * capacity);
+    std::vector<float> attended(width), result(outputs, 7.0f);
+    attention.keys = k.data();
+    attention.values = v.data();
+    attention.out = attended.data();
+    out.x = is_fused ? nullptr : attended.data();
+    out.attention = is_fused ? attention : cuda::CachedAttention();
+    out.out = result.data();
+    if (!is_fused) CHECK(!cuda::attend(attention, nullptr));
+    CHECK(!cuda::multiply(out, nullptr));
+    return std::tuple(k, v, result);
+  };
+  const auto [k, v, expected] = run(false);
+  const auto fused = test::in_both_orders([&] { return run(true); });
+  CHECK(std::get<0>(fused) == k && std::get<1>(fused) == v);
+  CHECK(relative_error(std::get<2>(fused).data(), expected.data(), outputs) < 1e-5);
+  attention.limit = cuda::kShortCache + 1;
+  CHECK(!cuda::attends(out, attention));
+}
+
 void no_position_beyond_the_cache_is_written() {
   Store store;
   const int64_t positions[] = {4, -1};
@@ -363,6 +405,10 @@ int main() {
   steps<cpu::Mamba1Stage>();
   steps<cpu::Mamba2Stage>();
   attends_to_a_long_cache();
+  for (const int64_t position : {0, 3, 8, -1}) {
+    a_product_attends_for_itself(test::WeightType::kBFloat16, position);
+    a_product_attends_for_itself(test::WeightType::kInt8, position);
+  }
   no_position_beyond_the_cache_is_written();
   return test::result();
 }
