@@ -165,8 +165,8 @@ class Work {
     float sum = squares;
     MBLM_UNROLL_ALL
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      const bool is_of_others = offset >= kSharers && offset < kSharers * S::kRowsOfThread;
-      if (!is_of_others) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      const bool is_added = offset >= kSharers && (S::kIsFew || offset < kSharers * kLoads);
+      if (!is_added) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     }
     const int row = row_of(group() % S::kRowsOfThread * S::kLoadsOfRow);
     if (row >= count || lane() != group() % S::kRowsOfThread * kSharers) return;
@@ -301,17 +301,17 @@ class Work {
 
   // Puts what was read into shared memory, in pieces.
   MBLM_DEVICE void stage_inputs() {
-    float of_rows[S::kRowsOfThread] = {};
+    float of_quads[kLoads] = {};
     MBLM_UNROLL_ALL
     for (int i = 0; i < kLoads; ++i) {
       MBLM_UNROLL_ALL
       for (int e = 0; e < kQuad; ++e) {
         float& value = x[i].values[e];
-        of_rows[i / S::kLoadsOfRow] += value * value;
+        of_quads[i] += value * value;
         value *= gains[i % S::kLoadsOfRow].values[e];
       }
     }
-    if (in.norm.weight) add_squares(of_rows);
+    if (in.norm.weight) add_squares(of_quads);
     MBLM_UNROLL_ALL
     for (int i = 0; i < kLoads; i += S::kIsFew ? 1 : 2) {
       const uint32_t quad = quad_of(i), slice = quad / (kSharers * kSteps);
@@ -370,19 +370,31 @@ class Work {
     }
   }
 
-  // A thread keeps the sum of one of its rows, the (group % kRowsOfThread)-th, of several threads.
-  MBLM_DEVICE void add_squares(float (&of_rows)[S::kRowsOfThread]) {
-    MBLM_UNROLL_ALL
-    for (int half = S::kRowsOfThread / 2; half > 0; half /= 2) {
-      const bool is_upper = lane() & half * kSharers;
+  // Adds the squares of this thread's quads. Of one row, lanes that have the same part add up
+  // theirs; of more, each lane keeps a row's, the (group % kRowsOfThread)-th, in the same order.
+  MBLM_DEVICE void add_squares(float (&of_quads)[kLoads]) {
+    if constexpr (kRows == 1) {
       MBLM_UNROLL_ALL
-      for (int i = 0; i < half; ++i) {
-        const float given = is_upper ? of_rows[i] : of_rows[i + half];
-        const float kept = is_upper ? of_rows[i + half] : of_rows[i];
-        of_rows[i] = kept + __shfl_xor_sync(0xffffffffu, given, half * kSharers);
+      for (float& sum : of_quads) {
+        MBLM_UNROLL_ALL
+        for (int offset = kWarp / 2; offset >= kSharers; offset /= 2) {
+          sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        }
+        squares += sum;
       }
+    } else {
+      MBLM_UNROLL_ALL
+      for (int half = kLoads / 2; half > 0; half /= 2) {
+        const bool is_upper = lane() & half * kSharers;
+        MBLM_UNROLL_ALL
+        for (int i = 0; i < half; ++i) {
+          const float given = is_upper ? of_quads[i] : of_quads[i + half];
+          const float kept = is_upper ? of_quads[i + half] : of_quads[i];
+          of_quads[i] = kept + __shfl_xor_sync(0xffffffffu, given, half * kSharers);
+        }
+      }
+      squares += of_quads[0];
     }
-    squares += of_rows[0];
   }
 
   MBLM_DEVICE void share_sums() {

@@ -141,6 +141,28 @@ void products(WeightType type) {
   }
 }
 
+// Also the squares of so many inputs that a thread loads some of a row together, of eight rows one
+// after the other.
+void each_of_eight_rows_has_the_bits_that_it_has_alone(WeightType type) {
+  const int64_t rows = cuda::kFewRows, inputs = 4 * 2048 + 8;
+  Store store(type);
+  cuda::Product in;
+  in.rows = rows;
+  in.matrix = store.matrix(1, inputs);
+  in.x = store.vector(rows * inputs, 3);
+  in.x_stride = inputs;
+  in.norm = {store.vector(inputs), 1e-5f, false};
+  std::vector<float> out(rows), alone(rows);
+  in.out = out.data();
+  CHECK(!cuda::multiply(in, nullptr));
+  in.rows = 1;
+  for (int64_t row = 0; row < rows; ++row, in.x += inputs) {
+    in.out = alone.data() + row;
+    CHECK(!cuda::multiply(in, nullptr));
+  }
+  CHECK(test::same_bits(alone, out));
+}
+
 // GELU, the windows of a convolution and what has ended are the same as with few rows.
 void what_comes_after_is_that_of_few_rows(WeightType type) {
   const int64_t rows = 16, inputs = 48, outputs = 40, taps = 3, channels = 22;
@@ -225,6 +247,7 @@ void what_is_not_finite_stays_so() {
 int main() {
   for (const auto type : {WeightType::kBFloat16, WeightType::kInt8}) {
     products(type);
+    each_of_eight_rows_has_the_bits_that_it_has_alone(type);
     what_comes_after_is_that_of_few_rows(type);
   }
   every_int8_is_exact();
