@@ -39,15 +39,15 @@ class Curves:
     seconds: Curve = field(default_factory=list)
 
     def by_time(self, curve: Curve) -> Curve:
-        """A loss curve over hours instead of elements."""
-        hours = {seen: seconds / 3600 for seen, seconds in self.seconds}
-        return [(hours[seen], value) for seen, value in curve]
+        """A loss curve over minutes instead of elements."""
+        minutes = {seen: seconds / 60 for seen, seconds in self.seconds}
+        return [(minutes[seen], value) for seen, value in curve]
 
     def __str__(self) -> str:
         seen, seconds = self.seconds[-1]
         best = min((bits for _, bits in self.valid if not math.isnan(bits)), default=None)
         told = "no validation yet" if best is None else f"at best {best:.3f} bits per byte"
-        return f"{self.name}: {told}, {seen:,.0f} bytes in {seconds / 3600:.2f} hours"
+        return f"{self.name}: {told}, {seen:,.0f} bytes in {seconds / 60:,.1f} minutes"
 
 
 def read_curves(run: Path) -> Curves:
@@ -137,7 +137,7 @@ def plot(runs: Sequence[Path], out: Path) -> list[Curves]:
         _draw(rates, curves.learning_rate, color=color)
         _draw(speeds, curves.speed, color=color, linewidth=1)
     losses.set(xlabel="bytes", ylabel="bits per byte (pale: training, dots: validation)")
-    by_time.set(xlabel="hours of training")
+    by_time.set(xlabel="minutes of training")
     by_time.sharey(losses)
     rates.set(xlabel="bytes", ylabel="learning rate")
     speeds.set(xlabel="bytes", ylabel="bytes a second", ylim=(0, None))

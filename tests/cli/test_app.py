@@ -115,7 +115,7 @@ def test_plot(run: Run, tmp_path: Path) -> None:
         "0,10,train,2,0.1,2026-01-01\n0,10,valid,1,-1,2026-01-01\n"
     )
     result = run("plot", tmp_path, "--out", tmp_path / "curves.png")
-    told = f"{tmp_path.name}: at best 1.443 bits per byte, 10 bytes in 0.00 hours"
+    told = f"{tmp_path.name}: at best 1.443 bits per byte, 10 bytes in 0.0 minutes"
     assert result == (0, f"Wrote {tmp_path}/curves.png\n{told}\n".encode(), "")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "svgz2" in run("plot", tmp_path, "--out", tmp_path / "curves.svgz2").error

@@ -61,8 +61,8 @@ def test_metrics_come_before_losses_and_tell_time_and_speed(tmp_path: Path) -> N
     assert curves.learning_rate == [(100, 0.1), (200, 0.2)]
     assert curves.speed == [(100, 20), (200, 25)]
     assert curves.seconds == [(100, 5), (100, 8), (200, 12)]
-    assert curves.by_time(curves.train) == [(8 / 3600, 2 * NAT), (12 / 3600, NAT)]
-    assert str(curves) == "one: at best 1.443 bits per byte, 200 bytes in 0.00 hours"
+    assert curves.by_time(curves.train) == [(8 / 60, 2 * NAT), (12 / 60, NAT)]
+    assert str(curves) == "one: at best 1.443 bits per byte, 200 bytes in 0.2 minutes"
 
 
 def test_of_losses_alone_time_and_speed_are_those_of_the_clock(tmp_path: Path) -> None:

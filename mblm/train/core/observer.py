@@ -86,7 +86,7 @@ class Observer:
         """
         finite = [value for value in map(float, losses) if math.isfinite(value)]
         total, count = self._workers.sum(sum(finite), len(finite))
-        took = self._seconds or math.nan
+        took = self._seconds  # nothing before the first step is done
         self._write(
             ModelMode.TRAIN,
             done,
@@ -95,8 +95,8 @@ class Observer:
             {f"learning rate/{n}": rate for n, rate in enumerate(rates) if rate != rates[0]},
             lr=rates[0],
             gradient_norm=norm,
-            elements_per_second=self._batches * self._elements / took,
-            waiting=self._waited / took,
+            elements_per_second=self._batches * self._elements / took if took else None,
+            waiting=self._waited / took if took else None,
             memory_max=_peak_memory(self._workers),
         )
         self._forget()
@@ -136,7 +136,7 @@ class Observer:
         step: int,
         loss: float,
         more: dict[str, float],
-        **columns: float,
+        **columns: float | None,
     ) -> None:
         if not self._workers.is_main:
             return

@@ -168,6 +168,7 @@ def test_metrics_are_of_all_that_a_step_took(tmp_path):
     steps = [row for row in rows if row["kind"] == "train"]
     assert [row["cum_batch"] for row in steps] == ["3", "7"]
     assert [row["elements_seen"] for row in steps] == ["128", "256"]
+    assert all("nan" not in row.values() for row in rows)
     losses = [float(row[6]) for row in jobs.losses(run)[1:] if row[2] == "train"]
     assert float(steps[1]["loss"]) == pytest.approx(sum(losses[4:]) / 4)
     assert 0 <= float(steps[1]["waiting"]) < 1 and float(steps[1]["memory_max"]) > 0
