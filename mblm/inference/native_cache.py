@@ -53,7 +53,8 @@ class NativeCache(Cache):
         model: An `mblm.MBLM`.
         weights: What linear layers' weights are read as: ``"float32"``, ``"bfloat16"``, ``"int8"``.
         max_rows: On a GPU, how many rows there are slots for at first. Their number doubles when
-            there are more rows, and a row's last bits may change then. Default 1.
+            there are more rows, and a row's last bits may change then. When the cache is gone, its
+            slots stay with the weights, for the next cache of as many rows. Default 1.
     """
 
     def __init__(self, model: Any, weights: str = "float32", max_rows: int = 1) -> None:
