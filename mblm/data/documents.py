@@ -46,7 +46,10 @@ def find_source(name: str) -> Source:
     """
     if "://" in name:
         return Source(name, [name])
-    if _HUB_NAME.fullmatch(name) and not Path(name).expanduser().exists():
+    suffix, compression = _suffixes(name)
+    # A file that is mistyped: its folder is here, or it is named like a table or an archive.
+    is_file = Path(name).parent.exists() or suffix in TABLES or compression
+    if _HUB_NAME.fullmatch(name) and not is_file:
         return Source(name, [])
     try:
         files = find_files(Path(), [name]).values()

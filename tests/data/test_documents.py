@@ -194,6 +194,16 @@ def test_what_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
         find_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["texts/bok", "nothing/a.jsonl", "nothing/a.txt.gz"])
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{name}: no file, nor a folder that holds any"):
+        find_source(name)
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
