@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from mblm.data.file_bytes import FileBytes
 from mblm.data.types import ModelMode
@@ -23,8 +23,8 @@ BYTES, DOCUMENTS, SUMMARY = "bytes.bin", "documents.npy", "pack.json"
 class PackedPart(BaseModel):
     """One part: its documents, their bytes in all and of each source, and what they hash to."""
 
-    documents: int
-    bytes: int
+    documents: NonNegativeInt
+    bytes: NonNegativeInt
     sha256: str
     sources: dict[str, int]
 
@@ -75,18 +75,20 @@ def open_part(folder: Path, mode: ModelMode, separator_id: int | None = None) ->
     if part is None:
         raise ValueError(f"{str(folder)!r} was packed without a {mode.value} part")
     file = folder / mode.value / DOCUMENTS
-    offsets = np.load(file, allow_pickle=False)
-    data = FileBytes([folder / mode.value / BYTES], separator_id, offsets[:-1])
-    is_right = (
+    try:
+        offsets = np.load(file, allow_pickle=False)
+    except (EOFError, ValueError):
+        offsets = np.empty(0)
+    if (
         offsets.dtype == np.int64
         and offsets.shape == (part.documents + 1,)
         and (offsets[0], offsets[-1]) == (0, part.bytes)
-        and bool((np.diff(offsets) > 0).all())
-        and sum(data.sizes) == part.bytes
-    )
-    if not is_right:
-        raise ValueError(f"{str(file)!r} does not fit {BYTES} and {SUMMARY}: pack again")
-    return data
+        and (np.diff(offsets) > 0).all()
+    ):
+        data = FileBytes([folder / mode.value / BYTES], separator_id, offsets[:-1])
+        if sum(data.sizes) == part.bytes:
+            return data
+    raise ValueError(f"{str(file)!r} does not fit {BYTES} and {SUMMARY}: pack again")
 
 
 def lineage_of_part(folder: Path, mode: ModelMode) -> list[tuple[str, int]]:

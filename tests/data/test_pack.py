@@ -159,6 +159,14 @@ def cut_bytes(packed: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def empty_offsets(packed: Path) -> None:
+    (packed / "train" / "documents.npy").write_bytes(b"")
+
+
+def replace_offsets(packed: Path) -> None:
+    np.save(packed / "train" / "documents.npy", np.int64(7))
+
+
 def break_summary(packed: Path) -> None:
     (packed / "pack.json").write_text('{"parts": 1}')
 
@@ -167,6 +175,8 @@ def break_summary(packed: Path) -> None:
     ("damage", "message"),
     [
         (break_offsets, r"documents.npy' does not fit bytes.bin and pack.json: pack again"),
+        (empty_offsets, r"documents.npy' does not fit bytes.bin and pack.json: pack again"),
+        (replace_offsets, r"documents.npy' does not fit bytes.bin and pack.json: pack again"),
         (cut_bytes, r"documents.npy' does not fit bytes.bin and pack.json: pack again"),
         (break_summary, r"pack.json\n.*parts"),
     ],
