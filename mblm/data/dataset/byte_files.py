@@ -201,14 +201,14 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
                 part = _open_configured(config, path, mode, of_source, worker_id=0, num_workers=1)
             except (OSError, ValueError) as error:
                 raise ValueError(f"sources: {name!r}: {describe(error)}") from error
-            if part is not None:
-                parts[name] = part
-        if not parts:
-            return None
-        total = sum(args.sources[name] for name in parts)  # 1, but for tests that some have not
+            if (
+                part is None
+            ):  # a loss on other sources could not be compared with that of validation
+                return None
+            parts[name] = part
         return Mixture(
             parts,
-            weights={name: args.sources[name] / total for name in parts},
+            weights=args.sources,
             seed=config.train.seed or 0,
             seq_len=config.params.input_seq_len,
             worker_id=worker_id,

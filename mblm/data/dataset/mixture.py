@@ -38,7 +38,7 @@ class Mixture(DistributedDataset[_T]):
         config: ``seq_len, worker_id, num_workers`` of ``DistributedDataset``.
 
     Attributes:
-        parts, weights: As given.
+        parts, weights: As given, in the order of their names.
 
     Raises:
         ValueError: Weights that do not sum to 1 or are of other parts; samples of another length,
@@ -61,9 +61,10 @@ class Mixture(DistributedDataset[_T]):
                     f"parts: expected samples of {config['seq_len']} as seq_len says, {name!r} has "
                     f"samples of {part.seq_len}"
                 )
-        self.parts, self.weights = dict(parts), dict(weights)
-        self._names = list(parts)
-        self._until = np.cumsum([weights[name] for name in self._names])
+        self._names = sorted(parts)  # in whatever order a configuration has them
+        self.parts = {name: parts[name] for name in self._names}
+        self.weights = {name: weights[name] for name in self._names}
+        self._until = np.cumsum(list(self.weights.values()))
         self._seed = seed
         samples = sum(len(part) for part in parts.values())
         super().__init__(data_size=samples * config["seq_len"], is_sequential=True, **config)

@@ -76,6 +76,12 @@ def test_a_sample_depends_on_seed_and_place_alone(folder: Path) -> None:
     assert texts(mixture(folder, seed=None)) == texts(mixture(folder, seed=0))
 
 
+def test_the_order_of_the_sources_does_not_matter(folder: Path) -> None:
+    data, other = mixture(folder), mixture(folder, sources=dict(reversed(SOURCES.items())))
+    assert texts(data) == texts(other)
+    assert data.lineage() == other.lineage()
+
+
 def test_epochs_and_workers_draw_other_samples(folder: Path) -> None:
     places: list[int] = []
     for worker in range(2):
@@ -104,9 +110,9 @@ def test_every_source_is_cut_into_parts_by_itself(folder: Path) -> None:
 
 def test_its_lineage_names_sources_and_files(folder: Path) -> None:
     assert mixture(folder).lineage() == [
-        ("letters: letters", 1000),
         ("digits: 0", 200),
         ("digits: 1", 200),
+        ("letters: letters", 1000),
     ]
 
 
@@ -166,10 +172,10 @@ def test_any_datasets_can_be_mixed(folder: Path) -> None:
         Mixture(parts, {"0": 0.5, "1": 0.5}, seed=1, **{**alone, "seq_len": 5})
 
 
-def test_a_test_is_of_the_sources_that_have_one(folder: Path, tmp_path: Path) -> None:
+def test_there_is_a_test_where_all_sources_have_one(folder: Path, tmp_path: Path) -> None:
     pack([str(folder / "digits")], tmp_path / "packed", valid=0.5)
-    data = mixture(folder, TEST, sources={"letters": 0.5, "packed": 0.5})
-    assert data.weights == {"letters": 1.0}
+    assert mixture(folder, TEST, sources={"letters": 0.5, "digits": 0.5}) is not None
+    assert mixture(folder, TEST, sources={"letters": 0.5, "packed": 0.5}) is None
     data = mixture(folder, VALID, sources={"letters": 0.5, "packed": 0.5}, valid_fraction=0.2)
     assert {name: part._data_size for name, part in data.parts.items()} == {
         "letters": 200,  # a fifth
