@@ -34,7 +34,7 @@ class CsvLog(Generic[Row]):
 
     def create(self) -> None:
         """Begin the file with its header."""
-        self._file.write_text(_csv_lines([self._columns]))
+        self._file.write_bytes(_csv_lines([self._columns]).encode())
 
     def write_row(self, row: Row) -> None:
         """Append a row, if this worker does."""
@@ -55,17 +55,18 @@ class CsvLog(Generic[Row]):
             Kinds and batches of the rows from there on.
         """
         batch, kind = self._columns.index("cum_batch"), self._columns.index("kind")
-        text = self._file.read_text() if self._file.exists() else ""
-        rows = [
-            row
-            for row in csv.reader(text[: text.rfind("\n") + 1].splitlines())
-            if len(row) == len(self._columns) and row[batch].isdigit()
-        ]
-        end = {row[kind]: batches.get(row[kind].partition("/")[0], 0) for row in rows}
-        kept = [row for row in rows if int(row[batch]) < end[row[kind]]]
+        content = self._file.read_bytes() if self._file.exists() else b""
+        text = io.StringIO(content[: content.rfind(b"\n") + 1].decode(), newline="")
+        kept, dropped = [], set()
+        for row in csv.reader(text):
+            if len(row) == len(self._columns) and row[batch].isdigit():
+                if int(row[batch]) < batches.get(row[kind].partition("/")[0], 0):
+                    kept.append(row)
+                else:
+                    dropped.add((row[kind], int(row[batch])))
         with atomic_write(self._file) as stream:
             stream.write(_csv_lines([self._columns, *kept]).encode())
-        return {(row[kind], int(row[batch])) for row in rows if row not in kept}
+        return dropped
 
 
 class Ranked(NamedTuple):
