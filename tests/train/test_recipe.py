@@ -187,6 +187,8 @@ def test_every_group_keeps_its_rate_relative_to_the_others():
         ({"lr_schedule": "step"}, "Input should be 'cosine', 'wsd' or 'linear'"),
         ({"betas": [0.9, 1.0]}, "betas.1\n.*less than 1"),
         ({"betas": [0.9]}, "betas"),
+        ({"optimizer": "adamw", "weight_decay": float("inf")}, "weight_decay\n.*a finite number"),
+        ({"learning_rate": float("inf")}, "learning_rate\n.*a finite number"),
         ({"weight_decay": -0.1}, "weight_decay\n.*greater than or equal to 0"),
         ({"weight_decay": 0.1}, "weight_decay: expected 0 with optimizer adam, got 0.1"),
         (

@@ -57,18 +57,24 @@ class CoreTrainConfig(Fields):
         description="At most how many batches a validation takes, all workers together; the "
         "sources of a mixture have equally many, and each at least one",
     )
-    learning_rate: PositiveFloat = Field(description="The learning rate after the warm-up")
+    learning_rate: PositiveFloat = Field(
+        allow_inf_nan=False, description="The learning rate after the warm-up"
+    )
     optimizer: Literal["adam", "adamw", "muon"] = Field(
         default="adam",
         description="'muon': Muon for the matrices of stages, patch embeddings and contexts, AdamW "
         "for the rest",
     )
     learning_rate_matrix: PositiveFloat | None = Field(
-        default=None, description="Muon's learning rate; by default learning_rate"
+        default=None,
+        allow_inf_nan=False,
+        description="Muon's learning rate; by default learning_rate",
     )
     betas: tuple[_Share, _Share] = Field(default=(0.9, 0.95), description="Of Adam and AdamW")
     weight_decay: NonNegativeFloat = Field(
-        default=0.0, description="Decay of the matrices by adamw or muon; nothing else decays"
+        default=0.0,
+        allow_inf_nan=False,
+        description="Decay of the matrices by adamw or muon; nothing else decays",
     )
     lr_schedule: Literal["cosine", "wsd", "linear"] = Field(
         default="cosine",
