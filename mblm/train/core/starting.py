@@ -1,6 +1,10 @@
-"""A trainer before it trains: everything is read, made and checked, and only then written."""
+"""A trainer around its training: what it starts from, saves and says.
+
+Everything is read, made and checked first, and only then written.
+"""
 
 import sys
+from typing import cast
 
 import torch
 
@@ -33,6 +37,7 @@ from mblm.train.core.training_state import (
     SavedState,
     find_latest_state,
     load_training_state,
+    save_training_state,
     state_to_resume,
 )
 from mblm.utils import cuda
@@ -220,6 +225,38 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         for note in self._notes:
             self._log.info(note)
         self._notes = []
+
+    # -- States ----------------------------------------------------------------------------------
+
+    def _save(self, run: Run) -> None:
+        """Save the training state."""
+        manifest = {
+            "strategy": self.config.train.strategy,
+            "best": self._folder.best.entries,
+            "facts": facts_of(self.config, run.lineage),
+        }
+        save_training_state(
+            self._folder.path,
+            run.position.step,
+            manifest,
+            {**run.common_state(), "seed": self._seed},
+            run.own_state(),
+            self._workers,
+        )
+        self._folder.clean_up()
+        self._log.debug(f"Saved the training state after {run.position.step} batches")
+
+    def _load_best(self) -> TModel:
+        """The best model on every worker."""
+        file = self._folder.best.best_file()
+        if self._workers.from_main(file is not None):
+            state = None
+            if self._workers.is_main and file is not None:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                state = content["MODEL"]
+                self._log.info(f"The best model's validation loss: {content['LOSS']}")
+            self._parallel.load_full_state(state)
+        return cast(TModel, self._parallel.base)
 
     def _load_checkpoint(self, model: TModel) -> None:
         """Load weights only."""

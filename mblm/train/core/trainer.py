@@ -19,7 +19,6 @@ from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, Sourc
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
-from mblm.train.core.lineage import facts_of
 from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
 from mblm.train.core.observer import Observer
 from mblm.train.core.profiling import Profile
@@ -27,7 +26,6 @@ from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
 from mblm.train.core.starting import TrainerStart
-from mblm.train.core.training_state import save_training_state
 
 __all__ = ["CoreTrainer", "CoreTrainerOptions"]
 
@@ -378,38 +376,6 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 bw_time=None,
             )
         return result
-
-    # -- States ----------------------------------------------------------------------------------
-
-    def _save(self, run: Run) -> None:
-        """Save the training state."""
-        manifest = {
-            "strategy": self.config.train.strategy,
-            "best": self._folder.best.entries,
-            "facts": facts_of(self.config, run.lineage),
-        }
-        save_training_state(
-            self._folder.path,
-            run.position.step,
-            manifest,
-            {**run.common_state(), "seed": self._seed},
-            run.own_state(),
-            self._workers,
-        )
-        self._folder.clean_up()
-        self._log.debug(f"Saved the training state after {run.position.step} batches")
-
-    def _load_best(self) -> TModel:
-        """The best model on every worker."""
-        file = self._folder.best.best_file()
-        if self._workers.from_main(file is not None):
-            state = None
-            if self._workers.is_main and file is not None:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-                state = content["MODEL"]
-                self._log.info(f"The best model's validation loss: {content['LOSS']}")
-            self._parallel.load_full_state(state)
-        return cast(TModel, self._parallel.base)
 
     # -- Small things ----------------------------------------------------------------------------
 
