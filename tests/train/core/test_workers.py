@@ -341,6 +341,15 @@ def construct_other_stages(run_vars):
     OtherStages(jobs.config(Path("out"), workers=2), run_vars)
 
 
+class Writes(jobs.Trainer):
+    def generate_samples(self, model, prompts, seed):
+        raise AssertionError
+
+
+def construct_what_writes_of_shards(run_vars):
+    Writes(jobs.config(Path("out"), workers=2, strategy="fsdp", sample_amount=1), run_vars)
+
+
 def construct_without_a_seed(run_vars):
     construct(run_vars, jobs.config(Path("out"), workers=2, seed=None))
 
@@ -370,6 +379,11 @@ def test_workers_whose_settings_differ_are_refused_by_name(tmp_path):
 def test_workers_whose_models_differ_are_refused_by_name(tmp_path):
     for note in notes_of(tmp_path, construct_other_stages):
         assert "do not train the same: stages: ['GELU'] -> ['Linear']; parameters: 344" in note
+
+
+def test_shards_do_not_write(tmp_path):
+    for note in notes_of(tmp_path, construct_what_writes_of_shards):
+        assert "io.sample_amount: with train.strategy fsdp no worker holds the model" in note
 
 
 def test_a_worker_that_fails_while_starting_ends_all_with_its_message(tmp_path):
