@@ -135,6 +135,7 @@ class Loggers:
         log: logging.Logger,
     ) -> None:
         self._log = log
+        self._last = 0
         self._loggers: dict[str, Logger] = {}
         for name in names:
             try:
@@ -151,11 +152,13 @@ class Loggers:
 
     def rewind(self, step: int, sent: Collection[Point]) -> None:
         """Expect the points from a batch on again."""
+        self._last = max(step - 1, 0)
         self._each(lambda logger: logger.rewind(step, sent))
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        """Send values by their names, of a batch, all of a kind."""
-        self._each(lambda logger: logger.log(kind, values, step))
+        """Send values by their names, of a batch, all of a kind; -1 is the last one of the run."""
+        self._last = at = max(step, self._last)
+        self._each(lambda logger: logger.log(kind, values, at))
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text that a batch's model has written."""

@@ -104,6 +104,12 @@ def test_a_run_that_goes_on_sends_no_point_twice(tmp_path, calls):
     assert ("loss/train", 13) in logged(calls)
 
 
+def test_the_loss_of_a_test_is_logged_at_the_last_batch(tmp_path, calls):
+    trainer = jobs.alone(Writes, jobs.config(tmp_path, loggers=["trackio"]))
+    trainer.test(jobs.Ids(10), trainer.train(jobs.Ids(), jobs.Ids(10)))
+    assert ("loss/test", 11) in logged(calls)
+
+
 def test_tensorboard_shows_the_points_after_a_resume_once(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
