@@ -77,6 +77,8 @@ class Profile:
         except (OSError, RuntimeError) as error:  # such as a full disk: the run does not need it
             self._say(f"The profile cannot be written: {error}")
             return
+        finally:
+            self.__exit__()
         self._say(
             f"Profiled {self._steps} steps: {self._folder}/trace.json.gz for "
             f"https://ui.perfetto.dev, {self._folder}/operators.txt"
