@@ -65,7 +65,7 @@ def read_curves(run: Path) -> Curves:
         file = run / (METRICS_FILE if (run / METRICS_FILE).exists() else LOSS_FILE)
     is_runs = file.name in (LOSS_FILE, METRICS_FILE)
     curves = Curves(file.absolute().parent.name if is_runs else file.stem)
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8", errors="replace")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a row may be half written
     found = set(rows.fieldnames or ())
     if "seconds" in found:  # metrics, which need no clock

@@ -201,9 +201,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
                 part = _open_configured(config, path, mode, of_source, worker_id=0, num_workers=1)
             except (OSError, ValueError) as error:
                 raise ValueError(f"sources: {name!r}: {describe(error)}") from error
-            if (
-                part is None
-            ):  # a loss on other sources could not be compared with that of validation
+            if part is None:  # a test on the others alone would be no test of the mixture
                 return None
             parts[name] = part
         return Mixture(

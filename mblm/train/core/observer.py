@@ -20,8 +20,8 @@ from mblm.train.core.run_folder import RunFolder
 
 T = TypeVar("T")
 
-SAMPLES = 16
-"""So many of the validation data tell the losses by position."""
+SAMPLES, ELEMENTS = 16, 1 << 18
+"""At most so many of the validation data tell the losses by position."""
 
 
 class Observer:
@@ -113,7 +113,8 @@ class Observer:
             rng, model = get_rng(), run.model.base.eval()
             if self._folder.loggers:
                 data = run.validation.dataset
-                some = [data[number] for number in range(min(SAMPLES, len(data)))]
+                count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
+                some = [data[number] for number in range(min(count, len(data)))]
                 positions = hooks.losses_by_position(model, some)
             if step - 1 in run.plan.sample_points:
                 prompts = hooks.config.io.sample_prompts

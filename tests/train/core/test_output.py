@@ -2,6 +2,7 @@
 
 import csv
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,8 @@ def test_rows_before_a_batch_are_kept_whatever_sources_are_called_and_a_crash_ha
     log = CsvLog(tmp_path / "loss.csv", CSVLossEntry, enabled=True)
     log.create()
     kinds = ["train", "valid/ü\u2028", "valid/two\nlines", "test"]
-    rows = [
-        [0, "now", 0, kind, 0, batch, batch, 1, 1, 1, 1] for batch in range(3) for kind in kinds
-    ]
-    for row in rows:
-        log.write_row(CSVLossEntry(*row))
+    for batch, kind in product(range(3), kinds):
+        log.write_row(CSVLossEntry(0, "now", 0, kind, 0, batch, batch, 1, 1, 1, 1))
     with (tmp_path / "loss.csv").open("ab") as file:
         file.write("0,now,0,valid/ü".encode()[:-1])
     dropped = log.keep_before(train=2, valid=1)
