@@ -21,7 +21,7 @@ US = 1e-6
 WEIGHT = 2  # bytes, bfloat16
 FLOAT = 4
 PIECE = 1 << 20  # bytes that memory sends at a time
-FEW_ROWS = 8  # more are multiplied by tensor cores, 64 at a time
+FEW_ROWS = 8  # more are multiplied 32 at a time
 UPPER_POSITIONS = 64  # in the cache of a global Transformer
 
 
@@ -53,7 +53,7 @@ class Design:
     loads_together: bool = True  # activations in one trip, instead of one trip each
     is_fused: bool = False  # attention in the next product, norms and embeddings in neighbors
     sampling: float = 1.5 * US
-    cluster: int = 1  # blocks that share the activations that one of them fetches
+    columns: int = 32  # of a block of many rows; of wide ones, a cluster shares out the inputs
 
 
 BLOCKS_AHEAD = 132 * 32e3  # one block of the next kernel in every multiprocessor
@@ -61,9 +61,9 @@ DESIGNS = [
     Design("kernels in a graph", 1.3 * US, 0, loads_together=False, sampling=10 * US),
     Design("dependent launches", 0.8 * US, BLOCKS_AHEAD, loads_together=False, sampling=10 * US),
     Design("loads together", 0.8 * US, BLOCKS_AHEAD),
-    Design("four phases", 0.8 * US, BLOCKS_AHEAD, is_fused=True, cluster=4),
-    Design("four phases, L2 prefetch", 0.8 * US, BLOCKS_AHEAD, 24e6, is_fused=True, cluster=4),
-    Design("one persistent kernel", 0.7 * US, 132 * 160e3, is_fused=True, cluster=4),
+    Design("four phases", 0.8 * US, BLOCKS_AHEAD, is_fused=True, columns=128),
+    Design("four phases, L2 prefetch", 0.8 * US, BLOCKS_AHEAD, 24e6, is_fused=True, columns=128),
+    Design("one persistent kernel", 0.7 * US, 132 * 160e3, is_fused=True, columns=128),
 ]
 
 
@@ -83,14 +83,18 @@ class Phases:
         self.config, self.design, self.rows = config, design, rows
 
     def product(self, inputs: int, outputs: int, extra_trips: int = 0) -> Phase:
-        columns = 8 if self.rows <= FEW_ROWS else 32 if outputs >= 1024 else 16
+        is_many = self.rows > FEW_ROWS
+        few = 16 if self.design.columns > 32 and outputs >= 2048 else 8
+        columns = min(self.design.columns, 128 if outputs >= 1024 else 16) if is_many else few
         blocks = -(-outputs // columns)
         trips = 1
         if not self.design.loads_together:
             trips += inputs // 256 if self.rows <= FEW_ROWS else inputs // 128
-        fetched = blocks * self.rows * inputs * FLOAT / self.design.cluster
-        if self.design.cluster > 1:
-            blocks = max(blocks, 128)  # which share out the inputs, too
+        fetched = blocks * self.rows * inputs * FLOAT
+        if columns > 32:  # blocks of 32 rows
+            passes = -(-self.rows // 32)
+            fetched += (passes - 1) * inputs * outputs * WEIGHT
+            blocks *= passes * min(8, 144 // blocks)
         return Phase(inputs * outputs * WEIGHT, trips + extra_trips, fetched, blocks)
 
     def small(self, trips: int, seconds: float = 0) -> Phase:

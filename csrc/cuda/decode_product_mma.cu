@@ -1,9 +1,9 @@
 // Products of packed, rounded weights on tensor cores: see decode_product.h.
 //
 // A block takes some columns of all its rows. Its warps share out the inputs in slices of 32 and
-// add up their sums at the end; with many rows, half of them take half of the columns, and the
-// blocks of a cluster share out the inputs in splits. As it does not matter in which order a
-// product takes the inputs, a lane multiplies packs of weights as they lie in memory, of columns
+// add up their sums at the end; with many rows, two of them each take a quarter of the columns,
+// and the blocks of a cluster share out the inputs in splits. As it does not matter in which order
+// a product takes the inputs, a lane multiplies packs of weights as they lie in memory, of columns
 // that no other lane has, by quads of inputs that belong to them. Packs are copied to a place of
 // the lane's own in shared memory: the first of them before the kernel waits for its inputs, so
 // that memory works while kernels change. Then all threads load inputs at once, a chunk at a time,
@@ -36,7 +36,7 @@ constexpr int kManyRows = 32;             // of a block, where there are more th
 template <class W, int kRows, int kTiles>
 struct Shape {
   static constexpr bool kIsFew = kRows <= kFewRows;
-  static constexpr int kWide = kIsFew ? 1 : 2, kDeep = kWarps / kWide;  // warps
+  static constexpr int kWide = kIsFew ? 1 : 4, kDeep = kWarps / kWide;  // warps
   static constexpr int kColumns = kWide * kTiles * kWidth;
   static constexpr int kStride = kColumns + 4;                // lanes write to different banks
   static constexpr int kSums = kIsFew ? 2 : kRows / kHeight;  // of few rows, one for each step
@@ -491,7 +491,7 @@ class Results {
 };
 
 template <class W, int kRows, int kTiles, bool kAttends>
-__global__ void __launch_bounds__(kThreads, kRows == 1 && !kAttends ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kRows* kTiles == 1 && !kAttends ? 3 : 2)
     product_of_tiles(Product in, Layout layout) {
   using Own = Work<W, kRows, kTiles>;
   constexpr bool kIsFew = kRows <= kFewRows;
@@ -539,8 +539,8 @@ Error launch_tiles(const Product& in, int splits, Stream stream) {
   using S = Shape<W, kRows, kTiles>;
   const int64_t outputs = in.matrix.outputs + in.second.outputs, inputs = in.matrix.inputs;
   Layout layout;
-  layout.split_inputs =
-      int(divide_up(divide_up(inputs, splits), S::kGroupInputs) * S::kGroupInputs);
+  constexpr int kWhole = S::kIsFew ? S::kGroupInputs : S::kChunk;
+  layout.split_inputs = int(divide_up(divide_up(inputs, splits), kWhole)) * kWhole;
   layout.splits = int(divide_up(inputs, layout.split_inputs));
   layout.chunk = std::min(layout.split_inputs, S::kChunk);
   layout.inputs_at = std::min(layout.split_inputs / S::kGroupInputs, kGroups) * S::kGroupBytes;
@@ -568,10 +568,12 @@ Error launch_rows(const Product& in, Stream stream) {
   constexpr int64_t kBlocks = 128;  // about one for each multiprocessor
   const int64_t outputs = in.matrix.outputs + in.second.outputs;
   if (in.attention.heads > 0) return launch_tiles<W, 1, 1, true>(in, 1, stream);
-  if (in.rows == 1) return launch_tiles<W, 1, 1>(in, 1, stream);
   // All blocks read the inputs of all rows: fewer, wider ones are better if there are enough.
+  const bool is_wide = divide_up(outputs, 2 * kWidth) >= kBlocks;
+  if (in.rows == 1) {
+    return is_wide ? launch_tiles<W, 1, 2>(in, 1, stream) : launch_tiles<W, 1, 1>(in, 1, stream);
+  }
   if (in.rows <= kFewRows) {
-    const bool is_wide = divide_up(outputs, 2 * kWidth) >= kBlocks;
     return is_wide ? launch_tiles<W, kFewRows, 2>(in, 1, stream)
                    : launch_tiles<W, kFewRows, 1>(in, 1, stream);
   }
