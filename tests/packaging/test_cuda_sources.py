@@ -122,7 +122,9 @@ def test_glue_passes_tests_with_emulated_kernels(tmp_path: Path) -> None:
     defines = [f"-D{name}={value}" for name, value in options.items()]
     parity = ["tests/ops", "-k", "test_native_equals_reference or float64_on_the_cpu or one_order"]
     decoding = ["tests/inference/test_session.py", "tests/inference/test_device_cache.py"]
-    every_cache = ["tests/inference/test_cache.py", "-k", "native and not any_schedule"]
+    # Which rows wait within a patch is not seen where a unit takes a row to its patch's end.
+    chosen = "native and not any_schedule and not fewer_rows_wait"
+    every_cache = ["tests/inference/test_cache.py", "-k", chosen]
     commands = [
         ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *defines],
         ["cmake", "--build", str(tmp_path), "--parallel", "2", "--target", "_C"],
