@@ -68,11 +68,12 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the matrices of one to orthogonalize are checked."""
         super().add_param_group(param_group)
-        if self.param_groups[-1]["orthogonalize"]:
-            for parameter in self.param_groups[-1]["params"]:
-                if parameter.ndim != 2:
-                    shape = tuple(parameter.shape)
-                    raise ValueError(f"params: expected matrices to orthogonalize, got {shape}")
+        group = self.param_groups[-1]
+        for parameter in group["params"] if group["orthogonalize"] else ():
+            if parameter.ndim != 2:
+                self.param_groups.pop()
+                shape = tuple(parameter.shape)
+                raise ValueError(f"params: expected matrices to orthogonalize, got {shape}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

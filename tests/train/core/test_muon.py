@@ -154,5 +154,7 @@ def test_numbers_out_of_range_are_refused(options, message):
 
 
 def test_what_is_no_matrix_is_refused():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 2))])
     with pytest.raises(ValueError, match=r"params: expected matrices to orthogonalize, got \(3,\)"):
-        Muon([{"params": [nn.Parameter(torch.ones(3))], "orthogonalize": True}])
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "orthogonalize": True})
+    assert len(optimizer.param_groups) == 1
