@@ -50,9 +50,14 @@ def pack(
     if not 0 <= valid < 1:
         raise ValueError(f"valid: expected a share in [0, 1), got {valid}")
     found = [find_source(source) if isinstance(source, str) else source for source in sources]
-    names = [source.name for source in found]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"sources: {twice[0]!r} is given twice")
+    seen: dict[str, str] = {}  # of each file by its real path the source; of the hub by the name
+    for source in found:
+        for file in [os.path.realpath(file) for file in source.files] or [source.name]:
+            if file in seen:
+                raise ValueError(
+                    f"sources: {file!r} is given twice, by {seen[file]!r} and {source.name!r}"
+                )
+            seen[file] = source.name
     shares = {ModelMode.TRAIN.value: 1 - valid}
     if valid:
         shares[ModelMode.VALID.value] = valid
@@ -80,8 +85,8 @@ def pack(
                     "documents: ask for a larger share, or 0"
                 )
         summary = PackSummary(parts=parts, left_out=dict(left_out))
-        with atomic_write(folder / SUMMARY) as file:
-            file.write(summary.model_dump_json(indent=2).encode() + b"\n")
+        with atomic_write(folder / SUMMARY) as stream:
+            stream.write(summary.model_dump_json(indent=2).encode() + b"\n")
     return summary
 
 

@@ -211,6 +211,8 @@ def test_an_empty_source_is_refused_by_name(posts: Path) -> None:
     with pytest.raises(ValueError, match=message):
         pack([str(posts)], posts.parent / "packed")
     assert is_clean(posts.parent)
+    with pytest.raises(ValueError, match=r"posts.jsonl' is given twice, by '.*' and '.*/\*'"):
+        pack([str(posts), f"{posts.parent}/*"], posts.parent / "packed")
     with pytest.raises(ValueError, match=r"posts.jsonl' is given twice"):
         pack([str(posts), str(posts)], posts.parent / "packed")
 
