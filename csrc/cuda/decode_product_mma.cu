@@ -92,11 +92,7 @@ struct Halves {
     for (int i = 0; i < 2; ++i) {
       const float first = quad.values[2 * i], second = quad.values[2 * i + 1];
       upper[i] = pair_of(first, second);
-      // A number that is not finite is all in the upper half: it remains so if what is left of an
-      // infinity, NaN, becomes finite.
-      constexpr float kMost = 0x1p120f;  // more than is left of any number
-      lower[i] = pair_of(fmaxf(first - first_of(upper[i]), -kMost),
-                         fmaxf(second - second_of(upper[i]), -kMost));
+      lower[i] = rest_of(first, second, upper[i]);
     }
   }
 };

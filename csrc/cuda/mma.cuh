@@ -36,6 +36,13 @@ MBLM_DEVICE float second_of(uint32_t pair) {
   return __uint_as_float(pair & 0xffff0000u);
 }
 
+// What remains of two values. A number that is not finite is all in the upper half: it remains so
+// if what is left of an infinity, NaN, becomes finite.
+MBLM_DEVICE uint32_t rest_of(float first, float second, uint32_t upper) {
+  constexpr float kMost = 0x1p120f;  // more than is left of any number
+  return pair_of(fmaxf(first - first_of(upper), -kMost), fmaxf(second - second_of(upper), -kMost));
+}
+
 // Sums of two pairs.
 MBLM_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__

@@ -15,13 +15,14 @@ struct SsdInput {
   int64_t chunk_size, chunks;
   const T* x;  // (rows, L, H, P), heads and channels contiguous
   int64_t x_row_stride, x_position_stride;
-  const C* dt;          // (rows, L, H)
-  const C* rates;       // A: (H)
-  const C* weight_in;   // B: (rows, L, padded N)
-  const C* weight_out;  // C: (rows, L, padded N)
-  const C* direct;      // D: (H)
-  double* sums;         // scratch, (rows, L, H): of dt A, from a chunk's beginning
-  C* scores;            // scratch, (rows, chunks, chunk_size, chunk_size): C_i B_j
+  const C* dt;             // (rows, L, H)
+  const C* rates;          // A: (H)
+  const C* weight_in;      // B: (rows, L, padded N), values of type T
+  const C* weight_out;     // C: (rows, L, padded N), the same
+  const C* direct;         // D: (H)
+  double* sums;            // scratch, (rows, L, H): of dt A, from a chunk's beginning
+  C* scores;               // scratch, (rows, chunks, chunk_size, chunk_size): C_i B_j
+  bool may_round = false;  // float's operands to 16 bits, for tensor cores; bfloat16's are rounded
 };
 
 // y is (rows, L, H, P); state (rows, H, P, N) is the state before and becomes the one after;
@@ -44,7 +45,7 @@ struct SsdGradients {
   C* weight_out;          // the same
   C* carries;             // scratch, (rows, chunks, H, P, N)
   C* scores;              // scratch, (rows, chunks, chunk_size, chunk_size)
-  double* terms;          // scratch, (4, rows, L, H)
+  double* terms;          // scratch, (4, rows, L, H), zeros
 };
 
 template <class T>

@@ -1,7 +1,10 @@
 // Glue of ssd: checks, allocation, calls of the kernels.
 #include "cpu/ssd.h"
 
+#include <ATen/Context.h>
+
 #include <array>
+#include <limits>
 
 #include "common.h"
 #include "cuda/ssd.h"
@@ -89,6 +92,15 @@ struct Inputs {
 };
 
 #ifdef MBLM_CUDA
+// Whether PyTorch would multiply matrices of float32 in TF32.
+bool may_round_products() {
+  try {
+    return at::globalContext().allowTF32CuBLAS();
+  } catch (const c10::Error&) {  // it was told so in two ways that contradict each other
+    return false;
+  }
+}
+
 // The inputs of a GPU's kernels, with their scratch.
 struct DeviceInputs {
   const Inputs& in;
@@ -98,7 +110,12 @@ struct DeviceInputs {
       : in(in),
         sums(make::empty({in.rows, in.length, in.heads}, in.rates.options().dtype(at::kDouble))),
         scores(
-            make::empty({in.rows, in.chunks, in.chunk_size, in.chunk_size}, in.rates.options())) {}
+            make::empty({in.rows, in.chunks, in.chunk_size, in.chunk_size}, in.rates.options())) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;  // with room for a tile
+    TORCH_CHECK_VALUE(in.heads * in.head_dim <= kMost && in.states <= kMost, "x has ", in.heads,
+                      " heads of ", in.head_dim, " channels, B ", in.states,
+                      " states: on a GPU a position has at most ", kMost, " of each");
+  }
 
   template <class T>
   cuda::SsdInput<T> kernel_input() {
@@ -120,7 +137,8 @@ struct DeviceInputs {
             data<C>(in.weight_out),
             data<C>(in.direct),
             mutable_data<double>(sums),
-            mutable_data<C>(scores)};
+            mutable_data<C>(scores),
+            may_round_products()};
   }
 };
 
@@ -162,7 +180,7 @@ Gradients backward_on_device(const Inputs& in, const Tensor& grad_y, const Tenso
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
     Tensor carries = make::empty_like(states_before), scores = make::empty_like(own.scores);
-    Tensor terms = make::empty({4, in.rows, in.length, in.heads}, own.sums.options());
+    Tensor terms = make::zeros({4, in.rows, in.length, in.heads}, own.sums.options());
     const cuda::SsdGradients<T> grad{
         data<C>(states_before),   data<T>(from_y),          mutable_data<C>(grad_state),
         mutable_data<T>(grad_x),  mutable_data<C>(grad_dt), mutable_data<C>(rates),

@@ -48,8 +48,9 @@ def test_sources_name_no_torch_header(path: Path) -> None:
     assert not strange, "only the standard library's headers and those of kernels"
 
 
-# Bytes of stack that kernels still have, by source and part of their names.
-KNOWN_STACK = {"ssd.cu": {"gradients_of_positions<mblm::cpu::BFloat16>": 160}}
+# Bytes of stack that kernels still have, by source, architecture and part of their names: for what
+# stays the same from tile to tile, no register is left.
+KNOWN_STACK = {("ssd.cu", "80"): {"gradients_of_positions": 32}}
 
 
 @pytest.mark.skipif(not NVCC, reason="no CUDA toolkit: nvcc is neither on PATH nor in CUDA_HOME")
@@ -62,7 +63,7 @@ def test_kernels_live_in_registers(path: Path, architecture: str) -> None:
     for name, used in kernels.items():
         print(f"{path.name} {architecture} {used}  {name}")
     assert bool(kernels) == ("__global__" in path.read_text())
-    known = KNOWN_STACK.get(path.name, {})
+    known = KNOWN_STACK.get((path.name, architecture), {})
     # Divisions in float64 are calls, around which a few registers are saved.
     spilling = {
         name: used

@@ -4,6 +4,7 @@ The assembler may move what a source states in order: what is said there of load
 while a kernel waits holds only if it holds here.
 """
 
+import itertools
 import re
 
 import pytest
@@ -115,3 +116,27 @@ def test_a_listing_is_read() -> None:
     assert first.code[1] == "LDG.E.128 R4, desc[UR4][R2.64+0x10]"
     assert first.places("LDG") == [1] and first.places("LDGSTS", "LD") == []
     assert (first.places(WAIT), second.code) == ([2], ("EXIT",))
+
+
+@pytest.mark.slow
+@needs_tools
+def test_a_slice_of_ssd_is_loaded_at_once_while_another_is_multiplied() -> None:
+    """On tensor cores: no load waits for another, and none is waited for before the products."""
+    kernels = [kernel for kernel in kernels_of("ssd.cu") if "TensorTile" in kernel.name]
+    assert len(kernels) == 14
+    assert all(kernel.places("HMMA") for kernel in kernels)
+    for kernel in kernels:
+        if "forward<" not in kernel.name:
+            continue
+        barriers = kernel.places(BARRIER)
+        for begin, end in itertools.pairwise(barriers):
+            within = range(begin, end)
+            products = [place for place in kernel.places("HMMA") if place in within]
+            loads = [place for place in kernel.places(LOAD) if place in within]
+            stored = [place for place in kernel.places(SHARED_STORE) if place in within]
+            if not (products and stored):
+                continue
+            loads = [place for place in loads if place < stored[0]]
+            assert loads and products[-1] < stored[0], kernel.name
+            branches = [place for place in kernel.places("BRA") if place in within]
+            assert not [place for place in branches if loads[0] < place < loads[-1]], kernel.name
