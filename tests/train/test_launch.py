@@ -385,7 +385,7 @@ def test_only_what_was_saved_ends_as_interrupted(
 
         return run
 
-    def stopped(_: object) -> None:
+    def stopped(*_: object) -> None:
         raise TrainingInterrupted("Stopped")
 
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launcher)
