@@ -29,7 +29,7 @@ PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pyt
 help: ## List the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(VENV)/installed ## Train a small model on the standard library's sources and let it write
+demo: $(VENV)/installed ## Let the model that comes along write, then train a small one
 	$(BIN)/mblm demo
 
 test: $(VENV)/installed-test ## Run the tests, slow ones aside

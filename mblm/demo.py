@@ -15,7 +15,9 @@ import torch
 
 from mblm.data.dataset.byte_files import ByteFiles
 from mblm.data.types import BatchWithLossMask, ModelMode
+from mblm.inference.prompt import to_text
 from mblm.model.config import MBLMModelConfig
+from mblm.model.find import PACKAGED_MODELS
 from mblm.model.mblm import MBLM
 from mblm.model.transformer import TransformerBlock
 from mblm.train.core.interrupt import TrainingInterrupted
@@ -68,6 +70,13 @@ def demo_config() -> MBLMModelConfig:
             ),
         ],
     )
+
+
+def show_packaged() -> None:
+    """Let the model that comes with this package write a little."""
+    model = MBLM.from_pretrained(PACKAGED_MODELS / "python").float()
+    title = "What the model `python` writes, which comes with this package"
+    _show(model, title, "class ", temperature=0.7, top_p=0.95, seed=6)
 
 
 def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
@@ -198,24 +207,23 @@ class _Timed(MegabyteTrainer):
             self.begins.append(time.monotonic())
             if not self.has_written and self.begins[-1] - self.begins[0] >= FIRST_SAMPLE:
                 self.has_written = True
-                _show(model)
+                model.eval()
+                _show(
+                    model,
+                    f"What it writes after {FIRST_SAMPLE:g} seconds, and goes on to improve",
+                    "def ",
+                    temperature=TEMPERATURE,
+                    filter_thres=FILTER_THRES,
+                    seed=0,
+                )
+                model.train()
         return super().model_forward(model, batch, device)
 
 
-def _show(model: MBLM) -> None:
-    """Let a model in training write a little."""
-    model.eval()
-    ids = model.generate(
-        torch.tensor(list(b"def ")),
-        num_tokens_to_generate=160,
-        filter_thres=FILTER_THRES,
-        temperature=TEMPERATURE,
-        seed=0,
-        enable_progress=False,
-    )
-    model.train()
-    text = bytes(id for id in ids.flatten().tolist() if id < 256).decode(errors="replace")
-    _say(f"What it writes after {FIRST_SAMPLE:g} seconds, and goes on to improve:\n\n{text}\n")
+def _show(model: MBLM, title: str, prompt: str, **wishes: Any) -> None:
+    """Let a model write a little, below a title."""
+    ids = model.generate(prompt, num_tokens_to_generate=160, enable_progress=False, **wishes)
+    _say(f"{title}:\n\n{to_text(ids[ids < 256])}\n")
 
 
 def _say(text: str) -> None:

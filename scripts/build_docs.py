@@ -23,12 +23,11 @@ DOCUMENTS = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
     "dev/LOG.md": "log.md",
+    "mblm/models/python/README.md": "model-python.md",
 }
 # Folders whose files one page shows.
-FOLDERS = {
-    "configs": ("configs.md", "yaml", "Configurations"),
-    "examples": ("examples.md", "python", "Examples"),
-}
+FOLDERS = {"configs": ("configs.md", "Configurations"), "examples": ("examples.md", "Examples")}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "sh"}
 LINK = re.compile(r"(\]\()([^)#\s]*)(#[^)\s]*)?(\))")
 NAME = re.compile(r"`(mblm(?:\.\w+)+)`")
 
@@ -43,10 +42,11 @@ def write_pages(folder: Path) -> None:
         (folder / page).write_text(linked(text, source, pages, folder), encoding="utf-8")
     for notebook in (ROOT / "docs").glob("*.ipynb"):
         (folder / f"{notebook.stem}.md").write_text(as_page(notebook), encoding="utf-8")
-    for source, (page, language, title) in FOLDERS.items():
+    for source, (page, title) in FOLDERS.items():
         files = sorted(file for file in (ROOT / source).iterdir() if file.is_file())
         parts = [
-            f"## {file.name} {{#{file.name}}}\n\n```{language}\n{file.read_text()}```\n"
+            f"## {file.name} {{#{file.name}}}\n\n"
+            f"```{LANGUAGES[file.suffix]}\n{file.read_text()}```\n"
             for file in files
         ]
         (folder / page).write_text("\n".join([f"# {title}\n", *parts]), encoding="utf-8")

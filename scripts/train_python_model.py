@@ -9,7 +9,6 @@ validation while it trains, the others are for the score on the card.
 """
 
 import argparse
-import datetime
 import json
 import lzma
 import platform
@@ -29,8 +28,8 @@ from mblm.utils.atomic import atomic_write
 
 CONFIG = Path(__file__).parents[1] / "configs" / "python_sources.yaml"
 STDLIB = Path(sysconfig.get_path("stdlib"))
-PROMPTS = ("def ", "class ", "    def __init__(self, ")
-SAMPLED = {"temperature": 0.7, "top_p": 0.95, "seed": 0}
+SAMPLES = {"def ": 5, "class ": 6, "    def __init__(self, ": 6}  # prompts and seeds
+SAMPLED = {"temperature": 0.7, "top_p": 0.95}
 
 CARD = Path(__file__).with_name("python_model_card.md")
 
@@ -86,27 +85,19 @@ def describe(run: Path, folder: Path) -> str:
         num_bytes=num_bytes,
         epochs=record["train"]["target_elements"] / num_bytes,
         seed=record["train"]["seed"],
-        minutes=minutes_of(record["summary"]),
         rows="\n".join(rows),
         held_out=total.num_bytes,
         bits=total.bits_per_byte,
         packed=8 * len(lzma.compress(texts, preset=9 | lzma.PRESET_EXTREME)) / len(texts),
-        samples="\n\n".join(sample(model, prompt) for prompt in PROMPTS),
+        samples="\n\n".join(sample(model, *which) for which in SAMPLES.items()),
     )
 
 
-def minutes_of(summary: dict[str, str]) -> float:
-    """How long a run took."""
-    begin, end = (
-        datetime.datetime.fromisoformat(summary[f"training_{name}"]) for name in ("start", "end")
-    )
-    return (end - begin).total_seconds() / 60
-
-
-def sample(model: MBLM, prompt: str) -> str:
+def sample(model: MBLM, prompt: str, seed: int) -> str:
     """A command, and what it writes after its prompt."""
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SAMPLED.items())
-    ids = model.generate(prompt, num_tokens_to_generate=300, enable_progress=False, **SAMPLED)
+    wishes = {**SAMPLED, "seed": seed}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wishes.items())
+    ids = model.generate(prompt, num_tokens_to_generate=300, enable_progress=False, **wishes)
     written = "\n".join(f"    {line}".rstrip() for line in to_text(ids).splitlines())
     command = f"mblm generate python --prompt {json.dumps(prompt)} --bytes 300 {options}"
     return f"`{command}`, the prompt before it:\n\n{written}"

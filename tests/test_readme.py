@@ -31,7 +31,12 @@ from tests.cli.program import Run
 from tests.models import mamba, model, transformer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "dev" / "LOG.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "mblm" / "models").glob("*/*.md")),
+    ROOT / "dev" / "LOG.md",
+]
 BLOCK = re.compile(
     r"^(?:<!-- (?:(?P<continues>continues)|not run: (?P<not_run>[^\n]+)) -->\n)?"
     r"```(?P<language>\w*)\n(?P<code>.*?)^```$",

@@ -15,7 +15,7 @@ from mblm.cli.generate import (
     stream,
 )
 from mblm.cli.generate_command import generate
-from mblm.cli.info import collect_facts, format_facts
+from mblm.cli.info import collect_facts, describe_models, format_facts
 from mblm.cli.options import Device, Imports, Model, RunConfig
 from mblm.model.find import find_model, find_run
 from mblm.utils import interrupt
@@ -67,6 +67,7 @@ def _root(
 
     \b
     Examples:
+      mblm generate python --prompt "def "           write with the model that comes along
       mblm demo                                      train a small model, let it write Python
       mblm generate mblm-demo --prompt "class "      go on writing from a saved model
       mblm train configs/first.yaml                  train from a configuration
@@ -321,6 +322,17 @@ def config(imports: Imports = None) -> None:
 
 
 @app.command()
+def models() -> None:
+    """List the trained models that come with this package, each with its card's first words.
+
+    \b
+    Example:
+      mblm generate python --prompt "class "
+    """
+    typer.echo("\n\n".join(describe_models()))
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -345,14 +357,17 @@ def demo(
 ) -> int:
     """Train a small model on the sources of Python's standard library, and let it write.
 
+    The model `python`, which comes with this package, writes first.
+
     \b
     Examples:
       mblm demo
       mblm demo --minutes 10 --out bigger --prompt "class "
     """
-    from mblm.demo import FILTER_THRES, TEMPERATURE, train_demo
+    from mblm.demo import FILTER_THRES, TEMPERATURE, show_packaged, train_demo
 
     with interrupt.raises():
+        show_packaged()
         model = train_demo(minutes * 60, out, seed)
     typer.echo(f"Saved the model in {out}. What it writes after the prompt:\n", err=True)
     typer.echo(prompt, nl=False)

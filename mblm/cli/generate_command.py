@@ -106,7 +106,7 @@ def generate(
 
     \b
     Examples:
-      mblm generate mblm-demo --prompt "def "
+      mblm generate python --prompt "def "
       mblm generate mblm-demo --prompt-file story.txt --bytes 1000 --out more.txt
       mblm generate runs/latest --temperature 0.7 --stop END --seed 1
       mblm generate mblm-demo --regex "[a-z_]+ = [0-9]+" --min-p 0.05

@@ -1,4 +1,4 @@
-"""What `mblm info` tells: what is installed, compiled and missing."""
+"""What `mblm info` and `mblm models` tell: what is installed, compiled and missing."""
 
 import importlib.metadata
 import os
@@ -6,6 +6,7 @@ import platform
 from typing import Any
 
 import mblm
+from mblm.model.find import packaged_models
 
 OPTIONAL_PACKAGES = (
     "mamba-ssm",
@@ -65,3 +66,13 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> list[str]:
                 value = {True: "yes", False: "no", None: "-"}[value]
             lines.append(f"{indent}{name:{width}}{value}")
     return lines
+
+
+def describe_models() -> list[str]:
+    """Of each model that comes along: its name, the first words of its card, its folder."""
+    described = []
+    for folder in packaged_models():
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        about = card.partition("\n# ")[2].split("\n\n")[1]
+        described.append("\n  ".join([folder.name, *about.splitlines(), str(folder)]))
+    return described

@@ -20,7 +20,8 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A folder from save_pretrained, a training run's folder, its .pth file, latest (the "
-        "newest run in data/output; of another folder FOLDER/latest), or a model's id on the hub.",
+        "newest run in data/output; of another folder FOLDER/latest), a name that `mblm models` "
+        "lists, or a model's id on the hub.",
     ),
 ]
 Device = Annotated[

@@ -221,6 +221,16 @@ def test_a_release_of_sources_keeps_its_version(clone: Path, tmp_path: Path) -> 
     assert re.search(r"^Version: [\d.]+$", text, re.MULTILINE)
 
 
+def test_the_models_that_come_along_are_installed(clone: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "mblm" / "models", clone / "mblm" / "models")
+    process = start(clone, "build", "--build-lib", str(tmp_path / "built"), MBLM_BUILD="none")
+    said = process.wait()
+    assert process.returncode == 0, said
+    built = (tmp_path / "built").glob("mblm/models/*/*")
+    installed = {str(file.relative_to(tmp_path / "built")) for file in built}
+    assert installed == {str(file.relative_to(ROOT)) for file in ROOT.glob("mblm/models/*/*")}
+
+
 @needs_compiler
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_a_wheel_says_what_failed_after_its_metadata_was_written(
