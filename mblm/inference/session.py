@@ -140,9 +140,11 @@ class Session:
         """Generate bytes for every sequence and take them in.
 
         Each argument but ``generator`` is one value or a list of one for each sequence; see
-        `mblm.inference.wishes.Wishes`. Of one generator, seeded or not, the n-th bytes of all
-        sequences have the n-th numbers ``(B, V)``; with a list of seeds, each sequence has its own.
-        A logits processor gets the ids that this call has generated.
+        `mblm.inference.wishes.Wishes`. Further ones: ``temperature``, ``filter_thres``, ``top_k``,
+        ``top_p``, ``min_p``, ``stop``, ``constraint``, ``logits_processor``, ``draft``. Of one
+        generator, seeded or not, the n-th bytes of all sequences have the n-th numbers ``(B, V)``;
+        with a list of seeds, each sequence has its own. A logits processor gets the ids that this
+        call has generated.
 
         Returns:
             Ids ``(B, num_tokens)`` int64 on the model's device. Where sequences may end at

@@ -117,7 +117,8 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         """Generate bytes after a prompt; see `mblm.inference.generate.generate`.
 
         The arguments from ``num_tokens_to_generate`` (there ``max_bytes``) on are those of
-        `mblm.inference.wishes.Wishes`.
+        `mblm.inference.wishes.Wishes`. Further ones by keyword: ``top_k``, ``top_p``, ``min_p``,
+        ``stop``, ``seed``, ``generator``, ``constraint``, ``logits_processor``, ``draft``.
         """
         from mblm.inference.generate import generate
         from mblm.inference.wishes import Filters, check_known
@@ -153,9 +154,10 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         """Generate after many prompts: a row that ends makes room for the next prompt.
 
         Each result is what `generate` gives for the prompt and the seed alone: the same ids, and
-        in compiled code the same log-probabilities to the last bit. Arguments that are not told of
-        here are those of `mblm.inference.wishes.Wishes`; each is one value, or a list with one
-        for each prompt.
+        in compiled code the same log-probabilities to the last bit. Further arguments are those of
+        `mblm.inference.wishes.Wishes`, each one value or a list with one for each prompt:
+        ``max_bytes``, ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``, ``top_p``,
+        ``min_p``, ``stop``, ``constraint``, ``logits_processor``, ``draft``, ``log_probs``.
 
         Args:
             prompts: Bytes, texts or token ids, of any lengths. An iterator is read as rows come
@@ -203,6 +205,11 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         **wishes: "Unpack[Wishes]",
     ) -> "Stream":
         """Generate bytes or text to iterate over as they come; see `Stream`.
+
+        Further arguments are those of `mblm.inference.wishes.Wishes`: ``max_bytes``,
+        ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``, ``top_p``, ``min_p``,
+        ``stop``, ``seed``, ``generator``, ``constraint``, ``logits_processor``, ``draft``,
+        ``log_probs``.
 
         Raises:
             TypeError, ValueError: Bad input; see `Stream`.

@@ -193,7 +193,9 @@ def _find_folder(folder: Path, revision: str | None) -> Path:
     if folder.exists():
         raise FileNotFoundError(f"{folder} is no model: expected a folder or a .pth file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder.as_posix(), re.ASCII):
-        raise FileNotFoundError(f"{folder} is neither a folder nor a model id like owner/name")
+        raise FileNotFoundError(
+            f"{folder} is neither a folder nor a model id like owner/name; see mblm models"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
