@@ -115,6 +115,34 @@ void equals_sums_in_double(WeightType type, const Case& of) {
   CHECK(test::same_bits(row_of(alone, few - 1, of.outputs), row_of(out, of.rows - 1, of.outputs)));
 }
 
+// Squares are added up in each split of the inputs, and then split by split, as in clusters, where
+// each block has a split. One large square among them would swallow a lane's later ones.
+void squares_are_added_split_by_split() {
+  constexpr int64_t kRows = 9, kInputs = 8192, kSplits = 8, kChunk = 128, kOutputs = 8;
+  std::vector<float> x(kRows * kInputs), gains(kInputs, 1.0f), out(kRows * kOutputs);
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t k = 0; k < kInputs; k += kChunk) {
+      for (int i = 0; i < 4; ++i) x[row * kInputs + k + i] = 0.5f;  // a quad of one lane: 1
+    }
+    for (int i = 0; i < 4; ++i) x[row * kInputs + i] = i ? 0.0f : 4096.0f;
+  }
+  std::vector<cpu::BFloat16> weights(kOutputs * kInputs, cpu::BFloat16(0.0f));
+  for (int64_t column = 0; column < kOutputs; ++column) {
+    weights[column * kInputs] = cpu::BFloat16(1.0f);
+  }
+  cuda::Product in;
+  in.rows = kRows;
+  in.matrix = {kOutputs, kInputs, WeightType::kBFloat16, weights.data()};
+  in.x = x.data();
+  in.x_stride = kInputs;
+  in.norm = {gains.data(), 0.0f, false};
+  in.out = out.data();
+  CHECK(!cuda::multiply(in, nullptr));
+  const double later = double(kInputs / kChunk / kSplits * (kSplits - 1));
+  const double expected = 4096 / std::sqrt((4096.0 * 4096.0 + later) / kInputs);
+  for (const float value : out) CHECK(std::fabs(value / expected - 1) < 5e-7);
+}
+
 void products(WeightType type) {
   for (const int64_t rows : {1, 2, 8, 9, 32, 33, 65}) {
     equals_sums_in_double(type, {rows, 96, 21});
@@ -251,6 +279,7 @@ int main() {
     what_comes_after_is_that_of_few_rows(type);
   }
   every_int8_is_exact();
+  squares_are_added_split_by_split();
   what_is_not_finite_stays_so();
   return test::result();
 }
