@@ -48,6 +48,7 @@ PAIRS = [
     ("lstm", "mamba2"),
     ("mamba1", "lstm"),
 ]
+with_every_pair = pytest.mark.parametrize("kinds", PAIRS, ids=" above ".join)
 
 
 def build(

@@ -17,7 +17,6 @@ from mblm.inference.plan import Draws, Plan
 from mblm.inference.session import Session
 from tests.inference.caches import (
     CLOSE,
-    PAIRS,
     InterruptedInTestError,
     MakeCache,
     build,
@@ -31,11 +30,11 @@ from tests.inference.caches import (
     run_out,
     seeded,
     whole_logits,
+    with_every_pair,
 )
 from tests.models import hierarchies
 
 pytestmark = on_every_engine
-with_every_pair = pytest.mark.parametrize("kinds", PAIRS, ids=" above ".join)
 
 # The logits of whole passes and of steps differ in their last bits, which must not decide.
 FILTERS = [

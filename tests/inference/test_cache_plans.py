@@ -27,7 +27,6 @@ from tests.inference.caches import (
 from tests.inference.test_cache import FILTERS
 
 pytestmark = on_every_engine
-with_every_pair = pytest.mark.parametrize("kinds", PAIRS, ids=" above ".join)
 
 
 class TestPauses:

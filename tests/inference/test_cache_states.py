@@ -13,7 +13,6 @@ from mblm.inference.cache import Cache
 from mblm.inference.plan import Plan
 from tests.inference.caches import (
     CLOSE,
-    PAIRS,
     MakeCache,
     build,
     fed,
@@ -24,10 +23,10 @@ from tests.inference.caches import (
     run_out,
     seeded,
     whole_logits,
+    with_every_pair,
 )
 
 pytestmark = on_every_engine
-with_every_pair = pytest.mark.parametrize("kinds", PAIRS, ids=" above ".join)
 
 
 class TestStates:
