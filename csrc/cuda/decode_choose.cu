@@ -72,13 +72,13 @@ MBLM_DEVICE int64_t likeliest(const float* logits, int64_t count, Shared& shared
   return token_of(first_of_all(own, shared));
 }
 
-// The logarithm of the sum of exponentials, in each thread.
+// The logarithm of the sum of exponentials beside the highest, in each thread.
 MBLM_DEVICE float log_sum(const float* logits, int64_t count, float highest, Shared& shared) {
   float sum = 0;
   for (int64_t token = threadIdx.x; token < count; token += kThreads) {
     sum += expf(logits[token] - highest);
   }
-  return highest + logf(block_sum(sum, shared.sums));
+  return logf(block_sum(sum, shared.sums));
 }
 
 // Sorts keys, a power of two of them, by a bitonic network. Where pairs are at most a warp apart, a
@@ -106,7 +106,9 @@ MBLM_DEVICE void sort(Key* keys, int64_t size) {
   __syncthreads();
 }
 
+// The state after a token of a class; -1 if it is forbidden, as all are from there on.
 MBLM_DEVICE int64_t next_state(const Automaton& automaton, int64_t of_class) {
+  if (automaton.state < 0) return -1;
   return automaton.next[automaton.state * automaton.num_classes + of_class];
 }
 
@@ -118,10 +120,13 @@ MBLM_DEVICE bool is_allowed(const Automaton& automaton, int64_t of_class, int64_
          (automaton.distance[automaton.state] > left || automaton.distance[next] <= left - 1);
 }
 
-// Where an automaton is after a token.
-MBLM_DEVICE int64_t state_after(const Automaton& automaton, int64_t token) {
-  const int64_t next = next_state(automaton, automaton.classes[token]);
-  return next < 0 ? automaton.state : next;
+// Takes a token in.
+MBLM_DEVICE void follow(Automaton& automaton, int64_t token) {
+  if (automaton.classes) automaton.state = next_state(automaton, automaton.classes[token]);
+}
+
+MBLM_DEVICE bool accepts(const Automaton& automaton) {
+  return automaton.classes && automaton.state >= 0 && automaton.distance[automaton.state] == 0;
 }
 
 // Whether anything may come next, in each thread.
@@ -233,9 +238,10 @@ MBLM_DEVICE Chosen next_of_row(const Choice& in, const Slot& row, int64_t index,
     }
     __syncthreads();
   }
-  float sum = 0;
+  float highest = 0, sum = 0;
   if (row.has_log_probs) {
-    sum = log_sum(logits, count, logits[likeliest(logits, count, shared)], shared);
+    highest = logits[likeliest(logits, count, shared)];
+    sum = log_sum(logits, count, highest, shared);
   }
   if (row.allow.classes) {
     for (int64_t token = threadIdx.x; token < count; token += kThreads) {
@@ -245,7 +251,7 @@ MBLM_DEVICE Chosen next_of_row(const Choice& in, const Slot& row, int64_t index,
   }
   Key* const keys = in.keys ? in.keys + index * power_of_two(count) : own_keys;
   const int64_t id = choose_of_row(in, row, index, logits, keys, shared);
-  return {id, logits[id] - sum};
+  return {id, logits[id] - highest - sum};
 }
 
 // Has a row grow by what comes next.
@@ -257,12 +263,12 @@ MBLM_DEVICE void move_on(const Choice& in, int64_t index, bool has_stepped, cons
   if (row.way == Way::kChoose) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      if (row.allow.classes) row.allow.state = state_after(row.allow, chosen.id);
-      if (row.stop.classes) row.stop.state = state_after(row.stop, chosen.id);
+      follow(row.allow, chosen.id);
+      follow(row.stop, chosen.id);
     }
     __syncthreads();
-    const bool stops = row.stop.classes && row.stop.distance[row.stop.state] == 0;
-    is_over = is_over || stops || (row.allow.classes && !allows_any(row.allow, planned, shared));
+    is_over = is_over || accepts(row.stop) ||
+              (row.allow.classes && !allows_any(row.allow, planned, shared));
   }
   __syncthreads();
   if (threadIdx.x > 0) return;

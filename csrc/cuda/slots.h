@@ -15,7 +15,7 @@ struct Automaton {
   const int32_t* next = nullptr;      // (states, num_classes), -1 where a token is forbidden
   const int32_t* distance = nullptr;  // (states), fewest tokens to acceptance
   int64_t num_classes = 0;
-  int64_t state = 0;
+  int64_t state = 0;  // -1 after one that is forbidden
 };
 
 // What becomes of a row that has taken in its pending byte.

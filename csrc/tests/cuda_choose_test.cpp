@@ -138,6 +138,19 @@ void automata_allow_and_end() {
   CHECK(got.rows[0].left == 0 && got.rows[1].left == 3);
 }
 
+// What a stop automaton forbids is chosen all the same: it stops nothing from there on.
+void an_automaton_has_no_state_after_what_it_forbids() {
+  const std::vector<int32_t> tables = {0, 0, 1, 2, 0, 1, -1, 0, 0, 0, 1, 0};  // one after the other
+  cuda::Slot row = planned(4);
+  row.stop = {tables.data(), tables.data() + 4, tables.data() + 10, 3, 0};
+  const std::vector<float> logits = {1, 2, 3, 9}, even(4, 0.5f);
+  const Chosen got = choose({row}, logits, even);
+  CHECK(got.ids[0] == 3 && got.rows[0].left == 3 && got.rows[0].stop.state == -1);
+  row.stop.state = -1;  // whose distance would be the last of the next states
+  const Chosen after = choose({row}, {1, 2, 9, 3}, even);
+  CHECK(after.ids[0] == 2 && after.rows[0].left == 3 && after.rows[0].stop.state == -1);
+}
+
 void log_probabilities_are_of_what_the_model_gave() {
   const Pattern pattern;
   cuda::Slot row = planned(1);
@@ -148,6 +161,10 @@ void log_probabilities_are_of_what_the_model_gave() {
   double sum = 0;
   for (const float logit : logits) sum += std::exp(double(logit));
   CHECK(test::close(got.log_probs[0], 3 - std::log(sum)));
+  row.allow = {};
+  const float large = 1 << 20;  // whose neighbors are 1/8 apart
+  const Chosen of_large = choose({row}, {large, large, 0, 0}, std::vector<float>(4, 0.5f));
+  CHECK(test::close(of_large.log_probs[0], -std::log(2.0)));
 }
 
 void rows_that_take_no_part_are_left_alone() {
@@ -204,6 +221,7 @@ int main() {
   chooses_as_the_cpu_does();
   min_p_keeps_what_is_likely_enough();
   automata_allow_and_end();
+  an_automaton_has_no_state_after_what_it_forbids();
   log_probabilities_are_of_what_the_model_gave();
   rows_that_take_no_part_are_left_alone();
   philox_gives_the_known_numbers();
