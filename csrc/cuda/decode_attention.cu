@@ -4,6 +4,7 @@
 // kTogether at a time, each with a softmax of its own. Softmaxes are put together in one order:
 // those of the warps by their block, those of the parts by the block that is done last. How
 // positions are divided depends on nothing but how many there are.
+#include <cfloat>
 #include <cmath>
 
 #include "cuda/attend_short.cuh"
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(kThreads) cached_attention(CachedAttention in,
       values[(position - begin) * dim + c] = k[width + c];
     }
     __syncthreads();
-    float own[kOwn] = {}, top = -INFINITY, weight_sum = 0;
+    // From a number on, as nothing can be subtracted from an infinite one: scores may be infinite.
+    float own[kOwn] = {}, top = -FLT_MAX, weight_sum = 0;
     for (int first = warp; first < count; first += kWarps * kTogether) {
       float key[kTogether][kOwn], value[kTogether][kOwn], scores[kTogether];
       MBLM_UNROLL_ALL
@@ -144,7 +146,6 @@ __global__ void __launch_bounds__(kThreads) cached_attention(CachedAttention in,
     __syncthreads();
     float* const out = in.out + row * width + head * dim;
     const auto finish = [&](int c, float sum, float weight, float) { out[c] = sum / weight; };
-    // The first warp has a position at least, so that the highest of all is a number.
     if (parts == 1) {
       combine(records, kWarps, dim, finish);
     } else {

@@ -380,6 +380,30 @@ void a_product_attends_for_itself(test::WeightType type, int64_t position) {
   CHECK(!cuda::attends(out, attention));
 }
 
+// As on the CPU, a position whose score overflows has no weight, wherever it lies.
+void positions_of_infinitely_low_scores_have_no_weight() {
+  const int64_t position = 70, capacity = 80, dim = 2;
+  const std::vector<float> q(dim, 1), kv = {0, 0, 3, 5};
+  std::vector<float> keys(capacity * dim, -INFINITY), values(capacity * dim, 1), out(dim);
+  std::vector<float> partial(cuda::size_of_partial(1, dim, capacity), NAN);
+  std::vector<uint32_t> tickets(1);
+  keys[66 * dim] = keys[66 * dim + 1] = 0;
+  cuda::CachedAttention in;
+  in.rows = in.heads = 1;
+  in.head_dim = dim;
+  in.positions = &position;
+  in.limit = in.capacity = capacity;
+  in.q = q.data();
+  in.kv = kv.data();
+  in.keys = keys.data();
+  in.values = values.data();
+  in.out = out.data();
+  in.partial = partial.data();
+  in.tickets = tickets.data();
+  CHECK(!cuda::attend(in, nullptr));
+  CHECK(test::close(out[0], 2) && test::close(out[1], 3));
+}
+
 void no_position_beyond_the_cache_is_written() {
   Store store;
   const int64_t positions[] = {4, -1};
@@ -408,6 +432,7 @@ int main() {
   steps<cpu::Mamba1Stage>();
   steps<cpu::Mamba2Stage>();
   attends_to_a_long_cache();
+  positions_of_infinitely_low_scores_have_no_weight();
   for (const int64_t position : {0, 3, 8, -1}) {
     a_product_attends_for_itself(test::WeightType::kBFloat16, position);
     a_product_attends_for_itself(test::WeightType::kInt8, position);
