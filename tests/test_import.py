@@ -113,6 +113,23 @@ def test_imports_make_no_circle(imports: dict[str, set[str]]) -> None:
     assert not left
 
 
+def test_only_what_every_system_has_is_imported_without_a_way_out() -> None:
+    """Windows lacks these."""
+    some_lack = {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
+    found = set[str]()
+    for file in (ROOT / "mblm").rglob("*.py"):
+        nodes: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.Import):
+                found |= {f"{file}: {name.name}" for name in node.names if name.name in some_lack}
+            elif isinstance(node, ast.ImportFrom) and node.module in some_lack:
+                found.add(f"{file}: {node.module}")
+            elif not isinstance(node, ast.Try):
+                nodes.extend(ast.iter_child_nodes(node))
+    assert not found
+
+
 def test_the_drawn_floors_are_those_there_are(imports: dict[str, set[str]]) -> None:
     floors: dict[str, set[str]] = {}
     for module, others in imports.items():

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -168,9 +167,13 @@ class Observer:
         return loss / math.log(2) if self._unit == "byte" else loss
 
 
-def _peak_memory(workers: Workers) -> float:
-    """The most that this process has had, of the device or on a CPU in all, in GiB."""
+def _peak_memory(workers: Workers) -> float | None:
+    """The most that this process has had, of the device or on a CPU in all, in GiB, if known."""
     if workers.device_type == "cuda":
         return torch.cuda.max_memory_allocated(workers.device) / 2**30
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

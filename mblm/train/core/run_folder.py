@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -54,15 +54,12 @@ Config = GenericEntryConfig[Any, Any, Any]
 class RunFolder:
     """Writes what a run tells. All workers have one; the main worker writes, all may log losses.
 
-    Making one makes the folder: everything else must have been checked before. While it exists,
-    no other process may have one of that folder.
-
     Args:
         config: The run's configuration.
         options: The names of the files.
         workers: The workers.
-        run_id: What follows the model's name in that of a new folder; the main worker's counts.
-        state_dir: The training state that the run goes on from, in its folder.
+        path: The folder; the main worker must hold it, see `hold_run`, while anything is written.
+        is_new: Whether the run begins, with empty files.
 
     Attributes:
         path: The folder.
@@ -75,21 +72,11 @@ class RunFolder:
         config: Config,
         options: CoreTrainerOptions,
         workers: Workers,
-        run_id: str,
-        state_dir: Path | None,
+        path: Path,
+        *,
+        is_new: bool,
     ) -> None:
         io = config.io
-        names = [*["tensorboard"] * io.tensorboard, *io.loggers] if workers.is_main else []
-        self._logger_names = list(dict.fromkeys(names))
-        check_loggers(self._logger_names)
-        path = Path()
-        if state_dir is not None:
-            path = run_dir_of(state_dir)
-        elif workers.is_main:
-            path = new_run_dir(Path(io.output_dir, f"{io.name_model}_{run_id}"))
-        path = Path(workers.from_main(str(path)))
-        path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
-        self._lock = hold_run(path) if workers.is_main else None
         self.path = path
         self._config = config
         self._config_file = path / options.config_file_name
@@ -118,7 +105,7 @@ class RunFolder:
             next_batch_index=-1,
             resumed_from=resume.checkpoint_file if resume else None,
         )
-        if state_dir is not None:
+        if not is_new:
             self._resume = self._resume_told_before()
         elif workers.is_main:
             self._loss.create()
@@ -129,7 +116,8 @@ class RunFolder:
     def open_loggers(self, log: logging.Logger) -> None:
         """Begin to log where it is configured; what goes wrong there is told."""
         io, config = self._config.io, self._config.model_dump(mode="json")
-        self.loggers = Loggers(self._logger_names, self.path, io.name_model, config, log)
+        names = _logger_names(self._config, self._workers)
+        self.loggers = Loggers(names, self.path, io.name_model, config, log)
 
     def rewind(self, saved: SavedState) -> None:
         """Go back to a training state: drop what was written after it."""
@@ -224,7 +212,34 @@ class RunFolder:
             return self._resume  # The file is lost or was changed: it is written anew.
 
 
-def hold_run(folder: Path) -> Any:
+def make_run_dir(config: Config, workers: Workers, run_id: str, state_dir: Path | None) -> Path:
+    """The folder of a run on every worker; a new one but for a run that goes on.
+
+    Making one comes last: everything else must have been checked before.
+
+    Args:
+        config: The run's configuration.
+        workers: The workers.
+        run_id: What follows the model's name in that of a new folder; the main worker's counts.
+        state_dir: The training state that the run goes on from, in its folder.
+    """
+    check_loggers(_logger_names(config, workers))
+    path = Path()
+    if state_dir is not None:
+        path = run_dir_of(state_dir)
+    elif workers.is_main:
+        path = new_run_dir(Path(config.io.output_dir, f"{config.io.name_model}_{run_id}"))
+    path = Path(workers.from_main(str(path)))
+    path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
+    return path
+
+
+def _logger_names(config: Config, workers: Workers) -> list[str]:
+    names = ["tensorboard"] * config.io.tensorboard + config.io.loggers
+    return list(dict.fromkeys(names)) if workers.is_main else []
+
+
+def hold_run(folder: Path) -> BinaryIO:
     """Keep other processes from a run while the file that this returns is open.
 
     Raises:

@@ -4,6 +4,9 @@ Everything is read, made and checked first, and only then written.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -29,7 +32,7 @@ from mblm.train.core.parallel import ParallelModel, Workers
 from mblm.train.core.precision import Precision
 from mblm.train.core.profiling import check_profile
 from mblm.train.core.run import Position, Run
-from mblm.train.core.run_folder import RunFolder
+from mblm.train.core.run_folder import RunFolder, hold_run, make_run_dir
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import check_start, plan_run
 from mblm.train.core.telling import describe_data, describe_model, describe_plan, format_loss
@@ -64,6 +67,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         )
         plan_run(config, self._workers.world_size)  # refuses what cannot be planned
         self._check_samples()
+        self._path: Path | None = None
         self._is_open = False
         self._test_loss: float | None = None
         self._resumed: SavedState | None = None
@@ -200,14 +204,26 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         elements = plan_run(self.config, world).elements_per_batch
         position.elements_seen = position.done * elements
 
-    def _open(self) -> None:
-        """Make the run's folder, or go on in that of the state; from now on the run writes."""
-        if self._is_open:
-            return
-        self._is_open = True
-        state_dir = None if self._resumed is None else self._resumed.path
-        run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
-        self._folder = RunFolder(self.config, self.options, self._workers, run_id, state_dir)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Make the run's folder, or go on in that of the state, and keep it from other processes.
+
+        The run writes while the block runs, and no other process does.
+        """
+        if self._path is None:
+            state_dir = None if self._resumed is None else self._resumed.path
+            run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
+            self._path = make_run_dir(self.config, self._workers, run_id, state_dir)
+        with hold_run(self._path) if self._workers.is_main else nullcontext():
+            if not self._is_open:
+                self._open(self._path)
+                self._is_open = True
+            yield
+
+    def _open(self, path: Path) -> None:
+        """Begin with what is in the folder."""
+        is_new = self._resumed is None
+        self._folder = RunFolder(self.config, self.options, self._workers, path, is_new=is_new)
         self._log = self.configure_logger(self._folder.path, self._workers.is_main)
         self._folder.open_loggers(self._log)
         self._folder.summary.parameter_count, parts = self._parameters

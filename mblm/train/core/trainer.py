@@ -72,7 +72,34 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             OSError: Nothing more can be saved; the last training state is whole.
         """
         run = self._start(train_dataset, valid_dataset)
-        self._open()
+        with self._writing():
+            return self._train_to_end(run, train_dataset, valid_dataset)
+
+    def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
+        """Log a model's loss on test data; called by all workers, each with all the data."""
+        with self._writing():
+            sources = Sources(test_dataset, self.get_test_dataloader)
+            is_ours = model is self._parallel.base
+            callee = self._parallel.to_evaluate if is_ours else model
+            result = self._evaluate(callee, sources, Position(elements_seen=-1), "Test")
+            self._test_loss = result.loss
+            self._log.info(f"Test loss: {result.loss}")
+            for source, loss in {"": result.loss, **result.of_sources}.items():
+                self._folder.write_loss(ModelMode.TEST, loss, source)
+
+    def avg_gradient_value(self) -> float:
+        """Mean over the parameters of the mean entry of their gradients."""
+        return self._parallel.mean_gradient()
+
+    # -- The loop --------------------------------------------------------------------------------
+
+    def _train_to_end(
+        self,
+        run: Run,
+        train_dataset: DistributedDataset[TBatch],
+        valid_dataset: DistributedDataset[TBatch],
+    ) -> TModel:
+        """Train, again after a failure where that is configured; the folder tells how it ended."""
         self._announce(run)
         self._folder.lineage = run.lineage
         summary = self._folder.summary
@@ -111,24 +138,6 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         summary.training_end = datetime.now().isoformat()
         self._folder.dump_config()
         return self._load_best()
-
-    def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
-        """Log a model's loss on test data; called by all workers, each with all the data."""
-        self._open()
-        sources = Sources(test_dataset, self.get_test_dataloader)
-        is_ours = model is self._parallel.base
-        callee = self._parallel.to_evaluate if is_ours else model
-        result = self._evaluate(callee, sources, Position(elements_seen=-1), "Test")
-        self._test_loss = result.loss
-        self._log.info(f"Test loss: {result.loss}")
-        for source, loss in {"": result.loss, **result.of_sources}.items():
-            self._folder.write_loss(ModelMode.TEST, loss, source)
-
-    def avg_gradient_value(self) -> float:
-        """Mean over the parameters of the mean entry of their gradients."""
-        return self._parallel.mean_gradient()
-
-    # -- The loop --------------------------------------------------------------------------------
 
     def _train(self, run: Run, train_dataset: DistributedDataset[TBatch]) -> None:
         config, plan, position = self.config.train, run.plan, run.position

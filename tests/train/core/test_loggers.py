@@ -183,6 +183,14 @@ def test_metrics_are_of_all_that_a_step_took(tmp_path):
     assert len(valid) == 4 and valid[0]["lr"] == ""
 
 
+def test_where_no_one_counts_a_processs_memory_its_column_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    run = train(jobs.config(tmp_path, batches=2))
+    with (run / "metrics.csv").open(newline="") as file:
+        steps = [row for row in csv.DictReader(file) if row["kind"] == "train"]
+    assert [row["memory_max"] for row in steps] == ["", ""]
+
+
 def train_two(cfg):
     jobs.train(cfg, Writes)
 

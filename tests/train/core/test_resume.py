@@ -375,6 +375,34 @@ def test_a_run_that_another_process_trains_is_left_to_it(tmp_path):
     train_alone(jobs.Trainer, cfg)
 
 
+def is_held(run):
+    """Whether another process is refused the run."""
+    return jobs.join(jobs.start(hold_run, 1, run)) == [1]
+
+
+@pytest.mark.parametrize("raised", [None, OSError, TrainingInterrupted, KeyboardInterrupt])
+def test_a_run_is_held_until_its_training_ends_in_whatever_way(tmp_path, raised):
+    while_it_trained = []
+
+    class Trainer(jobs.Trainer):
+        def get_valid_dataloader(self, *args):
+            loader = super().get_valid_dataloader(*args)
+            if raised is not None:
+                loader.collate_fn = self.fail
+            return loader
+
+        def fail(self, _):
+            while_it_trained.append(is_held(self._folder.path))
+            raise raised("stopped")
+
+    with nullcontext() if raised is None else pytest.raises(raised):
+        (trainer := jobs.alone(Trainer, jobs.config(tmp_path))).train(jobs.Ids(), jobs.Ids(10))
+    if raised is None:
+        trainer.test(jobs.Ids(10), trainer.init_model())
+    assert while_it_trained == ([] if raised is None else [True])
+    assert not is_held(jobs.run_of(tmp_path))
+
+
 def final_optimizer(run):
     return jobs.final_state(run)[0]["optimizer"]
 
