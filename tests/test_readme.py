@@ -99,8 +99,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = model(
         mamba("mamba1"), transformer(), seq_lens=[512, 4], num_tokens=257, hidden_dims=[8, 8]
     )
-    for name in ("my-model", "storyteller"):
-        small.save_pretrained(folder / name)
+    small.save_pretrained(folder / "my-model")
     (folder / "prompt.txt").write_text("The first line\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "The first line"}\n{"prompt_base64": "/w=="}')
     (folder / "my-texts").mkdir()
