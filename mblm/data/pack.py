@@ -132,16 +132,16 @@ def _new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.absolute().with_name(f".{out.name}.tmp")
     folder.mkdir(exist_ok=True)
-    with hold(folder / "lock", f"{out}: another process is packing into it") as lock:
+    with hold(lock := folder / "lock", f"{out}: it is being packed into already"):
         try:
             for left in folder.iterdir():
                 if left.is_dir():
                     shutil.rmtree(left)
-                elif left.name != "lock":
+                elif left != lock:
                     left.unlink()
             yield folder
-            os.unlink(lock.name)
             os.rename(folder, out)
+            (out / lock.name).unlink()  # now: without it, another would take the folder for left
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:

@@ -322,13 +322,14 @@ def _train(
             # Now: what is wrong with it should not end a run that has trained.
             testing = part(ModelMode.TEST) if dataset.supports_test_mode() else None
             trainer = trainer_class(config, run_vars=run_vars, options=options)
-            best_model = trainer.train(training, validation)
-            if best_model is not None and testing is not None:
-                try:
-                    trainer.test(testing, best_model)
-                except (OSError, ValueError) as error:  # data that is gone since the run began
-                    log.error(f"The run is finished, its best model not tested: {error}")
-            trainer.tell_result()
+            with trainer.holding():
+                best_model = trainer.train(training, validation)
+                if best_model is not None and testing is not None:
+                    try:
+                        trainer.test(testing, best_model)
+                    except (OSError, ValueError) as error:  # data that is gone since the run began
+                        log.error(f"The run is finished, its best model not tested: {error}")
+                trainer.tell_result()
     except Exception as error:
         log.critical(error, exc_info=True)
         shutdown_log_handlers()

@@ -1,31 +1,46 @@
-"""Keep other processes from a folder while one works in it."""
+"""Keep others from a folder while one works in it: other processes, and this one's other threads."""
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
+# A process's own locks never keep itself out, and are gone when it closes any handle of the file.
+_held: set[tuple[int, str]] = set()
+_held_lock = threading.Lock()
 
-def hold(path: Path, refusal: str) -> BinaryIO:
-    """Open a file that no other process gets from here while it is open.
+
+@contextmanager
+def hold(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file that nobody else gets from here while the block runs.
 
     Args:
         path: The file, which is made if it is not there.
-        refusal: What to say if another process has it.
+        refusal: What to say if another has it.
 
     Raises:
-        ValueError: Another process has it.
+        ValueError: Another has it.
     """
-    file = path.open("ab")
+    held = os.getpid(), os.path.realpath(path)
+    with _held_lock:
+        if held in _held:
+            raise ValueError(refusal)
+        _held.add(held)
     try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise ValueError(refusal) from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+        with path.open("ab") as file:
+            try:
+                if fcntl is not None:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(refusal) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+    finally:
+        _held.discard(held)

@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -263,11 +264,12 @@ def test_what_a_killed_pack_left_is_cleared_and_a_folder_is_never_replaced(posts
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "ab")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print(flush=True)
-sys.stdin.read()
+import sys
+from pathlib import Path
+from mblm.utils.lock import hold
+with hold(Path(sys.argv[1]), ""):
+    print(flush=True)
+    sys.stdin.read()
 """
 
 
@@ -278,7 +280,22 @@ def test_two_processes_do_not_pack_into_one_folder(posts: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdin is not None
         other.stdout.readline()
-        with pytest.raises(ValueError, match="another process is packing into it"):
+        with pytest.raises(ValueError, match="packed: it is being packed into already"):
             pack([str(posts)], posts.parent / "packed")
         assert held.exists()
         other.stdin.close()
+
+
+def test_two_threads_do_not_either(posts: Path) -> None:
+    refused = []
+
+    def pack_too(size: int) -> None:
+        if not refused:
+            with ThreadPoolExecutor(1) as pool:
+                refused.append(pool.submit(pack, [str(posts)], out).exception())
+
+    out = posts.parent / "packed"
+    summary = pack([str(posts)], out, on_read=pack_too)
+    assert "it is being packed into already" in str(refused[0])
+    assert read_summary(out) == summary
+    assert len(documents(out, TRAIN)) == summary.parts["train"].documents

@@ -13,10 +13,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -239,11 +240,11 @@ def _logger_names(config: Config, workers: Workers) -> list[str]:
     return list(dict.fromkeys(names)) if workers.is_main else []
 
 
-def hold_run(folder: Path) -> BinaryIO:
-    """Keep other processes from a run while the file that this returns is open.
+def hold_run(folder: Path) -> AbstractContextManager[None]:
+    """Keep others from a run while the block runs.
 
     Raises:
-        ValueError: Another process holds it.
+        ValueError: Another process, or another trainer of this one, holds it.
     """
     (folder / "state").mkdir(exist_ok=True)
     return hold(folder / "state" / "lock", f"{folder}: another process is training this run")

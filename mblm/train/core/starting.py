@@ -5,7 +5,7 @@ Everything is read, made and checked first, and only then written.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -67,8 +67,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         )
         plan_run(config, self._workers.world_size)  # refuses what cannot be planned
         self._check_samples()
-        self._path: Path | None = None
-        self._is_open = False
+        self._held: ExitStack | None = None
+        self._is_open = self._is_writing = False
         self._test_loss: float | None = None
         self._resumed: SavedState | None = None
         if (state_dir := state_to_resume(config.resume)) is not None:
@@ -205,20 +205,36 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         position.elements_seen = position.done * elements
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Make the run's folder, or go on in that of the state, and keep it from other processes.
+    def holding(self) -> Iterator[None]:
+        """Keep the run from others from the moment that it is written to until the block ends.
 
-        The run writes while the block runs, and no other process does.
+        `train` and `test` do so, each for itself; around both, nobody goes on with it in between.
         """
-        if self._path is None:
+        if self._held is not None:  # in a block around this one
+            yield
+            return
+        try:
+            with ExitStack() as self._held:
+                yield
+        finally:
+            self._held, self._is_writing = None, False
+
+    def _begin_writing(self) -> None:
+        """Make the run's folder, or go on in that of the state; called while it is to be held."""
+        if self._is_writing:
+            return
+        if self._is_open:
+            path = self._folder.path
+        else:
             state_dir = None if self._resumed is None else self._resumed.path
             run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
-            self._path = make_run_dir(self.config, self._workers, run_id, state_dir)
-        with hold_run(self._path) if self._workers.is_main else nullcontext():
-            if not self._is_open:
-                self._open(self._path)
-                self._is_open = True
-            yield
+            path = make_run_dir(self.config, self._workers, run_id, state_dir)
+        if self._workers.is_main:
+            assert self._held is not None
+            self._held.enter_context(hold_run(path))
+        if not self._is_open:
+            self._open(path)
+        self._is_open = self._is_writing = True
 
     def _open(self, path: Path) -> None:
         """Begin with what is in the folder."""

@@ -72,12 +72,14 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             OSError: Nothing more can be saved; the last training state is whole.
         """
         run = self._start(train_dataset, valid_dataset)
-        with self._writing():
+        with self.holding():
+            self._begin_writing()
             return self._train_to_end(run, train_dataset, valid_dataset)
 
     def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
         """Log a model's loss on test data; called by all workers, each with all the data."""
-        with self._writing():
+        with self.holding():
+            self._begin_writing()
             sources = Sources(test_dataset, self.get_test_dataloader)
             is_ours = model is self._parallel.base
             callee = self._parallel.to_evaluate if is_ours else model

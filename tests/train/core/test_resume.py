@@ -353,54 +353,48 @@ def test_a_refused_resume_names_why_and_leaves_the_run_as_it_was(tmp_path, chang
     assert everything_in(tmp_path) == before
 
 
-def hold_until_told(run):
-    lock = hold_run(run)
-    (run / "held").touch()
-    while (run / "held").exists():
-        time.sleep(0.01)
-    lock.close()
+def is_held(run):
+    """Whether another process is refused the run."""
+    return jobs.join(jobs.start(enter, 1, run)) == [1]
 
 
-def test_a_run_that_another_process_trains_is_left_to_it(tmp_path):
+def enter(run):
+    hold_run(run).__enter__()
+
+
+def test_a_run_that_another_trains_is_left_to_it(tmp_path):
     run = train_alone(jobs.Trainer, jobs.config(tmp_path))
-    processes = jobs.start(hold_until_told, 1, run)
-    while not (run / "held").exists():
-        time.sleep(0.01)
     before, cfg = everything_in(tmp_path), jobs.config(tmp_path, resume=list_states(run)[0])
-    with pytest.raises(ValueError, match="another process is training this run"):
-        train_alone(jobs.Trainer, cfg)
-    assert everything_in(tmp_path) == before
-    (run / "held").unlink()
-    assert jobs.join(processes) == [0]
+    with hold_run(run):
+        assert is_held(run)
+        with pytest.raises(ValueError, match="another process is training this run"):
+            train_alone(jobs.Trainer, cfg)
+        assert everything_in(tmp_path) == before
     train_alone(jobs.Trainer, cfg)
 
 
-def is_held(run):
-    """Whether another process is refused the run."""
-    return jobs.join(jobs.start(hold_run, 1, run)) == [1]
+def test_a_job_holds_its_run_until_its_test_is_done(tmp_path):
+    trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path))
+    with trainer.holding():
+        model = trainer.train(jobs.Ids(), jobs.Ids(10))
+        assert is_held(run := jobs.run_of(tmp_path))
+        trainer.test(jobs.Ids(10), model)
+    assert not is_held(run)
+    trainer.test(jobs.Ids(10), model)
+    assert not is_held(run)
+    assert [row[2] for row in jobs.losses(run)[-2:]] == ["test", "test"]
 
 
-@pytest.mark.parametrize("raised", [None, OSError, TrainingInterrupted, KeyboardInterrupt])
-def test_a_run_is_held_until_its_training_ends_in_whatever_way(tmp_path, raised):
-    while_it_trained = []
-
-    class Trainer(jobs.Trainer):
-        def get_valid_dataloader(self, *args):
-            loader = super().get_valid_dataloader(*args)
-            if raised is not None:
-                loader.collate_fn = self.fail
-            return loader
-
-        def fail(self, _):
-            while_it_trained.append(is_held(self._folder.path))
+@pytest.mark.parametrize("raised", [OSError, TrainingInterrupted, KeyboardInterrupt])
+def test_a_run_is_let_go_of_in_whatever_way_its_training_fails(tmp_path, raised):
+    class Fails(jobs.Trainer):
+        def model_forward(self, model, batch, device):
             raise raised("stopped")
 
-    with nullcontext() if raised is None else pytest.raises(raised):
-        (trainer := jobs.alone(Trainer, jobs.config(tmp_path))).train(jobs.Ids(), jobs.Ids(10))
-    if raised is None:
-        trainer.test(jobs.Ids(10), trainer.init_model())
-    assert while_it_trained == ([] if raised is None else [True])
-    assert not is_held(jobs.run_of(tmp_path))
+    with pytest.raises(raised):
+        train_alone(Fails, jobs.config(tmp_path))
+    with hold_run(jobs.run_of(tmp_path)):
+        pass
 
 
 def final_optimizer(run):
