@@ -1,4 +1,4 @@
-"""Keep others from a folder while one works in it: other processes, and this one's other threads."""
+"""Keep others from a folder while one works in it: other processes and other threads of this."""
 
 import os
 import threading

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from mblm import MBLM, MBLMModelConfig
 from mblm.data.datasets import DistributedDataset
+from mblm.train.core.run_folder import hold_run
 from mblm.train.mblm import (
     DatasetRegistry,
     MegabyteTrainer,
@@ -142,6 +143,8 @@ def test_a_run_whose_data_are_gone_at_its_end_is_finished(tmp_path, fields, monk
     test = MegabyteTrainer.test
 
     def shorten_and_test(*arguments):
+        with pytest.raises(ValueError, match="training this run"), hold_run(run_of(tmp_path)):
+            pass  # nobody trains on before it is tested
         os.truncate(tmp_path / "data" / "letters.txt", 100)
         return test(*arguments)
 
