@@ -2,16 +2,19 @@
 
 import html
 import importlib
+import json
 import logging
 import os
 import sys
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-Point = tuple[str, int]
-"""What a value is of, such as ``train``, and the batch."""
+from mblm.utils.atomic import atomic_write
+
+Sent = Mapping[str, int]
+"""The last batch that was sent of each kind, such as ``train``."""
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
@@ -19,8 +22,8 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio
 class Logger(Protocol):
     """One of the places."""
 
-    def rewind(self, step: int, sent: Collection[Point]) -> None:
-        """Expect the points from a batch on again; those that were sent there."""
+    def rewind(self, step: int, sent: Sent) -> None:
+        """Expect the points from a batch on again, some of which were sent there."""
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
         """Take values by their names, of a batch."""
@@ -38,10 +41,10 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "tensorboard"
         self._purge: int | None = None
-        self._sent: Collection[Point] = ()
+        self._sent: Sent = {}
         self._writer: Any = None
 
-    def rewind(self, step: int, sent: Collection[Point]) -> None:
+    def rewind(self, step: int, sent: Sent) -> None:
         self.close()
         self._writer, self._purge, self._sent = None, step, sent
 
@@ -52,7 +55,7 @@ class TensorBoard:
         board.flush()
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        if ("valid", step) not in self._sent:  # texts are not replaced
+        if step > self._sent.get("valid", -1):  # texts are not replaced
             self._board().add_text(name, f"<pre>{html.escape(text)}</pre>", step)
             self._board().flush()
 
@@ -99,13 +102,13 @@ class Tracker:
         self._run = self._library.init(
             project=project, name=name, config=config, resume=resume, **own
         )
-        self._sent: Collection[Point] = ()
+        self._sent: Sent = {}
 
-    def rewind(self, step: int, sent: Collection[Point]) -> None:
+    def rewind(self, step: int, sent: Sent) -> None:
         self._sent = sent
 
     def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        if (kind, step) not in self._sent:
+        if step > self._sent.get(kind, -1):
             self._run.log(dict(values), step=step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -135,6 +138,7 @@ class Loggers:
         log: logging.Logger,
     ) -> None:
         self._log = log
+        self._folder = folder
         self._last = 0
         self._loggers: dict[str, Logger] = {}
         for name in names:
@@ -150,8 +154,23 @@ class Loggers:
     def __bool__(self) -> bool:
         return bool(self._loggers)
 
-    def rewind(self, step: int, sent: Collection[Point]) -> None:
-        """Expect the points from a batch on again."""
+    def rewind(self, step: int, logged: Iterable[Mapping[str, int]]) -> None:
+        """Expect the points from a batch on again.
+
+        Args:
+            step: The batch.
+            logged: The last batches of each kind that the run's files tell of, which are about to
+                drop them. They are noted: the run may be stopped before it has come as far again.
+        """
+        note = self._folder / "state" / "sent.json"
+        sent: dict[str, int] = json.loads(note.read_bytes()) if note.exists() else {}
+        for kind, batch in (item for last in logged for item in last.items()):
+            sent[kind] = max(batch, sent.get(kind, -1))
+        end = max(sent.values(), default=0)
+        sent = {kind: end if batch < 0 else batch for kind, batch in sent.items()}  # see `log`
+        if self._loggers:
+            with atomic_write(note) as file:
+                file.write(json.dumps(sent).encode())
         self._last = max(step - 1, 0)
         self._each(lambda logger: logger.rewind(step, sent))
 

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -48,25 +48,31 @@ class CsvLog(Generic[Row]):
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._file)) from error
 
-    def keep_before(self, **batches: int) -> set[tuple[str, int]]:
-        """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut.
+    def last_batches(self) -> dict[str, int]:
+        """The last batch of each kind; -1 of those that are of none."""
+        batches: dict[str, int] = {}
+        for kind, batch, _ in self._rows():
+            batches[kind] = max(batch, batches.get(kind, -1))
+        return batches
 
-        Returns:
-            Kinds and batches of the rows from there on.
-        """
+    def keep_before(self, **batches: int) -> None:
+        """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut."""
+        kept = [
+            row
+            for kind, batch, row in self._rows()
+            if 0 <= batch < batches.get(kind.partition("/")[0], 0)
+        ]
+        with atomic_write(self._file) as stream:
+            stream.write(_csv_lines([self._columns, *kept]).encode())
+
+    def _rows(self) -> Iterator[tuple[str, int, list[str]]]:
+        """Kind, batch and all of each row; but for the header, and one that a crash has cut."""
         batch, kind = self._columns.index("cum_batch"), self._columns.index("kind")
         content = self._file.read_bytes() if self._file.exists() else b""
         text = io.StringIO(content[: content.rfind(b"\n") + 1].decode(), newline="")
-        kept, dropped = [], set()
         for row in csv.reader(text):
-            if len(row) == len(self._columns) and row[batch].isdigit():
-                if int(row[batch]) < batches.get(row[kind].partition("/")[0], 0):
-                    kept.append(row)
-                else:
-                    dropped.add((row[kind], int(row[batch])))
-        with atomic_write(self._file) as stream:
-            stream.write(_csv_lines([self._columns, *kept]).encode())
-        return dropped
+            if len(row) == len(self._columns) and row[batch].removeprefix("-").isdigit():
+                yield row[kind], int(row[batch]), row
 
 
 class Ranked(NamedTuple):

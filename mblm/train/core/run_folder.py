@@ -125,10 +125,9 @@ class RunFolder:
         if self._workers.is_main:
             step = step_of(saved.path)
             validated = step - (saved.own["position"]["validates_after"] is not None)
-            sent = set()
+            self.loggers.rewind(step, [self._loss.last_batches(), self._metrics.last_batches()])
             for log in (self._loss, self._timemem, self._metrics):
-                sent |= log.keep_before(train=step, valid=validated)
-            self.loggers.rewind(step, sent)
+                log.keep_before(train=step, valid=validated)
             prune_states(self.path, after=step)
         self.best.restore(saved.manifest["best"])
         self._workers.barrier()
