@@ -5,10 +5,15 @@
 
 The machine needs torch with CUDA, nvcc and no network. WHEELS is a folder with what else it lacks
 and with the published release, which training is measured beside; --fetch fills it, where there is
-a network, for Python 3.12 on x86-64. The steps stand in `steps`, what matters most first. Each has
-a limit of its own, none stops the next, and OUT holds what is known so far at any moment:
-summary.json, a JSON of each benchmark and logs.tar.gz, at most six files. Ends with a table; fails
-if a step did. PYTHON is the interpreter, python3 by default.
+a network, for Python 3.12 on x86-64. On a borrowed machine, to which the checkout and build/wheels
+(which git ignores) are copied, this is the whole command, with a limit of ten minutes:
+
+    PYTHON=python3 bash scripts/gpu_check.sh "$OUT" build/wheels
+
+The steps stand in `steps`, what matters most first. Each has a limit of its own, none stops the
+next, and OUT holds what is known so far at any moment: summary.json, a JSON of each benchmark and
+logs.tar.gz, at most six files. Ends with a table; fails if a step did. PYTHON is the interpreter,
+python3 by default.
 
 --quick tries the script where there is no GPU: tiny sizes, nothing is built.
 """
@@ -31,6 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 NOTHING = [PYTHON, "-c", "pass"]
+FACTS = "facts: "  # what the line begins with that has them
 QUICK_SECONDS = 600  # of a step with --quick, on however slow a machine
 # What is imported on the machine, by this package, its build, its tests and its benchmarks.
 NEEDED = ["torch", "numpy", "pydantic", "pydantic_core", "annotated_types", "typing_inspection"]
@@ -65,6 +71,7 @@ def steps(out: Path, wheels: Path, site: Path) -> list[Step]:
     pip = [PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
     tests = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     on_device = "tests/inference/test_device_cache.py"
+    of_slots = [*tests, on_device, "-k", "moves_between"]
     memcheck = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
     def benchmark(name: str, *options: str) -> list[str]:
@@ -83,8 +90,8 @@ def steps(out: Path, wheels: Path, site: Path) -> list[Step]:
         Step(
             "memcheck",
             30,
-            [memcheck, "--error-exitcode", "9", *tests, on_device, "-k", "copy"],
-            NOTHING,
+            [memcheck, "--error-exitcode", "9", *of_slots],
+            [*of_slots, "--collect-only"],
         ),
     ]
 
@@ -97,7 +104,7 @@ def facts() -> dict[str, Any]:
             importlib.import_module(name)
         except Exception as error:  # whatever it is, the package cannot be used
             missing[name] = str(error)
-    found: dict[str, Any] = {"python": sys.version.split()[0], "missing": missing}
+    found: dict[str, Any] = {"python": sys.version.split()[0], "missing": missing, "device": None}
     if "torch" in missing:
         return found
     import torch
@@ -136,6 +143,7 @@ class Check:
         self.out, self.environment = out, environment
         self.logs = Path(tempfile.mkdtemp())
         self.summary: dict[str, Any] = {"steps": []}
+        self.is_cut = False
 
     def take(self, step: Step) -> None:
         """Run a step and write down what became of it."""
@@ -148,8 +156,9 @@ class Check:
         seconds = round(time.monotonic() - begin, 1)
         told = {"step": step.name, "result": result, "seconds": seconds, "last_line": last[:300]}
         self.summary["steps"].append(told)
-        if step.name == "facts" and result == "ok":
-            self.summary = {**json.loads(last), **self.summary}
+        facts = [line for line in lines if line.startswith(FACTS)]
+        if step.name == "facts" and facts:
+            self.summary = {**json.loads(facts[-1].removeprefix(FACTS)), **self.summary}
         print(*lines[-25:], f"== {step.name}: {result}, {seconds} s", sep="\n", flush=True)
         self.write()
 
@@ -167,16 +176,25 @@ class Check:
             return f"not begun: {error}"
         try:
             code = process.wait(step.seconds)
+            return "ok" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return f"over {step.seconds} s"
-        return "ok" if code == 0 else f"failed ({code})"
+        except KeyboardInterrupt:
+            self.is_cut = True
+            return "cut"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def write(self) -> None:
-        (self.out / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
-        with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
+        """Put each file there whole, whenever the check is cut."""
+        new = self.out / "new"
+        new.write_text(json.dumps(self.summary, indent=1) + "\n")
+        new.replace(self.out / "summary.json")
+        with tarfile.open(new, "w:gz") as archive:
             archive.add(self.logs, "logs")
+        new.replace(self.out / "logs.tar.gz")
 
     def table(self) -> bool:
         """Print what became of the steps; whether all went well."""
@@ -189,8 +207,9 @@ class Check:
 
 
 def check(out: Path, wheels: Path, quick: bool) -> bool:
-    """Take all steps; whether all went well."""
+    """Take all steps, unless a signal cuts them short; whether all went well."""
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT), folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
@@ -202,7 +221,9 @@ def check(out: Path, wheels: Path, quick: bool) -> bool:
                 command = step.quick or [*step.command, "--quick"]
                 step = replace(step, seconds=QUICK_SECONDS, command=command)
             done.take(step)
-            if step.name == "facts" and not quick and "device" not in done.summary:
+            if done.is_cut:
+                break
+            if step.name == "facts" and not quick and done.summary.get("device", "") is None:
                 print("no GPU: only --quick runs without one", file=sys.stderr)
                 break
         shutil.rmtree(done.logs)
@@ -224,7 +245,7 @@ def main() -> None:
         fetch(arguments.fetch)
     elif arguments.facts:
         found = facts()
-        print(json.dumps(found))
+        print(FACTS + json.dumps(found))
         sys.exit(bool(found["missing"]))
     elif arguments.build:
         build()

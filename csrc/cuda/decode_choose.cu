@@ -186,7 +186,7 @@ MBLM_DEVICE int64_t choose_of_row(const Choice& in, const Slot& row, int64_t ind
   const int64_t first = likeliest(logits, count, shared);
   const float highest = logits[first];
   if (highest == -INFINITY && row.allow.classes) {  // the model rules out all that is allowed
-    Key own = kLast;
+    Key own = key_of(-INFINITY, first);
     for (int64_t token = threadIdx.x; token < count; token += kThreads) {
       const bool may_come = is_allowed(row.allow, row.allow.classes[token], row.planned);
       if (may_come) own = earlier(own, key_of(0, token));

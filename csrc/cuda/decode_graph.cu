@@ -5,6 +5,13 @@
 
 namespace mblm::cuda {
 
+Error Repeated::launch(CaptureStream& recorder, const std::function<Error(Stream)>& queue,
+                       Stream stream) {
+  const bool is_again = std::exchange(has_run_, true);
+  if (is_again && !graph_ && !recorder.create()) graph_.record(recorder, queue);
+  return graph_ ? graph_.launch(stream) : queue(stream);
+}
+
 #ifdef __CUDACC__
 
 namespace {

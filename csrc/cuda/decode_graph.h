@@ -45,6 +45,19 @@ class Graph {
   void* graph_ = nullptr;  // a cudaGraphExec_t
 };
 
+// Kernels that are queued again and again: the first time as they are, which loads them, then as a
+// graph, unless there is no memory for one.
+class Repeated {
+ public:
+  // queue: always the same.
+  Error launch(CaptureStream& recorder, const std::function<Error(Stream)>& queue, Stream stream);
+  bool is_graph() const { return bool(graph_); }
+
+ private:
+  bool has_run_ = false;
+  Graph graph_;
+};
+
 // Waits until all that is queued on a stream is done.
 Error wait_for(Stream stream);
 

@@ -193,8 +193,7 @@ Error launch_product(const Product& in, Stream stream) {
   const int64_t outputs = in.matrix.outputs + in.second.outputs;
   const int64_t blocks = divide_up(outputs, kWarps) * divide_up(in.rows, kFewRows);
   const size_t shared_bytes = size_t(kFewRows) * (kChunk + kWarps) * sizeof(float);
-  return launch_clusters(product<W, kAligned>, blocks, 1, kThreads, shared_bytes, in.is_dependent,
-                         stream, in);
+  return launch_clusters(product<W, kAligned>, blocks, 1, kThreads, shared_bytes, stream, in);
 }
 
 Error multiply_float(const Product& in, Stream stream) {

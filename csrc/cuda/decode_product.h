@@ -52,9 +52,6 @@ struct Ahead {
 struct Product {
   int64_t rows = 0;
   const int64_t* positions = nullptr;  // (rows), negative where nothing is written; or null
-  // launch_dependent: not where weights were written by what is just ahead, or streams come
-  // together
-  bool is_dependent = true;
 
   const float* x = nullptr;   // (rows, inputs)
   int64_t x_stride = 0;       // from a row to the next

@@ -140,8 +140,7 @@ Error launch_tiles(const Product& in, int splits, Stream stream) {
   layout.items = int(divide_up(outputs, S::kColumns)) * layout.passes;
   const auto kernel = product_of_tiles<W, kRows, kTiles, kAttends>;
   const auto launch = [&](int64_t clusters, int size) {
-    return launch_clusters(kernel, clusters, size, kThreads, shared, in.is_dependent, stream, in,
-                           layout);
+    return launch_clusters(kernel, clusters, size, kThreads, shared, stream, in, layout);
   };
   if (!kAttends) return launch(layout.items, layout.splits);
   // The last cluster is whole: all of its blocks attend.

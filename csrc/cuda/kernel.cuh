@@ -76,12 +76,12 @@ Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
 bool has_compute_90();
 
 // As launch(), in clusters of so many blocks where there are such; else one block stands for each.
-// A dependent kernel may begin before those ahead of it on the stream have ended: what they write
-// or read, every block of it touches after wait_for_inputs() alone.
+// The kernel may begin before those ahead of it on the stream have ended: what they write or read,
+// every block of it touches after wait_for_inputs() alone.
 template <class... Parameters, class... Arguments>
 Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int size, int threads,
-                      size_t shared_bytes, bool is_dependent, Stream stream, Arguments... args) {
-  if ((!is_dependent && size == 1) || !has_compute_90()) {
+                      size_t shared_bytes, Stream stream, Arguments... args) {
+  if (!has_compute_90()) {
     return launch(kernel, clusters, threads, shared_bytes, stream, args...);
   }
   if (clusters <= 0) return nullptr;
@@ -95,7 +95,7 @@ Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int size,
   if (error == cudaSuccess) {
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = is_dependent;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {unsigned(size), 1, 1};
     cudaLaunchConfig_t config{};
@@ -114,7 +114,7 @@ Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int size,
 template <class... Parameters, class... Arguments>
 Error launch_dependent(void (*kernel)(Parameters...), int64_t blocks, int threads,
                        size_t shared_bytes, Stream stream, Arguments... args) {
-  return launch_clusters(kernel, blocks, 1, threads, shared_bytes, true, stream, args...);
+  return launch_clusters(kernel, blocks, 1, threads, shared_bytes, stream, args...);
 }
 
 // The block's dynamic shared memory.

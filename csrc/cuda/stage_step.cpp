@@ -86,7 +86,6 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
     heads.delayed = delayed[0];
     heads.second = layer.kv;
     heads.out_second = kv;
-    heads.is_dependent = index > 0 || in.is_dependent;
     launches.add(multiply, heads);
 
     CachedAttention attention;
@@ -143,7 +142,6 @@ Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep
     const cpu::Mamba1Layer& layer = stage.layers[index];
     Product both_branches =
         product_of(in, layer.in, in.x, stage.dim, both, Ahead(layer.x, layer.out));
-    both_branches.is_dependent = index > 0 || in.is_dependent;
     both_branches.norm = {layer.norm, layer.eps, false};
     both_branches.convolution = {
         0,          stage.inner,     stage.taps,
@@ -189,7 +187,6 @@ Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::Mamba2Layer& layer = stage.layers[index];
     Product all = product_of(in, layer.in, in.x, stage.dim, both, Ahead(layer.out));
-    all.is_dependent = index > 0 || in.is_dependent;
     all.norm = {layer.norm, stage.eps, false};
     all.convolution = {inner,      channels,        stage.taps,
                        layer.conv, layer.conv_bias, state.window + index * state.window_stride};

@@ -39,7 +39,6 @@ Ahead beginning_of(const Layer& layer) {
 
 struct StageStep {
   int64_t rows = 0;
-  bool is_dependent = true;            // of the first kernel: see Product
   const int64_t* positions = nullptr;  // (rows), in the cache; negative where nothing is written
   int64_t limit = 0;                   // positions that the cache has room for
   float* x = nullptr;                  // (rows, dim), replaced by the output

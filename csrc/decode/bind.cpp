@@ -392,8 +392,8 @@ void bind_cache(py::module_& module) {
              return std::make_shared<DeviceCache>(std::move(hierarchy), max_rows);
            }),
            py::arg("hierarchy"), py::arg("max_rows"))
-      .def_property_readonly("slots", &DeviceCache::slots)
-      .def_property_readonly("graphs", &DeviceCache::graphs);
+      .def_property_readonly("slots", py::cpp_function(&DeviceCache::slots, Release()))
+      .def_property_readonly("graphs", py::cpp_function(&DeviceCache::graphs, Release()));
 #endif
 }
 

@@ -58,6 +58,9 @@ void Cache::set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy) {
   TORCH_CHECK_VALUE(memory_.fits(*hierarchy->parts(0)),
                     "the model's layers have other shapes than when decoding began; start a new "
                     "session");
+  TORCH_CHECK_VALUE(hierarchy->device() == this->hierarchy()->device(),
+                    "the model has moved from ", this->hierarchy()->device(), " to ",
+                    hierarchy->device(), "; start a new session");
   const std::lock_guard lock(table_mutex());
   hierarchy_.swap(hierarchy);
 }
@@ -167,10 +170,11 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
   try {
     std::erase_if(members, [](const Member& member) { return member.to == member.row->taken; });
     advance(*parts, Run::Kind::kTakeIn, members);
-  } catch (...) {  // there is no memory, and no thread has begun
+  } catch (...) {  // there is no memory, and no thread has begun; a GPU may have
     for (int64_t i = 0; i < rows.size(); ++i) {
-      rows[i].length -= ids[i].size(0);
-      rows[i].bytes.shorten(ids[i].size(0));
+      const int64_t left = std::min(ids[i].size(0), rows[i].length - rows[i].taken);
+      rows[i].length -= left;
+      rows[i].bytes.shorten(left);
     }
     throw;
   }

@@ -28,7 +28,8 @@ DeviceCache::DeviceCache(std::shared_ptr<const Hierarchy> hierarchy, int64_t max
     TORCH_CHECK_VALUE(!stage.is_hosted(), "on a GPU, no stage can be hosted");
   }
   slots_ = hierarchy->exchange_slots(nullptr);
-  if (slots_ && !slots_->are_for(max_rows)) slots_ = hierarchy->exchange_slots(std::move(slots_));
+  // Another cache may have left others meanwhile, which need not be for so many rows either.
+  if (slots_ && !slots_->are_for(max_rows)) hierarchy->exchange_slots(std::move(slots_));
   if (!slots_) slots_ = std::make_shared<DeviceSlots>(hierarchy->device());
   make_room(max_rows, 0);
 }

@@ -170,7 +170,6 @@ std::vector<DeviceSlots::Buffer> DeviceSlots::start_of(int64_t n) const {
   const Tensor position = make::zeros({1}, floats().dtype(at::kLong));
   cuda::StageStep step;
   step.rows = 1;
-  step.is_dependent = false;  // the weights may just have been packed
   step.positions = pointer<int64_t>(position);
   step.limit = 1;
   step.x = output;
@@ -220,7 +219,7 @@ float* DeviceSlots::uniform(int64_t slot) {
 }
 
 void DeviceSlots::point() {
-  graphs_.clear();
+  repeated_.clear();
   const Schedule& schedule = parts_->schedule;
   const int64_t stages = schedule.stages();
   units_ = {};
@@ -281,16 +280,8 @@ void DeviceSlots::run(bool has_turn, int64_t count) {
   const auto queue = [this, has_turn, count](cuda::Stream stream) {
     return units_.queue(has_turn, count, stream);
   };
-  Captured& captured = graphs_[{has_turn, count}];
-  launch(device_, [&](cuda::Stream stream) -> cuda::Error {
-    // The first time, it is queued as it is, which also loads the kernels.
-    if (captured.times++ == 0) return queue(stream);
-    if (!captured.graph) {
-      if (const cuda::Error error = capture_.create()) return error;
-      if (const cuda::Error error = captured.graph.record(capture_, queue)) return error;
-    }
-    return captured.graph.launch(stream);
-  });
+  cuda::Repeated& unit = repeated_[{has_turn, count}];
+  launch(device_, [&](cuda::Stream stream) { return unit.launch(capture_, queue, stream); });
   host_.copy_(device_io_, true);
   launch(device_, cuda::wait_for);
 }

@@ -29,8 +29,8 @@ class DeviceSlots {
   int64_t slots() const { return slots_; }
   // That were recorded.
   int64_t graphs() const {
-    return std::count_if(graphs_.begin(), graphs_.end(),
-                         [](const auto& each) { return bool(each.second.graph); });
+    return std::count_if(repeated_.begin(), repeated_.end(),
+                         [](const auto& each) { return each.second.is_graph(); });
   }
   // Whether there are as many slots as are made for so many rows.
   bool are_for(int64_t rows) const { return slots_ == slots_for(rows); }
@@ -107,11 +107,7 @@ class DeviceSlots {
   int64_t ids_at_ = 0, drawn_at_ = 0, log_probs_at_ = 0;
   cuda::Units units_;
   cuda::CaptureStream capture_;
-  struct Captured {
-    int64_t times = 0;
-    cuda::Graph graph;
-  };
-  std::map<std::pair<bool, int64_t>, Captured> graphs_;
+  std::map<std::pair<bool, int64_t>, cuda::Repeated> repeated_;
 };
 
 }  // namespace mblm::decode

@@ -12,6 +12,7 @@
 
 #include "cpu/cores.h"
 #include "cuda/decode_attention.h"
+#include "cuda/decode_graph.h"
 #include "decode/pages.h"
 #include "torch/common.h"
 
@@ -338,10 +339,18 @@ Hierarchy::Hierarchy(std::vector<std::shared_ptr<const Stage>> stages,
   static std::atomic<int64_t> last_id{0};
   parts_.start_id = ++last_id;
   if (is_on_cpu()) starts_ = add_start_states(parts_);
+  wait_until_made();
 }
 
 bool Hierarchy::is_on_cpu() const {
   return !on_gpu(weights_.front());
+}
+
+// Other threads may use another stream of a GPU than the one that is to make weights and tables.
+void Hierarchy::wait_until_made() const {
+  if constexpr (kCuda) {
+    if (!is_on_cpu()) launch(device(), cuda::wait_for);
+  }
 }
 
 std::shared_ptr<DeviceSlots> Hierarchy::exchange_slots(std::shared_ptr<DeviceSlots> slots) const {
@@ -389,6 +398,7 @@ std::shared_ptr<const Parts> Hierarchy::parts(int64_t most_bytes) const {
     model.cos = keep(cos);
     model.sin = keep(sin);
   }
+  wait_until_made();
   std::shared_ptr<const Parts> made(held, &parts);
   last = made;
   const std::lock_guard lock(table_mutex());

@@ -78,6 +78,8 @@ class Hierarchy {
   std::shared_ptr<DeviceSlots> exchange_slots(std::shared_ptr<DeviceSlots> slots) const;
 
  private:
+  void wait_until_made() const;
+
   std::vector<std::shared_ptr<const Stage>> stages_;  // kept alive
   std::vector<at::Tensor> weights_;                   // kept alive
   StartMemory starts_;

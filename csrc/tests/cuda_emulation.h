@@ -333,7 +333,7 @@ Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t 
 // One block stands for a cluster.
 template <class... Parameters, class... Arguments>
 Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int, int threads,
-                      size_t shared_bytes, bool, Stream stream, Arguments... args) {
+                      size_t shared_bytes, Stream stream, Arguments... args) {
   return launch(kernel, clusters, threads, shared_bytes, stream, args...);
 }
 template <class... Parameters, class... Arguments>

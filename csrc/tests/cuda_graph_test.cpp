@@ -36,10 +36,11 @@ using cudaStream_t = MockStream*;
 using cudaGraph_t = MockGraph*;
 using cudaGraphExec_t = MockGraph*;
 using cudaGraphNode_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation };
 constexpr int cudaStreamNonBlocking = 1, cudaStreamCaptureModeThreadLocal = 1;
 
 std::vector<int> launched;
+bool has_memory = true;  // for another graph
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int flags) {
   CHECK(flags == cudaStreamNonBlocking);
@@ -69,6 +70,7 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, int) {
+  if (!has_memory) return cudaErrorMemoryAllocation;
   *executable = new MockGraph(*graph);
   return cudaSuccess;
 }
@@ -181,10 +183,32 @@ void what_cannot_be_recorded_is_no_graph() {
   CHECK(!graph.record(stream, queue({1})) && graph);
 }
 
+// The first time as they are, then as a graph; without memory for one, as they are again.
+void what_is_queued_again_becomes_a_graph() {
+  cuda::CaptureStream recorder;
+  cuda::Repeated unit;
+  MockStream own;
+  int queued = 0;
+  const auto queue = [&](cuda::Stream on) -> cuda::Error {
+    ++queued;
+    auto* const stream = static_cast<MockStream*>(on);
+    (stream->is_recording ? stream->recorded : launched).push_back(7);
+    return nullptr;
+  };
+  launched.clear();
+  has_memory = false;
+  for (int turn = 0; turn < 3; ++turn) CHECK(!unit.launch(recorder, queue, &own));
+  CHECK(!unit.is_graph() && launched == (std::vector<int>{7, 7, 7}));
+  has_memory = true;
+  for (int turn = 0; turn < 2; ++turn) CHECK(!unit.launch(recorder, queue, &own));
+  CHECK(unit.is_graph() && queued == 6 && launched.size() == 5);
+}
+
 int main() {
   graphs_are_of_the_device_that_they_were_recorded_on();
   two_threads_record_at_once();
   what_cannot_be_recorded_is_no_graph();
+  what_is_queued_again_becomes_a_graph();
   CHECK(alive == 0);
   return test::result();
 }

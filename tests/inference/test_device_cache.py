@@ -130,6 +130,17 @@ def test_a_cache_goes_on_with_graphs_that_another_has_left() -> None:
     assert second._engine.graphs == graphs
 
 
+@pytest.mark.skipif(IS_EMULATED, reason="there is one device")
+def test_a_model_that_has_moved_needs_a_new_session() -> None:
+    m = on_device("transformer", "transformer", seq_lens=(5, 3))
+    cache = NativeCache(m)
+    rows = cache.add()
+    cache.feed(rows, [ids_of(4)])
+    m.to("cpu")
+    with pytest.raises(ValueError, match="moved from cuda:0 to cpu"):
+        cache.logits(rows)
+
+
 @torch.inference_mode()
 def test_a_long_piece_takes_no_more_slots() -> None:
     m = on_device("transformer", "transformer", seq_lens=(150, 3))

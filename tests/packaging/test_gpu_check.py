@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -67,6 +68,51 @@ def test_what_is_known_is_written_when_a_step_ends(gpu_check: ModuleType, tmp_pa
     reads = f"print(open({str(out / 'summary.json')!r}).read().count('first'))"
     take(gpu_check, out, ("first", 60, ["-c", "pass"]), ("second", 60, ["-c", reads]))
     assert json.loads((out / "summary.json").read_text())["steps"][1]["last_line"] == "1"
+
+
+CUT = """
+import importlib.util, os, signal, sys
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("gpu_check", sys.argv[1])
+gpu_check = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu_check)
+hangs = "import os, signal, time; print('so far', flush=True); "
+hangs += f"os.kill({os.getpid()}, signal.SIGTERM); time.sleep(600)"
+ran = [("first", "pass"), ("second", hangs), ("third", "pass")]
+gpu_check.steps = lambda *_: [gpu_check.Step(n, 60, [sys.executable, "-c", c]) for n, c in ran]
+gpu_check.check(Path(sys.argv[2]), Path(sys.argv[2]), False)
+"""
+
+
+def test_a_check_that_is_cut_leaves_what_the_step_has_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CUT, str(SCRIPT.with_suffix(".py")), str(out)]
+    subprocess.run(command, check=True)
+    steps = json.loads((out / "summary.json").read_text())["steps"]
+    assert [(told["step"], told["result"]) for told in steps] == [
+        ("first", "ok"),
+        ("second", "cut"),
+    ]
+    assert steps[1]["last_line"] == "so far"
+    assert {path.name for path in out.iterdir()} == KEPT
+
+
+def test_a_machine_that_lacks_a_package_is_tried_all_the_same(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    told = gpu_check.FACTS + json.dumps({"missing": ["yaml"], "device": "some GPU"})
+    check = gpu_check.Check(tmp_path, {})
+    code = f"print({told!r}); print('a warning'); raise SystemExit(1)"
+    check.take(gpu_check.Step("facts", 60, [sys.executable, "-c", code]))
+    assert check.summary["device"] == "some GPU" and check.summary["missing"] == ["yaml"]
+
+
+def test_the_tests_that_it_chooses_by_name_are_there(gpu_check: ModuleType, tmp_path: Path) -> None:
+    for step in gpu_check.steps(tmp_path, tmp_path, tmp_path):
+        if "-k" in step.command:
+            *_, file, _, name = step.command
+            assert re.search(rf"def test_\w*{name}", (SCRIPT.parents[1] / file).read_text())
 
 
 def test_facts_name_what_cannot_be_imported(
