@@ -57,7 +57,7 @@ def saved_on_host() -> contextlib.AbstractContextManager[Any]:
     """
 
     def pack(tensor: Tensor) -> Any:
-        if isinstance(tensor, nn.Parameter) or not tensor.numel():
+        if isinstance(tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
             return tensor
         pinned = tensor.device.type == "cuda"
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
+# Of several threads that compute with one model, PyTorch would lose a hook.
+_REGISTERING = threading.Lock()
+
+
 class GradientSums:
     """Gradients of parameters, added up over tiles and over the tiles within them.
 
@@ -48,6 +53,7 @@ class GradientSums:
         self.is_adding = False
         self._sums: list[Tensor] = []
         self._used: list[bool] = []
+        self._backward_pass = -1
 
     @contextlib.contextmanager
     def adding(self) -> Iterator[None]:
@@ -81,21 +87,29 @@ class GradientSums:
         Returns:
             The gradients of ``inputs``, None for one that ``out`` does not depend on.
         """
-        hooks = [
-            parameter.register_hook(functools.partial(self._take, index))
-            for index, parameter in enumerate(self.parameters)
-        ]
+        outs = [out] if isinstance(out, Tensor) else out
+        with _REGISTERING:
+            for tensor in outs:
+                tensor.register_hook(self._begin)
+            hooks = [
+                parameter.register_hook(functools.partial(self._take, index))
+                for index, parameter in enumerate(self.parameters)
+            ]
         try:
             leaves = [*self.parameters, *inputs]
-            gradients = torch.autograd.grad(out, leaves, of_out, allow_unused=True)
+            gradients = torch.autograd.grad(outs, leaves, of_out, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
         return gradients[len(self.parameters) :]
 
+    def _begin(self, _: Tensor) -> None:
+        """Remember which backward pass it is: the hooks are called by those of others, too."""
+        self._backward_pass = torch._C._current_graph_task_id()
+
     def _take(self, index: int, gradient: Tensor | None) -> Tensor | None:
         """Add a parameter's gradient and leave one without memory in its place."""
-        if gradient is None:
+        if gradient is None or torch._C._current_graph_task_id() != self._backward_pass:
             return None
         self._sums[index] += gradient
         self._used[index] = True

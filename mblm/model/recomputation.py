@@ -19,17 +19,17 @@ from mblm.model.gradients import (
     once_differentiable,
     with_weights_of_now,
 )
-from mblm.utils.transforms import not_compiled
+from mblm.utils.transforms import is_traced, not_compiled
 
 
 def suits(model: nn.Module, x: Tensor) -> bool:
-    """Whether a stage goes this way: where malloc gives the memory, outside of `torch.compile`.
+    """Whether a stage goes this way: where malloc gives the memory, and nothing is traced.
 
     Nor does a stage whose gradients are watched, since here they are not made by its own graph.
     """
     return (
         x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not is_traced()
         and not gradients_are_watched(model)
     )
 
@@ -108,7 +108,7 @@ class _InSegments(torch.autograd.Function):
                 part = x[:, positions].detach().requires_grad_(of_x is not None)
                 before = [kept[index - 1].detach().requires_grad_() for kept in states if index]
                 with ctx.circumstances.of(index):
-                    out, after = run(part, _in_pairs(before) or None)
+                    out, after = run(part.view_as(part), _in_pairs(before) or None)
                 results = [(out, grad[:, positions])]
                 if index + 1 < len(starts):
                     results += zip(_flat(after), of_state, strict=True)
@@ -151,7 +151,7 @@ class _InLayers(torch.autograd.Function):
                 is_needed = index > 0 or ctx.needs_input_grad[2]
                 x = ctx.saved_tensors[index].detach().requires_grad_(is_needed)
                 with ctx.circumstances.of(index):
-                    out = layers[index](x)
+                    out = layers[index](x.view_as(x))
                 found = sums.add_gradients(out, grad, [x] if is_needed else [])
                 for gradient in found:
                     grad.copy_(gradient)
@@ -172,7 +172,10 @@ class _Circumstances:
 
     @contextlib.contextmanager
     def of(self, index: int) -> Iterator[None]:
-        """Compute piece ``index`` again, with a graph; the generator goes on as if one had not."""
+        """Compute piece ``index`` again, with a graph; the generator goes on as if one had not.
+
+        What goes in is a view of a leaf: PyTorch refuses the hooks of a FLOP counter on a leaf.
+        """
         with torch.random.fork_rng([]), torch.enable_grad(), self._autocast():
             torch.set_rng_state(self._states[index].clone())  # torch reads a view from its base on
             yield

@@ -87,7 +87,8 @@ class _SumWithGradients(torch.autograd.Function):
                 tile = slice(first, first + size)
                 with torch.enable_grad():
                     leaf = rows[tile].detach().requires_grad_(of_rows is not None)
-                    total, count = function(leaf, *_cut(tile, others))
+                    # A view, since PyTorch refuses the hooks of a FLOP counter on a leaf.
+                    total, count = function(leaf.view_as(leaf), *_cut(tile, others))
                 yield total.detach(), count
                 if not total.requires_grad:
                     continue

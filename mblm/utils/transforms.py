@@ -47,10 +47,11 @@ def decoding(function: _F) -> _F:
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made of what runs, of which values cannot be asked."""
+    """Whether what runs is traced or tried without values, of which none can be asked."""
     # Proxies are of make_fx, by which torch.func.linearize traces.
-    return torch.compiler.is_compiling() or (
-        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    modes = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+    return torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in modes
     )
 
 

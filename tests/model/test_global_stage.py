@@ -77,6 +77,13 @@ def test_what_is_offloaded_goes_to_the_host_whatever_the_default_device_is() -> 
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], out)
 
 
+def test_what_has_no_values_is_left_where_it_is() -> None:
+    x = torch.randn(3, 4, device="meta", requires_grad=True)
+    with saved_on_host():
+        out = x.exp()
+    assert torch.autograd.grad(out.sum(), x)[0].is_meta
+
+
 def test_an_empty_tensor_can_be_kept() -> None:
     x = torch.randn(0, 4, requires_grad=True)
     with saved_on_host():

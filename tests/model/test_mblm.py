@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mblm import MBLM, MBLMReturnType
 from tests.models import LSTMBlock, hierarchies, mamba, model, transformer
@@ -379,6 +381,20 @@ def test_a_model_made_on_meta_and_filled_later_is_the_same() -> None:
     assert meta(ids.to("meta"), return_type=LOGITS).shape == (2, 9, 19)
     meta.to_empty(device="cpu").load_state_dict(m.state_dict())
     assert torch.equal(meta(ids, return_type=LOGITS), m(ids, return_type=LOGITS))
+
+
+@pytest.mark.parametrize("how", [{}, {"tile": 4}, {"checkpoint_global": True}, {"offload": True}])
+def test_a_training_step_is_tried_without_values(how: dict[str, Any]) -> None:
+    """As tools do that estimate memory, and those that count operations."""
+    blocks = mamba("mamba1"), transformer()
+    with FakeTensorMode():
+        m = model(*blocks, seq_lens=[5, 4], **how).train()
+        m(torch.randint(0, 18, (2, 20))).backward()
+        assert all(p.grad is not None for p in m.parameters())
+    with FlopCounterMode(display=False) as counted:
+        m = model(*blocks, seq_lens=[5, 4], **how).train()
+        m(torch.randint(0, 18, (2, 20))).backward()
+    assert counted.get_total_flops()
 
 
 def test_a_copy_is_the_same() -> None:

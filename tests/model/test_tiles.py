@@ -80,6 +80,27 @@ def test_what_is_frozen_gets_no_gradient(net: Net, what: str) -> None:
     assert (net.linear.weight.grad is None) == (what == "weights")
 
 
+def test_gradients_of_another_computation_are_no_part_of_the_sums(net: Net) -> None:
+    """Such as another thread's, or one within the backward pass, with the same parameters."""
+    others: list[Tensor] = []
+
+    def function(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        total, count = net(rows, weights)
+
+        @torch.enable_grad()
+        def compute_another(_: Tensor) -> None:
+            others.append(torch.autograd.grad(net(rows)[0], net.linear.weight)[0])
+
+        total.register_hook(compute_another)
+        return total, count
+
+    rows, weights = rows_and_weights()
+    expected = torch.autograd.grad(net(rows, weights)[0], net.linear.weight)
+    total, _ = sum_over_tiles(function, 7, rows, (weights,), GradientSums(net.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(total, net.linear.weight), expected)
+    torch.testing.assert_close(others[0], torch.autograd.grad(net(rows)[0], net.linear.weight)[0])
+
+
 def test_tiles_that_need_no_gradient_do_not_disturb_others(net: Net) -> None:
     """A function may leave a tile without a graph, such as one of padding alone."""
 
