@@ -166,8 +166,8 @@ def _run(
     rows = cache.add(len(prompts))
     cache.feed(rows, [check_token_ids("input_ids", ids, model.num_tokens).cpu() for ids in prompts])
     continuation = Continuation(cache)
-    wishes = {"seed": None, "generator": None, "names": {}, **wishes}
-    continuation.add(rows, requests_of_rows(model, list(map(len, prompts)), count, **wishes))
+    requests = requests_of_rows(model, list(map(len, prompts)), {"max_bytes": count, **wishes})
+    continuation.add(rows, requests)
     while continuation.going:
         for _, ran in continuation.run():
             for token in ran.ids if streamer is not None else ():

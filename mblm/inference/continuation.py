@@ -25,31 +25,24 @@ class Course:
     Attributes:
         request: The request.
         begin: How many bytes its row had before.
-        ran: What each run gave the row.
+        ran: What each run gave the row, ``count`` bytes in all.
         reason: Why the row came back from the last; it goes on as long as that is ``"time"``.
         error: What a function of the caller's raised, where the reason is ``"error"``.
-        untold: The row's bytes that a drafter has not been told of.
+        drafter: Another model that proposes bytes, if one does.
+        untold: The row's bytes that the drafter has not been told of.
     """
 
     def __init__(self, request: Request, begin: int) -> None:
-        self.request, self.begin = request, begin
+        self.request, self.begin, self.count = request, begin, 0
         self.ran: list[Ran] = []
         self.reason: Reason = "time"
         self.error: Exception | None = None
-        self._so_far = request.prompt
-        self._answers = 0
-        has_drafter = request.drafter is not None and not request.plan.pause
-        self._drafter = request.drafter() if request.drafter and has_drafter else None
-        self.untold = request.prompt
+        self.drafter = request.drafter and request.drafter()
+        self.untold = self._so_far = request.prompt
 
     @cached_property
     def _guide(self) -> Guide | None:
-        return None if self.request.guide is None else self.request.guide()
-
-    @property
-    def count(self) -> int:
-        """How many bytes were chosen."""
-        return sum(len(ran.ids) for ran in self.ran)
+        return self.request.guide and self.request.guide()
 
     def ids(self) -> Tensor:
         """The bytes chosen so far, ``(n,)`` int64 on the CPU: the caller's own."""
@@ -66,39 +59,28 @@ class Course:
         allow = self.request.plan.allow
         return None if allow is None else allow.accepts(allow.walk(self.ids()))
 
-    # -- Drafts ------------------------------------------------------------------------------------
-
-    @property
-    def has_drafter(self) -> bool:
-        """Whether another model proposes bytes."""
-        return self._drafter is not None
-
     def note(self, ran: Ran) -> None:
         """Go on by what a run gave the row."""
         self.ran.append(ran)
         self.reason = ran.reason
-        if self._drafter is not None:
+        self.count += ran.ids.numel()
+        if self.drafter is not None:
             self.untold = torch.cat((self.untold, ran.ids))
 
     def draft(self) -> Tensor | None:
         """Bytes that may come next, ``(n,)``."""
-        if self._drafter is None:
+        if self.drafter is None:
             return None
         untold, self.untold = self.untold, _NO_BYTES
-        return self._drafter.propose(untold)
+        return self.drafter.propose(untold)
 
     # -- The answer to a pause ---------------------------------------------------------------------
-
-    @property
-    def has_processor(self) -> bool:
-        """Whether a function of the caller's changes the logits."""
-        return self.request.logits_processor is not None
 
     def mask(self) -> Tensor | None:
         """Where the guide leaves a choice, ``(V,)`` bool; None without a guide."""
         if self._guide is None:
             return None
-        mask = self._guide.allowed(self.request.plan.max_tokens - self._answers)
+        mask = self._guide.allowed(self.request.plan.max_tokens - self.count)
         if mask.dtype != torch.bool or mask.shape != (self.request.num_tokens,):
             raise ValueError(
                 f"constraint: expected its guide to allow ({self.request.num_tokens},) bool, got "
@@ -135,8 +117,7 @@ class Course:
 
     def take(self, ids: Tensor) -> None:
         """Go on by a byte ``(1,)`` that was chosen at a pause."""
-        self._answers += 1
-        if self.has_processor:
+        if self.request.logits_processor is not None:
             self._so_far = torch.cat((self._so_far, ids))
         if self._guide is not None:
             self._guide.take(int(ids))
@@ -179,9 +160,9 @@ class Continuation:
         lengths = self._cache.begin(rows, [request.plan for request in requests])
         courses = list(map(Course, requests, lengths))
         for row, course in zip(rows, courses, strict=True):
-            if course.has_drafter and course.begin > len(course.request.prompt):
+            if course.drafter is not None and course.begin > len(course.request.prompt):
                 course.untold = self._cache.state_so_far(row)["tail"]
-        self._stops += sum(request.stops for request in requests)
+            self._stops += course.request.stops
         self._courses.update(zip(rows, courses, strict=True))
         self.going += rows
 
@@ -240,7 +221,7 @@ class Continuation:
         courses = [self._courses[row] for row in rows]
         before = [len(course.ran) for course in courses]
         while going := list(self.going):
-            if any(self._courses[row].has_drafter for row in going):
+            if any(self._courses[row].drafter is not None for row in going):
                 drafts = [self._courses[row].draft() for row in going]
                 results = self._cache.run(going, 0.0, drafts)
             else:
@@ -257,21 +238,23 @@ class Continuation:
     def _answer(self, rows: Sequence[Row]) -> None:
         """Choose a byte for each of the rows, which pause."""
         masks: dict[Row, Tensor | None] = {}
+        processing: dict[Row, Tensor | None] = {}
         for row in rows:
             with self._own_errors(row):
                 mask = self._courses[row].mask()
-                if mask is None or mask.any():
+                if mask is not None and not mask.any():
+                    self._end(row, "matched")
+                elif self._courses[row].request.logits_processor is None:
                     masks[row] = mask
                 else:
-                    self._end(row, "matched")
-        chosen = {row: m for row, m in masks.items() if not self._courses[row].has_processor}
-        self._choose(chosen, "mask")
-        if not (processing := [row for row in masks if row not in chosen]):
+                    processing[row] = mask
+        self._choose(masks, "mask")
+        if not processing:
             return
         changed: dict[Row, Tensor] = {}
-        for row, logits in zip(processing, self._cache.logits(processing), strict=True):
+        for row, logits in zip(processing, self._cache.logits(list(processing)), strict=True):
             with self._own_errors(row):
-                changed[row] = self._courses[row].processed(logits, masks[row])
+                changed[row] = self._courses[row].processed(logits, processing[row])
         self._choose(changed, "logits")
 
     def _choose(self, given: Mapping[Row, Any], what: str) -> None:

@@ -38,7 +38,6 @@ GPU_POSITIONS = 24
 # What the engine reads of objects that never change, or that it takes over.
 _automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()
 _draws: WeakKeyDictionary[Draws, Any] = WeakKeyDictionary()
-_plans: WeakKeyDictionary[Plan, Any] = WeakKeyDictionary()
 
 _MOST = 1 << 60  # of a number that has no limit
 
@@ -62,7 +61,7 @@ class NativeCache(Cache):
         if packed is None:
             raise ValueError("model: compiled code cannot stand in for its local stage")
         self._model, self._type, self._packed = model, weights, packed
-        self._device = model.device  # which takes time to ask for
+        self._kind = model.num_tokens, model.device  # which takes time to ask for
         self._is_on_gpu = is_on_gpu(model.local_table)
         library = _native.library()
         self._engine: Any = (
@@ -96,7 +95,7 @@ class NativeCache(Cache):
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         logits: Tensor = self._engine.logits(self, self._hierarchy(), rows)
-        return logits.to(self._device) if self._is_on_gpu else logits
+        return logits.to(self._kind[1]) if self._is_on_gpu else logits
 
     def state(self, row: Row) -> State:
         return self._saved(self._engine.state(self, self._hierarchy(), [row]))
@@ -112,13 +111,15 @@ class NativeCache(Cache):
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
         check_count("plans", plans, rows)
-        for index, plan in enumerate(plans):
-            check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._device)
-        made = [_plans.get(plan) or self._native_plan(plan) for plan in plans]
+        made = [self._compiled(index, plan) for index, plan in enumerate(plans)]
         lengths: list[int] = self._engine.begin(rows, made)
         return lengths
 
-    def _native_plan(self, plan: Plan) -> Any:
+    def _compiled(self, index: int, plan: Plan) -> Any:
+        """What the engine makes of a plan, once for models of one vocabulary on one device."""
+        if type(plan) is Plan and plan.compiled is not None and plan.compiled[0] == self._kind:
+            return plan.compiled[1]
+        check_plan(f"plans[{index}]", plan, *self._kind)
         library = _native.library()
         automata: list[Any] = []
         for automaton in (plan.allow, plan.stop):
@@ -129,16 +130,14 @@ class NativeCache(Cache):
             automata.append(None if automaton is None else _automata[automaton])
         draws = None if plan.draws is None else _draws.get(plan.draws)
         if plan.draws is not None and draws is None:
-            draws = library.Draws(
-                plan.draws.generator, plan.draws.lanes, self._model.num_tokens, self._device
-            )
+            draws = library.Draws(plan.draws.generator, plan.draws.lanes, *self._kind)
             draws = _draws.setdefault(plan.draws, draws)
         filters = (plan.temperature, min(plan.top_k, _MOST), plan.top_p, plan.min_p)
         flags = (plan.log_probs, plan.pause)
-        draft = 0 if self._device.type != "cpu" else min(plan.draft, MOST_DRAFTED)
+        draft = 0 if self._is_on_gpu else min(plan.draft, MOST_DRAFTED)
         count = min(plan.max_tokens, _MOST)
         made = library.Plan(count, *filters, draws, plan.lane, *automata, *flags, draft)
-        _plans[plan] = made
+        object.__setattr__(plan, "compiled", (self._kind, made))
         return made
 
     def run(

@@ -3,8 +3,9 @@
 import copy
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,6 +171,8 @@ class Plan:
     log_probs: bool = False
     pause: bool = False
     draft: int = 0
+    # For what vocabulary and device the engine has read it, and what it has made of it.
+    compiled: tuple[tuple[int, torch.device], Any] | None = field(default=None, init=False)
 
     @property
     def filters(self) -> tuple[float, int, float, float]:
@@ -182,6 +185,7 @@ class Plan:
             return self
         other = copy.copy(self)  # what is checked already
         object.__setattr__(other, "lane", lane)
+        object.__setattr__(other, "compiled", None)
         return other
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """One prompt and all that is wished for it, checked whole before anything runs."""
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ from mblm.utils.checks import check_integer, check_number
 # What errors call an argument, where that is not its name.
 Names: TypeAlias = Mapping[str, str]
 _NAMES: Names = {}
+_LISTS = list, tuple, range
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,9 @@ class Request:
         num_tokens: V of the model that it is for.
         guide: Makes the guide of a constraint that is no automaton; the plan pauses for it.
         logits_processor: Changes each byte's logits; the plan pauses for it.
-        drafter: Makes what proposes bytes, if a smaller model is to.
+        drafter: Makes what proposes bytes, if a smaller model is to and the plan does not pause.
+        may_end_early: Whether something other than ``max_tokens`` or the context may end it.
+        stops: Whether its row stops for the caller on the way: it pauses, or a model drafts for it.
     """
 
     prompt: Tensor
@@ -43,17 +46,14 @@ class Request:
     guide: Callable[[], Guide] | None = None
     logits_processor: LogitsProcessor | None = None
     drafter: Callable[[], Drafter] | None = None
+    may_end_early: bool = field(init=False)
+    stops: bool = field(init=False)
 
-    @property
-    def may_end_early(self) -> bool:
-        """Whether something other than ``max_tokens`` or the context may end it."""
+    def __post_init__(self) -> None:
         plan = self.plan
-        return not (plan.stop is None and plan.allow is None and self.guide is None)
-
-    @property
-    def stops(self) -> bool:
-        """Whether its row stops for the caller on the way: it pauses, or a model drafts for it."""
-        return self.plan.pause or self.drafter is not None
+        ends = not (plan.stop is None and plan.allow is None and self.guide is None)
+        object.__setattr__(self, "may_end_early", ends)
+        object.__setattr__(self, "stops", plan.pause or self.drafter is not None)
 
     def of_lane(self, lane: int) -> "Request":
         """The same for a row that another lane of the plan's draws serves."""
@@ -108,6 +108,7 @@ def request(
     if draws is None and not (seed is None and generator is None):
         draws = draws_of(model, seed, generator, names=names)
     most, drafter = (0, None) if draft is None else _drafting(draft, model)
+    pauses = not (guide is None and logits_processor is None)
     plan = Plan(
         count,
         temperature=wishes.get("temperature", 1.0),
@@ -118,21 +119,15 @@ def request(
         allow=allow,
         stop=None if has_no_end else _stop(stop, end, num_tokens),
         log_probs=wishes.get("log_probs", False),
-        pause=not (guide is None and logits_processor is None),
+        pause=pauses,
         draft=most,
     )
+    drafter = None if pauses else drafter
     return Request(ids, plan, num_tokens, guide, logits_processor, drafter)
 
 
 def requests_of_rows(
-    model: Any,
-    lengths: Sequence[int],
-    max_bytes: Any,
-    *,
-    seed: Any,
-    generator: torch.Generator | None,
-    names: Names,
-    **wishes: Any,
+    model: Any, lengths: Sequence[int], wishes: Mapping[str, Any], names: Names = _NAMES
 ) -> list[Request]:
     """Check what is wished for rows that go on side by side.
 
@@ -142,27 +137,24 @@ def requests_of_rows(
     Args:
         model: An `mblm.MBLM`.
         lengths: How many bytes each row has.
-        max_bytes: As of `request`, as the others: one value, or a list of one for each row.
-        seed: One for all, or a list of one for each row.
-        generator: What to draw from.
+        wishes: As of `request`, each one value or a list of one for each row. There must be
+            ``max_bytes``; of several generators there is only one.
         names: See `request`.
-        wishes: The other arguments of `request`.
     """
-    name, count = names.get("max_bytes", "max_bytes"), len(lengths)
-    wishes["max_bytes"] = check_integer(name, max_bytes) if max_bytes is None else max_bytes
-    if isinstance(seed, (list, tuple, range)):
-        wishes |= {"seed": seed, "generator": generator}
-    else:
-        wishes["draws"] = draws_of(model, seed, generator, count)
-    lists = lists_of(wishes, count, "row", names)
+    own, count = dict(wishes), len(lengths)
+    if own["max_bytes"] is None:
+        check_integer(names.get("max_bytes", "max_bytes"), None)
+    if not isinstance(own.get("seed"), _LISTS):
+        own["draws"] = draws_of(model, own.pop("seed", None), own.pop("generator", None), count)
+    lists = lists_of(own, count, "row", names)
     if not lists:
-        one = request(model, b"", length=max(lengths), names=names, **wishes)
+        one = request(model, b"", length=max(lengths), names=names, **own)
         return [one.of_lane(lane) for lane in range(count)]
     requests = []
     for row, length in enumerate(lengths):
-        own = wishes | {name: values[row] for name, values in lists.items()}
+        own |= {name: values[row] for name, values in lists.items()}
         asked = request(model, b"", length=length, names=names, **own)
-        requests.append(asked.of_lane(row if wishes.get("draws") is not None else 0))
+        requests.append(asked.of_lane(row if own.get("draws") is not None else 0))
     return requests
 
 
@@ -180,7 +172,7 @@ def lists_of(
     lists: dict[str, Sequence[Any]] = {
         name: value
         for name, value in wishes.items()
-        if isinstance(value, (list, tuple, range))
+        if isinstance(value, _LISTS)
         # A list of strings is one value.
         and (name != "stop" or any(isinstance(item, (list, tuple)) for item in value))
     }

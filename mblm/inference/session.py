@@ -158,38 +158,32 @@ class Session:
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
         check_known("generate", wishes, WishesOfMany)
-        requests = self._requests(
-            max_bytes=num_tokens,
-            end_token_id=end_of_gen_token_id,
-            seed=seed,
-            generator=generator,
+        asked = {
             **wishes,
-        )
+            "max_bytes": num_tokens,
+            "end_token_id": end_of_gen_token_id,
+            "seed": seed,
+            "generator": generator,
+        }
+        requests = self._requests(asked)
         continuation: Continuation | None = None
-
-        def begin(cache: Cache) -> None:
-            nonlocal continuation
-            begun = Continuation(cache)
-            begun.add(self._rows, requests)
-            continuation = begun
-            try:
-                begun.run()  # which shows whether the cache can
-            except ChangedModelError:
-                begun.settle()
-                if not any(begun[row].count for row in self._rows):
-                    raise
-                # Another cache would choose again what is chosen: the next run raises it anew.
-
         try:
-            self._on_cache(begin)
-            assert continuation is not None
+            continuation = self._begun(requests)
             while continuation.going:
-                continuation.run()
+                try:
+                    continuation.run()
+                except ChangedModelError:
+                    continuation.settle()
+                    if any(continuation[row].count for row in self._rows):
+                        raise  # another cache would choose again what is chosen
+                    self._change_cache()
+                    continuation = self._begun(requests)
             ids = [continuation[row].ids() for row in self._rows]
-            if isinstance(num_tokens, Sequence) or any(r.may_end_early for r in requests):
+            are_counts = isinstance(num_tokens, (list, tuple, range))
+            if are_counts or any(request.may_end_early for request in requests):
                 return [row.to(self._device) for row in ids]
             if len(ids) == 1:
-                return ids[0][None].to(self._device)
+                return ids[0].unsqueeze(0).to(self._device)
             with torch.inference_mode(False):  # the caller's own, as `logits`
                 return torch.stack(ids).to(self._device)
         except BaseException as error:
@@ -200,13 +194,18 @@ class Session:
             error.ids = none  # type: ignore[attr-defined]
             raise
 
-    def _requests(self, **wishes: Any) -> list[Request]:
+    def _begun(self, requests: list[Request]) -> Continuation:
+        continuation = Continuation(self._cache)
+        continuation.add(self._rows, requests)
+        return continuation
+
+    def _requests(self, wishes: dict[str, Any]) -> list[Request]:
         """What is asked for, checked; or what was, where the same is asked for again."""
         asked, requests, limit = self._asked
         is_same = [*wishes] == [*asked] and all(map(operator.is_, wishes.values(), asked.values()))
         if is_same and (limit is None or self.length + requests[0].plan.max_tokens <= limit):
             return requests
-        requests = requests_of_rows(self._model, self.lengths, names=_NAMES, **wishes)
+        requests = requests_of_rows(self._model, self.lengths, wishes, _NAMES)
         # Numbers ask for the same again, where there are no draws of their own.
         are_numbers = _NUMBERS.issuperset(map(type, wishes.values()))
         kept = wishes if are_numbers and requests[0].plan.draws is None else {}
@@ -218,21 +217,25 @@ class Session:
         try:
             return call(self._cache)
         except ChangedModelError:
-            left = self._cache
-            states = [left.state_so_far(row) for row in self._rows]
-            cache = cache_for(self._model, self._weights)
-            rows = cache.add(len(states))
-            try:
-                for row, state in zip(rows, states, strict=True):
-                    cache.set_state(row, state)
-            except ValueError as error:
-                raise ValueError(
-                    "the model is another than the session began with, and cannot go on from what "
-                    f"that has taken in; start a new session ({error})"
-                ) from error
-            left.drop(self._rows)
-            self._hold(self._model, self._device, self._weights, cache, rows)
-            return call(cache)
+            self._change_cache()
+            return call(self._cache)
+
+    def _change_cache(self) -> None:
+        """Go on in another cache, for what the model has become."""
+        left = self._cache
+        states = [left.state_so_far(row) for row in self._rows]
+        cache = cache_for(self._model, self._weights)
+        rows = cache.add(len(states))
+        try:
+            for row, state in zip(rows, states, strict=True):
+                cache.set_state(row, state)
+        except ValueError as error:
+            raise ValueError(
+                "the model is another than the session began with, and cannot go on from what "
+                f"that has taken in; start a new session ({error})"
+            ) from error
+        left.drop(self._rows)
+        self._hold(self._model, self._device, self._weights, cache, rows)
 
     @decoding
     def fork(self) -> "Session":
