@@ -22,7 +22,7 @@ from mblm.inference.engine import cache_for
 from mblm.inference.request import requests_of_rows
 from mblm.inference.session import Session
 from mblm.model.sampling import gumbel_sample
-from mblm.utils.checks import check_token_ids
+from mblm.utils.checks import check_id_dtype, check_token_ids
 
 _BYTES = 256
 
@@ -47,9 +47,15 @@ class MBLMGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GenerationMixin.generate``; without a prompt, from nothing."""
-        if inputs is None and kwargs.get("input_ids") is None:
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        if inputs is None:
             inputs = torch.empty(1, 0, dtype=torch.long, device=self.device)
-            kwargs.pop("input_ids", None)
+        inputs = check_id_dtype("input_ids", inputs)
+        if inputs.ndim != 2 or not len(inputs):
+            raise ValueError(
+                f"input_ids: expected shape (B, L) of at least one row, got {tuple(inputs.shape)}"
+            )
         return super().generate(inputs, *args, **kwargs)
 
     def generate_batch(self, *_: Any, **__: Any) -> Any:

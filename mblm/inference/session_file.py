@@ -31,7 +31,7 @@ def write(path: str | Path, header: dict[str, str], states: Sequence[State]) -> 
     tensors: dict[str, torch.Tensor] = {}
     rows = [
         {key: _flatten(f"{row}.{key}", value, tensors) for key, value in state.items()}
-        for row, state in enumerate(states)
+        for row, state in enumerate({**state, "tail": _narrow(state["tail"])} for state in states)
     ]
     header = {**header, "format": FORMAT, "rows": json.dumps(rows)}
     header["digest"] = _digest(header, tensors)
@@ -77,6 +77,13 @@ def _digest(header: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _narrow(ids: torch.Tensor) -> torch.Tensor:
+    """Token ids in the smallest dtype that has them all."""
+    highest = int(ids.max()) if ids.numel() else 0
+    fitting = (d for d in (torch.uint8, torch.int16, torch.int32) if highest <= torch.iinfo(d).max)
+    return ids.to(next(fitting, ids.dtype))
 
 
 def _flatten(name: str, state: Any, tensors: dict[str, torch.Tensor]) -> Any:

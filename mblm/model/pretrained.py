@@ -71,6 +71,10 @@ class PretrainedMixin:
         revision: str | None = None,
         map_location: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Model:
         """Build a model from what ``save_pretrained`` or a training run wrote, in evaluation mode.
 
@@ -86,6 +90,8 @@ class PretrainedMixin:
             map_location: The device of the weights; ``"meta"`` gives a model without values.
                 Default: the CPU.
             dtype: The dtype of the weights. Default: each has the one that it was saved in.
+            token, cache_dir, force_download, local_files_only: How a model comes from the hub,
+                as `huggingface_hub` has them. What there is here is not asked for there.
 
         Raises:
             FileNotFoundError: There is no such folder, or it lacks one of the two files.
@@ -97,7 +103,14 @@ class PretrainedMixin:
         if _is_checkpoint(found):
             checkpoint: Any = load_checkpoint(cls, found, map_location=map_location)
             return checkpoint.to(dtype=dtype)
-        folder = _find_folder(found, revision)
+        folder = _find_folder(
+            found,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         config, config_id = _read_config(folder / CONFIG_FILE, cls)
         weights = _read_weights(folder / WEIGHTS_FILE, config_id)
         model: Any = cls(config)  # type: ignore[call-arg]
@@ -181,7 +194,7 @@ def _is_checkpoint(path: Path) -> bool:
     return path.suffix == ".pth" and not path.is_dir()
 
 
-def _find_folder(folder: Path, revision: str | None) -> Path:
+def _find_folder(folder: Path, **download: Any) -> Path:
     """The local folder of a model, downloaded from the hub where there is none of that name."""
     if folder.is_dir():
         for file in (CONFIG_FILE, WEIGHTS_FILE):
@@ -203,7 +216,7 @@ def _find_folder(folder: Path, revision: str | None) -> Path:
             f"{folder} is no folder; to look for it on the hub: pip install 'mblm[hub]'"
         ) from error
     files = [CONFIG_FILE, WEIGHTS_FILE]
-    return Path(snapshot_download(folder.as_posix(), revision=revision, allow_patterns=files))
+    return Path(snapshot_download(folder.as_posix(), allow_patterns=files, **download))
 
 
 def _model_type(cls: type[PretrainedMixin]) -> str:

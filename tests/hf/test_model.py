@@ -332,6 +332,14 @@ class TestGenerateOptions:
         with pytest.raises(NotImplementedError, match="generate_batch"):
             lm.generate_batch([[1, 2]])
 
+    @pytest.mark.parametrize("shape", [(3,), (1, 2, 3), (0, 3), ()])
+    @pytest.mark.parametrize("name", ["inputs", "input_ids"])
+    def test_ids_are_rows(self, lm: MBLMForCausalLM, shape: tuple[int, ...], name: str) -> None:
+        with pytest.raises(ValueError, match=r"input_ids: expected shape \(B, L\)"):
+            lm.generate(**{name: torch.ones(shape, dtype=torch.long)}, max_new_tokens=3)
+        with pytest.raises(TypeError, match="input_ids: expected a tensor"):
+            lm.generate(**{name: [[1, 2]]}, max_new_tokens=3)
+
 
 class TestHub:
     @pytest.fixture

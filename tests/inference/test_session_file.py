@@ -177,6 +177,23 @@ def test_a_session_is_saved_after_any_step(
     assert torch.equal(loaded.logits(), session.logits())
 
 
+@pytest.mark.parametrize(
+    ("highest", "dtype"), [(255, torch.uint8), (256, torch.int16), (1 << 15, torch.int32)]
+)
+def test_bytes_take_no_more_than_they_need_and_those_of_older_files_are_read(
+    highest: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    m = model(mamba(), transformer(), seq_lens=[6, 4], num_tokens=40_000)
+    session = Session(m).feed([1, highest, 2, 3, 4, 5])
+    session.save(file := tmp_path / "s")
+    header, tensors = read(file)
+    assert tensors["0.tail"].dtype == dtype
+    for tail in (dtype, torch.int64):
+        content = header, tensors | {"0.tail": tensors["0.tail"].to(tail)}
+        write(file, content, signed=True)
+        assert torch.equal(Session.load(file, m).generate(13), session.fork().generate(13))
+
+
 # -- Files that are damaged at random --------------------------------------------------------------
 
 

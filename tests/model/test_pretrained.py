@@ -269,9 +269,13 @@ class TestHub:
             return str(folder)
 
         monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-        MBLM.from_pretrained("someone/some-model", revision="v1")
+        options = {"revision": "v1", "token": "secret", "cache_dir": folder}
+        options |= {"force_download": True, "local_files_only": True}
+        MBLM.from_pretrained("someone/some-model", **options)
         files = [CONFIG_FILE, WEIGHTS_FILE]
-        assert calls == [("someone/some-model", {"revision": "v1", "allow_patterns": files})]
+        assert calls == [("someone/some-model", {"allow_patterns": files, **options})]
+        MBLM.from_pretrained(folder, **options)
+        assert len(calls) == 1
 
     def test_an_incomplete_download_is_named(self, tmp_path: Path, monkeypatch: Any) -> None:
         hub = pytest.importorskip("huggingface_hub")
