@@ -2,6 +2,7 @@
 // operators' kernels.
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -220,7 +221,11 @@ RowIds rows_of(const py::sequence& given) {
 
 // Token ids (n) of bytes, or a tensor as it is.
 Tensor ids_of(py::handle given) {
-  if (!PyBytes_Check(given.ptr())) return given.cast<Tensor>();
+  if (THPVariable_Check(given.ptr())) return given.cast<Tensor>();
+  if (!PyBytes_Check(given.ptr())) {
+    const std::string kind = Py_TYPE(given.ptr())->tp_name;
+    throw py::type_error("ids: expected bytes or a tensor, got " + kind);
+  }
   const auto count = int64_t(PyBytes_GET_SIZE(given.ptr()));
   const auto* const bytes = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(given.ptr()));
   Tensor ids = mblm::make::empty({count}, at::kLong);
@@ -306,7 +311,7 @@ void bind_cache(py::module_& module) {
              TORCH_CHECK_VALUE(hierarchy->is_on_cpu(), "weights must be on the CPU");
              return std::make_shared<Cache>(std::move(hierarchy));
            }),
-           py::arg("hierarchy"))
+           py::arg("hierarchy").none(false))
       .def("add", &Cache::add, Release())
       .def("drop",
            [](Cache& cache, const py::sequence& given) {
@@ -391,7 +396,7 @@ void bind_cache(py::module_& module) {
       .def(py::init([](std::shared_ptr<Hierarchy> hierarchy, int64_t max_rows) {
              return std::make_shared<DeviceCache>(std::move(hierarchy), max_rows);
            }),
-           py::arg("hierarchy"), py::arg("max_rows"))
+           py::arg("hierarchy").none(false), py::arg("max_rows"))
       .def_property_readonly("slots", py::cpp_function(&DeviceCache::slots, Release()))
       .def_property_readonly("graphs", py::cpp_function(&DeviceCache::graphs, Release()));
 #endif

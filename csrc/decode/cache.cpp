@@ -55,7 +55,9 @@ std::shared_ptr<const Hierarchy> Cache::hierarchy() const {
 
 void Cache::set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy) {
   if (hierarchy == this->hierarchy()) return;
-  TORCH_CHECK_VALUE(memory_.fits(*hierarchy->parts(0)),
+  TORCH_CHECK_TYPE(hierarchy, "hierarchy must not be None");
+  TORCH_CHECK_VALUE(memory_.fits(*hierarchy->parts(0)) && hierarchy->num_tokens() == num_tokens_ &&
+                        hierarchy->max_length() == max_length_,
                     "the model's layers have other shapes than when decoding began; start a new "
                     "session");
   TORCH_CHECK_VALUE(hierarchy->device() == this->hierarchy()->device(),
@@ -105,22 +107,26 @@ void Cache::append(Row& row, const Tensor& ids) {
   if (ids.size(0) == 0) return;
   row.bytes.reserve(memory_.bytes(), ids.size(0));
   const int64_t* data = ids.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < ids.size(0); ++i) row.bytes.push_back(int32_t(data[i * ids.stride(0)]));
+  for (int64_t i = 0; i < ids.size(0); ++i) row.bytes.push_back(int32_t(data[i]));
   row.length += ids.size(0);
 }
 
-void Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
+// Pieces that nobody else can write to.
+std::vector<Tensor> Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
   check_count("ids", ids.size(), size_t(rows.size()));
   const int64_t limit = max_length_ ? max_length_ : kMostBytes;
+  std::vector<Tensor> own;
   for (int64_t i = 0; i < rows.size(); ++i) {
-    check_ids("ids", ids[i], num_tokens_);
+    own.push_back(own_ids("ids", ids[i], num_tokens_));
     TORCH_CHECK_VALUE(ids[i].size(0) <= limit - rows[i].length, "ids: ", rows[i].length,
                       " bytes and ", ids[i].size(0), " more exceed the context of ", limit,
                       " bytes, which fixed positions of stage 1 limit");
   }
+  return own;
 }
 
-void Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most, Host& host) {
+void Cache::feed(const Lease& rows, const std::vector<Tensor>& given, int64_t most, Host& host) {
+  const std::vector<Tensor> ids = check_fed(rows, given);
   if (!feed(rows, ids, most)) feed_long(rows, ids, most, host);
   for (int64_t i = 0; i < rows.size(); ++i) note_fed(rows[i], ids[i].size(0));
 }
@@ -151,7 +157,6 @@ void Cache::feed_long(const Lease& rows, const std::vector<Tensor>& ids, int64_t
 }
 
 bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most) {
-  check_fed(rows, ids);
   int64_t longest = 0;
   for (const Tensor& piece : ids) longest = std::max(longest, piece.size(0));
   const std::shared_ptr<const Parts> parts = parts_for(rows, longest);

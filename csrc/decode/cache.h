@@ -53,7 +53,7 @@ class Cache {
 
   // Takes in all but the last of the bytes, which stays pending. The host is given pieces with
   // which a stage takes in more than `most` positions.
-  void feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most, Host& host);
+  void feed(const Lease& rows, const std::vector<at::Tensor>& given, int64_t most, Host& host);
   void begin(const Lease& rows, std::vector<NewPlan> plans);
   std::vector<Ran> run(const Lease& rows, double seconds,
                        const std::vector<std::optional<at::Tensor>>& drafts, Host& host);
@@ -119,7 +119,7 @@ class Cache {
   std::unique_ptr<Workspace> take_space();
   void give_space(std::unique_ptr<Workspace> space) noexcept;
   void reserve_ahead(const Parts& parts, std::vector<Member>& members);
-  void check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
+  std::vector<at::Tensor> check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
 
   const int64_t num_tokens_, max_length_;
   std::unique_ptr<Workspace> spaces_;  // of calls that are over

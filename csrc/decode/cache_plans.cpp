@@ -91,18 +91,16 @@ void Cache::begin(const Lease& rows, std::vector<NewPlan> plans) {
 bool Cache::run(const Lease& rows, double seconds, const std::vector<std::optional<Tensor>>& drafts,
                 bool goes_on) {
   const auto begin = Team::Clock::now();
-  std::vector<Tensor> contiguous;
+  std::vector<Tensor> own(drafts.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
     TORCH_CHECK_VALUE(rows[i].plan, "row ", rows.id(i), ": it has no plan");
   }
   if (!drafts.empty()) check_count("drafts", drafts.size(), size_t(rows.size()));
   for (size_t i = 0; i < drafts.size(); ++i) {
-    contiguous.emplace_back();
     if (!drafts[i]) continue;
-    check_ids("drafts", *drafts[i], num_tokens_);
+    own[i] = own_ids("drafts", *drafts[i], num_tokens_);
     TORCH_CHECK_VALUE(!rows[i].plan->pauses, "drafts[", i,
                       "]: the plan pauses, so that nothing is drafted");
-    contiguous.back() = drafts[i]->contiguous();
   }
   std::vector<Member> members;
   for (int64_t i = 0; i < rows.size(); ++i) {
@@ -115,9 +113,9 @@ bool Cache::run(const Lease& rows, double seconds, const std::vector<std::option
     if (row.plan->end || (row.plan->pauses && !row.has_pending())) continue;
     Member member{.row = &row};
     if (row.plan->pauses) row.logits.reserve(num_tokens_);
-    if (!contiguous.empty() && contiguous[i].defined()) {
-      const std::span<const int64_t> draft(contiguous[i].const_data_ptr<int64_t>(),
-                                           size_t(contiguous[i].size(0)));
+    if (!own.empty() && own[i].defined()) {
+      const std::span<const int64_t> draft(own[i].const_data_ptr<int64_t>(),
+                                           size_t(own[i].size(0)));
       const size_t chosen = row.ids.size();
       const bool is_right =
           chosen <= draft.size() && std::equal(row.ids.begin(), row.ids.end(), draft.begin());
@@ -172,11 +170,14 @@ std::vector<Ran> Cache::choose(const Lease& rows, const std::optional<Tensor>& i
   }
   Tensor given_ids, given_logits, given_mask;
   if (ids) {
-    given_ids = check_given("ids", *ids, {count}, at::kLong);
-    check_ids("ids", given_ids, vocabulary);
+    check_shape("ids", *ids, {count});
+    given_ids = own_ids("ids", *ids, vocabulary);
   }
   if (logits) given_logits = check_given("logits", *logits, {count, vocabulary}, at::kFloat);
-  if (mask) given_mask = check_given("mask", *mask, {count, vocabulary}, at::kBool);
+  if (mask) {  // whose bytes may be others than 0 and 1, and change meanwhile
+    given_mask = check_given("mask", *mask, {count, vocabulary}, at::kBool);
+    given_mask = given_mask.view(at::kByte).ne(0);
+  }
   this->logits(rows, host);  // what is pending comes first
   Chooser chooser(vocabulary);
   const auto logits_of = [&](int64_t i) {

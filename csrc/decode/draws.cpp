@@ -19,10 +19,12 @@ namespace mblm::decode {
 GeneratorDraws::GeneratorDraws(std::optional<at::Generator> generator, int64_t lanes,
                                int64_t num_tokens, const c10::Device& device)
     : generator_(generator ? *generator : at::globalContext().defaultGenerator(device)),
-      num_tokens_(num_tokens),
-      lanes_(lanes) {
+      num_tokens_(num_tokens) {
   TORCH_CHECK_VALUE(generator_.device().type() == device.type(), "generator: expected one of ",
                     device, ", got one of ", generator_.device());
+  TORCH_CHECK_VALUE(lanes > 0 && num_tokens > 0, "lanes and num_tokens must be positive, got ",
+                    lanes, " and ", num_tokens);
+  lanes_.resize(lanes);
   spare_.reserve(1);
   if constexpr (kCuda) {
     if (!device.is_cuda()) return;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 
@@ -10,25 +11,30 @@
 
 namespace mblm::decode {
 
-// Of one dimension and on the CPU, each in the vocabulary.
-inline void check_ids(const char* name, const at::Tensor& ids, int64_t num_tokens) {
-  check_type(name, ids, at::kLong);
-  TORCH_CHECK_VALUE(ids.dim() == 1 && ids.device().is_cpu(), name,
-                    " must be of one dimension and on the CPU, got ", ids.sizes());
-  const at::Tensor contiguous = ids.contiguous();
-  const int64_t* data = contiguous.const_data_ptr<int64_t>();
-  const int64_t outside = cpu::first_id_outside(data, ids.numel(), num_tokens);
-  TORCH_CHECK_VALUE(outside < 0, name, " must lie in [0, ", num_tokens, "), got ",
-                    data[std::max<int64_t>(outside, 0)], " at index ", outside);
+// The same values in a contiguous tensor, which must be on the CPU.
+inline at::Tensor check_given(const char* name, const at::Tensor& tensor, at::ScalarType type) {
+  check_type(name, tensor, type);
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, name,
+                    " must be a dense tensor on the CPU");
+  return tensor.resolve_neg().contiguous();
 }
 
-// A contiguous tensor of that shape and type on the CPU.
 inline at::Tensor check_given(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
                               at::ScalarType type) {
   check_shape(name, tensor, shape);
-  check_type(name, tensor, type);
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU");
-  return tensor.contiguous();
+  return check_given(name, tensor, type);
+}
+
+// Token ids (n), each in the vocabulary, in a tensor that nobody else can write to meanwhile.
+inline at::Tensor own_ids(const char* name, const at::Tensor& ids, int64_t num_tokens) {
+  TORCH_CHECK_VALUE(ids.dim() == 1, name, " must be of one dimension, got ", ids.sizes());
+  const c10::InferenceMode guard(false);
+  const at::Tensor own = check_given(name, ids, at::kLong).clone();
+  const int64_t* data = own.const_data_ptr<int64_t>();
+  const int64_t outside = cpu::first_id_outside(data, own.numel(), num_tokens);
+  TORCH_CHECK_VALUE(outside < 0, name, " must lie in [0, ", num_tokens, "), got ",
+                    data[std::max<int64_t>(outside, 0)], " at index ", outside);
+  return own;
 }
 
 }  // namespace mblm::decode

@@ -78,16 +78,14 @@ Tensor take(const SavedState& state, const std::string& name, at::IntArrayRef sh
 Bytes take_tail(const Parts& parts, const Memory& memory, const SavedState& state) {
   const auto found = state.tensors.find("tail");
   TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have tail");
-  const Tensor& tail = found->second;
-  check_ids("tail", tail, parts.num_tokens());
+  const Tensor tail = own_ids("tail", found->second, parts.num_tokens());
   const int64_t count = tail.size(0), first = state.length - count;
   TORCH_CHECK_VALUE(first >= 0 && first <= first_kept(parts.schedule, state.taken) &&
                         first % parts.schedule.patch_size(0) == 0,
                     "tail must hold the bytes from number ",
                     first_kept(parts.schedule, state.taken), " on, of ", state.length, ", got ",
                     count);
-  const Tensor ids = tail.contiguous();
-  const int64_t* data = ids.const_data_ptr<int64_t>();
+  const int64_t* data = tail.const_data_ptr<int64_t>();
   Bytes bytes;
   bytes.reserve(memory.bytes(), count);
   for (int64_t i = 0; i < count; ++i) bytes.push_back(int32_t(data[i]));

@@ -36,7 +36,7 @@ class Reader {
 
   bool empty() const { return next_ == tensors_.size(); }
 
-  // A float32 tensor of this shape; -1 stands for any size.
+  // A float32 tensor of this shape; -1 stands for any positive size.
   Tensor tensor(at::IntArrayRef shape) {
     const Tensor& tensor = take();
     check(tensor, shape);
@@ -94,7 +94,7 @@ class Reader {
                       "] must be contiguous and on ", device, ", got ", tensor.device());
     bool fits = tensor.dim() == int64_t(shape.size());
     for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
-      fits = shape[d] == -1 || tensor.size(d) == shape[d];
+      fits = shape[d] == -1 ? tensor.size(d) > 0 : tensor.size(d) == shape[d];
     }
     TORCH_CHECK_VALUE(fits, "weights[", next_ - 1, "] must have shape ", shape, ", got ",
                       tensor.sizes());
