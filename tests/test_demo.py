@@ -1,8 +1,6 @@
 """The demonstration: the sources it reads, how it trains, what it leaves."""
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from mblm.demo import (
     train_demo,
 )
 from mblm.inference.session import Session
+from tests import fresh
 
 
 def test_trains_saves_and_writes(
@@ -107,15 +106,7 @@ def test_an_interrupt_leaves_nothing_and_says_nothing_of_a_saved_state(tmp_path:
         f"sys.argv = ['mblm', 'demo', '--out', {str(tmp_path / 'demo')!r}]\n"
         "main()"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "PYTHONWARNINGS": "ignore",
-        "TMPDIR": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    done = fresh.run(code, TMPDIR=str(tmp_path))
     assert (done.returncode, done.stderr) == (130, "")
     left = {file.name for file in tmp_path.iterdir()}
     assert {name for name in left if not name.startswith("torchinductor")} == {"demo"}

@@ -3,15 +3,13 @@
 import ast
 import importlib
 import inspect
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import mblm
+from tests import fresh
 
 NAMES = {
     "mblm": "MBLM MBLMEncoder MBLMModelConfig MBLMEncoderModelConfig MBLMReturnType "
@@ -168,13 +166,8 @@ LATER = [
 
 def imported_by(code: str) -> set[str]:
     """Modules that a fresh interpreter imports for this code, torch's aside."""
-    code = (
-        f"import sys, torch; before = set(sys.modules); {code}; print(*set(sys.modules) - before)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    arguments = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    code = f"import sys; before = set(sys.modules); {code}; print(*set(sys.modules) - before)"
+    return set(fresh.output_of(code).split())
 
 
 def test_importing_the_package_imports_only_itself() -> None:

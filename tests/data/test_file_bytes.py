@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm.data.file_bytes import FileBytes
+from tests import fresh
 
 
 def write(folder: Path, *contents: bytes) -> list[Path]:
@@ -210,14 +210,7 @@ def test_gigabytes_take_megabytes_of_memory(tmp_path: Path, kind: str) -> None:
     file.parent.mkdir()
     with file.open("wb") as opened:
         opened.truncate(GIGABYTES * 2**30)  # sparse: takes no room on the disk
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE, kind, str(tmp_path)],
-        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    samples, total, kilobytes = map(int, done.stdout.split())
+    samples, total, kilobytes = map(int, fresh.output_of(MEASURE, kind, tmp_path).split())
     assert samples * 8192 > 0.8 * GIGABYTES * 2**30
     assert total == 0
     assert kilobytes < 64 * 1024

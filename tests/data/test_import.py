@@ -1,11 +1,10 @@
 """What programs import from ``mblm.data``, and that Pillow waits for the first image."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests import fresh
 
 NAMES = {
     "mblm.data.datasets": "DistributedDataset DistributedDatasetConfig",
@@ -33,20 +32,9 @@ def test_names_can_be_imported(module: str) -> None:
     assert [name for name in NAMES[module].split() if not hasattr(imported, name)] == []
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_no_import_brings_pillow_or_the_trainer() -> None:
     imports = "; ".join(f"import {module}" for module in NAMES)
-    done = run(
+    done = fresh.run(
         f"import sys; {imports}; "
         "print([name for name in ('PIL', 'mblm.train', 'mblm.model') if name in sys.modules])"
     )
@@ -54,7 +42,7 @@ def test_no_import_brings_pillow_or_the_trainer() -> None:
 
 
 def test_without_pillow_an_image_says_how_to_get_it() -> None:
-    done = run(
+    done = fresh.run(
         "import sys; sys.modules['PIL'] = None; from mblm.data.utils import *; "
         "ImagePipeline('image.png', ColorSpace.RGB)"
     )

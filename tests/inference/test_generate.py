@@ -3,7 +3,6 @@
 import errno
 import io
 import math
-import subprocess
 import sys
 import time
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from mblm import MBLM, MBLMReturnType
 from mblm.utils.stream import ByteStreamer
-from tests.conftest import ROOT
+from tests import fresh
 from tests.models import LSTMBlock, mamba, model, transformer
 
 # How a reader may leave.
@@ -423,8 +422,8 @@ class TestCompiled:
 
     def test_the_compiler_is_not_imported_for_it(self) -> None:
         program = (
-            "import sys, torch; sys.path.insert(0, sys.argv[1]); from tests.models import *; "
+            "import sys; from tests.models import *; "
             "model(transformer(), seq_lens=[3, 4]).generate(num_tokens_to_generate=2); "
             "assert 'torch._dynamo' not in sys.modules"
         )
-        subprocess.run([sys.executable, "-c", program, str(ROOT)], check=True)
+        fresh.output_of(program)

@@ -1,11 +1,10 @@
 """Decoding on the threads that there are, which can be fewer than torch's."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
+from tests import fresh
 from tests.native import needs_native
 
 # Worth more than one thread. Of 6 heads, 2 threads take 3 each, and 4 share all.
@@ -13,6 +12,7 @@ SETUP = """
 import os, signal, torch
 from mblm.inference.session import Session
 from tests.models import model, transformer
+from tests import fresh
 
 torch.manual_seed(0)
 torch.set_num_threads(4)
@@ -28,14 +28,7 @@ def decode():
 
 
 def output_of(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", SETUP + script],
-        env={**os.environ, "MBLM_NATIVE": "require", **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return done.stdout
+    return fresh.output_of(SETUP + script, MBLM_NATIVE="require", **environment)
 
 
 @needs_native

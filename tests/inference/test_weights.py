@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import subprocess
 import sys
 import threading
 import weakref
@@ -18,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from mblm import MBLM
 from mblm.inference.weights import Weights, weights_of
 from mblm.ops.packing import WEIGHT_TYPES
+from tests import fresh
 from tests.models import LSTMBlock, mamba, model, transformer
 from tests.native import needs_native
 
@@ -325,8 +325,7 @@ class TestNeverPlain:
             "from tests.models import model, transformer\n"
             "assert weights_of(model(transformer(), seq_lens=[3])) is None"
         )
-        environment = {"MBLM_NATIVE": "0", "PYTHONPATH": ":".join(sys.path)}
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        fresh.output_of(code, MBLM_NATIVE="0")
 
 
 class TestLifetime:
@@ -381,5 +380,4 @@ limit = pages * resource.getpagesize() + (24 << 20)  # less than is mapped at on
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 assert weights_of(own, "int8") is not None
 """
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    fresh.output_of(code)

@@ -1,7 +1,5 @@
 """What decoding computes, and the memory that a long prompt takes."""
 
-import os
-import subprocess
 import sys
 import textwrap
 from typing import Any
@@ -10,7 +8,7 @@ import pytest
 import torch
 
 from mblm.inference.session import Session
-from tests.conftest import ROOT
+from tests import fresh
 from tests.models import LSTMBlock, model
 
 
@@ -64,16 +62,8 @@ PEAK = """
 
 def peak_mib(prompt: int) -> float:
     """Peak memory of a fresh process that takes in a prompt, in MiB."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PEAK), str(prompt)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     unit = 1 if sys.platform == "darwin" else 1024
-    return int(done.stdout.split()[-1]) * unit / 2**20
+    return int(fresh.output_of(textwrap.dedent(PEAK), prompt)) * unit / 2**20
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,6 +23,7 @@ from mblm.train.mblm import (
 from mblm.utils.distributed import ElasticRunVars
 from mblm.utils.errors import describe
 from mblm.utils.io import load_model_state
+from tests import fresh
 
 from .core import jobs
 
@@ -210,4 +209,4 @@ def test_importing_needs_no_pillow_and_touches_no_device():
         "assert 'PIL' not in sys.modules\n"
         "assert not torch.cuda.is_initialized()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.output_of(code)

@@ -1,7 +1,5 @@
 """CUDA facts: without a device, with a simulated one, and that importing asks for none."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from mblm.utils import cuda
 from mblm.utils.cuda import CudaMemorySnapshot, cuda_memory_snapshot, cuda_properties
+from tests import fresh
 
 NOTHING = CudaMemorySnapshot(0.0, 0.0, 0.0, 0.0, 0.0, "GB")
 
@@ -84,7 +83,7 @@ def test_importing_asks_for_no_device():
         "torch.cuda.is_available = torch.cuda.device_count = fail\n"
         "import mblm.utils.cuda"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.output_of(code)
 
 
 def test_other_names_are_missing():

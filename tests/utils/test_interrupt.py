@@ -1,12 +1,11 @@
 """Ctrl-C ends a program at once, or raises, and what was set before comes back."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from mblm.utils import interrupt
+from tests import fresh
 
 
 def test_ends_without_a_word_and_loses_nothing_that_was_written() -> None:
@@ -18,7 +17,7 @@ def test_ends_without_a_word_and_loses_nothing_that_was_written() -> None:
         "    signal.raise_signal(signal.SIGINT)\n"
         "print('never')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert (done.returncode, done.stdout, done.stderr) == (130, "written\n", "")
 
 

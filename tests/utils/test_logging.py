@@ -2,12 +2,11 @@
 
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 
 from mblm.utils.logging import create_logger, shutdown_log_handlers
+from tests import fresh
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_shutdown_closes_files(tmp_path):
         "log = create_logger('x', log_dir=sys.argv[1]); log.info('hello')\n"
         "shutdown_log_handlers(); assert log.handlers[0].stream is None"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ})
+    fresh.output_of(code, tmp_path)
     assert (tmp_path / "x.log").read_text().endswith("hello\n")
     assert callable(shutdown_log_handlers)
 
@@ -99,4 +98,4 @@ def test_importing_sets_up_no_logging():
         "assert not logging.getLogger().handlers\n"
         "assert logging.getLogger().level == logging.WARNING"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.output_of(code)
