@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, STOPS
-from mblm.train.experiment import STOPPED_MARK, find_resume, load_experiment, train_experiment
+from mblm.train.experiment import STOPPED_MARK, load_experiment, train_experiment
 from mblm.utils.imports import import_modules
 
 # Workers finish their step and save when they are told to stop; later they are killed.
@@ -70,8 +70,7 @@ def launch(
         arguments += ["--import", module]
     if resume in ("latest", "auto"):
         # The latest of now: later it could be one that these workers write.
-        found = find_resume(resume, Path(config.io.output_dir), config.io.name_model)
-        resume = found.get("checkpoint_file")
+        resume = config.resume.checkpoint_file if config.resume else None
     if resume is not None:
         arguments += ["--resume", resume]
     _run_workers(arguments, nproc, nnodes, node_rank, rdzv_endpoint)

@@ -81,16 +81,9 @@ def check_same_on_all(facts: Facts, workers: Workers) -> None:
 
 
 def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: bool) -> list[str]:
-    """Compare a run with the one that a training state is of.
+    """Compare a run with the one that a training state is of; returns what has changed since.
 
-    Args:
-        before: The facts that the state was saved with.
-        now: The facts.
-        state: The state, for the message.
-        exact: Whether the run goes on to the bit; if not, batches and steps may have another size.
-
-    Returns:
-        What has changed and takes effect from now on.
+    If it does not go on exactly, batches and steps may have another size.
 
     Raises:
         ValueError: Something has changed that the state's numbers depend on.

@@ -121,12 +121,7 @@ class Tracker:
 class Loggers:
     """All that are configured. One that fails is left out from then on, which is said once.
 
-    Args:
-        names: Their names; none for a worker that does not log.
-        folder: The run's folder.
-        project: What the run is one of many of: the model's name.
-        config: The run's configuration, plain values.
-        log: Is told what went wrong, as is standard error.
+    The run is one of many of a project; its configuration is plain values.
     """
 
     def __init__(

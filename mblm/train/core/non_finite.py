@@ -1,21 +1,73 @@
-"""Losses that are NaN or infinite: which they were, and the end of a run that has too many."""
+"""Steps that teach nothing: with losses that are NaN or infinite, or without a gradient."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
+from mblm.train.core.config import CoreTrainConfig
 from mblm.train.core.parallel import Workers
+from mblm.train.core.run import Run
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient was NaN or infinite in too many steps in a row."""
 
 
-def find_bad_losses(losses: list[torch.Tensor], workers: Workers, end: int) -> str:
-    """Tell which losses of a step are not finite, by rank and batch; empty if all are.
+def judge_step(
+    run: Run,
+    config: CoreTrainConfig,
+    workers: Workers,
+    norm: float,
+    losses: list[torch.Tensor],
+    place: str,
+    tell: Callable[[str], object],
+) -> None:
+    """Tell of a step that was left out or learned nothing; end a run that has too many of them.
 
-    Called by all workers, each with the losses of its batches, the last of which was ``end - 1``.
+    Called by all workers, each with the losses of its batches, the last of which was at a place.
+
+    Raises:
+        NonFiniteLossError: That many in a row were left out.
+        ValueError: No step so far had a gradient.
     """
+    position = run.position
+    if math.isfinite(norm):
+        position.non_finite = 0
+        if norm == 0:
+            _judge_no_gradient(run, config, tell)
+        return
+    bad = _find_bad_losses(losses, workers, position.step)
+    if not bad and run.scaler.is_enabled():
+        return  # The scale was too large for half precision, and is smaller now.
+    position.non_finite += 1
+    message = (
+        f"Step left out after {place}: {bad or 'the gradient is not finite, though the losses are'}"
+        f" ({position.non_finite} in a row)"
+    )
+    tell(message)
+    too_many = position.non_finite >= config.max_non_finite_steps
+    if too_many and config.non_finite_loss == "stop":
+        raise NonFiniteLossError(message)
+
+
+def _judge_no_gradient(run: Run, config: CoreTrainConfig, tell: Callable[[str], object]) -> None:
+    position = run.position
+    position.without_gradient += 1
+    steps = position.done // config.gradient_accumulate_every
+    message = (
+        f"The gradient was zero in {position.without_gradient} of {steps} steps: do entries of "
+        "their batches have loss, or are all masked out or padding?"
+    )
+    never_learned = position.without_gradient == steps
+    if never_learned and steps in (config.max_non_finite_steps, run.plan.gradient_steps):
+        raise ValueError(message)
+    if position.without_gradient == 1:
+        tell(message)
+
+
+def _find_bad_losses(losses: list[torch.Tensor], workers: Workers, end: int) -> str:
+    """Which losses are not finite, by rank and batch; the last was of batch ``end - 1``."""
     return "; ".join(
         f"loss {loss} on rank {rank}, batch {index}"
         for rank, of_rank in enumerate(workers.gather([float(loss) for loss in losses]))

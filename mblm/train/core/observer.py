@@ -26,10 +26,10 @@ SAMPLES, ELEMENTS = 16, 1 << 18
 class Observer:
     """Measures the batches between two points that are logged, and writes what they came to.
 
+    The workers call its methods together; the main one writes.
+
     Args:
-        workers: The workers, which call the methods together.
-        folder: Where it is written, by the main worker.
-        log: Takes what the model writes, too.
+        workers, folder, log: The run's.
         unit: What an element is; of bytes, losses are logged in bits.
         elements: Elements of a batch, all workers together.
     """

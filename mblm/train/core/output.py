@@ -21,10 +21,7 @@ _BEST = Path("state", "best")
 class CsvLog(Generic[Row]):
     """Appends rows to a CSV file, each by one write, so that several workers may share the file.
 
-    Args:
-        file: The file; its folder exists.
-        columns: The names of the columns.
-        enabled: Whether this worker writes rows.
+    A worker for which it is not ``enabled`` writes none.
     """
 
     def __init__(self, file: Path, columns: type[Row], *, enabled: bool) -> None:
@@ -37,7 +34,7 @@ class CsvLog(Generic[Row]):
         self._file.write_bytes(_csv_lines([self._columns]).encode())
 
     def write_row(self, row: Row) -> None:
-        """Append a row, if this worker does."""
+        """Append a row."""
         if not self._enabled:
             return
         line = _csv_lines([row]).encode()
@@ -88,13 +85,7 @@ class BestModels:
 
     Each is written once, to ``state/best``, and stays there while the run or one of its training
     states refers to it; the ``.pth`` files are links to them (copies where there are no links), so
-    that a training state keeps its best models without a copy.
-
-    Args:
-        run_dir: The run folder.
-        name: The model's name.
-        count: How many to keep.
-        writes: Whether this worker writes the files.
+    that a training state keeps its best models without a copy. Of the workers one ``writes``.
 
     Attributes:
         entries: The models, best first. A loss that leaves batches out ranks only while there is

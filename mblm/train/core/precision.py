@@ -9,13 +9,8 @@ import torch
 class Precision:
     """Autocast, and a gradient scaler where half precision needs one.
 
-    On a CPU ``"auto"`` is float32: without instructions for bfloat16, which few CPUs have, autocast
-    is slower there.
-
-    Args:
-        name: ``"auto"``, ``"float32"`` or ``"bfloat16"``, as `CoreTrainConfig.precision`.
-        device_type: ``"cuda"`` or ``"cpu"``.
-        amp_dtype: What ``"auto"`` is on CUDA.
+    Its name is `CoreTrainConfig.precision`, of which ``"auto"`` is ``amp_dtype`` on CUDA. On a CPU
+    it is float32: without instructions for bfloat16, which few CPUs have, autocast is slower there.
     """
 
     def __init__(self, name: str, device_type: str, amp_dtype: torch.dtype) -> None:

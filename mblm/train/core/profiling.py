@@ -13,16 +13,10 @@ WARM_UP = 2
 
 
 class Profile:
-    """Profiles some steps of a run after `WARM_UP` of them, while the block runs.
+    """Profiles some steps of a run, or none, after `WARM_UP` of them, while the block runs.
 
     It writes ``trace.json.gz``, which https://ui.perfetto.dev shows; ``operators.txt``, a table;
-    and on a GPU ``memory.pickle``, for https://pytorch.org/memory_viz.
-
-    Args:
-        steps: How many; 0 for none.
-        folder: Where to write.
-        is_cuda: Whether there is a GPU to profile.
-        say: Called with what was written.
+    and on a GPU ``memory.pickle``, for https://pytorch.org/memory_viz; ``say`` is called with that.
     """
 
     def __init__(
@@ -88,11 +82,7 @@ class Profile:
 
 
 def check_profile(steps: int, left: int) -> None:
-    """Refuse to profile more steps than a run has left.
-
-    Raises:
-        ValueError: They are more.
-    """
+    """Refuse to profile more steps than a run has left, by a ValueError."""
     if steps < 0 or (steps and steps + WARM_UP > left):
         raise ValueError(
             f"profile: expected at most {max(left - WARM_UP, 0)} steps, which this run has after "

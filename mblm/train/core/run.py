@@ -124,12 +124,7 @@ class Run:
         """Apply the gradients, unless one of them is NaN or infinite on any worker.
 
         Waits for the device once, for the norm of the gradients: weights that a bad gradient has
-        reached cannot be repaired.
-
-        Args:
-            clip: The largest norm.
-            measure: Measures the mean gradient, if that is to be noted.
-            factor: What the gradients are multiplied by first.
+        reached cannot be repaired. They are multiplied by a factor first.
 
         Returns:
             The norm of the gradients, which were applied if it is finite.

@@ -19,8 +19,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mblm.data.types import ModelMode
 from mblm.train.core.config import (
     CSVLossEntry,
@@ -55,16 +53,14 @@ Config = GenericEntryConfig[Any, Any, Any]
 class RunFolder:
     """Writes what a run tells. All workers have one; the main worker writes, all may log losses.
 
+    The main worker must hold the folder, see `hold_run`, while anything is written.
+
     Args:
-        config: The run's configuration.
-        options: The names of the files.
-        workers: The workers.
-        path: The folder; the main worker must hold it, see `hold_run`, while anything is written.
-        is_new: Whether the run begins, with empty files.
+        config, options, workers, path: The run's.
+        log: Is told what goes wrong with loggers.
+        resumed: The state that the run goes on from; without it, it begins with empty files.
 
     Attributes:
-        path: The folder.
-        best: The best models.
         summary, lineage: What ``config.yaml`` says about the run.
     """
 
@@ -74,8 +70,8 @@ class RunFolder:
         options: CoreTrainerOptions,
         workers: Workers,
         path: Path,
-        *,
-        is_new: bool,
+        log: logging.Logger,
+        resumed: SavedState | None,
     ) -> None:
         io = config.io
         self.path = path
@@ -97,28 +93,21 @@ class RunFolder:
             path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=workers.is_main
         )
         self._metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=workers.is_main)
-        self.loggers = Loggers([], path, "", {}, logging.getLogger())
+        names = _logger_names(config, workers)
+        self.loggers = Loggers(names, path, io.name_model, config.model_dump(mode="json"), log)
         self.lineage: Lineage | None = None
-        resume = config.resume
         self._resume = ResumeConfig(
             checkpoint_file="",
             next_epoch_index=-1,
             next_batch_index=-1,
-            resumed_from=resume.checkpoint_file if resume else None,
+            resumed_from=config.resume.checkpoint_file if config.resume else None,
         )
-        if not is_new:
-            self._resume = self._resume_told_before()
+        if resumed is not None:
+            self._take_over(resumed)
         elif workers.is_main:
-            self._loss.create()
-            self._timemem.create()
-            self._metrics.create()
+            for file in (self._loss, self._timemem, self._metrics):
+                file.create()
         workers.barrier()
-
-    def open_loggers(self, log: logging.Logger) -> None:
-        """Begin to log where it is configured; what goes wrong there is told."""
-        io, config = self._config.io, self._config.model_dump(mode="json")
-        names = _logger_names(self._config, self._workers)
-        self.loggers = Loggers(names, self.path, io.name_model, config, log)
 
     def rewind(self, saved: SavedState) -> None:
         """Go back to a training state: drop what was written after it."""
@@ -130,7 +119,16 @@ class RunFolder:
                 log.keep_before(train=step, valid=validated)
             prune_states(self.path, after=step)
         self.best.restore(saved.manifest["best"])
+        self._take_over(saved)
         self._workers.barrier()
+
+    def _take_over(self, saved: SavedState) -> None:
+        told = saved.manifest.get("resume", {})  # which older states have not
+        self._resume = self._resume.model_copy(update=told)
+
+    def manifest(self) -> dict[str, Any]:
+        """What a training state holds of the folder, for `rewind`."""
+        return {"best": self.best.entries, "resume": self._resume.model_dump()}
 
     def dump_config(self) -> None:
         """Write ``config.yaml``."""
@@ -186,10 +184,7 @@ class RunFolder:
     ) -> None:
         """Offer a model for the best; ``config.yaml`` then tells how to go on from the best.
 
-        Args:
-            loss, left_out: Its validation loss, and how many batches that does not count.
-            state: Its whole state dict; the main worker's counts.
-            position: Where it was made.
+        Its validation loss leaves so many batches out; the main worker's state dict counts.
         """
         name = f"step_{position.step:08d}.pth" if position.done else "resumed.pth"
         self.best.add(Ranked(loss, name, left_out), state)
@@ -204,24 +199,12 @@ class RunFolder:
         if self._workers.is_main:
             self.best.prune(referred_models(prune_states(self.path)))
 
-    def _resume_told_before(self) -> ResumeConfig:
-        try:
-            told = yaml.safe_load(self._config_file.read_bytes())["resume"]
-            return ResumeConfig.model_validate(told)
-        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-            return self._resume  # The file is lost or was changed: it is written anew.
-
 
 def make_run_dir(config: Config, workers: Workers, run_id: str, state_dir: Path | None) -> Path:
     """The folder of a run on every worker; a new one but for a run that goes on.
 
-    Making one comes last: everything else must have been checked before.
-
-    Args:
-        config: The run's configuration.
-        workers: The workers.
-        run_id: What follows the model's name in that of a new folder; the main worker's counts.
-        state_dir: The training state that the run goes on from, in its folder.
+    Making one comes last: everything else must have been checked before. A new one is called by
+    the model's name and the main worker's ``run_id``; ``state_dir`` is in that of a run.
     """
     check_loggers(_logger_names(config, workers))
     path = Path()

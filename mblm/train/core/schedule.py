@@ -72,11 +72,7 @@ def plan_run(config: GenericEntryConfig[Any, Any, Any], world_size: int, start: 
 def check_start(plan: Plan, done: int, epoch: int, batch: int, batches: int) -> None:
     """Refuse a place to start from that is past the run's end or not in its data.
 
-    Args:
-        plan: The run.
-        done: Batches of it that are done.
-        epoch, batch: Where the next batch is.
-        batches: How many that epoch has.
+    ``done`` batches of the run are done; the next is in an epoch of so many ``batches``.
     """
     if done > plan.batches:
         raise ValueError(

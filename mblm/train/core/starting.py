@@ -238,10 +238,10 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def _open(self, path: Path) -> None:
         """Begin with what is in the folder."""
-        is_new = self._resumed is None
-        self._folder = RunFolder(self.config, self.options, self._workers, path, is_new=is_new)
-        self._log = self.configure_logger(self._folder.path, self._workers.is_main)
-        self._folder.open_loggers(self._log)
+        self._log = self.configure_logger(path, self._workers.is_main)
+        self._folder = RunFolder(
+            self.config, self.options, self._workers, path, self._log, self._resumed
+        )
         self._folder.summary.parameter_count, parts = self._parameters
         self._folder.dump_config()
         self._log.info(f"Model parameters: {self._parameters[0]}, ({parts})")
@@ -264,8 +264,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         """Save the training state."""
         manifest = {
             "strategy": self.config.train.strategy,
-            "best": self._folder.best.entries,
             "facts": facts_of(self.config, run.lineage),
+            **self._folder.manifest(),
         }
         save_training_state(
             self._folder.path,

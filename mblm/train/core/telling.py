@@ -14,14 +14,14 @@ def format_loss(loss: float, unit: str) -> str:
 
 
 def describe_model(parameters: int, parts: Mapping[str, int]) -> str:
-    """One line: the parameters, of parts and of what is around them."""
+    """The parameters in all, of parts and of what is around them."""
     counts = {**parts, "around them": parameters - sum(parts.values())} if parts else {}
     told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return f"Model: {parameters:,} parameters" + (f" ({told})" if told else "")
 
 
 def describe_data(training: DataLineage, validation: DataLineage, unit: str) -> str:
-    """One line: the files, their size, and that of the parts in elements of this name."""
+    """The files, their size, and that of the parts in elements of this name."""
     source = training.dataset
     if training.files:
         source = next(iter(training.first)) if training.files == 1 else f"{training.files:,} files"
@@ -32,7 +32,7 @@ def describe_data(training: DataLineage, validation: DataLineage, unit: str) -> 
 
 
 def describe_plan(plan: Plan, done: int, elements: str, workers: int, folder: Path) -> str:
-    """One line: steps and how much each takes, validations, processes, and where it writes."""
+    """Steps and how much each takes, validations, processes, and where it writes."""
     counts = [f"{plan.gradient_steps:,} steps of {elements}"]
     if done:
         counts.append(f"of which {done:,} are done")

@@ -19,7 +19,7 @@ from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, Sourc
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
-from mblm.train.core.non_finite import NonFiniteLossError, find_bad_losses
+from mblm.train.core.non_finite import NonFiniteLossError, judge_step
 from mblm.train.core.observer import Observer
 from mblm.train.core.profiling import Profile
 from mblm.train.core.progress import Progress
@@ -280,39 +280,8 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         norm = run.step(clip=config.gradient_clipping, measure=measure, factor=factor)
         if not run.plan.log_points.isdisjoint(past):
             self._observer.step(position.done, now - 1, losses, rates, norm)
-        if math.isfinite(norm):
-            position.non_finite = 0
-            if norm == 0:
-                self._note_no_gradient(run)
-            return
-        bad = find_bad_losses(losses, self._workers, position.step)
-        if not bad and run.scaler.is_enabled():
-            return  # The scale was too large for half precision, and is smaller now.
-        position.non_finite += 1
-        message = (
-            f"Step left out after batch {item.batch} of epoch {item.epoch}: "
-            f"{bad or 'the gradient is not finite, though the losses are'} "
-            f"({position.non_finite} in a row)"
-        )
-        self._tell(message)
-        too_many = position.non_finite >= config.max_non_finite_steps
-        if too_many and config.non_finite_loss == "stop":
-            raise NonFiniteLossError(message)
-
-    def _note_no_gradient(self, run: Run) -> None:
-        """Say that a step has learned nothing; end a run in which none has learned anything."""
-        config, position = self.config.train, run.position
-        position.without_gradient += 1
-        steps = position.done // config.gradient_accumulate_every
-        message = (
-            f"The gradient was zero in {position.without_gradient} of {steps} steps: do entries of "
-            "their batches have loss, or are all masked out or padding?"
-        )
-        never_learned = position.without_gradient == steps
-        if never_learned and steps in (config.max_non_finite_steps, run.plan.gradient_steps):
-            raise ValueError(message)
-        if position.without_gradient == 1:
-            self._tell(message)
+        place = f"batch {item.batch} of epoch {item.epoch}"
+        judge_step(run, config, self._workers, norm, losses, place, self._tell)
 
     def _validate(self, run: Run, requests: Requests) -> None:
         """Validate, log the loss, and keep the model if it is among the best.

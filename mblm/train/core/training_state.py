@@ -5,8 +5,8 @@ A training state is a folder ``<run>/state/step_<n>``, n being the batches train
     common.pt      what all workers share: scaler, seed, and the weights and the optimizer's state
                    if every worker holds them
     rank_<r>.pt    what is one worker's: position, random numbers, pending gradients, its shard
-    COMPLETE       JSON: format, workers, strategy, what the run depends on, and the best models'
-                   losses and files
+    COMPLETE       JSON: format, workers, strategy, what the run depends on, the best models'
+                   losses and files, and how ``config.yaml`` says to go on
 
 It is written as ``.step_<n>.tmp`` and renamed when all files are on the disk, so that a folder with
 that name is whole. All workers must see the same folder. Nothing but tensors and plain values is
@@ -114,14 +114,8 @@ def save_training_state(
 ) -> None:
     """Save a state, unless there is one of this step; called by all workers.
 
-    Args:
-        run_dir: The run folder.
-        step: Batches trained on.
-        manifest: What others want to know of it, plain values: ``strategy``, ``facts``, and
-            ``best`` (loss, file and more); the main worker's counts.
-        common: What all share; the main worker's counts.
-        own: What is this worker's.
-        workers: The workers.
+    Of the manifest (plain values: ``strategy``, ``facts``, ``best``, ``resume``) and of what is
+    common to all, those of the main worker count.
 
     Raises:
         OSError: On all workers: the state cannot be written; the states before are as they were.
