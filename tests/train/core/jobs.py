@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,19 @@ class Trainer(CoreTrainer[Model, torch.Tensor, Params, CoreTrainConfig, CoreIoCo
         return [model.logits]
 
 
+class StopsItself(Trainer):
+    """Asks itself to stop while it computes a batch."""
+
+    stop_in = 0
+
+    def model_forward(self, model: Model, batch: torch.Tensor, device: str) -> torch.Tensor:
+        if model.training:
+            type(self).stop_in -= 1
+            if self.stop_in == 0:
+                signal.raise_signal(signal.SIGTERM)
+        return super().model_forward(model, batch, device)
+
+
 class ByRecipe(Trainer):
     """Is optimized as the configuration says."""
 
@@ -105,6 +119,14 @@ class ByRecipe(Trainer):
     configure_scheduler = MegabyteTrainer.configure_scheduler  # type: ignore[assignment]
 
 
+# Three epochs; steps of four batches that do not end with the epochs; dropout and shuffling.
+EVERYTHING: dict[str, Any] = {
+    "batches": 34,
+    "dropout": 0.3,
+    "shuffle_train": True,
+    "gradient_accumulate_every": 4,
+    "gradient_clipping": 0.5,
+}
 MUON = {
     "optimizer": "muon",
     "learning_rate_matrix": 0.01,
@@ -151,6 +173,13 @@ def alone(trainer: type[Trainer], cfg: Config, **options: Any) -> Trainer:
     return trainer(cfg, run_vars, CoreTrainerOptions(**options))
 
 
+def train_alone(trainer: type[Trainer], cfg: Config, dataset: Any = Ids) -> Path:
+    """Train as the only worker; returns the run folder."""
+    made = alone(trainer, cfg)
+    made.train(dataset(), dataset(10))
+    return made._folder.path
+
+
 def run_of(folder: Path) -> Path:
     """The latest run folder."""
     return max(folder.glob("tiny_*"), key=lambda run: run.stat().st_ctime_ns)
@@ -178,6 +207,14 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def assert_same_runs(run: Path, whole: Path) -> None:
+    """That a run has come to the same losses, state and models as one that went through."""
+    assert losses(run) == losses(whole)
+    assert same(final_state(run), final_state(whole))
+    for file in whole.glob("*.pth"):
+        assert same(torch.load(run / file.name), torch.load(file))
 
 
 # -- Processes ------------------------------------------------------------------------------------
