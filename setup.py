@@ -35,7 +35,8 @@ BUILD = ROOT / "build" if os.access(ROOT, os.W_OK) else Path(tempfile.mkdtemp())
 BUILDS = bool(COMPILE & set(sys.argv))
 # What of the decoding engine knows no torch, and is compiled as the kernels are.
 ENGINE = [
-    f"csrc/decode/{name}.cpp" for name in ("choose", "memory", "proposer", "rows", "run", "start")
+    f"csrc/decode/{name}.cpp"
+    for name in ("catch_up", "choose", "memory", "proposer", "rows", "run", "start")
 ]
 
 

@@ -19,6 +19,16 @@
 #include "decode/weights.h"
 #include "torch/tensors.h"
 
+// What a run did with a row is a tuple in Python.
+template <>
+struct pybind11::detail::type_caster<mblm::decode::Ran> {
+  static constexpr auto name = const_name("tuple");
+  static handle cast(const mblm::decode::Ran& ran, return_value_policy, handle) {
+    const object log_probs = ran.log_probs.defined() ? pybind11::cast(ran.log_probs) : none();
+    return make_tuple(ran.ids, log_probs, name_of(ran.reason)).release();
+  }
+};
+
 namespace {
 
 namespace py = pybind11;
@@ -233,31 +243,28 @@ Tensor ids_of(py::handle given) {
   return ids;
 }
 
-// Calls function(lease, host), without the GIL, for rows that nobody else may use meanwhile.
-template <class Function>
-auto call(Cache& cache, const py::sequence& given, Function function, py::handle caller = {}) {
-  const RowIds rows = rows_of(given);
-  Caller host(caller);
-  const py::gil_scoped_release release;
-  const Lease lease = cache.lease(rows);
-  return function(lease, host);
+// A method of rows as Python calls it: without the GIL, for rows that nobody else may use
+// meanwhile.
+template <class Result, class... Arguments>
+auto of_rows(Result (Cache::*method)(const Lease&, Arguments...)) {
+  return [method](Cache& cache, const py::sequence& given, const std::decay_t<Arguments>&... all) {
+    const RowIds rows = rows_of(given);
+    const py::gil_scoped_release release;
+    return (cache.*method)(cache.lease(rows), all...);
+  };
 }
 
-// The same with the weights that the caller's model has now.
-template <class Function>
-auto call(Cache& cache, py::handle caller, const Weights& weights, const py::sequence& given,
-          Function function) {
-  cache.set_hierarchy(weights);
-  return call(cache, given, function, caller);
-}
-
-std::vector<py::tuple> tuples_of(std::vector<Ran> all) {
-  std::vector<py::tuple> tuples;
-  for (Ran& ran : all) {
-    const py::object log_probs = ran.log_probs.defined() ? py::cast(ran.log_probs) : py::none();
-    tuples.push_back(py::make_tuple(std::move(ran.ids), log_probs, name_of(ran.reason)));
-  }
-  return tuples;
+// The same with a host, which its caller is, and with the weights that the caller's model has now.
+template <class Result, class... Arguments>
+auto of_rows(Result (Cache::*method)(const Lease&, Host&, Arguments...)) {
+  return [method](Cache& cache, py::handle caller, const Weights& weights,
+                  const py::sequence& given, const std::decay_t<Arguments>&... all) {
+    const RowIds rows = rows_of(given);
+    Caller host(caller);
+    const py::gil_scoped_release release;
+    cache.set_hierarchy(weights);
+    return (cache.*method)(cache.lease(rows), host, all...);
+  };
 }
 
 // Bytes that come one piece after the other, and what a row of them would propose.
@@ -322,73 +329,24 @@ void bind_cache(py::module_& module) {
              const py::gil_scoped_release release;
              cache.drop(rows);
            })
-      .def("copy",
-           [](Cache& cache, const py::sequence& rows) {
-             return call(cache, rows, [&](const Lease& held, Host&) { return cache.copy(held); });
-           })
-      .def("lengths",
-           [](Cache& cache, const py::sequence& rows) {
-             return call(cache, rows,
-                         [&](const Lease& held, Host&) { return cache.lengths(held); });
-           })
+      .def("copy", of_rows(&Cache::copy))
+      .def("lengths", of_rows(&Cache::lengths))
       .def("feed",
            [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows,
               const py::sequence& pieces, int64_t most) {
              std::vector<Tensor> ids;
              for (const py::object piece : pieces) ids.push_back(ids_of(piece));
-             call(cache, caller, weights, rows,
-                  [&](const Lease& held, Host& host) { cache.feed(held, ids, most, host); });
+             of_rows (&Cache::feed)(cache, caller, weights, rows, ids, most);
            })
-      .def("begin",
-           [](Cache& cache, const py::sequence& rows, const std::vector<NewPlan>& plans) {
-             return call(cache, rows, [&](const Lease& held, Host&) {
-               cache.begin(held, plans);
-               return cache.lengths(held);
-             });
-           })
-      .def(
-          "run",
-          [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows,
-             double seconds, const std::vector<std::optional<Tensor>>& drafts) {
-            return tuples_of(call(cache, caller, weights, rows, [&](const Lease& held, Host& host) {
-              return cache.run(held, seconds, drafts, host);
-            }));
-          })
-      .def("last",
-           [](Cache& cache, const py::sequence& rows) {
-             return tuples_of(
-                 call(cache, rows, [&](const Lease& held, Host&) { return cache.last(held); }));
-           })
-      .def("logits",
-           [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows) {
-             return call(cache, caller, weights, rows,
-                         [&](const Lease& held, Host& host) { return cache.logits(held, host); });
-           })
-      .def(
-          "choose",
-          [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows,
-             const std::optional<Tensor>& ids, const std::optional<Tensor>& logits,
-             const std::optional<Tensor>& mask) {
-            return tuples_of(call(cache, caller, weights, rows, [&](const Lease& held, Host& host) {
-              return cache.choose(held, ids, logits, mask, host);
-            }));
-          })
-      .def("state",
-           [](Cache& cache, py::handle caller, const Weights& weights, const py::sequence& rows) {
-             return call(cache, caller, weights, rows,
-                         [&](const Lease& held, Host& host) { return cache.state(held, host); });
-           })
-      .def("state_so_far",
-           [](Cache& cache, const py::sequence& rows) {
-             return call(cache, rows,
-                         [&](const Lease& held, Host&) { return cache.state_so_far(held); });
-           })
+      .def("begin", of_rows(&Cache::begin))
+      .def("run", of_rows(&Cache::run))
+      .def("last", of_rows(&Cache::last))
+      .def("logits", of_rows(&Cache::logits))
+      .def("choose", of_rows(&Cache::choose))
+      .def("state", of_rows(&Cache::state))
+      .def("state_so_far", of_rows(&Cache::state_so_far))
       .def("state_shapes", &Cache::state_shapes)
-      .def("set_state", [](Cache& cache, py::handle caller, const Weights& weights,
-                           const py::sequence& rows, const SavedState& state) {
-        call(cache, caller, weights, rows,
-             [&](const Lease& held, Host&) { cache.set_state(held, state); });
-      });
+      .def("set_state", of_rows(&Cache::set_state));
 
 #ifdef MBLM_CUDA
   py::class_<DeviceCache, Cache, std::shared_ptr<DeviceCache>>(module, "DeviceCache",

@@ -60,9 +60,9 @@ void Cache::set_hierarchy(std::shared_ptr<const Hierarchy> hierarchy) {
                         hierarchy->max_length() == max_length_,
                     "the model's layers have other shapes than when decoding began; start a new "
                     "session");
-  TORCH_CHECK_VALUE(hierarchy->device() == this->hierarchy()->device(),
-                    "the model has moved from ", this->hierarchy()->device(), " to ",
-                    hierarchy->device(), "; start a new session");
+  TORCH_CHECK_VALUE(hierarchy->device() == this->hierarchy()->device(), "the model has moved from ",
+                    this->hierarchy()->device(), " to ", hierarchy->device(),
+                    "; start a new session");
   const std::lock_guard lock(table_mutex());
   hierarchy_.swap(hierarchy);
 }
@@ -125,13 +125,13 @@ std::vector<Tensor> Cache::check_fed(const Lease& rows, const std::vector<Tensor
   return own;
 }
 
-void Cache::feed(const Lease& rows, const std::vector<Tensor>& given, int64_t most, Host& host) {
+void Cache::feed(const Lease& rows, Host& host, const std::vector<Tensor>& given, int64_t most) {
   const std::vector<Tensor> ids = check_fed(rows, given);
-  if (!feed(rows, ids, most)) feed_long(rows, ids, most, host);
+  if (!feed_short(rows, ids, most)) feed_long(rows, host, ids, most);
   for (int64_t i = 0; i < rows.size(); ++i) note_fed(rows[i], ids[i].size(0));
 }
 
-void Cache::feed_long(const Lease& rows, const std::vector<Tensor>& ids, int64_t most, Host& host) {
+void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Tensor>& ids, int64_t most) {
   const std::shared_ptr<const Parts> parts = this->parts(0);
   // Copies are fed, so that it is done for all rows or for none.
   const RowIds copies = copy(rows);
@@ -149,14 +149,14 @@ void Cache::feed_long(const Lease& rows, const std::vector<Tensor>& ids, int64_t
     }
   }
   const Lease fed(rows_, copies);
-  take_in(fed, true, host);
+  take_in(fed, host, true);
   for (int64_t i = 0; i < rows.size(); ++i) copy_memory(fed[i], rows[i]);
   for (int64_t i = 0; i < rows.size(); ++i) {
     static_cast<RowState&>(rows[i]) = std::move(fed[i]);
   }
 }
 
-bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most) {
+bool Cache::feed_short(const Lease& rows, const std::vector<Tensor>& ids, int64_t most) {
   int64_t longest = 0;
   for (const Tensor& piece : ids) longest = std::max(longest, piece.size(0));
   const std::shared_ptr<const Parts> parts = parts_for(rows, longest);
@@ -186,11 +186,11 @@ bool Cache::feed(const Lease& rows, const std::vector<Tensor>& ids, int64_t most
   return true;
 }
 
-bool Cache::take_in(const Lease& rows, bool keeps_pending) {
+void Cache::take_in(const Lease& rows, Host& host, bool keeps_pending) {
   const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
-  for (;;) {
+  for (bool is_done = false; !is_done;) {
+    is_done = true;
     std::vector<Member> members;
-    bool is_done = true;
     for (int64_t i = 0; i < rows.size(); ++i) {
       const int64_t end = rows[i].length - keeps_pending;
       if (end <= rows[i].taken) continue;
@@ -199,8 +199,7 @@ bool Cache::take_in(const Lease& rows, bool keeps_pending) {
       reserve(*parts, rows[i], to, true);
       members.push_back({.row = &rows[i], .to = to});
     }
-    if (advance(*parts, Run::Kind::kTakeIn, members) != Advanced::kFully) return false;
-    if (is_done) return true;
+    advance(*parts, Run::Kind::kTakeIn, members, host);
   }
 }
 
@@ -227,6 +226,62 @@ Cache::Advanced Cache::advance(const Parts& parts, Run::Kind kind, std::vector<M
   return is_any(wants) ? Advanced::kToHost : Advanced::kFully;
 }
 
+bool Cache::advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members, Host& host,
+                    Team::Clock::time_point until) {
+  Advanced advanced = advance(parts, kind, members, until);
+  for (bool may_end = false; advanced == Advanced::kToHost; may_end = true) {
+    if (may_end && Team::Clock::now() >= until) break;
+    step_hosted(parts, members, host);
+    std::erase_if(members, [](const Member& member) { return member.reason == Reason::kLogits; });
+    advanced = advance(parts, kind, members, until);
+  }
+  return advanced == Advanced::kToMemory;
+}
+
+void Cache::step_hosted(const Parts& parts, std::vector<Member>& members, Host& host) {
+  for (int64_t n = 0; n + 1 < parts.schedule.stages(); ++n) {
+    std::vector<Row*> due;
+    for (Member& member : members) {
+      if (!member.wants_host || parts.schedule.due(member.row->taken) != n) continue;
+      due.push_back(member.row);
+    }
+    if (!due.empty()) step_hosted(parts, n, due, host);
+  }
+  for (Member& member : members) member.wants_host = false;
+}
+
+void Cache::step_hosted(const Parts& parts, int64_t n, const std::vector<Row*>& rows, Host& host) {
+  const auto count = int64_t(rows.size()), size = parts.schedule.patch_size(n);
+  const StageLayout &own = memory_.layout(n), &below = memory_.layout(n + 1);
+  Wanted wanted{.stage = n, .ids = make::empty({count, size}, at::kLong)};
+  if (n > 0) wanted.contexts = make::empty({count, own.seq_len, own.dim}, at::kFloat);
+  for (int64_t i = 0; i < count; ++i) {
+    const Row& row = *rows[i];
+    wanted.positions.push_back(parts.schedule.position(n, row.taken));
+    wanted.states.push_back(row.stages[n].hosted);
+    int64_t* const to = wanted.ids.mutable_data_ptr<int64_t>() + i * size;
+    for (int64_t k = 0; k < size; ++k) to[k] = row.byte(row.taken - size + k);
+    if (n == 0) continue;
+    std::copy_n(row.stages[n].blob.data() + own.context, own.context_size,
+                wanted.contexts.mutable_data_ptr<float>() + i * own.context_size);
+  }
+  Supplied given = host.step(wanted);
+  const Tensor outputs = check_given("outputs", given.outputs, {count, own.dim}, at::kFloat);
+  const Tensor contexts =
+      check_given("contexts", given.contexts, {count, below.context_size}, at::kFloat);
+  check_count("states", given.states.size(), size_t(count));
+  for (Row* row : rows) reserve(parts, *row, row->taken + 1, true);
+  for (int64_t i = 0; i < count; ++i) {
+    Row& row = *rows[i];
+    std::copy_n(outputs.const_data_ptr<float>() + i * own.dim, own.dim,
+                row.stages[n].blob.data() + own.output);
+    std::copy_n(contexts.const_data_ptr<float>() + i * below.context_size, below.context_size,
+                row.stages[n + 1].blob.data() + below.context);
+    row.stages[n].hosted.swap(given.states[i]);
+    row.is_supplied = true;
+  }
+}
+
 std::unique_ptr<Workspace> Cache::take_space() {
   const std::lock_guard lock(table_mutex());
   if (!spaces_) return std::make_unique<Workspace>();
@@ -241,7 +296,7 @@ void Cache::give_space(std::unique_ptr<Workspace> space) noexcept {
   spaces_ = std::move(space);
 }
 
-std::optional<Tensor> Cache::logits(const Lease& rows) {
+Tensor Cache::logits(const Lease& rows, Host& host) {
   const std::shared_ptr<const Parts> parts = parts_for(rows, 0);
   const int64_t vocabulary = parts->num_tokens();
   std::vector<Member> members;
@@ -252,7 +307,7 @@ std::optional<Tensor> Cache::logits(const Lease& rows) {
     members.push_back({.row = &rows[i], .to = rows[i].length});
   }
   Tensor result = own_tensor({rows.size(), vocabulary}, at::kFloat);
-  if (advance(*parts, Run::Kind::kLogits, members) != Advanced::kFully) return std::nullopt;
+  advance(*parts, Run::Kind::kLogits, members, host);
   for (int64_t i = 0; i < rows.size(); ++i) {
     std::copy_n(rows[i].logits.data(), vocabulary,
                 result.mutable_data_ptr<float>() + i * vocabulary);
@@ -270,6 +325,12 @@ std::map<std::string, std::vector<int64_t>> Cache::state_shapes(int64_t taken) c
   return decode::state_shapes(*parts(0), memory_, taken);
 }
 
+SavedState Cache::state(const Lease& rows, Host& host) {
+  check_one(rows);
+  take_in(rows, host, false);
+  return state_so_far(rows);
+}
+
 SavedState Cache::state_so_far(const Lease& rows) {
   check_one(rows);
   Row& row = rows[0];
@@ -282,7 +343,7 @@ SavedState Cache::state_so_far(const Lease& rows) {
   return save(row);
 }
 
-void Cache::set_state(const Lease& rows, const SavedState& state) {
+void Cache::set_state(const Lease& rows, Host& /* host */, const SavedState& state) {
   check_one(rows);
   Row& row = rows[0];
   row = {load(row, state), row.slot};

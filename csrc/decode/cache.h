@@ -53,22 +53,23 @@ class Cache {
 
   // Takes in all but the last of the bytes, which stays pending. The host is given pieces with
   // which a stage takes in more than `most` positions.
-  void feed(const Lease& rows, const std::vector<at::Tensor>& given, int64_t most, Host& host);
-  void begin(const Lease& rows, std::vector<NewPlan> plans);
-  std::vector<Ran> run(const Lease& rows, double seconds,
-                       const std::vector<std::optional<at::Tensor>>& drafts, Host& host);
+  void feed(const Lease& rows, Host& host, const std::vector<at::Tensor>& given, int64_t most);
+  // Returns the rows' lengths.
+  std::vector<int64_t> begin(const Lease& rows, std::vector<NewPlan> plans);
+  std::vector<Ran> run(const Lease& rows, Host& host, double seconds,
+                       const std::vector<std::optional<at::Tensor>>& drafts);
   std::vector<Ran> last(const Lease& rows);
   at::Tensor logits(const Lease& rows, Host& host);
   // By exactly one of the three.
-  std::vector<Ran> choose(const Lease& rows, const std::optional<at::Tensor>& ids,
+  std::vector<Ran> choose(const Lease& rows, Host& host, const std::optional<at::Tensor>& ids,
                           const std::optional<at::Tensor>& logits,
-                          const std::optional<at::Tensor>& mask, Host& host);
+                          const std::optional<at::Tensor>& mask);
 
   std::map<std::string, std::vector<int64_t>> state_shapes(int64_t taken) const;
   // Of one row.
   SavedState state(const Lease& rows, Host& host);
   SavedState state_so_far(const Lease& rows);
-  void set_state(const Lease& rows, const SavedState& state);
+  void set_state(const Lease& rows, Host& host, const SavedState& state);
 
  protected:
   enum class Advanced { kFully, kToHost, kToMemory };
@@ -76,8 +77,8 @@ class Cache {
   // Makes memory a row's own for the bytes before number `to`: see Memory.
   virtual void reserve(const Parts& parts, Row& row, int64_t to, bool jumps);
   // Feeds rows of which a piece is long, or for which a hosted stage is due: all or none.
-  virtual void feed_long(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most,
-                         Host& host);
+  virtual void feed_long(const Lease& rows, Host& host, const std::vector<at::Tensor>& ids,
+                         int64_t most);
   // Goes on until no member does, one is paused, or the time is over.
   virtual Advanced advance(
       const Parts& parts, Run::Kind kind, std::vector<Member>& members,
@@ -93,24 +94,21 @@ class Cache {
 
   std::shared_ptr<const Hierarchy> hierarchy() const;
   void append(Row& row, const at::Tensor& ids);
-  void take_in(const Lease& rows, bool keeps_pending, Host& host);
+  // Takes in all bytes, or all but the last.
+  void take_in(const Lease& rows, Host& host, bool keeps_pending);
 
   std::shared_ptr<const Hierarchy> hierarchy_;
   Memory memory_;
   Rows rows_;
 
  private:
-  // Each of these ends early where a hosted stage is due, after which it is called again.
-  // Does nothing and returns false also if a piece is long.
-  bool feed(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most);
-  // Takes in all bytes, or all but the last. Returns whether that is done.
-  bool take_in(const Lease& rows, bool keeps_pending);
-  // Returns whether it is over.
-  bool run(const Lease& rows, double seconds, const std::vector<std::optional<at::Tensor>>& drafts,
-           bool goes_on);
-  std::optional<at::Tensor> logits(const Lease& rows);
-
-  void step_hosted(const Lease& rows, bool is_for_run, Host& host);
+  // Does nothing and returns false where feed_long is needed.
+  bool feed_short(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most);
+  // Goes on also where hosted stages are due. Returns whether it ended for lack of reserved memory.
+  bool advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members, Host& host,
+               cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
+  // Has hosted stages take in a patch of each member that waits for it.
+  void step_hosted(const Parts& parts, std::vector<Member>& members, Host& host);
   void step_hosted(const Parts& parts, int64_t n, const std::vector<Row*>& rows, Host& host);
 
   // What a call reads: it stays, with the weights, whatever the other calls' become meanwhile.

@@ -38,7 +38,7 @@ void Cache::reserve_ahead(const Parts& parts, std::vector<Member>& members) {
   }
 }
 
-void Cache::begin(const Lease& rows, std::vector<NewPlan> plans) {
+std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans) {
   check_count("plans", plans.size(), size_t(rows.size()));
   for (NewPlan& wishes : plans) {
     if (wishes.draws) continue;
@@ -86,10 +86,11 @@ void Cache::begin(const Lease& rows, std::vector<NewPlan> plans) {
     row.log_probs.clear();
     row.lacks_memory = false;
   }
+  return lengths(rows);
 }
 
-bool Cache::run(const Lease& rows, double seconds, const std::vector<std::optional<Tensor>>& drafts,
-                bool goes_on) {
+std::vector<Ran> Cache::run(const Lease& rows, Host& host, double seconds,
+                            const std::vector<std::optional<Tensor>>& drafts) {
   const auto begin = Team::Clock::now();
   std::vector<Tensor> own(drafts.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
@@ -105,37 +106,29 @@ bool Cache::run(const Lease& rows, double seconds, const std::vector<std::option
   std::vector<Member> members;
   for (int64_t i = 0; i < rows.size(); ++i) {
     Row& row = rows[i];
-    if (!goes_on) {
-      row.ids.clear();
-      row.log_probs.clear();
-    }
+    row.ids.clear();
+    row.log_probs.clear();
     row.lacks_memory = false;
     if (row.plan->end || (row.plan->pauses && !row.has_pending())) continue;
     Member member{.row = &row};
     if (row.plan->pauses) row.logits.reserve(num_tokens_);
     if (!own.empty() && own[i].defined()) {
-      const std::span<const int64_t> draft(own[i].const_data_ptr<int64_t>(),
-                                           size_t(own[i].size(0)));
-      const size_t chosen = row.ids.size();
-      const bool is_right =
-          chosen <= draft.size() && std::equal(row.ids.begin(), row.ids.end(), draft.begin());
-      if (is_right) member.draft = draft.subspan(chosen);
+      member.draft = {own[i].const_data_ptr<int64_t>(), size_t(own[i].size(0))};
     }
     members.push_back(member);
   }
   // As a number of the clock's, which has no room for infinity, and none for NaN.
   const auto length = std::chrono::duration<double>(seconds > 0 ? std::min(seconds, 1e9) : 0);
   const auto until = begin + std::chrono::duration_cast<Team::Clock::duration>(length);
-  Advanced advanced = Advanced::kToMemory;
-  while (advanced == Advanced::kToMemory) {
+  for (bool needs_memory = true; needs_memory;) {
     const std::shared_ptr<const Parts> parts = parts_for(rows, kReserved + 1);
     reserve_ahead(*parts, members);
-    advanced = advance(*parts, Run::Kind::kChoose, members, until);
+    needs_memory = advance(*parts, Run::Kind::kChoose, members, host, until);
   }
   for (const Member& member : members) {
     member.row->lacks_memory = member.reason == Reason::kMemory;
   }
-  return advanced == Advanced::kFully;
+  return last(rows);
 }
 
 std::vector<Ran> Cache::last(const Lease& rows) {
@@ -155,9 +148,9 @@ std::vector<Ran> Cache::last(const Lease& rows) {
   return all;
 }
 
-std::vector<Ran> Cache::choose(const Lease& rows, const std::optional<Tensor>& ids,
+std::vector<Ran> Cache::choose(const Lease& rows, Host& host, const std::optional<Tensor>& ids,
                                const std::optional<Tensor>& logits,
-                               const std::optional<Tensor>& mask, Host& host) {
+                               const std::optional<Tensor>& mask) {
   const int64_t count = rows.size(), vocabulary = num_tokens_;
   TORCH_CHECK_VALUE(ids.has_value() + logits.has_value() + mask.has_value() == 1,
                     "expected exactly one of ids, logits and mask");

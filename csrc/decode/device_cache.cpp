@@ -60,8 +60,8 @@ void DeviceCache::reserve(const Parts&, Row& row, int64_t to, bool) {
 
 // As no stage is hosted, only the host may fail, before there is a change: rows need no copies,
 // which would take slots.
-void DeviceCache::feed_long(const Lease& rows, const std::vector<Tensor>& ids, int64_t most,
-                            Host& host) {
+void DeviceCache::feed_long(const Lease& rows, Host& host, const std::vector<Tensor>& ids,
+                            int64_t most) {
   const Schedule schedule = hierarchy()->parts(0)->schedule;
   std::vector<std::optional<SavedState>> fed(rows.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
@@ -79,7 +79,7 @@ void DeviceCache::feed_long(const Lease& rows, const std::vector<Tensor>& ids, i
       append(rows[i], ids[i]);
     }
   }
-  take_in(rows, true, host);
+  take_in(rows, host, true);
 }
 
 Cache::Advanced DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<Member>& members,

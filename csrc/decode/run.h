@@ -14,52 +14,16 @@
 
 #include "cpu/cache_lines.h"
 #include "cpu/team.h"
+#include "decode/call.h"
+#include "decode/catch_up.h"
 #include "decode/choose.h"
-#include "decode/memory.h"
-#include "decode/parts.h"
-#include "decode/proposer.h"
-#include "decode/rows.h"
 #include "decode/stage_rows.h"
 
 namespace mblm::decode {
 
-// A row of a call.
-struct Member {
-  Row* row = nullptr;
-  // Bytes to have taken in, for which its memory is reserved: how far it goes, or may go.
-  int64_t to = 0;
-  std::span<const int64_t> draft = {};  // bytes that may be chosen next
-  // Out: why it does not go on. A hosted stage may be due before it does.
-  std::optional<Reason> reason = {};
-  bool wants_host = false;
-
-  bool goes() const { return !reason && !wants_host; }
-};
-
-// What a run works with; another one may use it after that.
-struct Workspace {
-  using Floats = cpu::cache_lines::Vector<float>;
-  Floats x;                         // (positions, dim) of the local stage
-  Floats logits;                    // (outputs, num_tokens)
-  Floats outputs;                   // per thread (outputs, dim)
-  Floats inputs, embed, values;     // of stages above
-  Floats trail;                     // to roll back with, of the local stage
-  Floats scratch;                   // of the stages' kernels
-  std::vector<Chooser> choosers;    // per thread
-  Pace pace;                        // of choosing
-  std::unique_ptr<Workspace> next;  // of those that no run uses
-};
-
-// Whether a hosted stage is to take in a patch before a row's next byte is taken in.
-bool is_host_due(const Parts& parts, const Row& row);
-
-class Run {
+class Run : Call {
  public:
-  enum class Kind {
-    kTakeIn,  // all bytes before `to`, at once
-    kLogits,  // the same, and the logits after them, which are left in the rows
-    kChoose   // byte after byte, by the rows' plans
-  };
+  using Kind = Call::Kind;
 
   Run(const Parts& parts, const Memory& memory, Kind kind, std::vector<Member>& members,
       Workspace& space);
@@ -87,58 +51,23 @@ class Run {
     const float* numbers = nullptr;   // to choose with
   };
 
-  // What a stage does before the local stage's next step.
-  struct StageWork {
-    StageWork(const StageParts& parts, const StageLayout& layout) : rows(parts, layout) {}
-
-    // Members that begin anew; where the input of the product lies that gives their context, or -1.
-    std::vector<std::pair<int64_t, int64_t>> anew;
-    int64_t projected = 0;
-    std::vector<int64_t> takes;                          // members with positions to take in
-    std::vector<std::pair<int64_t, int64_t>> positions;  // those: member and position
-    StageRows rows;
-  };
-
-  bool chooses() const { return kind_ == Kind::kChoose; }
-  bool gives_logits() const { return kind_ != Kind::kTakeIn; }
-  int64_t local() const { return parts_.schedule.stages() - 1; }
-  const StageLayout& layout(int64_t n) const { return memory_.layout(n); }
-  Row& row(int64_t member) const { return *members_[member].row; }
-  float* blob(int64_t n, int64_t member) const { return row(member).stages[n].blob.data(); }
-  // Bytes that a row has taken in after its next step, without drafts.
-  int64_t next(const Row& row, const Member& member) const;
-  // Whether it begins a patch with its next step.
-  bool begins_patch(int64_t member) const;
-  int64_t most_positions(int64_t n, const Member& member) const;
+  int64_t most_positions_at_once(int64_t member) const;
   bool proposes(const Row& row) const { return draws_apart_ && row.plan->proposer; }
 
   // These are called by the first thread alone.
   void begin_round();
   void sort_members();
-  void plan_catch_up();
   void plan_step();
   void embed_bytes();
   // By the last thread alone.
   void draw();
 
-  // These are called by all threads.
-  void catch_up(const cpu::Worker& worker);
-  void begin_anew(const cpu::Worker& worker, int64_t n);
-  void take_in(const cpu::Worker& worker, int64_t n);
-
   // These by one thread for one row.
-  void restart(int64_t n, int64_t member, int64_t input);
-  void embed_patch(int64_t n, int64_t member, int64_t position, float* to) const;
   void read_outputs(const Active& active, float* outputs) const;
   void finish(const Active& active, const float* outputs, Chooser& chooser);
   int64_t choose_bytes(const Active& active, Chooser& chooser);
   const float* logits_of(const Active& active, int64_t i) const;
 
-  const Parts& parts_;
-  const Memory& memory_;
-  const Kind kind_;
-  std::vector<Member>& members_;
-  Workspace& space_;
   // Whether rows may choose several bytes at a time in any order, drawing the same numbers.
   const bool draws_apart_;
 
@@ -151,8 +80,9 @@ class Run {
   bool needs_memory_ = false;
   std::vector<Active> active_;
   std::vector<int64_t> left_;  // of each row that goes on: see Schedule::pays_to_wait
-  std::vector<StageWork> stages_;
 
+  StageRows rows_;  // that the local stage takes in
+  CatchUp catch_up_;
   int64_t outputs_of_thread_ = 0;
 };
 
