@@ -6,7 +6,7 @@ The harness finds models by import alone, so that its command line is started fr
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from mblm.inference.score import Score
 from mblm.inference.scorer import BATCH_BYTES, sequence_length
 from mblm.model.find import find_model
 from mblm.model.mblm import MBLM
@@ -81,25 +82,31 @@ class MBLMForHarness(LM):
 
         Of a context that does not fit with its continuation, only the end counts.
         """
-        results = []
-        for part in _parts(requests, disable_tqdm):
-            contexts, continuations = zip(*(request.args for request in part), strict=True)
-            scores: Any = self.model.score(continuations, contexts, **self._of_scores)
-            for request, score in zip(part, scores, strict=True):
-                results.append((float(score.log_probs.double().sum()), score.is_greedy))
-                self.cache_hook.add_partial("loglikelihood", request.args, results[-1])
-        return results
+        return self._scored(
+            "loglikelihood", requests, disable_tqdm, lambda s: (_nats(s), s.is_greedy)
+        )
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """The log-probability of whole texts, in windows where they exceed the context."""
+        return self._scored("loglikelihood_rolling", requests, disable_tqdm, _nats)
+
+    def _scored(
+        self, kind: str, requests: list[Instance], disable_tqdm: bool, result: Callable[..., Any]
+    ) -> list[Any]:
+        """The results of the scores of each request's last text, given what comes before it."""
         results = []
-        for part in _parts(requests, disable_tqdm):
-            scores: Any = self.model.score([text for (text,) in _args(part)], **self._of_scores)
-            for request, score in zip(part, scores, strict=True):
-                results.append(float(score.log_probs.double().sum()))
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+        with tqdm(total=len(requests), disable=disable_tqdm) as bar:
+            for first in range(0, len(requests), _AT_ONCE):
+                part = requests[first : first + _AT_ONCE]
+                texts = [request.args[-1] for request in part]
+                given = ["".join(request.args[:-1]) for request in part]
+                scores: Any = self.model.score(texts, given, **self._of_scores)
+                for request, score in zip(part, scores, strict=True):
+                    results.append(result(score))
+                    self.cache_hook.add_partial(kind, request.args, results[-1])
+                bar.update(len(part))
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -109,7 +116,7 @@ class MBLMForHarness(LM):
         """
         if not requests:
             return []
-        wishes = [self._wishes(*args) for args in _args(requests)]
+        wishes = [self._wishes(*request.args) for request in requests]
         by_name: dict[str, Any] = {name: [each[name] for each in wishes] for name in wishes[0]}
         generations = self.model.generate_batch(
             **by_name,
@@ -147,17 +154,8 @@ class MBLMForHarness(LM):
         return {"prompts": prompt, "max_bytes": count, "stop": stops, **sampling}
 
 
-def _args(requests: Sequence[Instance]) -> list[tuple[Any, ...]]:
-    return [request.args for request in requests]
-
-
-def _parts(requests: Sequence[Instance], disable_tqdm: bool) -> Iterator[Sequence[Instance]]:
-    """Some requests at a time, with a progress bar."""
-    with tqdm(total=len(requests), disable=disable_tqdm) as bar:
-        for first in range(0, len(requests), _AT_ONCE):
-            part = requests[first : first + _AT_ONCE]
-            yield part
-            bar.update(len(part))
+def _nats(score: Score) -> float:
+    return float(score.log_probs.double().sum())
 
 
 if __name__ == "__main__":

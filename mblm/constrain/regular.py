@@ -50,6 +50,7 @@ class Regex(Regular):
         try:
             self.pattern = re.compile(pattern)
             _nfa(self.pattern)
+            self._shown = repr(self.pattern.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"pattern: no regular expression: {error}") from error
 
@@ -57,7 +58,7 @@ class Regex(Regular):
         return _automaton(self.pattern, check_integer("num_tokens", num_tokens))
 
     def __repr__(self) -> str:
-        return f"Regex({self.pattern.pattern!r})"
+        return f"{type(self).__name__}({self._shown})"
 
 
 class Utf8(Regex):
@@ -65,9 +66,7 @@ class Utf8(Regex):
 
     def __init__(self) -> None:
         super().__init__("(?s:.*)")
-
-    def __repr__(self) -> str:
-        return "Utf8()"
+        self._shown = ""
 
 
 class Prefix(Regex):
@@ -84,10 +83,7 @@ class Prefix(Regex):
         if not isinstance(prefix, bytes):
             raise TypeError(f"prefix: expected bytes, got {prefix!r}")
         super().__init__(re.escape(prefix) + rb"(?s:.*)")
-        self._prefix = prefix
-
-    def __repr__(self) -> str:
-        return f"Prefix({self._prefix!r})"
+        self._shown = repr(prefix)
 
 
 class AllowedBytes(Regex):
@@ -107,10 +103,7 @@ class AllowedBytes(Regex):
         if not values or not all(0 <= value < 256 for value in values):
             raise ValueError(f"allowed: expected integers in [0, 256), got {values}")
         super().__init__(b"[" + b"".join(b"\\x%02x" % value for value in values) + b"]*")
-        self._allowed = bytes(sorted(set(values)))
-
-    def __repr__(self) -> str:
-        return f"AllowedBytes({self._allowed!r})"
+        self._shown = repr(bytes(sorted(set(values))))
 
 
 class _Both(Regular):

@@ -10,6 +10,14 @@ from torch import Tensor
 from mblm.utils.checks import check_number, check_token_ids
 
 
+def check_model(model: Any) -> None:
+    """Refuse what does not decode."""
+    if not hasattr(model, "empty_logits"):
+        raise TypeError(f"model: expected an mblm.MBLM, got {type(model).__name__}")
+    if model.device.type == "meta":
+        raise ValueError("model: it is on the device meta, where weights have no values")
+
+
 def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
     """Refuse what is no list with an item for each row."""
     if not isinstance(given, (list, tuple)) or len(given) != len(rows):

@@ -3,8 +3,8 @@
 from typing import Any
 from weakref import WeakSet
 
+from mblm.inference.arguments import check_model
 from mblm.inference.cache import Cache
-from mblm.inference.model import check_model
 from mblm.inference.native_cache import NativeCache
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.weights import Weights, weights_of

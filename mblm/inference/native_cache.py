@@ -4,7 +4,7 @@ Rows live in ``mblm._C.Cache``, also the states of hosted stages, which Python s
 comes between a row and a part of it. Long pieces are taken in by the reference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import starmap
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ from mblm.inference.draft import MOST_DRAFTED
 from mblm.inference.hosted import Share
 from mblm.inference.plan import Draws, Plan, check_plan
 from mblm.inference.torch_cache import TorchCache
-from mblm.inference.torch_stages import loaded_bytes
+from mblm.inference.torch_stages import names_stage, parts_of_state
 from mblm.inference.weights import weights_of
 from mblm.model.stage import tensor_of
 from mblm.ops import _native
@@ -260,21 +260,16 @@ class NativeCache(Cache):
 
     def _loaded(self, state: State) -> Any:
         """The same for the engine."""
-        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-            raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
-        given = dict(state)
-        length, taken, tail = loaded_bytes(given, self._model)
+        length, taken, tail, parts = parts_of_state(state, self._model)
         tensors = {"tail": tail}
         states: dict[int, Share] = {}
         shapes = self._engine.state_shapes(taken)
-        for n in range(len(self._model.seq_lens) if taken else 0):
-            begin = f"{n}."
-            own = {k.removeprefix(begin): given.pop(k) for k in list(given) if k.startswith(begin)}
-            names = [k.removeprefix(begin) for k in shapes if k.startswith(begin)]
-            try:
+        for n, own in enumerate(parts):
+            names = [name.removeprefix(f"{n}.") for name in shapes if name.startswith(f"{n}.")]
+            with names_stage(n):
                 for name in names:
-                    tensor = tensor_of(own, name, tuple(shapes[begin + name]))
-                    tensors[begin + name] = tensor.detach().cpu().float()
+                    tensor = tensor_of(own, name, tuple(shapes[f"{n}.{name}"]))
+                    tensors[f"{n}.{name}"] = tensor.detach().cpu().float()
                     own.pop(name)
                 if n in self._packed.hosted:
                     positions = 1 + schedule.position(self._model.patch_sizes, n, taken)
@@ -282,8 +277,4 @@ class NativeCache(Cache):
                 elif own:
                     expected = [name for name in names if name not in ("output", "context")]
                     raise ValueError(f"expected {', '.join(expected)}, got {', '.join(own)} too")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"state: stage {n}: {error}") from error
-        if given:
-            raise ValueError(f"state: expected no {', '.join(given)}")
         return _native.library().State(length, taken, tensors, states)

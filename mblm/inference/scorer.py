@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mblm.inference.arguments import check_model
 from mblm.inference.hosted import HostedStage
-from mblm.inference.model import check_model
 from mblm.model.causal import CausalHierarchy
 from mblm.model.tiled_pass import TiledPass
 from mblm.model.tiles import INFERENCE_TILE

@@ -10,11 +10,11 @@ import torch
 from typing_extensions import Unpack
 
 from mblm.inference import session_file
+from mblm.inference.arguments import check_model
 from mblm.inference.cache import Cache, ChangedModelError, Row
 from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
-from mblm.inference.model import check_model
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
 from mblm.inference.request import Request, requests_of_rows
 from mblm.inference.wishes import WishesOfMany, check_known

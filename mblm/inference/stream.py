@@ -4,8 +4,8 @@ import asyncio
 import codecs
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ from mblm.utils.transforms import decoding
 Chunk = bytes | str
 
 
-class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
+class Stream(
+    Iterator[Chunk],
+    AsyncIterator[Chunk],
+    AbstractContextManager["Stream"],
+    AbstractAsyncContextManager["Stream"],
+):
     """What is generated after a prompt, in chunks of about 20 ms.
 
     ``async for`` leaves the event loop free: other threads generate. A stream can be closed at any
@@ -138,24 +143,8 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
         """`close`, as `contextlib.aclosing` wants it."""
         self.close()
 
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def __aenter__(self) -> "Stream":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.close()

@@ -8,10 +8,15 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from mblm.inference.arguments import check_choice, check_count, check_draft, check_seconds
+from mblm.inference.arguments import (
+    check_choice,
+    check_count,
+    check_draft,
+    check_model,
+    check_seconds,
+)
 from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
 from mblm.inference.choosing import given_bytes, sampled_bytes
-from mblm.inference.model import check_model
 from mblm.inference.plan import Draws, Lane, Plan, check_plan, generator_of
 from mblm.inference.progress import Progress
 from mblm.inference.slots import Slots

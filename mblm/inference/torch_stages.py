@@ -4,7 +4,8 @@ A row's state is immutable: what takes in bytes gives another one. Rows that tak
 stage at the same time are one call of the stage.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,43 +288,49 @@ class TorchStages:
         Raises:
             ValueError: Something in the state does not fit the model or the rest of it.
         """
-        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-            raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
-        given = dict(state)
-        length, taken, tail = loaded_bytes(given, self.model)
+        length, taken, tail, parts = parts_of_state(state, self.model)
         stages = tuple(self._starts)
-        if taken:
-            stages = tuple(self._loaded_stage(n, given, taken) for n in range(len(self._stages)))
-        if given:
-            raise ValueError(f"state: expected no {', '.join(given)}")
+        if parts:
+            stages = tuple(self._loaded_stage(n, own, taken) for n, own in enumerate(parts))
         cut = schedule.tail_begin(self._sizes, taken) - (length - len(tail))
         earlier = (tail[:cut].int(),) if cut else ()
         return RowState(length, taken, tuple(tail[cut:].tolist()), stages, earlier)
 
-    def _loaded_stage(self, n: int, given: dict[str, Any], taken: int) -> StageState:
-        """Takes a stage out of a state."""
-        begin = f"{n}."
-        own = {
-            key.removeprefix(begin): given.pop(key) for key in list(given) if key.startswith(begin)
-        }
-        shapes = {"output": (self.model.hidden_dims[n],)}
+    def _loaded_stage(self, n: int, own: dict[str, Any], taken: int) -> StageState:
+        shapes: dict[str, tuple[int, ...]] = {"output": (self.model.hidden_dims[n],)}
         if n > 0:
-            shapes["context"] = self.model.seq_lens[n], self.model.hidden_dims[n]  # type: ignore[assignment]
+            shapes["context"] = self.model.seq_lens[n], self.model.hidden_dims[n]
         positions = 1 + schedule.position(self._sizes, n, taken)
         like = self._starts[n].output.whole
-        try:
+        with names_stage(n):
             kept = [
                 Share(tensor_of(own, name, shape).detach()[None].to(like, copy=True))
                 for name, shape in shapes.items()
             ]
             rest = {name: value for name, value in own.items() if name not in shapes}
             return StageState(self._stages[n].loaded(rest, positions), *kept)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"state: stage {n}: {error}") from error
 
 
-def loaded_bytes(given: dict[str, Any], model: CausalHierarchy) -> tuple[int, int, Tensor]:
-    """Take length, taken and tail, int64 on the CPU, out of a state."""
+@contextmanager
+def names_stage(n: int) -> Iterator[None]:
+    """Errors say which stage of a state does not fit."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"state: stage {n}: {error}") from error
+
+
+def parts_of_state(
+    state: Any, model: CausalHierarchy
+) -> tuple[int, int, Tensor, list[dict[str, Any]]]:
+    """Length, taken and tail, int64 on the CPU, of a state, and what each stage has, if any does.
+
+    Raises:
+        ValueError: It is no state, or these do not fit the model or one another.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
+    given = dict(state)
     try:
         length, taken = (check_integer(name, given.pop(name)) for name in ("length", "taken"))
         tail = has_values("tail", given.pop("tail"))
@@ -341,4 +348,10 @@ def loaded_bytes(given: dict[str, Any], model: CausalHierarchy) -> tuple[int, in
             f"state: tail must be ({length - begin},), or begin with another patch of {patch} "
             f"bytes before, got {tuple(tail.shape)} after {taken} bytes"
         )
-    return length, taken, tail.cpu().long()
+    parts: list[dict[str, Any]] = [{} for _ in model.seq_lens] if taken else []
+    for n, own in enumerate(parts):
+        for key in [key for key in given if key.startswith(f"{n}.")]:
+            own[key.removeprefix(f"{n}.")] = given.pop(key)
+    if given:
+        raise ValueError(f"state: expected no {', '.join(given)}")
+    return length, taken, tail.cpu().long(), parts
