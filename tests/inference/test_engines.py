@@ -1,6 +1,5 @@
 """Compiled decoding against PyTorch's: the same logits and bytes, whatever comes."""
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -170,15 +169,6 @@ class TestWeights:
             of.feed(b"\x01\x02\x03\x04\x05")
         torch.testing.assert_close(session.logits(), exact.logits(), **CLOSE)
 
-    def test_are_those_of_a_session_that_was_saved(self, tmp_path: Path) -> None:
-        m = wide("transformer", "mamba1")
-        session = Session(m, weights="int8").feed(b"!")
-        session.save(tmp_path / "s")
-        loaded = Session.load(tmp_path / "s", m)
-        session.generate(9)
-        loaded.generate(9)
-        assert torch.equal(loaded.logits(), session.logits())
-
     def test_int8_is_within_half_a_step(self) -> None:
         given = torch.randn(5, 33)
         weight, scale = round_weight(given, "int8")
@@ -199,10 +189,6 @@ class TestWeights:
             of_model = m.generate(torch.tensor([33]), num_tokens_to_generate=8, weights=weights)
             assert torch.equal(of_session, of_model[1:])
 
-    def test_an_unknown_type_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"weights: expected one of float32, .* got 'int4'"):
-            Session(wide("transformer"), weights="int4")
-
 
 @needs_native
 class TestStandsAside:
@@ -222,31 +208,13 @@ class TestStandsAside:
         assert torch.equal(session.generate(12), plain.generate(12))
         torch.testing.assert_close(session.logits(), plain.logits(), **CLOSE)
 
-    def test_for_a_part_that_was_replaced(self, m: MBLM) -> None:
-        m.stage_models[1].layers[0][1][2] = torch.nn.SiLU()
-        self.is_pytorchs(m)
-
     def test_for_a_hook(self, m: MBLM) -> None:
         part = m.stage_models[0].layers[0].mixer.in_proj
         part.register_forward_hook(lambda _, x, y: y + 0.3)
         self.is_pytorchs(m)
 
-    def test_for_a_subclass(self, m: MBLM) -> None:
-        class Other(type(m.stage_models[1])):  # type: ignore[misc]
-            def forward(self, x: torch.Tensor, **options: Any) -> Any:
-                return super().forward(x, **options)
-
-        m.stage_models[1].__class__ = Other
-        self.is_pytorchs(m)
-
     def test_for_another_dtype(self, m: MBLM) -> None:
         self.is_pytorchs(m.double())
-
-    def test_for_dropout_in_training(self) -> None:
-        m = model(transformer(ff_dropout=0.5), seq_lens=[40], num_tokens=67)
-        self.is_pytorchs(m)
-        session = Session(m.train()).feed(b"\x01\x02\x03")
-        assert not torch.equal(session.logits(), Session(m).feed(b"\x01\x02\x03").logits())
 
     def test_not_under_autocast(self, m: MBLM) -> None:
         """Which says what PyTorch's products may be computed in."""
@@ -267,30 +235,6 @@ class TestStandsAside:
         self.is_pytorchs(m, session)
         self.is_pytorchs(m, fork)
         assert calls
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("stage", STAGES)
-def test_autocast_may_begin_and_end_while_a_session_lives(stage: str) -> None:
-    torch.manual_seed(0)
-    m = wide(stage, stage)
-    ids = torch.randint(0, 66, (1, 20))
-    session, plain = Session(m), Session(m)
-    for first in range(0, 20, 5):
-        with torch.autocast("cpu", torch.bfloat16, enabled=first % 10 == 5):
-            session.feed(ids[:, first : first + 4]).feed(ids[:, first + 4 : first + 5])
-    plain.feed(ids)
-    torch.testing.assert_close(session.logits(), plain.logits(), atol=0.1, rtol=0.1)
-
-
-@needs_native
-@torch.inference_mode()
-def test_sessions_in_several_python_threads() -> None:
-    m = wide("mamba2", "transformer")
-    want = [Session(m).feed(bytes([n])).generate(15).tolist() for n in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        got = pool.map(lambda n: Session(m).feed(bytes([n])).generate(15).tolist(), range(8))
-        assert list(got) == want
 
 
 @needs_native

@@ -1,6 +1,5 @@
 """Bytes that come in pieces: the same bits however they are cut, alone or side by side."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,44 +51,6 @@ def test_bytes_fed_in_any_pieces_leave_the_same_bits(
         one_by_one.feed(byte)
     assert torch.equal(session.logits(), one_by_one.logits())
     assert same_state(session, one_by_one)
-
-
-@pytest.mark.parametrize("weights", WEIGHT_TYPES)
-def test_a_session_goes_on_after_a_piece(weights: str, tmp_path: Path) -> None:
-    """Forked, saved and loaded in the middle of a patch of each of three stages."""
-    torch.manual_seed(0)
-    m = wide("mamba2", "transformer", "mamba1", seq_lens=[9, 3, 2])
-    ids = torch.randint(0, 66, (2, 23))
-    session = Session(m, 2, weights=weights).feed(ids[:, :9])
-    session.save(tmp_path / "s")
-    others = [session.fork(), Session.load(tmp_path / "s", m)]
-    expected = session.feed(ids[:, 9:]).logits()
-    for other in others:
-        assert torch.equal(other.feed(ids[:, 9:]).logits(), expected)
-        assert torch.equal(other.generate(20), session.fork().generate(20))
-
-
-def test_a_sampled_run_goes_on_after_a_piece_and_a_piece_after_a_run() -> None:
-    torch.manual_seed(0)
-    m = wide("transformer", "mamba2", seq_lens=[9, 4])
-    session = Session(m).feed(b"\x01\x02\x03\x04\x05\x06")
-    ids = session.generate(7)[0]
-    session.feed(b"\x07\x08\x09")
-    whole = torch.cat((torch.arange(1, 7), ids, torch.arange(7, 10)))[None]
-    expected = m(whole, return_type=MBLMReturnType.LOGITS)[:, -1]
-    torch.testing.assert_close(session.logits(), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("lengths", [(5, 5, 5), (1, 6, 6), (0, 3, 11)])
-def test_sequences_fed_together_have_the_bits_of_each_alone(lengths: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    m = wide("mamba1", "transformer", seq_lens=[9, 4])
-    beginnings = [torch.randint(0, 66, (count,)) for count in (2, 7, 4)]
-    rows = [torch.randint(0, 66, (count,)) for count in lengths]
-    together = Session(m, 3).feed(beginnings).feed(rows)
-    for index, (beginning, row) in enumerate(zip(beginnings, rows, strict=True)):
-        alone = Session(m).feed(beginning).feed(row)
-        assert torch.equal(together.logits()[index], alone.logits()[0])
 
 
 @pytest.mark.parametrize("stage", STAGES)

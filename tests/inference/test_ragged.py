@@ -1,6 +1,5 @@
 """Sequences of different lengths side by side: each as if it were alone."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,59 +9,13 @@ from hypothesis import strategies as st
 
 from mblm import MBLM
 from mblm.inference.session import Session
-from tests.decoding import CLOSE, STAGES, in_pytorch, wide
-from tests.models import LSTMBlock, hierarchies, model, transformer
-from tests.native import needs_native
+from tests.decoding import CLOSE, in_pytorch, wide
+from tests.models import hierarchies, model, transformer
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(0, 66, (length,), generator=generator) for length in lengths]
-
-
-def alone(m: MBLM, prompt: torch.Tensor, count: int, **options: Any) -> tuple[Any, Any]:
-    """What a session of this sequence alone generates, and the logits after it."""
-    session = Session(m, **options).feed(prompt)
-    return session.generate(count)[0], session.logits()[0]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("seq_lens", [[20], [5, 4], [3, 2, 4]], ids=lambda s: f"{len(s)} stages")
-def test_each_is_as_if_alone(stage: str, seq_lens: list[int]) -> None:
-    torch.manual_seed(0)
-    m = wide(*[stage] * len(seq_lens), seq_lens=seq_lens)
-    fed = prompts(0, 1, 3, 4, 5, 9, 4)
-    session = Session(m, len(fed)).feed(fed)
-    ids = session.generate(11)
-    assert session.lengths == [len(prompt) + 11 for prompt in fed] and session.length == 20
-    for row, prompt in enumerate(fed):
-        want, logits = alone(m, prompt, 11)
-        assert torch.equal(ids[row], want)
-        torch.testing.assert_close(session.logits()[row], logits, **CLOSE)
-
-
-@needs_native
-@pytest.mark.parametrize("stage", STAGES)
-@torch.inference_mode()
-def test_the_company_changes_no_bit(stage: str) -> None:
-    """Compiled code sums a row in the same order, whatever other rows there are."""
-    torch.manual_seed(0)
-    m = wide(stage, stage)
-    fed = prompts(1, 3, 6, 2)
-    session = Session(m, 4).feed(fed)
-    session.generate(9)
-    for row, prompt in enumerate(fed):
-        assert torch.equal(session.logits()[row], alone(m, prompt, 9)[1])
-
-
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_rounded_weights(weights: str) -> None:
-    torch.manual_seed(0)
-    m = wide("mamba2", "transformer")
-    fed = prompts(2, 5)
-    ids = Session(m, 2, weights=weights).feed(fed).generate(12)
-    for row, prompt in enumerate(fed):
-        assert torch.equal(ids[row], alone(m, prompt, 12, weights=weights)[0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,48 +67,6 @@ def test_the_numbers_of_a_byte_do_not_depend_on_the_lengths(filters: dict[str, f
     got = ragged.generate(70, generator=generators[1], **filters)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.rand(1, generator=g) for g in generators))
-
-
-def test_a_batch_that_was_equal_at_first() -> None:
-    torch.manual_seed(0)
-    m = wide("mamba2", "transformer", "mamba1")
-    first, more = prompts(7, 5)
-    session = Session(m, 2).feed(torch.stack([first, first.flip(0)])).feed([more, b""])
-    want = [alone(m, torch.cat((first, more)), 8)[0], alone(m, first.flip(0), 8)[0]]
-    assert torch.equal(session.generate(8), torch.stack(want))
-
-
-class TestCustomStages:
-    """A state that only its stage model understands."""
-
-    @pytest.fixture
-    def m(self) -> MBLM:
-        torch.manual_seed(0)
-        block = LSTMBlock(with_hook=True)
-        return model(transformer(), block, seq_lens=[8, 4], num_tokens=120)
-
-    def test_from_the_beginning(self, m: MBLM) -> None:
-        fed = prompts(2, 6)
-        ids = Session(m, 2).feed(fed).generate(9)
-        for row, prompt in enumerate(fed):
-            assert torch.equal(ids[row], alone(m, prompt, 9)[0])
-
-    def test_after_a_beginning_in_common(self, m: MBLM) -> None:
-        first, more = prompts(3, 5)
-        session = Session(m, 2).feed(torch.stack([first, first])).feed([more, b"a"])
-        for row, rest in enumerate((more, torch.tensor([97]))):
-            want = alone(m, torch.cat((first, rest)), 9)[0]
-            assert torch.equal(session.fork().generate(9)[row], want)
-
-
-def test_a_file_keeps_the_lengths(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    m = wide("mamba1", "transformer")
-    session = Session(m, 3, weights="int8").feed(prompts(1, 0, 6))
-    session.save(tmp_path / "s")
-    loaded = Session.load(tmp_path / "s", m)
-    assert loaded.lengths == [1, 0, 6]
-    assert torch.equal(loaded.generate(7), session.generate(7))
 
 
 class TestRefuses:

@@ -86,16 +86,6 @@ def test_a_custom_block_generates_what_its_full_forward_predicts(with_hook: bool
     assert out[3:].tolist() == greedy[2:-1].tolist()
 
 
-def test_the_hook_of_a_custom_block_sees_every_position_once() -> None:
-    m = model(LSTMBlock(with_hook=True), seq_lens=[50], num_tokens=19)
-    seen = []
-    stage = m.stage_models[0]
-    original = stage.forward_with_state
-    stage.forward_with_state = lambda x, state: (seen.append(x.shape[1]), original(x, state))[1]
-    m.generate(torch.tensor([1, 2, 3]), enable_progress=False)
-    assert sum(seen) == 50  # the start token, the prompt, and all bytes but the last
-
-
 def test_prefill_is_cut_into_bounded_chunks() -> None:
     """No stage ever sees more positions at once than a chunk, whatever the prompt's length."""
     m = model(mamba("mamba1"), transformer(), seq_lens=[5000, 4], hidden_dims=[4, 8])
@@ -109,14 +99,6 @@ def test_prefill_is_cut_into_bounded_chunks() -> None:
     assert max(widest) <= 1024
     expected = full_logits(m, ids)[:, -1]
     torch.testing.assert_close(session.logits(), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("block", ["mamba1", "mamba2"])
-def test_without_fixed_positions_a_session_goes_beyond_the_context(block: str) -> None:
-    m = model(mamba(block), transformer(), seq_lens=[2, 3])
-    ids = torch.randint(0, 18, (1, 20))
-    session = Session(m).feed(ids)
-    torch.testing.assert_close(session.logits(), full_logits(m, ids)[:, -1], **CLOSE)
 
 
 def test_generate_takes_in_what_it_generates() -> None:
