@@ -32,7 +32,7 @@ class Prompts:
         self.number = len(prompts) if isinstance(prompts, Sized) else None
         self._arguments = {**arguments, "seed": seeds, "names": _NAMES}
         self._lists = lists_of(self._arguments, self.number, "prompt", _NAMES)
-        self._first_seed = int(torch.randint(2**62, ()))
+        self._first_seed = int(torch.randint(2**62, (), device="cpu"))
 
     def check(self, model: Any) -> None:
         """Refuse what is wrong with a prompt of a list or what is wished for it."""

@@ -102,7 +102,7 @@ def score(
         prefixes = _texts("given", [given], False, model.num_tokens) * len(texts)
 
     with torch.inference_mode(False):  # the caller's own
-        log_probs = [torch.empty(len(ids), device="cpu") for ids in texts]
+        log_probs = [torch.empty(len(ids), dtype=torch.float32, device="cpu") for ids in texts]
         are_likeliest = [torch.empty(len(ids), dtype=torch.bool, device="cpu") for ids in texts]
     pieces: Iterable[Piece] = (
         piece

@@ -1,6 +1,7 @@
 """Bits per byte of files, which are read as they are scored."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +42,7 @@ class FileScore:
 
 def score_files(
     model: "MBLM",
-    files: Sequence[Path],
+    files: Sequence[str | os.PathLike[str]],
     *,
     length: int | None = None,
     stride: int | None = None,
@@ -65,12 +66,15 @@ def score_files(
         TypeError, ValueError: No files, or as of `mblm.inference.score.score`; a byte outside the
             vocabulary is found when it is read.
     """
+    if isinstance(files, (str, os.PathLike)):
+        raise TypeError(f"files: expected a list of files, got {files!r}; of one it is [file]")
     if not files:
         raise ValueError("files: expected at least one file, got none")
     scorer = Scorer(model, length, stride, batch_bytes)
-    for file in files:
-        _check_readable(file)
-    return [_score_file(scorer, model, file, on_progress) for file in files]
+    paths = [Path(file) for file in files]
+    for path in paths:
+        _check_readable(path)
+    return [_score_file(scorer, model, path, on_progress) for path in paths]
 
 
 def _score_file(

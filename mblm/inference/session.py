@@ -1,6 +1,7 @@
 """A session: incremental decoding that the user holds, feeds, forks, saves and resumes."""
 
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mblm.inference.fingerprint import fingerprint
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
 from mblm.inference.request import Request, requests_of_rows
 from mblm.inference.wishes import WishesOfMany, check_known
-from mblm.utils.checks import check_token_ids
+from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.transforms import decoding
 
 _T = TypeVar("_T")
@@ -26,6 +27,22 @@ _T = TypeVar("_T")
 _MOST_ROWS = 1 << 24
 _NUMBERS = frozenset((int, float, type(None)))
 _NAMES = {"max_bytes": "num_tokens", "end_token_id": "end_of_gen_token_id"}
+
+
+class _OneThread:
+    """Refuses a second thread, whose calls would take bytes from those of the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a logits processor may ask the session that calls it
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ValueError(
+                "session: in another thread's call at this time; fork it, one for each thread"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class Session:
@@ -44,18 +61,18 @@ class Session:
             another dtype are not affected.
 
     Raises:
-        TypeError: ``model`` is no `mblm.MBLM`.
+        TypeError: ``model`` is no `mblm.MBLM`, or ``batch_size`` no integer.
         ValueError: ``batch_size`` below 1 or above 16,777,216, unknown ``weights``, or weights
             that are NaN or infinite.
     """
 
     @decoding
     def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
-        if type(batch_size) is not int or not 1 <= batch_size <= _MOST_ROWS:
-            raise ValueError(
-                f"batch_size: expected an integer from 1 to {_MOST_ROWS}, got {batch_size!r}"
-            )
+        batch_size = check_integer("batch_size", batch_size)
+        if not 1 <= batch_size <= _MOST_ROWS:
+            raise ValueError(f"batch_size: expected 1 to {_MOST_ROWS}, got {batch_size}")
         cache = cache_for(model, weights)
+        self._in_use = _OneThread()
         self._hold(model, model.device, weights, cache, cache.add(batch_size))
 
     def _hold(
@@ -93,8 +110,8 @@ class Session:
 
         Raises:
             TypeError: Something else.
-            ValueError: A bad shape or layout, an id outside the vocabulary, or more bytes than the
-                context.
+            ValueError: A bad shape or layout, an id outside the vocabulary, more bytes than the
+                context, or another thread's call is going on.
             BaseException: Whatever is raised, Ctrl-C too, all bytes are taken in or none.
         """
         rows = self._check_fed(ids)
@@ -165,7 +182,13 @@ class Session:
             "seed": seed,
             "generator": generator,
         }
-        requests = self._requests(asked)
+        are_counts = isinstance(num_tokens, (list, tuple, range))
+        with self._in_use:
+            requests = self._requests(asked)
+            is_ragged = are_counts or any(request.may_end_early for request in requests)
+            return self._continue(requests, is_ragged)
+
+    def _continue(self, requests: list[Request], is_ragged: bool) -> Any:
         continuation: Continuation | None = None
         try:
             continuation = self._begun(requests)
@@ -179,8 +202,7 @@ class Session:
                     self._change_cache()
                     continuation = self._begun(requests)
             ids = [continuation[row].ids() for row in self._rows]
-            are_counts = isinstance(num_tokens, (list, tuple, range))
-            if are_counts or any(request.may_end_early for request in requests):
+            if is_ragged:
                 return [row.to(self._device) for row in ids]
             if len(ids) == 1:
                 return ids[0].unsqueeze(0).to(self._device)
@@ -214,11 +236,12 @@ class Session:
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
         """Call the cache, or another one where it cannot go on with what the model has become."""
-        try:
-            return call(self._cache)
-        except ChangedModelError:
-            self._change_cache()
-            return call(self._cache)
+        with self._in_use:
+            try:
+                return call(self._cache)
+            except ChangedModelError:
+                self._change_cache()
+                return call(self._cache)
 
     def _change_cache(self) -> None:
         """Go on in another cache, for what the model has become."""
@@ -242,6 +265,7 @@ class Session:
         """An independent copy that goes on from here."""
         other = object.__new__(Session)
         rows = self._cache.copy(self._rows)
+        other._in_use = _OneThread()
         other._hold(self._model, self._device, self._weights, self._cache, rows)
         return other
 

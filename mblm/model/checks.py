@@ -7,6 +7,13 @@ import torch
 from mblm.model.config import MBLMReturnType
 
 
+def check_config(config: object, kind: type) -> None:
+    """Refuse what is no configuration, such as the fields of one."""
+    if not isinstance(config, kind):
+        given = type(config).__name__
+        raise TypeError(f"config: expected an mblm.{kind.__name__}, got {given}")
+
+
 def check_hierarchy_shape(
     name: str, shape: Sequence[int], seq_lens: Sequence[int], *, fixed_first: bool
 ) -> None:
@@ -44,8 +51,8 @@ def check_inputs(input_ids: object, inputs_embeds: object, return_type: object) 
         raise ValueError(f"return_type: inputs_embeds gives HIDDEN_STATE only, got {return_type!r}")
 
 
-def check_same_shape(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) -> None:
-    """Refuse a mask or labels whose shape is not that of the token ids."""
+def check_like_ids(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) -> None:
+    """Refuse a mask or labels whose shape or device is not that of the token ids."""
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor):
@@ -53,6 +60,10 @@ def check_same_shape(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) 
     if tensor.shape != ids.shape:
         raise ValueError(
             f"{name}: expected the shape of input_ids {tuple(ids.shape)}, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != ids.device:
+        raise ValueError(
+            f"{name}: expected the device of input_ids, {ids.device}, got {tensor.device}"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from mblm.model.checks import check_inputs, check_same_shape
+from mblm.model.checks import check_config, check_inputs, check_like_ids
 from mblm.model.config import MaskReduceStrat, MBLMEncoderModelConfig, MBLMReturnType
 from mblm.model.hierarchy import Hierarchy, StageTokens
 from mblm.model.loss import cross_entropy
@@ -28,6 +28,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
     config_class = MBLMEncoderModelConfig
 
     def __init__(self, config: MBLMEncoderModelConfig) -> None:
+        check_config(config, MBLMEncoderModelConfig)
         super().__init__(config.mblm_config, start_tokens=False)
         self.pretrained_config = config
         self.mask_token_id = config.mask_token_id
@@ -86,7 +87,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
             )
         given = {"attention_mask": attention_mask, "labels": labels, "loss_mask": loss_mask}
         for name, tensor in given.items():
-            check_same_shape(name, tensor, nested_ids)
+            check_like_ids(name, tensor, nested_ids)
 
         ids = nested_ids.flatten(1)
         mask = torch.ones_like(ids, dtype=torch.bool)

@@ -29,9 +29,10 @@ def find_model(name: str | os.PathLike[str]) -> Path:
             be a model's id.
 
     Raises:
-        FileNotFoundError: There is no such run, or it has no model yet.
+        TypeError: The name is neither a text nor a path.
+        FileNotFoundError: The name is empty, there is no such run, or it has no model yet.
     """
-    path = Path(name).expanduser()
+    path = _as_path(name)
     if _is_latest(path):
         return _best_of(_newest_run(path, holds=_BEST))
     if (path / CONFIG_FILE).exists():
@@ -57,9 +58,9 @@ def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:
         holds: What the newest run must have, a glob.
 
     Raises:
-        FileNotFoundError: There is no such run.
+        TypeError, FileNotFoundError: As for `find_model`.
     """
-    path = Path(name).expanduser()
+    path = _as_path(name)
     if _is_latest(path):
         return _newest_run(path, holds=holds)
     if path.suffix == ".pth" or path.name == RUN_CONFIG_FILE:
@@ -67,6 +68,14 @@ def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:
     if not any(path.glob(holds)):
         _refuse_runs(path)
     return path
+
+
+def _as_path(name: object) -> Path:
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"name: expected a folder, a file or a model's name, got {name!r}")
+    if name == "":  # which a path would take for the folder one is in
+        raise FileNotFoundError("name: expected that of a model or a run, got an empty text")
+    return Path(name).expanduser()
 
 
 def _refuse_runs(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mblm.model.causal import CausalHierarchy
-from mblm.model.checks import check_inputs, check_same_shape
+from mblm.model.checks import check_inputs, check_like_ids
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
@@ -77,7 +77,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
             return attended[:, 1:].reshape(local.shape)
 
         nested_ids = self._check_ids(input_ids)
-        check_same_shape("loss_mask", loss_mask, nested_ids)
+        check_like_ids("loss_mask", loss_mask, nested_ids)
         ids = nested_ids.flatten(1)
         if ids.shape[1] == 0:
             return self.empty_logits(ids.shape[0])

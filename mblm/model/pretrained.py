@@ -94,11 +94,15 @@ class PretrainedMixin:
                 as `huggingface_hub` has them. What there is here is not asked for there.
 
         Raises:
-            FileNotFoundError: There is no such folder, or it lacks one of the two files.
+            TypeError: A name or a dtype that is none.
+            FileNotFoundError: There is no such folder, it lacks one of the two files, or the hub
+                cannot be asked for them.
             ValueError: The configuration is not one of this class, the weights file is damaged,
                 does not fit the configuration, belongs to another one or holds NaN; the message
                 names the file.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
         found = find_model(pretrained_model_name_or_path)
         if _is_checkpoint(found):
             checkpoint: Any = load_checkpoint(cls, found, map_location=map_location)
@@ -216,7 +220,12 @@ def _find_folder(folder: Path, **download: Any) -> Path:
             f"{folder} is no folder; to look for it on the hub: pip install 'mblm[hub]'"
         ) from error
     files = [CONFIG_FILE, WEIGHTS_FILE]
-    return Path(snapshot_download(folder.as_posix(), allow_patterns=files, **download))
+    try:
+        return Path(snapshot_download(folder.as_posix(), allow_patterns=files, **download))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder} is no folder here, and the hub gives no model of that name: {error}"
+        ) from error
 
 
 def _model_type(cls: type[PretrainedMixin]) -> str:

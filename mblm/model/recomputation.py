@@ -27,11 +27,7 @@ def suits(model: nn.Module, x: Tensor) -> bool:
 
     Nor does a stage whose gradients are watched, since here they are not made by its own graph.
     """
-    return (
-        x.device.type == "cpu"
-        and not is_traced()
-        and not gradients_are_watched(model)
-    )
+    return x.device.type == "cpu" and not is_traced() and not gradients_are_watched(model)
 
 
 @not_compiled

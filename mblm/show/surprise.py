@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mblm.inference.prompt import prompt_ids
+from mblm.inference.prompt import Prompt, prompt_ids, to_bytes
 from mblm.inference.scorer import Scorer, Source
 
 if TYPE_CHECKING:
@@ -64,20 +64,20 @@ class Surprise:
 
 
 def measure(
-    model: "MBLM", data: bytes, *, on_progress: Callable[[int], object] | None = None
+    model: "MBLM", data: Prompt, *, on_progress: Callable[[int], object] | None = None
 ) -> Surprise:
     """Tell how much each byte of a text surprises a model, as `mblm.inference.score.score` does.
 
     Args:
         model: The model, in evaluation mode.
-        data: The text.
+        data: The text: bytes, a string (UTF-8), or ids of bytes.
         on_progress: Called with a number of bytes whenever so many more are done.
 
     Raises:
-        ValueError: A byte is outside the model's vocabulary.
+        TypeError, ValueError: Something else, or a byte outside the model's vocabulary.
     """
     count = min(ALTERNATIVES, model.num_tokens)
-    ids = prompt_ids("data", data, model.num_tokens)
+    ids = prompt_ids("data", data, min(model.num_tokens, 256))
     scorer = Scorer(model, alternatives=count)
     found = np.empty((len(ids), 2 + 2 * count), np.float32)
     places = np.empty(len(ids), np.int64)
@@ -89,7 +89,7 @@ def measure(
         if on_progress is not None:
             on_progress(len(rows))
     return Surprise(
-        data,
+        to_bytes(ids),
         np.maximum(found[:, 0] / -math.log(2), 0),
         found[:, 2 : 2 + count].astype(np.int64),
         np.exp(found[:, 2 + count :]),

@@ -38,6 +38,8 @@ def check_id_dtype(name: str, ids: torch.Tensor | None) -> torch.Tensor:
         raise TypeError(f"{name}: expected a tensor of token ids, got {type(ids).__name__}")
     if ids.dtype not in _ID_DTYPES:
         raise TypeError(f"{name}: expected integer token ids (torch.long), got {ids.dtype}")
+    if ids.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {ids.layout}")
     return ids.long()
 
 

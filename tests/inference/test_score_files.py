@@ -57,6 +57,15 @@ def test_files_are_scored_one_by_one(tmp_path: Path) -> None:
     assert together[0] == FileScore(0, 0.0) and math.isnan(together[0].bits_per_byte)
 
 
+def test_a_file_is_a_path_or_its_text_in_a_list(tmp_path: Path) -> None:
+    net = bytes_model()
+    file = write(tmp_path / "f", 20)
+    assert score_files(net, [str(file)]) == score_files(net, [file])
+    for one in (file, str(file)):
+        with pytest.raises(TypeError, match="files: expected a list of files, got"):
+            score_files(net, one)  # type: ignore[arg-type]
+
+
 def test_an_untrained_model_needs_its_whole_vocabulary(tmp_path: Path) -> None:
     net = bytes_model()
     torch.nn.init.zeros_(net.to_logits.weight)

@@ -4,9 +4,11 @@ import contextlib
 import copy
 import gc
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,7 +95,10 @@ def use_session(m: MBLM, file: Path) -> list[torch.Tensor]:
     session = m.session().feed(b"").feed(b"\x01\x02")
     drawn = session.generate(3, top_p=0.5, generator=torch.Generator().manual_seed(1))
     session.save(file)
-    return [out, *ragged, drawn, Session.load(file, m).logits()]
+    torch.manual_seed(3)
+    (one,) = m.generate_batch([b"\x01"], max_bytes=3, top_p=0.9, enable_progress=False)
+    log_probs = m.score(b"\x01\x02\x03").log_probs
+    return [out, *ragged, drawn, Session.load(file, m).logits(), one.ids, log_probs]
 
 
 @pytest.mark.parametrize("upper", [mamba("mamba1"), mamba("mamba2"), LSTMBlock(with_hook=True)])
@@ -218,8 +223,9 @@ class TestGenerate:
         assert session.generate(0).shape == (2, 0) and session.length == 0
 
     def test_batch_size_that_is_no_number(self, m: MBLM) -> None:
+        assert m.session(np.int64(2)).batch_size == 2
         for batch_size in (True, "2", None, 0, 1 << 25, 10**30):
-            with pytest.raises(ValueError, match="batch_size: expected an integer from 1 to"):
+            with pytest.raises((TypeError, ValueError), match="batch_size: expected"):
                 m.session(batch_size)
 
 
@@ -291,3 +297,21 @@ def test_a_session_that_is_gone_keeps_no_rows(m: MBLM) -> None:
     with pytest.raises(ValueError, match="row"):
         cache.lengths(rows)
     assert session.feed([b"\x01", b""]).lengths == [1, 0]
+
+
+def test_a_call_while_another_thread_is_in_one_is_refused(m: MBLM) -> None:
+    """The calls of a run would otherwise take bytes from one another."""
+    session = m.session().feed(b"\x01")
+    refused: list[str] = []
+
+    def call_elsewhere(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        assert session.logits().shape == (1, m.num_tokens)  # of this thread
+        for call in (session.logits, lambda: session.generate(1), lambda: session.feed(b"\x01")):
+            with ThreadPoolExecutor(1) as other, pytest.raises(ValueError) as error:
+                other.submit(call).result()
+            refused.append(str(error.value))
+        return logits
+
+    session.generate(1, logits_processor=call_elsewhere)
+    assert session.length == 2 and len(refused) == 3
+    assert all("in another thread's call" in words for words in refused)

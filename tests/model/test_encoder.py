@@ -268,6 +268,11 @@ def test_blocks_of_a_decoder_are_refused(block: StageBlock) -> None:
         MBLMEncoder(MBLMEncoderModelConfig(mask_token_id=17, mblm_config=config))
 
 
+def test_the_configuration_of_a_decoder_is_refused(model: MBLMEncoder) -> None:
+    with pytest.raises(TypeError, match=r"expected an mblm.MBLMEncoderModelConfig, got MBLMModel"):
+        MBLMEncoder(model.config)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

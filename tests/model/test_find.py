@@ -1,7 +1,9 @@
 """What a person types for a model or a run: folders, files, the newest."""
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,19 @@ def test_a_run_stands_for_its_best_model(runs: Path, name: str) -> None:
 )
 def test_another_name_is_left_as_it_is(runs: Path, name: str) -> None:
     assert find_model(name) == Path(name)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"python"])
+def test_a_name_is_a_text_or_a_path(name: Any) -> None:
+    with pytest.raises(TypeError, match="name: expected a folder, a file or a model's name, got"):
+        find_model(name)
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(runs: Path) -> None:
+    Path("config.json").touch()
+    for find in (find_model, partial(find_run, holds=MODEL)):
+        with pytest.raises(FileNotFoundError, match="got an empty text"):
+            find("")
 
 
 def test_a_saved_folder_is_a_model_whatever_else_it_holds(runs: Path) -> None:

@@ -334,6 +334,7 @@ class TestBadInput:
             (torch.zeros(2, 3).bool(), TypeError, "got torch.bool"),
             (torch.zeros(2, 3).numpy(), TypeError, "got ndarray"),
             ([[1, 2]], TypeError, "got list"),
+            (torch.zeros(2, 3).long().to_sparse(), TypeError, "a dense tensor, got .*sparse"),
             (torch.zeros(3).long(), ValueError, r"expected shape \(B, L\) or \(B, P_1', 2, 4\)"),
             (torch.tensor(1), ValueError, "expected shape"),
             (torch.zeros(1, 2, 3).long(), ValueError, "expected shape"),
@@ -359,6 +360,13 @@ class TestBadInput:
             three(draw_ids(2, 5), loss_mask=torch.ones(2, 4))
         with pytest.raises(TypeError, match="loss_mask: expected a tensor, got list"):
             three(draw_ids(2, 5), loss_mask=[[1] * 5] * 2)
+        with pytest.raises(ValueError, match=r"loss_mask: expected the device .* cpu, got meta"):
+            three(draw_ids(2, 5), loss_mask=torch.ones(2, 5, device="meta"))
+
+    @pytest.mark.parametrize("config", [None, {"num_tokens": 257}])
+    def test_what_is_no_configuration(self, config: Any) -> None:
+        with pytest.raises(TypeError, match=r"config: expected an mblm.MBLMModelConfig, got"):
+            MBLM(config)
 
     @pytest.mark.parametrize("kind", ["loss", "LOSS", None, 2])
     def test_return_type(self, three: MBLM, kind: Any) -> None:

@@ -283,6 +283,21 @@ class TestHub:
         with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
             MBLM.from_pretrained("someone/some-model")
 
+    def test_a_hub_that_gives_nothing_is_told_with_the_name(self, monkeypatch: Any) -> None:
+        hub = pytest.importorskip("huggingface_hub")
+
+        def snapshot_download(*_: Any, **__: Any) -> str:
+            raise OSError("no network")
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+        with pytest.raises(FileNotFoundError, match=r"someone/some-model is no .*: no network"):
+            MBLM.from_pretrained("someone/some-model")
+
+    @pytest.mark.parametrize("dtype", ["float32", torch.int8, float])
+    def test_a_dtype_that_is_none(self, dtype: Any) -> None:
+        with pytest.raises(TypeError, match=r"dtype: expected a floating point torch.dtype"):
+            MBLM.from_pretrained("python", dtype=dtype)
+
     def test_without_the_hub_package_it_says_what_to_install(self, monkeypatch: Any) -> None:
         monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
         with pytest.raises(FileNotFoundError, match=r"pip install 'mblm\[hub\]'"):
