@@ -54,11 +54,18 @@ MBLM_AVX2 inline __m128 fold(Vector v) {
 namespace mblm::cpu {
 namespace {
 
-// Eight integers of 32 bits as the sums of four each, of 64 bits.
-MBLM_AVX2 inline __m128i fold(__m256i v) {
-  const __m256i wide = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(v)),
-                                        _mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1)));
-  return _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+// totals (four of 64 bits) += the sums of each output's eight integers, of four outputs, of which
+// the sums of four fit 32 bits.
+MBLM_AVX2 inline __m256i add_sums(const __m256i (&of)[kTileOutputs], __m256i totals) {
+  const __m256i ab =
+      _mm256_add_epi32(_mm256_unpacklo_epi32(of[0], of[1]), _mm256_unpackhi_epi32(of[0], of[1]));
+  const __m256i cd =
+      _mm256_add_epi32(_mm256_unpacklo_epi32(of[2], of[3]), _mm256_unpackhi_epi32(of[2], of[3]));
+  const __m256i all =
+      _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(all));
+  const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(all, 1));
+  return _mm256_add_epi64(totals, _mm256_add_epi64(low, high));
 }
 
 // sums[r * kPanelStride + k] = the sum of a tile's output k and row r. The first rows of a tile ask
@@ -66,17 +73,18 @@ MBLM_AVX2 inline __m128i fold(__m256i v) {
 template <int kRows>
 MBLM_AVX2 inline void multiply_int8(const int8_t* weight, const float* prepared, int64_t row_stride,
                                     int64_t n, bool is_first, float* sums) {
-  // Each of eight sums takes two products of sixteen columns.
-  constexpr int64_t kColumns = kColumnsPerInt32 * 8;
-  static_assert(kTileOutputs == kStreams && kColumns % kTileInputs == 0);
-  int64_t totals[kRows][kTileOutputs] = {};
+  // Each of eight sums takes two products of sixteen columns; four are summed together.
+  constexpr int64_t kColumns = kColumnsPerInt32 * 8 / 4;
+  static_assert(kColumns % kTileInputs == 0);
+  __m256i totals[kRows];
+  for (__m256i& total : totals) total = _mm256_setzero_si256();
   for (int64_t i = 0; i < n;) {
     const int64_t end = std::min(i + kColumns, n);
-    __m256i products[kTileOutputs][kRows];
+    __m256i products[kRows][kTileOutputs];
 #pragma GCC unroll 8
-    for (auto& of_rows : products) {
+    for (auto& of_outputs : products) {
 #pragma GCC unroll 8
-      for (__m256i& product : of_rows) product = _mm256_setzero_si256();
+      for (__m256i& product : of_outputs) product = _mm256_setzero_si256();
     }
     for (; i < end; i += kTileInputs, weight += kTileOutputs * kTileInputs) {
 #pragma GCC unroll 8
@@ -97,22 +105,19 @@ MBLM_AVX2 inline void multiply_int8(const int8_t* weight, const float* prepared,
               _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            products[k][r] = _mm256_add_epi32(products[k][r], _mm256_madd_epi16(wide, values[r]));
+            products[r][k] = _mm256_add_epi32(products[r][k], _mm256_madd_epi16(wide, values[r]));
           }
         }
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      add_sums(fold(products[0][r]), fold(products[1][r]), fold(products[2][r]),
-               fold(products[3][r]), totals[r]);
-    }
+    for (int r = 0; r < kRows; ++r) totals[r] = add_sums(products[r], totals[r]);
   }
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < kTileOutputs; ++k) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      sums[r * kPanelStride + k] = float(totals[r][k]) * prepared[r * row_stride];
+  for (int r = 0; r < kRows; ++r) {
+    int64_t total[kTileOutputs];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(total), totals[r]);
+    for (int64_t k = 0; k < kTileOutputs; ++k) {
+      sums[r * kPanelStride + k] = float(total[k]) * prepared[r * row_stride];
     }
   }
 }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "cpu/bfloat16.h"
 #include "cpu/stream_sums.h"
@@ -26,7 +27,7 @@ namespace {
 #define MBLM_TARGET(FEATURES) __attribute__((target(FEATURES)))
 #endif
 #define MBLM_AVX512 MBLM_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
-#define MBLM_VNNI MBLM_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")
+#define MBLM_VNNI MBLM_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
 
 using Vector = __m512;
 constexpr int64_t kLanes = 16;
@@ -69,13 +70,29 @@ MBLM_AVX512 inline __m128 fold(Vector v) {
 namespace mblm::cpu {
 namespace {
 
-// Sixteen integers of 32 bits as the sums of eight each, of 64 bits; those of four fit 32 bits.
-MBLM_AVX512 inline __m128i fold(__m512i v) {
-  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-  const __m128i quarter =
-      _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  const __m256i wide = _mm256_cvtepi32_epi64(quarter);
-  return _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+// totals (twice four of 64 bits) += the sums of each output's sixteen integers, of four outputs, of
+// which the sums of four fit 32 bits.
+MBLM_VNNI inline __m512i add_sums(const __m512i (&of)[kTileOutputs], __m512i totals) {
+  const __m512i ab =
+      _mm512_add_epi32(_mm512_unpacklo_epi32(of[0], of[1]), _mm512_unpackhi_epi32(of[0], of[1]));
+  const __m512i cd =
+      _mm512_add_epi32(_mm512_unpacklo_epi32(of[2], of[3]), _mm512_unpackhi_epi32(of[2], of[3]));
+  const __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(all));
+  const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(all, 1));
+  return _mm512_add_epi64(totals, _mm512_add_epi64(low, high));
+}
+
+// sum += each four products of bytes, those of `bytes` without sign. GCC would copy sums from
+// register to register.
+MBLM_VNNI inline __m512i multiply_bytes(__m512i bytes, __m512i values, __m512i sum) {
+#ifdef MBLM_EMULATED
+  return _mm512_dpbusd_epi32(sum, bytes, values);
+#else
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(values));
+  return sum;
+#endif
 }
 
 // Columns of which four of sixteen sums fit 32 bits: 4 * 4 * 255 * 128 * (256 + 1) * 16 < 2^31.
@@ -110,14 +127,12 @@ MBLM_VNNI void multiply_int8(const int8_t* weight, const int8_t* ahead, const fl
   const __m512i sign = _mm512_set1_epi8(-128);
   const int64_t to_lower = round_up(n, kTileInputs);
   const int8_t* upper[kRows];
-  int64_t totals[kRows][kTileOutputs];
+  __m512i totals[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const float* row = prepared + r * row_stride;
     upper[r] = reinterpret_cast<const int8_t*>(int16_values(row) + to_lower);
-    int64_t added;
-    std::memcpy(&added, row + 2, sizeof(added));
-    std::fill_n(totals[r], kTileOutputs, -added);
+    totals[r] = _mm512_setzero_si512();
   }
   for (int64_t i = 0; i < n;) {
     const int64_t end = std::min(i + kColumnsPerSum, n);
@@ -142,27 +157,30 @@ MBLM_VNNI void multiply_int8(const int8_t* weight, const int8_t* ahead, const fl
         const __m512i second = _mm512_loadu_si512(upper[r] + to_lower + i);
 #pragma GCC unroll 8
         for (int64_t k = 0; k < kTileOutputs; ++k) {
-          a[r][k] = _mm512_dpbusd_epi32(a[r][k], bytes[k], first);
-          b[r][k] = _mm512_dpbusd_epi32(b[r][k], bytes[k], second);
+          a[r][k] = multiply_bytes(bytes[k], first, a[r][k]);
+          b[r][k] = multiply_bytes(bytes[k], second, b[r][k]);
         }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      __m128i of[kTileOutputs];
+      __m512i of[kTileOutputs];
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTileOutputs; ++k) {
-        of[k] = fold(_mm512_add_epi32(_mm512_slli_epi32(a[r][k], 8), b[r][k]));
+        of[k] = _mm512_add_epi32(_mm512_slli_epi32(a[r][k], 8), b[r][k]);
       }
-      add_sums(of[0], of[1], of[2], of[3], totals[r]);
+      totals[r] = add_sums(of, totals[r]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < kTileOutputs; ++k) {
-      sums[r * kPanelStride + k] = float(totals[r][k]) * prepared[r * row_stride];
-    }
+    const float* row = prepared + r * row_stride;
+    int64_t added;
+    std::memcpy(&added, row + 2, sizeof(added));
+    const __m256i both = _mm256_add_epi64(_mm512_castsi512_si256(totals[r]),
+                                          _mm512_extracti64x4_epi64(totals[r], 1));
+    const __m128 values = _mm256_cvtepi64_ps(_mm256_sub_epi64(both, _mm256_set1_epi64x(added)));
+    _mm_storeu_ps(sums + r * kPanelStride, _mm_mul_ps(values, _mm_set1_ps(row[0])));
   }
 }
 
@@ -175,22 +193,25 @@ MBLM_VNNI void multiply_row_of_int8(const void* weights, int64_t, const float* p
   }
 }
 
+// multiply_int8 by how many rows it has, and how many lines it asks for.
+template <int kRows>
+constexpr decltype(&multiply_int8<1, 0>) kAsking[] = {
+    multiply_int8<kRows, 0>, multiply_int8<kRows, 1>, multiply_int8<kRows, 2>, nullptr,
+    multiply_int8<kRows, 4>};
+constexpr const decltype(&multiply_int8<1, 0>)* kByRows[] = {kAsking<1>, kAsking<2>, kAsking<3>};
+
 MBLM_VNNI void multiply_panel_of_int8(const Panel& panel) {
-  // By how many lines they ask for.
-  constexpr decltype(&multiply_int8<1, 0>) kOne[] = {
-      multiply_int8<1, 0>, multiply_int8<1, 1>, multiply_int8<1, 2>, nullptr, multiply_int8<1, 4>};
-  constexpr decltype(kOne) kTwo = {multiply_int8<2, 0>, multiply_int8<2, 1>, multiply_int8<2, 2>,
-                                   nullptr, multiply_int8<2, 4>};
+  constexpr int64_t kRows = std::size(kByRows);
   const int64_t n = panel.n;
   for (int64_t output = 0; output < panel.outputs; output += kTileOutputs) {
     const int8_t* const weight =
         static_cast<const int8_t*>(panel.weight) + output * round_up(n, kTileInputs);
     // All turns ask for some of the weights behind the tile's: memory is to be read meanwhile.
     int64_t asked = 0;
-    for (int64_t row = 0; row < panel.rows; row += 2) {
-      const int64_t turns = (panel.rows - row + 1) / 2;
+    for (int64_t row = 0; row < panel.rows; row += kRows) {
+      const int64_t left = panel.rows - row, turns = (left + kRows - 1) / kRows;
       const int64_t lines = (kTileOutputs - asked + turns - 1) / turns;
-      const auto multiply = (row + 1 < panel.rows ? kTwo : kOne)[lines];
+      const auto multiply = kByRows[std::min(left, kRows) - 1][lines];
       multiply(weight, weight + kTilesAhead + asked * kTileInputs, panel.x + row * panel.row_stride,
                panel.row_stride, n, panel.sums + row * kPanelStride + output);
       asked += lines;
@@ -211,7 +232,9 @@ void add_avx512_kernels(std::vector<MatrixKernels>& kernels) {
     return;
   }
   MatrixKernels best = {"AVX-512", kFloat32, kBFloat16, kernels.front().int8};
-  if (__builtin_cpu_supports("avx512vnni")) best.int8 = kInt8;
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq")) {
+    best.int8 = kInt8;
+  }
   kernels.insert(kernels.begin(), best);
 }
 #endif

@@ -21,15 +21,31 @@
 #include <simde/x86/avx512/setzero.h>
 #include <simde/x86/avx512/slli.h>
 #include <simde/x86/avx512/storeu.h>
+#include <simde/x86/avx512/unpackhi.h>
+#include <simde/x86/avx512/unpacklo.h>
 #include <simde/x86/avx512/xor.h>
 
-// Which SIMDe lacks.
-inline __m512i _mm512_cvtepu16_epi32(__m256i values) {
-  uint16_t from[16];
-  uint32_t to[16];
+// What SIMDe lacks: values of one type converted to another.
+template <class From, class To, class Out, class In>
+Out convert(const In& values) {
+  constexpr size_t kCount = sizeof(In) / sizeof(From);
+  From from[kCount];
+  To to[kCount];
   std::memcpy(from, &values, sizeof(from));
-  std::copy(from, from + 16, to);
-  return _mm512_loadu_si512(to);
+  std::copy(from, from + kCount, to);
+  Out out;
+  static_assert(sizeof(out) == sizeof(to));
+  std::memcpy(&out, to, sizeof(out));
+  return out;
+}
+inline __m512i _mm512_cvtepu16_epi32(__m256i values) {
+  return convert<uint16_t, uint32_t, __m512i>(values);
+}
+inline __m512i _mm512_cvtepi32_epi64(__m256i values) {
+  return convert<int32_t, int64_t, __m512i>(values);
+}
+inline __m128 _mm256_cvtepi64_ps(__m256i values) {
+  return convert<int64_t, float, __m128>(values);
 }
 
 #define MBLM_EMULATED
