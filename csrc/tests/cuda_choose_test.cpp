@@ -126,7 +126,7 @@ void automata_allow_and_end() {
   CHECK(got.rows[0].allow.state == 1);
   row.left = row.planned = 1;
   CHECK(choose({row}, {1, 4, -INFINITY, 9}, even).ids[0] == 2);  // the model rules it out
-  row.allow.state = 1;  // after which nothing may come
+  row.allow.state = 1;                                           // after which nothing may come
   CHECK(choose({row}, logits, even).ids[0] < 4);
   row.allow.state = 0;
   row.left = row.planned = 4;

@@ -2,6 +2,7 @@
 #include "cuda_check.h"
 // The emulation comes before the sources.
 #include "cuda/ssd.cu"
+#include "cuda/ssd_gradients.cu"
 
 using namespace mblm;
 

@@ -37,7 +37,8 @@ def slow_but_few(paths: list[Path]) -> list[object]:
 
 
 def test_there_are_kernels_and_glue() -> None:
-    operators = {path.stem for path in KERNELS if not path.stem.startswith("decode_")}
+    sources = {path.stem for path in KERNELS if path.with_suffix(".h").exists()}
+    operators = {name for name in sources if not name.startswith("decode_")}
     assert operators | {"device_cache", "library"} <= {path.stem for path in GLUE}
 
 
@@ -46,11 +47,6 @@ def test_sources_name_no_torch_header(path: Path) -> None:
     included = re.findall(r'#include ([<"].*[>"])', path.read_text())
     strange = [name for name in included if not re.fullmatch(r'<[a-z_]+>|"(cpu|cuda)/.*"', name)]
     assert not strange, "only the standard library's headers and those of kernels"
-
-
-# Bytes of stack that kernels still have, by source, architecture and part of their names: for what
-# stays the same from tile to tile, no register is left.
-KNOWN_STACK = {("ssd.cu", "80"): {"gradients_of_positions": 32}}
 
 
 @pytest.mark.skipif(not NVCC, reason="no CUDA toolkit: nvcc is neither on PATH nor in CUDA_HOME")
@@ -63,14 +59,11 @@ def test_kernels_live_in_registers(path: Path, architecture: str) -> None:
     for name, used in kernels.items():
         print(f"{path.name} {architecture} {used}  {name}")
     assert bool(kernels) == ("__global__" in path.read_text())
-    known = KNOWN_STACK.get((path.name, architecture), {})
     # Divisions in float64 are calls, around which a few registers are saved.
     spilling = {
         name: used
         for name, used in kernels.items()
-        if (used.spilled or used.stack)
-        and "double" not in name
-        and not any(part in name and used.stack <= size for part, size in known.items())
+        if (used.spilled or used.stack) and "double" not in name
     }
     assert not spilling
 

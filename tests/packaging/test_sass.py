@@ -122,7 +122,8 @@ def test_a_listing_is_read() -> None:
 @needs_tools
 def test_a_slice_of_ssd_is_loaded_at_once_while_another_is_multiplied() -> None:
     """On tensor cores: no load waits for another, and none is waited for before the products."""
-    kernels = [kernel for kernel in kernels_of("ssd.cu") if "TensorTile" in kernel.name]
+    of_both_passes = [*kernels_of("ssd.cu"), *kernels_of("ssd_gradients.cu")]
+    kernels = [kernel for kernel in of_both_passes if "TensorTile" in kernel.name]
     assert len(kernels) == 14
     assert all(kernel.places("HMMA") for kernel in kernels)
     for kernel in kernels:
