@@ -36,7 +36,7 @@ class MBLMForHarness(LM):
         pretrained: A folder from ``save_pretrained``, a run's folder, its ``.pth`` file, ``latest``
             or a model's id on the hub; or an `mblm.MBLM`.
         device: Such as ``cpu`` or ``cuda:1``. Default: a GPU if there is one.
-        length, stride, batch_bytes: See `mblm.inference.score.score`.
+        length, stride, batch_bytes: See `mblm.MBLM.score`.
         weights: What compiled code reads weights as when it generates; see `mblm.Session`.
         max_rows: How many texts are generated side by side. Default 64.
         max_gen_toks: Bytes to generate where a task does not say. Default 256.

@@ -31,27 +31,7 @@ def generate(
     enable_progress: bool = True,
     **wishes: Unpack[Wishes],
 ) -> torch.Tensor:
-    """Generate bytes after a prompt; must run under ``torch.inference_mode``.
-
-    Args:
-        model: An `mblm.MBLM`.
-        prime: The prompt: bytes, text or token ids; see `mblm.inference.prompt.prompt_ids`. None is
-            an empty one.
-        stream: Where bytes go, every 20 ms those that have come. When its reader is gone (a broken
-            pipe or connection), generation ends and what the stream was given is returned.
-        weights: Type of the weights that compiled code reads; see `mblm.inference.session.Session`.
-        enable_progress: Show a progress bar when there is no stream. Default True.
-        wishes: See `mblm.inference.wishes.Wishes`.
-
-    Returns:
-        The prompt followed by what was generated, token ids ``(L + generated,)`` int64.
-
-    Raises:
-        TypeError, ValueError: Bad input, a prompt longer than the context, or NaN weights; before
-            anything is generated.
-        BaseException: What the stream raises has the prompt and what the stream was given as its
-            attribute ``ids``; anything else, Ctrl-C too, the prompt and all that was chosen.
-    """
+    """Generate bytes after a prompt, under ``torch.inference_mode``; see `mblm.MBLM.generate`."""
     _check_stream(stream)
     asked = request(model, b"" if prime is None else prime, names=_NAMES, **wishes)
     continuation: Continuation | None = None

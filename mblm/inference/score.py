@@ -57,39 +57,7 @@ def score(
     stride: int | None = None,
     batch_bytes: int = BATCH_BYTES,
 ) -> Score | list[Score]:
-    """Tell how likely a model finds bytes, each given those before it.
-
-    A byte's probability is what a `Session` tells after the bytes before it, up to rounding. So the
-    first byte of a text with nothing given is predicted as `MBLM.generate` does it, by the logits
-    of the empty input, and not as the loss does: see `docs/guide-score.md`.
-
-    Texts longer than the context are scored in windows of ``length`` bytes, each byte once, with at
-    least ``length - stride`` bytes before it except where the text begins. A model without a limit
-    whose most global stage is recurrent, a Mamba, takes a text of any length as one sequence,
-    unless there is a length or a stride. Memory beyond the texts and their scores follows
-    ``batch_bytes`` and ``length``.
-
-    Args:
-        model: An `mblm.MBLM`. Its mode is left: call ``model.eval()`` first.
-        data: A text: bytes, a string (UTF-8), or token ids as a tensor or an array ``(L,)`` or
-            ``(1, L)`` or a list of integers. Or a list of texts, scored in batches, each as if
-            alone up to rounding.
-        given: What comes before the text and is not scored; of what is longer than a window only
-            the end. One for all texts, or a list of one for each. Default: nothing.
-        length: Bytes of a window, at most the model's ``max_length``. Default: its
-            ``context_size``, or no windows; see above.
-        stride: How many bytes of a window are scored, from 1 to ``length``. Default: half of it,
-            so that every byte has at least half a context before it. Only the most global stage
-            computes what is not scored; ``stride=length`` is fastest.
-        batch_bytes: Bytes that are taken in together; a window at least. Default 65,536.
-
-    Returns:
-        A score, or a list of one for each text. A text without bytes has 0 bits, and NaN per byte.
-
-    Raises:
-        TypeError, ValueError: Bad input, such as an id outside the vocabulary; before anything is
-            scored.
-    """
+    """Tell how likely a model finds bytes; see `mblm.MBLM.score`."""
     scorer = Scorer(model, length, stride, batch_bytes)
     is_list = isinstance(data, (list, tuple)) and not (data and _are_ids(data))
     texts = _texts("data", data if is_list else [data], is_list, model.num_tokens)

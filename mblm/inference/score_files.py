@@ -54,7 +54,7 @@ def score_files(
     Memory does not grow with a file.
 
     Args:
-        model: See `mblm.inference.score.score`, as ``length``, ``stride`` and ``batch_bytes``.
+        model: See `mblm.MBLM.score`, as ``length``, ``stride`` and ``batch_bytes``.
         files: The files; pipes and the like are read once, and ``-`` is standard input.
         on_progress: Called with a number of bytes whenever so many more are done.
 
@@ -63,7 +63,7 @@ def score_files(
 
     Raises:
         OSError: A file cannot be read; found before any is scored.
-        TypeError, ValueError: No files, or as of `mblm.inference.score.score`; a byte outside the
+        TypeError, ValueError: No files, or as of `mblm.MBLM.score`; a byte outside the
             vocabulary is found when it is read.
     """
     if isinstance(files, (str, os.PathLike)):

@@ -62,7 +62,7 @@ class Scorer:
     """Scores pieces of sequences, many at a time.
 
     Args:
-        model: See `mblm.inference.score.score`, as the others.
+        model: See `mblm.MBLM.score`, as the others.
         length: Bytes of a window.
         stride: How many of them are scored.
         batch_bytes: Bytes that are taken in together.

@@ -7,11 +7,11 @@ import torch
 from mblm.model.config import MBLMReturnType
 
 
-def check_config(config: object, kind: type) -> None:
+def check_config(name: str, config: object, kind: type) -> None:
     """Refuse what is no configuration, such as the fields of one."""
     if not isinstance(config, kind):
         given = type(config).__name__
-        raise TypeError(f"config: expected an mblm.{kind.__name__}, got {given}")
+        raise TypeError(f"{name}: expected an mblm.{kind.__name__}, got {given}")
 
 
 def check_hierarchy_shape(

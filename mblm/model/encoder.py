@@ -21,14 +21,18 @@ IGNORED_LABEL = -100
 class MBLMEncoder(Hierarchy, PretrainedMixin):
     """A hierarchy of bidirectional stages: no start tokens, context added to every position.
 
+    Args:
+        config: What it is made of. Weights are drawn from torch's default generator.
+
     Raises:
+        TypeError: ``config`` is no `mblm.MBLMEncoderModelConfig`.
         ValueError: A stage model whose ``forward`` does not take ``(x, attention_mask)``.
     """
 
     config_class = MBLMEncoderModelConfig
 
     def __init__(self, config: MBLMEncoderModelConfig) -> None:
-        check_config(config, MBLMEncoderModelConfig)
+        check_config("config", config, MBLMEncoderModelConfig)
         super().__init__(config.mblm_config, start_tokens=False)
         self.pretrained_config = config
         self.mask_token_id = config.mask_token_id

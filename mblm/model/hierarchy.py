@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mblm.model.checks import check_config, check_embeddings, check_hierarchy_shape
+from mblm.model.checks import check_embeddings, check_hierarchy_shape
 from mblm.model.config import MBLMModelConfig
 from mblm.model.embeddings import (
     LocalTokenEmbedding,
@@ -49,7 +49,6 @@ class Hierarchy(nn.Module):
     packed_weights: dict[str, Any]
 
     def __init__(self, config: MBLMModelConfig, *, start_tokens: bool) -> None:
-        check_config(config, MBLMModelConfig)
         super().__init__()
         self.config = config
         self.packed_weights = {}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mblm.model.causal import CausalHierarchy
-from mblm.model.checks import check_inputs, check_like_ids
+from mblm.model.checks import check_config, check_inputs, check_like_ids
 from mblm.model.config import MBLMModelConfig, MBLMReturnType
 from mblm.model.encoder import MBLMEncoder
 from mblm.model.loss import cross_entropy, losses_per_byte, sum_and_count
@@ -33,11 +33,18 @@ class MBLM(CausalHierarchy, PretrainedMixin):
     """Multiscale Byte Language Model: a hierarchy of causal stages that models bytes.
 
     Source: Egli et al., Multiscale Byte Language Models, https://arxiv.org/abs/2502.14553.
+
+    Args:
+        cfg: What it is made of. Weights are drawn from torch's default generator.
+
+    Raises:
+        TypeError: ``cfg`` is no `mblm.MBLMModelConfig`.
     """
 
     config_class = MBLMModelConfig
 
     def __init__(self, cfg: MBLMModelConfig) -> None:
+        check_config("cfg", cfg, MBLMModelConfig)
         super().__init__(cfg)
         self.pretrained_config = cfg
 
@@ -114,11 +121,39 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         weights: str = "float32",
         **wishes: "Unpack[Filters]",
     ) -> torch.Tensor:
-        """Generate bytes after a prompt; see `mblm.inference.generate.generate`.
+        """Generate bytes after a prompt, as the model's mode says: call ``model.eval()`` first.
 
-        The arguments from ``num_tokens_to_generate`` (there ``max_bytes``) on are those of
-        `mblm.inference.wishes.Wishes`. Further ones by keyword: ``top_k``, ``top_p``, ``min_p``,
-        ``stop``, ``seed``, ``generator``, ``constraint``, ``logits_processor``, ``draft``.
+        Args:
+            prime: The prompt: bytes, text (UTF-8), or token ids of any integer dtype, ``(L,)`` or
+                ``(1, L)``, as a list, an array or a tensor. Default: an empty one.
+            stream: Where bytes go, every 20 ms those that have come. When its reader is gone (a
+                broken pipe or connection), generation ends and what the stream was given is
+                returned. Default: none.
+            num_tokens_to_generate: How many bytes to generate. Default: up to the context,
+                ``prod(seq_lens)`` in all.
+            end_of_gen_token_id: Generation ends after this id, which is kept. Default: none; one
+                outside the vocabulary never comes.
+            temperature: Divides the logits, >= 0; 0 takes the likeliest byte. Default 1.
+            filter_thres: Keeps the highest ``max(int((1 - filter_thres) * V), 1)`` logits, in
+                [0, 1], where none of ``top_k``, ``top_p`` and ``min_p`` is given. Default 1, the
+                likeliest byte alone.
+            enable_progress: Show a progress bar where there is no stream. Default True.
+            weights: What compiled code reads the weights of linear layers as, ``"float32"``,
+                ``"bfloat16"`` or ``"int8"``; see `Session`. Default ``"float32"``.
+            wishes: ``top_k``, ``top_p``, ``min_p``, ``stop``, ``seed``, ``generator``,
+                ``constraint``, ``logits_processor``, ``draft``; see
+                `mblm.inference.wishes.Filters`. Default: none.
+
+        Returns:
+            The prompt followed by what was generated, ids ``(L + generated,)`` int64 on the model's
+            device.
+
+        Raises:
+            TypeError, ValueError: Bad input, a prompt longer than the context, or NaN weights;
+                before anything is generated.
+            BaseException: What the stream raises has the prompt and what the stream was given as
+                its attribute ``ids``; anything else, Ctrl-C too, the prompt and all that was
+                chosen.
         """
         from mblm.inference.generate import generate
         from mblm.inference.wishes import Filters, check_known
@@ -204,12 +239,16 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         weights: str = "float32",
         **wishes: "Unpack[Wishes]",
     ) -> "Stream":
-        """Generate bytes or text to iterate over as they come; see `Stream`.
+        """Generate bytes or text to iterate over as they come; see `mblm.inference.stream.Stream`.
 
-        Further arguments are those of `mblm.inference.wishes.Wishes`: ``max_bytes``,
-        ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``, ``top_p``, ``min_p``,
-        ``stop``, ``seed``, ``generator``, ``constraint``, ``logits_processor``, ``draft``,
-        ``log_probs``.
+        Args:
+            prompt: Bytes, text or token ids, as of `generate`.
+            text: Give text, whole characters only, instead of bytes. Default False.
+            weights: As of `generate`.
+            wishes: ``max_bytes``, ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``,
+                ``top_p``, ``min_p``, ``stop``, ``seed``, ``generator``, ``constraint``,
+                ``logits_processor``, ``draft``, ``log_probs``; see
+                `mblm.inference.wishes.Wishes`.
 
         Raises:
             TypeError, ValueError: Bad input; see `Stream`.
@@ -228,13 +267,51 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         stride: int | None = None,
         batch_bytes: int = 1 << 16,
     ) -> "Score | list[Score]":
-        """Tell how likely the model finds bytes; see `mblm.inference.score.score`."""
+        """Tell how likely the model finds bytes, each given those before it.
+
+        A byte's probability is what a `Session` tells after the bytes before it, up to rounding. So
+        the first byte of a text with nothing given is predicted as `generate` does it, by the
+        logits of the empty input, and not as the loss does: see `docs/guide-score.md`. The model's
+        mode is left: call ``model.eval()`` first.
+
+        Texts longer than the context are scored in windows of ``length`` bytes, each byte once,
+        with at least ``length - stride`` bytes before it except where the text begins. A model
+        without a limit whose most global stage is recurrent, a Mamba, takes a text of any length as
+        one sequence, unless there is a length or a stride. Memory beyond the texts and their scores
+        follows ``batch_bytes`` and ``length``.
+
+        Args:
+            data: A text: bytes, a string (UTF-8), or token ids as a tensor or an array ``(L,)`` or
+                ``(1, L)`` or a list of integers. Or a list of texts, scored in batches, each as if
+                alone up to rounding.
+            given: What comes before the text and is not scored; of what is longer than a window
+                only the end. One for all texts, or a list of one for each. Default: nothing.
+            length: Bytes of a window, at most ``max_length``. Default: ``context_size``, or no
+                windows; see above.
+            stride: How many bytes of a window are scored, from 1 to ``length``. Default: half of
+                it, so that every byte has at least half a context before it. Only the most global
+                stage computes what is not scored; ``stride=length`` is fastest.
+            batch_bytes: Bytes that are taken in together; a window at least. Default 65,536.
+
+        Returns:
+            A score, or a list of one for each text. A text without bytes has 0 bits, and NaN per
+            byte.
+
+        Raises:
+            TypeError, ValueError: Bad input, such as an id outside the vocabulary; before anything
+                is scored.
+        """
         from mblm.inference.score import score
 
         return score(self, data, given, length=length, stride=stride, batch_bytes=batch_bytes)
 
     def session(self, batch_size: int = 1, *, weights: str = "float32") -> "Session":
-        """Start incremental decoding of ``batch_size`` sequences; see `Session`."""
+        """Start incremental decoding of ``batch_size`` sequences; see `Session`.
+
+        Args:
+            batch_size: Sequences side by side. Default 1.
+            weights: As of `generate`.
+        """
         from mblm.inference.session import Session
 
         return Session(self, batch_size, weights=weights)

@@ -11,7 +11,10 @@ HOTTEST = torch.finfo(torch.float32).max
 
 
 def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
-    """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``."""
+    """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``.
+
+    By default the higher half.
+    """
     return keep_highest(logits, count_kept(thres, logits.shape[-1]))
 
 
@@ -61,9 +64,16 @@ def gumbel_sample(
 ) -> torch.Tensor:
     """Sample ``argmax(logits / temperature + gumbel)``, ``gumbel = -log(-log(u))``, logs >= 1e-20.
 
-    ``u`` is drawn from the default generator of the logits' device, or from ``generator``, unless
-    it is given as ``uniform``. Half precision has too few numbers near 0 and 1, so that it is
-    sampled from in float32. A temperature of 0 takes the highest logit.
+    Args:
+        logits: ``(B, V)``. Half precision has too few numbers near 0 and 1, so that it is sampled
+            from in float32.
+        temperature: Divides the logits; 0 takes the highest. Default 1.
+        dim: What is sampled over. Default: the last.
+        generator: What draws ``u``. Default: torch's default generator of the logits' device.
+        uniform: ``u`` itself, like the logits.
+
+    Returns:
+        Ids ``(B,)`` int64.
     """
     logits = logits.to(sampling_dtype(logits.dtype))
     if uniform is None:

@@ -168,7 +168,24 @@ class _Transformer(nn.Module):
 
 
 class TransformerDecoder(_Transformer):
-    """Causal Transformer with token shift before attention and feed-forward."""
+    """Causal Transformer with token shift before attention and feed-forward, and a final RMSNorm.
+
+    Rotary positions are those of Su et al., RoFormer, https://arxiv.org/abs/2104.09864, by halves.
+
+    Args:
+        model_dim: Width D of the stage.
+        num_layers: Number of layers.
+        attn_head_dim: Width of a head; even, if there are rotary positions. Default 64.
+        attn_num_heads: Number of heads. Default 8.
+        attn_dropout: Dropout of attention probabilities, in training. Default 0.
+        attn_use_rot_embs: Whether queries and keys get rotary positions. Default True.
+        ff_dropout: Dropout inside the feed-forward, in training. Default 0.
+        ff_mult: Inner width of the feed-forward over D. Default 4.
+        use_flash_attn: Accepted for compatibility.
+
+    Raises:
+        ValueError: An odd width of a head with rotary positions.
+    """
 
     causal = True
     takes_shared_start = True  # the hierarchy may say so of its rows
@@ -315,7 +332,7 @@ class TransformerDecoder(_Transformer):
 
 
 class TransformerEncoder(_Transformer):
-    """Bidirectional Transformer, without token shift."""
+    """Bidirectional Transformer, without token shift; the arguments are `TransformerDecoder`'s."""
 
     causal = False
 

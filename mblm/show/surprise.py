@@ -66,7 +66,7 @@ class Surprise:
 def measure(
     model: "MBLM", data: Prompt, *, on_progress: Callable[[int], object] | None = None
 ) -> Surprise:
-    """Tell how much each byte of a text surprises a model, as `mblm.inference.score.score` does.
+    """Tell how much each byte of a text surprises a model, as `mblm.MBLM.score` does.
 
     Args:
         model: The model, in evaluation mode.

@@ -365,7 +365,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("config", [None, {"num_tokens": 257}])
     def test_what_is_no_configuration(self, config: Any) -> None:
-        with pytest.raises(TypeError, match=r"config: expected an mblm.MBLMModelConfig, got"):
+        with pytest.raises(TypeError, match=r"cfg: expected an mblm.MBLMModelConfig, got"):
             MBLM(config)
 
     @pytest.mark.parametrize("kind", ["loss", "LOSS", None, 2])
