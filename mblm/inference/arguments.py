@@ -1,7 +1,7 @@
 """What caches of every engine refuse, in the same words."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,39 +32,40 @@ def check_seconds(seconds: Any) -> float:
     return seconds
 
 
-def check_draft(name: str, draft: Tensor | None, num_tokens: int) -> Tensor | None:
-    """Refuse what is no draft ``(n,)``; returns it as int64 on the CPU."""
-    if draft is None:
-        return None
-    ids = check_token_ids(name, draft, num_tokens)
-    if ids.ndim != 1:
-        raise ValueError(f"{name}: expected shape (n,), got {tuple(ids.shape)}")
-    return ids.cpu()
+def check_drafts(
+    drafts: Sequence[Tensor | None] | None, rows: Sequence[Any], num_tokens: int
+) -> list[Tensor | None]:
+    """Refuse what are no drafts ``(n,)`` of rows; returns them as int64 on the CPU."""
+    if drafts is None:
+        return []
+    check_count("drafts", drafts, rows)
+    checked: list[Tensor | None] = []
+    for index, draft in enumerate(drafts):
+        ids = None if draft is None else check_token_ids(f"drafts[{index}]", draft, num_tokens)
+        if ids is not None and ids.ndim != 1:
+            raise ValueError(f"drafts[{index}]: expected shape (n,), got {tuple(ids.shape)}")
+        checked.append(None if ids is None else ids.cpu())
+    return checked
 
 
 def check_choice(
-    ids: Tensor | None, logits: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
+    ids: Tensor | None, logits: Tensor | None, mask: Tensor | None, shape: tuple[int, ...]
 ) -> None:
     """Refuse what does not choose a byte for each row, ``shape`` being (rows, V)."""
-    if sum(given is not None for given in (ids, logits, mask)) != 1:
+    all_three = {"ids": ids, "logits": logits, "mask": mask}
+    given = [name for name, tensor in all_three.items() if tensor is not None]
+    if len(given) != 1:
         raise ValueError("pass exactly one of ids, logits and mask")
-    _check_tensor("ids", ids, shape[:1])
-    _check_tensor("logits", logits, shape)
-    _check_tensor("mask", mask, shape)
-
-
-def _check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    """Refuse ids, logits or a mask of another kind or shape."""
-    kinds: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
-        "ids": ("integers", lambda dtype: not dtype.is_floating_point and dtype != torch.bool),
-        "logits": ("floating point numbers", lambda dtype: dtype.is_floating_point),
-        "mask": ("bool", lambda dtype: dtype == torch.bool),
-    }
-    what, fits = kinds[name]
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor) or not fits(tensor.dtype):
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: expected a tensor of {what}, got {kind}")
-    if tensor.shape != shape:
+    name, tensor = given[0], all_three[given[0]]
+    expected = {"ids": "integers", "logits": "floating point numbers", "mask": "bool"}[name]
+    if not isinstance(tensor, Tensor) or _kind(tensor) != expected:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: expected a tensor of {expected}, got {got}")
+    if tensor.shape != (shape := shape[:1] if name == "ids" else shape):
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating point numbers"
+    return "bool" if tensor.dtype == torch.bool else "integers"

@@ -68,34 +68,19 @@ def generate_batch(
 
 @dataclass(eq=False)
 class _Asked:
-    """A prompt that was read.
-
-    Attributes:
-        index: Which one it is.
-        arguments: Of its request.
-        count: How many ids its row was given.
-        shown: How many ids ``on_bytes`` was given, of an earlier row maybe.
-    """
+    """A prompt that was read, and the arguments of its request."""
 
     index: int
     arguments: dict[str, Any]
-    count: int = 0
-    shown: int = 0
+    count: int = 0  # ids that its row was given
+    shown: int = 0  # ids that on_bytes was given, of an earlier row maybe
 
 
 class Batch:
     """Prompts that go on side by side in rows of a cache, each as if it were alone.
 
-    What goes wrong for one prompt, such as a callback that raises, ends that one. Anything else
-    ends all, as Ctrl-C does.
-
-    Args:
-        model: The model.
-        cache: Where the rows are.
-        prompts: Arguments of requests, read when a row is free.
-        max_rows: How many rows there are at most.
-        on_bytes: Gets the index of a prompt and its next bytes.
-        on_result: Gets the index of a prompt and what was generated, when it is over.
+    They come as arguments of requests, and are read when a row is free. What goes wrong for one,
+    such as a callback that raises, ends that one. Anything else ends all, as Ctrl-C does.
     """
 
     def __init__(

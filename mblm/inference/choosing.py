@@ -16,17 +16,10 @@ def sampled_bytes(
     instead: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> list[Progress]:
-    """Sample a byte for each row.
+    """Plans with a byte each that is sampled from the model's ``own`` logits ``(rows, V)``.
 
-    Args:
-        progress: The rows' plans, as far as they have come.
-        rooms: How many bytes more each row may have; None for any number.
-        own: The model's logits, ``(rows, V)``.
-        instead: What is sampled from instead.
-        mask: Where a byte may be chosen, ``(rows, V)`` bool.
-
-    Returns:
-        The plans with the bytes.
+    ``rooms`` tells how many bytes more each may have, None for any number; ``instead`` are other
+    logits to sample from; ``mask (rows, V)`` allows bytes.
     """
     logits = own if instead is None else instead.to(own)
     logits = logits.to(sampling_dtype(logits.dtype))

@@ -140,13 +140,8 @@ def begun(model: Any, request: Request, weights: str) -> tuple["Continuation", C
 class Continuation:
     """Rows of one cache that go on side by side; they join and leave at any time.
 
-    Args:
-        cache: Where the rows are.
-        isolates: Whether an error of a row's own functions ends that row alone; otherwise it is
-            raised.
-
-    Attributes:
-        going: The rows that have not ended.
+    Where it ``isolates`` rows, an error of a row's own functions ends that row alone; otherwise it
+    is raised. ``going`` are the rows that have not ended.
     """
 
     def __init__(self, cache: Cache, isolates: bool = False) -> None:

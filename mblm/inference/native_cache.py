@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference import schedule
-from mblm.inference.arguments import check_choice, check_count, check_draft, check_seconds
+from mblm.inference.arguments import check_choice, check_count, check_drafts, check_seconds
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
 from mblm.inference.draft import MOST_DRAFTED
@@ -146,13 +146,8 @@ class NativeCache(Cache):
         seconds: float = 0.02,
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
-        seconds = check_seconds(seconds)
-        given: list[Tensor | None] = []
-        if drafts is not None:
-            check_count("drafts", drafts, rows)
-            num_tokens = self._model.num_tokens
-            given = [check_draft(f"drafts[{i}]", d, num_tokens) for i, d in enumerate(drafts)]
-        ran = self._engine.run(self, self._hierarchy(), rows, seconds, given)
+        seconds, drafts = check_seconds(seconds), check_drafts(drafts, rows, self._kind[0])
+        ran = self._engine.run(self, self._hierarchy(), rows, seconds, drafts)
         return list(starmap(Ran, ran))
 
     def last(self, rows: Sequence[Row]) -> list[Ran]:
@@ -199,18 +194,11 @@ class NativeCache(Cache):
         contexts: Tensor | None,
         states: Sequence[Share],
     ) -> tuple[Tensor, Tensor, list[Share]]:
-        """Have a hosted stage take in a patch of each of some rows; the engine calls it.
+        """Have hosted stage n take in patches ``ids (rows, R_n)``; the engine calls it.
 
-        Args:
-            stage: Its number n.
-            ids: The patches' bytes, ``(rows, R_n)``.
-            positions: Where they are in the stage's sequences.
-            contexts: What the stage above gives, ``(rows, P_n, D_n)``.
-            states: The states of the rows, of use from position 1 on.
-
-        Returns:
-            The outputs ``(rows, D_n)``, the contexts that they give, ``(rows, P_{n+1} * D_{n+1})``,
-            and the states after them.
+        ``contexts (rows, P_n, D_n)`` are from the stage above; ``states`` are of use from position
+        1 on. Returns the outputs ``(rows, D_n)``, the contexts that they give,
+        ``(rows, P_{n+1} * D_{n+1})``, and the states after them.
         """
         model, host = self._model, self._packed.hosted[stage]
         at = torch.tensor(positions, device="cpu")
@@ -226,14 +214,9 @@ class NativeCache(Cache):
         return y[:, -1].float(), below.float(), after
 
     def feed_long(self, before: Any, ids: Tensor) -> Any:
-        """Have the reference take in a long piece; the engine calls it for each row by itself.
+        """A row's state, None without bytes, after a long piece that the reference takes in.
 
-        Args:
-            before: The row's state, None if it has no bytes.
-            ids: The piece.
-
-        Returns:
-            The state after it.
+        The engine calls it for each row by itself.
         """
         cache = self._torch or TorchCache(self._model)
         self._torch = cache  # of threads that come at once, each makes one and goes on with it

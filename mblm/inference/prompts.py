@@ -14,13 +14,8 @@ _NAMES: Names = {"seed": "seeds"}
 class Prompts:
     """Prompts with arguments of `request`, each one value or a list of one per prompt.
 
-    ``for arguments in prompts`` reads the prompts, one when it is asked for.
-
-    Args:
-        prompts: Any number of them. Those of a list can be read twice.
-        seeds: As another argument. A number is drawn from torch's default generator; without a seed
-            of its own, the n-th prompt has one that is n more.
-        arguments: By their names.
+    ``for arguments in prompts`` reads the prompts, one when it is asked for. Without a seed of its
+    own, the n-th has one that is n more than a number drawn from torch's default generator.
     """
 
     def __init__(self, prompts: Iterable[Prompt], seeds: Any, arguments: Mapping[str, Any]) -> None:

@@ -129,17 +129,11 @@ def request(
 def requests_of_rows(
     model: Any, lengths: Sequence[int], wishes: Mapping[str, Any], names: Names = _NAMES
 ) -> list[Request]:
-    """Check what is wished for rows that go on side by side.
+    """Check what is wished for rows of some lengths that go on side by side.
 
-    The n-th bytes of all have the n-th numbers ``(rows, V)`` of one generator; with a list of
-    seeds, each row has its own.
-
-    Args:
-        model: An `mblm.MBLM`.
-        lengths: How many bytes each row has.
-        wishes: As of `request`, each one value or a list of one for each row. There must be
-            ``max_bytes``; of several generators there is only one.
-        names: See `request`.
+    Each wish, of which there must be ``max_bytes``, is one value or a list of one for each row. The
+    n-th bytes of all have the n-th numbers ``(rows, V)`` of one generator; with a list of seeds,
+    each row has its own.
     """
     own, count = dict(wishes), len(lengths)
     if own["max_bytes"] is None:
@@ -161,13 +155,9 @@ def requests_of_rows(
 def lists_of(
     wishes: Mapping[str, Any], count: int | None, of: str, names: Names
 ) -> dict[str, Sequence[Any]]:
-    """Those of the arguments of `request` that have a value for each of many.
+    """Those of the arguments of `request` that have a value for each of so many (None: unknown).
 
-    Args:
-        wishes: The arguments.
-        count: How many there are; None if that is not known.
-        of: What they are, for errors.
-        names: See `request`.
+    ``of`` is what errors call one of these.
     """
     lists: dict[str, Sequence[Any]] = {
         name: value

@@ -11,7 +11,7 @@ from torch import Tensor
 from mblm.inference.arguments import (
     check_choice,
     check_count,
-    check_draft,
+    check_drafts,
     check_model,
     check_seconds,
 )
@@ -172,8 +172,15 @@ class TorchCache(Cache):
         self._follow()
         with (call := Lock()):
             slots = self._slots.take(rows, call)
-            plans = [self._progress(slot, row).plan for slot, row in zip(slots, rows, strict=True)]
-            proposed = dict(zip(slots, self._check_drafts(plans, drafts), strict=True))
+            for slot, row in zip(slots, rows, strict=True):
+                self._progress(slot, row)
+            proposed: dict[Slot, tuple[int, ...]] = dict.fromkeys(slots, ())
+            for index, draft in enumerate(check_drafts(drafts, rows, self._model.num_tokens)):
+                if draft is not None and planned(slots[index]).plan.pause:
+                    raise ValueError(
+                        f"drafts[{index}]: the plan pauses, so that nothing is drafted"
+                    )
+                proposed[slots[index]] = () if draft is None else tuple(draft.tolist())
             proposing = _draw_apart(slots, self._model.device)
             for slot in slots:
                 slot.now = Now(slot.now.bytes, planned(slot).restarted())
@@ -239,21 +246,6 @@ class TorchCache(Cache):
                 _leave(slot.now.progress)
             ran.append(planned(slot).ran(reason))
         return ran
-
-    def _check_drafts(
-        self, plans: Sequence[Plan], drafts: Sequence[Tensor | None] | None
-    ) -> list[tuple[int, ...]]:
-        if drafts is None:
-            return [()] * len(plans)
-        check_count("drafts", drafts, plans)
-        checked: list[tuple[int, ...]] = []
-        for index, (plan, draft) in enumerate(zip(plans, drafts, strict=True)):
-            name = f"drafts[{index}]"
-            ids = check_draft(name, draft, self._model.num_tokens)
-            if ids is not None and plan.pause:
-                raise ValueError(f"{name}: the plan pauses, so that nothing is drafted")
-            checked.append(() if ids is None else tuple(ids.tolist()))
-        return checked
 
 
 @contextmanager

@@ -67,15 +67,10 @@ class RowState:
 
 
 class _Work:
-    """A row while its stages take in bytes, one stage after the other.
+    """A row while its stages take in bytes up to ``end``, one stage after the other.
 
-    Attributes:
-        row: The row; with the bytes once it is finished.
-        end: How many bytes will be taken in.
-        stages: Its stages as far as they are.
-        outputs: What the local stage gives, where that is kept.
-        begin: The byte that the sequence of the stage at work began at; ``position`` and ``goal``
-            tell how many positions it has and will have taken in.
+    ``begin`` is the byte that the sequence of the stage at work began at; ``position`` and ``goal``
+    tell how many positions it has and will have taken in.
     """
 
     def __init__(
@@ -110,11 +105,7 @@ class _Work:
 
 
 class TorchStages:
-    """The stages of a model as modules, with what lies between them.
-
-    Args:
-        model: The model.
-    """
+    """The stages of a model as modules, with what lies between them."""
 
     def __init__(self, model: CausalHierarchy) -> None:
         self.model = model
@@ -150,13 +141,9 @@ class TorchStages:
     def take_in(
         self, rows: Sequence[RowState], ids: Sequence[Sequence[int] | Tensor]
     ) -> list[RowState]:
-        """Have rows take in what is pending, and bytes after it.
+        """Rows after what is pending in them, and bytes ``(L,)`` on the CPU after it, maybe none.
 
         Memory beyond the rows' does not grow with the bytes.
-
-        Args:
-            rows: The rows, which stay as they are.
-            ids: Per row the bytes, ``(L,)`` int64 on the CPU or a sequence of integers, maybe none.
         """
         return [work.row for work in self._advance(rows, ids)]
 
