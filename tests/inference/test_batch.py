@@ -295,12 +295,6 @@ def test_prompts_of_every_kind(m: MBLM) -> None:
     assert [result.prompt.tolist() for result in equal] == [[1, 2], [3, 4]]
 
 
-def test_more_rows_than_prompts_and_one_row_are_the_same(m: MBLM) -> None:
-    prompts = some_prompts(5, 0, 40)
-    many, one = (together(m, prompts, max_bytes=9, seeds=1, max_rows=n, **WARM) for n in (64, 1))
-    assert [r.ids.tolist() for r in many] == [r.ids.tolist() for r in one]
-
-
 def test_the_default_is_to_go_on_to_the_end_of_the_context() -> None:
     m = KINDS["a context of 256"]()
     full, one_left, empty = together(m, some_prompts(256, 255, 0))
@@ -348,26 +342,6 @@ def test_a_prompt_without_a_seed_does_not_touch_the_others(m: MBLM) -> None:
         assert results[index].ids.tolist() == drawn[index].ids.tolist()
 
 
-def test_the_order_of_prompts_changes_nothing(m: MBLM) -> None:
-    pairs = list(zip(some_prompts(3, 0, 40, 5, 9), range(5), strict=True))
-    results = []
-    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3]):
-        prompts, seeds = zip(*(pairs[n] for n in order), strict=True)
-        found = together(m, prompts, seeds=seeds, max_rows=2, max_bytes=12, **WARM)
-        results.append({r.seed: r.ids.tolist() for r in found})
-    assert results[0] == results[1]
-
-
-@needs_native
-def test_copies_of_a_prompt_have_the_same_bits(m: MBLM) -> None:
-    results = together(
-        m, [b"\1\2\3"] * 40, max_rows=16, max_bytes=25, log_probs=True, temperature=0
-    )
-    for result in results:
-        assert torch.equal(result.ids, results[0].ids)
-        assert torch.equal(result.log_probs, results[0].log_probs)
-
-
 def test_torchs_generator_gives_one_number(m: MBLM) -> None:
     torch.manual_seed(5)
     together(m, some_prompts(3, 4), max_bytes=5, **WARM)
@@ -375,6 +349,3 @@ def test_torchs_generator_gives_one_number(m: MBLM) -> None:
     torch.manual_seed(5)
     torch.randint(2**62, ())
     assert torch.equal(torch.get_rng_state(), after)
-
-
-# -- Callbacks -------------------------------------------------------------------------------------

@@ -153,28 +153,11 @@ class TestEnd:
         )
         assert sampled(m, stop=[stop]) == everything[:ends]
 
-    def test_after_the_first_of_several_that_overlap(self, m: MBLM) -> None:
-        everything = sampled(m)
-        long, short = bytes(everything[3:9]), bytes(everything[5:8])
-        first = min(
-            end
-            for end in range(1, 26)
-            for stop in (long, short)
-            if bytes(everything[:end]).endswith(stop)
-        )
-        assert sampled(m, stop=[long, short]) == everything[:first]
-
     def test_a_stop_string_is_looked_for_in_what_is_generated_only(self, m: MBLM) -> None:
         """Not in the prompt, and not across its end."""
         everything = sampled(m)
         across = bytes([5, *everything[:2]])
         assert sampled(m, stop=[bytes(PROMPT.tolist()), across]) == everything
-
-    def test_a_stop_string_that_repeats_itself(self, m: MBLM) -> None:
-        """The model repeats one byte; a string of three of it ends at the third."""
-        with torch.no_grad():
-            m.to_logits.bias[7] = 1000.0
-        assert generate(m, stop=[b"\x07\x07\x07", b"\x07\x08"])[5:] == [7, 7, 7]
 
 
 class TestSeed:
@@ -192,14 +175,6 @@ class TestSeed:
         assert sampled(m, seed=None, generator=generator) != sampled(
             m, seed=None, generator=generator
         )
-
-    def test_top_p(self, m: MBLM) -> None:
-        with torch.no_grad():  # two bytes of about a half each, whatever came before
-            m.to_logits.weight.zero_()
-            m.to_logits.bias.zero_()
-            m.to_logits.bias[[2, 9]] = 50.0
-        assert set(sampled(m, top_p=0.9, temperature=1.0)) == {2, 9}
-        assert len(set(sampled(m, top_p=0.4, temperature=1.0))) == 1
 
 
 class TestStream:
@@ -287,13 +262,6 @@ def test_progress_is_shown_unless_off_or_streaming(
 
 
 class TestPrompt:
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int16])
-    def test_of_any_integer_dtype(self, m: MBLM, dtype: torch.dtype) -> None:
-        assert generate(m, PROMPT.to(dtype)) == generate(m)
-
-    def test_strided(self, m: MBLM) -> None:
-        assert generate(m, PROMPT.repeat_interleave(2)[::2]) == generate(m)
-
     def test_is_not_written_to(self, m: MBLM) -> None:
         prime = PROMPT.clone()
         out = m.generate(prime, enable_progress=False)
@@ -350,19 +318,10 @@ class TestBadInput:
             ({"num_tokens_to_generate": 10**15}, ValueError, "num_tokens_to_generate"),
             ({"num_tokens_to_generate": -1}, ValueError, "num_tokens_to_generate: .* >= 0, got -1"),
             ({"num_tokens_to_generate": 2.0}, TypeError, "num_tokens_to_generate: .* integer"),
-            ({"num_tokens_to_generate": "3"}, TypeError, "num_tokens_to_generate"),
-            ({"num_tokens_to_generate": True}, TypeError, "num_tokens_to_generate"),
             ({"end_of_gen_token_id": "a"}, TypeError, "end_of_gen_token_id"),
-            ({"temperature": -1}, ValueError, "temperature"),
             ({"temperature": "hot"}, TypeError, "temperature"),
-            ({"filter_thres": 2}, ValueError, "filter_thres"),
-            ({"top_p": 0}, ValueError, "top_p"),
             ({"stop": b"abc"}, ValueError, "stop: expected a list of byte strings"),
-            ({"stop": [3]}, ValueError, "stop"),
-            ({"stop": [b""]}, ValueError, "stop"),
-            ({"stop": None}, ValueError, "stop"),
             ({"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
-            ({"seed": 2**64}, ValueError, "seed"),
             ({"seed": 1, "generator": torch.Generator()}, ValueError, "at most one of seed and"),
             ({"generator": 3}, TypeError, "generator"),
             ({"generator": Elsewhere()}, ValueError, "generator: expected one of cpu, .* cuda:0"),

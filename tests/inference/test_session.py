@@ -179,28 +179,3 @@ class TestBadInput:
 
     def test_nothing_to_feed_is_fine(self, session: Session) -> None:
         assert session.feed(torch.empty(0, dtype=torch.long)).feed(b"").length == 1
-
-    @pytest.mark.parametrize("batch_size", [0, -1, 1.5])
-    def test_batch_size(self, batch_size: float) -> None:
-        with pytest.raises((TypeError, ValueError), match="batch_size: expected"):
-            model(transformer(), seq_lens=[6]).session(batch_size)  # type: ignore[arg-type]
-
-    def test_weights_that_are_not_finite(self) -> None:
-        m = model(transformer(), seq_lens=[6])
-        with torch.no_grad():
-            m.to_logits.weight[3, 2] = float("nan")
-        with pytest.raises(ValueError, match=r"to_logits.weight .* 1 NaN"):
-            m.session()
-
-    def test_a_session_of_another_model(self, session: Session, tmp_path: Path) -> None:
-        session.save(tmp_path / "s")
-        with pytest.raises(ValueError, match="another model"):
-            Session.load(tmp_path / "s", model(transformer(), seq_lens=[6]))
-
-    @pytest.mark.parametrize("size", [0, 5, 100])
-    def test_a_truncated_session(self, session: Session, tmp_path: Path, size: int) -> None:
-        session.save(tmp_path / "s")
-        content = (tmp_path / "s").read_bytes()
-        (tmp_path / "s").write_bytes(content[:size])
-        with pytest.raises(ValueError, match="not a saved session"):
-            Session.load(tmp_path / "s", model(transformer(), seq_lens=[6]))
