@@ -1,7 +1,6 @@
 """train_mblm and train_encoder_mblm: from a configuration to models, tests and errors."""
 
 import os
-import random
 
 import pytest
 import torch
@@ -26,48 +25,16 @@ from mblm.utils.io import load_model_state
 from tests import fresh
 
 from .core import jobs
+from .experiments import as_encoder, experiment_fields, run_of
 
 
 @pytest.fixture
 def fields(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "letters.txt").write_bytes(bytes(random.Random(0).choices(b"abcdef", k=4000)))
-    block = {"attn_head_dims": 8, "attn_num_heads": 2, "attn_use_rot_embs": True}
-    return {
-        "params": {
-            "input_seq_len": 32,
-            "num_tokens": 257,
-            "pad_token_id": 256,
-            "hidden_dims": [16, 16],
-            "num_layers": [1, 1],
-            "seq_lens": [8, 4],
-            "train_checkpoint_chunks": None,
-            "block": {"block_type": "transformer", **block},
-        },
-        "train": {
-            "target_elements": 32 * 2 * 12,
-            "target_elements_strategy": "sequence",
-            "batch_size": 2,
-            "learning_rate": 0.01,
-            "gradient_accumulate_every": 2,
-            "warmup_steps_perc": 0.5,
-        },
-        "io": {
-            "name_model": "letters",
-            "output_dir": str(tmp_path / "out"),
-            "num_models_to_save": 1,
-            "validate_amount": 2,
-            "log_train_loss_amount": 12,
-            "dataset_dir": str(data),
-            "dataset_id": "bytes",
-        },
-    }
-
-
-def run_of(tmp_path):
-    (run,) = (tmp_path / "out").glob("letters_*")
-    return run
+    """12 batches in 6 steps."""
+    fields = experiment_fields(tmp_path)
+    steps = {"target_elements": 12 * 2 * 16, "gradient_accumulate_every": 2}
+    fields["train"] |= {**steps, "warmup_steps_perc": 0.5, "seed": 0}
+    return fields
 
 
 def test_a_model_of_bytes(tmp_path, fields):
@@ -85,13 +52,13 @@ def test_a_model_of_bytes(tmp_path, fields):
     rates = [float(row[7]) for row in rows if row[2] == "train"][::2]
     assert rates == pytest.approx([0.001, 0.004, 0.007, 0.01, 0.0075, 0.0025])
     plain = MBLMModelConfig(**{k: v for k, v in fields["params"].items() if k != "input_seq_len"})
-    _, loss = load_model_state(run / "letters_top1.pth", MBLM(plain))
+    _, loss = load_model_state(run / "tiny_top1.pth", MBLM(plain))
     assert loss == by_kind["valid"][1]
     assert "bits per byte" in (run / "train.log").read_text()
 
 
 def test_bfloat16_on_a_cpu(tmp_path, fields):
-    fields["train"] |= {"precision": "bfloat16", "target_elements": 32 * 2 * 2}
+    fields["train"] |= {"precision": "bfloat16", "target_elements": 16 * 2 * 2}
     train_mblm(TrainEntryConfig.model_validate(fields))
     kinds = [row[2] for row in jobs.losses(run_of(tmp_path))]
     assert kinds.count("valid") == 2 and kinds.count("test") == 1
@@ -125,16 +92,16 @@ class Masked(DistributedDataset):
 
     @staticmethod
     def from_train_entry_config(config, mode, worker_id, num_workers):
-        return Masked(640, True, seq_len=32, worker_id=worker_id, num_workers=num_workers)
+        return Masked(640, True, seq_len=16, worker_id=worker_id, num_workers=num_workers)
 
     @staticmethod
     def supports_test_mode():
         return False
 
     def get_sample(self, from_idx):
-        ids = torch.arange(from_idx, from_idx + 32) % 7
-        hidden = torch.rand(32) < 0.3
-        return ids.masked_fill(hidden, 256), torch.ones(32, dtype=torch.bool), ids
+        ids = torch.arange(from_idx, from_idx + 16) % 7
+        hidden = torch.rand(16) < 0.3
+        return ids.masked_fill(hidden, 256), torch.ones(16, dtype=torch.bool), ids
 
 
 def test_a_run_whose_data_are_gone_at_its_end_is_finished(tmp_path, fields, monkeypatch):
@@ -144,24 +111,21 @@ def test_a_run_whose_data_are_gone_at_its_end_is_finished(tmp_path, fields, monk
     def shorten_and_test(*arguments):
         with pytest.raises(ValueError, match="training this run"), hold_run(run_of(tmp_path)):
             pass  # nobody trains on before it is tested
-        os.truncate(tmp_path / "data" / "letters.txt", 100)
+        os.truncate(tmp_path / "text", 100)
         return test(*arguments)
 
     monkeypatch.setattr(MegabyteTrainer, "test", shorten_and_test)
     train_mblm(TrainEntryConfig.model_validate(fields))
     assert {row[2] for row in jobs.losses(run_of(tmp_path))[1:]} == {"train", "valid"}
     log = (tmp_path / "out" / "mblm.train.mblm.log").read_text()
-    assert "not tested" in log and "letters.txt' had 4000 bytes and now has 100" in log
+    assert "not tested" in log and "text' had 2400 bytes and now has 100" in log
     assert list(run_of(tmp_path).glob("*.pth"))
 
 
 def test_an_encoder(tmp_path, fields, monkeypatch):
     monkeypatch.setitem(masked_dataset_registry, "masked", Masked)
-    model = fields["params"]
-    model["block"]["block_type"] = "transformerEncoder"
-    params = {"input_seq_len": model.pop("input_seq_len"), "mask_token_id": 255}
-    fields["params"] = {**params, "mblm_config": model, "mask_reduce_strat": "all"}
-    fields["train"]["masking_proba"] = 0.3
+    fields = as_encoder(fields)
+    fields["params"]["mask_reduce_strat"] = "all"
     fields["io"]["dataset_id"] = "masked"
     train_encoder_mblm(TrainMaskedEntryConfig.model_validate(fields))
     rows = jobs.losses(run_of(tmp_path))[1:]
@@ -179,8 +143,8 @@ def test_an_error_is_logged_and_raised(tmp_path, fields):
 
 def test_a_part_of_the_data_that_is_too_small_is_named(fields):
     fields["params"]["input_seq_len"] = 20
-    fields["io"]["dataset_args"] = {"valid_fraction": 0.002}
-    with pytest.raises(ValueError, match=r"the valid part of .*'bytes': .*: data_size: 8 is too"):
+    fields["io"]["dataset_args"] = {"valid_fraction": 0.005}
+    with pytest.raises(ValueError, match=r"the valid part of .*'bytes': .*: data_size: 12 is too"):
         train_mblm(TrainEntryConfig.model_validate(fields))
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_launch import ENVIRONMENT, ROOT, experiment, losses_of, the_run
-
-__all__ = ["experiment"]
+from mblm.train.plot import read_curves
+from tests.train.experiments import ENVIRONMENT, ROOT, run_of
 
 SBATCH = f"""#!{sys.executable}
 import os, re, subprocess, sys
@@ -89,7 +88,7 @@ def test_a_job_whose_time_is_up_goes_on_in_the_next(slurm, experiment: Path) -> 
     done = slurm(srun, mblm, experiment, *settings)
     assert done.returncode == 0, done.stderr
     assert (experiment.parent / "requeues").read_text() == "4711\n"
-    run = the_run(experiment)
+    run = run_of(experiment.parent)
     assert run.name == "tiny_4711"
     assert "Resuming exactly" in (run / "train.log").read_text()
-    assert len(losses_of(run)) == 24
+    assert len(read_curves(run).train) == 24

@@ -133,6 +133,7 @@ MUON = {
     "weight_decay": 0.1,
     "lr_schedule": "wsd",
 }
+RECIPES: dict[str, dict[str, Any]] = {"adam": {}, "muon": MUON}
 
 
 def config(folder: Path, batches: int = 12, workers: int = 1, **fields: Any) -> Config:

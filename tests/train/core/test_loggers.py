@@ -9,6 +9,7 @@ import torch
 
 from mblm.train.core.training_state import find_latest_state, list_states
 from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
+from tests.train.experiments import experiment_fields
 
 from . import jobs
 
@@ -130,8 +131,12 @@ def test_tensorboard_shows_the_points_after_a_resume_once(tmp_path):
     run = train(jobs.config(tmp_path, **cfg))
     train(jobs.config(tmp_path, **cfg, resume=list_states(run)[0]))
     events = EventAccumulator(str(run / "tensorboard")).Reload()
-    for name in ("loss/train", "mean loss/train", "gradient norm"):
+    for name in ("learning rate", "mean loss/train", "gradient norm"):
         assert [event.step for event in events.Scalars(name)] == list(range(12))
+    for kind in ("train", "valid"):
+        written = [(int(row[5]), float(row[6])) for row in jobs.losses(run)[1:] if row[2] == kind]
+        shown = [(event.step, event.value) for event in events.Scalars(f"loss/{kind}")]
+        assert shown == [(step, pytest.approx(loss)) for step, loss in written]
     assert [event.step for event in events.Tensors("sample 1/text_summary")] == [0, 11]
 
 
@@ -221,20 +226,8 @@ def test_losses_of_a_step_are_those_of_all_workers(tmp_path):
 
 
 def test_a_hierarchy_writes_text_and_tells_its_losses_by_position(tmp_path):
-    params = {
-        "input_seq_len": 16, "num_tokens": 257, "pad_token_id": 256, "hidden_dims": [16, 16],
-        "num_layers": [1, 1], "seq_lens": [4, 4], "train_checkpoint_chunks": None,
-        "block": {"attn_head_dims": 8, "attn_num_heads": 2, "attn_use_rot_embs": True},
-    }  # fmt: skip
-    train = {
-        "target_elements": 64, "target_elements_strategy": "sequence", "batch_size": 1,
-        "learning_rate": 0.1, "gradient_accumulate_every": 1,
-    }  # fmt: skip
-    io = {
-        "name_model": "tiny", "output_dir": str(tmp_path), "num_models_to_save": 0,
-        "validate_amount": 1, "log_train_loss_amount": 1, "dataset_dir": "", "dataset_id": "bytes",
-    }  # fmt: skip
-    cfg = TrainEntryConfig.model_validate({"params": params, "train": train, "io": io})
+    fields = experiment_fields(tmp_path)
+    cfg = TrainEntryConfig.model_validate(fields)
     trainer = jobs.alone(MegabyteTrainer, cfg)
     model = trainer.init_model().eval()
     first, second = trainer.generate_samples(model, ["The cat", ""], seed=3)
@@ -249,6 +242,6 @@ def test_a_hierarchy_writes_text_and_tells_its_losses_by_position(tmp_path):
     zeroth = torch.cat([score.log_probs[::4] for score in scores])
     assert len(losses) == 4 and losses[0] == pytest.approx(-float(zeroth.mean()))
 
-    io["sample_prompts"] = ["a" * 16]
+    fields["io"]["sample_prompts"] = ["a" * 16]
     with pytest.raises(ValueError, match="sample_prompts: expected less than the context of 16"):
-        TrainEntryConfig.model_validate({"params": params, "train": train, "io": io})
+        TrainEntryConfig.model_validate(fields)

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 import mblm
 from mblm.train.core.config import CSVLossEntry, CSVTimeAndMemSnapshotEntry, GenericOutputConfig
 from mblm.train.core.non_finite import NonFiniteLossError
+from mblm.train.mblm import TrainEntryConfig, train_mblm
 from mblm.utils.checkpoint import load_model_state
 from mblm.utils.distributed import ElasticRunVars
 from mblm.utils.io import load_yml
+from tests.train.experiments import experiment_fields
 
 from . import jobs
 
@@ -238,12 +239,6 @@ def test_a_step_has_all_of_its_batches_wherever_an_epoch_ends(tmp_path):
     assert taken == [(0, 4, 5), (0, 9, 5), (1, 2, 5), (1, 7, 5)]  # an epoch has 12 and 11 batches
 
 
-def test_a_step_of_more_batches_than_there_are_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"takes 13 batches, .* no more than 12"):
-        jobs.alone(jobs.Trainer, jobs.config(tmp_path, gradient_accumulate_every=13))
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_is_trained_last_is_validated_however_seldom(tmp_path):
     trainer, _ = train(jobs.config(tmp_path, validate_amount=1))
     valid = [row for row in rows(trainer._folder.path) if row["kind"] == "valid"]
@@ -359,18 +354,21 @@ def test_a_compiled_model_trains_the_same_and_keeps_its_names(tmp_path, monkeypa
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
-def test_what_cannot_be_trained_is_refused(tmp_path):
-    trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path, batch_size=64))
-    with pytest.raises(ValueError, match="not one batch of 64 samples"):
-        trainer.train(jobs.Ids(), jobs.Ids(10))
-    with pytest.raises(ValueError, match="2 workers need a process group"):
-        jobs.Trainer(
-            jobs.config(tmp_path), ElasticRunVars(local_rank=0, world_size=2, is_cuda=False)
-        )
-    with pytest.raises(ValidationError, match="gradient_accumulate_every"):
-        jobs.config(tmp_path, gradient_accumulate_every=0)
-    with pytest.raises(ValueError, match="neither a checkpoint nor the folder"):
-        jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=tmp_path / "none.pth"))
+@pytest.mark.slow
+def test_a_hierarchy_is_compiled_by_inductor_validated_and_lets_write(tmp_path):
+    losses, models = [], []
+    for compiles in (False, True):
+        fields = experiment_fields(tmp_path)
+        fields["train"] |= {"compile": compiles, "target_elements": 4 * 32}
+        fields["io"] |= {"output_dir": str(tmp_path / str(compiles)), "sample_amount": 1}
+        train_mblm(TrainEntryConfig.model_validate(fields))
+        run = jobs.run_of(tmp_path / str(compiles))
+        losses.append([float(row["loss"]) for row in rows(run)])
+        models.append(torch.load(run / "tiny_top1.pth")["MODEL"])
+        assert (run / "samples").exists()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(models[1], models[0], rtol=1e-3, atol=1e-4)
 
 
 class Fails(jobs.Trainer):
@@ -388,7 +386,9 @@ class FailsLate(jobs.Trainer):
     [
         (Fails, {}, "no model"),
         (FailsLate, {}, "no optimizer"),
-        (jobs.Trainer, {"batch_size": 64}, "not one batch of 64"),
+        (jobs.Trainer, {"batch_size": 64}, "not one batch of 64 samples"),
+        (jobs.Trainer, {"gradient_accumulate_every": 13}, "takes 13 batches, .* no more than 12"),
+        (jobs.Trainer, {"resume": "none.pth"}, "none.pth is neither a checkpoint nor the folder"),
         (jobs.Trainer, {"tensorboard": True}, r"tensorboard needs pip install 'mblm.tensorboard.'"),
         (jobs.Trainer, {"sample_amount": 1}, "sample_amount: Trainer does not generate"),
         (jobs.Trainer, {"resume": __file__}, "cannot be read as a checkpoint"),
@@ -403,21 +403,7 @@ def test_a_run_that_cannot_start_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
-def test_tensorboard_gets_the_losses_of_loss_csv(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(jobs.config(tmp_path, tensorboard=True))
-    run = jobs.run_of(tmp_path)
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    for kind in ("train", "valid"):
-        written = [(int(r["cum_batch"]), float(r["loss"])) for r in rows(run) if r["kind"] == kind]
-        shown = [(event.step, event.value) for event in events.Scalars(f"loss/{kind}")]
-        assert shown == [(step, pytest.approx(loss)) for step, loss in written]
-    assert len(events.Scalars("learning rate")) == 12
-
-
-def test_says_that_tensorboard_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"mblm\[tensorboard\]"):
-        train(jobs.config(tmp_path, tensorboard=True))
+def test_several_workers_need_a_process_group(tmp_path):
+    two = ElasticRunVars(local_rank=0, world_size=2, is_cuda=False)
+    with pytest.raises(ValueError, match="2 workers need a process group"):
+        jobs.Trainer(jobs.config(tmp_path), two)
