@@ -59,14 +59,6 @@ class Course:
         allow = self.request.plan.allow
         return None if allow is None else allow.accepts(allow.walk(self.ids()))
 
-    def note(self, ran: Ran) -> None:
-        """Go on by what a run gave the row."""
-        self.ran.append(ran)
-        self.reason = ran.reason
-        self.count += ran.ids.numel()
-        if self.drafter is not None:
-            self.untold = torch.cat((self.untold, ran.ids))
-
     def draft(self) -> Tensor | None:
         """Bytes that may come next, ``(n,)``."""
         if self.drafter is None:
@@ -189,10 +181,15 @@ class Continuation:
         return list(zip(rows, results, strict=True))
 
     def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> None:
+        """Go on by what a run gave the rows."""
         lacks_memory = False
         for row, ran in zip(rows, results, strict=True):
             course = self._courses[row]
-            course.note(ran)
+            course.ran.append(ran)
+            course.reason = ran.reason
+            course.count += ran.ids.numel()
+            if course.drafter is not None:
+                course.untold = torch.cat((course.untold, ran.ids))
             if ran.reason not in ("time", "logits"):
                 self.going.remove(row)
                 lacks_memory |= ran.reason == "memory"

@@ -80,8 +80,8 @@ class Session:
     ) -> None:
         self._model, self._device, self._weights = model, device, weights
         self._cache, self._rows = cache, rows
-        # What `generate` was asked for last, its requests, and the context that it has to fit.
-        self._asked: tuple[dict[str, Any], list[Request], int | None] = ({}, [], None)
+        # What `generate` was asked for last, the context that it has to fit, and what it means.
+        self._asked: tuple[dict[str, Any], int | None, list[Request], bool] = ({}, None, [], False)
         weakref.finalize(self, cache.drop, rows).atexit = False
 
     @property
@@ -182,11 +182,8 @@ class Session:
             "seed": seed,
             "generator": generator,
         }
-        are_counts = isinstance(num_tokens, (list, tuple, range))
         with self._in_use:
-            requests = self._requests(asked)
-            is_ragged = are_counts or any(request.may_end_early for request in requests)
-            return self._continue(requests, is_ragged)
+            return self._continue(*self._requests(asked))
 
     def _continue(self, requests: list[Request], is_ragged: bool) -> Any:
         continuation: Continuation | None = None
@@ -205,7 +202,7 @@ class Session:
             if is_ragged:
                 return [row.to(self._device) for row in ids]
             if len(ids) == 1:
-                return ids[0].unsqueeze(0).to(self._device)
+                return ids[0].resize_(1, ids[0].numel()).to(self._device)  # cheaper than a view
             with torch.inference_mode(False):  # the caller's own, as `logits`
                 return torch.stack(ids).to(self._device)
         except BaseException as error:
@@ -221,18 +218,23 @@ class Session:
         continuation.add(self._rows, requests)
         return continuation
 
-    def _requests(self, wishes: dict[str, Any]) -> list[Request]:
-        """What is asked for, checked; or what was, where the same is asked for again."""
-        asked, requests, limit = self._asked
+    def _requests(self, wishes: dict[str, Any]) -> tuple[list[Request], bool]:
+        """What is asked for, checked, and whether sequences may end at different lengths.
+
+        Where the same is asked for again, it is what it was.
+        """
+        asked, limit, requests, is_ragged = self._asked
         is_same = [*wishes] == [*asked] and all(map(operator.is_, wishes.values(), asked.values()))
         if is_same and (limit is None or self.length + requests[0].plan.max_tokens <= limit):
-            return requests
+            return requests, is_ragged
         requests = requests_of_rows(self._model, self.lengths, wishes, _NAMES)
+        is_ragged = isinstance(wishes["max_bytes"], (list, tuple, range))
+        is_ragged = is_ragged or any(request.may_end_early for request in requests)
         # Numbers ask for the same again, where there are no draws of their own.
         are_numbers = _NUMBERS.issuperset(map(type, wishes.values()))
         kept = wishes if are_numbers and requests[0].plan.draws is None else {}
-        self._asked = kept, requests, self._model.max_length
-        return requests
+        self._asked = kept, self._model.max_length, requests, is_ragged
+        return requests, is_ragged
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
         """Call the cache, or another one where it cannot go on with what the model has become."""
