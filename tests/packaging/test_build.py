@@ -4,23 +4,42 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import traceback
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.cpp_extension
 
+from tests.fresh import Fresh
+
 ROOT = Path(__file__).resolve().parents[2]
+RUN_SETUP = """
+import runpy, sys
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("mblm._C", sys.argv[1])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+# What fails after its metadata was written.
+MAKE_WHEEL = """
+import os, sys
+from setuptools import build_meta
+_, kind, folder = sys.argv
+info = getattr(build_meta, f"prepare_metadata_for_build_{kind}")(folder)
+assert "+cpu." in info, info
+os.environ["CFLAGS"] = "-DMBLM_BROKEN"
+print(getattr(build_meta, f"build_{kind}")(folder, None, os.path.join(folder, info)))
+"""
 LOUD = "WITHOUT its native kernels"
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 
@@ -30,64 +49,27 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-class Forked:
-    """A copy of this process that runs a function: nothing has to import torch again.
-
-    Attributes:
-        returncode: With which it has ended.
-    """
-
-    def __init__(self, function: Callable[[], object], cwd: Path, environment: dict[str, str]):
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._pid = os.fork()
-        if self._pid:
-            return
-        status = 1
-        try:
-            for descriptor in (1, 2):
-                os.dup2(self._said.fileno(), descriptor)
-            sys.stdout, sys.stderr = (open(d, "w", closefd=False) for d in (1, 2))  # noqa: SIM115
-            os.chdir(cwd)
-            os.environ.clear()
-            os.environ.update(environment)
-            function()
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            print(end.code or "", file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    def wait(self) -> str:
-        """Wait for its end; returns what it has said."""
-        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        with self._said as said:
-            said.seek(0)
-            return said.read()
-
-
-def start(source: Path, *command: str, **environment: str) -> Forked:
+def start(source: Path, *command: str, **environment: str) -> Fresh:
     """Run setup.py as an installer does."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MBLM_")}
+    return started(RUN_SETUP, *command, cwd=source, env={**clean, **environment})
 
-    def run() -> None:
-        sys.argv = ["setup.py", *command]
-        sys.modules.pop("find_tools", None)
-        runpy.run_path("setup.py", run_name="__main__")
 
-    return Forked(run, source, {**clean, **environment})
+def started(code: str, *arguments: object, **settings: Any) -> Fresh:
+    """Run code in a process that has imported what a build imports."""
+    return Fresh(code, *arguments, imported="torch.utils.cpp_extension", **settings)
+
+
+def said_by(process: Fresh) -> str:
+    """All that one says that ends well."""
+    said = process.wait().stdout + process.stderr
+    assert process.returncode == 0, said
+    return said
 
 
 def build(source: Path, target: Path, **environment: str) -> str:
     """Build the library into ``target``; returns what was said."""
-    process = start(source, "build_ext", "--build-lib", str(target), **environment)
-    said = process.wait()
-    assert process.returncode == 0, said
-    return said
+    return said_by(start(source, "build_ext", "--build-lib", str(target), **environment))
 
 
 def record(target: Path) -> dict[str, str | None]:
@@ -101,15 +83,7 @@ def library(target: Path) -> Path | None:
 def loads(target: Path) -> bool:
     """Whether a Python takes the library for its module."""
     path = library(target)
-
-    def load() -> None:
-        spec = importlib.util.spec_from_file_location("mblm._C", path)
-        assert spec and spec.loader
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-    process = Forked(load, target, dict(os.environ))
-    process.wait()
-    return path is not None and process.returncode == 0
+    return path is not None and started(LOAD, path).wait().returncode == 0
 
 
 @needs_compiler
@@ -138,8 +112,7 @@ def test_two_builds_at_once_get_the_library_both(clone: Path, tmp_path: Path) ->
     targets = [tmp_path / "first", tmp_path / "second"]
     builds = [start(clone, "build_ext", "--build-lib", str(target)) for target in targets]
     for process, target in zip(builds, targets, strict=True):
-        said = process.wait()
-        assert process.returncode == 0, said
+        said_by(process)
         assert loads(target)
 
 
@@ -179,7 +152,7 @@ def test_demands_that_cannot_be_met_are_errors(
     clone: Path, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
     process = start(clone, "build_ext", "--build-lib", str(tmp_path), **environment)
-    assert message in process.wait()
+    assert message in process.wait().stdout + process.stderr
     assert process.returncode != 0 and library(tmp_path) is None
 
 
@@ -197,9 +170,7 @@ def test_without_ninja(clone: Path, tmp_path: Path) -> None:
 def metadata(source: Path, target: Path, **environment: str) -> str:
     """What an installer is told of the package before it is built."""
     target.mkdir()
-    process = start(source, "dist_info", "--output-dir", str(target), **environment)
-    said = process.wait()
-    assert process.returncode == 0, said
+    said_by(start(source, "dist_info", "--output-dir", str(target), **environment))
     (file,) = target.glob("*.dist-info/METADATA")
     return file.read_text()
 
@@ -223,9 +194,7 @@ def test_a_release_of_sources_keeps_its_version(clone: Path, tmp_path: Path) -> 
 
 def test_the_models_that_come_along_are_installed(clone: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "mblm" / "models", clone / "mblm" / "models")
-    process = start(clone, "build", "--build-lib", str(tmp_path / "built"), MBLM_BUILD="none")
-    said = process.wait()
-    assert process.returncode == 0, said
+    said_by(start(clone, "build", "--build-lib", str(tmp_path / "built"), MBLM_BUILD="none"))
     built = (tmp_path / "built").glob("mblm/models/*/*")
     installed = {str(file.relative_to(tmp_path / "built")) for file in built}
     assert installed == {str(file.relative_to(ROOT)) for file in ROOT.glob("mblm/models/*/*")}
@@ -236,18 +205,9 @@ def test_the_models_that_come_along_are_installed(clone: Path, tmp_path: Path) -
 def test_a_wheel_says_what_failed_after_its_metadata_was_written(
     clone: Path, tmp_path: Path, kind: str
 ) -> None:
-    def make() -> None:
-        from setuptools import build_meta
-
-        info = getattr(build_meta, f"prepare_metadata_for_build_{kind}")(str(tmp_path))
-        assert "+cpu." in info, info
-        os.environ["CFLAGS"] = "-DMBLM_BROKEN"
-        print(getattr(build_meta, f"build_{kind}")(str(tmp_path), None, str(tmp_path / info)))
-
-    process = Forked(make, clone, dict(os.environ))
-    said = process.wait()
-    assert process.returncode == 0, said
-    wheel = tmp_path / said.splitlines()[-1]
+    process = started(MAKE_WHEEL, kind, tmp_path, cwd=clone).wait()
+    assert process.returncode == 0, process.stderr
+    wheel = tmp_path / process.stdout.splitlines()[-1]
     assert "+pure" in wheel.name
     shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
     (file,) = (tmp_path / "wheel").glob("*+pure.dist-info/METADATA")

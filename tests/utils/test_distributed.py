@@ -27,14 +27,13 @@ def torchrun(monkeypatch):
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    return variables
 
 
-def sum_ranks(rank, world_size, folder):
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+def sum_ranks(rank, variables, folder):
+    os.environ |= {**variables, "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
     with process_group(backend="gloo") as run_vars:
-        assert run_vars == ElasticRunVars(
-            local_rank=rank, world_size=world_size, is_cuda=False, rank=rank
-        )
+        assert run_vars == ElasticRunVars(local_rank=rank, world_size=2, is_cuda=False, rank=rank)
         total = torch.tensor(run_vars.local_rank + 1)
         torch.distributed.all_reduce(total)
     assert not torch.distributed.is_initialized()
@@ -42,7 +41,9 @@ def sum_ranks(rank, world_size, folder):
 
 
 def test_processes_find_each_other(torchrun, tmp_path):
-    torch.multiprocessing.spawn(sum_ranks, args=(2, tmp_path), nprocs=2)
+    torch.multiprocessing.start_processes(
+        sum_ranks, args=(torchrun, tmp_path), nprocs=2, start_method="forkserver"
+    )
     assert [(tmp_path / f"rank {rank}").read_text() for rank in range(2)] == ["3", "3"]
 
 

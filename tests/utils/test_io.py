@@ -190,7 +190,7 @@ class TestCSV:
         self.assert_whole(tmp_path / "rows.csv", 20)
 
     def test_processes_do_not_mix_their_rows(self, tmp_path):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         barrier = context.Barrier(2)
         processes = [
             context.Process(target=write_rows_from_a_process, args=(tmp_path, worker, 20, barrier))
