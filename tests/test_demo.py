@@ -20,6 +20,7 @@ from mblm.demo import (
 )
 from mblm.inference.session import Session
 from tests import fresh
+from tests.cli.program import Run
 
 
 def test_trains_saves_and_writes(
@@ -62,6 +63,11 @@ def test_refuses_a_time_that_is_none(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(ValueError, match="minutes: expected a positive number"):
         train_demo(seconds, tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
+
+
+def test_says_so_before_anything_is_written(run: Run) -> None:
+    done = run("demo", "--minutes", "-1")
+    assert done.status == 2 and done.out == b"" and "--minutes" in done.error
 
 
 def test_refuses_a_file_as_folder_before_it_trains(tmp_path: Path) -> None:

@@ -343,7 +343,9 @@ def info(
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(help="How long to train, by the clock.")] = 2.0,
+    minutes: Annotated[
+        float, typer.Option(min=0.01, help="How long to train, by the clock.")
+    ] = 2.0,
     out: Annotated[
         Path, typer.Option(help="Folder of the model; one that is there is replaced.")
     ] = Path("mblm-demo"),

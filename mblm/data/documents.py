@@ -99,7 +99,8 @@ def _documents(name: str, rows: Iterable[Any], field: str) -> Iterator[Document]
             raise ValueError(f"{name}: needs pip install 'mblm[data]' ({error})") from error
         except Exception as error:  # whatever the many readers raise
             at = f"{name}, row {number}" if number > 1 else name
-            raise ValueError(f"{at}: cannot be read: {describe(error)}") from error
+            reason = describe(error.__cause__ or error)  # of a URL the error is but its address
+            raise ValueError(f"{at}: cannot be read: {reason}") from error
         yield _document(f"{name}, row {number}", row, field)
 
 

@@ -30,7 +30,8 @@ def find_files(
         if without is not None and not _is_in(without, folder / path):
             files = [file for file in files if not _is_in(without, file)]
         if not files:
-            raise FileNotFoundError(f"files: {entry!r} is no file in {str(folder)!r} or holds none")
+            of = "" if entry == "." else f" of {entry!r}"
+            raise FileNotFoundError(f"files: no file{of} in {str(folder)!r}")
         # Of several paths to a file the shortest counts.
         files.sort(key=lambda file: (len(file.parts), file.parts), reverse=True)
         nearest = {os.path.realpath(file): file for file in files}

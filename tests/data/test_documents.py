@@ -227,7 +227,7 @@ def test_urls_are_read_like_files(tmp_path: Path, site: str) -> None:
     table = write_jsonl(tmp_path / "a.jsonl", rows).read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(table))
     assert texts_of(f"{site}/a.jsonl.gz?download=1") == TEXTS
-    with pytest.raises(ValueError, match=r"nothing.jsonl: cannot be read: "):
+    with pytest.raises(ValueError, match=r"nothing.jsonl: cannot be read: 404"):
         read(f"{site}/nothing.jsonl")
 
 

@@ -1,6 +1,7 @@
 """Which files an entry means, and in which order."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,9 @@ def test_pipes_are_no_files(tree: Path) -> None:
 @pytest.mark.parametrize("entry", ["nothing.txt", "*.nothing", "empty", "a.txt/b"])
 def test_an_entry_without_files_is_refused(tree: Path, entry: str) -> None:
     (tree / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"files: '.*' is no file in .*tree' or holds none"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"files: no file of '{re.escape(entry)}' in .*tree'"
+    ):
         find_files(tree, ["a.txt", entry])
 
 
@@ -156,6 +159,6 @@ def test_a_folder_is_left_out_unless_an_entry_is_in_it(
 
 
 def test_a_folder_that_is_left_out_may_have_all_there_is(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'\.' is no file in .* or holds none"):
+    with pytest.raises(FileNotFoundError, match="files: no file in "):
         find_files(tmp_path, ["."], without=tree)
     assert find_files(tree / "a", ["."], without=tree)

@@ -300,7 +300,9 @@ def _files_of_part(
     elif root.is_dir():
         everything = args.files
     else:
-        raise FileNotFoundError(f"data_dir: no file or folder {str(root)!r}")
+        raise FileNotFoundError(
+            f"data_dir (an experiment's io.dataset_dir): no file or folder {str(root)!r}"
+        )
     named = {ModelMode.VALID: args.valid_files, ModelMode.TEST: args.test_files}
     own = {part: find_files(root, entries, without) for part, entries in named.items() if entries}
     if len(own) == 2 and (both := own[ModelMode.VALID].keys() & own[ModelMode.TEST].keys()):

@@ -227,9 +227,9 @@ def test_unknown_arguments_are_a_validation_error() -> None:
 
 
 def test_what_holds_no_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data_dir: no file or folder .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"io\.dataset_dir\): no file or folder .*nothing"):
         part(tmp_path / "nothing", TRAIN)
-    with pytest.raises(FileNotFoundError, match=r"files: '\.' is no file in .* or holds none"):
+    with pytest.raises(FileNotFoundError, match="files: no file in "):
         part(tmp_path, TRAIN)
     write(tmp_path, a=b"", b=b"")
     with pytest.raises(ValueError, match=r"split by bytes: data_size: 0 is too small"):
