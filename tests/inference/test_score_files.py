@@ -14,7 +14,7 @@ from mblm import MBLM
 from mblm.inference.score_files import FileScore, score_files
 from mblm.model.tiles import INFERENCE_TILE
 from tests.models import mamba, model, transformer
-from tests.ops.largest_tensor import LargestTensor
+from tests.ops.modes import LargestTensor
 
 PADDING = 256
 

@@ -15,7 +15,7 @@ from mblm.model.block import StageBlock
 from mblm.model.tiles import INFERENCE_TILE
 from tests.model.tiled import HIDDEN, LOGITS, LOSS, LOSS_LOGITS, draw_ids, gradients, tiled
 from tests.models import LSTMBlock, mamba, model, transformer
-from tests.ops.largest_tensor import LargestTensor
+from tests.ops.modes import LargestTensor
 
 
 class Saved:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mblm.ops.assemble_stage import assemble_stage
 from mblm.ops.causal_conv import causal_conv
@@ -17,6 +16,7 @@ from mblm.ops.selective_scan import selective_scan
 from mblm.ops.shift_rms_norm import shift_rms_norm
 from mblm.ops.short_attention import short_attention
 from mblm.ops.ssd import ssd
+from tests.ops.modes import Calls
 
 ON_GPU = [
     pytest.mark.gpu,
@@ -177,19 +177,6 @@ def test_two_runs_give_the_same_bits(device: str, make: Callable[[], Case]) -> N
     inputs, fixed = tensors_of(case, device, torch.float32)
     once, again = results(case, inputs, fixed), results(case, inputs, fixed)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-
-
-class Calls(TorchDispatchMode):
-    """Remembers the calls of this package's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mblm":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
 
 
 @DEVICES

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import mblm.ops.gated_rms_norm as module
 from mblm.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
+from tests.ops.threads import assert_same_bits_for_any_threads
 
 OPERATOR = torch.ops.mblm.gated_rms_norm
 EPS = 1e-5
@@ -100,75 +101,6 @@ def test_results_have_the_weights_dtype_and_are_rounded_once(dtype, weight_dtype
         assert grad.dtype == tensor.dtype
 
 
-def test_takes_any_strides():
-    x, weight, gate = sample(4, 6, 10)
-    expected = gated_rms_norm(x, weight, gate)
-    layouts = {
-        "positions first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-        "channels first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-        "part of a wider tensor": lambda t: torch.cat((t, t), dim=-1)[..., :10],
-        "every other position": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
-    }
-    for name, layout in layouts.items():
-        for inputs in ((layout(x), weight, gate), (x, weight, layout(gate))):
-            torch.testing.assert_close(
-                gated_rms_norm(*inputs), expected, rtol=2e-6, atol=2e-6, msg=name
-            )
-
-
-@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 1, 1)], ids=str)
-def test_gradcheck(shape, gate):
-    inputs = sample(*shape, gate=gate, dtype=torch.float64)
-    inputs = [None if t is None else t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(gated_rms_norm, inputs)
-
-
-@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 0, 4)], ids=str)
-def test_reference_gradient_is_that_of_the_reference(shape, gate):
-    inputs = [
-        None if t is None else t.requires_grad_()
-        for t in sample(*shape, gate=gate, dtype=torch.float64)
-    ]
-    out, inverse_norm = gated_rms_norm_reference(*inputs, EPS)
-    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-    given_inputs = [t for t in inputs if t is not None]
-    expected = torch.autograd.grad(out, given_inputs, grad, materialize_grads=True)
-    with torch.no_grad():
-        ours = module.gated_rms_norm_backward_reference(grad, *inputs, inverse_norm.detach(), EPS)
-    for one, other in zip(ours, expected, strict=False):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
-def test_opcheck(gate):
-    x, weight, gates = sample(2, 3, 5, gate=gate)
-    torch.library.opcheck(OPERATOR, (x, weight, gates, EPS))
-    torch.library.opcheck(OPERATOR, (x.transpose(0, 1), weight, None, EPS))
-    inverse_norm = OPERATOR(x, weight, gates, EPS)[1]
-    torch.library.opcheck(
-        torch.ops.mblm.gated_rms_norm_backward,
-        (torch.ones_like(x), x, weight, gates, inverse_norm, EPS),
-    )
-    inputs = [None if t is None else t.requires_grad_() for t in (x, weight, gates)]
-    torch.library.opcheck(OPERATOR, (*inputs, EPS))
-
-
-def test_compiles_as_one_graph():
-    inputs = sample(2, 3, 6)
-
-    def function(x, weight, gate):
-        return gated_rms_norm(x * 2, weight, gate) + 1
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
-    for ours, theirs in zip(
-        gradients(compiled, *inputs), gradients(function, *inputs), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 70),
@@ -212,16 +144,11 @@ def test_native_equals_reference(
 
 def test_results_do_not_depend_on_the_number_of_threads():
     inputs = sample(300, 9, 96)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append([gated_rms_norm(*inputs), *gradients(gated_rms_norm, *inputs)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def compute():
+        return [gated_rms_norm(*inputs), *gradients(gated_rms_norm, *inputs)]
+
+    assert_same_bits_for_any_threads(compute)
 
 
 @IMPLEMENTATIONS

@@ -23,9 +23,3 @@ def test_a_row_has_the_same_bits_alone_and_among_others(native: None, dtype: tor
         alone = torch.cat([torch.ops.mblm.linear_rows(row[None], weight, None) for row in x])
         torch.set_num_threads(before)
         assert torch.equal(together, alone)
-
-
-def test_opcheck() -> None:
-    x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
-    for arguments in ((x, weight, bias), (x, weight, None)):
-        torch.library.opcheck(torch.ops.mblm.linear_rows.default, arguments)

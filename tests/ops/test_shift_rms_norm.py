@@ -8,6 +8,7 @@ from torch import nn
 
 import mblm.ops.shift_rms_norm as module
 from mblm.ops.shift_rms_norm import shift_rms_norm, shift_rms_norm_reference
+from tests.ops.threads import assert_same_bits_for_any_threads
 
 OPERATOR = torch.ops.mblm.shift_rms_norm
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -133,72 +134,6 @@ def test_dtypes_promote_and_round_once(dtype, weight_dtype, result):
         assert grad.dtype == tensor.dtype
 
 
-def test_takes_any_strides():
-    x, weight, previous = sample(4, 6, 10)
-    expected = shift_rms_norm(x, weight, previous)
-    layouts = {
-        "positions first": x.transpose(0, 1).contiguous().transpose(0, 1),
-        "channels first": x.transpose(1, 2).contiguous().transpose(1, 2),
-        "part of a wider tensor": torch.cat((x, x), dim=-1)[..., :10],
-        "every other position": x.repeat_interleave(2, dim=1)[:, ::2],
-    }
-    for name, layout in layouts.items():
-        assert torch.equal(layout, x)
-        strided_previous = previous.t().contiguous().t()
-        assert torch.equal(shift_rms_norm(layout, weight, strided_previous), expected), name
-    expanded = x[:1, :1].expand(4, 6, 10)
-    assert torch.equal(shift_rms_norm(expanded, weight), shift_rms_norm(expanded.clone(), weight))
-
-
-@pytest.mark.parametrize("shift", [False, True], ids=["still", "shifted"])
-@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 2, 5), (2, 1, 1)], ids=str)
-def test_gradcheck(shape, shift):
-    inputs = sample(*shape, previous=shift, dtype=torch.float64)
-    inputs = [None if t is None else t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(lambda *t: shift_rms_norm(*t, shift=shift), inputs)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 2, 5), (2, 1, 1), (2, 0, 4)], ids=str)
-def test_reference_gradient_is_that_of_the_reference(shape):
-    x, weight, previous = (t.requires_grad_() for t in sample(*shape, dtype=torch.float64))
-    out, inverse_norm = shift_rms_norm_reference(x, weight, previous, True, 1e-8)
-    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-    expected = torch.autograd.grad(out, (x, weight, previous), grad, materialize_grads=True)
-    with torch.no_grad():
-        ours = module.shift_rms_norm_backward_reference(
-            grad, x, weight, previous, inverse_norm, True, 1e-8
-        )
-    torch.testing.assert_close(ours, expected)
-
-
-@pytest.mark.parametrize("previous", [False, True], ids=["zeros", "previous"])
-def test_opcheck(previous):
-    x, weight, first = sample(2, 3, 5, previous=previous)
-    torch.library.opcheck(OPERATOR, (x, weight, first, True, 1e-8))
-    torch.library.opcheck(OPERATOR, (x.transpose(0, 1), weight, None, False, 1e-8))
-    inverse_norm = OPERATOR(x, weight, first, True, 1e-8)[1]
-    torch.library.opcheck(
-        torch.ops.mblm.shift_rms_norm_backward,
-        (torch.ones_like(x), x, weight, first, inverse_norm, True, 1e-8),
-    )
-    inputs = [None if t is None else t.requires_grad_() for t in (x, weight, first)]
-    torch.library.opcheck(OPERATOR, (*inputs, True, 1e-8))
-
-
-def test_compiles_as_one_graph():
-    inputs = sample(2, 3, 6)
-
-    def function(x, weight, previous):
-        return shift_rms_norm(x * 2, weight, previous) + 1
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
-    for ours, theirs in zip(
-        gradients(compiled, *inputs), gradients(function, *inputs), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 70),
@@ -243,16 +178,11 @@ def test_native_equals_reference(
 
 def test_results_do_not_depend_on_the_number_of_threads():
     inputs = sample(300, 9, 96)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append([shift_rms_norm(*inputs), *gradients(shift_rms_norm, *inputs)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def compute():
+        return [shift_rms_norm(*inputs), *gradients(shift_rms_norm, *inputs)]
+
+    assert_same_bits_for_any_threads(compute)
 
 
 @IMPLEMENTATIONS

@@ -12,6 +12,7 @@ from torch import Tensor
 from mblm.model.transformer_layers import RotaryEmbedding, rotate
 from mblm.ops import short_attention as module
 from mblm.ops.short_attention import short_attention, short_attention_reference
+from tests.ops.threads import assert_same_bits_for_any_threads
 
 OPERATOR = torch.ops.mblm.short_attention
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -83,30 +84,6 @@ def test_gradients(queries: int, keys: int, rotary: bool) -> None:
     assert torch.autograd.gradcheck(lambda *a: short_attention(*a, table), arguments)
 
 
-def test_autocast_does_not_lower_the_precision() -> None:
-    arguments = [t.requires_grad_() for t in make_arguments(2, 9, 9, 2, 4, torch.float32)]
-
-    def result_and_gradient() -> tuple[Tensor, Tensor]:
-        out = short_attention(*arguments, tables(9, 4))
-        return out, torch.autograd.grad(out.square().sum(), arguments[0])[0]
-
-    expected = result_and_gradient()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = result_and_gradient()
-    torch.testing.assert_close(result, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
-def test_operator_contract(rotary: bool) -> None:
-    arguments = make_arguments(2, 4, 5, 2, 6)
-    cos, sin = tables(5, 6) if rotary else (None, None)
-    backward = torch.ops.mblm.short_attention_backward
-    torch.library.opcheck(backward, (arguments[0], *arguments, cos, sin))
-    strided = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in arguments)
-    torch.library.opcheck(OPERATOR, (*strided, cos, sin))
-    torch.library.opcheck(OPERATOR, (*(t.requires_grad_() for t in arguments), cos, sin))
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.sampled_from([0, 1, 3]),
@@ -161,17 +138,12 @@ def test_native_equals_reference(
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     arguments = (*make_arguments(40, 9, 9, 3, 16, torch.float32), *tables(9, 16))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            out = OPERATOR(*arguments)
-            results.append((out, *torch.ops.mblm.short_attention_backward(out, *arguments)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def compute() -> tuple[Tensor, ...]:
+        out = OPERATOR(*arguments)
+        return (out, *torch.ops.mblm.short_attention_backward(out, *arguments))
+
+    assert_same_bits_for_any_threads(compute)
 
 
 @IMPLEMENTATIONS

@@ -1,125 +1,19 @@
 """Every operator under every way that PyTorch derives one function from another.
 
-Each is right, or refused by name. An operator without a sample here fails.
+Each is right, or refused by name.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import mblm.ops
-
-for _module in pkgutil.iter_modules(mblm.ops.__path__, "mblm.ops."):
-    importlib.import_module(_module.name)
+from tests.ops.samples import ALL, IDS, Function, Sample, function_of, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's
-
-IDS = torch.tensor([[0, 3, 1, 3], [2, 0, 4, 1]])
-
-
-def normal(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-class Sample(NamedTuple):
-    """Arguments by position; those at the indices given are differentiated."""
-
-    arguments: tuple[Any, ...]
-    differentiated: tuple[int, ...]
-    results: int = 1  # that are not for the gradient alone
-
-
-ANGLES = normal(4, 2)
-SCAN = (normal(2, 3, 2), normal(2, 3, 2).exp(), -normal(2, 2).exp(), normal(2, 3, 2))
-SSD = (normal(2, 3, 2, 2), normal(2, 3, 2).exp(), -normal(2).exp(), normal(2, 3, 2))
-SAMPLES: dict[str, list[Sample]] = {
-    "assemble_stage": [
-        Sample(
-            (normal(4), normal(5, 4), IDS, normal(5, 4), None, normal(2, 4, 4), 3), (0, 1, 3, 5)
-        ),
-        Sample(
-            (normal(4), normal(2, 3, 4), None, None, normal(3, 2, 2), normal(2, 3, 4), -1),
-            (0, 1, 5),
-        ),
-        Sample((normal(4), normal(2, 3, 4), None, None, None, None, -1), (0, 1)),
-    ],
-    "causal_conv": [
-        Sample((normal(2, 3, 2), normal(2, 1, 3), normal(2), None), (0, 1, 2), 2),
-        Sample((normal(2, 3, 2), normal(2, 1, 3), normal(2), normal(2, 2, 2)), (0, 1, 2, 3), 2),
-        # Fewer positions than the window has.
-        Sample((normal(2, 1, 2), normal(2, 1, 4), normal(2), normal(2, 3, 2)), (0, 1, 2, 3), 2),
-    ],
-    "embed_patches": [Sample((IDS, normal(5, 2), normal(6), normal(6), 2, 3, 4, 1e-5), (1, 2, 3))],
-    "gated_rms_norm": [
-        Sample((normal(2, 3), normal(3), normal(2, 3) + 1, 1e-5), (0, 1, 2)),
-        Sample((normal(2, 3), normal(3), None, 1e-5), (0, 1)),
-    ],
-    "linear": [
-        Sample((normal(2, 3), normal(4, 3), normal(4)), (0, 1, 2)),
-        Sample((normal(2, 3), normal(4, 3), None), (0, 1)),
-    ],
-    "linear_rows": [Sample((normal(2, 3), normal(4, 3), normal(4)), (0, 1, 2))],
-    "selective_scan": [
-        Sample((*SCAN, normal(2, 3, 2) + 1, normal(2), None, 2), (0, 1, 2, 3, 4, 5), 2),
-        Sample((*SCAN, normal(2, 3, 2) + 1, normal(2), normal(2, 2, 2), 2), tuple(range(7)), 2),
-    ],
-    "shift_rms_norm": [
-        Sample((normal(2, 3, 4), normal(4), None, True, 1e-8), (0, 1)),
-        Sample((normal(2, 3, 5), normal(5), normal(2, 2), True, 1e-8), (0, 1, 2)),
-        Sample((normal(2, 3, 4), normal(4), None, False, 1e-8), (0, 1)),
-    ],
-    "short_attention": [
-        Sample(
-            (normal(2, 3, 1, 4), normal(2, 4, 1, 4), normal(2, 4, 1, 4) + 1, None, None), (0, 1, 2)
-        ),
-        Sample(
-            (
-                normal(1, 3, 2, 4),
-                normal(1, 4, 2, 4),
-                normal(1, 4, 2, 4) + 1,
-                ANGLES.cos().float(),
-                ANGLES.sin().float(),
-            ),
-            (0, 1, 2),
-        ),
-    ],
-    "ssd": [
-        Sample((*SSD, normal(2, 3, 2) + 1, normal(2), None, 2), (0, 1, 2, 3, 4, 5), 2),
-        Sample((*SSD, normal(2, 3, 2) + 1, normal(2), normal(2, 2, 2, 2), 2), tuple(range(7)), 2),
-    ],
-}
-# Gradients by name of their operator.
-GRADIENTS = {f"{name}_backward" for name in SAMPLES} - {"linear_backward", "linear_rows_backward"}
-ALL = pytest.mark.parametrize(
-    ("name", "sample"),
-    [
-        pytest.param(name, sample, id=f"{name}-{number}")
-        for name, samples in SAMPLES.items()
-        for number, sample in enumerate(samples)
-    ],
-)
-Function = Callable[..., tuple[Tensor, ...]]
-
-
-def function_of(name: str, sample: Sample) -> tuple[Function, tuple[Tensor, ...]]:
-    """The operator as a function of what is differentiated, and that."""
-    operator = getattr(torch.ops.mblm, name)
-
-    def function(*given: Tensor) -> tuple[Tensor, ...]:
-        arguments = list(sample.arguments)
-        for index, value in zip(sample.differentiated, given, strict=True):
-            arguments[index] = value
-        results = operator(*arguments)
-        return results[: sample.results] if isinstance(results, tuple) else (results,)
-
-    return function, tuple(sample.arguments[index] for index in sample.differentiated)
 
 
 def scalar_of(name: str, sample: Sample) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -149,16 +43,6 @@ def by_differences(function: Function, inputs: Any, along: Any) -> Iterator[Tens
 
 def assert_close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(tuple(actual), tuple(expected), atol=1e-7, rtol=1e-5)
-
-
-def test_every_operator_has_a_sample() -> None:
-    with_reference = {
-        name.removeprefix("mblm::")
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("mblm::")
-        and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
-    }
-    assert with_reference == {*SAMPLES, *GRADIENTS}
 
 
 @ALL
@@ -243,36 +127,6 @@ def test_gradients_in_a_batch(name: str, sample: Sample) -> None:
         assert (actual is None) == (expected[0] is None)
         if actual is not None:
             torch.testing.assert_close(actual, torch.stack(expected))
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "one value": lambda t: t.flatten()[0].expand_as(t),  # of a sum
-    "a part": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],  # of what was concatenated
-    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-    "first dimension last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-}
-
-
-@ALL
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_and_inputs_may_be_strided(
-    name: str, sample: Sample, layout: str, dtype: torch.dtype
-) -> None:
-    fixed = [
-        a.to(dtype) if isinstance(a, Tensor) and a.dtype == torch.float64 else a
-        for a in sample.arguments
-    ]
-    function, inputs = function_of(name, sample._replace(arguments=tuple(fixed)))
-
-    def gradients(laid_out: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        leaves = [laid_out(t).detach().requires_grad_() for t in inputs]
-        results = function(*leaves)
-        given = [laid_out(normal(*r.shape).to(dtype)) for r in results]
-        return torch.autograd.grad(results, leaves, given)
-
-    as_is = gradients(LAYOUTS[layout])
-    torch.testing.assert_close(as_is, gradients(lambda t: LAYOUTS[layout](t).contiguous()))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.compile:UserWarning")

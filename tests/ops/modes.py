@@ -1,4 +1,4 @@
-"""How large a tensor a computation makes, for tests of memory bounds."""
+"""What a computation calls and makes, for tests of operators and of memory bounds."""
 
 from typing import Any
 
@@ -18,3 +18,16 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.entries = max(self.entries, leaf.numel())
         return result
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the calls of this package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mblm":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
