@@ -5,6 +5,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ def write(folder: Path, *contents: bytes) -> list[Path]:
     separator=st.sampled_from([None, 7, 300]),
     start=st.integers(0, 60),
     length=st.integers(0, 60),
+    in_one=st.booleans(),
 )
 def test_reading_is_slicing_the_files_in_a_row(
     tmp_path_factory: pytest.TempPathFactory,
@@ -34,11 +36,17 @@ def test_reading_is_slicing_the_files_in_a_row(
     separator: int | None,
     start: int,
     length: int,
+    in_one: bool,
 ) -> None:
+    """Whether documents are files or, as packed, in one and told apart by where they start."""
     row: list[int] = []
     for content in filter(None, contents):
         row += [separator] * (separator is not None and row != []) + list(content)
-    data = FileBytes(write(tmp_path_factory.mktemp("files"), *contents), separator)
+    starts = None
+    if in_one:
+        sizes = [0, *(len(content) for content in contents if content)]
+        starts, contents = np.cumsum(sizes)[:-1], [b"".join(contents)]
+    data = FileBytes(write(tmp_path_factory.mktemp("files"), *contents), separator, starts)
     assert (len(data), data.numel(), tuple(data.shape)) == (len(row), len(row), (len(row),))
 
     start = min(start, len(row))

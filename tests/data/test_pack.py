@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
 from mblm.data.pack import pack
-from mblm.data.packed import open_part, read_summary
+from mblm.data.packed import read_summary
 from mblm.data.types import ModelMode
 
 TRAIN, VALID, TEST = ModelMode
@@ -81,31 +79,6 @@ def test_the_summary_counts_sources_and_what_is_left_out(posts: Path) -> None:
 def read_part(folder: Path, mode: ModelMode, seq_len: int = 4, **arguments: Any) -> ByteFiles:
     args = ByteFilesArgs.model_validate(arguments)
     return ByteFiles(folder, mode, args, seq_len=seq_len, worker_id=0, num_workers=1)
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    texts=st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=12),
-    separator=st.sampled_from([None, 7, 300]),
-    start=st.integers(0, 60),
-    length=st.integers(0, 20),
-)
-def test_reading_is_slicing_the_documents_with_separators_between(
-    tmp_path_factory: pytest.TempPathFactory,
-    texts: list[str],
-    separator: int | None,
-    start: int,
-    length: int,
-) -> None:
-    folder = tmp_path_factory.mktemp("packed")
-    pack([str(write(folder / "a.jsonl", texts))], folder / "packed", valid=0)
-    row: list[int] = []
-    for text in texts:
-        row += [separator] * (separator is not None and row != []) + list(text.encode())
-    data = open_part(folder / "packed", TRAIN, separator)
-    start = min(start, len(row))
-    assert len(data) == len(row)
-    assert data.read(start, start + length).tolist() == row[start : start + length]
 
 
 def test_a_packed_folder_is_a_dataset_of_two_parts(posts: Path) -> None:
