@@ -202,7 +202,7 @@ class Session:
             if is_ragged:
                 return [row.to(self._device) for row in ids]
             if len(ids) == 1:
-                return ids[0].resize_(1, ids[0].numel()).to(self._device)  # cheaper than a view
+                return ids[0].unsqueeze(0).to(self._device)
             with torch.inference_mode(False):  # the caller's own, as `logits`
                 return torch.stack(ids).to(self._device)
         except BaseException as error:
