@@ -15,6 +15,7 @@
 #include "decode/cache.h"
 #include "decode/device_cache.h"
 #include "decode/draws.h"
+#include "decode/gil.h"
 #include "decode/guard.h"
 #include "decode/weights.h"
 #include "torch/tensors.h"
@@ -57,43 +58,17 @@ void translate(std::exception_ptr exception) {
   }
 }
 
-// pybind11 holds what is not const.
-std::shared_ptr<Stage> mutable_stage(std::shared_ptr<const Stage> stage) {
-  return std::const_pointer_cast<Stage>(std::move(stage));
-}
-
 void bind_weights(py::module_& module) {
   py::class_<Stage, std::shared_ptr<Stage>>(module, "Stage", "A stage's packed weights.")
-      .def_static(
-          "transformer",
-          [](std::vector<Tensor> weights, int64_t heads) {
-            return mutable_stage(transformer_stage(std::move(weights), heads));
-          },
-          py::arg("weights"), py::arg("heads"))
-      .def_static(
-          "mamba1",
-          [](std::vector<Tensor> weights, const std::vector<double>& eps) {
-            return mutable_stage(mamba1_stage(std::move(weights), eps));
-          },
-          py::arg("weights"), py::arg("eps"))
-      .def_static(
-          "mamba2",
-          [](std::vector<Tensor> weights, double eps) {
-            return mutable_stage(mamba2_stage(std::move(weights), eps));
-          },
-          py::arg("weights"), py::arg("eps"))
-      .def_static(
-          "hosted", [](int64_t dim) { return mutable_stage(hosted_stage(dim)); }, py::arg("dim"));
+      .def_static("transformer", &transformer_stage, py::arg("weights"), py::arg("heads"))
+      .def_static("mamba1", &mamba1_stage, py::arg("weights"), py::arg("eps"))
+      .def_static("mamba2", &mamba2_stage, py::arg("weights"), py::arg("eps"))
+      .def_static("hosted", &hosted_stage, py::arg("dim"));
 
   py::class_<Hierarchy, std::shared_ptr<Hierarchy>>(module, "Hierarchy",
                                                     "A model's packed weights.")
-      .def(py::init([](const std::vector<std::shared_ptr<Stage>>& stages,
-                       std::vector<int64_t> seq_lens, std::vector<Tensor> weights,
-                       const std::vector<double>& eps) {
-             return std::make_shared<Hierarchy>(
-                 std::vector<std::shared_ptr<const Stage>>(stages.begin(), stages.end()),
-                 std::move(seq_lens), std::move(weights), eps);
-           }),
+      .def(py::init<std::vector<std::shared_ptr<Stage>>, std::vector<int64_t>, std::vector<Tensor>,
+                    const std::vector<double>&>(),
            py::arg("stages"), py::arg("seq_lens"), py::arg("weights"), py::arg("eps"))
       .def_property_readonly("max_length", &Hierarchy::max_length)
       .def_property_readonly("num_tokens", &Hierarchy::num_tokens);
@@ -153,7 +128,7 @@ struct Held {
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
   ~Held() {
-    const py::gil_scoped_acquire acquire;
+    const WithGil gil;
     object = {};
   }
 };
@@ -185,7 +160,7 @@ class Caller : public Host {
   explicit Caller(py::handle cache) : cache_(cache) {}
 
   Supplied step(const Wanted& wanted) override {
-    const py::gil_scoped_acquire acquire;
+    const WithGil gil;
     py::object contexts = py::none();
     if (wanted.contexts.defined()) contexts = py::cast(wanted.contexts);
     py::list states;
@@ -200,7 +175,7 @@ class Caller : public Host {
   }
 
   SavedState feed(std::optional<SavedState> before, const Tensor& ids) override {
-    const py::gil_scoped_acquire acquire;
+    const WithGil gil;
     return cache_.attr("feed_long")(std::move(before), ids).cast<SavedState>();
   }
 
@@ -249,7 +224,7 @@ template <class Result, class... Arguments>
 auto of_rows(Result (Cache::*method)(const Lease&, Arguments...)) {
   return [method](Cache& cache, const py::sequence& given, const std::decay_t<Arguments>&... all) {
     const RowIds rows = rows_of(given);
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     return (cache.*method)(cache.lease(rows), all...);
   };
 }
@@ -261,7 +236,7 @@ auto of_rows(Result (Cache::*method)(const Lease&, Host&, Arguments...)) {
                   const py::sequence& given, const std::decay_t<Arguments>&... all) {
     const RowIds rows = rows_of(given);
     Caller host(caller);
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     cache.set_hierarchy(weights);
     return (cache.*method)(cache.lease(rows), host, all...);
   };
@@ -282,7 +257,7 @@ void follow(Proposals& of, const std::vector<int32_t>& ids) {
 }
 
 void bind_cache(py::module_& module) {
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<WithoutGil>;
 
   py::class_<Automaton, std::shared_ptr<Automaton>>(module, "Automaton")
       .def(py::init(&automaton), py::arg("classes"), py::arg("next"), py::arg("distance"),
@@ -326,7 +301,7 @@ void bind_cache(py::module_& module) {
              for (const py::object item : given) {
                if (const std::optional<RowId> row = row_of(item)) rows.push_back(*row);
              }
-             const py::gil_scoped_release release;
+             const WithoutGil released;
              cache.drop(rows);
            })
       .def("copy", of_rows(&Cache::copy))

@@ -131,7 +131,7 @@ std::array<Tensor, 2> rotations(const Tensor& frequencies, int64_t count) {
 
 }  // namespace
 
-std::shared_ptr<const Stage> transformer_stage(std::vector<Tensor> weights, int64_t heads) {
+std::shared_ptr<Stage> transformer_stage(std::vector<Tensor> weights, int64_t heads) {
   auto result = std::make_shared<Stage>();
   result->weights = std::move(weights);
   Reader list(result->weights);
@@ -173,8 +173,7 @@ std::shared_ptr<const Stage> transformer_stage(std::vector<Tensor> weights, int6
   return result;
 }
 
-std::shared_ptr<const Stage> mamba1_stage(std::vector<Tensor> weights,
-                                          const std::vector<double>& eps) {
+std::shared_ptr<Stage> mamba1_stage(std::vector<Tensor> weights, const std::vector<double>& eps) {
   auto result = std::make_shared<Stage>();
   result->weights = std::move(weights);
   Reader list(result->weights);
@@ -216,7 +215,7 @@ std::shared_ptr<const Stage> mamba1_stage(std::vector<Tensor> weights,
   return result;
 }
 
-std::shared_ptr<const Stage> mamba2_stage(std::vector<Tensor> weights, double eps) {
+std::shared_ptr<Stage> mamba2_stage(std::vector<Tensor> weights, double eps) {
   auto result = std::make_shared<Stage>();
   result->weights = std::move(weights);
   Reader list(result->weights);
@@ -260,16 +259,15 @@ std::shared_ptr<const Stage> mamba2_stage(std::vector<Tensor> weights, double ep
   return result;
 }
 
-std::shared_ptr<const Stage> hosted_stage(int64_t dim) {
+std::shared_ptr<Stage> hosted_stage(int64_t dim) {
   TORCH_CHECK_VALUE(dim > 0, "dim must be positive, got ", dim);
   auto result = std::make_shared<Stage>();
   result->dim = dim;
   return result;
 }
 
-Hierarchy::Hierarchy(std::vector<std::shared_ptr<const Stage>> stages,
-                     std::vector<int64_t> seq_lens, std::vector<Tensor> weights,
-                     const std::vector<double>& eps)
+Hierarchy::Hierarchy(std::vector<std::shared_ptr<Stage>> stages, std::vector<int64_t> seq_lens,
+                     std::vector<Tensor> weights, const std::vector<double>& eps)
     : stages_(std::move(stages)), weights_(std::move(weights)), frequencies_(stages_.size()) {
   cpu::note_threads();  // decoding begins
   const size_t count = stages_.size();

@@ -29,20 +29,20 @@ struct Stage {
 // The last norm (dim), the frequencies of rotary positions (head_dim / 2) or none; then of each
 // layer attention's norm (dim), its linear layers q, kv, out; the feed-forward's norm (dim), its
 // linear layers expand, contract.
-std::shared_ptr<const Stage> transformer_stage(std::vector<at::Tensor> weights, int64_t heads);
+std::shared_ptr<Stage> transformer_stage(std::vector<at::Tensor> weights, int64_t heads);
 
 // Of each layer: norm (dim), rates -exp(A_log) (inner, states), convolution (inner, taps), its bias
 // (inner), D (inner); the linear layers in, x, dt, out. eps: of each layer's norm.
-std::shared_ptr<const Stage> mamba1_stage(std::vector<at::Tensor> weights,
-                                          const std::vector<double>& eps);
+std::shared_ptr<Stage> mamba1_stage(std::vector<at::Tensor> weights,
+                                    const std::vector<double>& eps);
 
 // The last norm (dim); then of each layer norm (dim), the gated norm (inner), rates -exp(A_log)
 // (heads), convolution (inner + 2 states, taps), its bias, dt_bias (heads), D (heads); the linear
 // layers in, out. eps: of all norms.
-std::shared_ptr<const Stage> mamba2_stage(std::vector<at::Tensor> weights, double eps);
+std::shared_ptr<Stage> mamba2_stage(std::vector<at::Tensor> weights, double eps);
 
 // One that Python steps.
-std::shared_ptr<const Stage> hosted_stage(int64_t dim);
+std::shared_ptr<Stage> hosted_stage(int64_t dim);
 
 // Bytes that a row may have at most, so that sums and products of lengths do not overflow.
 constexpr int64_t kMostBytes = int64_t(1) << 40;
@@ -60,7 +60,7 @@ class Hierarchy {
   //
   // eps: of the flat norm and the norm of each stage above the local one; of a hosted one of no
   // use.
-  Hierarchy(std::vector<std::shared_ptr<const Stage>> stages, std::vector<int64_t> seq_lens,
+  Hierarchy(std::vector<std::shared_ptr<Stage>> stages, std::vector<int64_t> seq_lens,
             std::vector<at::Tensor> weights, const std::vector<double>& eps);
 
   // For rows of at most so many bytes. What was given before stays as it is.
@@ -80,8 +80,8 @@ class Hierarchy {
  private:
   void wait_until_made() const;
 
-  std::vector<std::shared_ptr<const Stage>> stages_;  // kept alive
-  std::vector<at::Tensor> weights_;                   // kept alive
+  std::vector<std::shared_ptr<Stage>> stages_;  // kept alive
+  std::vector<at::Tensor> weights_;             // kept alive
   StartMemory starts_;
   std::vector<at::Tensor> frequencies_;  // per stage, of rotary positions, or undefined
   Parts parts_;                          // without tables

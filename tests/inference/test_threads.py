@@ -1,6 +1,8 @@
 """Decoding on the threads that there are, which can be fewer than torch's."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -61,3 +63,26 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert output_of(script) == "4\n"
+
+
+@needs_native
+def test_a_thread_that_decodes_when_the_interpreter_ends() -> None:
+    """It is not ended amid what must not be unwound, which would abort the process."""
+    script = """
+import threading, time
+session = Session(m, batch_size=8)
+session.feed(ids)
+has_begun = threading.Event()
+
+def run():
+    has_begun.set()
+    while True:
+        session.generate(400)
+
+threading.Thread(target=run, daemon=True).start()
+has_begun.wait()
+time.sleep(0.2)
+"""
+    # Not a copy of a process, which ends without the interpreter's end.
+    done = subprocess.run([sys.executable, "-c", SETUP + script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
