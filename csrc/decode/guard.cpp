@@ -42,14 +42,14 @@ Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts
     will_look_at(module.ptr(), sizeof(PyObject));
     if (!PyType_Check(kind.ptr())) throw py::type_error("Guard: expected a class in parts");
     parts_.push_back(
-        {module,
-         kind,
+        {own(module),
+         own(kind),
          watch_dict(module.attr("__dict__")),
          {watch_dict(module.attr("_forward_hooks")), watch_dict(module.attr("_forward_pre_hooks"))},
          drops(module, dropout_class)});
-    const auto has_kind = [&](const Class& of) { return of.kind.is(kind); };
+    const auto has_kind = [&](const Class& of) { return kind.ptr() == of.kind; };
     if (std::none_of(classes_.begin(), classes_.end(), has_kind)) {
-      classes_.push_back({kind, kind.attr("forward")});
+      classes_.push_back({kind.ptr(), own(kind.attr("forward"))});
     }
   }
   for (const py::handle dict : hooks) hooks_.push_back(watch_dict(dict));
@@ -63,9 +63,15 @@ Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts
   }
   for (const py::handle pair : buffers) {
     const auto items = py::cast<py::tuple>(pair);
-    const py::object dict = watch_dict(items[0], true), key = items[1];
-    buffers_.push_back({dict, key, watch_entry(py::object(dict[key]))});
+    PyObject* const dict = watch_dict(items[0], true);
+    PyObject* const key = own(items[1]);
+    buffers_.push_back({dict, key, watch_entry(py::object(py::handle(dict)[py::handle(key)]))});
   }
+}
+
+PyObject* Guard::own(py::object object) {
+  owned_.push_back(std::move(object));
+  return owned_.back().ptr();
 }
 
 void Guard::will_look_at(const void* memory, size_t size) {
@@ -75,23 +81,23 @@ void Guard::will_look_at(const void* memory, size_t size) {
 }
 
 // Of one that is read, about as much as its table of hashes and its entries take.
-py::object Guard::watch_dict(py::handle dict, bool is_read) {
+PyObject* Guard::watch_dict(py::handle dict, bool is_read) {
   if (!PyDict_Check(dict.ptr())) throw py::type_error("Guard: expected a dictionary");
   const auto* const object = reinterpret_cast<const PyDictObject*>(dict.ptr());
   will_look_at(object, sizeof(PyDictObject));
   if (is_read) will_look_at(object->ma_keys, 64 + 24 * size_t(object->ma_used));
-  return py::reinterpret_borrow<py::object>(dict);
+  return own(py::reinterpret_borrow<py::object>(dict));
 }
 
 // A module, a tensor or None.
-py::object Guard::watch_entry(py::handle handle) {
-  const auto object = py::reinterpret_borrow<py::object>(handle);
-  if (!THPVariable_Check(object.ptr())) return object;
-  const at::Tensor& unpacked = THPVariable_Unpack(object.ptr());
+PyObject* Guard::watch_entry(py::handle handle) {
+  PyObject* const object = own(py::reinterpret_borrow<py::object>(handle));
+  if (!THPVariable_Check(object)) return object;
+  const at::Tensor& unpacked = THPVariable_Unpack(object);
   c10::TensorImpl& tensor = *unpacked.unsafeGetTensorImpl();
-  will_look_at(object.ptr(), sizeof(THPVariable));
+  will_look_at(object, sizeof(THPVariable));
   will_look_at(&tensor, sizeof(tensor));
-  Watched watched{.object = object, .type = py::type::of(object)};
+  Watched watched{.object = object, .type = own(py::type::of(handle))};
   if (tensor.has_storage()) {
     will_look_at(storage_of(tensor), sizeof(c10::StorageImpl));
     watched.storage = unpacked.storage();
@@ -108,8 +114,9 @@ py::object Guard::watch_entry(py::handle handle) {
 }
 
 bool Guard::holds() const {
+  if (owned_.empty()) return false;  // it was cleared
   for (const void* line : lines_) __builtin_prefetch(line);
-  const auto is_empty = [](const py::object& dict) { return PyDict_Size(dict.ptr()) == 0; };
+  const auto is_empty = [](PyObject* dict) { return PyDict_Size(dict) == 0; };
   const auto all_hold = [this](const auto& items) {
     return std::all_of(items.begin(), items.end(),
                        [this](const auto& item) { return holds(item); });
@@ -119,45 +126,41 @@ bool Guard::holds() const {
 }
 
 bool Guard::holds(const Part& part) const {
-  if (Py_TYPE(part.module.ptr()) != reinterpret_cast<PyTypeObject*>(part.kind.ptr())) return false;
-  for (const py::object& dict : part.hooks) {
-    if (PyDict_Size(dict.ptr()) != 0) return false;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(part.module)) != part.kind) return false;
+  for (PyObject* dict : part.hooks) {
+    if (PyDict_Size(dict) != 0) return false;
   }
-  PyObject* own = part.own.ptr();
-  if (PyDict_Contains(own, forward_.ptr()) != 0) return false;
-  return !part.drops || PyDict_GetItemWithError(own, training_.ptr()) == Py_False;
+  if (PyDict_Contains(part.own, forward_.ptr()) != 0) return false;
+  return !part.drops || PyDict_GetItemWithError(part.own, training_.ptr()) == Py_False;
 }
 
 bool Guard::holds(const Class& of) const {
-  const auto now =
-      py::reinterpret_steal<py::object>(PyObject_GetAttr(of.kind.ptr(), forward_.ptr()));
+  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(of.kind, forward_.ptr()));
   if (!now) PyErr_Clear();
-  return now.is(of.forward);
+  return now.ptr() == of.forward;
 }
 
 bool Guard::holds(const Entries& entries) {
-  PyObject* dict = entries.dict.ptr();
-  if (PyDict_Size(dict) != Py_ssize_t(entries.values.size())) return false;
+  if (PyDict_Size(entries.dict) != Py_ssize_t(entries.values.size())) return false;
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t at = 0;
-  for (const py::object& expected : entries.values) {
-    if (!PyDict_Next(dict, &at, &key, &value) || value != expected.ptr()) return false;
+  for (PyObject* expected : entries.values) {
+    if (!PyDict_Next(entries.dict, &at, &key, &value) || value != expected) return false;
   }
   return true;
 }
 
 bool Guard::holds(const Buffer& buffer) {
-  PyObject* now = PyDict_GetItemWithError(buffer.dict.ptr(), buffer.key.ptr());
+  PyObject* now = PyDict_GetItemWithError(buffer.dict, buffer.key);
   if (!now) PyErr_Clear();
-  return now == buffer.value.ptr();
+  return now == buffer.value;
 }
 
 bool Guard::holds(const Watched& watched) {
   // `torch.utils.swap_tensors` gives an object another tensor and class, `.data =` a tensor other
   // memory or sizes, `share_memory_` memory another place.
-  PyObject* const object = watched.object.ptr();
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != watched.type.ptr()) return false;
-  c10::TensorImpl& tensor = *THPVariable_Unpack(object).unsafeGetTensorImpl();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(watched.object)) != watched.type) return false;
+  c10::TensorImpl& tensor = *THPVariable_Unpack(watched.object).unsafeGetTensorImpl();
   const c10::StorageImpl* memory = storage_of(tensor);
   if (memory != watched.storage.unsafeGetStorageImpl()) return false;
   if (memory && memory->data() != watched.data) return false;
@@ -168,45 +171,10 @@ bool Guard::holds(const Watched& watched) {
          (tensor.sizes().equals(watched.sizes) && tensor.strides().equals(watched.strides));
 }
 
-int Guard::traverse(visitproc visit, void* argument) const {
-  const auto each = [&](const auto& visit_object) {
-    for (const Part& part : parts_) {
-      for (const py::object* object : {&part.module, &part.kind, &part.own}) visit_object(*object);
-      for (const py::object& dict : part.hooks) visit_object(dict);
-    }
-    for (const Class& of : classes_) {
-      visit_object(of.kind);
-      visit_object(of.forward);
-    }
-    for (const py::object& dict : hooks_) visit_object(dict);
-    for (const Entries& entries : dicts_) {
-      visit_object(entries.dict);
-      for (const py::object& value : entries.values) visit_object(value);
-    }
-    for (const Buffer& buffer : buffers_) {
-      for (const py::object* object : {&buffer.dict, &buffer.value}) visit_object(*object);
-    }
-    for (const Watched& watched : tensors_) {
-      for (const py::object* object : {&watched.object, &watched.type}) visit_object(*object);
-    }
-  };
-  int result = 0;
-  each([&](const py::object& object) {
-    if (result == 0 && object) result = visit(object.ptr(), argument);
-  });
-  return result;
-}
-
 void Guard::clear() {
-  // What is freed may run Python code, which must not find half of it.
-  const auto parts = std::move(parts_);
-  const auto classes = std::move(classes_);
-  const auto hooks = std::move(hooks_);
-  const auto dicts = std::move(dicts_);
-  const auto buffers = std::move(buffers_);
-  const auto tensors = std::move(tensors_);
-  parts_.clear(), classes_.clear(), hooks_.clear(), dicts_.clear(), buffers_.clear();
-  tensors_.clear();
+  const auto owned =
+      std::move(owned_);  // what is freed may run Python code, and ask whether it holds
+  owned_.clear();
 }
 
 namespace {
@@ -219,8 +187,10 @@ Guard* guard_of(PyObject* self) {
 
 int traverse(PyObject* self, visitproc visit, void* arg) {  // the name that Py_VISIT takes
   Py_VISIT(Py_TYPE(self));
-  const Guard* guard = guard_of(self);
-  return guard ? guard->traverse(visit, arg) : 0;
+  if (const Guard* guard = guard_of(self)) {
+    for (const py::object& object : guard->owned()) Py_VISIT(object.ptr());
+  }
+  return 0;
 }
 
 int clear(PyObject* self) {

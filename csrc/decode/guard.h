@@ -25,28 +25,28 @@ class Guard {
   // inference mode do not count writes.
   bool holds() const;
 
-  // For Python's collector of garbage.
-  int traverse(visitproc visit, void* argument) const;
+  // What it owns, for Python's collector of garbage; lets go of it, after which nothing holds.
+  const std::vector<pybind11::object>& owned() const { return owned_; }
   void clear();
 
  private:
   struct Part {
-    pybind11::object module, kind, own;
-    std::array<pybind11::object, 2> hooks;
+    PyObject *module, *kind, *own;
+    std::array<PyObject*, 2> hooks;
     bool drops;
   };
   struct Class {
-    pybind11::object kind, forward;
+    PyObject *kind, *forward;
   };
   struct Entries {
-    pybind11::object dict;
-    std::vector<pybind11::object> values;
+    PyObject* dict;
+    std::vector<PyObject*> values;
   };
   struct Buffer {
-    pybind11::object dict, key, value;
+    PyObject *dict, *key, *value;
   };
   struct Watched {
-    pybind11::object object, type;
+    PyObject *object, *type;
     // What a tensor has. Not the tensor, of which `torch.utils.swap_tensors` wants to be the owner.
     c10::Storage storage;
     const void* data = nullptr;
@@ -54,8 +54,9 @@ class Guard {
     at::DimVector sizes, strides;
   };
 
-  pybind11::object watch_dict(pybind11::handle dict, bool is_read = false);
-  pybind11::object watch_entry(pybind11::handle object);
+  PyObject* own(pybind11::object object);
+  PyObject* watch_dict(pybind11::handle dict, bool is_read = false);
+  PyObject* watch_entry(pybind11::handle object);
   void will_look_at(const void* memory, size_t size);
   bool holds(const Part& part) const;
   bool holds(const Class& of) const;
@@ -63,9 +64,10 @@ class Guard {
   static bool holds(const Buffer& buffer);
   static bool holds(const Watched& watched);
 
+  std::vector<pybind11::object> owned_;  // all that follows points to
   std::vector<Part> parts_;
   std::vector<Class> classes_;
-  std::vector<pybind11::object> hooks_;
+  std::vector<PyObject*> hooks_;
   std::vector<Entries> dicts_;
   std::vector<Buffer> buffers_;
   std::vector<Watched> tensors_;  // of entries and buffers

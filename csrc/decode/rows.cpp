@@ -23,10 +23,6 @@ int64_t slot_of(RowId id) {
   throw std::invalid_argument("row " + std::to_string(id) + ": " + why);
 }
 
-}  // namespace
-
-namespace {
-
 // A child of os.fork() has only the thread that forked: what another one held would stay locked.
 struct Mutexes {
   std::mutex table, draws;

@@ -24,23 +24,9 @@ using RowId = int64_t;
 enum class Reason { kTime, kLength, kStop, kMatched, kContext, kMemory, kLogits };
 
 inline const char* name_of(Reason reason) {
-  switch (reason) {
-    case Reason::kTime:
-      return "time";
-    case Reason::kLength:
-      return "length";
-    case Reason::kStop:
-      return "stop";
-    case Reason::kMatched:
-      return "matched";
-    case Reason::kContext:
-      return "context";
-    case Reason::kMemory:
-      return "memory";
-    case Reason::kLogits:
-      return "logits";
-  }
-  return "";
+  constexpr const char* kNames[] = {"time",    "length", "stop",  "matched",
+                                    "context", "memory", "logits"};
+  return kNames[int(reason)];
 }
 
 // Uniform random numbers (num_tokens): drawn, or, of a GPU's generator, what draws them again. See

@@ -25,54 +25,58 @@ namespace {
 struct Part {
   std::string name;
   std::vector<int64_t> shape;
-  int64_t at;  // in the blob
+  int64_t at = 0;                                     // in the blob
+  std::vector<float*> StageState::* pages = nullptr;  // or those that it lies in
 };
 
-std::vector<Part> parts_of_blob(const Parts& parts, const StageLayout& layout, int64_t n) {
-  const std::string prefix = std::to_string(n) + ".";
+std::vector<Part> parts_of(const Parts& parts, const Memory& memory, int64_t n, int64_t taken) {
+  const StageLayout& layout = memory.layout(n);
   const StageModel& stage = parts.stages[n].model;
-  std::vector<Part> all = {{prefix + "output", {layout.dim}, layout.output}};
-  if (n > 0) all.push_back({prefix + "context", {layout.seq_len, layout.dim}, layout.context});
   const int64_t layers = layout.layers;
-  if (layout.has_pages()) {
-    all.push_back({prefix + "delayed", {layers, 2, layout.dim / 2}, 0});
+  std::vector<Part> all = {{"output", {layout.dim}, layout.output}};
+  if (n > 0) all.push_back({"context", {layout.seq_len, layout.dim}, layout.context});
+  if (const auto* model = std::get_if<cpu::TransformerStage>(&stage)) {
+    const int64_t positions = 1 + parts.schedule.position(n, taken);
+    const std::vector<int64_t> shape = {layers, model->heads, positions, layout.head_dim};
+    all.push_back({"delayed", {layers, 2, layout.dim / 2}});
+    all.push_back({.name = "keys", .shape = shape, .pages = &StageState::keys});
+    all.push_back({.name = "values", .shape = shape, .pages = &StageState::values});
   } else if (const auto* model = std::get_if<cpu::Mamba1Stage>(&stage)) {
-    all.push_back({prefix + "ssm", {layers, model->inner, model->states}, 0});
-    all.push_back({prefix + "window", {layers, model->taps - 1, model->inner}, layout.ssm});
+    all.push_back({"ssm", {layers, model->inner, model->states}});
+    all.push_back({"window", {layers, model->taps - 1, model->inner}, layout.ssm});
   } else if (const auto* model = std::get_if<cpu::Mamba2Stage>(&stage)) {
-    all.push_back(
-        {prefix + "ssm", {layers, model->heads, model->inner / model->heads, model->states}, 0});
-    all.push_back({prefix + "window",
-                   {layers, model->taps - 1, model->inner + 2 * model->states},
-                   layout.ssm});
+    const int64_t channels = model->inner + 2 * model->states;
+    all.push_back({"ssm", {layers, model->heads, model->inner / model->heads, model->states}});
+    all.push_back({"window", {layers, model->taps - 1, channels}, layout.ssm});
   }
+  for (Part& part : all) part.name = std::to_string(n) + "." + part.name;
   return all;
 }
 
-std::vector<int64_t> shape_of_keys(const StageLayout& layout, int64_t positions) {
-  return {layout.layers, layout.planes / layout.layers, positions, layout.head_dim};
-}
-
-// Calls function(floats in the tensor, floats in a page, how many) for the runs of positions from
-// `first` on that keys or values have.
+// Calls function(floats in the tensor, floats in the state, how many) for what lies together of a
+// part, of keys and values from the start token on or after it.
 template <class Function>
-void for_runs(const StageLayout& layout, const std::vector<float*>& pages, int64_t first,
-              int64_t positions, Function function) {
-  const int64_t size = layout.page_positions, dim = layout.head_dim;
-  for (int64_t begin = first; begin < positions; begin = (begin / size + 1) * size) {
+void for_runs(const StageLayout& layout, const StageState& stage, const Part& part,
+              bool has_start_token, Function function) {
+  if (!part.pages) {
+    return function(0, stage.blob.data() + part.at, c10::multiply_integers(part.shape));
+  }
+  const int64_t size = layout.page_positions, dim = layout.head_dim, positions = part.shape[2];
+  for (int64_t begin = !has_start_token; begin < positions; begin = (begin / size + 1) * size) {
     const int64_t count = std::min((begin / size + 1) * size, positions) - begin;
     for (int64_t plane = 0; plane < layout.planes; ++plane) {
-      function((plane * positions + begin) * dim,
-               pages[begin / size] + plane * layout.plane + begin % size * dim, count * dim);
+      float* const page = (stage.*part.pages)[begin / size];
+      function((plane * positions + begin) * dim, page + plane * layout.plane + begin % size * dim,
+               count * dim);
     }
   }
 }
 
 // The tensor of that name, as contiguous float32 on the CPU.
-Tensor take(const SavedState& state, const std::string& name, at::IntArrayRef shape) {
-  const auto found = state.tensors.find(name);
-  TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have ", name);
-  return check_given(name.c_str(), found->second, shape, at::kFloat);
+Tensor take(const SavedState& state, const Part& part) {
+  const auto found = state.tensors.find(part.name);
+  TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have ", part.name);
+  return check_given(part.name.c_str(), found->second, part.shape, at::kFloat);
 }
 
 Bytes take_tail(const Parts& parts, const Memory& memory, const SavedState& state) {
@@ -104,24 +108,15 @@ Tensor save_tail(const Row& row) {
 SavedState save_state(const Parts& parts, const Memory& memory, const Row& row) {
   SavedState state{row.length, row.taken, {{"tail", save_tail(row)}}};
   for (int64_t n = 0; row.taken > 0 && n < parts.schedule.stages(); ++n) {
-    const StageLayout& layout = memory.layout(n);
     const StageState& stage = row.stages[n];
     if (parts.stages[n].is_hosted()) state.hosted.emplace(n, stage.hosted);
-    for (const Part& part : parts_of_blob(parts, layout, n)) {
+    for (const Part& part : parts_of(parts, memory, n, row.taken)) {
       Tensor tensor = own_tensor(part.shape, at::kFloat);
-      std::copy_n(stage.blob.data() + part.at, tensor.numel(), tensor.mutable_data_ptr<float>());
-      state.tensors.emplace(part.name, tensor);
-    }
-    if (!layout.has_pages()) continue;
-    const int64_t positions = 1 + parts.schedule.position(n, row.taken);
-    for (const auto& [name, pages] :
-         {std::pair(".keys", &stage.keys), {".values", &stage.values}}) {
-      Tensor tensor = own_tensor(shape_of_keys(layout, positions), at::kFloat);
       float* const to = tensor.mutable_data_ptr<float>();
-      for_runs(layout, *pages, 0, positions, [&](int64_t at, const float* from, int64_t count) {
-        std::copy_n(from, count, to + at);
-      });
-      state.tensors.emplace(std::to_string(n) + name, tensor);
+      for_runs(
+          memory.layout(n), stage, part, true,
+          [&](int64_t at, const float* from, int64_t count) { std::copy_n(from, count, to + at); });
+      state.tensors.emplace(part.name, tensor);
     }
   }
   return state;
@@ -131,12 +126,8 @@ std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, con
                                                          int64_t taken) {
   std::map<std::string, std::vector<int64_t>> shapes;
   for (int64_t n = 0; taken > 0 && n < parts.schedule.stages(); ++n) {
-    const StageLayout& layout = memory.layout(n);
-    for (const Part& part : parts_of_blob(parts, layout, n)) shapes.emplace(part.name, part.shape);
-    if (!layout.has_pages()) continue;
-    const auto shape = shape_of_keys(layout, 1 + parts.schedule.position(n, taken));
-    shapes.emplace(std::to_string(n) + ".keys", shape);
-    shapes.emplace(std::to_string(n) + ".values", shape);
+    for (const Part& part : parts_of(parts, memory, n, taken))
+      shapes.emplace(part.name, part.shape);
   }
   return shapes;
 }
@@ -156,19 +147,12 @@ RowState check_state(const Parts& parts, const Memory& memory, const SavedState&
   row.bytes = take_tail(parts, memory, state);
   size_t used = 1;
   for (int64_t n = 0; state.taken > 0 && n < parts.schedule.stages(); ++n) {
-    const StageLayout& layout = memory.layout(n);
-    const int64_t positions = 1 + parts.schedule.position(n, state.taken);
-    for (const Part& part : parts_of_blob(parts, layout, n)) {
-      take(state, part.name, part.shape);
+    for (const Part& part : parts_of(parts, memory, n, state.taken)) {
+      take(state, part);
       ++used;
     }
     TORCH_CHECK_VALUE(!parts.stages[n].is_hosted() || state.hosted.contains(n),
                       "state must have that of stage ", n, ", which is hosted");
-    for (const char* name : {".keys", ".values"}) {
-      if (!layout.has_pages()) break;
-      take(state, std::to_string(n) + name, shape_of_keys(layout, positions));
-      ++used;
-    }
   }
   TORCH_CHECK_VALUE(used == state.tensors.size(), "state must hold ", used, " tensors, got ",
                     state.tensors.size());
@@ -178,28 +162,13 @@ RowState check_state(const Parts& parts, const Memory& memory, const SavedState&
 RowState load_state(const Parts& parts, Memory& memory, const SavedState& state) {
   RowState row = check_state(parts, memory, state);
   for (int64_t n = 0; state.taken > 0 && n < parts.schedule.stages(); ++n) {
-    const StageLayout& layout = memory.layout(n);
     StageState& stage = row.stages[n];
-    std::vector<std::pair<Part, Tensor>> found;
-    for (const Part& part : parts_of_blob(parts, layout, n)) {
-      found.emplace_back(part, take(state, part.name, part.shape));
-    }
-    Tensor keys, values;
-    const int64_t positions = 1 + parts.schedule.position(n, state.taken);
-    if (layout.has_pages()) {
-      const std::string prefix = std::to_string(n);
-      keys = take(state, prefix + ".keys", shape_of_keys(layout, positions));
-      values = take(state, prefix + ".values", shape_of_keys(layout, positions));
-    }
-    memory.allocate(parts, n, stage, positions);
+    memory.allocate(parts, n, stage, 1 + parts.schedule.position(n, state.taken));
     if (parts.stages[n].is_hosted()) stage.hosted = state.hosted.at(n);
-    for (const auto& [part, tensor] : found) {
-      std::copy_n(tensor.const_data_ptr<float>(), tensor.numel(), stage.blob.data() + part.at);
-    }
-    for (const auto& [tensor, pages] : {std::pair(&keys, &stage.keys), {&values, &stage.values}}) {
-      if (!layout.has_pages()) break;
-      const float* const from = tensor->const_data_ptr<float>();
-      for_runs(layout, *pages, 1, positions,
+    for (const Part& part : parts_of(parts, memory, n, state.taken)) {
+      const Tensor tensor = take(state, part);
+      const float* const from = tensor.const_data_ptr<float>();
+      for_runs(memory.layout(n), stage, part, false,
                [&](int64_t at, float* to, int64_t count) { std::copy_n(from + at, count, to); });
     }
   }

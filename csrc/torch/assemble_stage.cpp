@@ -43,8 +43,7 @@ Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,
   }
   const Tensor& rows_of = ids ? *ids : embeddings;
   const int64_t rows = rows_of.size(0), length = rows_of.size(1), width = embeddings.size(-1);
-  check_like("start_token", start_token, "embeddings", embeddings);
-  check_shape("start_token", start_token, {width});
+  check_like("start_token", start_token, {width}, "embeddings", embeddings);
   if (positions) {
     check_like("positions", *positions, "embeddings", embeddings);
     TORCH_CHECK_VALUE(
@@ -53,10 +52,7 @@ Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,
   }
   if (rotation) check_rotation(*rotation, length, width);
   check_device("rotation", rotation, "embeddings", embeddings);
-  if (context) {
-    check_like("context", *context, "embeddings", embeddings);
-    check_shape("context", *context, {rows, length, width});
-  }
+  if (context) check_like("context", *context, {rows, length, width}, "embeddings", embeddings);
   const c10::DeviceGuard device(embeddings.device());
   const OptionalTensor ids_in = contiguous(ids, at::kLong);
   if (ids) check_ids_range(*ids_in, embeddings.size(0));
@@ -85,15 +81,11 @@ Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,
                                            context ? context_in->stride(0) : 0,
                                            context ? context_in->stride(1) : 0};
     T* to = mutable_data<T>(out);
-    if constexpr (kCuda) {
-      if (on_gpu(out)) {
-        return launch(out.device(), [&](cuda::Stream stream) {
-          return cuda::assemble_stage(in, rows, embeddings.size(0), to, stream);
-        });
-      }
-    }
-    parallel(rows * (1 + length), width,
-             [&](int64_t begin, int64_t end) { cpu::assemble_stage(in, to, begin, end); });
+    run(
+        out,
+        [&](auto stream) { return cuda::assemble_stage(in, rows, embeddings.size(0), to, stream); },
+        rows * (1 + length), width,
+        [&](int64_t begin, int64_t end) { cpu::assemble_stage(in, to, begin, end); });
   });
   return out.to(embeddings.scalar_type());
 }

@@ -8,8 +8,8 @@
 namespace mblm {
 namespace {
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& bias,
-           const OptionalTensor& window) {
+c10::Device check(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                  const OptionalTensor& window) {
   check_floating("x", x);
   check_floating("weight", weight);
   TORCH_CHECK_VALUE(x.dim() == 3, "x must have shape [B, L, D], got ", x.sizes());
@@ -18,23 +18,22 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias,
       weight.dim() == 3 && weight.size(0) == channels && weight.size(1) == 1 && weight.size(2) >= 1,
       "weight must have shape [", channels, ", 1, K] with K >= 1, got ", weight.sizes());
   check_device("weight", weight, "x", x);
-  check_shape("bias", bias, {channels});
-  check_like("bias", bias, "weight", weight);
-  if (window) {
-    check_shape("window", *window, {rows, weight.size(2) - 1, channels});
-    check_like("window", *window, "x", x);
-  }
+  check_like("bias", bias, {channels}, "weight", weight);
+  if (window) check_like("window", *window, {rows, weight.size(2) - 1, channels}, "x", x);
+  return x.device();
 }
 
 // The tensors as the kernels want them.
 struct Inputs {
+  const c10::DeviceGuard device;
   at::ScalarType type;
   int64_t rows, length, channels, taps;
   Tensor x, weight_bias;
   OptionalTensor window;
 
   Inputs(const Tensor& x_, const Tensor& weight, const Tensor& bias, const OptionalTensor& window_)
-      : type(kernel_type(x_.scalar_type())),
+      : device(check(x_, weight, bias, window_)),
+        type(kernel_type(x_.scalar_type())),
         rows(x_.size(0)),
         length(x_.size(1)),
         channels(x_.size(2)),
@@ -68,23 +67,17 @@ Tensor next_window(const Tensor& x, const OptionalTensor& window, int64_t positi
 
 std::tuple<Tensor, Tensor> causal_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                        const OptionalTensor& window) {
-  check(x, weight, bias, window);
-  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, bias, window);
   Tensor y = make::empty(x.sizes(), in.x.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(y);
-    if constexpr (kCuda) {
-      if (on_gpu(x)) {
-        return launch(x.device(),
-                      [&](cuda::Stream stream) { return cuda::causal_conv(input, to, stream); });
-      }
-    }
-    parallel(in.rows * input.blocks() * input.tiles(),
-             std::min(in.length, cpu::kConvPositions) * cpu::kConvTile * in.taps,
-             [&](int64_t begin, int64_t end) { cpu::causal_conv(input, to, begin, end); });
+    run(
+        x, [&](auto stream) { return cuda::causal_conv(input, to, stream); },
+        in.rows * input.blocks() * input.tiles(),
+        std::min(in.length, cpu::kConvPositions) * cpu::kConvTile * in.taps,
+        [&](int64_t begin, int64_t end) { cpu::causal_conv(input, to, begin, end); });
   });
   return {y.to(x.scalar_type()), next_window(x, window, in.taps - 1)};
 }
@@ -92,16 +85,12 @@ std::tuple<Tensor, Tensor> causal_conv(const Tensor& x, const Tensor& weight, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
     const Tensor& grad_y, const OptionalTensor& grad_next_window, const Tensor& x,
     const Tensor& weight, const Tensor& bias, const OptionalTensor& window) {
-  check(x, weight, bias, window);
-  const c10::DeviceGuard device(x.device());
   const Inputs in(x, weight, bias, window);
-  check_shape("grad_y", grad_y, x.sizes());
-  check_like("grad_y", grad_y, "x", x);
+  check_like("grad_y", grad_y, x.sizes(), "x", x);
   const Tensor from_y = grad_y.to(in.type).contiguous();
   OptionalTensor from_window;
   if (grad_next_window) {
-    check_shape("grad_next_window", *grad_next_window, {in.rows, in.taps - 1, in.channels});
-    check_like("grad_next_window", *grad_next_window, "x", x);
+    check_like("grad_next_window", *grad_next_window, {in.rows, in.taps - 1, in.channels}, "x", x);
     from_window = grad_next_window->to(in.type).contiguous();
   }
 
@@ -130,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
     // that they are the same for any number of threads.
     constexpr int64_t kGroups = 32;
     const int64_t blocks = in.rows * input.blocks(), tiles = input.tiles();
-    const int64_t each = (blocks + kGroups - 1) / kGroups;
-    const int64_t groups = each > 0 ? (blocks + each - 1) / each : 0;
+    const int64_t each = divide_up(blocks, kGroups);
+    const int64_t groups = each > 0 ? divide_up(blocks, each) : 0;
     Tensor parts = make::empty({groups, in.taps + 1, in.channels}, in.weight_bias.options());
     const cpu::CausalConvGradients<T> first{data<T>(from_y), data<T>(from_window),
                                             mutable_data<T>(grad_x), mutable_data<T>(grad_window),

@@ -87,6 +87,20 @@ inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArray
                     tensor.sizes());
 }
 
+// The same in one, of a tensor that is to have so many elements of that type on another's device.
+inline void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
+                         at::ScalarType type, const char* other_name, const at::Tensor& other) {
+  check_shape(name, tensor, shape);
+  check_type(name, tensor, type);
+  check_device(name, tensor, other_name, other);
+}
+
+inline void check_like(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
+                       const char* other_name, const at::Tensor& other) {
+  check_shape(name, tensor, shape);
+  check_like(name, tensor, other_name, other);
+}
+
 inline void check_count(const char* name, size_t got, size_t expected) {
   TORCH_CHECK_VALUE(got == expected, name, " must have ", expected, " items, got ", got);
 }
@@ -183,6 +197,18 @@ void parallel_columns(int64_t columns, int64_t values_per_column, Function funct
   parallel((columns + kCut - 1) / kCut, kCut * values_per_column, [&](int64_t begin, int64_t end) {
     function(begin * kCut, std::min(end * kCut, columns));
   });
+}
+
+// Runs a kernel where a tensor is: on_device(stream) on a GPU, which returns an error; else
+// on_cpu(begin, end) as parallel() does. The former takes `auto`: it is compiled only where there
+// are kernels for a GPU.
+template <class OnDevice, class OnCpu>
+void run(const at::Tensor& where, OnDevice on_device, int64_t items, int64_t values_per_item,
+         OnCpu on_cpu) {
+  if constexpr (kCuda) {
+    if (on_gpu(where)) return launch(where.device(), on_device);
+  }
+  parallel(items, values_per_item, on_cpu);
 }
 
 }  // namespace mblm

@@ -24,12 +24,11 @@ void check_sizes(const Tensor& ids, const Tensor& table, const Tensor& weight, i
       num_patches, " * ", patch_size);
   TORCH_CHECK_VALUE(pad_token_id >= 0 && pad_token_id < table.size(0),
                     "pad_token_id must lie in [0, ", table.size(0), "), got ", pad_token_id);
-  check_like("weight", weight, "table", table);
   int64_t patch_width = 0;
   TORCH_CHECK_VALUE(!__builtin_mul_overflow(patch_size, table.size(1), &patch_width),
                     "weight must have shape [patch_size * D] = [", patch_size, " * ", table.size(1),
                     "], got ", weight.sizes());
-  check_shape("weight", weight, {patch_width});
+  check_like("weight", weight, {patch_width}, "table", table);
 }
 
 // The tensors as the kernel wants them: contiguous and in its dtype.
@@ -70,8 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_patches(const Tensor& ids, const Tensor
                                                  int64_t num_patches, int64_t patch_size,
                                                  int64_t pad_token_id, double eps) {
   check_sizes(ids, table, weight, num_patches, patch_size, pad_token_id);
-  check_like("bias", bias, "table", table);
-  check_shape("bias", bias, {patch_size * table.size(1)});
+  check_like("bias", bias, {patch_size * table.size(1)}, "table", table);
   TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
   const c10::DeviceGuard device(table.device());
   const Inputs in(ids, table, weight, num_patches, patch_size, pad_token_id);
@@ -123,16 +121,10 @@ std::tuple<Tensor, Tensor, Tensor> embed_patches_backward(
   TORCH_CHECK_VALUE(mean.dim() == 2, "mean must have shape [B, num_patches], got ", mean.sizes());
   check_sizes(ids, table, weight, mean.size(1), patch_size, pad_token_id);
   const int64_t patch_width = patch_size * table.size(1);
-  check_shape("mean", mean, {ids.size(0), mean.size(1)});
-  check_shape("inverse_std", inverse_std, mean.sizes());
-  check_like("grad", grad, "table", table);
-  check_shape("grad", grad, {mean.size(0), mean.size(1), patch_width});
-  check_type("mean", mean, compute_type(table.scalar_type()));
-  check_type("inverse_std", inverse_std, compute_type(table.scalar_type()));
-
-  check_device("mean", mean, "table", table);
-  check_device("inverse_std", inverse_std, "table", table);
-
+  const at::ScalarType compute = compute_type(table.scalar_type());
+  check_tensor("mean", mean, {ids.size(0), mean.size(1)}, compute, "table", table);
+  check_tensor("inverse_std", inverse_std, mean.sizes(), compute, "table", table);
+  check_like("grad", grad, {mean.size(0), mean.size(1), patch_width}, "table", table);
   const c10::DeviceGuard device(table.device());
   const Inputs in(ids, table, weight, mean.size(1), patch_size, pad_token_id);
   const Tensor grad_in = grad.to(in.type).contiguous();

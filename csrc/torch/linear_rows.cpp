@@ -20,14 +20,9 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     const cpu::LinearRowsInput<T> input{x.size(0),     x.size(1),       weight.size(0),
                                         data<T>(rows), data<T>(matrix), data<T>(offset)};
     T* to = mutable_data<T>(out);
-    if constexpr (kCuda) {
-      if (on_gpu(x)) {
-        return launch(x.device(),
-                      [&](cuda::Stream stream) { return cuda::linear_rows(input, to, stream); });
-      }
-    }
-    parallel(weight.size(0), x.size(1),
-             [&](int64_t begin, int64_t end) { cpu::linear_rows(input, to, begin, end); });
+    run(
+        x, [&](auto stream) { return cuda::linear_rows(input, to, stream); }, weight.size(0),
+        x.size(1), [&](int64_t begin, int64_t end) { cpu::linear_rows(input, to, begin, end); });
   });
   return out.to(x.scalar_type());
 }

@@ -8,9 +8,9 @@
 namespace mblm {
 namespace {
 
-void check(const Tensor& x, const Tensor& delta, const Tensor& rates, const Tensor& weight_in,
-           const Tensor& weight_out, const Tensor& direct, const OptionalTensor& initial_state,
-           int64_t chunk_size) {
+c10::Device check(const Tensor& x, const Tensor& delta, const Tensor& rates,
+                  const Tensor& weight_in, const Tensor& weight_out, const Tensor& direct,
+                  const OptionalTensor& initial_state, int64_t chunk_size) {
   check_floating("x", x);
   TORCH_CHECK_VALUE(x.dim() == 3, "x must be (B, L, D), got shape ", x.sizes());
   TORCH_CHECK_VALUE(rates.dim() == 2 && rates.size(0) == x.size(2), "A must be (", x.size(2),
@@ -20,31 +20,31 @@ void check(const Tensor& x, const Tensor& delta, const Tensor& rates, const Tens
                    "A must be float32 or float64, got ", compute);
   TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
   const int64_t rows = x.size(0), length = x.size(1), channels = x.size(2), states = rates.size(1);
-  const auto expect = [&x](const char* name, const Tensor& tensor, at::IntArrayRef shape,
-                           at::ScalarType type) {
-    check_shape(name, tensor, shape);
-    check_type(name, tensor, type);
-    check_device(name, tensor, "x", x);
-  };
   check_device("A", rates, "x", x);
   TORCH_CHECK_VALUE(!on_gpu(x) || states <= cuda::kScanMaxStates, "A must have at most ",
                     cuda::kScanMaxStates, " states per channel on a GPU, got ", states);
-  expect("delta", delta, x.sizes(), compute);
-  expect("B", weight_in, {rows, length, states}, x.scalar_type());
-  expect("C", weight_out, {rows, length, states}, x.scalar_type());
-  expect("D", direct, {channels}, compute);
-  if (initial_state) expect("initial_state", *initial_state, {rows, channels, states}, compute);
+  check_tensor("delta", delta, x.sizes(), compute, "x", x);
+  check_tensor("B", weight_in, {rows, length, states}, x.scalar_type(), "x", x);
+  check_tensor("C", weight_out, {rows, length, states}, x.scalar_type(), "x", x);
+  check_tensor("D", direct, {channels}, compute, "x", x);
+  if (initial_state) {
+    check_tensor("initial_state", *initial_state, {rows, channels, states}, compute, "x", x);
+  }
+  return x.device();
 }
 
 // The tensors as the kernels want them; a chunk is no longer than the sequences.
 struct Inputs {
+  const c10::DeviceGuard device;
   at::ScalarType compute, type;
   int64_t rows, length, channels, states, padded_states, chunk_size, chunks;
   Tensor x, delta, rates, weight_in, weight_out, direct;
 
   Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& rates_, const Tensor& weight_in_,
-         const Tensor& weight_out_, const Tensor& direct_, int64_t largest_chunk)
-      : compute(rates_.scalar_type()),
+         const Tensor& weight_out_, const Tensor& direct_, const OptionalTensor& state,
+         int64_t largest_chunk)
+      : device(check(x_, delta_, rates_, weight_in_, weight_out_, direct_, state, largest_chunk)),
+        compute(rates_.scalar_type()),
         type(compute == at::kFloat && x_.scalar_type() == at::kBFloat16 ? at::kBFloat16 : compute),
         rows(x_.size(0)),
         length(x_.size(1)),
@@ -153,9 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& x, const Tensor&
                                                   const Tensor& weight_out, const Tensor& direct,
                                                   const OptionalTensor& initial_state,
                                                   int64_t chunk_size) {
-  check(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
-  const c10::DeviceGuard device(x.device());
-  const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
+  const Inputs in(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
   Tensor y = make::empty(x.sizes(), in.x.options());
   Tensor state = make::zeros({in.rows, in.channels, in.states}, in.rates.options());
   if (initial_state) state.copy_(*initial_state);
@@ -190,13 +188,10 @@ Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final
                                   const Tensor& weight_in, const Tensor& weight_out,
                                   const Tensor& direct, const Tensor& chunk_states,
                                   int64_t chunk_size) {
-  check(x, delta, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
-  const c10::DeviceGuard device(x.device());
-  const Inputs in(x, delta, rates, weight_in, weight_out, direct, chunk_size);
-  check_shape("grad_y", grad_y, x.sizes());
-  check_like("grad_y", grad_y, "x", x);
-  check_shape("chunk_states", chunk_states, {in.rows, in.chunks, in.channels, in.states});
-  check_like("chunk_states", chunk_states, "A", rates);
+  const Inputs in(x, delta, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
+  check_like("grad_y", grad_y, x.sizes(), "x", x);
+  check_like("chunk_states", chunk_states, {in.rows, in.chunks, in.channels, in.states}, "A",
+             rates);
 
   const Cut cut(in);
   const auto options = in.rates.options();

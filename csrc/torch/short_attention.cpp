@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kMaxPositions = 64;
 
-void check(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
-           const OptionalTensor& sin) {
+c10::Device check(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
+                  const OptionalTensor& sin) {
   check_floating("q", q);
   TORCH_CHECK_VALUE(q.dim() == 4, "q must have shape [B, S, H, d], got ", q.sizes());
   const int64_t count = q.size(1), width = q.size(3);
@@ -19,32 +19,29 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTens
                     "k must have shape [B, T, H, d] with ", count, " <= T <= ", kMaxPositions,
                     ", got ", k.sizes());
   const int64_t total = k.size(1);
-  check_shape("k", k, {q.size(0), total, q.size(2), width});
-  check_like("k", k, "q", q);
-  check_shape("v", v, k.sizes());
-  check_like("v", v, "q", q);
+  check_like("k", k, {q.size(0), total, q.size(2), width}, "q", q);
+  check_like("v", v, k.sizes(), "q", q);
   TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(),
                     "cos and sin must be given both or not at all");
-  check_device("cos", cos, "q", q);
-  check_device("sin", sin, "q", q);
-  if (!cos) return;
+  if (!cos) return q.device();
   TORCH_CHECK_VALUE(width % 2 == 0, "q must have an even width d for rotary positions, got ",
                     width);
-  check_shape("cos", *cos, {total, width / 2});
-  check_type("cos", *cos, at::kFloat);
-  check_shape("sin", *sin, {total, width / 2});
-  check_type("sin", *sin, at::kFloat);
+  check_tensor("cos", *cos, {total, width / 2}, at::kFloat, "q", q);
+  check_tensor("sin", *sin, {total, width / 2}, at::kFloat, "q", q);
+  return q.device();
 }
 
 // The tensors as the kernels want them.
 struct Inputs {
+  const c10::DeviceGuard device;
   at::ScalarType type;
   Tensor q, k, v;
   OptionalTensor cos, sin;
 
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptionalTensor& cos_,
          const OptionalTensor& sin_)
-      : type(kernel_type(q_.scalar_type())),
+      : device(check(q_, k_, v_, cos_, sin_)),
+        type(kernel_type(q_.scalar_type())),
         q(with_unit_stride(q_.to(type))),
         k(with_unit_stride(k_.to(type))),
         v(with_unit_stride(v_.to(type))) {
@@ -73,23 +70,16 @@ struct Inputs {
 
 Tensor short_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
                        const OptionalTensor& sin) {
-  check(q, k, v, cos, sin);
-  const c10::DeviceGuard device(q.device());
   const Inputs in(q, k, v, cos, sin);
   Tensor out = make::empty(q.sizes(), in.q.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(out);
-    if constexpr (kCuda) {
-      if (on_gpu(q)) {
-        return launch(q.device(), [&](cuda::Stream stream) {
-          return cuda::short_attention(input, in.items(), to, stream);
-        });
-      }
-    }
-    parallel(in.items(), in.values_per_item(),
-             [&](int64_t begin, int64_t end) { cpu::short_attention(input, to, begin, end); });
+    run(
+        q, [&](auto stream) { return cuda::short_attention(input, in.items(), to, stream); },
+        in.items(), in.values_per_item(),
+        [&](int64_t begin, int64_t end) { cpu::short_attention(input, to, begin, end); });
   });
   return out.to(q.scalar_type());
 }
@@ -98,11 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, 
                                                             const Tensor& k, const Tensor& v,
                                                             const OptionalTensor& cos,
                                                             const OptionalTensor& sin) {
-  check(q, k, v, cos, sin);
-  check_shape("grad", grad, q.sizes());
-  check_like("grad", grad, "q", q);
-  const c10::DeviceGuard device(q.device());
   const Inputs in(q, k, v, cos, sin);
+  check_like("grad", grad, q.sizes(), "q", q);
   const Tensor grad_out = with_unit_stride(grad.to(in.type));
   Tensor grad_q = make::empty(q.sizes(), in.q.options());
   Tensor grad_k = make::empty(k.sizes(), in.q.options());
@@ -113,16 +100,15 @@ std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, 
     const auto from = Inputs::view<T>(grad_out);
     T *to_q = mutable_data<T>(grad_q), *to_k = mutable_data<T>(grad_k),
       *to_v = mutable_data<T>(grad_v);
-    if constexpr (kCuda) {
-      if (on_gpu(q)) {
-        return launch(q.device(), [&](cuda::Stream stream) {
+    run(
+        q,
+        [&](auto stream) {
           return cuda::short_attention_backward(input, in.items(), from, to_q, to_k, to_v, stream);
+        },
+        in.items(), in.values_per_item(),
+        [&](int64_t begin, int64_t end) {
+          cpu::short_attention_backward(input, from, to_q, to_k, to_v, begin, end);
         });
-      }
-    }
-    parallel(in.items(), in.values_per_item(), [&](int64_t begin, int64_t end) {
-      cpu::short_attention_backward(input, from, to_q, to_k, to_v, begin, end);
-    });
   });
   return {grad_q.to(q.scalar_type()), grad_k.to(q.scalar_type()), grad_v.to(q.scalar_type())};
 }

@@ -13,9 +13,9 @@
 namespace mblm {
 namespace {
 
-void check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
-           const Tensor& weight_out, const Tensor& direct, const OptionalTensor& initial_state,
-           int64_t chunk_size) {
+c10::Device check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
+                  const Tensor& weight_out, const Tensor& direct,
+                  const OptionalTensor& initial_state, int64_t chunk_size) {
   check_floating("x", x);
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be (B, L, H, P), got shape ", x.sizes());
   const at::ScalarType compute = rates.scalar_type();
@@ -27,20 +27,15 @@ void check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor&
   TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
   const int64_t states = weight_in.size(2);
   check_device("A", rates, "x", x);
-  const auto expect = [&x](const char* name, const Tensor& tensor, at::IntArrayRef shape,
-                           at::ScalarType type) {
-    check_shape(name, tensor, shape);
-    check_type(name, tensor, type);
-    check_device(name, tensor, "x", x);
-  };
-  expect("dt", dt, {rows, length, heads}, compute);
-  expect("A", rates, {heads}, compute);
-  expect("B", weight_in, {rows, length, states}, x.scalar_type());
-  expect("C", weight_out, {rows, length, states}, x.scalar_type());
-  expect("D", direct, {heads}, compute);
+  check_tensor("dt", dt, {rows, length, heads}, compute, "x", x);
+  check_tensor("A", rates, {heads}, compute, "x", x);
+  check_tensor("B", weight_in, {rows, length, states}, x.scalar_type(), "x", x);
+  check_tensor("C", weight_out, {rows, length, states}, x.scalar_type(), "x", x);
+  check_tensor("D", direct, {heads}, compute, "x", x);
   if (initial_state) {
-    expect("initial_state", *initial_state, {rows, heads, head_dim, states}, compute);
+    check_tensor("initial_state", *initial_state, {rows, heads, head_dim, states}, compute, "x", x);
   }
+  return x.device();
 }
 
 // x as it is, copied only if its heads and channels are not contiguous.
@@ -51,13 +46,16 @@ Tensor with_contiguous_heads(const Tensor& x) {
 
 // The tensors as the kernels want them; a chunk is no longer than the sequences.
 struct Inputs {
+  const c10::DeviceGuard device;
   at::ScalarType compute, type;
   int64_t rows, length, heads, head_dim, states, padded_states, chunk_size, chunks;
   Tensor x, dt, rates, weight_in, weight_out, direct;  // N padded
 
   Inputs(const Tensor& x_, const Tensor& dt_, const Tensor& rates_, const Tensor& weight_in_,
-         const Tensor& weight_out_, const Tensor& direct_, int64_t largest_chunk)
-      : compute(rates_.scalar_type()),
+         const Tensor& weight_out_, const Tensor& direct_, const OptionalTensor& state,
+         int64_t largest_chunk)
+      : device(check(x_, dt_, rates_, weight_in_, weight_out_, direct_, state, largest_chunk)),
+        compute(rates_.scalar_type()),
         type(compute == at::kFloat && x_.scalar_type() == at::kBFloat16 ? at::kBFloat16 : compute),
         rows(x_.size(0)),
         length(x_.size(1)),
@@ -231,9 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const 
                                        const Tensor& weight_in, const Tensor& weight_out,
                                        const Tensor& direct, const OptionalTensor& initial_state,
                                        int64_t chunk_size) {
-  check(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
-  const c10::DeviceGuard device(x.device());
-  const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
+  const Inputs in(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
 #ifdef MBLM_CUDA
   if (on_gpu(x)) return forward_on_device(in, initial_state, x.scalar_type());
 #endif
@@ -268,13 +264,10 @@ Gradients ssd_backward(const Tensor& grad_y, const Tensor& grad_final_state, con
                        const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
                        const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
                        int64_t chunk_size) {
-  check(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
-  const c10::DeviceGuard device(x.device());
-  const Inputs in(x, dt, rates, weight_in, weight_out, direct, chunk_size);
-  check_shape("grad_y", grad_y, x.sizes());
-  check_like("grad_y", grad_y, "x", x);
-  check_shape("chunk_states", chunk_states, {in.rows, in.chunks, in.heads, in.head_dim, in.states});
-  check_like("chunk_states", chunk_states, "A", rates);
+  const Inputs in(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
+  check_like("grad_y", grad_y, x.sizes(), "x", x);
+  check_like("chunk_states", chunk_states, {in.rows, in.chunks, in.heads, in.head_dim, in.states},
+             "A", rates);
 
 #ifdef MBLM_CUDA
   if (on_gpu(x)) {
