@@ -1,18 +1,11 @@
 // RMSNorm of the activations, gated or not: see gated_rms_norm.h.
-//
-// A warp takes a position.
-#include <algorithm>
-
 #include "cuda/gated_rms_norm.h"
-#include "cuda/kernel.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/rms_norm.cuh"
 
 namespace mblm::cuda {
 namespace {
 
 using cpu::GatedRmsNormInput;
-
-constexpr int kWarps = 4;  // of a block
 
 // silu(gate) and its derivative; 1 and 0 without a gate.
 template <class C>
@@ -27,111 +20,55 @@ struct Gate {
   }
 };
 
-// x and the gates of channels [first, first + N) of a position.
+// Rows for rms_norm.cuh.
 template <class T, bool kAligned>
-struct Gated {
+struct GatedRows {
   using C = compute_t<T>;
   static constexpr int N = kPackSize<T>;
-  Pack<T, N> x, gate;
-  bool has_gate;
+  static constexpr bool kPacked = kAligned;
+  GatedRmsNormInput<T> in;
+  T *grad_x = nullptr, *grad_gate = nullptr;
 
-  MBLM_DEVICE Gated(const GatedRmsNormInput<T>& in, int64_t position, int64_t first)
-      : x(read_row<kAligned, N>(in.x + position * in.x_stride, in.width, first)),
-        has_gate(in.gate != nullptr) {
-    if (has_gate) {
-      gate = read_row<kAligned, N>(in.gate + position * in.gate_stride, in.width, first);
+  struct Channels {
+    Pack<T, N> x, gate;
+    bool has_gate;
+
+    MBLM_DEVICE Gate<C> gate_of(int k) const {
+      return has_gate ? Gate<C>(value_of(gate.values[k])) : Gate<C>();
     }
-  }
+    MBLM_DEVICE C value(int k) const { return value_of(x.values[k]) * gate_of(k).silu; }
+  };
 
-  MBLM_DEVICE Gate<C> gate_of(int k) const {
-    return has_gate ? Gate<C>(value_of(gate.values[k])) : Gate<C>();
-  }
+  struct Position {
+    const GatedRows& rows;
+    int64_t i;
+
+    MBLM_DEVICE Channels read(int64_t first) const {
+      const GatedRmsNormInput<T>& in = rows.in;
+      Channels here;
+      here.x = read_row<kAligned, N>(in.x + i * in.x_stride, in.width, first);
+      here.has_gate = in.gate != nullptr;
+      if (in.gate) here.gate = read_row<kAligned, N>(in.gate + i * in.gate_stride, in.width, first);
+      return here;
+    }
+    MBLM_DEVICE void write(int64_t first, const Channels& here, const Pack<C, N>& grad) const {
+      const int64_t width = rows.in.width;
+      Pack<T, N> to_x, to_gate;
+      for (int k = 0; k < N; ++k) {
+        const Gate<C> gate = here.gate_of(k);
+        to_x.values[k] = rounded<T>(grad.values[k] * gate.silu);
+        to_gate.values[k] = rounded<T>(grad.values[k] * value_of(here.x.values[k]) * gate.slope);
+      }
+      write_row<kAligned>(rows.grad_x + i * width, width, first, to_x);
+      if (here.has_gate) write_row<kAligned>(rows.grad_gate + i * width, width, first, to_gate);
+    }
+    MBLM_DEVICE void finish(int64_t /* lane */) const {}
+  };
+
+  MBLM_DEVICE Position at(int64_t i) const { return {*this, i}; }
+  MBLM_DEVICE C inverse(C mean) const { return C(1) / sqrt(mean + C(in.eps)); }
+  MBLM_DEVICE bool is_bounded(C) const { return false; }
 };
-
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kWarps* kWarp)
-    forward(GatedRmsNormInput<T> in, int64_t positions, T* out, compute_t<T>* inverse_norm) {
-  using C = compute_t<T>;
-  constexpr int N = kPackSize<T>;
-  const int64_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int64_t i = int64_t(blockIdx.x) * kWarps + warp; i < positions;
-       i += int64_t(gridDim.x) * kWarps) {
-    C squares = 0;
-    for (int64_t first = lane * N; first < in.width; first += kWarp * N) {
-      const Gated<T, kAligned> here(in, i, first);
-      for (int k = 0; k < N; ++k) {
-        const C gated = value_of(here.x.values[k]) * here.gate_of(k).silu;
-        squares += gated * gated;
-      }
-    }
-    const C inverse = C(1) / sqrt(warp_sum(squares) / C(in.width) + C(in.eps));
-    if (lane == 0) inverse_norm[i] = inverse;
-
-    for (int64_t first = lane * N; first < in.width; first += kWarp * N) {
-      const Gated<T, kAligned> here(in, i, first);
-      const Pack<C, N> weight = read_row<kAligned, N>(in.weight, in.width, first);
-      Pack<T, N> result;
-      for (int k = 0; k < N; ++k) {
-        const C gated = value_of(here.x.values[k]) * here.gate_of(k).silu;
-        result.values[k] = rounded<T>(gated * inverse * weight.values[k]);
-      }
-      write_row<kAligned>(out + i * in.width, in.width, first, result);
-    }
-  }
-}
-
-// Each warp takes the positions of one part and sums their gradients of the weight.
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kWarps* kWarp, 1)  // else registers are spilled
-    backward(GatedRmsNormInput<T> in, int64_t positions, int64_t parts, const T* grad,
-             const compute_t<T>* inverse_norm, T* grad_x, T* grad_gate, compute_t<T>* grad_weight) {
-  using C = compute_t<T>;
-  constexpr int N = kPackSize<T>;
-  const int64_t width = in.width, each = (positions + parts - 1) / parts;
-  const int64_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int64_t part = int64_t(blockIdx.x) * kWarps + warp; part < parts;
-       part += int64_t(gridDim.x) * kWarps) {
-    // A lane reads and writes the same channels of the sums all along: no barrier is needed.
-    C* sums = grad_weight + part * width;
-    for (int64_t first = lane * N; first < width; first += kWarp * N) {
-      write_row<kAligned>(sums, width, first, Pack<C, N>{});
-    }
-    const int64_t end = (part + 1) * each < positions ? (part + 1) * each : positions;
-    for (int64_t i = part * each; i < end; ++i) {
-      C along = 0;
-      for (int64_t first = lane * N; first < width; first += kWarp * N) {
-        const Gated<T, kAligned> here(in, i, first);
-        const Pack<T, N> g = read_row<kAligned, N>(grad + i * width, width, first);
-        const Pack<C, N> weight = read_row<kAligned, N>(in.weight, width, first);
-        for (int k = 0; k < N; ++k) {
-          along += value_of(g.values[k]) * weight.values[k] * value_of(here.x.values[k]) *
-                   here.gate_of(k).silu;
-        }
-      }
-      const C inverse = inverse_norm[i], mean = warp_sum(along) * inverse / C(width);
-
-      for (int64_t first = lane * N; first < width; first += kWarp * N) {
-        const Gated<T, kAligned> here(in, i, first);
-        const Pack<T, N> g = read_row<kAligned, N>(grad + i * width, width, first);
-        const Pack<C, N> weight = read_row<kAligned, N>(in.weight, width, first);
-        Pack<C, N> sum = read_row<kAligned, N>(sums, width, first);
-        Pack<T, N> to_x, to_gate;
-        for (int k = 0; k < N; ++k) {
-          const Gate<C> gate = here.gate_of(k);
-          const C out = value_of(g.values[k]), value = value_of(here.x.values[k]);
-          const C normalized = value * gate.silu * inverse;
-          const C of_gated = inverse * (out * weight.values[k] - normalized * mean);
-          sum.values[k] += out * normalized;
-          to_x.values[k] = rounded<T>(of_gated * gate.silu);
-          to_gate.values[k] = rounded<T>(of_gated * value * gate.slope);
-        }
-        write_row<kAligned>(sums, width, first, sum);
-        write_row<kAligned>(grad_x + i * width, width, first, to_x);
-        if (in.gate) write_row<kAligned>(grad_gate + i * width, width, first, to_gate);
-      }
-    }
-  }
-}
 
 // Whether packs of channels can be loaded at once.
 template <class T>
@@ -146,14 +83,13 @@ bool packs_fit(const GatedRmsNormInput<T>& in) {
 template <class T>
 Error gated_rms_norm(const GatedRmsNormInput<T>& in, int64_t positions, T* out,
                      compute_t<T>* inverse_norm, Stream stream) {
-  const auto kernel = packs_fit(in) && is_aligned(out) ? forward<T, true> : forward<T, false>;
-  return launch(kernel, divide_up(positions, kWarps), kWarps * kWarp, 0, stream, in, positions, out,
-                inverse_norm);
+  return packs_fit(in) && is_aligned(out)
+             ? launch_forward(GatedRows<T, true>{in}, positions, out, inverse_norm, stream)
+             : launch_forward(GatedRows<T, false>{in}, positions, out, inverse_norm, stream);
 }
 
 int64_t gated_rms_norm_parts(int64_t positions) {
-  constexpr int64_t kPositionsPerPart = 8, kMaxParts = 4096;
-  return std::min(divide_up(positions, kPositionsPerPart), kMaxParts);
+  return parts_of_positions(positions);
 }
 
 template <class T>
@@ -162,10 +98,10 @@ Error gated_rms_norm_backward(const GatedRmsNormInput<T>& in, int64_t positions,
                               compute_t<T>* grad_weight, Stream stream) {
   const bool aligned = packs_fit(in) && is_aligned(grad) && is_aligned(grad_x) &&
                        is_aligned(grad_gate) && is_aligned(grad_weight);
-  const auto kernel = aligned ? backward<T, true> : backward<T, false>;
-  const int64_t parts = gated_rms_norm_parts(positions);
-  return launch(kernel, divide_up(parts, kWarps), kWarps * kWarp, 0, stream, in, positions, parts,
-                grad, inverse_norm, grad_x, grad_gate, grad_weight);
+  return aligned ? launch_backward(GatedRows<T, true>{in, grad_x, grad_gate}, positions, grad,
+                                   inverse_norm, grad_weight, stream)
+                 : launch_backward(GatedRows<T, false>{in, grad_x, grad_gate}, positions, grad,
+                                   inverse_norm, grad_weight, stream);
 }
 
 #define MBLM_INSTANTIATE(T)                                                                 \

@@ -1,9 +1,9 @@
 // A linear map of a few rows: see linear_rows.h.
 //
-// A warp takes an output of up to kRows rows. Lane l holds the packs l, l + 32, ... of the inputs,
-// whether they can be loaded at once or not, so that a row is summed in one order.
+// A warp takes an output of up to kRows rows, its lanes the inputs as rows.cuh has it.
 #include "cuda/kernel.cuh"
 #include "cuda/linear_rows.h"
+#include "cuda/rows.cuh"
 
 namespace mblm::cuda {
 namespace {
@@ -11,20 +11,6 @@ namespace {
 using cpu::LinearRowsInput;
 
 constexpr int kWarps = kThreads / kWarp;
-
-// Values [first, first + N), zeros beyond the end.
-template <bool kAligned, int N, class T>
-MBLM_DEVICE Pack<T, N> read(const T* values, int64_t count, int64_t first) {
-  if constexpr (kAligned) {
-    return load_pack<N>(values + first);
-  } else {
-    Pack<T, N> pack;
-    for (int k = 0; k < N; ++k) {
-      pack.values[k] = first + k < count ? values[first + k] : rounded<T>(0);
-    }
-    return pack;
-  }
-}
 
 template <class T, int kRows, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
@@ -38,11 +24,11 @@ __global__ void __launch_bounds__(kThreads)
     C sums[kRows] = {};
     MBLM_UNROLL
     for (int64_t first = lane * N; first < in.inputs; first += kWarp * N) {
-      const Pack<T, N> w = read<kAligned, N>(weight, in.inputs, first);
+      const Pack<T, N> w = read_row<kAligned, N>(weight, in.inputs, first);
       for (int r = 0; r < kRows; ++r) {
         if (first_row + r >= in.rows) continue;
         const T* row = in.x + (first_row + r) * in.inputs;
-        const Pack<T, N> x = read<kAligned, N>(row, in.inputs, first);
+        const Pack<T, N> x = read_row<kAligned, N>(row, in.inputs, first);
         for (int k = 0; k < N; ++k) sums[r] += value_of(x.values[k]) * value_of(w.values[k]);
       }
     }

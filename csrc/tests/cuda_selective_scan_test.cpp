@@ -2,6 +2,7 @@
 #include "cuda_check.h"
 // The emulation comes before the sources.
 #include "cuda/selective_scan.cu"
+#include "cuda/selective_scan_gradients.cu"
 
 using namespace mblm;
 
