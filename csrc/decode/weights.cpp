@@ -347,7 +347,9 @@ bool Hierarchy::is_on_cpu() const {
 // Other threads may use another stream of a GPU than the one that is to make weights and tables.
 void Hierarchy::wait_until_made() const {
   if constexpr (kCuda) {
-    if (!is_on_cpu()) launch(device(), cuda::wait_for);
+    if (is_on_cpu()) return;
+    const c10::DeviceGuard guard(device());
+    launch(device(), cuda::wait_for);
   }
 }
 
