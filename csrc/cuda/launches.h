@@ -13,9 +13,6 @@ class Launches {
   void add(Launcher launcher, const Parameters& parameters) {
     if (!error_) error_ = launcher(parameters, stream_);
   }
-  void add(Error error) {
-    if (!error_) error_ = error;
-  }
 
   Error error() const { return error_; }
 

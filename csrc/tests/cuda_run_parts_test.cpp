@@ -250,7 +250,6 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
       const std::vector<int64_t> positions(rows, 1 + n);
       CHECK(!cuda::step(stage, state[0],
                         {rows,
-                         true,
                          positions.data(),
                          kCapacity,
                          outputs.data() + n * rows * sizes.dim,
