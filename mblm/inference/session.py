@@ -29,22 +29,6 @@ _NUMBERS = frozenset((int, float, type(None)))
 _NAMES = {"max_bytes": "num_tokens", "end_token_id": "end_of_gen_token_id"}
 
 
-class _OneThread:
-    """Refuses a second thread, whose calls would take bytes from those of the first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a logits processor may ask the session that calls it
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise ValueError(
-                "session: in another thread's call at this time; fork it, one for each thread"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 class Session:
     """Incremental decoding of one or more sequences, of equal or of different lengths.
 
@@ -72,7 +56,7 @@ class Session:
         if not 1 <= batch_size <= _MOST_ROWS:
             raise ValueError(f"batch_size: expected 1 to {_MOST_ROWS}, got {batch_size}")
         cache = cache_for(model, weights)
-        self._in_use = _OneThread()
+        self._in_use = threading.RLock()  # a logits processor may ask the session that calls it
         self._hold(model, model.device, weights, cache, cache.add(batch_size))
 
     def _hold(
@@ -182,8 +166,11 @@ class Session:
             "seed": seed,
             "generator": generator,
         }
-        with self._in_use:
+        self._begin_call()
+        try:
             return self._continue(*self._requests(asked))
+        finally:
+            self._in_use.release()
 
     def _continue(self, requests: list[Request], is_ragged: bool) -> Any:
         continuation: Continuation | None = None
@@ -238,12 +225,21 @@ class Session:
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
         """Call the cache, or another one where it cannot go on with what the model has become."""
-        with self._in_use:
-            try:
-                return call(self._cache)
-            except ChangedModelError:
-                self._change_cache()
-                return call(self._cache)
+        self._begin_call()
+        try:
+            return call(self._cache)
+        except ChangedModelError:
+            self._change_cache()
+            return call(self._cache)
+        finally:
+            self._in_use.release()
+
+    def _begin_call(self) -> None:
+        """Refuse a second thread, whose calls would take bytes from those of the first."""
+        if not self._in_use.acquire(blocking=False):
+            raise ValueError(
+                "session: in another thread's call at this time; fork it, one for each thread"
+            )
 
     def _change_cache(self) -> None:
         """Go on in another cache, for what the model has become."""
@@ -267,7 +263,7 @@ class Session:
         """An independent copy that goes on from here."""
         other = object.__new__(Session)
         rows = self._cache.copy(self._rows)
-        other._in_use = _OneThread()
+        other._in_use = threading.RLock()
         other._hold(self._model, self._device, self._weights, self._cache, rows)
         return other
 
