@@ -1,5 +1,6 @@
 """Where tests find the larger set of reference data, and what every test starts from."""
 
+import gc
 import os
 import signal
 import sys
@@ -27,6 +28,12 @@ def shared_dir() -> Path | None:
     """The folder with golden numbers and corpora: ``MBLM_SHARED``, or beside the checkout."""
     folder = Path(os.environ.get("MBLM_SHARED", ROOT.parent / "shared"))
     return folder if folder.is_dir() else None
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of every later search for garbage, which then is short."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,21 @@
 """benchmarks/gpu_long_context.py where there is no GPU: its search, and a tiny run of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import fresh
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+RUN = """
+import runpy, sys
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture
@@ -59,9 +65,7 @@ def test_begins_no_step_that_would_last_too_long(longest: Any) -> None:
 def test_a_tiny_run_writes_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     script = BENCHMARKS / "gpu_long_context.py"
-    command = [sys.executable, script, "--quick", "--first", "900", "--most", "900"]
-    done = subprocess.run([*command, "--json", out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh.output_of(RUN, script, "--quick", "--first", 900, "--most", 900, "--json", out)
     figures = json.loads(out.read_text())
     assert figures["longest_bytes"] == 900
     assert [step["bytes"] for step in figures["steps"]] == [900]
@@ -70,6 +74,5 @@ def test_a_tiny_run_writes_its_figures(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_that_there_is_no_gpu() -> None:
-    script = BENCHMARKS / "gpu_long_context.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    done = fresh.run(RUN, BENCHMARKS / "gpu_long_context.py")
     assert done.returncode == 1 and "no GPU" in done.stderr
