@@ -6,7 +6,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +22,7 @@ from mblm.model.transformer import TransformerBlock
 from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.trainer import CoreTrainerOptions
 from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
-from mblm.train.plot import read_curves
+from mblm.train.plot import Curves, read_curves
 from mblm.utils.distributed import ElasticRunVars
 
 # Tests, tables of data, and what others installed: little of it reads like a program.
@@ -98,7 +97,8 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
     sources = find_sources(root)
     with tempfile.TemporaryDirectory() as folder:
         calibration = _experiment(f"{folder}/calibration", root, sources, CALIBRATION_STEPS, seed)
-        _, step = _train(calibration, is_calibration=True)
+        _, curves = _train(calibration, is_calibration=True)
+        step = BATCH_SIZE * math.prod(SEQ_LENS) / median(speed for _, speed in curves.speed)
         # A validation batch takes about a third of a step.
         left = seconds - (time.monotonic() - begin) - VALIDATIONS * VALIDATION_BATCHES * step / 3
         steps = max(int(left / step), 1)
@@ -107,9 +107,8 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
             f"Python's standard library for {seconds / 60:g} minutes: {steps:,} steps, "
             f"{torch.get_num_threads()} threads"
         )
-        model, _ = _train(_experiment(f"{folder}/run", root, sources, steps, seed))
-        (run,) = Path(folder, "run").glob("demo_*")
-        best = min(bits for _, bits in read_curves(run).valid)
+        model, curves = _train(_experiment(f"{folder}/run", root, sources, steps, seed))
+    best = min(bits for _, bits in curves.valid)
     _say(f"Bits per byte of files it has not seen: {best:.3f}")
     model.save_pretrained(out)
     return model.eval()
@@ -171,8 +170,8 @@ def _experiment(
     )
 
 
-def _train(config: TrainEntryConfig, *, is_calibration: bool = False) -> tuple[MBLM, float]:
-    """Run an experiment; returns its best model and the seconds of a step."""
+def _train(config: TrainEntryConfig, *, is_calibration: bool = False) -> tuple[MBLM, Curves]:
+    """Run an experiment; returns its best model and what it has logged."""
     training, validation = (
         ByteFiles.from_train_entry_config(config, mode, worker_id=0, num_workers=1)
         for mode in (ModelMode.TRAIN, ModelMode.VALID)
@@ -183,40 +182,36 @@ def _train(config: TrainEntryConfig, *, is_calibration: bool = False) -> tuple[M
         skip_validation=is_calibration,
     )
     run_vars = ElasticRunVars(local_rank=0, world_size=1, is_cuda=torch.cuda.is_available())
-    trainer = _Timed(config, run_vars, options)
-    trainer.has_written = is_calibration
+    trainer = (MegabyteTrainer if is_calibration else _WritesEarly)(config, run_vars, options)
     try:
         model = trainer.train(training, validation)
     except TrainingInterrupted:
         raise KeyboardInterrupt from None  # what it has saved goes, too
     assert model is not None  # as the type allows for trainers that make none
-    steps = [later - earlier for earlier, later in pairwise(trainer.begins)]
-    return model, median(steps) if steps else math.nan
+    (run,) = Path(config.io.output_dir).glob("demo_*")
+    return model, read_curves(run)
 
 
-class _Timed(MegabyteTrainer):
-    """Remembers when its training steps begin, and shows early what its model writes."""
+class _WritesEarly(MegabyteTrainer):
+    """Shows early what its model writes."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.begins: list[float] = []
-        self.has_written = False
+        self.write_at = time.monotonic() + FIRST_SAMPLE
 
     def model_forward(self, model: MBLM, batch: BatchWithLossMask, device: Any) -> torch.Tensor:
-        if model.training:
-            self.begins.append(time.monotonic())
-            if not self.has_written and self.begins[-1] - self.begins[0] >= FIRST_SAMPLE:
-                self.has_written = True
-                model.eval()
-                _show(
-                    model,
-                    f"What it writes after {FIRST_SAMPLE:g} seconds, and goes on to improve",
-                    "def ",
-                    temperature=TEMPERATURE,
-                    filter_thres=FILTER_THRES,
-                    seed=0,
-                )
-                model.train()
+        if model.training and time.monotonic() >= self.write_at:
+            self.write_at = math.inf
+            model.eval()
+            _show(
+                model,
+                f"What it writes after {FIRST_SAMPLE:g} seconds, and goes on to improve",
+                "def ",
+                temperature=TEMPERATURE,
+                filter_thres=FILTER_THRES,
+                seed=0,
+            )
+            model.train()
         return super().model_forward(model, batch, device)
 
 

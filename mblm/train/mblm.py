@@ -157,6 +157,14 @@ class _HierarchyTrainer(
     """What the trainers of decoder and encoder share: the configured recipe, names."""
 
     progress_unit = "byte"
+    model_class: type[TModel]
+    config_class: type[MBLMModelConfig | MBLMEncoderModelConfig]
+
+    def init_model(self) -> TModel:
+        """The model of ``config.params``."""
+        params = self.config.params
+        fields = {name: getattr(params, name) for name in self.config_class.model_fields}
+        return self.model_class(self.config_class(**fields))
 
     def configure_optimizer(self, parameters: Iterator[nn.Parameter]) -> Optimizer:
         """The one of ``train.optimizer``."""
@@ -190,15 +198,11 @@ class _HierarchyTrainer(
 class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
     """Trains an MBLM to predict the next byte."""
 
+    model_class, config_class = MBLM, MBLMModelConfig
+
     def configure_next_command(self, run_dir: Path) -> str:
         """To generate with the best model."""
         return f"mblm generate {shlex.quote(str(run_dir))} --prompt 'The '"
-
-    def init_model(self) -> MBLM:
-        """The model of ``config.params``."""
-        params = self.config.params
-        fields = {name: getattr(params, name) for name in MBLMModelConfig.model_fields}
-        return MBLM(MBLMModelConfig(**fields))
 
     def model_forward(self, model: MBLM, batch: BatchWithLossMask, device: str) -> torch.Tensor:
         """The loss of ``(ids, loss_mask)``, both ``(B, L)``."""
@@ -244,15 +248,11 @@ class MegabyteTrainer(_HierarchyTrainer[MBLM, BatchWithLossMask, CoreIoConfig]):
 class MaskedTrainer(_HierarchyTrainer[MBLMEncoder, BatchMaskedForMLM, CoreIoConfig]):
     """Trains an MBLM encoder to fill in masked bytes."""
 
+    model_class, config_class = MBLMEncoder, MBLMEncoderModelConfig
+
     def configure_next_command(self, run_dir: Path) -> str:
         """To draw its losses."""
         return f"mblm plot {shlex.quote(str(run_dir))}"
-
-    def init_model(self) -> MBLMEncoder:
-        """The model of ``config.params``."""
-        params = self.config.params
-        fields = {name: getattr(params, name) for name in MBLMEncoderModelConfig.model_fields}
-        return MBLMEncoder(MBLMEncoderModelConfig(**fields))
 
     def model_forward(
         self, model: MBLMEncoder, batch: BatchMaskedForMLM, device: str
@@ -260,10 +260,7 @@ class MaskedTrainer(_HierarchyTrainer[MBLMEncoder, BatchMaskedForMLM, CoreIoConf
         """The loss of ``(masked ids, mask, labels)``, each ``(B, L)``."""
         ids, mask, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
         loss: torch.Tensor = model(
-            input_ids=ids,
-            attention_mask=mask,
-            labels=labels,
-            return_type=MBLMReturnType.LOSS,
+            ids, attention_mask=mask, labels=labels, return_type=MBLMReturnType.LOSS
         )
         return loss
 

@@ -132,8 +132,7 @@ class Loggers:
         config: dict[str, Any],
         log: logging.Logger,
     ) -> None:
-        self._log = log
-        self._folder = folder
+        self._log, self._folder = log, folder
         self._last = 0
         self._loggers: dict[str, Logger] = {}
         for name in names:
