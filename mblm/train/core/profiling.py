@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, schedule
 from typing_extensions import Self
 
 WARM_UP = 2
@@ -22,62 +22,53 @@ class Profile:
     def __init__(
         self, steps: int, folder: Path, *, is_cuda: bool, say: Callable[[str], object]
     ) -> None:
-        self._steps = steps
-        self._folder = folder
-        self._is_cuda = is_cuda
-        self._say = say
-        self._done = 0
+        self._steps, self._folder, self._is_cuda, self._say = steps, folder, is_cuda, say
         self._profiler: Any = None
+        if steps:
+            self._profiler = torch.profiler.profile(
+                activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_cuda],
+                schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
+                on_trace_ready=self._write,
+                profile_memory=True,
+            )
 
     def step_done(self) -> None:
         """Note that a step is done, which may be the last one before or of the profile."""
-        self._done += 1
-        if self._steps and self._done == WARM_UP:
-            self._start()
-        elif self._profiler is not None and self._done == WARM_UP + self._steps:
-            self._write()
+        if self._profiler is not None:
+            self._profiler.step()
+            if self._is_cuda and self._profiler.step_num == WARM_UP:
+                torch.cuda.memory._record_memory_history()
 
     def __enter__(self) -> Self:
+        if self._profiler is not None:
+            self._profiler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._profiler is not None:  # the run was stopped
-            self._stop()
+        if self._profiler is not None:
+            self._profiler.stop()
+            if self._is_cuda:
+                torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _start(self) -> None:
-        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._is_cuda]
-        self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-        if self._is_cuda:
-            torch.cuda.memory._record_memory_history()
-        self._profiler.start()
-
-    def _stop(self) -> Any:
-        profiler, self._profiler = self._profiler, None
-        profiler.stop()
-        if self._is_cuda:
-            torch.cuda.memory._record_memory_history(enabled=None)
-        return profiler
-
-    def _write(self) -> None:
+    def _write(self, profiler: Any) -> None:
+        if profiler.step_num < WARM_UP + self._steps:
+            return  # the run was stopped
+        files = [self._folder / name for name in ("trace.json.gz", "operators.txt")]
         try:
             self._folder.mkdir(exist_ok=True)
-            if self._is_cuda:
-                torch.cuda.memory._dump_snapshot(str(self._folder / "memory.pickle"))
-            profiler = self._stop()
-            profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+            profiler.export_chrome_trace(str(files[0]))
             order = f"self_{'cuda' if self._is_cuda else 'cpu'}_time_total"
             table = profiler.key_averages().table(sort_by=order, row_limit=40)
-            (self._folder / "operators.txt").write_text(table)
+            files[1].write_text(table)
+            if self._is_cuda:
+                torch.cuda.memory._dump_snapshot(str(self._folder / "memory.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
         except (OSError, RuntimeError) as error:  # such as a full disk: the run does not need it
             self._say(f"The profile cannot be written: {error}")
             return
-        finally:
-            self.__exit__()
         self._say(
-            f"Profiled {self._steps} steps: {self._folder}/trace.json.gz for "
-            f"https://ui.perfetto.dev, {self._folder}/operators.txt"
-            + (f", {self._folder}/memory.pickle for https://pytorch.org/memory_viz")
-            * self._is_cuda
+            f"Profiled {self._steps} steps: {files[0]} for https://ui.perfetto.dev, {files[1]}"
+            + f", {self._folder}/memory.pickle for https://pytorch.org/memory_viz" * self._is_cuda
         )
 
 
