@@ -1,5 +1,6 @@
 """Checks of a model's inputs; each refuses bad input by name before anything runs."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,9 +25,7 @@ def check_hierarchy_shape(
         raise ValueError(f"{name}: expected shape (B, L) or ({nested}), got {shape}")
     if shape[0] == 0:
         raise ValueError(f"{name}: the batch is empty, got shape {shape}")
-    patch_size = 1
-    for seq_len in inner:
-        patch_size *= seq_len
+    patch_size = math.prod(inner)
     if len(shape) == 2:
         first = -(-shape[1] // patch_size)
         length = f"{shape[1]} bytes"

@@ -44,7 +44,6 @@ class Mamba1Mixer(MambaBlock):
         before = None if carried is None else carried.state
         scan_state, window = (None, None) if before is None else before
         inner, gate = apply(self.in_proj, x).chunk(2, dim=-1)  # (B, S, D_inner) each
-        window = None if window is None else window.to(inner.dtype)  # autocast may have begun since
         inner, window = convolve(self.conv1d, self.config.d_conv, inner, window)
 
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)

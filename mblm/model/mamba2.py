@@ -82,7 +82,6 @@ class Mamba2Mixer(nn.Module):
         gate, mixed, dt = apply(self.in_proj, x).split(
             [self.inner_dim, self.inner_dim + 2 * self.d_state, self.num_heads], dim=-1
         )
-        window = None if window is None else window.to(mixed.dtype)  # autocast may have begun since
         mixed, window = convolve(self.conv1d, self.d_conv, mixed, window)
         inner, weight_in, weight_out = mixed.split(
             [self.inner_dim, self.d_state, self.d_state], dim=-1

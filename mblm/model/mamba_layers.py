@@ -27,6 +27,7 @@ def convolve(conv: nn.Module, taps: int, x: Tensor, window: Tensor | None) -> tu
 
     ``taps`` is K, and a window the K - 1 inputs before: ``(B, K - 1, D)``, zeros if None.
     """
+    window = None if window is None else window.to(x.dtype)  # autocast may have begun since
     if is_plain(conv, nn.Conv1d):
         return causal_conv(x, conv.weight, conv.bias, window)  # type: ignore[arg-type]
     count, before = x.shape[1], taps - 1

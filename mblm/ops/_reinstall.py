@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-PACKAGE = Path(__file__).resolve().parent.parent
 
-
-def how_to_compile(package: Path = PACKAGE) -> str:
+def how_to_compile(package: Path) -> str:
     """What to run, for a message.
 
     Args:

@@ -6,7 +6,7 @@ again. What a chunk computes is each operator's own, by ``chunk(x, step sizes, B
 which gives its y and the state after it, differentiable by PyTorch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +17,21 @@ from mblm.ops._library import as_outside, register_operator
 Chunk = Callable[..., tuple[Tensor, Tensor]]
 
 
-def register_scan(name: str, steps: str, chunk: Chunk) -> None:
-    """Register a scan, whose step sizes are called ``steps``, and its gradient."""
+def register_scan(
+    name: str, steps: str, x_shape: str, rates_shape: str, chunk: Chunk
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register a scan and its gradient.
+
+    Args:
+        name: Its name.
+        steps: What its step sizes are called.
+        x_shape: The names of x's dimensions.
+        rates_shape: Those of A's.
+        chunk: See above.
+
+    Returns:
+        The scan, which checks its arguments and gives y and the final state.
+    """
     tensors = f"Tensor x, Tensor {steps}, Tensor A, Tensor B, Tensor C, Tensor D"
     gradients = ", ".join(f"Tensor grad_{of}" for of in ("x", steps, *"ABCD", "initial_state"))
     register_operator(
@@ -37,18 +50,58 @@ def register_scan(name: str, steps: str, chunk: Chunk) -> None:
         fake=_backward_fake,
     )
 
+    def scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+        _check(steps, x_shape, rates_shape, *arguments)
+        y, final_state, _ = getattr(torch.ops.mblm, name)(*arguments)
+        return y, final_state
 
-def check_tensors(
-    expected: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
+    return scan
+
+
+def _check(
+    steps: str,
+    x_shape: str,
+    rates_shape: str,
+    x: Tensor,
+    step_sizes: Tensor,
+    rates: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    direct: Tensor,
+    initial_state: Tensor | None,
+    chunk_size: int,
 ) -> None:
-    """Refuse a tensor, given by its name, that has not the shape and the dtype beside it."""
-    for name, (tensor, shape, dtype) in expected.items():
+    if x.ndim != len(x_shape.split(",")):
+        raise ValueError(f"x must be ({x_shape}), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if rates.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"A must be float32 or float64, got {rates.dtype}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    rows, length, *widths = x.shape
+    width, in_rates = widths[0], rates_shape == "D, N"
+    if in_rates and (rates.ndim != 2 or rates.shape[0] != width):
+        raise ValueError(f"A must be ({width}, N) to go with x, got shape {tuple(rates.shape)}")
+    if weight_in.ndim != 3:
+        raise ValueError(f"B must be ({rows}, {length}, N), got shape {tuple(weight_in.shape)}")
+    num_states = rates.shape[1] if in_rates else weight_in.shape[2]
+    weights, dtype = (rows, length, num_states), rates.dtype
+    expected = {
+        steps: (step_sizes, (rows, length, width), dtype),
+        "A": (rates, (width, num_states) if in_rates else (width,), dtype),
+        "B": (weight_in, weights, x.dtype),
+        "C": (weight_out, weights, x.dtype),
+        "D": (direct, (width,), dtype),
+        "initial_state": (initial_state, (rows, *widths, num_states), dtype),
+    }
+    for name, (tensor, shape, wanted) in expected.items():
         if tensor is None:
             continue
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+        if tensor.dtype != wanted:
+            raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
 
 
 def _fake(

@@ -10,7 +10,7 @@ a time; see `mblm.ops._scans`.
 import torch
 from torch import Tensor
 
-from mblm.ops._scans import check_tensors, register_scan
+from mblm.ops._scans import register_scan
 
 
 def selective_scan(
@@ -46,11 +46,7 @@ def selective_scan(
         ValueError: A shape does not fit, or ``chunk_size`` is below 1.
         TypeError: A dtype does not fit.
     """
-    _check(x, delta, A, B, C, D, initial_state, chunk_size)
-    y, final_state, _ = torch.ops.mblm.selective_scan(
-        x, delta, A, B, C, D, initial_state, chunk_size
-    )
-    return y, final_state
+    return _scan(x, delta, A, B, C, D, initial_state, chunk_size)
 
 
 def selective_scan_step(
@@ -82,39 +78,6 @@ def selective_scan_step(
     return y.to(x.dtype), state
 
 
-def _check(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial_state: Tensor | None,
-    chunk_size: int,
-) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"x must be (B, L, D), got shape {tuple(x.shape)}")
-    if A.ndim != 2 or A.shape[0] != x.shape[2]:
-        raise ValueError(f"A must be ({x.shape[2]}, N) to go with x, got shape {tuple(A.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if A.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"A must be float32 or float64, got {A.dtype}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    rows, length, channels = x.shape
-    num_states = A.shape[1]
-    check_tensors(
-        {
-            "delta": (delta, (rows, length, channels), A.dtype),
-            "B": (B, (rows, length, num_states), x.dtype),
-            "C": (C, (rows, length, num_states), x.dtype),
-            "D": (D, (channels,), A.dtype),
-            "initial_state": (initial_state, (rows, channels, num_states), A.dtype),
-        }
-    )
-
-
 def _chunk(
     x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -133,4 +96,4 @@ def _chunk(
     return y.to(x.dtype), state
 
 
-register_scan("selective_scan", "delta", _chunk)
+_scan = register_scan("selective_scan", "delta", "B, L, D", "D, N", _chunk)

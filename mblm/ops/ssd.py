@@ -11,7 +11,7 @@ the backward pass recomputes each from the state before it.
 import torch
 from torch import Tensor
 
-from mblm.ops._scans import check_tensors, register_scan
+from mblm.ops._scans import register_scan
 
 
 def ssd(
@@ -48,9 +48,7 @@ def ssd(
         ValueError: A shape does not fit, or ``chunk_size`` is below 1.
         TypeError: A dtype does not fit.
     """
-    _check(x, dt, A, B, C, D, initial_state, chunk_size)
-    y, final_state, _ = torch.ops.mblm.ssd(x, dt, A, B, C, D, initial_state, chunk_size)
-    return y, final_state
+    return _scan(x, dt, A, B, C, D, initial_state, chunk_size)
 
 
 def ssd_step(
@@ -74,40 +72,6 @@ def ssd_step(
     state = decayed.addcmul((dt.unsqueeze(-1) * inputs).unsqueeze(-1), B.to(dtype)[:, None, None])
     y = (state * C.to(dtype)[:, None, None]).sum(-1).addcmul(inputs, D.unsqueeze(-1))
     return y.to(x.dtype), state
-
-
-def _check(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial_state: Tensor | None,
-    chunk_size: int,
-) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"x must be (B, L, H, P), got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if A.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"A must be float32 or float64, got {A.dtype}")
-    rows, length, heads, head_dim = x.shape
-    if B.ndim != 3:
-        raise ValueError(f"B must be ({rows}, {length}, N), got shape {tuple(B.shape)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    num_states = B.shape[2]
-    check_tensors(
-        {
-            "dt": (dt, (rows, length, heads), A.dtype),
-            "A": (A, (heads,), A.dtype),
-            "B": (B, (rows, length, num_states), x.dtype),
-            "C": (C, (rows, length, num_states), x.dtype),
-            "D": (D, (heads,), A.dtype),
-            "initial_state": (initial_state, (rows, heads, head_dim, num_states), A.dtype),
-        }
-    )
 
 
 def _chunk(
@@ -138,4 +102,4 @@ def _chunk(
     return y.addcmul(inputs, D.unsqueeze(-1)).to(x.dtype), after
 
 
-register_scan("ssd", "dt", _chunk)
+_scan = register_scan("ssd", "dt", "B, L, H, P", "H", _chunk)

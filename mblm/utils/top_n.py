@@ -1,20 +1,13 @@
 """Keep the best few of many items."""
 
+import bisect
 import copy
-import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Generic, SupportsFloat, TypeVar
 
 T = TypeVar("T")
-
-
-@dataclass(order=True)
-class _Entry(Generic[T]):
-    rank: float  # higher is better
-    value: float = field(compare=False)
-    item: T = field(compare=False)
 
 
 class TopN(Generic[T]):
@@ -43,30 +36,26 @@ class TopN(Generic[T]):
         self._capacity = n
         self._deep_copy = deep_copy
         self._top_largest = top_largest
-        self._heap: list[_Entry[T]] = []  # the worst of those kept is at the root
+        self._kept: list[tuple[float, float, T]] = []  # rank, value and item, the best first
 
     def add(self, item: tuple[SupportsFloat, T]) -> None:
         """Offer a pair of a value and an item; it is kept if it is among the best."""
         value, data = float(item[0]), item[1]
-        rank = value if self._top_largest else -value
+        rank = -value if self._top_largest else value  # lower is better
         if math.isnan(rank):
-            rank = -math.inf
-        is_full = len(self._heap) >= self._capacity
-        if self._capacity == 0 or (is_full and rank <= self._heap[0].rank):
+            rank = math.inf
+        if len(self) >= self._capacity and not (self._kept and rank < self._kept[-1][0]):
             return
-        entry = _Entry(rank, value, copy.deepcopy(data) if self._deep_copy else data)
-        if is_full:
-            heapq.heapreplace(self._heap, entry)
-        else:
-            heapq.heappush(self._heap, entry)
+        data = copy.deepcopy(data) if self._deep_copy else data
+        bisect.insort(self._kept, (rank, value, data), key=itemgetter(0))
+        del self._kept[self._capacity :]
 
     def get_top(self, best: int | None = None) -> list[tuple[float, T]]:
         """Return the `best` best pairs of value and item, best first; all of them by default."""
-        ranked = sorted(self._heap, key=lambda entry: -entry.rank)
-        return [(entry.value, entry.item) for entry in ranked[: best or self._capacity]]
+        return [(value, item) for _, value, item in self._kept[: best or None]]
 
     def __iter__(self) -> Iterator[tuple[float, T]]:
         return iter(self.get_top())
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._kept)
