@@ -277,6 +277,28 @@ class TestHub:
         MBLM.from_pretrained(folder, **options)
         assert len(calls) == 1
 
+    def test_the_librarys_own_mixin_goes_with_it(self, folder: Path, tmp_path: Path) -> None:
+        """Beside it in a class, and around a model."""
+        mixin: Any = pytest.importorskip("huggingface_hub").PyTorchModelHubMixin
+
+        class Beside(MBLM, mixin):
+            pass
+
+        class Around(torch.nn.Module, mixin):
+            def __init__(self, config: dict[str, Any]) -> None:
+                super().__init__()
+                self.inner = MBLM(MBLMModelConfig.model_validate(config))
+
+        beside = Beside.from_pretrained(folder)
+        beside.save_pretrained(tmp_path / "beside")
+        around = Around(beside.config.model_dump(mode="json"))
+        around.inner.load_state_dict(beside.state_dict())
+        around.save_pretrained(tmp_path / "around")
+        loaded = Around.from_pretrained(tmp_path / "around").inner
+        for other in (MBLM.from_pretrained(tmp_path / "beside"), loaded):
+            for name, weight in MBLM.from_pretrained(folder).state_dict().items():
+                assert torch.equal(other.state_dict()[name], weight)
+
     def test_an_incomplete_download_is_named(self, tmp_path: Path, monkeypatch: Any) -> None:
         hub = pytest.importorskip("huggingface_hub")
         monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
