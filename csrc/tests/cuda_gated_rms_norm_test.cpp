@@ -1,7 +1,7 @@
 // Tests of the emulated CUDA kernels of gated_rms_norm against those of the CPU.
 #include "cuda_check.h"
 // The emulation comes before the sources.
-#include "cuda/gated_rms_norm.cu"
+#include "cuda/rms_norms.cu"
 
 using namespace mblm;
 
@@ -25,19 +25,19 @@ void equals_cpu(int64_t positions, int64_t width, bool gated, int64_t gap) {
   const auto [got, got_inverse] = test::in_both_orders([&] {
     auto out = test::unwritten<T>(values);
     auto inverse = test::unwritten<C>(positions);
-    CHECK(!cuda::gated_rms_norm(in, positions, out.data(), inverse.data(), nullptr));
+    CHECK(!cuda::rms_norm(in, positions, out.data(), inverse.data(), nullptr));
     return std::tuple(out, inverse);
   });
   CHECK(test::nearly(got, out));
   CHECK(test::nearly(got_inverse, inverse));
 
-  const int64_t parts = cuda::gated_rms_norm_parts(positions);
+  const int64_t parts = cuda::rms_norm_parts(positions);
   const auto [got_x, got_gate, weight_parts] = test::in_both_orders([&] {
     auto x = test::unwritten<T>(values);
     auto to_gate = test::unwritten<T>(grad_gate.size());
     auto weight = test::unwritten<C>(parts * width);
-    CHECK(!cuda::gated_rms_norm_backward(in, positions, grad.data(), inverse.data(), x.data(),
-                                         gated ? to_gate.data() : nullptr, weight.data(), nullptr));
+    CHECK(!cuda::rms_norm_backward(in, positions, grad.data(), inverse.data(), x.data(),
+                                   gated ? to_gate.data() : nullptr, weight.data(), nullptr));
     return std::tuple(x, to_gate, weight);
   });
   std::vector<C> got_weight(width);

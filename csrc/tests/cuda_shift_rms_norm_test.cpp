@@ -1,7 +1,7 @@
 // Tests of the emulated CUDA kernels of shift_rms_norm against those of the CPU.
 #include "cuda_check.h"
 // The emulation comes before the sources.
-#include "cuda/shift_rms_norm.cu"
+#include "cuda/rms_norms.cu"
 
 using namespace mblm;
 
@@ -50,20 +50,20 @@ void equals_cpu(const Case<T>& test_case) {
   const auto [got, got_inverse] = test::in_both_orders([&] {
     auto out = test::unwritten<T>(values);
     auto inverse = test::unwritten<C>(positions);
-    CHECK(!cuda::shift_rms_norm(in, positions, out.data(), inverse.data(), nullptr));
+    CHECK(!cuda::rms_norm(in, positions, out.data(), inverse.data(), nullptr));
     return std::tuple(out, inverse);
   });
   CHECK(test::nearly(got, out));
   CHECK(test::nearly(got_inverse, inverse));
 
-  const int64_t parts = cuda::shift_rms_norm_parts(positions);
+  const int64_t parts = cuda::rms_norm_parts(positions);
   const auto [got_x, got_previous, weight_parts] = test::in_both_orders([&] {
     auto x = test::unwritten<T>(values);
     auto previous = test::unwritten<T>(grad_previous.size());
     auto weight = test::unwritten<C>(parts * in.width);
-    CHECK(!cuda::shift_rms_norm_backward(in, positions, test_case.grad.data(), inverse.data(),
-                                         x.data(), in.previous ? previous.data() : nullptr,
-                                         weight.data(), nullptr));
+    CHECK(!cuda::rms_norm_backward(in, positions, test_case.grad.data(), inverse.data(), x.data(),
+                                   in.previous ? previous.data() : nullptr, weight.data(),
+                                   nullptr));
     return std::tuple(x, previous, weight);
   });
   std::vector<C> got_weight(in.width);
@@ -95,11 +95,11 @@ void all_sizes() {
 void alignment_makes_no_difference() {
   Case<float> test_case(2, 3, 640, true, true, 0);
   std::vector<float> out(test_case.grad.size()), inverse(6), moved(test_case.grad.size());
-  CHECK(!cuda::shift_rms_norm(test_case.in, 6, out.data(), inverse.data(), nullptr));
+  CHECK(!cuda::rms_norm(test_case.in, 6, out.data(), inverse.data(), nullptr));
   std::vector<float> x(1, 0.0f);
   x.insert(x.end(), test_case.x.begin(), test_case.x.end());
   test_case.in.x = x.data() + 1;
-  CHECK(!cuda::shift_rms_norm(test_case.in, 6, moved.data(), inverse.data(), nullptr));
+  CHECK(!cuda::rms_norm(test_case.in, 6, moved.data(), inverse.data(), nullptr));
   CHECK(test::same_bits(out, moved));
 }
 

@@ -1,10 +1,10 @@
 // Glue of gated_rms_norm and shift_rms_norm: checks, allocation, calls of the kernels.
+#include "cuda/rms_norms.h"
+
 #include "common.h"
 #include "cpu/gated_rms_norm.h"
 #include "cpu/shift_rms_norm.h"
 #include "cpu/sum_rows.h"
-#include "cuda/gated_rms_norm.h"
-#include "cuda/shift_rms_norm.h"
 #include "operators.h"
 
 namespace mblm {
@@ -71,10 +71,7 @@ struct Gated : NormInputs {
   }
 
   static void run(auto... all) { cpu::gated_rms_norm(all...); }
-  static auto run_on_gpu(auto... all) { return cuda::gated_rms_norm(all...); }
   static void run_backward(auto... all) { cpu::gated_rms_norm_backward(all...); }
-  static auto run_backward_on_gpu(auto... all) { return cuda::gated_rms_norm_backward(all...); }
-  static int64_t parts_on_gpu(auto positions) { return cuda::gated_rms_norm_parts(positions); }
 };
 
 struct Shifted : NormInputs {
@@ -114,10 +111,7 @@ struct Shifted : NormInputs {
   }
 
   static void run(auto... all) { cpu::shift_rms_norm(all...); }
-  static auto run_on_gpu(auto... all) { return cuda::shift_rms_norm(all...); }
   static void run_backward(auto... all) { cpu::shift_rms_norm_backward(all...); }
-  static auto run_backward_on_gpu(auto... all) { return cuda::shift_rms_norm_backward(all...); }
-  static int64_t parts_on_gpu(auto positions) { return cuda::shift_rms_norm_parts(positions); }
 };
 
 // The norm, and the inverse of what each position was divided by.
@@ -131,7 +125,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Norm& in) {
     T* to = mutable_data<T>(out);
     auto* inverse = mutable_data<cpu::compute_t<T>>(inverse_norm);
     run(
-        x, [&](auto stream) { return in.run_on_gpu(input, in.positions, to, inverse, stream); },
+        x, [&](auto stream) { return cuda::rms_norm(input, in.positions, to, inverse, stream); },
         in.positions, in.width,
         [&](int64_t begin, int64_t end) { in.run(input, to, inverse, begin, end); });
   });
@@ -162,10 +156,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     T* to_other = other ? mutable_data<T>(grad_other) : nullptr;
     if constexpr (kCuda) {
       if (on_gpu(x)) {
-        Tensor parts = make::empty({in.parts_on_gpu(in.positions), in.width}, in.weight.options());
+        Tensor parts =
+            make::empty({cuda::rms_norm_parts(in.positions), in.width}, in.weight.options());
         launch(x.device(), [&](cuda::Stream stream) {
-          return in.run_backward_on_gpu(input, in.positions, from, inverse, to_x, to_other,
-                                        mutable_data<C>(parts), stream);
+          return cuda::rms_norm_backward(input, in.positions, from, inverse, to_x, to_other,
+                                         mutable_data<C>(parts), stream);
         });
         grad_weight = parts.sum(0);
         return;

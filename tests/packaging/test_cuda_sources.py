@@ -21,7 +21,7 @@ GLUE = sorted(
     path
     for folder in ("torch", "decode")
     for path in CSRC.glob(f"{folder}/*.cpp")
-    if re.search("MBLM_CUDA|kCuda", path.read_text())
+    if re.search('MBLM_CUDA|kCuda|#include "cuda/', path.read_text())
 )
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
