@@ -288,6 +288,7 @@ def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str
 def _read_weights(file: Path, config_id: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
 
+    file.open("rb").close()  # safetensors calls one that may not be read missing
     try:
         with safe_open(file, framework="pt") as weights:
             saved_with = (weights.metadata() or {}).get(_CONFIG_ID)

@@ -47,7 +47,7 @@ class TestRefuses:
             Session.load(tmp_path / "none", m)
 
     def test_a_folder(self, m: MBLM, tmp_path: Path) -> None:
-        with pytest.raises(IsADirectoryError, match="a folder, not a file that"):
+        with pytest.raises(IsADirectoryError, match=str(tmp_path)):
             Session.load(tmp_path, m)
 
     def test_something_else(self, m: MBLM, file: Path) -> None:

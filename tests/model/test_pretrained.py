@@ -474,3 +474,18 @@ class TestCheckpoint:
         file.with_name("config.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"config\.yaml"):
             load_checkpoint(MBLM, file)
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refuse(file: Path, *mode: Any, **options: Any) -> Any:
+        if file.name == WEIGHTS_FILE:  # as one of mode 000, which root may read
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match=WEIGHTS_FILE):
+        MBLM.from_pretrained(folder)
