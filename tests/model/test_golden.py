@@ -19,6 +19,9 @@ from tests.model.golden import (
     case_files,
     golden_case,
 )
+from tests.model.tiled import tiled
+
+TILES = pytest.mark.parametrize("tile", [None, 5], ids=["whole", "in tiles"])
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -31,17 +34,19 @@ def test_the_larger_set_is_there() -> None:
     assert len(case_files()) >= 19
 
 
+@TILES
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_forward(name: str) -> None:
+def test_forward(name: str, tile: int | None) -> None:
     case = golden_case(name)
-    model = case.model()
+    model = tiled(case.model(), tile)
     for length in case.lengths:
         expected = case.group(f"len{length}")
         ids = expected["ids"]
         loss, logits = model(ids, return_type=MBLMReturnType.LOSS_LOGITS)
         assert_close(logits, expected["logits"])
         assert_close(loss, expected["loss"][0])
+        assert_close(model(ids), loss)
         assert_close(model(ids, return_type=MBLMReturnType.LOGITS), expected["logits"])
         hidden = model(ids, return_type=MBLMReturnType.HIDDEN_STATE)
         assert hidden.shape[:2] == ids.shape
@@ -49,24 +54,26 @@ def test_forward(name: str) -> None:
             assert_close(hidden[:, 1:], expected["hidden_from_1"])
 
 
+@TILES
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_empty_input_and_masked_loss(name: str) -> None:
+def test_empty_input_and_masked_loss(name: str, tile: int | None) -> None:
     case = golden_case(name)
-    model = case.model()
+    model = tiled(case.model(), tile)
     empty = torch.empty(2, 0, dtype=torch.long)
     assert_close(model(empty, return_type=MBLMReturnType.LOGITS), case.tensors["empty/logits"])
     masked = case.group("masked")
     assert_close(model(masked["ids"], loss_mask=masked["mask"]), masked["loss"][0])
 
 
+@TILES
 @pytest.mark.parametrize("name", [name for name in DECODERS if name in WITH_GRADIENTS])
-def test_gradients(name: str) -> None:
+def test_gradients(name: str, tile: int | None) -> None:
     case = golden_case(name)
     gradients = case.group("grad")
     if not gradients:
         pytest.skip("this copy of the case holds no gradients; the larger set does")
-    model = case.model().train()
+    model = tiled(case.model(), tile and 16, checkpoint_global=tile is not None).train()
     model(case.group(f"len{case.lengths[-1]}")["ids"]).backward()
     actual = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() <= actual.keys()
@@ -102,11 +109,12 @@ def assert_same_bytes(model: mblm.MBLM, actual: torch.Tensor, expected: torch.Te
     assert best - second < 1e-4, f"byte {first}: {int(actual[first])} != {int(expected[first])}"
 
 
+@TILES
 @pytest.mark.parametrize("name", ENCODERS)
 @torch.no_grad()
-def test_encoder(name: str) -> None:
+def test_encoder(name: str, tile: int | None) -> None:
     case = golden_case(name)
-    model = case.model()
+    model = tiled(case.model(), tile)
     for length in case.lengths:
         expected = case.group(f"len{length}")
         labels = expected["labels"].clone()
@@ -118,6 +126,7 @@ def test_encoder(name: str) -> None:
         loss, logits = model(**arguments, return_type=MBLMReturnType.LOSS_LOGITS)
         assert_close(loss, expected["loss"][0])
         assert_close(logits, expected["logits"])
+        assert_close(model(**arguments, return_type=MBLMReturnType.LOSS), loss)
         hidden = model(**arguments, return_type=MBLMReturnType.HIDDEN_STATE)
         assert_close(hidden, expected["hidden"])
         assert torch.equal(labels, expected["labels"]), "the caller's labels are never written"
@@ -127,7 +136,7 @@ def test_all_of_this_without_native_kernels() -> None:
     if os.environ.get("MBLM_NATIVE") == "0":
         pytest.skip("this is the run without native kernels")
     arguments = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    arguments += ["-k", "not (wide and test_generation)"]  # a third of the time for nothing new
+    arguments += ["-k", "not (wide and test_generation or tiles)"]  # nothing new, much time
     environment = {**os.environ, "MBLM_NATIVE": "0"}
     result = subprocess.run(
         arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

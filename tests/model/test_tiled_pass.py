@@ -1,7 +1,6 @@
 """Long sequences in tiles: the losses, gradients and outputs of a pass without."""
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -13,14 +12,6 @@ from torch import Tensor, nn
 from mblm import MBLM, MBLMReturnType
 from mblm.model.block import StageBlock
 from mblm.model.tiles import INFERENCE_TILE
-from tests.model.golden import (
-    DECODERS,
-    ENCODERS,
-    FORWARD,
-    GRADIENT,
-    WITH_GRADIENTS,
-    golden_case,
-)
 from tests.model.tiled import (
     CLOSE,
     HIDDEN,
@@ -96,72 +87,24 @@ def test_gradients_of_outputs(three: MBLM, kind: MBLMReturnType) -> None:
     assert_same_gradients(three, other, sums)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@torch.no_grad()
-def test_golden_cases(name: str) -> None:
-    case = golden_case(name)
-    for tile, length in zip(itertools.cycle([5, 32]), case.lengths, strict=False):
-        m = tiled(case.model(), tile)
-        expected = case.group(f"len{length}")
-        loss, logits = m(expected["ids"], return_type=LOSS_LOGITS)
-        torch.testing.assert_close(logits, expected["logits"], **FORWARD)
-        torch.testing.assert_close(loss, expected["loss"][0], **FORWARD)
-        torch.testing.assert_close(m(expected["ids"]), expected["loss"][0], **FORWARD)
-    masked = case.group("masked")
-    loss = m(masked["ids"], loss_mask=masked["mask"])
-    torch.testing.assert_close(loss, masked["loss"][0], **FORWARD)
-
-
-@pytest.mark.parametrize("name", [name for name in DECODERS if name in WITH_GRADIENTS])
-def test_golden_gradients(name: str) -> None:
-    case = golden_case(name)
-    expected = case.group("grad")
-    if not expected:
-        pytest.skip("this copy of the case holds no gradients; the larger set does")
-    m = tiled(case.model(), 16, checkpoint_global=True).train()
-    actual = gradients(m, m(case.group(f"len{case.lengths[-1]}")["ids"]))
-    for key, gradient in expected.items():
-        error = (actual[key] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-12)
-        assert error < GRADIENT, f"{key}: {error:.1e} of the largest entry"
-
-
-class TestEncoder:
-    @pytest.mark.parametrize("name", ENCODERS)
-    def test_golden_cases(self, name: str) -> None:
-        case = golden_case(name)
-        m = tiled(case.model(), 3)
-        for length in case.lengths:
-            expected = case.group(f"len{length}")
-            arguments = {
-                "input_ids": expected["ids"],
-                "attention_mask": expected["attention_mask"],
-                "labels": expected["labels"],
-            }
-            loss, logits = m(**arguments, return_type=LOSS_LOGITS)
-            torch.testing.assert_close(loss, expected["loss"][0], **FORWARD)
-            torch.testing.assert_close(logits, expected["logits"], **FORWARD)
-            torch.testing.assert_close(m(**arguments, return_type=LOSS), loss, **FORWARD)
-            hidden = m(**arguments, return_type=HIDDEN)
-            torch.testing.assert_close(hidden, expected["hidden"], **FORWARD)
-
-    @pytest.mark.parametrize("tile", [1, 4, 9])
-    @pytest.mark.parametrize("seq_lens", [[20], [5, 4], [4, 2, 3]], ids=str)
-    def test_loss_and_gradients(self, seq_lens: list[int], tile: int) -> None:
-        m = encoder(seq_lens=seq_lens).double().train()
-        other = tiled(m, tile, checkpoint_global=True)
-        ids = draw_ids(2, 19)
-        losses = [
-            x(
-                input_ids=ids,
-                attention_mask=torch.arange(19).expand(2, -1) < 13,
-                labels=ids.masked_fill(ids < 3, -100),
-                loss_mask=(ids % 3).double(),
-                return_type=LOSS,
-            )
-            for x in (m, other)
-        ]
-        torch.testing.assert_close(losses[1], losses[0], **CLOSE)
-        assert_same_gradients(m, other, losses)
+@pytest.mark.parametrize("tile", [1, 4, 9])
+@pytest.mark.parametrize("seq_lens", [[20], [5, 4], [4, 2, 3]], ids=str)
+def test_loss_and_gradients_of_an_encoder(seq_lens: list[int], tile: int) -> None:
+    m = encoder(seq_lens=seq_lens).double().train()
+    other = tiled(m, tile, checkpoint_global=True)
+    ids = draw_ids(2, 19)
+    losses = [
+        x(
+            input_ids=ids,
+            attention_mask=torch.arange(19).expand(2, -1) < 13,
+            labels=ids.masked_fill(ids < 3, -100),
+            loss_mask=(ids % 3).double(),
+            return_type=LOSS,
+        )
+        for x in (m, other)
+    ]
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    assert_same_gradients(m, other, losses)
 
 
 class TestLoss:
