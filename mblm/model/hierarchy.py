@@ -95,6 +95,7 @@ class Hierarchy(nn.Module):
             self.to_next_stage_proj.append(projection)
         self.to_logits = nn.Linear(self.hidden_dims[-1], config.num_tokens)
         self.register_load_state_dict_pre_hook(_migrate_before_load)
+        self.register_load_state_dict_post_hook(_compute_what_is_not_saved)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -386,6 +387,13 @@ def _migrate_before_load(
     migrated = migrate_embedding_keys(state_dict, prefix)
     state_dict.clear()
     state_dict.update(migrated)
+
+
+def _compute_what_is_not_saved(model: Any, _: object) -> None:
+    """A model that was made on meta may have been assigned weights, and has no angles yet."""
+    for positions in model.pos_embs:
+        if isinstance(positions, RoPE) and positions.theta.is_meta:
+            positions.to_empty(device=model.device)
 
 
 def parts_of(module: Any, kind: type[nn.Module]) -> Iterator[Part]:

@@ -380,14 +380,17 @@ def test_a_custom_block_works_as_it_is() -> None:
     assert m.stage_models[0].lstm.weight_hh_l0.grad.abs().sum() > 0
 
 
-def test_a_model_made_on_meta_and_filled_later_is_the_same() -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_made_on_meta_and_filled_later_is_the_same(assign: bool) -> None:
     m = model(transformer(pos_emb_type="rope"), mamba("mamba1"), seq_lens=[3, 4])
     ids = draw_ids(2, 9)
     with torch.device("meta"):
         meta = MBLM(m.config).eval()
     assert all(p.is_meta for p in meta.parameters())
     assert meta(ids.to("meta"), return_type=LOGITS).shape == (2, 9, 19)
-    meta.to_empty(device="cpu").load_state_dict(m.state_dict())
+    if not assign:
+        meta.to_empty(device="cpu")
+    meta.load_state_dict(m.state_dict(), assign=assign)
     assert torch.equal(meta(ids, return_type=LOGITS), m(ids, return_type=LOGITS))
 
 
