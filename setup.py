@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,6 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools._distutils import dir_util
-from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -94,12 +94,7 @@ def build_compiled(mode: str, record: dict[str, Any]) -> None:
     release = ".".join(torch.__version__.split(".")[:2])
     name = "cpu" if mode == "cpu" else "cu" + torch.version.cuda.replace(".", "")
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if mode == "cuda" else None
-    record = {
-        "torch": torch.__version__,
-        "mode": mode,
-        "cuda_architectures": architectures,
-        **record,
-    }
+    record |= {"torch": torch.__version__, "mode": mode, "cuda_architectures": architectures}
     run_setup(BuildKernels, library, record, f"{name}.torch{release}", f"torch=={release}.*")
 
 
@@ -136,18 +131,11 @@ def run_setup(
             file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
         def get_output_mapping(self) -> dict[str, str]:
-            mapping = super().get_output_mapping()
-            return (
-                {**mapping, str(Path(self.build_lib, RECORD)): RECORD} if self.inplace else mapping
-            )
+            ours = {str(Path(self.build_lib, RECORD)): RECORD} if self.inplace else {}
+            return {**super().get_output_mapping(), **ours}
 
-    class BuildAfresh(build):
-        def run(self) -> None:
-            for path in Path(self.build_lib).rglob("*"):  # what an earlier build left
-                if path.is_file():
-                    path.unlink()
-            super().run()
-
+    built = BUILD / "lib"
+    shutil.rmtree(built, ignore_errors=True)  # an earlier build may have left what is deleted since
     version = re.findall('__version__ = "(.*)"', Path("mblm/__init__.py").read_text("utf-8"))[0]
     # pip takes a release of sources for what its file name says.
     is_release = Path("PKG-INFO").exists() or not BUILDS
@@ -155,8 +143,8 @@ def run_setup(
         version=version if is_release else f"{version}+{local}",
         install_requires=[torch, *REQUIRED],
         ext_modules=[library],
-        cmdclass={"build": BuildAfresh, "build_ext": BuildLibrary},
-        options={"build": {"build_base": str(BUILD)}}
+        cmdclass={"build_ext": BuildLibrary},
+        options={"build": {"build_base": str(BUILD), "build_lib": str(built)}}
         | ({} if BUILD.parent == ROOT else {"egg_info": {"egg_base": str(BUILD)}}),
     )
 
