@@ -35,7 +35,8 @@ MBLM_INLINE void rotate_and_add(const T* __restrict vector, const C* __restrict 
 }
 
 template <class T>
-MBLM_INLINE void forward(const AssembleStageInput<T>& in, T* out, int64_t begin, int64_t end) {
+MBLM_CLONES void assemble_stage(const AssembleStageInput<T>& in, T* out, int64_t begin,
+                                int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i / (1 + in.length), p = i % (1 + in.length) - 1;
     T* to = out + i * in.width;
@@ -79,8 +80,8 @@ MBLM_INLINE void turn_back(const T* __restrict grad, const C* __restrict rotatio
 }
 
 template <class T>
-MBLM_INLINE void unrotate(const AssembleStageGrad<T>& in, T* grad_embeddings, int64_t begin,
-                          int64_t end) {
+MBLM_CLONES void assemble_stage_unrotate(const AssembleStageGrad<T>& in, T* grad_embeddings,
+                                         int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     turn_back<false>(grad_of(in, i), in.rotation + i % in.length * in.width,
                      grad_embeddings + i * in.width, in.width);
@@ -113,35 +114,18 @@ MBLM_INLINE void table_tile(const AssembleStageGrad<T>& in, const int64_t* offse
 }
 
 template <class T>
-MBLM_INLINE void table_tiles(const AssembleStageGrad<T>& in, const int64_t* offsets,
-                             const int64_t* order, int64_t num_embeddings, int64_t padding_idx,
-                             T* grad_table, int64_t begin, int64_t end) {
+MBLM_CLONES void assemble_stage_table(const AssembleStageGrad<T>& in, const int64_t* offsets,
+                                      const int64_t* order, int64_t num_embeddings,
+                                      int64_t padding_idx, T* grad_table, int64_t begin,
+                                      int64_t end) {
   for (int64_t c = begin; c < end; c += kTileColumns) {
     table_tile(in, offsets, order, num_embeddings, padding_idx, grad_table, c,
                std::min(kTileColumns, end - c));
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                       \
-  template <>                                                                                     \
-  MBLM_CLONES void assemble_stage<T>(const AssembleStageInput<T>& in, T* out, int64_t begin,      \
-                                     int64_t end) {                                               \
-    forward(in, out, begin, end);                                                                 \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void assemble_stage_unrotate<T>(const AssembleStageGrad<T>& in, T* grad_embeddings, \
-                                              int64_t begin, int64_t end) {                       \
-    unrotate(in, grad_embeddings, begin, end);                                                    \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void assemble_stage_table<T>(                                                       \
-      const AssembleStageGrad<T>& in, const int64_t* offsets, const int64_t* order,               \
-      int64_t num_embeddings, int64_t padding_idx, T* grad_table, int64_t begin, int64_t end) {   \
-    table_tiles(in, offsets, order, num_embeddings, padding_idx, grad_table, begin, end);         \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(assemble_stage)
+MBLM_INSTANTIATE(assemble_stage_unrotate)
+MBLM_INSTANTIATE(assemble_stage_table)
 
 }  // namespace mblm::cpu

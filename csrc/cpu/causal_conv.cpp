@@ -25,16 +25,6 @@ MBLM_INLINE Tile tile_of(const CausalConvInput<T>& in, int64_t tile) {
   return {first, std::min(kConvTile, in.channels - first)};
 }
 
-template <class T, class C>
-MBLM_INLINE void read(const T* __restrict from, int64_t count, C* __restrict to) {
-  for (int64_t c = 0; c < count; ++c) to[c] = C(from[c]);
-}
-
-template <class T, class C>
-MBLM_INLINE void write(const C* __restrict from, int64_t count, T* __restrict to) {
-  for (int64_t c = 0; c < count; ++c) to[c] = T(from[c]);
-}
-
 // Entries [begin, end) of concat(window, x) of one row.
 template <class T, class C>
 MBLM_INLINE void read_extended(const CausalConvInput<T>& in, int64_t row, Tile tile, int64_t begin,
@@ -42,10 +32,10 @@ MBLM_INLINE void read_extended(const CausalConvInput<T>& in, int64_t row, Tile t
   const int64_t before = in.taps - 1;
   for (int64_t e = begin; e < end; ++e, to += kConvTile) {
     if (e >= before) {
-      read(in.x + row * in.x_row_stride + (e - before) * in.x_position_stride + tile.first,
-           tile.count, to);
+      convert(in.x + row * in.x_row_stride + (e - before) * in.x_position_stride + tile.first,
+              tile.count, to);
     } else if (in.window) {
-      read(in.window + (row * before + e) * in.channels + tile.first, tile.count, to);
+      convert(in.window + (row * before + e) * in.channels + tile.first, tile.count, to);
     } else {
       std::fill_n(to, tile.count, C(0));
     }
@@ -65,12 +55,12 @@ MBLM_INLINE Lanes<C> convolve(const C* extended, const C* weight_bias, int64_t t
 template <class T, class C>
 MBLM_INLINE void read_weight(const CausalConvInput<T>& in, Tile tile, C* to) {
   for (int64_t k = 0; k <= in.taps; ++k) {
-    read(in.weight_bias + k * in.channels + tile.first, tile.count, to + k * kConvTile);
+    convert(in.weight_bias + k * in.channels + tile.first, tile.count, to + k * kConvTile);
   }
 }
 
 template <class T>
-MBLM_INLINE void forward(const CausalConvInput<T>& in, T* y, int64_t begin, int64_t end) {
+MBLM_CLONES void causal_conv(const CausalConvInput<T>& in, T* y, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t tiles = in.tiles(), blocks = in.blocks();
   Buffer<C> weight((in.taps + 1) * kConvTile);
@@ -87,7 +77,7 @@ MBLM_INLINE void forward(const CausalConvInput<T>& in, T* y, int64_t begin, int6
             convolve(extended.data() + (t - start) * kConvTile, weight.data(), in.taps, c);
         store(out.data() + c, v / (C(1) + exp(-v)));
       }
-      write(out.data(), tile.count, y + (row * in.length + t) * in.channels + tile.first);
+      convert(out.data(), tile.count, y + (row * in.length + t) * in.channels + tile.first);
     }
   }
 }
@@ -122,8 +112,9 @@ MBLM_INLINE void add_weight_bias(const C* extended, const C* grad, int64_t taps,
 }
 
 template <class T>
-MBLM_INLINE void backward(const CausalConvInput<T>& in, const CausalConvGradients<T>& grad,
-                          int64_t tile_index, int64_t begin, int64_t end) {
+MBLM_CLONES void causal_conv_backward(const CausalConvInput<T>& in,
+                                      const CausalConvGradients<T>& grad, int64_t tile_index,
+                                      int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const Tile tile = tile_of(in, tile_index);
   const int64_t taps = in.taps, before = taps - 1, blocks = in.blocks();
@@ -141,8 +132,8 @@ MBLM_INLINE void backward(const CausalConvInput<T>& in, const CausalConvGradient
     read_extended(in, row, tile, start, seen + before, extended.data());
     std::fill(grad_conv.begin(), grad_conv.end(), C(0));
     for (int64_t t = start; t < seen; ++t) {
-      read(grad.y + (row * in.length + t) * in.channels + tile.first, tile.count,
-           g + (t - start) * kConvTile);
+      convert(grad.y + (row * in.length + t) * in.channels + tile.first, tile.count,
+              g + (t - start) * kConvTile);
     }
     through_silu(extended.data(), weight.data(), taps, seen - start, g);
     add_weight_bias(extended.data(), g, taps, stop - start, sums.data());
@@ -151,8 +142,8 @@ MBLM_INLINE void backward(const CausalConvInput<T>& in, const CausalConvGradient
     for (int64_t e = start > 0 ? start + before : 0; e < stop + before; ++e) {
       const bool is_kept = grad.next_window && e >= in.length;
       if (is_kept) {
-        read(grad.next_window + (row * before + e - in.length) * in.channels + tile.first,
-             tile.count, given.data());
+        convert(grad.next_window + (row * before + e - in.length) * in.channels + tile.first,
+                tile.count, given.data());
       }
       for (int64_t c = 0; c < kConvTile; c += kLaneCount<C>) {
         Lanes<C> sum = is_kept ? load(given.data() + c) : Lanes<C>{};
@@ -164,7 +155,7 @@ MBLM_INLINE void backward(const CausalConvInput<T>& in, const CausalConvGradient
       }
       T* to = e < before ? grad.window + (row * before + e) * in.channels
                          : grad.x + (row * in.length + e - before) * in.channels;
-      write(out.data(), tile.count, to + tile.first);
+      convert(out.data(), tile.count, to + tile.first);
     }
   }
   for (int64_t k = 0; k <= taps; ++k) {
@@ -173,21 +164,7 @@ MBLM_INLINE void backward(const CausalConvInput<T>& in, const CausalConvGradient
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                  \
-  template <>                                                                                \
-  MBLM_CLONES void causal_conv<T>(const CausalConvInput<T>& in, T* y, int64_t begin,         \
-                                  int64_t end) {                                             \
-    forward(in, y, begin, end);                                                              \
-  }                                                                                          \
-  template <>                                                                                \
-  MBLM_CLONES void causal_conv_backward<T>(const CausalConvInput<T>& in,                     \
-                                           const CausalConvGradients<T>& grad, int64_t tile, \
-                                           int64_t begin, int64_t end) {                     \
-    backward(in, grad, tile, begin, end);                                                    \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(causal_conv)
+MBLM_INSTANTIATE(causal_conv_backward)
 
 }  // namespace mblm::cpu

@@ -17,15 +17,15 @@ MBLM_INLINE Moments moments_of(const T* __restrict vector, int64_t n) {
 }
 
 template <class T>
-MBLM_INLINE void row_moments(const EmbedPatchesInput<T>& in, Moments* moments, int64_t begin,
-                             int64_t end) {
+MBLM_CLONES void embed_patches_row_moments(const EmbedPatchesInput<T>& in, Moments* moments,
+                                           int64_t begin, int64_t end) {
   for (int64_t v = begin; v < end; ++v) moments[v] = moments_of(in.table + v * in.width, in.width);
 }
 
 template <class T>
-MBLM_INLINE void patch_moments(const EmbedPatchesInput<T>& in, const Moments* row_moments,
-                               double eps, compute_t<T>* mean, compute_t<T>* inverse_std,
-                               int64_t begin, int64_t end) {
+MBLM_CLONES void embed_patches_moments(const EmbedPatchesInput<T>& in, const Moments* row_moments,
+                                       double eps, compute_t<T>* mean, compute_t<T>* inverse_std,
+                                       int64_t begin, int64_t end) {
   using C = compute_t<T>;
   for (int64_t i = begin; i < end; ++i) {
     // Vectors are taken in one by one; the deviation of their means adds to the squares.
@@ -45,9 +45,9 @@ MBLM_INLINE void patch_moments(const EmbedPatchesInput<T>& in, const Moments* ro
 }
 
 template <class T>
-MBLM_INLINE void normalize(const EmbedPatchesInput<T>& in, const compute_t<T>* mean,
-                           const compute_t<T>* inverse_std, const T* bias, T* out, int64_t begin,
-                           int64_t end) {
+MBLM_CLONES void embed_patches(const EmbedPatchesInput<T>& in, const compute_t<T>* mean,
+                               const compute_t<T>* inverse_std, const T* bias, T* out,
+                               int64_t begin, int64_t end) {
   using C = compute_t<T>;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t patch = i / in.patch_size, r = i % in.patch_size;
@@ -79,8 +79,8 @@ MBLM_INLINE const T* grad_at(const EmbedPatchesGrad<T>& in, Place place) {
 }
 
 template <class T>
-MBLM_INLINE void patch_terms(const EmbedPatchesGrad<T>& in, PatchTerms* terms, int64_t begin,
-                             int64_t end) {
+MBLM_CLONES void embed_patches_terms(const EmbedPatchesGrad<T>& in, PatchTerms* terms,
+                                     int64_t begin, int64_t end) {
   using C = compute_t<T>;
   for (int64_t i = begin; i < end; ++i) {
     const C center = in.mean[i];
@@ -125,8 +125,8 @@ MBLM_INLINE void affine_tile(const EmbedPatchesGrad<T>& in, int64_t all_patches,
 }
 
 template <class T>
-MBLM_INLINE void affine_tiles(const EmbedPatchesGrad<T>& in, int64_t all_patches, T* grad_weight,
-                              T* grad_bias, int64_t begin, int64_t end) {
+MBLM_CLONES void embed_patches_affine(const EmbedPatchesGrad<T>& in, int64_t all_patches,
+                                      T* grad_weight, T* grad_bias, int64_t begin, int64_t end) {
   while (begin < end) {
     const int64_t r = begin / in.width, column = begin % in.width;
     const int64_t n = std::min({kTileColumns, in.width - column, end - begin});
@@ -171,53 +171,21 @@ MBLM_INLINE void table_tile(const EmbedPatchesGrad<T>& in, const PatchTerms* ter
 }
 
 template <class T>
-MBLM_INLINE void table_tiles(const EmbedPatchesGrad<T>& in, const PatchTerms* terms,
-                             const int64_t* offsets, const int64_t* order, int64_t num_embeddings,
-                             T* grad_table, int64_t begin, int64_t end) {
+MBLM_CLONES void embed_patches_table(const EmbedPatchesGrad<T>& in, const PatchTerms* terms,
+                                     const int64_t* offsets, const int64_t* order,
+                                     int64_t num_embeddings, T* grad_table, int64_t begin,
+                                     int64_t end) {
   for (int64_t c = begin; c < end; c += kTileColumns) {
     table_tile(in, terms, offsets, order, num_embeddings, grad_table, c,
                std::min(kTileColumns, end - c));
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                       \
-  template <>                                                                                     \
-  MBLM_CLONES void embed_patches_row_moments<T>(const EmbedPatchesInput<T>& in, Moments* moments, \
-                                                int64_t begin, int64_t end) {                     \
-    row_moments(in, moments, begin, end);                                                         \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void embed_patches_moments<T>(                                                      \
-      const EmbedPatchesInput<T>& in, const Moments* row_moments, double eps, compute_t<T>* mean, \
-      compute_t<T>* inverse_std, int64_t begin, int64_t end) {                                    \
-    patch_moments(in, row_moments, eps, mean, inverse_std, begin, end);                           \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void embed_patches<T>(const EmbedPatchesInput<T>& in, const compute_t<T>* mean,     \
-                                    const compute_t<T>* inverse_std, const T* bias, T* out,       \
-                                    int64_t begin, int64_t end) {                                 \
-    normalize(in, mean, inverse_std, bias, out, begin, end);                                      \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void embed_patches_terms<T>(const EmbedPatchesGrad<T>& in, PatchTerms* terms,       \
-                                          int64_t begin, int64_t end) {                           \
-    patch_terms(in, terms, begin, end);                                                           \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void embed_patches_affine<T>(const EmbedPatchesGrad<T>& in, int64_t all_patches,    \
-                                           T* grad_weight, T* grad_bias, int64_t begin,           \
-                                           int64_t end) {                                         \
-    affine_tiles(in, all_patches, grad_weight, grad_bias, begin, end);                            \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void embed_patches_table<T>(                                                        \
-      const EmbedPatchesGrad<T>& in, const PatchTerms* terms, const int64_t* offsets,             \
-      const int64_t* order, int64_t num_embeddings, T* grad_table, int64_t begin, int64_t end) {  \
-    table_tiles(in, terms, offsets, order, num_embeddings, grad_table, begin, end);               \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(embed_patches_row_moments)
+MBLM_INSTANTIATE(embed_patches_moments)
+MBLM_INSTANTIATE(embed_patches)
+MBLM_INSTANTIATE(embed_patches_terms)
+MBLM_INSTANTIATE(embed_patches_affine)
+MBLM_INSTANTIATE(embed_patches_table)
 
 }  // namespace mblm::cpu

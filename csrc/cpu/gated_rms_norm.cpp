@@ -20,7 +20,7 @@ struct PositionBuffers {
 
   template <class T>
   explicit PositionBuffers(const GatedRmsNormInput<T>& in)
-      : width((in.width + kLaneCount<C> - 1) / kLaneCount<C> * kLaneCount<C>),
+      : width(padded(in.width)),
         x(width),
         silu(width, C(1)),
         slope(width),
@@ -30,23 +30,13 @@ struct PositionBuffers {
   }
 };
 
-template <class T, class C>
-MBLM_INLINE void read(const T* __restrict from, int64_t count, C* __restrict to) {
-  for (int64_t c = 0; c < count; ++c) to[c] = C(from[c]);
-}
-
-template <class T, class C>
-MBLM_INLINE void write(const C* __restrict from, int64_t count, T* __restrict to) {
-  for (int64_t c = 0; c < count; ++c) to[c] = T(from[c]);
-}
-
 // The buffers' x and silu(gate) at one position; without a gate silu stays 1.
 template <class T, class C>
 MBLM_INLINE void read_gated(const GatedRmsNormInput<T>& in, int64_t position,
                             PositionBuffers<C>& own) {
-  read(in.x + position * in.x_stride, in.width, own.x.data());
+  convert(in.x + position * in.x_stride, in.width, own.x.data());
   if (!in.gate) return;
-  read(in.gate + position * in.gate_stride, in.width, own.silu.data());
+  convert(in.gate + position * in.gate_stride, in.width, own.silu.data());
   for (int64_t c = 0; c < own.width; c += kLaneCount<C>) {
     const Lanes<C> gate = load(own.silu.data() + c);
     const Lanes<C> open = C(1) / (C(1) + exp(-gate));
@@ -56,8 +46,8 @@ MBLM_INLINE void read_gated(const GatedRmsNormInput<T>& in, int64_t position,
 }
 
 template <class T>
-MBLM_INLINE void forward(const GatedRmsNormInput<T>& in, T* out, compute_t<T>* inverse_norm,
-                         int64_t begin, int64_t end) {
+MBLM_CLONES void gated_rms_norm(const GatedRmsNormInput<T>& in, T* out, compute_t<T>* inverse_norm,
+                                int64_t begin, int64_t end) {
   using C = compute_t<T>;
   PositionBuffers<C> own(in);
   C* const gated = own.x.data();
@@ -66,22 +56,20 @@ MBLM_INLINE void forward(const GatedRmsNormInput<T>& in, T* out, compute_t<T>* i
     for (int64_t c = 0; c < own.width; c += kLaneCount<C>) {
       store(gated + c, load(gated + c) * load(own.silu.data() + c));
     }
-    const double squares = sum_in_lanes(own.width, [gated](int64_t c) MBLM_INLINE_LAMBDA {
-      return double(gated[c]) * double(gated[c]);
-    });
+    const double squares = sum_of_squares(gated, own.width);
     const C inverse = C(1 / std::sqrt(squares / double(in.width) + in.eps));
     inverse_norm[i] = inverse;
     for (int64_t c = 0; c < own.width; c += kLaneCount<C>) {
       store(gated + c, load(gated + c) * inverse * load(own.weight.data() + c));
     }
-    write(gated, in.width, out + i * in.width);
+    convert(gated, in.width, out + i * in.width);
   }
 }
 
 template <class T>
-MBLM_INLINE void backward(const GatedRmsNormInput<T>& in, const T* grad,
-                          const compute_t<T>* inverse_norm, T* grad_x, T* grad_gate,
-                          compute_t<T>* grad_weight, int64_t begin, int64_t end) {
+MBLM_CLONES void gated_rms_norm_backward(const GatedRmsNormInput<T>& in, const T* grad,
+                                         const compute_t<T>* inverse_norm, T* grad_x, T* grad_gate,
+                                         compute_t<T>* grad_weight, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   PositionBuffers<C> own(in);
   const C *x = own.x.data(), *silu = own.silu.data(), *slope = own.slope.data();
@@ -90,7 +78,7 @@ MBLM_INLINE void backward(const GatedRmsNormInput<T>& in, const T* grad,
   std::vector<C> sums(own.width), to_x(own.width), to_gate(own.width);
   for (int64_t i = begin; i < end; ++i) {
     read_gated(in, i, own);
-    read(grad + i * in.width, in.width, g);
+    convert(grad + i * in.width, in.width, g);
     const C inverse = inverse_norm[i];
     const double along = sum_in_lanes(own.width, [=](int64_t c) MBLM_INLINE_LAMBDA {
       return double(g[c] * weight[c]) * double(x[c] * silu[c]);
@@ -104,27 +92,13 @@ MBLM_INLINE void backward(const GatedRmsNormInput<T>& in, const T* grad,
       store(to_x.data() + c, of_gated * gate);
       store(to_gate.data() + c, of_gated * value * load(slope + c));
     }
-    write(to_x.data(), in.width, grad_x + i * in.width);
-    if (in.gate) write(to_gate.data(), in.width, grad_gate + i * in.width);
+    convert(to_x.data(), in.width, grad_x + i * in.width);
+    if (in.gate) convert(to_gate.data(), in.width, grad_gate + i * in.width);
   }
   std::copy_n(sums.data(), in.width, grad_weight);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                       \
-  template <>                                                                                     \
-  MBLM_CLONES void gated_rms_norm<T>(const GatedRmsNormInput<T>& in, T* out,                      \
-                                     compute_t<T>* inverse_norm, int64_t begin, int64_t end) {    \
-    forward(in, out, inverse_norm, begin, end);                                                   \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void gated_rms_norm_backward<T>(                                                    \
-      const GatedRmsNormInput<T>& in, const T* grad, const compute_t<T>* inverse_norm, T* grad_x, \
-      T* grad_gate, compute_t<T>* grad_weight, int64_t begin, int64_t end) {                      \
-    backward(in, grad, inverse_norm, grad_x, grad_gate, grad_weight, begin, end);                 \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(gated_rms_norm)
+MBLM_INSTANTIATE(gated_rms_norm_backward)
 
 }  // namespace mblm::cpu

@@ -30,6 +30,12 @@
 #define MBLM_HAS_WIDE_REGISTERS false
 #endif
 
+// Behind the definition of a template of a kernel: it is compiled for all types of elements.
+#define MBLM_INSTANTIATE(KERNEL)                    \
+  template decltype(KERNEL<float>) KERNEL<float>;   \
+  template decltype(KERNEL<double>) KERNEL<double>; \
+  template decltype(KERNEL<BFloat16>) KERNEL<BFloat16>;
+
 // In the body of a loop around a loop over columns: GCC would jam several of the outer loop's turns
 // into the inner loop, which it then no longer vectorizes.
 #define MBLM_NO_JAM asm volatile("")
@@ -62,6 +68,14 @@ MBLM_INLINE double sum_in_lanes(int64_t n, Term term) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   return lanes[0];
+}
+
+template <class T>
+MBLM_INLINE double sum_of_squares(const T* x, int64_t n) {
+  return sum_in_lanes(n, [x](int64_t i) MBLM_INLINE_LAMBDA {
+    const double value = x[i];
+    return value * value;
+  });
 }
 
 // Asks for n values that will be read soon, one request per cache line of 64 bytes.

@@ -37,6 +37,18 @@ MBLM_INLINE void store(C* values, const V& lanes) {
   std::memcpy(values, &lanes, sizeof(lanes));
 }
 
+// Values of another type. Kernels copy what they work on to buffers of whole lanes.
+template <class To, class From>
+MBLM_INLINE void convert(const From* __restrict from, int64_t count, To* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = To(from[i]);
+}
+
+// Whole lanes of any type that hold so many values.
+MBLM_INLINE int64_t padded(int64_t size) {
+  constexpr int64_t kMost = kLaneCount<float>;
+  return (size + kMost - 1) / kMost * kMost;
+}
+
 MBLM_INLINE float sum(const FloatLanes& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }

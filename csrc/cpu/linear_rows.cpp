@@ -6,8 +6,8 @@
 namespace mblm::cpu {
 
 template <class T>
-MBLM_INLINE void columns(const LinearRowsInput<T>& in, T* __restrict out, int64_t begin,
-                         int64_t end) {
+MBLM_CLONES void linear_rows(const LinearRowsInput<T>& in, T* __restrict out, int64_t begin,
+                             int64_t end) {
   using C = compute_t<T>;
   for (int64_t column = begin; column < end; ++column) {
     const T* weight = in.weight + column * in.inputs;
@@ -18,15 +18,6 @@ MBLM_INLINE void columns(const LinearRowsInput<T>& in, T* __restrict out, int64_
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                            \
-  template <>                                                                          \
-  MBLM_CLONES void linear_rows<T>(const LinearRowsInput<T>& in, T* out, int64_t begin, \
-                                  int64_t end) {                                       \
-    columns(in, out, begin, end);                                                      \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(linear_rows)
 
 }  // namespace mblm::cpu

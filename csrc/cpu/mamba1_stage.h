@@ -4,10 +4,8 @@
 #include <array>
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "cpu/mamba_row.h"
-#include "cpu/matrix.h"
 
 namespace mblm::cpu {
 
@@ -23,18 +21,11 @@ struct Mamba1Layer {
   std::array<const Matrix*, 4> matrices() const { return {&in, &x, &dt, &out}; }
 };
 
-class Mamba1Stage {
+class Mamba1Stage : public MambaStage<Mamba1Layer> {
  public:
-  using Row = MambaRow;
-
-  int64_t dim = 0, inner = 0, states = 0, rank = 0, taps = 0;
-  std::vector<Mamba1Layer> layers;
+  int64_t rank = 0;
 
   // As TransformerStage's.
-  int64_t weights() const { return weights_of<Mamba1Layer>(layers); }
-  int64_t prepared_floats(int64_t positions) const {
-    return cpu::prepared_floats<Mamba1Layer>(layers, positions);
-  }
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
   void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
                float* trail = nullptr) const;

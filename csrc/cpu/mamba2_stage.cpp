@@ -4,19 +4,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/call_rows.h"
+#include "cpu/mamba_call.h"
 #include "cpu/mamba_step.h"
-#include "cpu/rms_norm.h"
 
 namespace mblm::cpu {
 namespace {
-
-// Channels that a thread takes at a time in the loop over the convolution's.
-constexpr int64_t kChannels = 64;
-
-MBLM_CLONES void normalize(const float* x, const float* weight, int64_t n, float eps, float* out) {
-  rms_norm(x, weight, n, eps, out);
-}
 
 // One head of one row, gated: x, gate and out (width), b and c (states), state (width, states).
 MBLM_CLONES void scan_head(const Mamba2Layer& layer, int64_t head, int64_t width, int64_t states,
@@ -32,14 +24,6 @@ MBLM_CLONES void scan_head(const Mamba2Layer& layer, int64_t head, int64_t width
   }
 }
 
-int64_t channels_of(const Mamba2Stage& stage) {
-  return stage.inner + 2 * stage.states;
-}
-
-int64_t projected_width(const Mamba2Stage& stage) {
-  return stage.inner + channels_of(stage) + stage.heads;
-}
-
 // What a layer computes of all positions, cut from one block.
 struct Values {
   float* both;       // (positions, projected): gate, x B C, dt
@@ -48,119 +32,79 @@ struct Values {
 
   Values(const Mamba2Stage& stage, int64_t positions, float* block)
       : both(block),
-        convolved(both + positions * projected_width(stage)),
-        scanned(convolved + positions * channels_of(stage)) {}
+        convolved(both + positions * projected(stage)),
+        scanned(convolved + positions * channels(stage)) {}
 
+  static int64_t projected(const Mamba2Stage& stage) {
+    return stage.inner + channels(stage) + stage.heads;
+  }
   static int64_t floats(const Mamba2Stage& stage, int64_t positions) {
-    return positions * (projected_width(stage) + channels_of(stage) + stage.inner);
+    return positions * (projected(stage) + channels(stage) + stage.inner);
   }
 
-  // A head's position, of one row.
-  void scan(const Mamba2Stage& stage, int64_t index, int64_t head, int64_t at, float* ssm) const {
-    const int64_t inner = stage.inner, channels = channels_of(stage), width = inner / stage.heads;
-    const float* projection = both + at * projected_width(stage);
-    const float* mixed = convolved + at * channels;
-    scan_head(stage.layers[index], head, width, stage.states, projection[inner + channels + head],
-              mixed + head * width, projection + head * width, mixed + inner,
-              mixed + inner + stage.states, ssm + head * width * stage.states,
-              scanned + at * inner + head * width);
+  // See MambaCall.
+  static int64_t channels(const Mamba2Stage& stage) { return stage.inner + 2 * stage.states; }
+  static int64_t parts(const Mamba2Stage& stage) { return stage.heads; }
+  void convolve(const Mamba2Stage& stage, int64_t index, int64_t at, float* window, int64_t begin,
+                int64_t end) const {
+    const Mamba2Layer& layer = stage.layers[index];
+    convolve_position(both + at * projected(stage) + stage.inner, layer.conv, layer.conv_bias,
+                      window, channels(stage), stage.taps, convolved + at * channels(stage), begin,
+                      end);
+  }
+  void scan(const Mamba2Stage& stage, int64_t index, int64_t at, float* ssm, int64_t head) const {
+    const int64_t inner = stage.inner, width = inner / stage.heads;
+    const float* projection = both + at * projected(stage);
+    const float* mixed = convolved + at * channels(stage);
+    scan_head(stage.layers[index], head, width, stage.states,
+              projection[inner + channels(stage) + head], mixed + head * width,
+              projection + head * width, mixed + inner, mixed + inner + stage.states,
+              ssm + head * width * stage.states, scanned + at * inner + head * width);
   }
 };
 
-MambaCopy copy_of(const Mamba2Stage& stage) {
-  return {int64_t(stage.layers.size()), stage.inner * stage.states,
-          (stage.taps - 1) * channels_of(stage)};
-}
-
-// Floats of a thread's own values of all positions, and a cache line more: threads write apart.
-int64_t per_thread(int64_t positions, int64_t dim, int64_t inner) {
-  return positions * std::max(dim, inner) / 16 * 16 + 32;
-}
+using Call = MambaCall<Values, Mamba2Stage>;
 
 }  // namespace
 
 int64_t Mamba2Stage::scratch_size(int64_t positions, int64_t, int64_t threads) const {
-  return Values::floats(*this, positions) + threads * per_thread(positions, dim, inner);
+  return Values::floats(*this, positions) +
+         threads * floats_of_thread(positions, std::max(dim, inner));
 }
 
-// The trail: the values of each layer, and every row's state before the call.
 int64_t Mamba2Stage::trail_size(int64_t rows, int64_t positions) const {
-  return int64_t(layers.size()) * Values::floats(*this, positions) + rows * copy_of(*this).floats();
+  return Call::trail_size(*this, rows, positions);
 }
 
-void Mamba2Stage::roll_back(std::span<const Row> given, int64_t row, float* trail,
+void Mamba2Stage::roll_back(std::span<const Row> rows, int64_t row, float* trail,
                             int64_t kept) const {
-  const CallRows<Row> rows(given);
-  const Row& of = rows[row];
-  if (kept == of.count) return;
-  const int64_t first = rows.first(row), of_layer = Values::floats(*this, rows.positions());
-  const int64_t of_layers = int64_t(layers.size()) * of_layer, channels = channels_of(*this);
-  copy_of(*this).restore(of, trail + of_layers + row * copy_of(*this).floats());
-  for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
-    const Mamba2Layer& layer = layers[index];
-    const Values values(*this, rows.positions(), trail + index * of_layer);
-    for (int64_t at = first; at < first + kept; ++at) {
-      convolve_position(values.both + at * projected_width(*this) + inner, layer.conv,
-                        layer.conv_bias, of.window + index * of.window_stride, channels, taps,
-                        values.convolved + at * channels, 0, channels);
-      for (int64_t head = 0; head < heads; ++head) {
-        values.scan(*this, index, head, at, of.ssm + index * of.ssm_stride);
-      }
-    }
-  }
+  Call(*this, rows).roll_back(row, trail, kept);
 }
 
-void Mamba2Stage::prefill(const Worker& worker, std::span<const Row> given, float* x, float* block,
+void Mamba2Stage::prefill(const Worker& worker, std::span<const Row> rows, float* x, float* block,
                           float* trail) const {
-  const CallRows<Row> rows(given);
-  const int64_t positions = rows.positions();
-  const int64_t channels = channels_of(*this), projected = projected_width(*this);
-  const int64_t of_layer = Values::floats(*this, positions);
+  const Call call(*this, rows);
+  const int64_t positions = call.positions();
   // Every thread's own, (positions, dim or inner).
-  float* normed = block + of_layer + worker.index * per_thread(positions, dim, inner);
-  if (trail) {
-    copy_of(*this).save_all(worker, given, trail + int64_t(layers.size()) * of_layer);
-  }
-
+  float* normed = block + Values::floats(*this, positions) +
+                  worker.index * floats_of_thread(positions, std::max(dim, inner));
+  if (trail) call.save(worker, trail);
   for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
     const Mamba2Layer& layer = layers[index];
-    const Values values(*this, positions, trail ? trail + index * of_layer : block);
+    const Values v = call.values(index, block, trail);
     ask_for(worker, x, positions * dim);
     for (int64_t at = 0; at < positions; ++at) {
-      cpu::normalize(x + at * dim, layer.norm, dim, eps, normed + at * dim);
+      rms_norm(x + at * dim, layer.norm, dim, eps, normed + at * dim);
     }
-    multiply(worker, layer.in, normed, positions, values.both);
+    multiply(worker, layer.in, normed, positions, v.both);
     wait_for(worker, &layer.out);
-
-    const int64_t parts = (channels + kChannels - 1) / kChannels;
-    worker.share(rows.size() * parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; ++item) {
-        const int64_t row = item / parts, begin = item % parts * kChannels;
-        float* window = rows[row].window + index * rows[row].window_stride;
-        const auto [from, to] = rows.range(row);
-        for (int64_t at = from; at < to; ++at) {
-          convolve_position(values.both + at * projected + inner, layer.conv, layer.conv_bias,
-                            window, channels, taps, values.convolved + at * channels, begin,
-                            std::min(begin + kChannels, channels));
-        }
-      }
-    });
+    call.convolve(worker, index, v);
     wait_for(worker, &layer.out);
-
-    worker.share(rows.size() * heads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; ++item) {
-        const int64_t row = item / heads, head = item % heads;
-        float* ssm = rows[row].ssm + index * rows[row].ssm_stride;
-        const auto [from, to] = rows.range(row);
-        for (int64_t at = from; at < to; ++at) values.scan(*this, index, head, at, ssm);
-      }
-    });
+    call.scan(worker, index, v);
     wait_for(worker, &layer.out);
-
-    ask_for(worker, values.scanned, positions * inner);
+    ask_for(worker, v.scanned, positions * inner);
     for (int64_t at = 0; at < positions; ++at) {
-      cpu::normalize(values.scanned + at * inner, layer.gated_norm, inner, eps,
-                     normed + at * inner);
+      rms_norm(v.scanned + at * inner, layer.gated_norm, inner, eps, normed + at * inner);
     }
     multiply(worker, layer.out, normed, positions, x, Then::kStore, x);
     wait_for(worker, index + 1 < int64_t(layers.size()) ? &layers[index + 1].in : nullptr);
@@ -169,7 +113,7 @@ void Mamba2Stage::prefill(const Worker& worker, std::span<const Row> given, floa
 
 void Mamba2Stage::normalize(const float* x, int64_t positions, float* out) const {
   for (int64_t at = 0; at < positions; ++at) {
-    cpu::normalize(x + at * dim, norm, dim, eps, out + at * dim);
+    rms_norm(x + at * dim, norm, dim, eps, out + at * dim);
   }
 }
 

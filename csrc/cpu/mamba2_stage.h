@@ -3,10 +3,9 @@
 
 #include <array>
 #include <cstdint>
-#include <vector>
+#include <span>
 
 #include "cpu/mamba_row.h"
-#include "cpu/matrix.h"
 
 namespace mblm::cpu {
 
@@ -23,20 +22,13 @@ struct Mamba2Layer {
   std::array<const Matrix*, 2> matrices() const { return {&in, &out}; }
 };
 
-class Mamba2Stage {
+class Mamba2Stage : public MambaStage<Mamba2Layer> {
  public:
-  using Row = MambaRow;
-
-  int64_t dim = 0, inner = 0, states = 0, heads = 0, taps = 0;
+  int64_t heads = 0;
   float eps = 0;
-  std::vector<Mamba2Layer> layers;
   const float* norm = nullptr;  // (dim)
 
   // As TransformerStage's.
-  int64_t weights() const { return weights_of<Mamba2Layer>(layers); }
-  int64_t prepared_floats(int64_t positions) const {
-    return cpu::prepared_floats<Mamba2Layer>(layers, positions);
-  }
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const;
   void prefill(const Worker& worker, std::span<const Row> rows, float* x, float* scratch,
                float* trail = nullptr) const;

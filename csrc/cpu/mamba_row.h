@@ -1,11 +1,10 @@
-// A row of a Mamba stage's call, and copies of its state.
+// A row of a Mamba stage's call, and what both kinds of stage have in common.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <span>
+#include <vector>
 
-#include "cpu/team.h"
+#include "cpu/matrix.h"
 
 namespace mblm::cpu {
 
@@ -17,33 +16,18 @@ struct MambaRow {
   int64_t ssm_stride = 0, window_stride = 0;  // from there to the next layer's
 };
 
-// A row's state in one piece of memory, layer after layer.
-struct MambaCopy {
-  int64_t layers, ssm, window;  // floats of a layer's
+template <class Layer>
+class MambaStage {
+ public:
+  using Row = MambaRow;
 
-  // Of one row.
-  int64_t floats() const { return layers * (ssm + window); }
+  int64_t dim = 0, inner = 0, states = 0, taps = 0;
+  std::vector<Layer> layers;
 
-  void save(const MambaRow& row, float* to) const {
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      to = std::copy_n(row.ssm + layer * row.ssm_stride, ssm, to);
-      to = std::copy_n(row.window + layer * row.window_stride, window, to);
-    }
-  }
-
-  // Of all rows, one after the other, shared by the team, which waits.
-  void save_all(const Worker& worker, std::span<const MambaRow> rows, float* to) const {
-    worker.share(int64_t(rows.size()), 1, [&](int64_t begin, int64_t end) {
-      for (; begin < end; ++begin) save(rows[begin], to + begin * floats());
-    });
-    worker.wait();
-  }
-
-  void restore(const MambaRow& row, const float* from) const {
-    for (int64_t layer = 0; layer < layers; ++layer, from += ssm + window) {
-      std::copy_n(from, ssm, row.ssm + layer * row.ssm_stride);
-      std::copy_n(from + ssm, window, row.window + layer * row.window_stride);
-    }
+  // As TransformerStage's.
+  int64_t weights() const { return weights_of<Layer>(layers); }
+  int64_t prepared_floats(int64_t positions) const {
+    return cpu::prepared_floats<Layer>(layers, positions);
   }
 };
 

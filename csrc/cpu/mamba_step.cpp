@@ -1,4 +1,4 @@
-// One position of the Mamba blocks' convolution: see mamba_step.h.
+// What one position of both Mamba blocks has in common: see mamba_step.h.
 #include "cpu/mamba_step.h"
 
 namespace mblm::cpu {
@@ -18,6 +18,11 @@ MBLM_CLONES void convolve_position(const float* x, const float* weight, const fl
     out[channel] = sum;
   }
   for (int64_t channel = begin; channel < end; ++channel) out[channel] = silu(out[channel]);
+}
+
+MBLM_CLONES void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  const float factor = float(1 / std::sqrt(sum_of_squares(x, n) / double(n) + eps));
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
 }
 
 }  // namespace mblm::cpu

@@ -1,4 +1,4 @@
-// What one position of both Mamba blocks has in common: the convolution and the state's update.
+// What one position of both Mamba blocks has in common.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,14 @@ namespace mblm::cpu {
 // weight (channels, taps), bias (channels), x and out (channels).
 void convolve_position(const float* x, const float* weight, const float* bias, float* window,
                        int64_t channels, int64_t taps, float* out, int64_t begin, int64_t end);
+
+// x / sqrt(mean(x^2) + eps) * weight, as torch.nn.RMSNorm has it; out may be x.
+void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out);
+
+// Floats of a thread's own values of all positions, and a cache line more: threads write apart.
+inline int64_t floats_of_thread(int64_t positions, int64_t width) {
+  return positions * width / 16 * 16 + 32;
+}
 
 // state = decay * state + input * b, all (n); returns the sum of state * c.
 template <class Decay>

@@ -15,17 +15,13 @@ namespace mblm::cpu {
 template <class C, class T>
 MBLM_INLINE void read_tile(const T* from, int64_t stride, int64_t positions, int64_t channels,
                            C* to) {
-  for (int64_t t = 0; t < positions; ++t) {
-    for (int64_t c = 0; c < channels; ++c) to[t * kScanTile + c] = C(from[t * stride + c]);
-  }
+  for (int64_t t = 0; t < positions; ++t) convert(from + t * stride, channels, to + t * kScanTile);
 }
 
 template <class C, class T>
 MBLM_INLINE void write_tile(const C* from, int64_t stride, int64_t positions, int64_t channels,
                             T* to) {
-  for (int64_t t = 0; t < positions; ++t) {
-    for (int64_t c = 0; c < channels; ++c) to[t * stride + c] = T(from[t * kScanTile + c]);
-  }
+  for (int64_t t = 0; t < positions; ++t) convert(from + t * kScanTile, channels, to + t * stride);
 }
 
 // One channel over the positions of a chunk, from state and to state; y is (positions, kScanTile).
@@ -49,8 +45,8 @@ MBLM_INLINE void scan_channel(int64_t positions, int64_t states, const C* delta,
 }
 
 template <class T>
-MBLM_INLINE void forward(const SelectiveScanInput<T>& in, T* y, compute_t<T>* state,
-                         compute_t<T>* chunk_states, int64_t begin, int64_t end) {
+MBLM_CLONES void selective_scan(const SelectiveScanInput<T>& in, T* y, compute_t<T>* state,
+                                compute_t<T>* chunk_states, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t tiles = (in.channels + kScanTile - 1) / kScanTile;
   const int64_t chunks = (in.length + in.chunk_size - 1) / in.chunk_size;
@@ -148,9 +144,11 @@ MBLM_INLINE void channel_backward(int64_t positions, int64_t states, const C* de
 }
 
 template <class T>
-MBLM_INLINE void backward(const SelectiveScanInput<T>& in, const compute_t<T>* chunk_states,
-                          int64_t chunk, const SelectiveScanGradients<T>& grad, int64_t row_begin,
-                          int64_t row_end, int64_t channel_begin, int64_t channel_end) {
+MBLM_CLONES void selective_scan_backward(const SelectiveScanInput<T>& in,
+                                         const compute_t<T>* chunk_states, int64_t chunk,
+                                         const SelectiveScanGradients<T>& grad, int64_t row_begin,
+                                         int64_t row_end, int64_t channel_begin,
+                                         int64_t channel_end) {
   using C = compute_t<T>;
   const int64_t start = chunk * in.chunk_size, padded = in.padded_states;
   const int64_t positions = std::min(in.chunk_size, in.length - start);
@@ -192,22 +190,7 @@ MBLM_INLINE void backward(const SelectiveScanInput<T>& in, const compute_t<T>* c
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                      \
-  template <>                                                                                    \
-  MBLM_CLONES void selective_scan<T>(const SelectiveScanInput<T>& in, T* y, compute_t<T>* state, \
-                                     compute_t<T>* chunk_states, int64_t begin, int64_t end) {   \
-    forward(in, y, state, chunk_states, begin, end);                                             \
-  }                                                                                              \
-  template <>                                                                                    \
-  MBLM_CLONES void selective_scan_backward<T>(                                                   \
-      const SelectiveScanInput<T>& in, const compute_t<T>* chunk_states, int64_t chunk,          \
-      const SelectiveScanGradients<T>& grad, int64_t row_begin, int64_t row_end,                 \
-      int64_t channel_begin, int64_t channel_end) {                                              \
-    backward(in, chunk_states, chunk, grad, row_begin, row_end, channel_begin, channel_end);     \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(selective_scan)
+MBLM_INSTANTIATE(selective_scan_backward)
 
 }  // namespace mblm::cpu

@@ -25,14 +25,6 @@ MBLM_INLINE Halves<T> halves_of(const ShiftRmsNormInput<T>& in, int64_t row, int
   return {x, in.previous ? in.previous + row * in.previous_row_stride : nullptr};
 }
 
-template <class T>
-MBLM_INLINE double sum_of_squares(const T* __restrict s, int64_t n) {
-  return sum_in_lanes(n, [s](int64_t i) MBLM_INLINE_LAMBDA {
-    const double value = s[i];
-    return value * value;
-  });
-}
-
 template <class T, class C>
 MBLM_INLINE void scale(const T* __restrict s, const C* __restrict weight, C inverse,
                        T* __restrict out, int64_t n) {
@@ -40,8 +32,8 @@ MBLM_INLINE void scale(const T* __restrict s, const C* __restrict weight, C inve
 }
 
 template <class T>
-MBLM_INLINE void forward(const ShiftRmsNormInput<T>& in, T* out, compute_t<T>* inverse_norm,
-                         int64_t begin, int64_t end) {
+MBLM_CLONES void shift_rms_norm(const ShiftRmsNormInput<T>& in, T* out, compute_t<T>* inverse_norm,
+                                int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t kept = kept_width(in), delayed = in.width - kept;
   const C eps = C(in.eps);
@@ -85,9 +77,10 @@ MBLM_INLINE void backward_half(const T* __restrict grad, const C* __restrict wei
 }
 
 template <class T>
-MBLM_INLINE void backward(const ShiftRmsNormInput<T>& in, const T* grad,
-                          const compute_t<T>* inverse_norm, T* grad_x, T* grad_previous,
-                          compute_t<T>* grad_weight, int64_t begin, int64_t end) {
+MBLM_CLONES void shift_rms_norm_backward(const ShiftRmsNormInput<T>& in, const T* grad,
+                                         const compute_t<T>* inverse_norm, T* grad_x,
+                                         T* grad_previous, compute_t<T>* grad_weight, int64_t begin,
+                                         int64_t end) {
   using C = compute_t<T>;
   const int64_t kept = kept_width(in), delayed = in.width - kept;
   const C bound = C(1) / C(in.eps);
@@ -115,21 +108,7 @@ MBLM_INLINE void backward(const ShiftRmsNormInput<T>& in, const T* grad,
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                       \
-  template <>                                                                                     \
-  MBLM_CLONES void shift_rms_norm<T>(const ShiftRmsNormInput<T>& in, T* out,                      \
-                                     compute_t<T>* inverse_norm, int64_t begin, int64_t end) {    \
-    forward(in, out, inverse_norm, begin, end);                                                   \
-  }                                                                                               \
-  template <>                                                                                     \
-  MBLM_CLONES void shift_rms_norm_backward<T>(                                                    \
-      const ShiftRmsNormInput<T>& in, const T* grad, const compute_t<T>* inverse_norm, T* grad_x, \
-      T* grad_previous, compute_t<T>* grad_weight, int64_t begin, int64_t end) {                  \
-    backward(in, grad, inverse_norm, grad_x, grad_previous, grad_weight, begin, end);             \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(shift_rms_norm)
+MBLM_INSTANTIATE(shift_rms_norm_backward)
 
 }  // namespace mblm::cpu

@@ -13,12 +13,6 @@
 
 namespace mblm::cpu {
 
-constexpr int64_t kPad = 8;
-
-MBLM_INLINE int64_t padded(int64_t size) {
-  return (size + kPad - 1) / kPad * kPad;
-}
-
 // One vector of width values, rotated if there are a cosine and a sine, times factor.
 template <class C, class T>
 MBLM_INLINE void read_rotated(const T* __restrict from, int64_t width, const float* cos,
@@ -129,10 +123,11 @@ struct Head {
   }
 };
 
-// to (S, padded d) = a (S, padded T) b (T, padded d), a zero where causality forbids.
+// to (S, padded d) = a (S, padded T) b (T, padded d), a zero where causality forbids. Compiled once
+// for all types that are computed in C, as is what follows.
 template <class C>
-MBLM_INLINE void inline_causal_sum(int64_t queries, int64_t offset, int64_t width, int64_t span,
-                                   const C* a, const C* b, C* to) {
+MBLM_CLONES void causal_sum(int64_t queries, int64_t offset, int64_t width, int64_t span,
+                            const C* a, const C* b, C* to) {
   std::fill(to, to + queries * width, C(0));
   for (int64_t i = 0; i < queries; i += kProductRows) {
     C* const sums = to + i * width;
@@ -144,8 +139,8 @@ MBLM_INLINE void inline_causal_sum(int64_t queries, int64_t offset, int64_t widt
 
 // to (T, padded d) = a (S, padded T) transposed times b (S, padded d).
 template <class C>
-MBLM_INLINE void inline_transposed_sum(int64_t queries, int64_t keys, int64_t offset, int64_t width,
-                                       int64_t span, const C* a, const C* b, C* to) {
+MBLM_CLONES void transposed_sum(int64_t queries, int64_t keys, int64_t offset, int64_t width,
+                                int64_t span, const C* a, const C* b, C* to) {
   std::fill(to, to + keys * width, C(0));
   for (int64_t j = 0; j < keys; j += kProductRows) {
     C* const sums = to + j * width;
@@ -156,22 +151,9 @@ MBLM_INLINE void inline_transposed_sum(int64_t queries, int64_t keys, int64_t of
   }
 }
 
-// The same, compiled once for all types that are computed in C.
-#define MBLM_SUMS(C)                                                                            \
-  MBLM_CLONES void causal_sum(int64_t queries, int64_t offset, int64_t width, int64_t span,     \
-                              const C* a, const C* b, C* to) {                                  \
-    inline_causal_sum(queries, offset, width, span, a, b, to);                                  \
-  }                                                                                             \
-  MBLM_CLONES void transposed_sum(int64_t queries, int64_t keys, int64_t offset, int64_t width, \
-                                  int64_t span, const C* a, const C* b, C* to) {                \
-    inline_transposed_sum(queries, keys, offset, width, span, a, b, to);                        \
-  }
-MBLM_SUMS(float)
-MBLM_SUMS(double)
-#undef MBLM_SUMS
-
 template <class T>
-MBLM_INLINE void forward(const ShortAttentionInput<T>& in, T* out, int64_t begin, int64_t end) {
+MBLM_CLONES void short_attention(const ShortAttentionInput<T>& in, T* out, int64_t begin,
+                                 int64_t end) {
   using C = compute_t<T>;
   Head<T> own(in);
   std::vector<C> sums(own.q.size());
@@ -182,14 +164,15 @@ MBLM_INLINE void forward(const ShortAttentionInput<T>& in, T* out, int64_t begin
                sums.data());
     for (int64_t i = 0; i < in.queries; ++i) {
       T* to = out + ((row * in.queries + i) * in.heads + head) * in.width;
-      for (int64_t c = 0; c < in.width; ++c) to[c] = T(sums[i * own.width + c]);
+      convert(sums.data() + i * own.width, in.width, to);
     }
   }
 }
 
 template <class T>
-MBLM_INLINE void backward(const ShortAttentionInput<T>& in, const HeadsView<T>& grad, T* grad_q,
-                          T* grad_k, T* grad_v, int64_t begin, int64_t end) {
+MBLM_CLONES void short_attention_backward(const ShortAttentionInput<T>& in,
+                                          const HeadsView<T>& grad, T* grad_q, T* grad_k, T* grad_v,
+                                          int64_t begin, int64_t end) {
   using C = compute_t<T>;
   Head<T> own(in);
   const int64_t queries = in.queries, keys = in.keys, width = own.width, span = own.span;
@@ -201,7 +184,7 @@ MBLM_INLINE void backward(const ShortAttentionInput<T>& in, const HeadsView<T>& 
     for (int64_t i = 0; i < queries; ++i) {
       const T* from =
           grad.data + row * grad.row_stride + i * grad.position_stride + head * grad.head_stride;
-      for (int64_t c = 0; c < in.width; ++c) grad_out[i * width + c] = C(from[c]);
+      convert(from, in.width, grad_out.data() + i * width);
     }
     const auto place = [&](T* to, int64_t positions, int64_t position) MBLM_INLINE_LAMBDA {
       return to + ((row * positions + position) * in.heads + head) * in.width;
@@ -239,21 +222,7 @@ MBLM_INLINE void backward(const ShortAttentionInput<T>& in, const HeadsView<T>& 
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                                    \
-  template <>                                                                                  \
-  MBLM_CLONES void short_attention<T>(const ShortAttentionInput<T>& in, T* out, int64_t begin, \
-                                      int64_t end) {                                           \
-    forward(in, out, begin, end);                                                              \
-  }                                                                                            \
-  template <>                                                                                  \
-  MBLM_CLONES void short_attention_backward<T>(const ShortAttentionInput<T>& in,               \
-                                               const HeadsView<T>& grad, T* grad_q, T* grad_k, \
-                                               T* grad_v, int64_t begin, int64_t end) {        \
-    backward(in, grad, grad_q, grad_k, grad_v, begin, end);                                    \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(short_attention)
+MBLM_INSTANTIATE(short_attention_backward)
 
 }  // namespace mblm::cpu

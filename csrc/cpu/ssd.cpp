@@ -12,12 +12,6 @@
 
 namespace mblm::cpu {
 
-constexpr int64_t kPad = kSsdLanes;
-
-MBLM_INLINE int64_t padded(int64_t size) {
-  return (size + kPad - 1) / kPad * kPad;
-}
-
 // to = from * factor, n a multiple of the lanes.
 template <class C>
 MBLM_INLINE void scale(const C* from, C factor, int64_t n, C* to) {
@@ -65,17 +59,17 @@ struct HeadBuffers {
       const T* from =
           in.x + row * in.x_row_stride + (in.start + t) * in.x_position_stride + head * in.head_dim;
       C* to = x.data() + t * width;
-      for (int64_t p = 0; p < in.head_dim; ++p) to[p] = C(from[p]);
+      convert(from, in.head_dim, to);
       scale(to, step[t], width, scaled.data() + t * width);
       scale(to, step[t] * until[t], width, arriving.data() + t * width);
     }
     for (int64_t i = 0; i < positions; ++i) {
       C* pair = pairs.data() + i * span;
       const double sum_i = sums[i];
-      for (int64_t j = 0; j <= i; j += kPad) {
+      for (int64_t j = 0; j <= i; j += kSsdLanes) {
         const double* const sums_j = sums.data() + j;
-        for (int64_t lane = 0; lane < kPad; ++lane) pair[j + lane] = C(sum_i - sums_j[lane]);
-        for (int64_t lane = 0; lane < kPad; lane += kLaneCount<C>) {
+        for (int64_t lane = 0; lane < kSsdLanes; ++lane) pair[j + lane] = C(sum_i - sums_j[lane]);
+        for (int64_t lane = 0; lane < kSsdLanes; lane += kLaneCount<C>) {
           store(pair + j + lane, exp(load(pair + j + lane)));
         }
       }
@@ -85,8 +79,8 @@ struct HeadBuffers {
 };
 
 template <class T>
-MBLM_INLINE void make_scores(const SsdInput<T>& in, compute_t<T>* scores, int64_t begin,
-                             int64_t end) {
+MBLM_CLONES void ssd_scores(const SsdInput<T>& in, compute_t<T>* scores, int64_t begin,
+                            int64_t end) {
   using C = compute_t<T>;
   const int64_t positions = in.positions, states = in.states, span = in.padded_positions();
   std::vector<C> turned(states * span);
@@ -99,8 +93,8 @@ MBLM_INLINE void make_scores(const SsdInput<T>& in, compute_t<T>* scores, int64_
 }
 
 template <class T>
-MBLM_INLINE void forward(const SsdInput<T>& in, T* y, SsdStates<const compute_t<T>> before,
-                         SsdStates<compute_t<T>> after, int64_t begin, int64_t end) {
+MBLM_CLONES void ssd(const SsdInput<T>& in, T* y, SsdStates<const compute_t<T>> before,
+                     SsdStates<compute_t<T>> after, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t positions = in.positions, states = in.states, head_dim = in.head_dim;
   HeadBuffers<C> own(in);
@@ -193,8 +187,8 @@ MBLM_INLINE C move_and_dot(const C* from, const C* other, int64_t n, bool add, C
 // As in the reference: with s_i the sum of dt A up to position i of the chunk, each decay is an
 // exponential of s_i, s_j or the last s; their gradients, summed from the end, are those of dt A.
 template <class T>
-MBLM_INLINE void backward(const SsdInput<T>& in, const SsdGradients<T>& grad, int64_t row,
-                          int64_t begin, int64_t end) {
+MBLM_CLONES void ssd_backward(const SsdInput<T>& in, const SsdGradients<T>& grad, int64_t row,
+                              int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t positions = in.positions, states = in.states, head_dim = in.head_dim;
   HeadBuffers<C> own(in);
@@ -214,7 +208,7 @@ MBLM_INLINE void backward(const SsdInput<T>& in, const SsdGradients<T>& grad, in
     for (int64_t t = 0; t < positions; ++t) {
       const T* from = grad.y + ((row * in.length + in.start + t) * in.heads + head) * head_dim;
       C* to = grad_y.data() + t * width;
-      for (int64_t p = 0; p < head_dim; ++p) to[p] = C(from[p]);
+      convert(from, head_dim, to);
       scale(to, own.since[t], width, leaving.data() + t * width);
     }
 
@@ -295,9 +289,9 @@ MBLM_INLINE void add_groups(int64_t groups, int64_t each, C* sums) {
 }
 
 template <class T>
-MBLM_INLINE void backward_weights(const SsdInput<T>& in, int64_t groups, compute_t<T>* scores,
-                                  compute_t<T>* weight_in, compute_t<T>* weight_out, T* grad_in,
-                                  T* grad_out, int64_t row) {
+MBLM_CLONES void ssd_backward_weights(const SsdInput<T>& in, int64_t groups, compute_t<T>* scores,
+                                      compute_t<T>* weight_in, compute_t<T>* weight_out, T* grad_in,
+                                      T* grad_out, int64_t row) {
   using C = compute_t<T>;
   const int64_t positions = in.positions, states = in.states, span = in.padded_positions();
   const int64_t first = (row * in.length + in.start) * states, count = positions * states;
@@ -308,35 +302,13 @@ MBLM_INLINE void backward_weights(const SsdInput<T>& in, int64_t groups, compute
               in.weight_out + first, states, weight_in, states);
   add_product(positions, states, positions, static_cast<const C*>(scores), span, int64_t(1),
               in.weight_in + first, states, weight_out, states);
-  for (int64_t i = 0; i < count; ++i) grad_in[first + i] = T(weight_in[i]);
-  for (int64_t i = 0; i < count; ++i) grad_out[first + i] = T(weight_out[i]);
+  convert(weight_in, count, grad_in + first);
+  convert(weight_out, count, grad_out + first);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                  \
-  template <>                                                                                \
-  MBLM_CLONES void ssd<T>(const SsdInput<T>& in, T* y, SsdStates<const compute_t<T>> before, \
-                          SsdStates<compute_t<T>> after, int64_t begin, int64_t end) {       \
-    forward(in, y, before, after, begin, end);                                               \
-  }                                                                                          \
-  template <>                                                                                \
-  MBLM_CLONES void ssd_backward<T>(const SsdInput<T>& in, const SsdGradients<T>& grad,       \
-                                   int64_t row, int64_t begin, int64_t end) {                \
-    backward(in, grad, row, begin, end);                                                     \
-  }                                                                                          \
-  template <>                                                                                \
-  MBLM_CLONES void ssd_scores<T>(const SsdInput<T>& in, compute_t<T>* scores, int64_t begin, \
-                                 int64_t end) {                                              \
-    make_scores(in, scores, begin, end);                                                     \
-  }                                                                                          \
-  template <>                                                                                \
-  MBLM_CLONES void ssd_backward_weights<T>(                                                  \
-      const SsdInput<T>& in, int64_t groups, compute_t<T>* scores, compute_t<T>* weight_in,  \
-      compute_t<T>* weight_out, T* grad_in, T* grad_out, int64_t row) {                      \
-    backward_weights(in, groups, scores, weight_in, weight_out, grad_in, grad_out, row);     \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(ssd_scores)
+MBLM_INSTANTIATE(ssd)
+MBLM_INSTANTIATE(ssd_backward)
+MBLM_INSTANTIATE(ssd_backward_weights)
 
 }  // namespace mblm::cpu

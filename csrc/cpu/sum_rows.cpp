@@ -21,22 +21,13 @@ MBLM_INLINE void sum_tile(const T* __restrict matrix, int64_t rows, int64_t row_
 }
 
 template <class T>
-MBLM_INLINE void sum_tiles(const T* matrix, int64_t rows, int64_t row_stride, T* out, int64_t begin,
-                           int64_t end) {
+MBLM_CLONES void sum_rows(const T* matrix, int64_t rows, int64_t row_stride, T* out, int64_t begin,
+                          int64_t end) {
   for (int64_t c = begin; c < end; c += kTileColumns) {
     sum_tile(matrix + c, rows, row_stride, out + c, std::min(kTileColumns, end - c));
   }
 }
 
-#define MBLM_INSTANTIATE(T)                                                               \
-  template <>                                                                             \
-  MBLM_CLONES void sum_rows<T>(const T* matrix, int64_t rows, int64_t row_stride, T* out, \
-                               int64_t begin, int64_t end) {                              \
-    sum_tiles(matrix, rows, row_stride, out, begin, end);                                 \
-  }
-MBLM_INSTANTIATE(float)
-MBLM_INSTANTIATE(double)
-MBLM_INSTANTIATE(BFloat16)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(sum_rows)
 
 }  // namespace mblm::cpu

@@ -9,7 +9,6 @@
 #include "cpu/cache_lines.h"
 #include "cpu/call_rows.h"
 #include "cpu/kernel.h"
-#include "cpu/rms_norm.h"
 #include "cpu/vector_math.h"
 
 namespace mblm::cpu {
