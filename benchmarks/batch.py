@@ -10,18 +10,15 @@ prompts taken in and the end, when rows run empty, are included. In turns, in on
     python benchmarks/batch.py --prompts 512 --weights float32
 """
 
-import argparse
-import os
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 from decode import BYTES, MODELS, build, clock
-from side_by_side import machine_line, write_json
+from side_by_side import new_figures, parser, write_json
 
 from mblm.inference.session import Session
 
@@ -107,11 +104,7 @@ def measure_batch(
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options.add_argument("--runs", type=int, default=3)
+    options = parser(__doc__)
     options.add_argument("--bytes", type=int, default=80, help="of a run, ten patches")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:1])
     options.add_argument("--weights", nargs="+", choices=BYTES, default=list(BYTES))
@@ -119,11 +112,8 @@ def main() -> None:
     options.add_argument(
         "--cpu-time", action="store_true", help="of generate_batch, where others use the machine"
     )
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
+    figures = new_figures(arguments)
     for name in arguments.models:
         model = build(*MODELS[name])
         for weights in arguments.weights:

@@ -5,16 +5,13 @@ Each is given in microseconds beyond a byte inside a run of many, measured in tu
     python benchmarks/calls.py
 """
 
-import argparse
-import os
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from decode import MODELS, build, clock
-from side_by_side import machine_line, write_json
+from side_by_side import new_figures, parser, write_json
 
 from mblm.inference.session import Session
 
@@ -60,18 +57,11 @@ def measure(model: Any, weights: str, runs: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options.add_argument("--runs", type=int, default=7)
+    options = parser(__doc__, runs=7)
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--weights", nargs="+", default=["float32", "int8"])
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
+    figures = new_figures(arguments)
     for name in arguments.models:
         model = build(*MODELS[name])
         for weights in arguments.weights:

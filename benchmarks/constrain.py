@@ -6,17 +6,13 @@ constraint takes to compile, once.
     python benchmarks/constrain.py
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from decode import MODELS, build
-from side_by_side import machine_line, write_json
+from side_by_side import new_figures, parser, write_json
 
 from mblm.constrain import Grammar, JsonSchema, Regex, Utf8
 
@@ -48,18 +44,11 @@ def rate(model: Any, count: int, constraint: Any, sampling: dict[str, Any]) -> f
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options.add_argument("--runs", type=int, default=7)
+    options = parser(__doc__, runs=7)
     options.add_argument("--bytes", type=int, default=512, help="of a run")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[::3])
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
+    figures = new_figures(arguments)
     constraints = {}
     for name, make in CONSTRAINTS.items():
         begin = time.perf_counter()

@@ -7,8 +7,6 @@ write nothing else, where drafts fail. Each ratio is the median over the prompts
     python benchmarks/draft.py MODEL code.py prose.txt
 """
 
-import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from side_by_side import machine_line, write_json
+from side_by_side import new_figures, parser, write_json
 
 from mblm import MBLM
 
@@ -62,27 +60,20 @@ def prompts_of(data: bytes, arguments: Any) -> list[bytes]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser(__doc__)
     options.add_argument("model", help="a folder that save_pretrained has written")
     options.add_argument("files", nargs="+", type=Path, help="texts to go on from")
     options.add_argument("--small", help="draft by this model, too")
     options.add_argument("--prompts", type=int, default=5, help="of each file")
     options.add_argument("--prompt", type=int, default=4000, help="bytes of each")
     options.add_argument("--bytes", type=int, default=2000, help="to generate")
-    options.add_argument("--runs", type=int, default=3)
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--weights", nargs="+", default=["float32", "int8"])
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
     model = MBLM.from_pretrained(arguments.model).eval()
     drafts: dict[str, Any] = {"ngram": "ngram"}
     if arguments.small:
         drafts["model"] = MBLM.from_pretrained(arguments.small).eval()
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
+    figures = new_figures(arguments)
     texts = {file.name: prompts_of(file.read_bytes(), arguments) for file in arguments.files}
     cases = [(name, texts[name], way) for name in texts for way in WAYS]
     noise = torch.randint(0, 256, (arguments.prompt,), generator=torch.Generator().manual_seed(0))

@@ -8,16 +8,13 @@ local one takes in the last patch alone.
     python benchmarks/feed.py
 """
 
-import argparse
-import os
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from decode import build, clock
-from side_by_side import machine_line, write_json
+from side_by_side import new_figures, parser, write_json
 
 from mblm.inference import session as session_module
 from mblm.inference.session import Session
@@ -53,19 +50,12 @@ def measure(sessions: dict[str, Session], count: int, runs: int) -> dict[str, li
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options.add_argument("--runs", type=int, default=7)
+    options = parser(__doc__, runs=7)
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--weights", nargs="+", choices=WEIGHT_TYPES, default=list(WEIGHT_TYPES))
     options.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="bytes fed")
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
+    figures = new_figures(arguments)
     for name in arguments.models:
         model = build(*MODELS[name])
         before = torch.randint(0, 256, (BEFORE,))

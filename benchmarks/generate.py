@@ -1,9 +1,8 @@
-"""Generation speed at growing contexts, this package and the reference side by side.
+"""Generation at growing contexts and a long prompt, this package and the reference side by side.
 
-The quickstart model: two stages of 5 layers, width 1024, seq_lens [1024, 8], once
-Transformer over Transformer and once Mamba-1 over Transformer; random weights, float32, CPU.
-A byte's time is the interval between two writes to the stream, so that the prompt's is not in it.
-The floor is the time to read the weights that a byte needs, at the bandwidth measured beside it.
+The quickstart model with random weights, float32, CPU: once with a Transformer as stage 1, once
+with Mamba-1. A byte's time is the interval between two writes to the stream, so that the prompt's
+is not in it. The reference has no other way to take in a prompt than a forward pass over all of it.
 
     python benchmarks/generate.py
 """
@@ -14,15 +13,16 @@ import time
 from statistics import median
 from typing import Any
 
-from side_by_side import machine_line, parser, reference_python, run_worker, spread, write_json
+from side_by_side import new_figures, reference_python, run_worker, side_by_side, spread, write_json
 
 CONTEXTS = (64, 512, 2048, 8184)
+PROMPT = 8184
 BYTES = 64  # that this package generates per run; whole patches, so that upper stages count
 MODELS = {"transformer": "Transformer/Transformer", "mamba1": "Mamba-1/Transformer"}
 
 
 def build(kind: str) -> Any:
-    """The quickstart model with a stage 1 of this kind."""
+    """The quickstart model with a stage 1 of this kind, of what both packages offer."""
     import torch
 
     from mblm import MBLM, MambaBlock, MBLMModelConfig, TransformerBlock
@@ -68,90 +68,84 @@ class Clock:
         pass
 
 
-def floor(model: Any) -> float:
-    """Seconds that reading the weights of one byte takes, caches left out.
-
-    Those of the local stage and the logits for every byte, those of stage 1, its embedding and
-    its projected context once per patch. The bandwidth is that of a sum over as many values.
-    """
+def generate(model: Any, context: int, count: int) -> float:
+    """Seconds per byte after ``context`` bytes."""
     import torch
 
-    upper = (model.stage_models[0], model.to_next_stage_proj[0], model.token_embs_rev[1]._post)
-    local = (model.stage_models[1], model.to_logits)
-    per_patch = sum(p.numel() for module in upper for p in module.parameters())
-    per_byte = sum(p.numel() for module in local for p in module.parameters())
-    buffer = torch.ones(per_byte + per_patch // model.seq_lens[1])
-    seconds = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        buffer.sum()
-        seconds.append(time.perf_counter() - begin)
-    return median(seconds)
+    clock = Clock()
+    ids = torch.randint(0, 256, (context,))
+    model.generate(ids, stream=clock, num_tokens_to_generate=1 + count)
+    return (clock.times[-1] - clock.times[0]) / count
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds per byte of each run after ``context`` bytes, and the floor where asked for."""
+def take_in(model: Any, length: int) -> float:
+    """Seconds until the logits after a prompt are there."""
+    import torch
+
+    ids = torch.randint(0, 256, (1, length))
+    session = model.session() if hasattr(model, "session") else None
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        if session is not None:
+            session.feed(ids).logits()
+        else:
+            from mblm import MBLMReturnType
+
+            model.forward(ids, return_type=MBLMReturnType.LOGITS)
+    return time.perf_counter() - begin
+
+
+def work(job: dict[str, Any]) -> list[float]:
+    """Seconds of each run; a prompt is taken in once before."""
     import torch
 
     torch.set_num_threads(job["threads"])
     model = build(job["kind"])
-    prompt = torch.randint(0, 256, (job["context"],))
-    seconds = []
-    for _ in range(job["runs"]):
-        clock = Clock()
-        model.generate(prompt, stream=clock, num_tokens_to_generate=1 + job["bytes"])
-        seconds.append((clock.times[-1] - clock.times[0]) / job["bytes"])
-    return {"seconds": seconds, "floor": floor(model) if job["floor"] else None}
+    if job["count"]:
+        return [generate(model, job["context"], job["count"]) for _ in range(job["runs"])]
+    return [take_in(model, job["context"]) for _ in range(1 + job["runs"])][1:]
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    options = side_by_side(__doc__)
+    options.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
+    options.add_argument("--prompt", type=int, default=PROMPT, help="bytes; 0 leaves it out")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = options.parse_args()
     if arguments.worker:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
     python = reference_python(arguments.reference)
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads), "seconds_per_byte": {}}
-    print(figures["machine"])
-    for kind in arguments.models:
-        print(f"\n{MODELS[kind]}: bytes/s, median (range); speed relative to the first context")
+    figures = new_figures(arguments)
+
+    def compare(kind: str, context: int, count: int) -> None:
+        """Ours of ``count`` bytes, or of a prompt if it is 0, and the reference's."""
+        job = {"kind": kind, "threads": arguments.threads, "runs": arguments.runs, "count": count}
+        # Ours are the bytes that lead up to the context, within the model's limit.
+        length = max(1, min(context, 8192 - BYTES - 1)) if count else context
+        ours = run_worker(sys.executable, __file__, {**job, "context": length})
+        # The reference spends seconds to minutes on every byte of a long context.
+        if kind == "mamba1" or (count and context > 2048):
+            job["runs"] = 1
+        job["count"] = min(count, 2)
+        theirs = run_worker(python, __file__, {**job, "context": context})
+        shown = [[1 / s for s in side] if count else side for side in (ours, theirs)]
+        ratio = median(theirs) / median(ours)
         print(
-            f"{'context':>8}  {'mblm':>28}  {'reference':>32}  {'ratio':>7}  {'relative':>8}"
-            f"  {'of floor':>8}"
+            f"{context:>8}  {spread(shown[0]):>28}  {spread(shown[1]):>32}  {ratio:>6.0f}x",
+            flush=True,
         )
-        first = None
+        name = f"{kind} {context}" if count else f"{kind}, prompt"
+        figures[name] = {"ours": ours, "reference": theirs}
+
+    for kind in arguments.models:
+        print(f"\n{MODELS[kind]}: bytes/s, median (range)")
+        print(f"{'context':>8}  {'mblm':>28}  {'reference':>32}  {'ratio':>7}")
         for context in arguments.contexts:
-            job = {"kind": kind, "threads": arguments.threads, "runs": arguments.runs}
-            length = max(1, min(context, 8192 - BYTES - 1))
-            # Ours are the BYTES that lead up to the context, within the model's limit.
-            here = run_worker(
-                sys.executable,
-                __file__,
-                {**job, "context": length, "bytes": BYTES, "floor": True},
-            )
-            # The reference spends seconds to minutes on every byte of a long context.
-            runs = arguments.runs if context <= 2048 and kind == "transformer" else 1
-            there = run_worker(
-                python,
-                __file__,
-                {**job, "context": context, "bytes": 2, "runs": runs, "floor": False},
-            )
-            ours, theirs = here["seconds"], there["seconds"]
-            ratio = median(theirs) / median(ours)
-            first = first or median(ours)
-            print(
-                f"{context:>8}  {spread([1 / s for s in ours]):>28}  "
-                f"{spread([1 / s for s in theirs]):>32}  {ratio:>6.0f}x  "
-                f"{first / median(ours):>8.2f}  {here['floor'] / median(ours):>8.2f}",
-                flush=True,
-            )
-            figures["seconds_per_byte"][f"{kind} {context}"] = {
-                "ours": ours,
-                "reference": theirs,
-                "floor": here["floor"],
-            }
+            compare(kind, context, BYTES)
+        if arguments.prompt:
+            print("seconds of a prompt")
+            compare(kind, arguments.prompt, 0)
     write_json(arguments.json, figures)
 
 

@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from side_by_side import ROOT, machine_line, parser, reference_python, run_worker, write_json
+from side_by_side import ROOT, machine_line, reference_python, run_worker, side_by_side, write_json
 
 LAYERS = [9, 8, 8]
 PLOT = ROOT / "docs" / "long-context.svg"
@@ -305,7 +305,7 @@ def plot(points: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = side_by_side(__doc__)
     parts = ["memory", "shape", "time", "curve", "longest", "eval"]
     options.add_argument("part", nargs="?", choices=parts, default="memory")
     options.add_argument("--bytes", type=int, default=131_072, help="bytes of a sequence")

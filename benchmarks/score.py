@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from decode import build, clock
 from long_context import memory_mib
-from side_by_side import machine_line, parser, run_worker, write_json
+from side_by_side import new_figures, run_worker, side_by_side, write_json
 
 from mblm import MBLM
 
@@ -61,14 +61,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = side_by_side(__doc__)
     options.add_argument("--bytes", type=int, default=1 << 20, help="bytes of the text")
     arguments = options.parse_args()
     if arguments.worker:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
+    figures = new_figures(arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     for top, name in TOPS.items():
         print(f"{name}, {arguments.bytes:,} bytes")

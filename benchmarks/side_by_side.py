@@ -20,22 +20,38 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "mblm==0.4.2"
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options that every side-by-side benchmark has."""
+def parser(description: str | None, *, runs: int = 3) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
     options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch threads")
-    options.add_argument("--runs", type=int, default=3, help="runs of each measurement")
+    options.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of PyTorch")
+    options.add_argument("--runs", type=int, default=runs, help="of each measurement")
+    options.add_argument("--json", type=Path, help="write all figures to this file")
+    return options
+
+
+def side_by_side(description: str | None, *, runs: int = 3) -> argparse.ArgumentParser:
+    """Those of a benchmark whose workers are processes of their own."""
+    options = parser(description, runs=runs)
     options.add_argument(
         "--reference",
         type=Path,
         default=ROOT / "build" / "reference",
         help="environment of the reference release, made if missing",
     )
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     return options
+
+
+def new_figures(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Set PyTorch's threads; returns the figures, which begin with the machine, as is printed."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    figures = {"machine": machine_line(arguments.threads)}
+    print(figures["machine"])
+    return figures
 
 
 def reference_python(folder: Path) -> Path:

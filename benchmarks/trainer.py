@@ -23,7 +23,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from side_by_side import machine_line, parser, reference_python, run_worker, spread, write_json
+from side_by_side import new_figures, reference_python, run_worker, side_by_side, spread, write_json
 
 SEQ_LEN = 512
 BATCH_SIZE = 2
@@ -169,7 +169,7 @@ def work(job: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = side_by_side(__doc__)
     options.add_argument("--steps", type=int, default=60, help="training steps of each run")
     arguments = options.parse_args()
     if arguments.worker:
@@ -181,8 +181,7 @@ def main() -> None:
         "steps": arguments.steps,
         "is_tiny": False,
     }
-    figures: dict[str, Any] = {"machine": machine_line(arguments.threads)}
-    print(figures["machine"])
+    figures = new_figures(arguments)
     figures["ours"] = ours = run_worker(sys.executable, __file__, job)
     tiny_job = {**job, "is_tiny": True, "steps": 4 * arguments.steps}
     figures["tiny"] = tiny = run_worker(sys.executable, __file__, tiny_job)
