@@ -20,8 +20,8 @@ from mblm.utils.lock import hold
 
 
 def pack(
-    sources: Sequence[str | Source],
-    out: Path,
+    sources: Sequence[str | os.PathLike[str] | Source],
+    out: str | os.PathLike[str],
     *,
     field: str = "text",
     valid: float = 0.01,
@@ -42,6 +42,7 @@ def pack(
         What is in the folder's ``pack.json``.
 
     Raises:
+        TypeError: ``sources`` is no list but a single name.
         FileExistsError: There is such a folder already.
         OSError: A source is missing, or the folder cannot be written.
         ValueError: A source is empty or cannot be read, a row lacks the field, or no document is
@@ -49,7 +50,12 @@ def pack(
     """
     if not 0 <= valid < 1:
         raise ValueError(f"valid: expected a share in [0, 1), got {valid}")
-    found = [find_source(source) if isinstance(source, str) else source for source in sources]
+    if isinstance(sources, (str, os.PathLike)):
+        raise TypeError(f"sources: expected a list of names, got {sources!r}; of one it is [name]")
+    found = [
+        source if isinstance(source, Source) else find_source(os.fspath(source))
+        for source in sources
+    ]
     seen: dict[str, str] = {}  # of each file by its real path the source; of the hub by the name
     for source in found:
         for file in [os.path.realpath(file) for file in source.files] or [source.name]:
@@ -63,7 +69,7 @@ def pack(
         shares[ModelMode.VALID.value] = valid
     dealer = Dealer(shares)
     left_out: Counter[str] = Counter()
-    with _new_folder(out) as folder:
+    with _new_folder(Path(out)) as folder:
         writers = {part: _PartWriter(folder / part) for part in shares}
         for source in found:
             count, without = 0, Counter[str]()

@@ -7,6 +7,7 @@
     valid/                  the same, unless packed without a validation part
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,26 +52,34 @@ def refuse_packed(files: Iterable[Path]) -> None:
             )
 
 
-def read_summary(folder: Path) -> PackSummary:
+def read_summary(folder: str | os.PathLike[str]) -> PackSummary:
     """What a packed folder holds.
 
     Raises:
         ValueError: Its summary is none.
     """
-    file = folder / SUMMARY
+    file = Path(folder, SUMMARY)
     try:
         return PackSummary.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise with_title(error, str(file)) from None
 
 
-def open_part(folder: Path, mode: ModelMode, separator_id: int | None = None) -> FileBytes:
+def open_part(
+    folder: str | os.PathLike[str], mode: ModelMode, separator_id: int | None = None
+) -> FileBytes:
     """The documents of a part as a row of ids, with the separator between two of them.
+
+    Args:
+        folder: A folder that `pack` wrote.
+        mode: The part.
+        separator_id: The id between two documents. Default: none comes between them.
 
     Raises:
         OSError: A file is missing.
         ValueError: There is no such part, or its files do not fit together.
     """
+    folder = Path(folder)
     part = read_summary(folder).parts.get(mode.value)
     if part is None:
         raise ValueError(f"{str(folder)!r} was packed without a {mode.value} part")

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -50,7 +51,7 @@ class Curves:
         return f"{self.name}: {told}, {seen:,.0f} bytes in {seconds / 60:,.1f} minutes"
 
 
-def read_curves(run: Path) -> Curves:
+def read_curves(run: str | os.PathLike[str]) -> Curves:
     """Read the curves of a run, which may be training.
 
     Args:
@@ -60,9 +61,9 @@ def read_curves(run: Path) -> Curves:
         OSError: There is no such file.
         ValueError: It is none of a run's, or holds no losses; the message names file and line.
     """
-    file = run
-    if run.is_dir():
-        file = run / (METRICS_FILE if (run / METRICS_FILE).exists() else LOSS_FILE)
+    file = Path(run)
+    if file.is_dir():
+        file /= METRICS_FILE if (file / METRICS_FILE).exists() else LOSS_FILE
     is_runs = file.name in (LOSS_FILE, METRICS_FILE)
     curves = Curves(file.absolute().parent.name if is_runs else file.stem)
     text = file.read_text(encoding="utf-8", errors="replace")

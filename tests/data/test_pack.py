@@ -15,7 +15,7 @@ import pytest
 
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
 from mblm.data.pack import pack
-from mblm.data.packed import read_summary
+from mblm.data.packed import open_part, read_summary
 from mblm.data.types import ModelMode
 
 TRAIN, VALID, TEST = ModelMode
@@ -57,6 +57,16 @@ def test_documents_stand_in_their_order_with_a_share_to_validate_on(posts: Path)
     assert (summary.parts["train"].documents, summary.parts["valid"].documents) == (180, 20)
     size = posts.stat().st_size - 200 * len('{"text": ""}\n')
     assert sum(part.bytes for part in summary.parts.values()) == size
+
+
+def test_names_are_texts_or_paths_and_sources_a_list(posts: Path) -> None:
+    out = posts.parent / "packed"
+    summary = pack([posts], str(out))
+    assert read_summary(str(out)) == summary
+    assert open_part(str(out), TRAIN).sizes == open_part(out, TRAIN).sizes
+    for one in (posts, str(posts)):
+        with pytest.raises(TypeError, match="sources: expected a list of names, got"):
+            pack(one, out)  # type: ignore[arg-type]
 
 
 def test_packing_again_gives_the_same(posts: Path) -> None:

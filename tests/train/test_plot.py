@@ -32,7 +32,7 @@ def test_reads_bits_per_byte_and_learning_rates(tmp_path: Path) -> None:
         row("train", 20, 1.0, lr=0.2),
         row("test", -1, 1.0, lr=-1),
     )
-    for given in (folder, folder / "loss.csv"):
+    for given in (folder, str(folder), folder / "loss.csv"):
         curves = read_curves(given)
         assert curves.name == "one"
         assert curves.train == [(10, 2 * NAT), (20, NAT)]
