@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <string>
 
-#include "decode/given.h"
 #include "torch/common.h"
 #include "torch/decoding_team.h"
 
@@ -103,35 +102,35 @@ void Cache::reserve(const Parts& parts, Row& row, int64_t to, bool jumps) {
   memory_.reserve(parts, row, to, jumps);
 }
 
-void Cache::append(Row& row, const Tensor& ids) {
-  if (ids.size(0) == 0) return;
-  row.bytes.reserve(memory_.bytes(), ids.size(0));
-  const int64_t* data = ids.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < ids.size(0); ++i) row.bytes.push_back(int32_t(data[i]));
-  row.length += ids.size(0);
+void Cache::append(Row& row, const Ids& ids) {
+  if (ids.empty()) return;
+  row.bytes.reserve(memory_.bytes(), int64_t(ids.size()));
+  for (const int64_t id : ids) row.bytes.push_back(int32_t(id));
+  row.length += int64_t(ids.size());
 }
 
 // Pieces that nobody else can write to.
-std::vector<Tensor> Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
+std::vector<Ids> Cache::check_fed(const Lease& rows, const std::vector<Tensor>& ids) const {
   check_count("ids", ids.size(), size_t(rows.size()));
   const int64_t limit = max_length_ ? max_length_ : kMostBytes;
-  std::vector<Tensor> own;
+  std::vector<Ids> own;
   for (int64_t i = 0; i < rows.size(); ++i) {
     own.push_back(own_ids("ids", ids[i], num_tokens_));
-    TORCH_CHECK_VALUE(ids[i].size(0) <= limit - rows[i].length, "ids: ", rows[i].length,
-                      " bytes and ", ids[i].size(0), " more exceed the context of ", limit,
+    const auto count = int64_t(own.back().size());
+    TORCH_CHECK_VALUE(count <= limit - rows[i].length, "ids: ", rows[i].length, " bytes and ",
+                      count, " more exceed the context of ", limit,
                       " bytes, which fixed positions of stage 1 limit");
   }
   return own;
 }
 
 void Cache::feed(const Lease& rows, Host& host, const std::vector<Tensor>& given, int64_t most) {
-  const std::vector<Tensor> ids = check_fed(rows, given);
+  const std::vector<Ids> ids = check_fed(rows, given);
   if (!feed_short(rows, ids, most)) feed_long(rows, host, ids, most);
-  for (int64_t i = 0; i < rows.size(); ++i) note_fed(rows[i], ids[i].size(0));
+  for (int64_t i = 0; i < rows.size(); ++i) note_fed(rows[i], int64_t(ids[i].size()));
 }
 
-void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Tensor>& ids, int64_t most) {
+void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids, int64_t most) {
   const std::shared_ptr<const Parts> parts = this->parts(0);
   // Copies are fed, so that it is done for all rows or for none.
   const RowIds copies = copy(rows);
@@ -139,11 +138,12 @@ void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Tensor>& 
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Lease one(rows_, std::span(&copies[i], 1));
     Row& row = one[0];
-    const int64_t count = ids[i].size(0);
+    const auto count = int64_t(ids[i].size());
     if (count > 0 && parts->schedule.is_long(row.taken, row.length + count - 1, most)) {
       std::optional<SavedState> before;
       if (row.length > 0) before = state(one, host);
-      static_cast<RowState&>(row) = load_above(row, host.feed(std::move(before), ids[i]), most);
+      static_cast<RowState&>(row) =
+          load_above(row, host.feed(std::move(before), tensor_of(ids[i])), most);
     } else {
       append(row, ids[i]);
     }
@@ -156,14 +156,14 @@ void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Tensor>& 
   }
 }
 
-bool Cache::feed_short(const Lease& rows, const std::vector<Tensor>& ids, int64_t most) {
+bool Cache::feed_short(const Lease& rows, const std::vector<Ids>& ids, int64_t most) {
   int64_t longest = 0;
-  for (const Tensor& piece : ids) longest = std::max(longest, piece.size(0));
+  for (const Ids& piece : ids) longest = std::max(longest, int64_t(piece.size()));
   const std::shared_ptr<const Parts> parts = parts_for(rows, longest);
   std::vector<Member> members;
   for (int64_t i = 0; i < rows.size(); ++i) {
-    if (ids[i].size(0) == 0) continue;
-    const int64_t to = rows[i].length + ids[i].size(0) - 1;
+    if (ids[i].empty()) continue;
+    const int64_t to = rows[i].length + int64_t(ids[i].size()) - 1;
     const bool wants_host = to > rows[i].taken &&
                             (is_host_due(*parts, rows[i]) || before_host(*parts, rows[i], to) < to);
     if (wants_host || parts->schedule.is_long(rows[i].taken, to, most)) return false;
@@ -177,7 +177,7 @@ bool Cache::feed_short(const Lease& rows, const std::vector<Tensor>& ids, int64_
     advance(*parts, Run::Kind::kTakeIn, members);
   } catch (...) {  // there is no memory, and no thread has begun; a GPU may have
     for (int64_t i = 0; i < rows.size(); ++i) {
-      const int64_t left = std::min(ids[i].size(0), rows[i].length - rows[i].taken);
+      const int64_t left = std::min(int64_t(ids[i].size()), rows[i].length - rows[i].taken);
       rows[i].length -= left;
       rows[i].bytes.shorten(left);
     }

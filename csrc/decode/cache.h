@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "decode/draws.h"
+#include "decode/given.h"
 #include "decode/host.h"
 #include "decode/memory.h"
 #include "decode/rows.h"
@@ -77,8 +78,7 @@ class Cache {
   // Makes memory a row's own for the bytes before number `to`: see Memory.
   virtual void reserve(const Parts& parts, Row& row, int64_t to, bool jumps);
   // Feeds rows of which a piece is long, or for which a hosted stage is due: all or none.
-  virtual void feed_long(const Lease& rows, Host& host, const std::vector<at::Tensor>& ids,
-                         int64_t most);
+  virtual void feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids, int64_t most);
   // Goes on until no member does, one is paused, or the time is over.
   virtual Advanced advance(
       const Parts& parts, Run::Kind kind, std::vector<Member>& members,
@@ -93,7 +93,7 @@ class Cache {
   virtual void copy_memory(const Row& /* from */, const Row& /* to */) {}
 
   std::shared_ptr<const Hierarchy> hierarchy() const;
-  void append(Row& row, const at::Tensor& ids);
+  void append(Row& row, const Ids& ids);
   // Takes in all bytes, or all but the last.
   void take_in(const Lease& rows, Host& host, bool keeps_pending);
 
@@ -103,7 +103,7 @@ class Cache {
 
  private:
   // Does nothing and returns false where feed_long is needed.
-  bool feed_short(const Lease& rows, const std::vector<at::Tensor>& ids, int64_t most);
+  bool feed_short(const Lease& rows, const std::vector<Ids>& ids, int64_t most);
   // Goes on also where hosted stages are due. Returns whether it ended for lack of reserved memory.
   bool advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members, Host& host,
                cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
@@ -117,7 +117,7 @@ class Cache {
   std::unique_ptr<Workspace> take_space();
   void give_space(std::unique_ptr<Workspace> space) noexcept;
   void reserve_ahead(const Parts& parts, std::vector<Member>& members);
-  std::vector<at::Tensor> check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
+  std::vector<Ids> check_fed(const Lease& rows, const std::vector<at::Tensor>& ids) const;
 
   const int64_t num_tokens_, max_length_;
   std::unique_ptr<Workspace> spaces_;  // of calls that are over

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "decode/cache.h"
-#include "decode/given.h"
 #include "torch/common.h"
 
 namespace mblm::decode {
@@ -92,7 +91,7 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
 std::vector<Ran> Cache::run(const Lease& rows, Host& host, double seconds,
                             const std::vector<std::optional<Tensor>>& drafts) {
   const auto begin = Team::Clock::now();
-  std::vector<Tensor> own(drafts.size());
+  std::vector<Ids> own(drafts.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
     TORCH_CHECK_VALUE(rows[i].plan, "row ", rows.id(i), ": it has no plan");
   }
@@ -112,9 +111,7 @@ std::vector<Ran> Cache::run(const Lease& rows, Host& host, double seconds,
     if (row.plan->end || (row.plan->pauses && !row.has_pending())) continue;
     Member member{.row = &row};
     if (row.plan->pauses) row.logits.reserve(num_tokens_);
-    if (!own.empty() && own[i].defined()) {
-      member.draft = {own[i].const_data_ptr<int64_t>(), size_t(own[i].size(0))};
-    }
+    if (!own.empty()) member.draft = own[i];
     members.push_back(member);
   }
   // As a number of the clock's, which has no room for infinity, and none for NaN.
@@ -136,8 +133,7 @@ std::vector<Ran> Cache::last(const Lease& rows) {
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
     TORCH_CHECK_VALUE(row.plan, "row ", rows.id(i), ": it has no plan");
-    Ran ran{own_tensor({int64_t(row.ids.size())}, at::kLong), {}, row.reason()};
-    std::copy(row.ids.begin(), row.ids.end(), ran.ids.mutable_data_ptr<int64_t>());
+    Ran ran{tensor_of(row.ids), {}, row.reason()};
     if (row.plan->wants_log_probs) {
       ran.log_probs = own_tensor({int64_t(row.log_probs.size())}, at::kFloat);
       std::copy(row.log_probs.begin(), row.log_probs.end(),
@@ -161,7 +157,8 @@ std::vector<Ran> Cache::choose(const Lease& rows, Host& host, const std::optiona
     TORCH_CHECK_VALUE(!plan->end, "row ", rows.id(i), ": its plan has ended (", name_of(*plan->end),
                       ")");
   }
-  Tensor given_ids, given_logits, given_mask;
+  Ids given_ids;
+  Tensor given_logits, given_mask;
   if (ids) {
     check_shape("ids", *ids, {count});
     given_ids = own_ids("ids", *ids, vocabulary);
@@ -182,8 +179,8 @@ std::vector<Ran> Cache::choose(const Lease& rows, Host& host, const std::optiona
   };
   for (int64_t i = 0; i < count; ++i) {
     Row& row = rows[i];
-    if (given_ids.defined()) {
-      const int64_t id = given_ids.const_data_ptr<int64_t>()[i];
+    if (ids) {
+      const int64_t id = given_ids[i];
       TORCH_CHECK_VALUE(allows(*row.plan, id), "ids[", i, "]: the plan does not allow ", id,
                         " here");
     } else {
@@ -195,18 +192,17 @@ std::vector<Ran> Cache::choose(const Lease& rows, Host& host, const std::optiona
     row.log_probs.reserve(1);
   }
   std::vector<const float*> numbers(count, nullptr);
-  for (int64_t i = 0; i < count && !given_ids.defined(); ++i) {
+  for (int64_t i = 0; i < count && !ids; ++i) {
     numbers[i] = rows[i].plan->lane.numbers();
     if (!numbers[i]) throw std::bad_alloc();
   }
   for (int64_t i = 0; i < count; ++i) {
     Row& row = rows[i];
-    const int64_t id = given_ids.defined()
-                           ? given_ids.const_data_ptr<int64_t>()[i]
-                           : chooser.choose(*row.plan, logits_of(i), numbers[i], mask_of(i));
+    const int64_t id =
+        ids ? given_ids[i] : chooser.choose(*row.plan, logits_of(i), numbers[i], mask_of(i));
     row.ids.clear();
     row.log_probs.clear();
-    append_chosen(row, id, row.logits.data(), vocabulary, !given_ids.defined());
+    append_chosen(row, id, row.logits.data(), vocabulary, !ids);
   }
   return last(rows);
 }

@@ -60,17 +60,17 @@ void DeviceCache::reserve(const Parts&, Row& row, int64_t to, bool) {
 
 // As no stage is hosted, only the host may fail, before there is a change: rows need no copies,
 // which would take slots.
-void DeviceCache::feed_long(const Lease& rows, Host& host, const std::vector<Tensor>& ids,
+void DeviceCache::feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids,
                             int64_t most) {
   const Schedule schedule = hierarchy()->parts(0)->schedule;
   std::vector<std::optional<SavedState>> fed(rows.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
-    const int64_t count = ids[i].size(0);
+    const auto count = int64_t(ids[i].size());
     if (count == 0 || !schedule.is_long(row.taken, row.length + count - 1, most)) continue;
     std::optional<SavedState> before;
     if (row.length > 0) before = save(row);
-    fed[i] = host.feed(std::move(before), ids[i]);
+    fed[i] = host.feed(std::move(before), tensor_of(ids[i]));
   }
   for (int64_t i = 0; i < rows.size(); ++i) {
     if (fed[i]) {

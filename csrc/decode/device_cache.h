@@ -31,8 +31,7 @@ class DeviceCache : public Cache {
   }
   void copy_memory(const Row& from, const Row& to) override;
   void reserve(const Parts& parts, Row& row, int64_t to, bool jumps) override;
-  void feed_long(const Lease& rows, Host& host, const std::vector<at::Tensor>& ids,
-                 int64_t most) override;
+  void feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids, int64_t most) override;
   Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
                    cpu::Team::Clock::time_point until) override;
 

@@ -1,8 +1,6 @@
 // Copies a row's state to tensors and back, checked: see state.h.
 #include "decode/state.h"
 
-#include <c10/core/InferenceMode.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -13,11 +11,6 @@
 namespace mblm::decode {
 
 using at::Tensor;
-
-Tensor own_tensor(at::IntArrayRef shape, at::ScalarType type) {
-  const c10::InferenceMode guard(false);
-  return make::empty(shape, type);
-}
 
 namespace {
 
@@ -82,17 +75,16 @@ Tensor take(const SavedState& state, const Part& part) {
 Bytes take_tail(const Parts& parts, const Memory& memory, const SavedState& state) {
   const auto found = state.tensors.find("tail");
   TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have tail");
-  const Tensor tail = own_ids("tail", found->second, parts.num_tokens());
-  const int64_t count = tail.size(0), first = state.length - count;
+  const Ids tail = own_ids("tail", found->second, parts.num_tokens());
+  const int64_t count = int64_t(tail.size()), first = state.length - count;
   TORCH_CHECK_VALUE(first >= 0 && first <= first_kept(parts.schedule, state.taken) &&
                         first % parts.schedule.patch_size(0) == 0,
                     "tail must hold the bytes from number ",
                     first_kept(parts.schedule, state.taken), " on, of ", state.length, ", got ",
                     count);
-  const int64_t* data = tail.const_data_ptr<int64_t>();
   Bytes bytes;
   bytes.reserve(memory.bytes(), count);
-  for (int64_t i = 0; i < count; ++i) bytes.push_back(int32_t(data[i]));
+  for (const int64_t id : tail) bytes.push_back(int32_t(id));
   return bytes;
 }
 

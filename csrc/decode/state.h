@@ -21,9 +21,6 @@ struct SavedState {
   std::map<int64_t, HostedState> hosted = {};  // by the stage; of no use at position 0
 };
 
-// A new tensor that is the caller's own, in inference mode, too.
-at::Tensor own_tensor(at::IntArrayRef shape, at::ScalarType type);
-
 // The bytes that a state tells: all that a row knows.
 at::Tensor save_tail(const Row& row);
 SavedState save_state(const Parts& parts, const Memory& memory, const Row& row);
