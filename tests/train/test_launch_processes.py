@@ -173,7 +173,9 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(
 # -- The guide -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_guides_dataset_in_two_processes(tmp_path: Path) -> None:
+    """In one it is run with all that the documents show, in tests/test_readme.py."""
     guide = (ROOT / "docs" / "guide-train.md").read_text()
     (program,) = [
         code
