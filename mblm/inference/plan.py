@@ -3,9 +3,9 @@
 import copy
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -171,8 +171,8 @@ class Plan:
     log_probs: bool = False
     pause: bool = False
     draft: int = 0
-    # For what vocabulary and device the engine has read it, and what it has made of it.
-    compiled: tuple[tuple[int, torch.device], Any] | None = field(default=None, init=False)
+    # No field: for what vocabulary and device the engine has read it, and what it has made of it.
+    compiled: ClassVar[tuple[tuple[int, torch.device], Any] | None] = None
 
     @property
     def filters(self) -> tuple[float, int, float, float]:
@@ -185,8 +185,11 @@ class Plan:
             return self
         other = copy.copy(self)  # what is checked already
         object.__setattr__(other, "lane", lane)
-        object.__setattr__(other, "compiled", None)
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: nothing of the engine's."""
+        return {name: value for name, value in vars(self).items() if name != "compiled"}
 
     def __post_init__(self) -> None:
         for name, lowest in (("max_tokens", 0), ("top_k", 1), ("lane", 0), ("draft", 0)):

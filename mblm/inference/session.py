@@ -66,7 +66,8 @@ class Session:
         self._cache, self._rows = cache, rows
         # What `generate` was asked for last, the context that it has to fit, and what it means.
         self._asked: tuple[dict[str, Any], int | None, list[Request], bool] = ({}, None, [], False)
-        weakref.finalize(self, cache.drop, rows).atexit = False
+        self._let_go = weakref.finalize(self, cache.drop, rows)
+        self._let_go.atexit = False
 
     @property
     def length(self) -> int:
@@ -255,8 +256,9 @@ class Session:
                 "the model is another than the session began with, and cannot go on from what "
                 f"that has taken in; start a new session ({error})"
             ) from error
-        left.drop(self._rows)
+        let_go = self._let_go
         self._hold(self._model, self._device, self._weights, cache, rows)
+        let_go()
 
     @decoding
     def fork(self) -> "Session":

@@ -1,7 +1,6 @@
 """Keep others from a folder while one works in it: other processes and other threads of this."""
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,7 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 # A process's own locks never keep itself out, and are gone when it closes any handle of the file.
-_held: set[tuple[int, str]] = set()
-_held_lock = threading.Lock()
+_held: dict[tuple[int, str], object] = {}
 
 
 @contextmanager
@@ -27,12 +25,10 @@ def hold(path: Path, refusal: str) -> Iterator[None]:
     Raises:
         ValueError: Another has it.
     """
-    held = os.getpid(), os.path.realpath(path)
-    with _held_lock:
-        if held in _held:
-            raise ValueError(refusal)
-        _held.add(held)
+    file_here, ours = (os.getpid(), os.path.realpath(path)), object()
     try:
+        if _held.setdefault(file_here, ours) is not ours:
+            raise ValueError(refusal)
         with path.open("ab") as file:
             try:
                 if fcntl is not None:
@@ -43,4 +39,5 @@ def hold(path: Path, refusal: str) -> Iterator[None]:
                 pass  # a file system without locks
             yield
     finally:
-        _held.discard(held)
+        if _held.get(file_here) is ours:
+            del _held[file_here]

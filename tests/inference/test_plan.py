@@ -1,13 +1,18 @@
 """Plans and draws: their ranges, and which numbers a lane gets."""
 
+import copy
 import math
+import pickle
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
 from mblm.inference.automaton import Automaton
+from mblm.inference.engine import cache_for
 from mblm.inference.plan import Draws, Plan
+from tests.models import model, transformer
 
 LIKE = torch.zeros(1, 7)
 
@@ -158,3 +163,13 @@ class TestPlan:
     def test_takes_automata(self) -> None:
         stop = Automaton.of_strings([b"a"], 256)
         assert Plan(1, stop=stop).stop is stop
+
+    def test_of_one_that_the_engine_has_read_a_copy_is_made_as_of_any(self) -> None:
+        cache = cache_for(model(transformer(), seq_lens=[4, 2]), "float32")
+        plan = Plan(5, temperature=0.5)
+        cache.begin(cache.add(1), [plan])
+        copies = copy.deepcopy(plan), copy.copy(plan), pickle.loads(pickle.dumps(plan))
+        for other in (*copies, plan.of_lane(1)):
+            assert other.compiled is None and other.temperature == 0.5
+        assert repr(plan) == repr(Plan(5, temperature=0.5))
+        assert asdict(plan) == asdict(Plan(5, temperature=0.5))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,15 @@ def test_autocast_may_begin_and_end_in_a_session(blocks: list[Any]) -> None:
         session.feed(ids[:, 10:12])
     torch.testing.assert_close(session.feed(ids[:, 12:]).logits(), expected, atol=0.1, rtol=0.1)
     assert session.generate(5).shape == (1, 5) and rows.generate(5).shape == (2, 5)
+
+
+def test_a_session_that_moves_to_another_cache_lets_go_of_the_one_before(m: MBLM) -> None:
+    session = m.session(2).feed([b"\1\2", b"\3"])
+    before = weakref.ref(session._cache)
+    m.double()
+    session.feed([b"\4", b""])
+    gc.collect()
+    assert before() is None and session.lengths == [3, 1]
 
 
 def test_what_is_fed_may_change_afterwards(m: MBLM) -> None:

@@ -229,4 +229,4 @@ def hold_run(folder: Path) -> AbstractContextManager[None]:
         ValueError: Another process, or another trainer of this one, holds it.
     """
     (folder / "state").mkdir(exist_ok=True)
-    return hold(folder / "state" / "lock", f"{folder}: another process is training this run")
+    return hold(folder / "state" / "lock", f"{folder}: this run is being trained already")

@@ -93,7 +93,7 @@ def test_a_run_that_another_trains_is_left_to_it(tmp_path, ended):
     before, cfg = everything_in(tmp_path), jobs.config(tmp_path, resume=list_states(ended)[0])
     with hold_run(ended):
         assert is_held(ended)
-        with pytest.raises(ValueError, match="another process is training this run"):
+        with pytest.raises(ValueError, match="this run is being trained already"):
             train_alone(jobs.Trainer, cfg)
         assert everything_in(tmp_path) == before
     train_alone(jobs.Trainer, cfg)
