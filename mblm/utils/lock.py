@@ -39,5 +39,6 @@ def hold(path: Path, refusal: str) -> Iterator[None]:
                 pass  # a file system without locks
             yield
     finally:
-        if _held.get(file_here) is ours:
+        # Nothing is called, after which an interrupt could come.
+        if file_here in _held and _held[file_here] is ours:
             del _held[file_here]
