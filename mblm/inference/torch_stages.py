@@ -244,6 +244,11 @@ class TorchStages:
         shares = [work.stages[n].context for work in works]
         return joined(shares)  # type: ignore[arg-type]  # a stage below another has one
 
+    def may_draft(self) -> bool:
+        """Whether a byte is the same beside others: 16-bit numbers are rounded otherwise then."""
+        is_cast = torch.is_autocast_enabled(self.model.device.type)
+        return not is_cast and self.model.dtype.itemsize > 2
+
     def _lasting(self, tensor: Tensor) -> Tensor:
         """In the model's own dtype: when what is kept is read, autocast may have ended."""
         if torch.is_autocast_enabled(tensor.device.type):

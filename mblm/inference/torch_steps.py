@@ -40,8 +40,6 @@ class Steps:
     def __init__(self, stages: TorchStages) -> None:
         self._stages = stages
         self._sizes, self._max_length = stages.model.patch_sizes, stages.model.max_length
-        # Beside other positions, numbers of 16 bits are rounded otherwise: a byte might change.
-        self._drafts = stages.model.dtype.itemsize > 2
 
     def room(self, row: RowState) -> int | None:
         """How many bytes more a row may have; None if any number."""
@@ -97,7 +95,7 @@ class Steps:
     def _proposal(self, slot: Slot, draft: tuple[int, ...], proposes: bool) -> tuple[int, ...]:
         """Of a draft, what the local stage can take in after what is pending."""
         row, progress = slot.now.bytes, planned(slot)
-        if row.length == 0 or not self._drafts:
+        if row.length == 0 or not self._stages.may_draft():
             return ()
         left = schedule.left_in_patch(self._sizes, row.length)
         most = min(_MAX_DRAFT if left is None else left, progress.left(self.room(row)) - 1)

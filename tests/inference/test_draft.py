@@ -195,6 +195,10 @@ class TestWhatIsProposedFrom:
         cache = TorchCache(m.bfloat16())
         (row,) = fed(cache, self.prompt())
         assert passes(m, cache, row) == 23  # the last of 24 bytes is not taken in
+        cache = TorchCache(m.float())
+        (row,) = fed(cache, self.prompt())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert passes(m, cache, row) == 23
 
     def test_copies_and_loaded_rows_know_the_prompt(self, m: Any) -> None:
         cache = TorchCache(m)
