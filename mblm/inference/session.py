@@ -4,6 +4,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar
 
@@ -237,7 +238,13 @@ class Session:
 
     def _begin_call(self) -> None:
         """Refuse a second thread, whose calls would take bytes from those of the first."""
-        if not self._in_use.acquire(blocking=False):
+        try:
+            is_ours = self._in_use.acquire(blocking=False)
+        except BaseException:  # an interrupt, once it is tried
+            with suppress(RuntimeError):  # it is another's
+                self._in_use.release()
+            raise
+        if not is_ours:
             raise ValueError(
                 "session: in another thread's call at this time; fork it, one for each thread"
             )

@@ -158,6 +158,33 @@ def test_a_session_that_moves_to_another_cache_lets_go_of_the_one_before(m: MBLM
     assert before() is None and session.lengths == [3, 1]
 
 
+def test_an_interrupt_as_a_call_begins_leaves_a_session_to_all_threads(
+    m: MBLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = m.session()
+    lock = session._in_use
+
+    class Interrupted:
+        release = lock.release
+
+        def acquire(self, **how: bool) -> None:
+            lock.acquire(**how)
+            raise KeyboardInterrupt
+
+    def feed() -> int:
+        return session.feed(b"\1").length
+
+    with ThreadPoolExecutor(1) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "_in_use", Interrupted())
+            with pytest.raises(KeyboardInterrupt):
+                feed()
+            with lock, pytest.raises(KeyboardInterrupt):  # while it is another's
+                pool.submit(feed).result()
+        assert pool.submit(feed).result() == 1
+    assert feed() == 2
+
+
 def test_what_is_fed_may_change_afterwards(m: MBLM) -> None:
     ids = torch.randint(0, 18, (1, 13))
     expected = m.session().feed(ids).logits()
