@@ -229,12 +229,14 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             state_dir = None if self._resumed is None else self._resumed.path
             run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
             path = make_run_dir(self.config, self._workers, run_id, state_dir)
-        if self._workers.is_main:
-            assert self._held is not None
-            self._held.enter_context(hold_run(path))
-        if not self._is_open:
-            self._open(path)
-        self._is_open = self._is_writing = True
+        assert self._held is not None
+        with ExitStack() as held:  # which lets go where it cannot be opened
+            if self._workers.is_main:
+                held.enter_context(hold_run(path))
+            if not self._is_open:
+                self._open(path)
+            self._is_open = self._is_writing = True
+            self._held.push(held.pop_all())
 
     def _open(self, path: Path) -> None:
         """Begin with what is in the folder."""

@@ -99,6 +99,27 @@ def test_a_run_that_another_trains_is_left_to_it(tmp_path, ended):
     train_alone(jobs.Trainer, cfg)
 
 
+def test_a_run_that_could_not_be_opened_is_not_held(tmp_path, ended):
+    class FailsOnce(jobs.Trainer):
+        failed = False
+
+        def configure_logger(self, *arguments):
+            if not self.failed:
+                self.failed = True
+                raise OSError("no space left")
+            return super().configure_logger(*arguments)
+
+    cfg = jobs.config(tmp_path, resume=list_states(ended)[0])
+    trainer = jobs.alone(FailsOnce, cfg)
+    with trainer.holding():
+        with pytest.raises(OSError, match="no space left"):
+            trainer.train(jobs.Ids(), jobs.Ids(10))
+        assert not is_held(ended)
+        trainer.train(jobs.Ids(), jobs.Ids(10))
+        assert is_held(ended)
+    assert not is_held(ended)
+
+
 def test_a_job_holds_its_run_until_its_test_is_done(tmp_path):
     trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path))
     with trainer.holding():
