@@ -11,11 +11,9 @@
 namespace mblm::cpu {
 
 // Values is what a layer computes of all positions, cut from one block. For a position `at` among
-// them and a layer, its functions
-//   convolve(stage, layer, at, window, begin, end)   take in channels [begin, end) of
-//   channels(stage) scan(stage, layer, at, ssm, part)                one of parts(stage), apart
-//   from each other
-// Positions of a row are taken in one after the other.
+// them and a layer, convolve(stage, layer, at, window, begin, end) takes in channels [begin, end)
+// of channels(stage), and scan(stage, layer, at, ssm, part) one of parts(stage), which are apart
+// from each other. Positions of a row are taken in one after the other.
 template <class Values, class Stage>
 class MambaCall {
  public:

@@ -77,6 +77,7 @@ int64_t CatchUp::prepare(int64_t threads) {
   }
   return prepared;
 }
+
 void CatchUp::clear() {
   for (Stage& stage : stages_) {
     stage.rows.clear();
@@ -104,6 +105,7 @@ void CatchUp::plan(int64_t member) {
     for (int64_t i = 0; i < count; ++i) stage.positions.emplace_back(member, first + i);
   }
 }
+
 void CatchUp::work(const Worker& worker) {
   for (int64_t n = 0; n <= call_.local(); ++n) {
     if (!stages_[n].anew.empty()) begin_anew(worker, n);
