@@ -109,7 +109,7 @@ def test_a_run_whose_data_are_gone_at_its_end_is_finished(tmp_path, fields, monk
     test = MegabyteTrainer.test
 
     def shorten_and_test(*arguments):
-        with pytest.raises(ValueError, match="training this run"), hold_run(run_of(tmp_path)):
+        with pytest.raises(ValueError, match="being trained already"), hold_run(run_of(tmp_path)):
             pass  # nobody trains on before it is tested
         os.truncate(tmp_path / "text", 100)
         return test(*arguments)
