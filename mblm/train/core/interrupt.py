@@ -1,10 +1,12 @@
 """What a run is asked for while it trains, to stop and to save: by all workers at one batch."""
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -120,7 +122,9 @@ def start_loading(loader: "DataLoader[T]") -> Iterator[T]:
     if not loader.num_workers or not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
     if not isinstance(loader.worker_init_fn, _LoaderProcess):
-        loader.worker_init_fn = _LoaderProcess(os.getpid(), loader.worker_init_fn)
+        context = loader.multiprocessing_context or multiprocessing.get_context()
+        loader.worker_init_fn = process = _LoaderProcess(context, loader.worker_init_fn)
+        Finalize(loader, process.end, exitpriority=0)  # before multiprocessing ends all
     # Blocked signals are so for the processes, too, from their start.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
@@ -130,11 +134,20 @@ def start_loading(loader: "DataLoader[T]") -> Iterator[T]:
 
 
 class _LoaderProcess:
-    """What a loader's process does first: from now on only its owner can end it by SIGTERM."""
+    """What a loader's process does first: from now on only its owner can end it by SIGTERM.
 
-    def __init__(self, owner: int, init: Callable[[int], None] | None) -> None:
-        self._owner = owner
+    Of two such signals that come before one is taken, the system keeps the first alone. So the
+    owner notes that all is over before it sends its own.
+    """
+
+    def __init__(self, context: Any, init: Callable[[int], None] | None) -> None:
+        self._owner = os.getpid()
         self._init = init
+        self._is_over = context.RawValue("b", 0)
+
+    def end(self) -> None:
+        """Let the next SIGTERM be taken for the owner's, whoever sends it."""
+        self._is_over.value = 1
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # not so from a server that was there
@@ -144,5 +157,6 @@ class _LoaderProcess:
 
     def _wait(self) -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != self._owner:
-            pass
+            if self._is_over.value:
+                break
         os._exit(0)
