@@ -200,10 +200,13 @@ class Continuation:
         """After an exception, note all that was chosen."""
         lengths = self._cache.lengths(list(self._courses))
         for (row, course), length in zip(self._courses.items(), lengths, strict=True):
+            # An interrupt may have come between a run and its count.
+            course.count = sum(ran.ids.numel() for ran in course.ran)
             if missed := length - course.begin - course.count:
                 (last,) = self._cache.last([row])  # chosen before a run raised, or was noted
                 log_probs = None if last.log_probs is None else last.log_probs[-missed:]
                 course.ran.append(Ran(last.ids[-missed:], log_probs, last.reason))
+                course.count += missed
 
     # -- Pauses ------------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from mblm import MBLM, Session
+from mblm.inference import continuation
 from mblm.inference.stream import Stream
+from tests.inference.caches import raised_at
 from tests.models import LSTMBlock, mamba, model, transformer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
@@ -172,6 +174,25 @@ def test_a_stream_keeps_what_it_has_chosen(times: int) -> None:
         expected = generator_after(m, 1, len(ids))
         assert torch.equal(numbers.get_state(), expected.get_state())
         assert list(stream) == []
+
+
+@pytest.mark.parametrize("wishes", [{}, {"logits_processor": lambda ids, logits: logits}])
+def test_an_interrupt_before_any_line_tells_each_byte_once(wishes: dict[str, Any]) -> None:
+    session = Session(model(transformer(), seq_lens=[60]), 2).feed(prompts(2, 9))
+    whole = session.fork().generate(4, seed=1, **wishes)
+    line, done = 0, False
+    while not done:
+        line += 1
+        fork = session.fork()
+        try:
+            with raised_at(line, continuation):
+                fork.generate(4, seed=1, **wishes)
+                done = True
+        except KeyboardInterrupt as error:
+            counts = [n - begun for n, begun in zip(fork.lengths, session.lengths, strict=True)]
+            told = error.ids  # type: ignore[attr-defined]
+            assert list(map(len, told)) == counts
+            assert all(map(torch.equal, told, [r[:n] for r, n in zip(whole, counts, strict=True)]))
 
 
 def test_an_interruption_before_the_first_byte_has_the_prompt(

@@ -1,10 +1,8 @@
 """The compiled cache: bits that do not depend on neighbors, threads or cuts; rows in threads."""
 
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from mblm.inference.plan import Plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.weights import weights_of
 from mblm.ops import _native
-from tests.inference.caches import build, fed, ids_of, run_out, seeded
+from tests.inference.caches import build, fed, ids_of, raised_at, run_out, seeded
 
 pytestmark = pytest.mark.skipif(not _native.is_loaded(), reason="compiled code is tested")
 
@@ -344,28 +342,6 @@ def test_threads_with_their_first_long_pieces_at_once(monkeypatch: pytest.Monkey
     assert torch.equal(cache.logits(rows[:1]), alone.logits(expected))
 
 
-@contextmanager
-def raised_at(line: int) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt before the line-th line that native_cache.py goes through."""
-    counted = [0]
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename != native_cache.__file__:
-            return None
-        counted[0] += event == "line"
-        if event == "line" and counted[0] == line:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield counted
-    finally:
-        sys.settrace(before)
-
-
 @pytest.mark.parametrize("kinds", [("lstm with a state", "transformer"), ("lstm", "mamba2")])
 def test_an_interrupt_before_any_line_leaves_rows_whole(kinds: tuple[str, ...]) -> None:
     cache = NativeCache(small(*kinds))
@@ -380,7 +356,7 @@ def test_an_interrupt_before_any_line_leaves_rows_whole(kinds: tuple[str, ...]) 
     while not done:
         line += 1
         rows = cache.copy(begun)
-        with suppress(KeyboardInterrupt), raised_at(line):
+        with suppress(KeyboardInterrupt), raised_at(line, native_cache):
             cache.feed(rows, pieces)
             done = True
         torch.testing.assert_close(cache.logits(rows), expected[tuple(cache.lengths(rows))])
@@ -392,7 +368,7 @@ def test_an_interrupt_before_any_line_leaves_rows_whole(kinds: tuple[str, ...]) 
         line += 1
         rows = cache.copy(fresh)
         cache.begin(rows, [Plan(9), Plan(9)])
-        with suppress(KeyboardInterrupt), raised_at(line):
+        with suppress(KeyboardInterrupt), raised_at(line, native_cache):
             cache.run(rows, seconds=10)
             done = True
         chosen = [ran.ids for ran in cache.last(rows)]
