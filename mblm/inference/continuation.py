@@ -25,7 +25,7 @@ class Course:
     Attributes:
         request: The request.
         begin: How many bytes its row had before.
-        ran: What each run gave the row, ``count`` bytes in all.
+        ran: What each run gave the row.
         reason: Why the row came back from the last; it goes on as long as that is ``"time"``.
         error: What a function of the caller's raised, where the reason is ``"error"``.
         drafter: Another model that proposes bytes, if one does.
@@ -33,7 +33,7 @@ class Course:
     """
 
     def __init__(self, request: Request, begin: int) -> None:
-        self.request, self.begin, self.count = request, begin, 0
+        self.request, self.begin = request, begin
         self.ran: list[Ran] = []
         self.reason: Reason = "time"
         self.error: Exception | None = None
@@ -68,11 +68,11 @@ class Course:
 
     # -- The answer to a pause ---------------------------------------------------------------------
 
-    def mask(self) -> Tensor | None:
-        """Where the guide leaves a choice, ``(V,)`` bool; None without a guide."""
+    def mask(self, length: int) -> Tensor | None:
+        """Where the guide leaves a choice, ``(V,)`` bool, at that length of the row, or None."""
         if self._guide is None:
             return None
-        mask = self._guide.allowed(self.request.plan.max_tokens - self.count)
+        mask = self._guide.allowed(self.begin + self.request.plan.max_tokens - length)
         if mask.dtype != torch.bool or mask.shape != (self.request.num_tokens,):
             raise ValueError(
                 f"constraint: expected its guide to allow ({self.request.num_tokens},) bool, got "
@@ -187,7 +187,6 @@ class Continuation:
             course = self._courses[row]
             course.ran.append(ran)
             course.reason = ran.reason
-            course.count += ran.ids.numel()
             if course.drafter is not None:
                 course.untold = torch.cat((course.untold, ran.ids))
             if ran.reason not in ("time", "logits"):
@@ -200,13 +199,10 @@ class Continuation:
         """After an exception, note all that was chosen."""
         lengths = self._cache.lengths(list(self._courses))
         for (row, course), length in zip(self._courses.items(), lengths, strict=True):
-            # An interrupt may have come between a run and its count.
-            course.count = sum(ran.ids.numel() for ran in course.ran)
-            if missed := length - course.begin - course.count:
+            if missed := length - course.begin - course.ids().numel():
                 (last,) = self._cache.last([row])  # chosen before a run raised, or was noted
                 log_probs = None if last.log_probs is None else last.log_probs[-missed:]
                 course.ran.append(Ran(last.ids[-missed:], log_probs, last.reason))
-                course.count += missed
 
     # -- Pauses ------------------------------------------------------------------------------------
 
@@ -234,9 +230,9 @@ class Continuation:
         """Choose a byte for each of the rows, which pause."""
         masks: dict[Row, Tensor | None] = {}
         processing: dict[Row, Tensor | None] = {}
-        for row in rows:
+        for row, length in zip(rows, self._cache.lengths(rows), strict=True):
             with self._own_errors(row):
-                mask = self._courses[row].mask()
+                mask = self._courses[row].mask(length)
                 if mask is not None and not mask.any():
                     self._end(row, "matched")
                 elif self._courses[row].request.logits_processor is None:

@@ -183,7 +183,7 @@ class Session:
                     continuation.run()
                 except ChangedModelError:
                     continuation.settle()
-                    if any(continuation[row].count for row in self._rows):
+                    if any(continuation[row].ids().numel() for row in self._rows):
                         raise  # another cache would choose again what is chosen
                     self._change_cache()
                     continuation = self._begun(requests)
