@@ -46,7 +46,7 @@ class TensorBoard:
 
     def rewind(self, step: int, sent: Sent) -> None:
         self.close()
-        self._writer, self._purge, self._sent = None, step, sent
+        self._writer, self._purge, self._sent = None, step or None, sent
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
         board = self._board()
@@ -148,44 +148,41 @@ class Loggers:
     def __bool__(self) -> bool:
         return bool(self._loggers)
 
-    def rewind(self, step: int, logged: Iterable[Mapping[str, int]]) -> None:
-        """Expect the points from a batch on again.
+    def rewind(self, step: int, logged: Sequence[Mapping[str, int]]) -> None:
+        """Expect the points from a batch on, some of which those get again that were there before.
 
         Args:
-            step: The batch.
+            step: The batch; 0 of a run that begins.
             logged: The last batches of each kind that the run's files tell of, which are about to
                 drop them. They are noted: the run may be stopped before it has come as far again.
         """
         note = self._folder / "state" / "sent.json"
-        sent: dict[str, int] = json.loads(note.read_bytes()) if note.exists() else {}
-        for kind, batch in (item for last in logged for item in last.items()):
-            sent[kind] = max(batch, sent.get(kind, -1))
-        end = max(sent.values(), default=0)
-        sent = {kind: end if batch < 0 else batch for kind, batch in sent.items()}  # see `log`
-        if self._loggers:
+        before: dict[str, Sent] = json.loads(note.read_bytes()) if note.exists() else {}
+        sent = {n: _latest([before[n], *logged]) if n in before else {} for n in self._loggers}
+        if sent or before:
             with atomic_write(note) as file:
                 file.write(json.dumps(sent).encode())
         self._last = max(step - 1, 0)
-        self._each(lambda logger: logger.rewind(step, sent))
+        self._each(lambda name, logger: logger.rewind(step, sent[name]))
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
         """Send values by their names, of a batch, all of a kind; -1 is the last one of the run."""
         self._last = at = max(step, self._last)
-        self._each(lambda logger: logger.log(kind, values, at))
+        self._each(lambda _, logger: logger.log(kind, values, at))
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text that a batch's model has written."""
-        self._each(lambda logger: logger.log_text(name, text, step))
+        self._each(lambda _, logger: logger.log_text(name, text, step))
 
     def close(self) -> None:
         """End the run there."""
-        self._each(lambda logger: logger.close())
+        self._each(lambda _, logger: logger.close())
         self._loggers = {}
 
-    def _each(self, call: Callable[[Logger], None]) -> None:
+    def _each(self, call: Callable[[str, Logger], None]) -> None:
         for name, logger in list(self._loggers.items()):
             try:
-                call(logger)
+                call(name, logger)
             except Exception as error:
                 del self._loggers[name]
                 self._leave_out(name, error)
@@ -194,6 +191,15 @@ class Loggers:
         reason = f"{type(error).__name__}: {error}"
         message = f"{name} has failed and gets nothing more of this run, which goes on: {reason}"
         _tell(self._log, message)
+
+
+def _latest(logged: Iterable[Sent]) -> Sent:
+    """The last batch of each kind; of a kind that is of none, of all."""
+    sent: dict[str, int] = {}
+    for kind, batch in (item for last in logged for item in last.items()):
+        sent[kind] = max(batch, sent.get(kind, -1))
+    end = max(sent.values(), default=0)
+    return {kind: end if batch < 0 else batch for kind, batch in sent.items()}  # see `log`
 
 
 def _tell(log: logging.Logger, message: str) -> None:

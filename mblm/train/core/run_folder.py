@@ -107,6 +107,7 @@ class RunFolder:
         elif workers.is_main:
             for file in (self._loss, self._timemem, self._metrics):
                 file.create()
+            self.loggers.rewind(0, [])
         workers.barrier()
 
     def rewind(self, saved: SavedState) -> None:

@@ -123,6 +123,18 @@ def test_a_run_that_goes_on_sends_no_point_twice(tmp_path, calls):
     assert {("loss/train", 13), ("loss/test", 13)} <= {*logged(calls)}
 
 
+def test_a_logger_that_a_resume_adds_gets_all_from_there_on(tmp_path, calls):
+    """Also what the run had come to before without it, and nothing twice when it goes on again."""
+    run = train(jobs.config(tmp_path))
+    state, added = list_states(run)[0], {"loggers": ["trackio"]}
+    first = jobs.final_state(run)[1]["position"]["step"]
+    train(jobs.config(tmp_path, **added, resume=state))
+    sent = logged(calls)
+    assert [step for name, step in sent if name == "loss/train"] == list(range(8, first))
+    train(jobs.config(tmp_path, **added, resume=state))
+    assert logged(calls) == sent
+
+
 def test_tensorboard_shows_the_points_after_a_resume_once(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
