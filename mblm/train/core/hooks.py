@@ -105,7 +105,8 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def generate_samples(self, model: TModel, prompts: Sequence[str], seed: int) -> list[bytes]:
         """Let the model write after each prompt, for ``io.sample_amount``. Default: it cannot.
 
-        Called on the main worker; the random numbers of the run stay as they are.
+        Called on the main worker, with a copy on the CPU of a model that is sharded; the random
+        numbers of the run stay as they are.
         """
         raise NotImplementedError
 
@@ -115,7 +116,7 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         Called on the main worker.
 
         Args:
-            model: The model.
+            model: The model, as for `generate_samples`.
             samples: Samples of the validation data, not collated.
         """
         return []

@@ -105,23 +105,25 @@ class Observer:
     ) -> None:
         """Log a validation: its loss, also by position where loggers are, and what is written.
 
-        The main worker's model does both, in evaluation mode; training goes on as if it had not.
+        The main worker's model does both; training goes on as if it had not.
         """
         done, step, positions = run.position.done, run.position.step, list[float]()
-        if self._workers.is_main and not run.model.is_sharded:
-            rng, model = get_rng(), run.model.base.eval()
-            if self._folder.loggers:
-                data = run.validation.dataset
-                count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
-                some = [data[number] for number in range(min(count, len(data)))]
-                positions = hooks.losses_by_position(model, some)
-            if step - 1 in run.plan.sample_points:
-                prompts = hooks.config.io.sample_prompts
-                texts = hooks.generate_samples(model, prompts, run.lineage.seed)
-                self._folder.write_samples(step, prompts, texts)
-                for prompt, text in zip(prompts, texts, strict=True):
-                    self._log.info(f"[{step - 1}] sample: {prompt!r} + {text!r}")
-            set_rng(rng)
+        writes = step - 1 in run.plan.sample_points
+        logs = self._workers.from_main(bool(self._folder.loggers))
+        rng = get_rng()
+        model = run.model.whole(hooks.init_model) if writes or logs else None
+        if model is not None and logs:
+            data = run.validation.dataset
+            count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
+            some = [data[number] for number in range(min(count, len(data)))]
+            positions = hooks.losses_by_position(model, some)
+        if model is not None and writes:
+            prompts = hooks.config.io.sample_prompts
+            texts = hooks.generate_samples(model, prompts, run.lineage.seed)
+            self._folder.write_samples(step, prompts, texts)
+            for prompt, text in zip(prompts, texts, strict=True):
+                self._log.info(f"[{step - 1}] sample: {prompt!r} + {text!r}")
+        set_rng(rng)
         by_position = {
             f"{self._name('loss')} by position/{place:03d}": self._value(at)
             for place, at in enumerate(positions)

@@ -114,18 +114,10 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def _check_samples(self) -> None:
         """Refuse to let a model write that cannot."""
-        if not self.config.io.sample_amount:
-            return
-        if type(self).generate_samples is TrainerHooks.generate_samples:
-            raise ValueError(
-                f"io.sample_amount: {type(self).__name__} does not generate; expected 0, got "
-                f"{self.config.io.sample_amount}"
-            )
-        if self.config.train.strategy == "fsdp" and self._workers.world_size > 1:
-            raise ValueError(
-                "io.sample_amount: with train.strategy fsdp no worker holds the model that is to "
-                "write; expected 0; generate from the .pth files"
-            )
+        amount = self.config.io.sample_amount
+        if amount and type(self).generate_samples is TrainerHooks.generate_samples:
+            name = type(self).__name__
+            raise ValueError(f"io.sample_amount: {name} does not generate; expected 0, got {amount}")
 
     def _start(
         self, train_dataset: DistributedDataset[TBatch], valid_dataset: DistributedDataset[TBatch]

@@ -237,6 +237,33 @@ def test_losses_of_a_step_are_those_of_all_workers(tmp_path):
     assert len(list((run / "samples").iterdir())) == 2
 
 
+class WritesItsWeights(Writes):
+    """Writes the sum of the weights that it has."""
+
+    def generate_samples(self, model, prompts, seed):
+        super().generate_samples(model, prompts, seed)
+        return [str(sum(map(float, map(torch.sum, model.state_dict().values())))).encode()]
+
+
+def train_two_that_write(cfg):
+    jobs.train(cfg, WritesItsWeights)
+
+
+def test_a_sharded_model_writes_with_the_weights_that_are_saved_and_trains_the_same(tmp_path):
+    fields = {"workers": 2, "batch_size": 2, "strategy": "fsdp", "dropout": 0.3}
+    plain = jobs.config(tmp_path / "plain", **fields, num_models_to_save=4)
+    writes = jobs.config(tmp_path / "writes", **fields, num_models_to_save=4, sample_amount=2)
+    for cfg in (plain, writes):
+        assert jobs.join(jobs.start(train_two_that_write, 2, cfg)) == [0, 0]
+    run, whole = jobs.run_of(tmp_path / "writes"), jobs.run_of(tmp_path / "plain")
+    assert jobs.losses(run) == jobs.losses(whole)
+    assert jobs.same(jobs.final_state(run)[1:], jobs.final_state(whole)[1:])
+    for step in ("step_00000001", "step_00000012"):
+        saved = torch.load(run / "state" / "best" / f"{step}.pth")["MODEL"]
+        written = (run / "samples" / f"{step}.txt").read_text().partition("\n")[0]
+        assert float(written) == sum(map(float, map(torch.sum, saved.values())))
+
+
 def test_a_hierarchy_writes_text_and_tells_its_losses_by_position(tmp_path):
     fields = experiment_fields(tmp_path)
     cfg = TrainEntryConfig.model_validate(fields)

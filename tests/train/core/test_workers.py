@@ -134,11 +134,6 @@ class OtherStages(jobs.Trainer):
         return [type(model.logits[1]).__name__]
 
 
-class Writes(jobs.Trainer):
-    def generate_samples(self, model, prompts, seed):
-        raise AssertionError
-
-
 class WithData(jobs.Trainer):
     """Has another worker's data one sample longer."""
 
@@ -152,7 +147,6 @@ REFUSED = {
     "settings": "train.batch_size: 4 -> 5",
     "models": "do not train the same: stages: ['GELU'] -> ['Linear']; parameters: 344",
     "data": "rank 0 and rank 1 do not train the same: training_data",
-    "shards that write": "io.sample_amount: with train.strategy fsdp no worker holds the model",
     "no seed": "not refused",
 }
 
@@ -161,12 +155,10 @@ def start_in_many_ways(folder):
     """Note the errors of what cannot be trained, and a number that is drawn without a seed."""
     with process_group(backend="gloo") as run_vars:
         sizes = {"batch_size": 4 + run_vars.rank}
-        shards = {"strategy": "fsdp", "sample_amount": 1}
         ways = {
             "settings": (jobs.Trainer, sizes),
             "models": (OtherStages, {}),
             "data": (WithData, {}),
-            "shards that write": (Writes, shards),
             "no seed": (jobs.Trainer, {"seed": None}),
         }
         notes = {}
