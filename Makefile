@@ -10,9 +10,9 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+CPP := $(shell find csrc -type f)
 # The package is installed editable: only these need another install.
-SOURCES := pyproject.toml setup.py find_tools.py $(wildcard csrc/*/*)
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := pyproject.toml setup.py find_torch.py compile_library.py $(CPP)
 # pip hides what a build says for minutes: of that, tell what is compiled, and all if it fails.
 SHELL := bash
 INSTALL = echo 'Compiling for this torch, two to three minutes on two cores'; set -o pipefail; \

@@ -1,4 +1,4 @@
-// A model's weights as a run reads them: raw pointers into what decode/weights.h keeps alive.
+// A model's weights as a run reads them: raw pointers into what decode/torch/weights.h keeps alive.
 #pragma once
 
 #include <cstdint>

@@ -166,7 +166,7 @@ def _pack(model: Any, weights: str, hosted: Set[int]) -> Weights | None:
 def _between(
     model: Any, weights: str, hosts: Mapping[int, HostedStage], memory: HugePages
 ) -> tuple[list[Tensor], list[float]]:
-    """All but the stages, as csrc/decode/weights.h lists it."""
+    """All but the stages, as csrc/decode/torch/weights.h lists it."""
     tensors = [model.local_table, *pack_linear(model.to_logits, weights, memory)]
     tensors.append(model.empty_logits(1)[0, 0])
     eps: list[float] = []

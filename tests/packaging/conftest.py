@@ -21,7 +21,8 @@ def cut_clone(target: Path) -> Path:
     """Copy what a build needs to ``target``, with one kernel and one file of glue."""
     for name in (
         "setup.py",
-        "find_tools.py",
+        "find_torch.py",
+        "compile_library.py",
         "pyproject.toml",
         "README.md",
         "LICENSE",

@@ -9,14 +9,14 @@
 #include <span>
 #include <vector>
 
-#include "decode/draws.h"
-#include "decode/given.h"
-#include "decode/host.h"
 #include "decode/memory.h"
 #include "decode/rows.h"
 #include "decode/run.h"
-#include "decode/state.h"
-#include "decode/weights.h"
+#include "decode/torch/draws.h"
+#include "decode/torch/given.h"
+#include "decode/torch/host.h"
+#include "decode/torch/state.h"
+#include "decode/torch/weights.h"
 
 namespace mblm::decode {
 

@@ -1,5 +1,5 @@
 // Checks packed weights and points to them: see weights.h.
-#include "decode/weights.h"
+#include "decode/torch/weights.h"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/stack.h>

@@ -1,6 +1,6 @@
 // Units of rows on a GPU, told and read by the host: see device_cache.h.
 #ifdef MBLM_CUDA
-#include "decode/device_cache.h"
+#include "decode/torch/device_cache.h"
 
 #include <algorithm>
 #include <cmath>

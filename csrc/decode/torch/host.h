@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "decode/rows.h"
-#include "decode/state.h"
+#include "decode/torch/state.h"
 
 namespace mblm::decode {
 

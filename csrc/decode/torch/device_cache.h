@@ -7,8 +7,8 @@
 #include <mutex>
 #include <vector>
 
-#include "decode/cache.h"
-#include "decode/device_slots.h"
+#include "decode/torch/cache.h"
+#include "decode/torch/device_slots.h"
 
 namespace mblm::decode {
 

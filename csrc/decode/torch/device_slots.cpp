@@ -1,6 +1,6 @@
 // Memory of rows on a GPU: see device_slots.h.
 #ifdef MBLM_CUDA
-#include "decode/device_slots.h"
+#include "decode/torch/device_slots.h"
 
 #include <ATen/ops/from_blob.h>
 

@@ -1,11 +1,11 @@
 // Copies a row's state to tensors and back, checked: see state.h.
-#include "decode/state.h"
+#include "decode/torch/state.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "decode/given.h"
-#include "decode/weights.h"
+#include "decode/torch/given.h"
+#include "decode/torch/weights.h"
 #include "torch/common.h"
 
 namespace mblm::decode {

@@ -15,7 +15,7 @@
 #include "cuda/units.h"
 #include "decode/bytes.h"
 #include "decode/parts.h"
-#include "decode/weights.h"
+#include "decode/torch/weights.h"
 
 namespace mblm::decode {
 

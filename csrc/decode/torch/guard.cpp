@@ -1,5 +1,5 @@
 // See guard.h. It runs no Python code, and looks at dictionaries in the order of their entries.
-#include "decode/guard.h"
+#include "decode/torch/guard.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 

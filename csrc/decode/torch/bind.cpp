@@ -12,12 +12,12 @@
 #include <vector>
 
 #include "cpu/cores.h"
-#include "decode/cache.h"
-#include "decode/device_cache.h"
-#include "decode/draws.h"
-#include "decode/gil.h"
-#include "decode/guard.h"
-#include "decode/weights.h"
+#include "decode/torch/cache.h"
+#include "decode/torch/device_cache.h"
+#include "decode/torch/draws.h"
+#include "decode/torch/gil.h"
+#include "decode/torch/guard.h"
+#include "decode/torch/weights.h"
 #include "torch/tensors.h"
 
 // What a run did with a row is a tuple in Python.

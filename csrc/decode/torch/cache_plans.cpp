@@ -1,7 +1,7 @@
 // Plans of rows: begun, followed, and chosen for. See cache.h.
 #include <algorithm>
 
-#include "decode/cache.h"
+#include "decode/torch/cache.h"
 #include "torch/common.h"
 
 namespace mblm::decode {

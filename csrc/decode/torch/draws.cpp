@@ -1,5 +1,5 @@
 // Drawing numbers and keeping them for the lanes that come later: see draws.h.
-#include "decode/draws.h"
+#include "decode/torch/draws.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>

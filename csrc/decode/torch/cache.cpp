@@ -1,5 +1,5 @@
 // Rows, the bytes that they take in, their states, and hosted stages. See cache.h.
-#include "decode/cache.h"
+#include "decode/torch/cache.h"
 
 #include <c10/util/ScopeExit.h>
 
