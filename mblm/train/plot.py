@@ -86,7 +86,9 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
             continue
         if before is None:
             before = 0.0 if "seconds" in row else clock
-        passed = clock - before if clock >= before else clock  # a new process counts from 0
+        passed = clock - before
+        if passed < 0:  # a new process counts from 0; a clock was set back
+            passed = clock if "seconds" in row else 0.0
         before = clock
         last, total = curves.seconds[-1] if curves.seconds else (0.0, 0.0)
         curves.seconds.append((seen, total + passed))

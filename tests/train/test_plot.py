@@ -66,9 +66,12 @@ def test_metrics_come_before_losses_and_tell_time_and_speed(tmp_path: Path) -> N
 
 
 def test_of_losses_alone_time_and_speed_are_those_of_the_clock(tmp_path: Path) -> None:
-    rows = [row("train", n, 1.0).replace("2026-01-01", f"2026-01-01 00:00:{n}") for n in (10, 30)]
+    """It stands still while the clock is set back, as at the end of summer time."""
+    times = {10: "02:59:10", 30: "02:59:30", 40: "02:00:00", 60: "02:00:10"}
+    rows = [row("train", n, 1.0).replace("01-01", f"10-25 {time}") for n, time in times.items()]
     curves = read_curves(run(tmp_path / "one", *rows))
-    assert curves.seconds == [(10, 0), (30, 20)] and curves.speed == [(30, 1)]
+    assert curves.seconds == [(10, 0), (30, 20), (40, 20), (60, 30)]
+    assert curves.speed == [(30, 1), (60, 2)]
 
 
 def test_one_rank_speaks_for_all(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from mblm.train.core.training_state import BEST, STATES
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import save_model_state
 
 Row = TypeVar("Row", bound=NamedTuple)
 
-_BEST = Path("state", "best")
+_BEST = Path(STATES, BEST)
 
 
 class CsvLog(Generic[Row]):
@@ -28,10 +29,6 @@ class CsvLog(Generic[Row]):
         self._file = file
         self._columns = columns._fields
         self._enabled = enabled
-
-    def create(self) -> None:
-        """Begin the file with its header."""
-        self._file.write_bytes(_csv_lines([self._columns]).encode())
 
     def write_row(self, row: Row) -> None:
         """Append a row."""
@@ -53,7 +50,10 @@ class CsvLog(Generic[Row]):
         return batches
 
     def keep_before(self, **batches: int) -> None:
-        """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut."""
+        """Drop the rows of each kind from a batch on, all of other kinds, and what a crash cut.
+
+        A file that is not there is begun with its header.
+        """
         kept = [
             row
             for kind, batch, row in self._rows()
@@ -163,7 +163,8 @@ def new_run_dir(wanted: Path) -> Path:
 
 def _link(source: Path, target: Path) -> None:
     """Replace a file by a link to another, or by a copy where the system has no such links."""
-    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)  # a crash may have left it
     try:
         try:
             os.link(source, temporary)

@@ -106,7 +106,7 @@ class RunFolder:
             self._take_over(resumed)
         elif workers.is_main:
             for file in (self._loss, self._timemem, self._metrics):
-                file.create()
+                file.keep_before()
             self.loggers.rewind(0, [])
         workers.barrier()
 

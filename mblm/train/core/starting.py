@@ -114,10 +114,11 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def _check_samples(self) -> None:
         """Refuse to let a model write that cannot."""
-        amount = self.config.io.sample_amount
-        if amount and type(self).generate_samples is TrainerHooks.generate_samples:
-            name = type(self).__name__
-            raise ValueError(f"io.sample_amount: {name} does not generate; expected 0, got {amount}")
+        amount, trainer = self.config.io.sample_amount, type(self)
+        if amount and trainer.generate_samples is TrainerHooks.generate_samples:
+            raise ValueError(
+                f"io.sample_amount: {trainer.__name__} does not generate; expected 0, got {amount}"
+            )
 
     def _start(
         self, train_dataset: DistributedDataset[TBatch], valid_dataset: DistributedDataset[TBatch]

@@ -31,7 +31,8 @@ from mblm.utils.checkpoint import save_tensors
 
 FORMAT = 2
 KEPT = 2
-_STATES = "state"
+STATES = "state"
+BEST = "best"
 _PREFIX = "step_"
 _MANIFEST = "COMPLETE"
 _SCALARS = (bool, int, float, complex, str, torch.dtype)
@@ -66,7 +67,7 @@ def find_latest_state(run_dir: str | Path) -> Path | None:
 
 def list_states(run_dir: str | Path) -> list[Path]:
     """The whole training states of a run folder, the earliest first."""
-    folders = Path(run_dir, _STATES).glob(f"{_PREFIX}*")
+    folders = Path(run_dir, STATES).glob(f"{_PREFIX}*")
     return sorted((f for f in folders if is_training_state(f)), key=step_of)
 
 
@@ -101,7 +102,7 @@ def run_dir_of(state_dir: Path) -> Path:
 
 def state_dir_at(run_dir: Path, step: int) -> Path:
     """The folder of a run's state after ``step`` batches."""
-    return run_dir / _STATES / f"{_PREFIX}{step:08d}"
+    return run_dir / STATES / f"{_PREFIX}{step:08d}"
 
 
 def save_training_state(
@@ -176,7 +177,7 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     Returns:
         The states that are kept.
     """
-    folder = Path(run_dir, _STATES)
+    folder = Path(run_dir, STATES)
     kept = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
     for state in [*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*.tmp")]:
         if state not in kept:
@@ -205,7 +206,7 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
 
     Raises:
         ValueError: No whole state of this format, one of another strategy, shards of another number
-            of workers, or a damaged file.
+            of workers, a damaged file, or one of the best models is gone.
     """
     manifest = read_manifest(state_dir)
     is_exact = manifest.get("workers") == workers.world_size
@@ -218,6 +219,9 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
                 f"{state_dir} was saved with {field} {manifest.get(field)}, this run has {value}. "
                 f"Resume with the same {field}, or from a checkpoint .pth, the weights only"
             )
+    for name in referred_models([state_dir]):
+        if not (model := state_dir.with_name(BEST) / name).exists():
+            raise ValueError(f"{state_dir} cannot be gone on from: its best model {model} is gone")
     own = state_dir / f"rank_{workers.rank if is_exact else 0}.pt"
     return SavedState(state_dir, manifest, _read(state_dir / "common.pt"), _read(own), is_exact)
 

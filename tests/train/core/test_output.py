@@ -43,7 +43,7 @@ def test_a_full_disk_is_told_with_the_files_name():
 
 def test_rows_before_a_batch_are_kept_whatever_sources_are_called_and_a_crash_has_cut(tmp_path):
     log = CsvLog(tmp_path / "loss.csv", CSVLossEntry, enabled=True)
-    log.create()
+    log.keep_before()
     kinds = ["train", "valid/ü\u2028", "valid/two\nlines", "test"]
     for batch, kind in product(range(3), kinds):
         log.write_row(CSVLossEntry(0, "now", 0, kind, 0, batch, batch, 1, 1, 1, 1))

@@ -281,6 +281,10 @@ def test_a_state_of_another_strategy_or_a_damaged_one_is_refused(tmp_path, ended
     with pytest.raises(ValueError, match="strategy fsdp, this run has ddp"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
     manifest.write_text(text)
+    best = (ended / "state" / "best").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"its best model .*/best/step_.*\.pth is gone"):
+        jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
+    best.rename(ended / "state" / "best")
     (state / "common.pt").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match=r"common\.pt cannot be read"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
