@@ -98,7 +98,7 @@ class HostedStage:
             )
         carried = Carried(state)
         y: Tensor = stage(x, carried=carried)
-        return y, carried.state
+        return y, carried.after
 
     def _stacked(self, states: Sequence[Share]) -> Any:
         """The state of all rows in one."""

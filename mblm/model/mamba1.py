@@ -41,7 +41,7 @@ class Mamba1Mixer(MambaBlock):
 
     def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), after a state where one is carried."""
-        before = None if carried is None else carried.state
+        before = None if carried is None else carried.before
         scan_state, window = (None, None) if before is None else before
         inner, gate = apply(self.in_proj, x).chunk(2, dim=-1)  # (B, S, D_inner) each
         inner, window = convolve(self.conv1d, self.config.d_conv, inner, window)
@@ -64,7 +64,7 @@ class Mamba1Mixer(MambaBlock):
             inputs = (inner, delta, rates, weight_in, weight_out, direct)
             y, scan_state = mamba1_scan(inputs, scan_state, y_only=carried is None)
         if carried is not None:
-            carried.state = scan_state, window
+            carried.after = scan_state, window
         return apply(self.out_proj, y * F.silu(gate))
 
 

@@ -77,7 +77,7 @@ class Mamba2Mixer(nn.Module):
     def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), after a state where one is carried."""
         length = x.shape[1]
-        before = None if carried is None else carried.state
+        before = None if carried is None else carried.before
         scan_state, window = (None, None) if before is None else before
         gate, mixed, dt = apply(self.in_proj, x).split(
             [self.inner_dim, self.inner_dim + 2 * self.d_state, self.num_heads], dim=-1
@@ -100,7 +100,7 @@ class Mamba2Mixer(nn.Module):
             inputs = inner, dt, rates, weight_in, weight_out, direct
             y, scan_state = mamba2_scan(inputs, scan_state)
         if carried is not None:
-            carried.state = scan_state, window
+            carried.after = scan_state, window
         return apply(self.out_proj, rms_norm(self.norm, y.reshape(gate.shape), gate))
 
 

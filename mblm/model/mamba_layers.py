@@ -62,7 +62,7 @@ class MambaStage(nn.Module):
     def forward(self, x: Tensor, *, carried: Carried | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D) causally: from the zero state, or from one that is carried."""
         if carried is not None:
-            y, carried.state = self.forward_with_state(x, carried.state)
+            y, carried.after = self.forward_with_state(x, carried.before)
             return y
         self._check(x)
         for layer in self.layers:
@@ -89,7 +89,7 @@ class MambaStage(nn.Module):
         for index, layer in enumerate(self.layers):
             carried = Carried(None if state is None else state[index])
             x = layer(x, carried)
-            states.append(carried.state)
+            states.append(carried.after)
         return self.finish(x), tuple(states)
 
     def finish(self, x: Tensor) -> Tensor:

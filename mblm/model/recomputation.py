@@ -141,11 +141,12 @@ class _InLayers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layers, sums = ctx.computation
+        inputs = ctx.saved_tensors  # at once: activation checkpointing gives them one time only
         grad = grad.clone()
         with sums.adding():
             for index in reversed(range(len(layers))):
                 is_needed = index > 0 or ctx.needs_input_grad[2]
-                x = ctx.saved_tensors[index].detach().requires_grad_(is_needed)
+                x = inputs[index].detach().requires_grad_(is_needed)
                 with ctx.circumstances.of(index):
                     out = layers[index](x.view_as(x))
                 found = sums.add_gradients(out, grad, [x] if is_needed else [])

@@ -19,12 +19,14 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass
 class Carried:
-    """A state that a call takes along, and replaces by that after its positions.
+    """The states before and after the positions of a call, which it takes along.
 
-    It is no argument and no result of its own: what hooks see are activations.
+    They are no arguments and no results of their own: what hooks see are activations. A call leaves
+    ``before`` as it is, so that it may be computed again, as activation checkpointing does.
     """
 
-    state: Any = None  # None before the first position
+    before: Any = None  # None before the first position
+    after: Any = None  # what the call gives
 
 
 class Stage(Protocol):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mblm.model.gradients import (
@@ -100,7 +101,9 @@ class _SumWithGradients(torch.autograd.Function):
                 if of_rows is not None and of_tile[0] is not None:
                     of_rows[tile] = of_tile[0]
 
-        total, count = _add_detached(results(), -(-len(rows) // size))
+        # The tiles' graphs end here: a caller's checkpointing or offloading is not for them.
+        with saved_tensors_hooks(_same, _same):
+            total, count = _add_detached(results(), -(-len(rows) // size))
         ctx.gradients = [of_rows, *(sums.sums() if parameters else ())]
         ctx.dtypes = [tensor.dtype for tensor in (rows, *parameters)]
         ctx.mark_non_differentiable(count)
@@ -221,6 +224,10 @@ def _add_detached(results: Iterable[SumAndCount], length: int) -> SumAndCount:
             totals, counts = total.new_empty(length), count.new_empty(length)
         totals[index], counts[index] = total, count
     return totals.sum(), counts.sum()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _check_leaves(total: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -206,7 +206,7 @@ class TransformerDecoder(_Transformer):
                 start token: where that pays, what becomes of it is computed once.
             recompute_layers: Keep the layers' inputs only, and compute each layer again in the
                 backward pass.
-            carried: The positions come after those that its state has seen; see `Carried`.
+            carried: The positions come after those of the state before; see `Carried`.
         """
         if carried is not None:
             return self._continue(input_ids, carried)
@@ -276,11 +276,11 @@ class TransformerDecoder(_Transformer):
     ) -> tuple[torch.Tensor, TransformerState]:
         """Continue ``x (B, S, D)``, S >= 1, after the positions that ``state`` has seen."""
         carried = Carried(state)
-        return self._continue(x, carried), carried.state
+        return self._continue(x, carried), carried.after
 
     def _continue(self, x: torch.Tensor, carried: Carried) -> torch.Tensor:
-        """`forward_with_state` of a state that is replaced."""
-        new = Continuation(carried.state, x)
+        """`forward_with_state` of a state that is carried."""
+        new = Continuation(carried.before, x)
         rotary = self.rotary(new.first, new.end - new.first)
         if rotary is not None:
             rotary = new.rotate_by(*rotary)
@@ -288,11 +288,13 @@ class TransformerDecoder(_Transformer):
         for layer, (attention, feed_forward) in enumerate(self.layer_pairs()):
             of_attention = x[:, -1, kept:]
             previous = new.delayed(layer, 0, x.dtype)
-            x = x + attention(x, rotary, previous=previous, extend=new.extend)
+            x = x + attention(
+                x, rotary, previous=previous, extend=functools.partial(new.extend, layer)
+            )
             of_feed_forward = x[:, -1, kept:]
             x = x + feed_forward(x, new.delayed(layer, 1, x.dtype))
             new.delay(of_attention, of_feed_forward)
-        carried.state = new.state()
+        carried.after = new.state()
         return self.norm(x)
 
     def stack_states(self, states: Sequence[TransformerState]) -> TransformerState:

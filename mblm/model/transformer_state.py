@@ -107,8 +107,8 @@ class Continuation:
             self.mask = torch.arange(self.end, device=x.device) <= reached
         self._state = state
         self._may_write = state is not None and state.claim_room()
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._keys: dict[int, Tensor] = {}  # by layer, which may be computed again
+        self._values: dict[int, Tensor] = {}
         self._delayed: list[tuple[Tensor, Tensor]] = []
 
     def rotate_by(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,15 +121,14 @@ class Continuation:
         """What a shift takes from the position before; None at the beginning."""
         return None if self._state is None else self._state.delayed[layer][part].to(dtype)
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All keys and values of the next layer with these, ``(B, H, count, d)``, and `mask`."""
-        layer = len(self._keys)
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All keys and values of a layer with these, ``(B, H, count, d)``, and `mask`."""
         before = (None, None)
         if self._state is not None:
             before = self._state.keys[layer], self._state.values[layer]  # type: ignore[assignment]
-        self._keys.append(self._append(before[0], k))
-        self._values.append(self._append(before[1], v))
-        keys, values = self._keys[-1][:, :, : self.end], self._values[-1][:, :, : self.end]
+        keys = self._keys[layer] = self._append(before[0], k)
+        values = self._values[layer] = self._append(before[1], v)
+        keys, values = keys[:, :, : self.end], values[:, :, : self.end]
         return keys.to(k.dtype), values.to(v.dtype), self.mask
 
     def delay(self, of_attention: Tensor, of_feed_forward: Tensor) -> None:
@@ -139,7 +138,7 @@ class Continuation:
     def state(self) -> TransformerState:
         """The state with the new positions."""
         after = tuple(position + self.count for position in self.before)
-        kept = tuple(self._keys), tuple(self._values), tuple(self._delayed)
+        kept = tuple(self._keys.values()), tuple(self._values.values()), tuple(self._delayed)
         return TransformerState(after, *kept, [None])
 
     def _append(self, kept: Tensor | None, new: Tensor) -> Tensor:

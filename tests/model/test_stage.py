@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.models import LSTMWithHook, mamba, transformer
 
@@ -79,3 +80,22 @@ def test_a_state_comes_back_from_its_named_tensors(stage: Any) -> None:
         for wrong in (tensor[..., :-1], tensor[None], tensor.long(), None):
             with pytest.raises(ValueError, match=name):
                 stage.state_of({**tensors, name: wrong}, 5)
+
+
+@built_in
+def test_a_layer_that_is_checkpointed_continues_the_state_it_was_given(stage: Any) -> None:
+    """Activation checkpointing computes a layer again, after its first call has given a state."""
+    x = torch.randn(2, 9, 8)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        _, state = stage.forward_with_state(x[:, :5], None)
+        y, _ = stage.forward_with_state(x[:, 5:], state)
+        return torch.autograd.grad(y.square().sum(), list(stage.parameters()))
+
+    expected = gradients()
+    for index, layer in enumerate(stage.layers):
+        if isinstance(layer, nn.ModuleList):  # a Transformer's attention and feed-forward
+            stage.layers[index] = nn.ModuleList(map(checkpoint_wrapper, layer))
+        else:
+            stage.layers[index] = checkpoint_wrapper(layer)
+    torch.testing.assert_close(gradients(), expected, **CLOSE)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mblm import MBLM, MBLMReturnType
 from mblm.model.block import StageBlock
@@ -219,6 +220,17 @@ def test_offloaded_activations_are_copies_in_host_memory(three: MBLM) -> None:
     other = tiled(three, offload=True)
     ids = draw_ids(2, 50)
     assert_same_gradients(three, other, [three(ids), other(ids)], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("fields", [{"tile": 4}, {"checkpoint_global": True}], ids=str)
+@pytest.mark.parametrize("block", [transformer(), mamba("mamba2")], ids=["transformer", "mamba2"])
+def test_a_model_may_be_checkpointed_as_a_whole(block: StageBlock, fields: dict[str, Any]) -> None:
+    """By its user, who lets PyTorch compute it again in the backward pass."""
+    m = model(block, transformer(), seq_lens=[5, 4], num_layers=[2, 1]).double().train()
+    other = tiled(m, **{"tile": None, **fields})
+    ids = draw_ids(2, 17)
+    losses = [m(ids), checkpoint(other, ids, use_reentrant=False)]
+    assert_same_gradients(m, other, losses)
 
 
 def test_without_a_tile_a_training_step_is_what_it_was(three: MBLM) -> None:
