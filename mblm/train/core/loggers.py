@@ -5,12 +5,12 @@ import importlib
 import json
 import logging
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mblm.train.core.telling import tell
 from mblm.utils.atomic import atomic_write
 
 Sent = Mapping[str, int]
@@ -95,7 +95,7 @@ class Tracker:
             own = {"id": id_file.read_text(), "dir": str(folder), "settings": settings}
             if "WANDB_MODE" not in os.environ and not self._library.login(prompt=False):
                 own["mode"] = "offline"
-                _tell(
+                tell(
                     log, f"wandb: no login; to send it later: wandb sync {folder}/wandb/offline-*"
                 )
         resume = "never" if is_new else "allow"
@@ -190,7 +190,7 @@ class Loggers:
     def _leave_out(self, name: str, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         message = f"{name} has failed and gets nothing more of this run, which goes on: {reason}"
-        _tell(self._log, message)
+        tell(self._log, message)
 
 
 def _latest(logged: Iterable[Sent]) -> Sent:
@@ -200,11 +200,6 @@ def _latest(logged: Iterable[Sent]) -> Sent:
         sent[kind] = max(batch, sent.get(kind, -1))
     end = max(sent.values(), default=0)
     return {kind: end if batch < 0 else batch for kind, batch in sent.items()}  # see `log`
-
-
-def _tell(log: logging.Logger, message: str) -> None:
-    log.error(message)
-    print(message, file=sys.stderr, flush=True)
 
 
 def check_loggers(names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from mblm.data.types import ModelMode
 from mblm.train.core.config import CSVMetricsEntry
@@ -16,6 +17,7 @@ from mblm.train.core.parallel import Workers
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Run
 from mblm.train.core.run_folder import RunFolder
+from mblm.train.core.telling import tell
 
 T = TypeVar("T")
 
@@ -105,24 +107,22 @@ class Observer:
     ) -> None:
         """Log a validation: its loss, also by position where loggers are, and what is written.
 
-        The main worker's model does both; training goes on as if it had not.
+        The main worker's model does both; training goes on as if it had not, also where it cannot.
         """
         done, step, positions = run.position.done, run.position.step, list[float]()
         writes = step - 1 in run.plan.sample_points
         logs = self._workers.from_main(bool(self._folder.loggers))
         rng = get_rng()
         model = run.model.whole(hooks.init_model) if writes or logs else None
-        if model is not None and logs:
-            data = run.validation.dataset
-            count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
-            some = [data[number] for number in range(min(count, len(data)))]
-            positions = hooks.losses_by_position(model, some)
-        if model is not None and writes:
-            prompts = hooks.config.io.sample_prompts
-            texts = hooks.generate_samples(model, prompts, run.lineage.seed)
-            self._folder.write_samples(step, prompts, texts)
-            for prompt, text in zip(prompts, texts, strict=True):
-                self._log.info(f"[{step - 1}] sample: {prompt!r} + {text!r}")
+        if model is not None:
+            try:
+                if logs:
+                    positions = self._losses_by_position(hooks, run, model)
+                if writes:
+                    self._let_write(hooks, run, model)
+            except Exception as error:  # such as a GPU that has no memory left: the run goes on
+                what = f"What the model does after batch {step - 1} is not shown"
+                tell(self._log, f"{what}: {type(error).__name__}: {error}")
         set_rng(rng)
         by_position = {
             f"{self._name('loss')} by position/{place:03d}": self._value(at)
@@ -130,6 +130,23 @@ class Observer:
         }
         self._write(ModelMode.VALID, done, step - 1, loss, by_position)
         run.model.call.train()
+
+    def _losses_by_position(
+        self, hooks: TrainerHooks[Any, Any, Any, Any, Any], run: Run, model: nn.Module
+    ) -> list[float]:
+        data = run.validation.dataset
+        count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
+        some = [data[number] for number in range(min(count, len(data)))]
+        return hooks.losses_by_position(model, some)
+
+    def _let_write(
+        self, hooks: TrainerHooks[Any, Any, Any, Any, Any], run: Run, model: nn.Module
+    ) -> None:
+        step, prompts = run.position.step, hooks.config.io.sample_prompts
+        texts = hooks.generate_samples(model, prompts, run.lineage.seed)
+        self._folder.write_samples(step, prompts, texts)
+        for prompt, text in zip(prompts, texts, strict=True):
+            self._log.info(f"[{step - 1}] sample: {prompt!r} + {text!r}")
 
     def _write(
         self,

@@ -1,11 +1,19 @@
 """What a run says on standard error: what it will do, and what came out."""
 
+import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from mblm.train.core.config import DataLineage
 from mblm.train.core.schedule import Plan
+
+
+def tell(log: logging.Logger, message: str) -> None:
+    """Say something that must not be missed, on the main worker."""
+    log.error(message)
+    print(message, file=sys.stderr, flush=True)
 
 
 def format_loss(loss: float, unit: str) -> str:

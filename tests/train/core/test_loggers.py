@@ -94,6 +94,20 @@ def test_numbers_and_samples_are_logged_and_the_run_is_the_same(tmp_path, calls)
     assert "sample: 'abc' + b'cba'" in (run / "train.log").read_text()
 
 
+def test_a_model_that_cannot_write_does_not_end_the_run_and_it_is_said(tmp_path, capsys):
+    class Fails(Writes):
+        def generate_samples(self, model, prompts, seed):
+            torch.rand(3)
+            raise torch.OutOfMemoryError("no memory left")
+
+    plain = train(jobs.config(tmp_path / "plain"), jobs.Trainer)
+    run = train(jobs.config(tmp_path / "fails", **SAMPLES), Fails)
+    assert jobs.losses(run) == jobs.losses(plain)
+    assert jobs.same(jobs.final_state(run)[1:], jobs.final_state(plain)[1:])
+    said = "after batch 11 is not shown: OutOfMemoryError: no memory left"
+    assert said in capsys.readouterr().err and said in (run / "train.log").read_text()
+
+
 def test_a_run_that_goes_on_sends_no_point_twice(tmp_path, calls):
     """Not even when it is stopped again before it has come as far as the first time."""
 
