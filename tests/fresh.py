@@ -126,6 +126,6 @@ def _run(request: int, out: int, err: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).parent))
+    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
     importlib.import_module(sys.argv[2])
     _serve(socket.socket(fileno=int(sys.argv[1])))
