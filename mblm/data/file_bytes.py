@@ -144,7 +144,7 @@ class _OpenFile:
         self._path = path
         if not stat.S_ISREG(path.stat().st_mode):  # before a pipe is opened, which would wait
             raise ValueError(f"{str(path)!r} is no file")
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, begin: int, end: int) -> bytes:
@@ -152,7 +152,7 @@ class _OpenFile:
         pieces = []
         while begin < end:  # a system reads 2 GiB at most at once
             try:
-                pieces.append(os.pread(self._descriptor, end - begin, begin))
+                pieces.append(_read_at(self._descriptor, end - begin, begin))
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
             if not pieces[-1]:
@@ -164,3 +164,10 @@ class _OpenFile:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+def _read_at(descriptor: int, count: int, begin: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, count, begin)
+    os.lseek(descriptor, begin, os.SEEK_SET)  # on Windows, where no process is forked
+    return os.read(descriptor, count)

@@ -155,6 +155,14 @@ def test_a_file_that_is_opened_again_must_have_its_size(
         data[0]
 
 
+def test_a_system_without_reads_from_a_place_reads_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pread")  # as on Windows
+    data = FileBytes(write(tmp_path, b"abc", b"defg"))
+    assert [bytes(data[start:6].tolist()) for start in (1, 4, 0)] == [b"bcdef", b"ef", b"abcdef"]
+
+
 def test_a_system_may_read_less_than_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

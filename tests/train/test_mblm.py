@@ -7,16 +7,14 @@ import torch
 from pydantic import ValidationError
 
 from mblm import MBLM, MBLMModelConfig
-from mblm.data.datasets import DistributedDataset
+from mblm.data.dataset.byte_files import ByteFiles
 from mblm.train.core.run_folder import hold_run
 from mblm.train.mblm import (
     DatasetRegistry,
     MegabyteTrainer,
     TrainEntryConfig,
-    TrainMaskedEntryConfig,
     dataset_registry,
     masked_dataset_registry,
-    train_encoder_mblm,
     train_mblm,
 )
 from mblm.utils.distributed import ElasticRunVars
@@ -25,7 +23,7 @@ from mblm.utils.io import load_model_state
 from tests import fresh
 
 from .core import jobs
-from .experiments import as_encoder, experiment_fields, run_of
+from .experiments import experiment_fields, run_of
 
 
 @pytest.fixture
@@ -73,37 +71,6 @@ def test_a_batch_weighs_its_entries_that_have_loss(fields):
     assert trainer.count_entries((ids, torch.tensor([[1.0, 0.5, 1.0], [0.0, 1.0, 1.0]]))) == 2
 
 
-def test_the_shape_of_the_schedule_without_warm_up(fields):
-    fields["train"]["warmup_steps_perc"] = 0
-    config = TrainEntryConfig.model_validate(fields)
-    trainer = MegabyteTrainer(config, ElasticRunVars(local_rank=0, world_size=1, is_cuda=False))
-    optimizer = trainer.configure_optimizer(trainer._parallel.parameters())
-    scheduler = trainer.configure_scheduler(optimizer, 2)
-    rates = []
-    for _ in range(2):
-        rates += scheduler.get_last_lr()
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([0.01, 0.005])
-
-
-class Masked(DistributedDataset):
-    """Ids of which some are masked."""
-
-    @staticmethod
-    def from_train_entry_config(config, mode, worker_id, num_workers):
-        return Masked(640, True, seq_len=16, worker_id=worker_id, num_workers=num_workers)
-
-    @staticmethod
-    def supports_test_mode():
-        return False
-
-    def get_sample(self, from_idx):
-        ids = torch.arange(from_idx, from_idx + 16) % 7
-        hidden = torch.rand(16) < 0.3
-        return ids.masked_fill(hidden, 256), torch.ones(16, dtype=torch.bool), ids
-
-
 def test_a_run_whose_data_are_gone_at_its_end_is_finished(tmp_path, fields, monkeypatch):
     """All but the test, which needs what a file has lost."""
     test = MegabyteTrainer.test
@@ -120,17 +87,6 @@ def test_a_run_whose_data_are_gone_at_its_end_is_finished(tmp_path, fields, monk
     log = (tmp_path / "out" / "mblm.train.mblm.log").read_text()
     assert "not tested" in log and "text' had 2400 bytes and now has 100" in log
     assert list(run_of(tmp_path).glob("*.pth"))
-
-
-def test_an_encoder(tmp_path, fields, monkeypatch):
-    monkeypatch.setitem(masked_dataset_registry, "masked", Masked)
-    fields = as_encoder(fields)
-    fields["params"]["mask_reduce_strat"] = "all"
-    fields["io"]["dataset_id"] = "masked"
-    train_encoder_mblm(TrainMaskedEntryConfig.model_validate(fields))
-    rows = jobs.losses(run_of(tmp_path))[1:]
-    assert {row[2] for row in rows} == {"train", "valid"}
-    assert float(rows[-1][6]) < float(rows[0][6])
 
 
 def test_an_error_is_logged_and_raised(tmp_path, fields):
@@ -163,8 +119,8 @@ def test_the_registries():
     assert dataset_registry.keys() >= {"bytes", "clevr", "pg19"}
     assert sorted(masked_dataset_registry) == ["pg19masked"]
     registry = DatasetRegistry()
-    assert registry.register("mine")(Masked) is Masked
-    assert registry.retrieve("mine") is Masked
+    assert registry.register("mine")(ByteFiles) is ByteFiles
+    assert registry.retrieve("mine") is ByteFiles
 
 
 def test_importing_needs_no_pillow_and_touches_no_device():

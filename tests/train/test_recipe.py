@@ -167,6 +167,10 @@ def test_linear_rises_and_falls():
     assert taken == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
 
 
+def test_a_cosine_may_begin_at_its_top():
+    assert [r for (r,) in rates(2, warmup_steps_perc=0)] == pytest.approx([0.01, 0.005])
+
+
 def test_a_cosine_to_a_share_is_the_published_one_moved_up():
     published = [rate for (rate,) in rates()]
     raised = [rate for (rate,) in rates(min_lr_factor=0.2)]

@@ -95,9 +95,7 @@ class Tracker:
             own = {"id": id_file.read_text(), "dir": str(folder), "settings": settings}
             if "WANDB_MODE" not in os.environ and not self._library.login(prompt=False):
                 own["mode"] = "offline"
-                tell(
-                    log, f"wandb: no login; to send it later: wandb sync {folder}/wandb/offline-*"
-                )
+                tell(log, f"wandb: no login; to send it later: wandb sync {folder}/wandb/offline-*")
         resume = "never" if is_new else "allow"
         self._run = self._library.init(
             project=project, name=name, config=config, resume=resume, **own

@@ -245,7 +245,8 @@ def test_losses_of_a_step_are_those_of_all_workers(tmp_path):
     rows = [row for row in jobs.losses(run)[1:] if row[2] == "train" and row[5] == "3"]
     with (run / "metrics.csv").open(newline="") as file:
         last = [row for row in csv.DictReader(file) if row["kind"] == "train"][-1]
-    assert len(rows) == 2
+    (first, loss), (second, other) = sorted((row[0], row[6]) for row in rows)
+    assert (first, second) == ("0", "1") and loss != other
     assert float(last["loss"]) == pytest.approx(sum(float(row[6]) for row in rows) / 2)
     assert last["elements_seen"] == str(4 * 2 * 2 * jobs.SEQ_LEN)
     assert len(list((run / "samples").iterdir())) == 2

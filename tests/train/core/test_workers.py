@@ -1,7 +1,6 @@
 """Several workers stop, save and fail together, with one message."""
 
 import contextlib
-import csv
 import errno
 import json
 import math
@@ -221,16 +220,6 @@ def test_a_failed_worker_ends_the_others(tmp_path):
     cfg = jobs.config(tmp_path, workers=2)
     assert jobs.join(jobs.start(train_with_a_failure, 2, cfg)) == [1, 1]
     assert time.monotonic() - begin < 60  # not a collective's timeout, which is half an hour
-
-
-def test_every_enabled_rank_logs_its_own_losses(tmp_path):
-    cfg = jobs.config(tmp_path, workers=2, batches=4, enabled_loss_log_for_gpus=[0, 1])
-    assert jobs.join(jobs.start(jobs.train, 2, cfg)) == [0, 0]
-    with (jobs.run_of(tmp_path) / "loss.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] == "train"]
-    by_rank = {rank: [r["loss"] for r in rows if r["gpu_rank"] == rank] for rank in "01"}
-    assert len(by_rank["0"]) == len(by_rank["1"]) == 4
-    assert by_rank["0"] != by_rank["1"]
 
 
 def train_with_a_full_disk_on_rank_one(cfg):
