@@ -1,6 +1,7 @@
 """A file is held by one at a time, and let go of in whatever way the block ends."""
 
 import dis
+import errno
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mblm.utils import lock
 from mblm.utils.lock import hold
 
 
@@ -18,6 +20,18 @@ def test_another_of_this_process_is_refused_and_takes_nothing_away(tmp_path: Pat
         for name in ("lock", "link", "lock"):
             with pytest.raises(ValueError, match="taken"), hold(tmp_path / name, "taken"):
                 pass
+
+
+def test_a_file_system_without_locks_keeps_out_this_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", fail)
+    file = tmp_path / "lock"
+    with hold(file, "taken"), pytest.raises(ValueError, match="taken"), hold(file, "taken"):
+        pass
 
 
 def test_it_is_let_go_of(tmp_path: Path) -> None:
