@@ -22,6 +22,7 @@ WEIGHT = 2  # bytes, bfloat16
 FLOAT = 4
 PIECE = 1 << 20  # bytes that memory sends at a time
 FEW_ROWS = 8  # more are multiplied 32 at a time
+ATTENDING_ROWS = 4  # of more, attention is a kernel
 UPPER_POSITIONS = 64  # in the cache of a global Transformer
 
 
@@ -107,7 +108,7 @@ class Phases:
         heads = self.product(dim, 3 * width)
         attention = Phase(cached, 6, blocks=self.rows * block.attn_num_heads)
         out = self.product(width, dim)
-        if self.design.is_fused and self.rows <= FEW_ROWS:
+        if self.design.is_fused and self.rows <= ATTENDING_ROWS:
             # Every cluster of the next product attends for itself.
             clusters = max(1, out.blocks // 8)
             trips = out.trips + 5

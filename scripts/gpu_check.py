@@ -70,6 +70,7 @@ def steps(out: Path, wheels: Path, site: Path) -> list[Step]:
     files = [str(f) for f in sorted(wheels.glob("*.whl")) if not f.name.startswith("mblm-")]
     pip = [PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
     tests = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    tests.append("--continue-on-collection-errors")  # of what a file lacks that has no such test
     on_device = "tests/inference/test_device_cache.py"
     of_slots = [*tests, on_device, "-k", "moves_between"]
     memcheck = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -80,13 +81,13 @@ def steps(out: Path, wheels: Path, site: Path) -> list[Step]:
     train = benchmark("gpu_train", "--wheels", str(wheels), "--runs", "1", "--steps", "3")
     return [
         Step("wheels", 15, [*pip, "--target", str(site), *files], NOTHING),
-        Step("facts", 20, [*this, "--facts"], [*this, "--facts"]),
-        Step("build", 150, [*this, "--build"], NOTHING),
-        Step("decoding tests", 60, [*tests, "tests/inference"], [*tests, on_device]),
-        Step("decoding", 60, benchmark("gpu_decode")),
+        Step("facts", 30, [*this, "--facts"], [*this, "--facts"]),
+        Step("build", 125, [*this, "--build"], NOTHING),
+        Step("decoding tests", 55, [*tests, "tests/inference"], [*tests, on_device]),
+        Step("decoding", 90, benchmark("gpu_decode")),
         Step("other tests", 50, [*tests, "tests/ops", "tests/model"], NOTHING),
-        Step("operators", 40, benchmark("gpu")),
-        Step("training", 55, [*train, "--seconds", "8"]),
+        Step("operators", 35, benchmark("gpu")),
+        Step("training", 50, [*train, "--seconds", "8"]),
         Step(
             "memcheck",
             30,

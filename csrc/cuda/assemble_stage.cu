@@ -142,12 +142,8 @@ Error assemble_stage_table(const AssembleStageGrad<T>& in, const Groups& groups,
                     stream);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                     \
-  template Error assemble_stage<T>(const AssembleStageInput<T>&, int64_t, int64_t, T*, Stream); \
-  template Error assemble_stage_unrotate<T>(const AssembleStageGrad<T>&, int64_t, T*, Stream);  \
-  template Error assemble_stage_table<T>(const AssembleStageGrad<T>&, const Groups&, int64_t,   \
-                                         compute_t<T>*, T*, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(assemble_stage)
+MBLM_INSTANTIATE(assemble_stage_unrotate)
+MBLM_INSTANTIATE(assemble_stage_table)
 
 }  // namespace mblm::cuda

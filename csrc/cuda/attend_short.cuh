@@ -1,7 +1,8 @@
-// Attention of one position of one row to a short cache, computed by each cluster for itself as it
-// begins: see decode_attention.h.
+// Attention of one position of a few rows to a short cache, computed by each cluster for itself as
+// it begins: see decode_attention.h.
 //
-// A warp takes a head, of which each lane has kOwn components. What it reads is requested at once.
+// A warp takes a head of a row, of which each lane has kOwn components. What it reads is requested
+// at once.
 #pragma once
 
 #include <cmath>
@@ -20,17 +21,18 @@ MBLM_DEVICE float rotated(const CachedAttention& in, const float* x, int c, int6
   return c < half ? x[c] * cos - x[c + half] * sin : x[c] * cos + x[i] * sin;
 }
 
-// A head's attention, components lane, lane + 32, ...; the cache gets the position, if it is to.
+// Attention of an item, a head of a row: components lane, lane + 32, ...; the cache gets the
+// position, if it is to.
 template <int kOwn>
-MBLM_DEVICE void attend_of_head(const CachedAttention& in, int64_t head, int64_t position,
-                                bool keeps, float (&out)[kOwn]) {
+MBLM_DEVICE void attend_of_head(const CachedAttention& in, int64_t item, int64_t row,
+                                int64_t position, bool keeps, float (&out)[kOwn]) {
   constexpr int kMost = int(kShortCache);
   const int lane = threadIdx.x % kWarp, dim = int(in.head_dim), last = int(position);
-  const float* const q = in.q + head * dim;
-  const float* const k = in.kv + head * dim;
+  const float* const q = in.q + item * dim;
+  const float* const k = in.kv + (row * in.heads + item) * dim;
   const float* const v = k + in.heads * dim;
-  float* const keys = in.keys + head * in.capacity * dim;
-  float* const values = in.values + head * in.capacity * dim;
+  float* const keys = in.keys + item * in.capacity * dim;
+  float* const values = in.values + item * in.capacity * dim;
   float scores[kMost] = {}, value[kMost][kOwn] = {};
   MBLM_UNROLL_ALL
   for (int i = 0; i < kOwn; ++i) {
@@ -67,21 +69,22 @@ MBLM_DEVICE void attend_of_head(const CachedAttention& in, int64_t head, int64_t
   for (int i = 0; i < kOwn; ++i) out[i] /= weights;
 }
 
-// All heads, in every block's shared memory (heads, head_dim).
+// All rows' heads, in every block's shared memory (rows, heads, head_dim).
 template <int kOwn>
 MBLM_DEVICE void attend_in_cluster(const CachedAttention& in, float* attended) {
-  const int64_t position = in.positions[0];
-  const bool is_there = position >= 0 && position < in.limit;
-  const int ranks = cluster_size(), dim = int(in.head_dim);
-  for (int head = cluster_rank() * kWarps + int(threadIdx.x) / kWarp; head < int(in.heads);
-       head += ranks * kWarps) {
+  const int ranks = cluster_size(), dim = int(in.head_dim), heads = int(in.heads);
+  for (int item = cluster_rank() * kWarps + int(threadIdx.x) / kWarp; item < int(in.rows) * heads;
+       item += ranks * kWarps) {
+    const int row = item / heads;
+    const int64_t position = in.positions[row];
+    const bool is_there = position >= 0 && position < in.limit;
     float out[kOwn] = {};
-    if (is_there) attend_of_head(in, head, position, int(blockIdx.x) < ranks, out);
+    if (is_there) attend_of_head(in, item, row, position, int(blockIdx.x) < ranks, out);
     MBLM_UNROLL_ALL
     for (int i = 0; i < kOwn; ++i) {
       const int c = int(threadIdx.x) % kWarp + i * kWarp;
       for (int r = 0; r < ranks && c < dim; ++r) {
-        store_to_rank(attended + head * dim + c, r, out[i]);
+        store_to_rank(attended + item * dim + c, r, out[i]);
       }
     }
   }

@@ -175,12 +175,8 @@ Error causal_conv_backward(const CausalConvInput<T>& in, const CausalConvGradien
                 in, grad, in.blocks(), parts);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                        \
-  template Error causal_conv<T>(const CausalConvInput<T>&, T*, Stream);                            \
-  template int64_t causal_conv_parts<T>(const CausalConvInput<T>&);                                \
-  template Error causal_conv_backward<T>(const CausalConvInput<T>&, const CausalConvGradients<T>&, \
-                                         Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(causal_conv)
+MBLM_INSTANTIATE(causal_conv_parts)
+MBLM_INSTANTIATE(causal_conv_backward)
 
 }  // namespace mblm::cuda

@@ -7,8 +7,7 @@ namespace mblm::cuda {
 
 Error Repeated::launch(CaptureStream& recorder, const std::function<Error(Stream)>& queue,
                        Stream stream) {
-  const bool is_again = std::exchange(has_run_, true);
-  if (is_again && !graph_ && !recorder.create()) graph_.record(recorder, queue);
+  if (runs_ < 2 && ++runs_ == 2 && !recorder.create()) graph_.record(recorder, queue);
   return graph_ ? graph_.launch(stream) : queue(stream);
 }
 

@@ -46,7 +46,7 @@ class Graph {
 };
 
 // Kernels that are queued again and again: the first time as they are, which loads them, then as a
-// graph, unless there is no memory for one.
+// graph, unless there was no memory for one.
 class Repeated {
  public:
   // queue: always the same.
@@ -54,7 +54,7 @@ class Repeated {
   bool is_graph() const { return bool(graph_); }
 
  private:
-  bool has_run_ = false;
+  int runs_ = 0;  // counted up to the second
   Graph graph_;
 };
 

@@ -76,7 +76,7 @@ constexpr int kFewRows = 8;
 // than that on both sides; by adders always.
 Error multiply(const Product& product, Stream stream);
 
-// Whether a product can attend for itself: of one row, to a short cache.
+// Whether a product can attend for itself: of up to four rows, to short caches.
 bool attends(const Product& product, const CachedAttention& attention);
 
 }  // namespace mblm::cuda

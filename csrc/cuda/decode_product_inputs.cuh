@@ -21,6 +21,7 @@ constexpr int kManyRows = 32;             // of a block, where there are more th
 template <class W, int kRows, int kTiles>
 struct Shape {
   static constexpr bool kIsFew = kRows <= kFewRows;
+  static constexpr bool kReusesMemory = kRows > 1;  // sums lie where packs and inputs have been
   static constexpr int kWide = kIsFew ? 1 : 4, kDeep = kWarps / kWide;  // warps
   static constexpr int kColumns = kWide * kTiles * kWidth;
   static constexpr int kStride = kColumns + 4;                // lanes write to different banks

@@ -10,6 +10,7 @@
 // and put them into shared memory as the sums of two bfloat16 each, which are multiplied one after
 // the other. A norm's factor is known by then and applied to the sums.
 #include <algorithm>
+#include <utility>
 
 #include "cuda/decode_product_tiles.cuh"
 
@@ -18,7 +19,7 @@ namespace {
 
 using cpu::WeightType;
 
-constexpr int kMostAttended = 8192;  // inputs; with more, two blocks do not fit side by side
+constexpr int64_t kMostAttending = 4;  // rows; each cluster reads the caches of all of them
 
 // What a thread writes: a column of some rows.
 template <class Work>
@@ -98,6 +99,7 @@ __global__ void __launch_bounds__(kThreads, kRows* kTiles == 1 && !kAttends ? 3 
       work.share_squares(true);
       __syncthreads();
       results.write();
+      if (Own::S::kReusesMemory) __syncthreads();
     } else {
       wait_for_inputs();
       for (int split = rank;;) {
@@ -129,13 +131,17 @@ Error launch_tiles(const Product& in, int splits, Stream stream) {
   layout.split_inputs = int(divide_up(divide_up(inputs, splits), kWhole)) * kWhole;
   layout.splits = int(divide_up(inputs, layout.split_inputs));
   layout.chunk = std::min(layout.split_inputs, S::kChunk);
-  layout.inputs_at = std::min(layout.split_inputs / S::kGroupInputs, kGroups) * S::kGroupBytes;
-  layout.sums_at = layout.inputs_at + layout.chunk * kRows * int(sizeof(float));
-  if (!S::kIsFew) layout.sums_at = std::max(layout.sums_at, S::kPartialBytes);
-  const int sums = S::kIsFew ? S::kPartialBytes : kRows * S::kColumns * int(sizeof(float));
-  layout.squares_at = layout.sums_at + sums;
-  layout.attended_at = layout.squares_at + kRows * S::kSharersOfRow * int(sizeof(float));
-  const size_t shared = layout.attended_at + (kAttends ? inputs * sizeof(float) : 0);
+  int shared = 0;
+  const auto take = [&](int floats) {
+    return std::exchange(shared, shared + floats * int(sizeof(float)));
+  };
+  shared = std::min(layout.split_inputs / S::kGroupInputs, kGroups) * S::kGroupBytes;
+  layout.inputs_at = take(layout.chunk * kRows);
+  layout.sums_at = S::kReusesMemory ? 0 : shared;
+  shared = std::max(shared, layout.sums_at + S::kPartialBytes);
+  layout.totals_at = take(S::kIsFew ? 0 : kRows * S::kColumns);
+  layout.squares_at = take(kRows * S::kSharersOfRow);
+  layout.attended_at = take(kAttends ? int(in.rows * inputs) : 0);
   layout.passes = int(divide_up(in.rows, kRows));
   layout.items = int(divide_up(outputs, S::kColumns)) * layout.passes;
   const auto kernel = product_of_tiles<W, kRows, kTiles, kAttends>;
@@ -152,7 +158,10 @@ template <class W>
 Error launch_rows(const Product& in, Stream stream) {
   constexpr int64_t kBlocks = 128;  // about one for each multiprocessor
   const int64_t outputs = in.matrix.outputs + in.second.outputs;
-  if (in.attention.heads > 0) return launch_tiles<W, 1, 1, true>(in, 1, stream);
+  if (in.attention.heads > 0) {
+    return in.rows == 1 ? launch_tiles<W, 1, 1, true>(in, 1, stream)
+                        : launch_tiles<W, kFewRows, 1, true>(in, 1, stream);
+  }
   // All blocks read the inputs of all rows: fewer, wider ones are better if there are enough.
   const bool is_wide = divide_up(outputs, 2 * kWidth) >= kBlocks;
   if (in.rows == 1) {
@@ -185,8 +194,10 @@ bool attends(const Product& in, const CachedAttention& attention) {
 #ifdef __CUDACC__
   if (!has_compute_90()) return false;
 #endif
-  return in.rows == 1 && is_for_tensor_cores(in) && in.matrix.inputs <= kMostAttended &&
-         attention.limit <= kShortCache && attention.head_dim <= kNarrowHead;
+  // A warp of the cluster has a head at most, and their results fit beside another block's memory.
+  return in.rows <= kMostAttending && in.rows * attention.heads <= kMostInCluster * kWarps &&
+         is_for_tensor_cores(in) && attention.limit <= kShortCache &&
+         attention.head_dim <= kNarrowHead;
 }
 
 Error multiply_on_tensor_cores(const Product& in, Stream stream) {

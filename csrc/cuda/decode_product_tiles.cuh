@@ -15,8 +15,8 @@ struct Layout {
   int splits = 1;             // of the inputs
   int split_inputs = 0;
   int chunk = 0;  // inputs that there is room for
-  // Bytes ahead of inputs, sums and squares. Packs come first.
-  int inputs_at = 0, sums_at = 0, squares_at = 0, attended_at = 0;
+  // Bytes ahead of what a block has in its shared memory. Packs come first.
+  int inputs_at = 0, sums_at = 0, totals_at = 0, squares_at = 0, attended_at = 0;
 };
 
 template <class T>
@@ -90,7 +90,7 @@ class Work {
         ask_for_packs(index + kGroups);
       }
     }
-    if (!S::kIsFew) __syncthreads();  // sums of warps lie where packs and inputs have been
+    if (S::kReusesMemory) __syncthreads();
     share_sums();
   }
 
@@ -162,9 +162,9 @@ class Work {
   // Of few rows (products, kRows, kSharers), else (products, sums, 2, kWarp).
   MBLM_DEVICE Piece* pieces() const { return shared_at<Piece>(layout.inputs_at); }
   // (kDeep, kRows, kStride)
-  MBLM_DEVICE float* partial() const { return shared_at<float>(S::kIsFew ? layout.sums_at : 0); }
+  MBLM_DEVICE float* partial() const { return shared_at<float>(layout.sums_at); }
   // (kRows, kColumns), of many rows alone
-  MBLM_DEVICE float* totals() const { return shared_at<float>(layout.sums_at); }
+  MBLM_DEVICE float* totals() const { return shared_at<float>(layout.totals_at); }
   // (kRows, kSharersOfRow)
   MBLM_DEVICE float* row_squares() const { return shared_at<float>(layout.squares_at); }
 

@@ -236,12 +236,7 @@ Error embed_patches_backward(const EmbedPatchesGrad<T>& in, int64_t all_patches,
                     grad_table, stream);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                        \
-  template Error embed_patches<T>(const EmbedPatchesInput<T>&, int64_t, int64_t, const T*, double, \
-                                  Moments*, compute_t<T>*, compute_t<T>*, T*, Stream);             \
-  template Error embed_patches_backward<T>(const EmbedPatchesGrad<T>&, int64_t, const Groups&,     \
-                                           PatchTerms*, compute_t<T>*, T*, compute_t<T>*, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(embed_patches)
+MBLM_INSTANTIATE(embed_patches_backward)
 
 }  // namespace mblm::cuda

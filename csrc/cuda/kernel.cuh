@@ -244,9 +244,3 @@ MBLM_DEVICE int64_t quotient(int64_t a, int64_t b) {
 }
 
 }  // namespace mblm::cuda
-
-// Instantiates a launcher, a macro of one type, for every element type.
-#define MBLM_FOR_EACH_TYPE(instantiate) \
-  instantiate(float);                   \
-  instantiate(double);                  \
-  instantiate(mblm::cpu::BFloat16);

@@ -66,8 +66,6 @@ Error linear_rows(const LinearRowsInput<T>& in, T* out, Stream stream) {
   return aligned ? launch_rows<T, true>(in, out, stream) : launch_rows<T, false>(in, out, stream);
 }
 
-#define MBLM_INSTANTIATE(T) template Error linear_rows<T>(const LinearRowsInput<T>&, T*, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(linear_rows)
 
 }  // namespace mblm::cuda

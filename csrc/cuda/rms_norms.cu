@@ -326,15 +326,15 @@ Error rms_norm_backward(const Input<T>& in, int64_t positions, const T* grad,
                                    inverse_norm, grad_weight, stream);
 }
 
-#define MBLM_INSTANTIATE_FOR(Input, T)                                                    \
-  template Error rms_norm<Input, T>(const Input<T>&, int64_t, T*, compute_t<T>*, Stream); \
-  template Error rms_norm_backward<Input, T>(const Input<T>&, int64_t, const T*,          \
-                                             const compute_t<T>*, T*, T*, compute_t<T>*, Stream)
-#define MBLM_INSTANTIATE(T)                   \
-  MBLM_INSTANTIATE_FOR(GatedRmsNormInput, T); \
-  MBLM_INSTANTIATE_FOR(ShiftRmsNormInput, T)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
-#undef MBLM_INSTANTIATE_FOR
+#define MBLM_INSTANTIATE_NORM(Input, T)                     \
+  template decltype(rms_norm<Input, T>) rms_norm<Input, T>; \
+  template decltype(rms_norm_backward<Input, T>) rms_norm_backward<Input, T>;
+MBLM_INSTANTIATE_NORM(GatedRmsNormInput, float)
+MBLM_INSTANTIATE_NORM(GatedRmsNormInput, double)
+MBLM_INSTANTIATE_NORM(GatedRmsNormInput, BFloat16)
+MBLM_INSTANTIATE_NORM(ShiftRmsNormInput, float)
+MBLM_INSTANTIATE_NORM(ShiftRmsNormInput, double)
+MBLM_INSTANTIATE_NORM(ShiftRmsNormInput, BFloat16)
+#undef MBLM_INSTANTIATE_NORM
 
 }  // namespace mblm::cuda

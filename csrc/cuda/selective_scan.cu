@@ -103,12 +103,7 @@ Error selective_scan(const SelectiveScanInput<T>& in, T* y, compute_t<T>* state,
   return launch(forward<T>, items, kScanThreads, 0, stream, in, lanes, items, chunk_states, y);
 }
 
-#define MBLM_INSTANTIATE(T)                                                                        \
-  template Error join<T>(const SelectiveScanInput<T>&, bool, const compute_t<T>*, compute_t<T>*,   \
-                         compute_t<T>*, Stream);                                                   \
-  template Error selective_scan<T>(const SelectiveScanInput<T>&, T*, compute_t<T>*, compute_t<T>*, \
-                                   compute_t<T>*, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(join)
+MBLM_INSTANTIATE(selective_scan)
 
 }  // namespace mblm::cuda

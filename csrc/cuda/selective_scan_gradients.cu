@@ -175,11 +175,7 @@ Error selective_scan_backward(const SelectiveScanInput<T>& in,
                 lanes, items, spans, in_shared, grad);
 }
 
-#define MBLM_INSTANTIATE(T)                                               \
-  template int64_t selective_scan_kept<T>(const SelectiveScanInput<T>&);  \
-  template Error selective_scan_backward<T>(const SelectiveScanInput<T>&, \
-                                            const SelectiveScanGradients<T>&, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(selective_scan_kept)
+MBLM_INSTANTIATE(selective_scan_backward)
 
 }  // namespace mblm::cuda

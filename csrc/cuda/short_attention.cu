@@ -278,11 +278,7 @@ Error short_attention_backward(const ShortAttentionInput<T>& in, int64_t items,
                 stream, in, items, scale_of(in), grad, grad_q, grad_k, grad_v);
 }
 
-#define MBLM_INSTANTIATE(T)                                                              \
-  template Error short_attention<T>(const ShortAttentionInput<T>&, int64_t, T*, Stream); \
-  template Error short_attention_backward<T>(const ShortAttentionInput<T>&, int64_t,     \
-                                             const HeadsView<T>&, T*, T*, T*, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(short_attention)
+MBLM_INSTANTIATE(short_attention_backward)
 
 }  // namespace mblm::cuda

@@ -187,9 +187,6 @@ Error ssd(const SsdInput<T>& in, T* y, compute_t<T>* state, compute_t<T>* chunk_
   });
 }
 
-#define MBLM_INSTANTIATE(T) \
-  template Error ssd<T>(const SsdInput<T>&, T*, compute_t<T>*, compute_t<T>*, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(ssd)
 
 }  // namespace mblm::cuda

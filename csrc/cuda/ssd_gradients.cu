@@ -311,9 +311,6 @@ Error ssd_backward(const SsdInput<T>& in, const SsdGradients<T>& grad, Stream st
       in, [&](auto tile) { return ssd_backward_in_tiles<T, decltype(tile)>(in, grad, stream); });
 }
 
-#define MBLM_INSTANTIATE(T) \
-  template Error ssd_backward<T>(const SsdInput<T>&, const SsdGradients<T>&, Stream)
-MBLM_FOR_EACH_TYPE(MBLM_INSTANTIATE)
-#undef MBLM_INSTANTIATE
+MBLM_INSTANTIATE(ssd_backward)
 
 }  // namespace mblm::cuda

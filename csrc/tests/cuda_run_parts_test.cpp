@@ -334,30 +334,31 @@ void attends_to_a_long_cache() {
   CHECK(std::equal(alone.begin(), alone.end(), out.begin()));
 }
 
-// The output product of one row computes attention to a short cache, as its own kernel would.
-void a_product_attends_for_itself(test::WeightType type, int64_t position) {
+// The output product of a few rows computes attention to short caches, as its own kernel would.
+void a_product_attends_for_itself(test::WeightType type, const std::vector<int64_t>& positions) {
   Store store(type);
   const int64_t heads = 11, dim = 40, width = heads * dim, capacity = 9, outputs = 21;
+  const int64_t rows = int64_t(positions.size()), size = rows * width;
   cuda::CachedAttention attention;
-  attention.rows = 1;
+  attention.rows = rows;
   attention.heads = heads;
   attention.head_dim = dim;
-  attention.positions = &position;
+  attention.positions = positions.data();
   attention.limit = attention.capacity = capacity;
-  attention.q = store.vector(width, 3);
-  attention.kv = store.vector(2 * width, 3);
+  attention.q = store.vector(size, 3);
+  attention.kv = store.vector(2 * size, 3);
   attention.cos = store.vector(capacity * dim / 2);
   attention.sin = store.vector(capacity * dim / 2);
-  const float *keys = store.vector(width * capacity), *values = store.vector(width * capacity);
+  const float *keys = store.vector(size * capacity), *values = store.vector(size * capacity);
   cuda::Product out;
-  out.rows = 1;
-  out.positions = &position;
+  out.rows = rows;
+  out.positions = positions.data();
   out.x_stride = width;
   out.matrix = store.matrix(outputs, width);
   CHECK(cuda::attends(out, attention));
   const auto run = [&](bool is_fused) {
-    std::vector<float> k(keys, keys + width * capacity), v(values, values + width * capacity);
-    std::vector<float> attended(width), result(outputs, 7.0f);
+    std::vector<float> k(keys, keys + size * capacity), v(values, values + size * capacity);
+    std::vector<float> attended(size), result(rows * outputs, 7.0f);
     attention.keys = k.data();
     attention.values = v.data();
     attention.out = attended.data();
@@ -371,11 +372,14 @@ void a_product_attends_for_itself(test::WeightType type, int64_t position) {
   const auto [k, v, expected] = run(false);
   const auto fused = test::in_both_orders([&] { return run(true); });
   CHECK(std::get<0>(fused) == k && std::get<1>(fused) == v);
-  CHECK(relative_error(std::get<2>(fused).data(), expected.data(), outputs) < 1e-5);
-  out.matrix.inputs = 8192 + 8;  // shared memory has no room for more beside another block's
-  CHECK(!cuda::attends(out, attention));
-  out.matrix.inputs = width;
+  CHECK(relative_error(std::get<2>(fused).data(), expected.data(), rows * outputs) < 1e-5);
   attention.limit = cuda::kShortCache + 1;
+  CHECK(!cuda::attends(out, attention));
+  attention.limit = capacity;
+  attention.heads = 65 / rows + 1;  // more than warps of a cluster
+  CHECK(!cuda::attends(out, attention));
+  attention.heads = 1;
+  out.rows = 5;  // too many of whose caches every cluster would read
   CHECK(!cuda::attends(out, attention));
 }
 
@@ -432,9 +436,10 @@ int main() {
   steps<cpu::Mamba2Stage>();
   attends_to_a_long_cache();
   positions_of_infinitely_low_scores_have_no_weight();
-  for (const int64_t position : {0, 3, 8, -1}) {
-    a_product_attends_for_itself(test::WeightType::kBFloat16, position);
-    a_product_attends_for_itself(test::WeightType::kInt8, position);
+  for (const auto type : {test::WeightType::kBFloat16, test::WeightType::kInt8}) {
+    for (const int64_t position : {0, 3, 8, -1}) a_product_attends_for_itself(type, {position});
+    a_product_attends_for_itself(type, {3, -1});
+    a_product_attends_for_itself(type, {8, 0, -1, 5});
   }
   no_position_beyond_the_cache_is_written();
   return test::result();
