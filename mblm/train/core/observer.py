@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from mblm.train.core.run_folder import RunFolder
 from mblm.train.core.telling import tell
 
 T = TypeVar("T")
+Hooks: TypeAlias = TrainerHooks[Any, Any, Any, Any, Any]
 
 SAMPLES, ELEMENTS = 16, 1 << 18
 """At most so many of the validation data tell the losses by position."""
@@ -102,9 +103,7 @@ class Observer:
         )
         self._forget()
 
-    def validation(
-        self, hooks: TrainerHooks[Any, Any, Any, Any, Any], run: Run, loss: float
-    ) -> None:
+    def validation(self, hooks: Hooks, run: Run, loss: float) -> None:
         """Log a validation: its loss, also by position where loggers are, and what is written.
 
         The main worker's model does both; training goes on as if it had not, also where it cannot.
@@ -131,17 +130,13 @@ class Observer:
         self._write(ModelMode.VALID, done, step - 1, loss, by_position)
         run.model.call.train()
 
-    def _losses_by_position(
-        self, hooks: TrainerHooks[Any, Any, Any, Any, Any], run: Run, model: nn.Module
-    ) -> list[float]:
+    def _losses_by_position(self, hooks: Hooks, run: Run, model: nn.Module) -> list[float]:
         data = run.validation.dataset
         count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
         some = [data[number] for number in range(min(count, len(data)))]
         return hooks.losses_by_position(model, some)
 
-    def _let_write(
-        self, hooks: TrainerHooks[Any, Any, Any, Any, Any], run: Run, model: nn.Module
-    ) -> None:
+    def _let_write(self, hooks: Hooks, run: Run, model: nn.Module) -> None:
         step, prompts = run.position.step, hooks.config.io.sample_prompts
         texts = hooks.generate_samples(model, prompts, run.lineage.seed)
         self._folder.write_samples(step, prompts, texts)
