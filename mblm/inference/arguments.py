@@ -1,6 +1,5 @@
 """What caches of every engine refuse, in the same words."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,17 +26,16 @@ def check_count(name: str, given: Any, rows: Sequence[Any]) -> None:
 
 def check_seconds(seconds: Any) -> float:
     """Refuse what is not a number, or NaN."""
-    if math.isnan(seconds := check_number("seconds", seconds)):
+    number = seconds if type(seconds) is float else check_number("seconds", seconds)
+    if number != number:
         raise ValueError("seconds: expected a number, got nan")
-    return seconds
+    return number
 
 
 def check_drafts(
-    drafts: Sequence[Tensor | None] | None, rows: Sequence[Any], num_tokens: int
+    drafts: Sequence[Tensor | None], rows: Sequence[Any], num_tokens: int
 ) -> list[Tensor | None]:
     """Refuse what are no drafts ``(n,)`` of rows; returns them as int64 on the CPU."""
-    if drafts is None:
-        return []
     check_count("drafts", drafts, rows)
     checked: list[Tensor | None] = []
     for index, draft in enumerate(drafts):

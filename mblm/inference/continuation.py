@@ -32,11 +32,12 @@ class Course:
         untold: The row's bytes that the drafter has not been told of.
     """
 
+    reason: Reason = "time"
+    error: Exception | None = None
+
     def __init__(self, request: Request, begin: int) -> None:
         self.request, self.begin = request, begin
         self.ran: list[Ran] = []
-        self.reason: Reason = "time"
-        self.error: Exception | None = None
         self.drafter = request.drafter and request.drafter()
         self.untold = self._so_far = request.prompt
 
@@ -46,6 +47,8 @@ class Course:
 
     def ids(self) -> Tensor:
         """The bytes chosen so far, ``(n,)`` int64 on the CPU: the caller's own."""
+        if len(self.ran) == 1:
+            return self.ran[0].ids
         return _joined([ran.ids for ran in self.ran], _NO_BYTES)
 
     def log_probs(self) -> Tensor | None:
@@ -145,12 +148,11 @@ class Continuation:
     def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
         """Have rows go on that have taken in their prompts."""
         lengths = self._cache.begin(rows, [request.plan for request in requests])
-        courses = list(map(Course, requests, lengths))
-        for row, course in zip(rows, courses, strict=True):
-            if course.drafter is not None and course.begin > len(course.request.prompt):
+        for row, request, length in zip(rows, requests, lengths, strict=True):
+            course = self._courses[row] = Course(request, length)
+            if course.drafter is not None and length > len(request.prompt):
                 course.untold = self._cache.state_so_far(row)["tail"]
-            self._stops += course.request.stops
-        self._courses.update(zip(rows, courses, strict=True))
+            self._stops += request.stops
         self.going += rows
 
     def remove(self, row: Row) -> Course:
@@ -164,6 +166,11 @@ class Continuation:
     def __getitem__(self, row: Row) -> Course:
         return self._courses[row]
 
+    def ids(self, rows: Sequence[Row]) -> list[Tensor]:
+        """`Course.ids` of rows; none of one that was not added."""
+        courses = map(self._courses.get, rows)
+        return [_NO_BYTES.clone() if course is None else course.ids() for course in courses]
+
     def run(self, seconds: float = 0.02) -> list[tuple[Row, Ran]]:
         """Let all rows go on that have not ended; returns what each of them was given.
 
@@ -176,14 +183,13 @@ class Continuation:
         rows = list(self.going)
         if self._stops:
             return self._run_and_answer(rows, seconds)
-        results = self._cache.run(rows, seconds)
-        self._note(rows, results)
-        return list(zip(rows, results, strict=True))
+        return self._noted(rows, self._cache.run(rows, seconds))
 
-    def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> None:
-        """Go on by what a run gave the rows."""
+    def _noted(self, rows: Sequence[Row], results: Sequence[Ran]) -> list[tuple[Row, Ran]]:
+        """Go on by what a run gave the rows; returns both in pairs."""
         lacks_memory = False
-        for row, ran in zip(rows, results, strict=True):
+        pairs = list(zip(rows, results, strict=True))
+        for row, ran in pairs:
             course = self._courses[row]
             course.ran.append(ran)
             course.reason = ran.reason
@@ -194,6 +200,7 @@ class Continuation:
                 lacks_memory |= ran.reason == "memory"
         if lacks_memory and not self._isolates:
             raise MemoryError("no memory for the bytes to come")
+        return pairs
 
     def settle(self) -> None:
         """After an exception, note all that was chosen."""
@@ -217,7 +224,7 @@ class Continuation:
                 results = self._cache.run(going, 0.0, drafts)
             else:
                 results = self._cache.run(going, max(0.0, end - time.monotonic()))
-            self._note(going, results)
+            self._noted(going, results)
             self._answer([row for row in going if self._courses[row].reason == "logits"])
             if time.monotonic() >= end:
                 break
@@ -267,8 +274,7 @@ class Continuation:
                         "from"
                     ) from error
             return
-        self._note(rows, results)
-        for row, ran in zip(rows, results, strict=True):
+        for row, ran in self._noted(rows, results):
             with self._own_errors(row):
                 self._courses[row].take(ran.ids)
                 if self._courses[row].is_complete():
@@ -294,8 +300,6 @@ class Continuation:
 
 
 def _joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
     with torch.inference_mode(False):  # the caller's own, as each part is
         return torch.cat([empty, *parts])
 

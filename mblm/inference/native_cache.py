@@ -5,7 +5,7 @@ comes between a row and a part of it. Long pieces are taken in by the reference.
 """
 
 from collections.abc import Sequence
-from itertools import starmap
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,6 @@ from mblm.inference.torch_stages import names_stage, parts_of_state
 from mblm.inference.weights import weights_of
 from mblm.model.stage import tensor_of
 from mblm.ops import _native
-from mblm.ops.packing import is_on_gpu
 from mblm.utils.checks import check_integer, check_token_ids
 
 # The engine takes in up to so many positions of a stage at a time. Beyond that, PyTorch's products
@@ -38,6 +37,8 @@ GPU_POSITIONS = 24
 # What the engine reads of objects that never change, or that it takes over.
 _automata: WeakKeyDictionary[Automaton, Any] = WeakKeyDictionary()
 _draws: WeakKeyDictionary[Draws, Any] = WeakKeyDictionary()
+
+_ran = partial(tuple.__new__, Ran)  # of a tuple, without a call of Python's
 
 _MOST = 1 << 60  # of a number that has no limit
 
@@ -62,7 +63,7 @@ class NativeCache(Cache):
             raise ValueError("model: compiled code cannot stand in for its local stage")
         self._model, self._type, self._packed = model, weights, packed
         self._kind = model.num_tokens, model.device  # which takes time to ask for
-        self._is_on_gpu = is_on_gpu(model.local_table)
+        self._is_on_gpu = packed.is_on_gpu
         library = _native.library()
         self._engine: Any = (
             library.DeviceCache(packed.hierarchy, max_rows)
@@ -111,7 +112,7 @@ class NativeCache(Cache):
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
         check_count("plans", plans, rows)
-        made = [self._compiled(index, plan) for index, plan in enumerate(plans)]
+        made = list(map(self._compiled, range(len(plans)), plans))
         lengths: list[int] = self._engine.begin(rows, made)
         return lengths
 
@@ -146,12 +147,12 @@ class NativeCache(Cache):
         seconds: float = 0.02,
         drafts: Sequence[Tensor | None] | None = None,
     ) -> list[Ran]:
-        seconds, drafts = check_seconds(seconds), check_drafts(drafts, rows, self._kind[0])
-        ran = self._engine.run(self, self._hierarchy(), rows, seconds, drafts)
-        return list(starmap(Ran, ran))
+        seconds = check_seconds(seconds)
+        given = [] if drafts is None else check_drafts(drafts, rows, self._kind[0])
+        return list(map(_ran, self._engine.run(self, self._hierarchy(), rows, seconds, given)))
 
     def last(self, rows: Sequence[Row]) -> list[Ran]:
-        return list(starmap(Ran, self._engine.last(rows)))
+        return list(map(_ran, self._engine.last(rows)))
 
     def choose(
         self,
@@ -167,7 +168,7 @@ class NativeCache(Cache):
         logits = None if logits is None else logits.detach().cpu().float()
         mask = None if mask is None else mask.cpu()
         ran = self._engine.choose(self, self._hierarchy(), rows, ids, logits, mask)
-        return list(starmap(Ran, ran))
+        return list(map(_ran, ran))
 
     # -- What the engine leaves to Python ----------------------------------------------------------
 

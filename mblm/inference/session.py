@@ -3,7 +3,7 @@
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar
@@ -64,6 +64,7 @@ class Session:
         self, model: Any, device: torch.device, weights: str, cache: Cache, rows: list[Row]
     ) -> None:
         self._model, self._device, self._weights = model, device, weights
+        self._is_on_cpu = device.type == "cpu"
         self._cache, self._rows = cache, rows
         # What `generate` was asked for last, the context that it has to fit, and what it means.
         self._asked: tuple[dict[str, Any], int | None, list[Request], bool] = ({}, None, [], False)
@@ -160,7 +161,6 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
-        check_known("generate", wishes, WishesOfMany)
         asked = {
             **wishes,
             "max_bytes": num_tokens,
@@ -170,58 +170,58 @@ class Session:
         }
         self._begin_call()
         try:
-            return self._continue(*self._requests(asked))
+            return self._continue(*self._requests(wishes, asked))
         finally:
             self._in_use.release()
 
     def _continue(self, requests: list[Request], is_ragged: bool) -> Any:
         continuation: Continuation | None = None
         try:
-            continuation = self._begun(requests)
+            continuation = Continuation(self._cache)
+            continuation.add(self._rows, requests)
             while continuation.going:
                 try:
                     continuation.run()
                 except ChangedModelError:
                     continuation.settle()
-                    if any(continuation[row].ids().numel() for row in self._rows):
+                    if any(ids.numel() for ids in continuation.ids(self._rows)):
                         raise  # another cache would choose again what is chosen
                     self._change_cache()
-                    continuation = self._begun(requests)
-            ids = [continuation[row].ids() for row in self._rows]
+                    continuation = Continuation(self._cache)
+                    continuation.add(self._rows, requests)
+            ids = continuation.ids(self._rows)
             if is_ragged:
                 return [row.to(self._device) for row in ids]
-            if len(ids) == 1:
-                return ids[0].unsqueeze(0).to(self._device)
-            with torch.inference_mode(False):  # the caller's own, as `logits`
-                return torch.stack(ids).to(self._device)
+            stacked = _stacked(ids)
+            return stacked if self._is_on_cpu else stacked.to(self._device)
         except BaseException as error:
             none = [torch.empty(0, dtype=torch.long) for _ in self._rows]
             if continuation is not None:
                 continuation.settle()
-                none = [continuation[row].ids() for row in self._rows]
+                none = continuation.ids(self._rows)
             error.ids = none  # type: ignore[attr-defined]
             raise
 
-    def _begun(self, requests: list[Request]) -> Continuation:
-        continuation = Continuation(self._cache)
-        continuation.add(self._rows, requests)
-        return continuation
-
-    def _requests(self, wishes: dict[str, Any]) -> tuple[list[Request], bool]:
+    def _requests(
+        self, wishes: Mapping[str, Any], arguments: dict[str, Any]
+    ) -> tuple[list[Request], bool]:
         """What is asked for, checked, and whether sequences may end at different lengths.
 
         Where the same is asked for again, it is what it was.
         """
         asked, limit, requests, is_ragged = self._asked
-        is_same = [*wishes] == [*asked] and all(map(operator.is_, wishes.values(), asked.values()))
+        is_same = [*arguments] == [*asked] and all(
+            map(operator.is_, arguments.values(), asked.values())
+        )
         if is_same and (limit is None or self.length + requests[0].plan.max_tokens <= limit):
             return requests, is_ragged
-        requests = requests_of_rows(self._model, self.lengths, wishes, _NAMES)
-        is_ragged = isinstance(wishes["max_bytes"], (list, tuple, range))
+        check_known("generate", wishes, WishesOfMany)
+        requests = requests_of_rows(self._model, self.lengths, arguments, _NAMES)
+        is_ragged = isinstance(arguments["max_bytes"], (list, tuple, range))
         is_ragged = is_ragged or any(request.may_end_early for request in requests)
         # Numbers ask for the same again, where there are no draws of their own.
-        are_numbers = _NUMBERS.issuperset(map(type, wishes.values()))
-        kept = wishes if are_numbers and requests[0].plan.draws is None else {}
+        are_numbers = _NUMBERS.issuperset(map(type, arguments.values()))
+        kept = arguments if are_numbers and requests[0].plan.draws is None else {}
         self._asked = kept, self._model.max_length, requests, is_ragged
         return requests, is_ragged
 
@@ -313,3 +313,11 @@ class Session:
         except session_file.DAMAGE as error:
             raise ValueError(f"{path}: a damaged session ({error!r})") from error
         return session
+
+
+def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Ids ``(n,)`` of rows as ``(B, n)``: the caller's own, as `Session.logits`."""
+    if len(rows) == 1:
+        return rows[0].unsqueeze(0)
+    with torch.inference_mode(False):
+        return torch.stack(rows)

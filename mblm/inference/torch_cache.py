@@ -175,7 +175,8 @@ class TorchCache(Cache):
             for slot, row in zip(slots, rows, strict=True):
                 self._progress(slot, row)
             proposed: dict[Slot, tuple[int, ...]] = dict.fromkeys(slots, ())
-            for index, draft in enumerate(check_drafts(drafts, rows, self._model.num_tokens)):
+            given = [] if drafts is None else check_drafts(drafts, rows, self._model.num_tokens)
+            for index, draft in enumerate(given):
                 if draft is not None and planned(slots[index]).plan.pause:
                     raise ValueError(
                         f"drafts[{index}]: the plan pauses, so that nothing is drafted"

@@ -52,6 +52,7 @@ class Weights:
         hierarchy: ``mblm._C.Hierarchy``.
         hosted: The stages that Python steps, by number.
         refused: Those of them that could not be packed.
+        is_on_gpu: Whether they are a GPU's, or an emulated one's.
         holds: Whether they still are the model's, and it computes what they are packed for. It
             takes a few microseconds.
     """
@@ -59,6 +60,7 @@ class Weights:
     hierarchy: Any
     hosted: Mapping[int, HostedStage]
     refused: frozenset[int]
+    is_on_gpu: bool
     holds: Callable[[], bool]
 
 
@@ -152,7 +154,8 @@ def _pack(model: Any, weights: str, hosted: Set[int]) -> Weights | None:
         packed = {n: model.stage_models[n].pack(weights, memory) for n in native}
         refused = frozenset(n for n in native if packed[n] is None)
         others = [n for n in range(count) if packed.get(n) is None]
-        if count - 1 in refused or (others and is_on_gpu(model.local_table)):
+        on_gpu = is_on_gpu(model.local_table)
+        if count - 1 in refused or (others and on_gpu):
             return None
         hosts = {n: _host(model, n) for n in others}
         for n, host in hosts.items():
@@ -160,7 +163,7 @@ def _pack(model: Any, weights: str, hosted: Set[int]) -> Weights | None:
         stages = [packed[n] for n in range(count)]
         tensors, eps = _between(model, weights, hosts, memory)
         hierarchy = _native.library().Hierarchy(stages, list(model.seq_lens), tensors, eps)
-    return Weights(hierarchy, hosts, refused, guard.holds)
+    return Weights(hierarchy, hosts, refused, on_gpu, guard.holds)
 
 
 def _between(

@@ -218,6 +218,18 @@ Tensor ids_of(py::handle given) {
   return ids;
 }
 
+// Token ids of rows (n), as many of each, side by side: (rows, n). The caller's own.
+Tensor stacked(const std::vector<Tensor>& rows) {
+  const int64_t count = rows.empty() ? 0 : rows[0].numel();
+  Tensor ids = own_tensor({int64_t(rows.size()), count}, at::kLong);
+  int64_t* to = ids.mutable_data_ptr<int64_t>();
+  for (const Tensor& given : rows) {
+    const Tensor row = check_given("rows", given, {count}, at::kLong);
+    to = std::copy_n(row.const_data_ptr<int64_t>(), count, to);
+  }
+  return ids;
+}
+
 // A method of rows as Python calls it: without the GIL, for rows that nobody else may use
 // meanwhile.
 template <class Result, class... Arguments>
@@ -341,6 +353,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = kCompiler;
   module.attr("openmp") = kOpenMP;
   module.def("is_forked", &mblm::cpu::is_forked);
+  module.def("stacked", &stacked, py::arg("rows"));
   py::register_local_exception_translator(translate);
   bind_guard(module);
   bind_weights(module);

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <span>
 
 namespace mblm::decode {
 
@@ -54,12 +55,12 @@ Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts
   }
   for (const py::handle dict : hooks) hooks_.push_back(watch_dict(dict));
   for (const py::handle dict : dicts) {
-    Entries entries{watch_dict(dict, true), {}};
+    const size_t first = values_.size();
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) {
-      entries.values.push_back(watch_entry(value));
+      values_.push_back(watch_entry(value));
     }
-    dicts_.push_back(std::move(entries));
+    dicts_.push_back({watch_dict(dict, true), first, values_.size() - first});
   }
   for (const py::handle pair : buffers) {
     const auto items = py::cast<py::tuple>(pair);
@@ -97,19 +98,20 @@ PyObject* Guard::watch_entry(py::handle handle) {
   c10::TensorImpl& tensor = *unpacked.unsafeGetTensorImpl();
   will_look_at(object, sizeof(THPVariable));
   will_look_at(&tensor, sizeof(tensor));
-  Watched watched{.object = object, .type = own(py::type::of(handle))};
-  if (tensor.has_storage()) {
-    will_look_at(storage_of(tensor), sizeof(c10::StorageImpl));
-    watched.storage = unpacked.storage();
-    watched.data = storage_of(tensor)->data();
+  const c10::StorageImpl* const storage = storage_of(tensor);
+  if (storage) {
+    will_look_at(storage, sizeof(c10::StorageImpl));
+    storages_.push_back(unpacked.storage());
   }
-  watched.offset = tensor.storage_offset();
-  watched.version = version_of(tensor);
-  if (tensor.layout() == at::kStrided) {
-    watched.sizes = at::DimVector(tensor.sizes());
-    watched.strides = at::DimVector(tensor.strides());
+  const bool is_strided = tensor.layout() == at::kStrided;
+  tensors_.push_back({object, own(py::type::of(handle)), storage,
+                      storage ? storage->data() : nullptr, tensor.storage_offset(),
+                      version_of(tensor), shapes_.size(), is_strided ? size_t(tensor.dim()) : 0});
+  if (is_strided) {
+    for (const at::IntArrayRef numbers : {tensor.sizes(), tensor.strides()}) {
+      shapes_.insert(shapes_.end(), numbers.begin(), numbers.end());
+    }
   }
-  tensors_.push_back(std::move(watched));
   return object;
 }
 
@@ -140,11 +142,11 @@ bool Guard::holds(const Class& of) const {
   return now.ptr() == of.forward;
 }
 
-bool Guard::holds(const Entries& entries) {
-  if (PyDict_Size(entries.dict) != Py_ssize_t(entries.values.size())) return false;
+bool Guard::holds(const Entries& entries) const {
+  if (PyDict_Size(entries.dict) != Py_ssize_t(entries.count)) return false;
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t at = 0;
-  for (PyObject* expected : entries.values) {
+  for (const auto expected : std::span(values_).subspan(entries.first, entries.count)) {
     if (!PyDict_Next(entries.dict, &at, &key, &value) || value != expected) return false;
   }
   return true;
@@ -156,19 +158,21 @@ bool Guard::holds(const Buffer& buffer) {
   return now == buffer.value;
 }
 
-bool Guard::holds(const Watched& watched) {
+bool Guard::holds(const Watched& watched) const {
   // `torch.utils.swap_tensors` gives an object another tensor and class, `.data =` a tensor other
   // memory or sizes, `share_memory_` memory another place.
   if (reinterpret_cast<PyObject*>(Py_TYPE(watched.object)) != watched.type) return false;
   c10::TensorImpl& tensor = *THPVariable_Unpack(watched.object).unsafeGetTensorImpl();
   const c10::StorageImpl* memory = storage_of(tensor);
-  if (memory != watched.storage.unsafeGetStorageImpl()) return false;
+  if (memory != watched.storage) return false;
   if (memory && memory->data() != watched.data) return false;
   if (tensor.storage_offset() != watched.offset || version_of(tensor) != watched.version) {
     return false;
   }
-  return tensor.layout() != at::kStrided ||
-         (tensor.sizes().equals(watched.sizes) && tensor.strides().equals(watched.strides));
+  if (tensor.layout() != at::kStrided) return true;
+  const auto shape = std::span(shapes_).subspan(watched.shape, 2 * watched.dims);
+  const auto sizes = shape.first(watched.dims), strides = shape.last(watched.dims);
+  return std::ranges::equal(tensor.sizes(), sizes) && std::ranges::equal(tensor.strides(), strides);
 }
 
 void Guard::clear() {

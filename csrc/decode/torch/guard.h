@@ -1,7 +1,6 @@
 // Watches the modules and tensors that packed weights were made of.
 #pragma once
 
-#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
@@ -40,18 +39,17 @@ class Guard {
   };
   struct Entries {
     PyObject* dict;
-    std::vector<PyObject*> values;
+    size_t first, count;  // of values_
   };
   struct Buffer {
     PyObject *dict, *key, *value;
   };
   struct Watched {
     PyObject *object, *type;
-    // What a tensor has. Not the tensor, of which `torch.utils.swap_tensors` wants to be the owner.
-    c10::Storage storage;
-    const void* data = nullptr;
-    int64_t offset = 0, version = 0;
-    at::DimVector sizes, strides;
+    const c10::StorageImpl* storage;
+    const void* data;
+    int64_t offset, version;
+    size_t shape, dims;  // sizes, then strides, in shapes_; none of one that is not strided
   };
 
   PyObject* own(pybind11::object object);
@@ -60,9 +58,9 @@ class Guard {
   void will_look_at(const void* memory, size_t size);
   bool holds(const Part& part) const;
   bool holds(const Class& of) const;
-  static bool holds(const Entries& entries);
+  bool holds(const Entries& entries) const;
   static bool holds(const Buffer& buffer);
-  static bool holds(const Watched& watched);
+  bool holds(const Watched& watched) const;
 
   std::vector<pybind11::object> owned_;  // all that follows points to
   std::vector<Part> parts_;
@@ -71,6 +69,10 @@ class Guard {
   std::vector<Entries> dicts_;
   std::vector<Buffer> buffers_;
   std::vector<Watched> tensors_;  // of entries and buffers
+  // What a tensor has. Not the tensor, of which `torch.utils.swap_tensors` wants to be the owner.
+  std::vector<c10::Storage> storages_;
+  std::vector<PyObject*> values_;
+  std::vector<int64_t> shapes_;
   // Where all that lies, as it was: between two calls the caches forget it, and it is quicker to
   // ask for all at once than for each when it is read.
   std::vector<const void*> lines_;
