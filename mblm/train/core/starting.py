@@ -6,6 +6,7 @@ Everything is read, made and checked first, and only then written.
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -310,6 +311,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         if state_dir is None:
             raise error
         self._resumed = load_training_state(state_dir, self._workers, self.config.train.strategy)
+        self.options = replace(self.options, profile_steps=0)  # there may be fewer steps left
         self._log.info(f"{restarts} restarts are left")
 
     # -- What is said ----------------------------------------------------------------------------

@@ -243,6 +243,8 @@ def test_restarts_go_on_from_the_last_state(tmp_path, finished):
                 raise RuntimeError("a passing trouble")
             return super().model_forward(model, batch, device)
 
-    trainer = jobs.alone(FailsOnce, jobs.config(tmp_path), max_train_restarts=1)
+    # A profile of ten steps and two that warm up is longer than what is left then.
+    options = {"max_train_restarts": 1, "profile_steps": 10}
+    trainer = jobs.alone(FailsOnce, jobs.config(tmp_path), **options)
     trainer.train(jobs.Ids(), jobs.Ids(10))
     jobs.assert_same_runs(trainer._folder.path, finished)
