@@ -77,13 +77,24 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             return self._train_to_end(run, train_dataset, valid_dataset)
 
     def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
-        """Log a model's loss on test data; called by all workers, each with all the data."""
-        with self.holding():
+        """Log a model's loss on test data; called by all workers, each with all the data.
+
+        Raises:
+            TrainingInterrupted: A signal came between two batches. Exits with 75.
+        """
+        with self.holding(), Requests(self._workers.group, save_every=0) as requests:
             self._begin_writing()
             sources = Sources(test_dataset, self.get_test_dataloader)
             is_ours = model is self._parallel.base
             callee = self._parallel.to_evaluate if is_ours else model
-            result = self._evaluate(callee, sources, Position(elements_seen=-1), "Test")
+            place = Position(elements_seen=-1)
+            try:
+                result = self._evaluate(callee, sources, place, "Test", requests.stop)
+            except EvaluationStoppedError as stopped:
+                message = f"Stopped by {stopped.number.name} in the test"
+                self._say(message)
+                self._folder.loggers.close()
+                raise TrainingInterrupted(message) from None
             self._test_loss = result.loss
             self._log.info(f"Test loss: {result.loss}")
             for source, loss in {"": result.loss, **result.of_sources}.items():

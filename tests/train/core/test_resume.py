@@ -194,6 +194,22 @@ def test_a_validation_that_is_made_twice_is_told_once(tmp_path):
     assert jobs.losses(run) == jobs.losses(whole)
 
 
+def test_a_test_stops_after_a_batch_and_is_made_whole(tmp_path):
+    """It has three batches, as each of the validations before it."""
+
+    def job(**fields):
+        trainer = jobs.alone(StopsInValidation, jobs.config(tmp_path, validate_amount=1, **fields))
+        trainer.test(jobs.Ids(10), trainer.train(jobs.Ids(), jobs.Ids(10)))
+
+    StopsInValidation.stop_in, StopsInValidation.batches = 4, 0
+    with pytest.raises(TrainingInterrupted, match="Stopped by SIGTERM in the test") as stopped:
+        job()
+    assert stopped.value.code == EXIT_INTERRUPTED and StopsInValidation.batches == 4
+    run = jobs.run_of(tmp_path)
+    job(resume=find_latest_state(run))
+    assert [row[2] for row in jobs.losses(run)[-2:]] == ["valid", "test"]
+
+
 def test_the_own_loader_skips_without_loading(tmp_path):
     StopsItself.stop_in = 9
     with pytest.raises(TrainingInterrupted):
