@@ -118,12 +118,13 @@ MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
 
 // sums[r * kPanelStride + k] = the sum of a tile's output k and row r. The instruction multiplies
 // bytes without sign by bytes with one: 128 is added to each weight, and what that adds to the sum
-// is taken off at the end. All sums are exact. Of each tile, kAsked lines further ahead are asked
-// for.
+// is taken off at the end. All sums are exact. At each tile, kAsked lines further ahead are asked
+// for, one behind the other: into the second cache where another turn may come before theirs.
 template <int kRows, int kAsked>
 MBLM_VNNI void multiply_int8(const int8_t* weight, const int8_t* ahead, const float* prepared,
                              int64_t row_stride, int64_t n, float* sums) {
   static_assert(kTileInputs == sizeof(__m512i) && kTileOutputs == kStreams);
+  constexpr int kNear = kAsked == kTileOutputs ? 3 : 2;
   const __m512i sign = _mm512_set1_epi8(-128);
   const int64_t to_lower = round_up(n, kTileInputs);
   const int8_t* upper[kRows];
@@ -146,11 +147,11 @@ MBLM_VNNI void multiply_int8(const int8_t* weight, const int8_t* ahead, const fl
       __m512i bytes[kTileOutputs];
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTileOutputs; ++k) {
-        if (k < kAsked) __builtin_prefetch(ahead + k * kTileInputs);
+        if (k < kAsked) __builtin_prefetch(ahead + k * kTileInputs, 0, kNear);
         bytes[k] = _mm512_xor_si512(_mm512_loadu_si512(weight + k * kTileInputs), sign);
       }
       weight += kTileOutputs * kTileInputs;
-      ahead += kTileOutputs * kTileInputs;
+      ahead += kAsked * kTileInputs;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m512i first = _mm512_loadu_si512(upper[r] + i);
@@ -202,19 +203,20 @@ constexpr const decltype(&multiply_int8<1, 0>)* kByRows[] = {kAsking<1>, kAsking
 
 MBLM_VNNI void multiply_panel_of_int8(const Panel& panel) {
   constexpr int64_t kRows = std::size(kByRows);
-  const int64_t n = panel.n;
+  const int64_t n = panel.n, filled = round_up(n, kTileInputs);
   for (int64_t output = 0; output < panel.outputs; output += kTileOutputs) {
-    const int8_t* const weight =
-        static_cast<const int8_t*>(panel.weight) + output * round_up(n, kTileInputs);
-    // All turns ask for some of the weights behind the tile's: memory is to be read meanwhile.
-    int64_t asked = 0;
+    const int8_t* const weight = static_cast<const int8_t*>(panel.weight) + output * filled;
+    // Each turn asks for its part of later weights, so that memory is read all the time.
+    const int8_t* ahead = weight + kTilesAhead;
+    int64_t left_to_ask = kTileOutputs;
     for (int64_t row = 0; row < panel.rows; row += kRows) {
       const int64_t left = panel.rows - row, turns = (left + kRows - 1) / kRows;
-      const int64_t lines = (kTileOutputs - asked + turns - 1) / turns;
+      const int64_t lines = (left_to_ask + turns - 1) / turns;
       const auto multiply = kByRows[std::min(left, kRows) - 1][lines];
-      multiply(weight, weight + kTilesAhead + asked * kTileInputs, panel.x + row * panel.row_stride,
-               panel.row_stride, n, panel.sums + row * kPanelStride + output);
-      asked += lines;
+      multiply(weight, ahead, panel.x + row * panel.row_stride, panel.row_stride, n,
+               panel.sums + row * kPanelStride + output);
+      ahead += lines * filled;
+      left_to_ask -= lines;
     }
   }
 }
