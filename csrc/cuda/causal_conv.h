@@ -7,6 +7,9 @@
 
 namespace mblm::cuda {
 
+// More taps K of float64 do not fit shared memory on the way back.
+constexpr int64_t kConvMaxTaps = 24;
+
 // y is (rows, L, D).
 template <class T>
 Error causal_conv(const cpu::CausalConvInput<T>& in, T* y, Stream stream);

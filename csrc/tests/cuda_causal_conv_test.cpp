@@ -67,6 +67,7 @@ void all_sizes() {
   equals_cpu<T>(0, 3, 4, 4, true, 0);
   equals_cpu<T>(2, 3, 0, 4, true, 0);
   equals_cpu<T>(600, 2, 3, 3, true, 0);  // parts of several blocks
+  equals_cpu<T>(1, 30, 3, cuda::kConvMaxTaps, true, 0);
 }
 
 int main() {

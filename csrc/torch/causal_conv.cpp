@@ -17,6 +17,8 @@ c10::Device check(const Tensor& x, const Tensor& weight, const Tensor& bias,
   TORCH_CHECK_VALUE(
       weight.dim() == 3 && weight.size(0) == channels && weight.size(1) == 1 && weight.size(2) >= 1,
       "weight must have shape [", channels, ", 1, K] with K >= 1, got ", weight.sizes());
+  TORCH_CHECK_VALUE(!on_gpu(x) || weight.size(2) <= cuda::kConvMaxTaps, "weight must have at most ",
+                    cuda::kConvMaxTaps, " taps on a GPU, got ", weight.size(2));
   check_device("weight", weight, "x", x);
   check_like("bias", bias, {channels}, "weight", weight);
   if (window) check_like("window", *window, {rows, weight.size(2) - 1, channels}, "x", x);

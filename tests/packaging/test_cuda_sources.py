@@ -19,8 +19,7 @@ from tests.packaging.sass import CSRC, NVCC, ROOT, Used, compiled, used_by_kerne
 KERNELS = sorted(CSRC.glob("cuda/*.cu"))
 GLUE = sorted(
     path
-    for folder in ("torch", "decode")
-    for path in CSRC.glob(f"{folder}/*.cpp")
+    for path in CSRC.glob("**/torch/*.cpp")
     if re.search('MBLM_CUDA|kCuda|#include "cuda/', path.read_text())
 )
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
