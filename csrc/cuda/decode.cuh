@@ -1,12 +1,10 @@
-// What the kernels of decoding share: the warps of a block, RMSNorm from a row's sum of squares.
+// What the kernels of decoding share: which rows take part, RMSNorm from a row's sum of squares.
 #pragma once
 
 #include "cuda/decode_product.h"
 #include "cuda/kernel.cuh"
 
 namespace mblm::cuda {
-
-constexpr int kWarps = kThreads / kWarp;
 
 // Whether a row takes no part in a call.
 MBLM_DEVICE bool is_masked(const int64_t* positions, int64_t row, bool there_is = true) {

@@ -52,8 +52,8 @@ template <class Function>
 MBLM_DEVICE void for_each_channel(const StateUpdate& in, Function function) {
   release_dependents();
   wait_for_inputs();
-  const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  for (int64_t item = first; item < in.rows * in.inner; item += int64_t(gridDim.x) * kWarps) {
+  const int64_t items = in.rows * in.inner;
+  for (int64_t item = first_item_of_warp(); item < items; item += warp_stride()) {
     const int64_t row = quotient(item, in.inner);
     if (is_masked(in.positions, row)) continue;
     function(row, item - row * in.inner);

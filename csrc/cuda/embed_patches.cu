@@ -13,16 +13,6 @@ using cpu::EmbedPatchesInput;
 using cpu::Moments;
 using cpu::PatchTerms;
 
-constexpr int kWarps = kThreads / kWarp;
-
-// A warp's first item and the distance to its next.
-MBLM_DEVICE int64_t first_warp() {
-  return int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-}
-MBLM_DEVICE int64_t warp_stride() {
-  return int64_t(gridDim.x) * kWarps;
-}
-
 // The id at position r of patch i of B * num_patches.
 template <class T>
 MBLM_DEVICE int64_t id_at(const EmbedPatchesInput<T>& in, int64_t i, int64_t r) {
@@ -36,7 +26,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     moments_of_rows(EmbedPatchesInput<T> in, int64_t num_embeddings, Moments* moments) {
   const int lane = threadIdx.x % kWarp;
-  for (int64_t v = first_warp(); v < num_embeddings; v += warp_stride()) {
+  for (int64_t v = first_item_of_warp(); v < num_embeddings; v += warp_stride()) {
     const T* vector = in.table + v * in.width;
     double sum = 0, squares = 0;
     for (int64_t c = lane; c < in.width; c += kWarp) sum += double(value_of(vector[c]));
@@ -58,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
                        compute_t<T>* inverse_std) {
   using C = compute_t<T>;
   const int lane = threadIdx.x % kWarp;
-  for (int64_t i = first_warp(); i < all_patches; i += warp_stride()) {
+  for (int64_t i = first_item_of_warp(); i < all_patches; i += warp_stride()) {
     double sum = 0, squares = 0;
     for (int64_t r = lane; r < in.patch_size; r += kWarp) {
       const int64_t id = id_at(in, i, r);
@@ -117,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   using C = compute_t<T>;
   const int64_t patch_width = in.patch_size * in.width;
   const int lane = threadIdx.x % kWarp;
-  for (int64_t i = first_warp(); i < all_patches; i += warp_stride()) {
+  for (int64_t i = first_item_of_warp(); i < all_patches; i += warp_stride()) {
     C scaled = 0, along = 0;  // sums of grad * weight and grad * weight * (value - mean)
     const C center = in.mean[i];
     const int64_t end = is_valid(center) ? patch_width : 0;

@@ -27,11 +27,10 @@ MBLM_DEVICE int64_t id_of_piece(const Groups& groups, int64_t piece) {
 template <int N, class C, class Terms>
 __global__ void __launch_bounds__(kThreads)
     sum_pieces(Groups groups, int64_t width, Terms terms, C* sums) {
-  constexpr int64_t kColumns = N * kWarp, kWarps = kThreads / kWarp;
+  constexpr int64_t kColumns = N * kWarp;
   const int64_t tiles = (width + kColumns - 1) / kColumns;
   const int64_t items = groups.pieces[groups.num_ids] * tiles;
-  const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  for (int64_t item = warp; item < items; item += int64_t(gridDim.x) * kWarps) {
+  for (int64_t item = first_item_of_warp(); item < items; item += warp_stride()) {
     const int64_t piece = quotient(item, tiles);
     const int64_t column = (item - piece * tiles) * kColumns + threadIdx.x % kWarp * N;
     if (column >= width) continue;
@@ -53,7 +52,6 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_ids(Groups groups, int64_t width, int64_t zero_id, const compute_t<T>* sums, T* table) {
-  constexpr int kWarps = kThreads / kWarp;
   __shared__ double parts[kWarps][kWarp];
   const int64_t tiles = (width + kWarp - 1) / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -80,11 +78,10 @@ template <class T, class Terms>
 Error sum_groups(const Groups& groups, int64_t width, int64_t zero_id, bool packed,
                  const Terms& terms, compute_t<T>* sums, T* table, Stream stream) {
   constexpr int N = kPackSize<T>;
-  const int64_t columns = (packed ? N : 1) * kWarp, warps = kThreads / kWarp;
-  const int64_t items = groups.max_pieces() * divide_up(width, columns);
+  const int64_t items = groups.max_pieces() * divide_up(width, (packed ? N : 1) * kWarp);
   const auto kernel =
       packed ? sum_pieces<N, compute_t<T>, Terms> : sum_pieces<1, compute_t<T>, Terms>;
-  if (const Error error = launch(kernel, divide_up(items, warps), kThreads, 0, stream, groups,
+  if (const Error error = launch(kernel, divide_up(items, kWarps), kThreads, 0, stream, groups,
                                  width, terms, sums)) {
     return error;
   }

@@ -195,6 +195,14 @@ MBLM_DEVICE int64_t first_item() {
 MBLM_DEVICE int64_t item_stride() {
   return int64_t(gridDim.x) * kThreads;
 }
+// Likewise of a warp.
+constexpr int kWarps = kThreads / kWarp;
+MBLM_DEVICE int64_t first_item_of_warp() {
+  return int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+}
+MBLM_DEVICE int64_t warp_stride() {
+  return int64_t(gridDim.x) * kWarps;
+}
 
 // The same sum in every lane of a warp.
 template <class C>

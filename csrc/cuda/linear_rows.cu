@@ -10,16 +10,13 @@ namespace {
 
 using cpu::LinearRowsInput;
 
-constexpr int kWarps = kThreads / kWarp;
-
 template <class T, int kRows, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     columns(LinearRowsInput<T> in, int64_t first_row, T* out) {
   using C = compute_t<T>;
   constexpr int N = kPackSize<T>;
   const int lane = threadIdx.x % kWarp;
-  const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  for (int64_t column = warp; column < in.outputs; column += int64_t(gridDim.x) * kWarps) {
+  for (int64_t column = first_item_of_warp(); column < in.outputs; column += warp_stride()) {
     const T* weight = in.weight + column * in.inputs;
     C sums[kRows] = {};
     MBLM_UNROLL

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kScanThreads)
              SelectiveScanGradients<T> grad) {
   using C = compute_t<T>;
   using States = Pack<C, kStates>;
-  constexpr int kWarps = kScanThreads / kWarp;
+  constexpr int kScanWarps = kScanThreads / kWarp;
   const int warp = threadIdx.x / kWarp, row_states = lanes * kStates;
   C* const sums = shared_memory<C>();  // (warps, 2, span, states)
   C* const own_sums = sums + warp * 2 * kSpan * row_states;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kScanThreads)
     const Lane<T> own(in, lanes, item);
     const auto rates = own.rates();
     const C direct = own.has_channel ? in.direct[own.channel] : C(0);
-    C* const kept = kept_in_shared ? sums + kWarps * 2 * kSpan * row_states
+    C* const kept = kept_in_shared ? sums + kScanWarps * 2 * kSpan * row_states
                                    : grad.kept + item * spans * kScanThreads * kStates;
     const auto kept_at = [&](int span) {
       return kept + (span * kScanThreads + threadIdx.x) * kStates;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kScanThreads)
                   rest = i % (here * int(in.padded_states));
         const int t = rest / int(in.padded_states), n = rest % int(in.padded_states);
         C sum = 0;
-        for (int w = 0; w < kWarps; ++w) {
+        for (int w = 0; w < kScanWarps; ++w) {
           sum += sums[((w * 2 + which) * kSpan + t) * row_states + n];
         }
         (which == 0 ? grad.weight_in : grad.weight_out)[(to + t) * in.padded_states + n] = sum;

@@ -140,10 +140,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     gradients_of_totals(SsdInput<T> in, SsdGradients<T> grad) {
   using C = compute_t<T>;
-  constexpr int kWarps = kThreads / kWarp;
   const int64_t items = in.rows * in.chunks * in.heads, per_head = in.head_dim * in.states;
-  for (int64_t item = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; item < items;
-       item += int64_t(gridDim.x) * kWarps) {
+  for (int64_t item = first_item_of_warp(); item < items; item += warp_stride()) {
     int64_t unit = item;
     const int64_t head = take(unit, in.heads);
     C sum = 0;
@@ -288,8 +286,8 @@ Error ssd_backward_in_tiles(const SsdInput<T>& in, const SsdGradients<T>& grad, 
                                              stream, in, heads * tiles, grad)) {
     return error;
   }
-  if (const Error error = launch(gradients_of_totals<T>, divide_up(heads, kThreads / kWarp),
-                                 kThreads, 0, stream, in, grad)) {
+  if (const Error error =
+          launch(gradients_of_totals<T>, divide_up(heads, kWarps), kThreads, 0, stream, in, grad)) {
     return error;
   }
   if (const Error error = launch(gradients_of_rates<T>, divide_up(heads, kThreads), kThreads, 0,
