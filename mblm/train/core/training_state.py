@@ -139,6 +139,8 @@ def save_training_state(
             told = {"format": FORMAT, "workers": workers.world_size, **manifest}
             with atomic_write(temporary / _MANIFEST) as file:
                 file.write(json.dumps(told).encode())
+            if final.exists():  # a part of one, such as a file that another has open on NFS
+                final.rename(final.with_name(f".{final.name}.{os.urandom(4).hex()}.tmp"))
             os.rename(temporary, final)
             sync_directory(final.parent)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mblm.train.core import output, training_state
-from mblm.train.core.training_state import find_latest_state
+from mblm.train.core.training_state import find_latest_state, list_states
 
 from . import jobs
 from .jobs import EVERYTHING, train_alone
@@ -52,6 +52,16 @@ def test_a_full_disk_leaves_the_best_models_and_says_so(tmp_path, monkeypatch):
         models.add(output.Ranked(0.1, "b.pth"), weights)
     assert (tmp_path / "tiny_top1.pth").read_bytes() == before
     assert models.entries == [(0.5, "a.pth", 0)]
+
+
+def test_a_state_that_cannot_be_removed_is_not_in_the_way(tmp_path, ended, finished, monkeypatch):
+    monkeypatch.setattr(training_state.shutil, "rmtree", lambda *_, **options: None)
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(ended)[0]))
+    jobs.assert_same_runs(ended, finished)
+    monkeypatch.undo()
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(ended)))
+    names = {file.name for file in (ended / "state").iterdir()}
+    assert names == {"best", "lock", "step_00000008", "step_00000012"}
 
 
 def rows_written(folder):
