@@ -40,7 +40,6 @@ from mblm.train.core.training_state import (
     prune_states,
     referred_models,
     run_dir_of,
-    step_of,
 )
 from mblm.utils.atomic import atomic_write
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
@@ -113,8 +112,8 @@ class RunFolder:
     def rewind(self, saved: SavedState) -> None:
         """Go back to a training state: drop what was written after it."""
         if self._workers.is_main:
-            step = step_of(saved.path)
-            validated = step - (saved.own["position"]["validates_after"] is not None)
+            position = Position(**saved.own["position"])
+            step, validated = position.step, position.step - (position.validates_after is not None)
             self.loggers.rewind(step, [self._loss.last_batches(), self._metrics.last_batches()])
             for log in (self._loss, self._timemem, self._metrics):
                 log.keep_before(train=step, valid=validated)

@@ -96,8 +96,9 @@ def state_to_resume(resume: ResumeConfig | None) -> Path | None:
 
 
 def run_dir_of(state_dir: Path) -> Path:
-    """The run folder that a training state is of."""
-    return state_dir.resolve().parents[1]
+    """The run folder that a training state is of, whose ``state`` may be a link to another disk."""
+    real = os.path.realpath if state_dir.is_symlink() else os.path.abspath
+    return Path(real(state_dir)).parents[1]
 
 
 def state_dir_at(run_dir: Path, step: int) -> Path:
@@ -222,7 +223,7 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
                 f"Resume with the same {field}, or from a checkpoint .pth, the weights only"
             )
     for name in referred_models([state_dir]):
-        if not (model := state_dir.with_name(BEST) / name).exists():
+        if not (model := run_dir_of(state_dir) / STATES / BEST / name).exists():
             raise ValueError(f"{state_dir} cannot be gone on from: its best model {model} is gone")
     own = state_dir / f"rank_{workers.rank if is_exact else 0}.pt"
     return SavedState(state_dir, manifest, _read(state_dir / "common.pt"), _read(own), is_exact)

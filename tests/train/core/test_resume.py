@@ -1,5 +1,6 @@
 """A run that is stopped goes on as if nothing had been, whatever it is made of."""
 
+import shutil
 import signal
 from contextlib import nullcontext
 
@@ -247,6 +248,21 @@ def test_the_last_two_states_are_kept_and_an_older_one_drops_what_came_after(tmp
     assert jobs.losses(ended) == whole
     names = ("next_epoch_index", "next_batch_index", "resumed_from")
     assert [how_to_go_on(ended)[name] for name in names] == [resume[name] for name in names]
+
+
+@pytest.mark.parametrize("moved", ["link to a state", "state of another name", "linked folder"])
+def test_a_state_is_of_its_run_wherever_it_lies(tmp_path, ended, finished, moved):
+    state = list_states(ended)[0]
+    if moved == "link to a state":
+        (tmp_path / "last").symlink_to(state)
+        state = tmp_path / "last"
+    elif moved == "state of another name":
+        state = shutil.copytree(state, state.with_name("kept"))
+    else:
+        shutil.move(ended / "state", tmp_path / "elsewhere")
+        (ended / "state").symlink_to(tmp_path / "elsewhere")
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
+    jobs.assert_same_runs(ended, finished)
 
 
 def test_restarts_go_on_from_the_last_state(tmp_path, finished):
