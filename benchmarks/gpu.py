@@ -1,7 +1,8 @@
 """The CUDA kernels against plain PyTorch on the same GPU: each operator, and a training step.
 
 Two processes take the same measurements, one with the kernels and one with MBLM_NATIVE=0. Times
-are medians of several batches of runs, after a warm-up that is not counted. The training step is
+are medians of several batches of runs, of fewer where they take long, after a warm-up that is not
+counted. The training step is
 that of the published 2D configuration (360M, Mamba-2 over a Transformer, bfloat16): forward,
 backward and AdamW's update.
 
@@ -24,6 +25,7 @@ from typing import Any
 from side_by_side import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+ENOUGH = 2  # seconds, after which no batch of runs is begun
 
 
 def seconds(call: Callable[[], Any], device: str, runs: int, repeats: int) -> float:
@@ -34,8 +36,11 @@ def seconds(call: Callable[[], Any], device: str, runs: int, repeats: int) -> fl
         if device == "cuda":
             torch.cuda.synchronize()
 
-    times = []
-    for _ in range(1 + runs):
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) <= runs:
+        if len(times) > 1 and time.perf_counter() - begun > ENOUGH:
+            break
         wait()
         begin = time.perf_counter()
         for _ in range(repeats):

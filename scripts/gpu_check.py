@@ -10,10 +10,10 @@ a network, for Python 3.12 on x86-64. On a borrowed machine, to which the checko
 
     PYTHON=python3 bash scripts/gpu_check.sh "$OUT" build/wheels
 
-The steps stand in `steps`, what matters most first. Each has a limit of its own, none stops the
-next, and OUT holds what is known so far at any moment: summary.json, a JSON of each benchmark and
-logs.tar.gz, at most six files. Ends with a table; fails if a step did. PYTHON is the interpreter,
-python3 by default.
+The steps stand in `steps`, what matters most first. Each has a limit of its own, and what those
+before it have left of theirs; none stops the next, and OUT holds what is known so far at any
+moment: summary.json, a JSON of each benchmark and logs.tar.gz, at most six files. Ends with a
+table; fails if a step did. PYTHON is the interpreter, python3 by default.
 
 --quick tries the script where there is no GPU: tiny sizes, nothing is built.
 """
@@ -59,7 +59,7 @@ def fetch(wheels: Path) -> None:
 @dataclass(frozen=True)
 class Step:
     name: str
-    seconds: int
+    seconds: float
     command: list[str]
     quick: list[str] | None = None  # in place of the command; the command and --quick by default
 
@@ -179,7 +179,7 @@ class Check:
             code = process.wait(step.seconds)
             return "ok" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            return f"over {step.seconds} s"
+            return f"over {step.seconds:.3g} s"
         except KeyboardInterrupt:
             self.is_cut = True
             return "cut"
@@ -217,11 +217,14 @@ def check(out: Path, wheels: Path, quick: bool) -> bool:
         if not quick:
             environment["MBLM_NATIVE"] = "require"
         done = Check(out, environment)
+        spare = 0.0  # seconds
         for step in steps(out.resolve(), wheels.resolve(), Path(folder)):
+            step = replace(step, seconds=step.seconds + max(0.0, spare))
             if quick:
                 command = step.quick or [*step.command, "--quick"]
                 step = replace(step, seconds=QUICK_SECONDS, command=command)
             done.take(step)
+            spare = step.seconds - done.summary["steps"][-1]["seconds"]
             if done.is_cut:
                 break
             if step.name == "facts" and not quick and done.summary.get("device", "") is None:

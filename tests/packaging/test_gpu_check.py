@@ -62,6 +62,18 @@ def test_a_step_that_fails_or_does_not_end_stops_no_other(
         assert {Path(name).name for name in logs.getnames()} >= {"fails.log", "works.log"}
 
 
+def test_time_that_a_step_leaves_is_for_the_next(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both together take no longer than their limits."""
+    steps = [
+        gpu_check.Step("quick", 30, [sys.executable, "-c", "pass"]),
+        gpu_check.Step("slow", 0.01, [sys.executable, "-c", "pass"]),
+    ]
+    monkeypatch.setattr(gpu_check, "steps", lambda *_: steps)
+    assert gpu_check.check(tmp_path / "out", tmp_path, False)
+
+
 def test_what_is_known_is_written_when_a_step_ends(gpu_check: ModuleType, tmp_path: Path) -> None:
     """The second step reads what the first left, as one who cuts the check then would."""
     out = tmp_path / "out"
