@@ -1,6 +1,8 @@
 """BestModels: which models are kept, and in which order."""
 
 import csv
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -26,6 +28,15 @@ def rank(tmp_path, *models, count=2):
 
 def test_the_lowest_losses_are_kept_best_first(tmp_path):
     assert rank(tmp_path, (3.0, 0), (1.0, 0), (2.0, 0)) == [1.0, 2.0]
+
+
+def test_they_are_copied_where_the_system_has_no_links(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fail)
+    assert rank(tmp_path, (3.0, 0), (1.0, 0), (2.0, 0)) == [1.0, 2.0]
+    assert sorted(os.listdir(tmp_path)) == ["state", "tiny_top1.pth", "tiny_top2.pth"]
 
 
 def test_a_loss_that_leaves_batches_out_gives_way_to_any_that_is_whole(tmp_path):
