@@ -147,7 +147,7 @@ class Loggers:
         return bool(self._loggers)
 
     def rewind(self, step: int, logged: Sequence[Mapping[str, int]]) -> None:
-        """Expect the points from a batch on, some of which those get again that were there before.
+        """Expect the points from a batch on; a logger that was there before has some of them.
 
         Args:
             step: The batch; 0 of a run that begins.
