@@ -123,10 +123,10 @@ def build() -> None:
     """Compile for the GPU that is here, unless what was carried here is loaded."""
     import torch
 
+    # Whatever the machine's own are, which may name older GPUs, too.
     os.environ["MBLM_BUILD"] = "cuda"
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", capability)
-    os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
+    os.environ["MAX_JOBS"] = str(os.cpu_count())
     loads = (
         "from mblm.ops import _native; import torch; _native.is_loaded() or exit(1); "
         "exit(torch.ops.mblm.device_kind() != 'cuda')"
@@ -214,6 +214,7 @@ def check(out: Path, wheels: Path, quick: bool) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT), folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
         if not quick:
             environment["MBLM_NATIVE"] = "require"
         done = Check(out, environment)

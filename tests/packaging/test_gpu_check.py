@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,6 +134,21 @@ def test_facts_name_what_cannot_be_imported(
     assert gpu_check.facts()["missing"] == {}
     monkeypatch.setattr(gpu_check, "NEEDED", ["json", "no_such_package"])
     assert list(gpu_check.facts()["missing"]) == ["no_such_package"]
+
+
+def test_builds_for_the_gpu_that_is_there_alone(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the machine sets: for older GPUs it would take too long, or not compile."""
+    for name in ("MBLM_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.setenv(name, "7.5;9.0+PTX")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    lacks_library = subprocess.CompletedProcess([], returncode=1)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: lacks_library)
+    begun: list[dict[str, str]] = []
+    monkeypatch.setattr(gpu_check.os, "execv", lambda *_: begun.append(dict(os.environ)))
+    gpu_check.build()
+    assert begun[0]["TORCH_CUDA_ARCH_LIST"] == "9.0" and begun[0]["MBLM_BUILD"] == "cuda"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
