@@ -63,10 +63,10 @@ class Nfa:
 
         ``is_first``, ``is_last``: nothing comes before, after them in the whole pattern.
         """
-        widths = [str(op) != "AT" for op, _ in items]
+        wide = [index for index, (op, _) in enumerate(items) if str(op) != "AT"]
         for index, (op, value) in enumerate(items):
-            first = is_first and not any(widths[:index])
-            last = is_last and not any(widths[index + 1 :])
+            first = is_first and index <= min(wide[:1], default=index)
+            last = is_last and index >= max(wide[-1:], default=index)
             state = self._item(str(op), value, flags, state, first, last)
         return state
 

@@ -67,13 +67,21 @@ class MBLMGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """All bytes may come unless ``top_k`` is given: 50 is for vocabularies of thousands."""
+        """All bytes may come unless ``top_k`` is given: 50 is for vocabularies of thousands.
+
+        There is no cache of the library's, which what it calls in between would count on.
+        """
         given = (generation_config, self.generation_config)
         top_k = [kwargs.get("top_k"), *(config and config.top_k for config in given)]
         prepared, others = super()._prepare_generation_config(generation_config, *args, **kwargs)
         if all(k is None for k in top_k):
             prepared.top_k = 0
+        prepared.use_cache = False
         return prepared, others
+
+    def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
+        """Nothing: no token reaches over the end of a prompt of bytes."""
+        return input_ids
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
@@ -95,6 +103,7 @@ class MBLMGenerationMixin(GenerationMixin):
         streamer: Any = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
+        tokenizer: Any = None,
         **others: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Continue prompts ``(B, L)`` as the library has prepared it."""

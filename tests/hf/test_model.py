@@ -271,6 +271,13 @@ class TestGenerateOptions:
         data = bytes(found[0, 9:].tolist())
         assert data.endswith("é".encode()) and data.count("é".encode()) == 1 and len(data) < 100
 
+    def test_a_tokenizer_changes_nothing(self, generate: Callable[..., Tensor], m: MBLM) -> None:
+        tokenizer = MBLMTokenizer.of(MBLMConfig.of(m.config))
+        options = {"max_new_tokens": 9, "stop_strings": "e"}
+        expected = generate(**options)
+        assert torch.equal(generate(tokenizer=tokenizer, **options), expected)
+        assert torch.equal(generate(tokenizer=tokenizer, token_healing=True, **options), expected)
+
     def test_a_streamer_gets_each_byte(self, generate: Callable[..., Tensor]) -> None:
         streamer = Recorder()
         found = generate(max_new_tokens=6, streamer=streamer)
@@ -297,6 +304,25 @@ class TestGenerateOptions:
         assert found.shape == (1, 13) and all(48 <= i < 58 for i in found[0, 9:].tolist())
         bias = {(i,): -1e9 for i in range(48, 257)}
         assert lm.generate(self.PROMPT, max_new_tokens=5, sequence_bias=bias)[0, 9:].max() < 48
+
+    def test_guidance_compares_with_what_comes_without_the_prompt(
+        self, lm: MBLMForCausalLM
+    ) -> None:
+        output = lm.generate(
+            self.PROMPT,
+            guidance_scale=2.0,
+            max_new_tokens=3,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        guided = output.sequences[:, 8:]
+        for i, scores in enumerate(output.scores):
+            with_prompt, without = (
+                logits_of(lm, ids)[0, -1].log_softmax(-1)
+                for ids in (output.sequences[:, : 9 + i], guided[:, : 1 + i])
+            )
+            expected = 2 * with_prompt - without
+            torch.testing.assert_close(scores[0], expected, rtol=1e-4, atol=1e-4)
 
     def test_scores_and_logits_are_returned(self, lm: MBLMForCausalLM) -> None:
         output = lm.generate(
