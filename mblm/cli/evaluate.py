@@ -1,5 +1,6 @@
 """What `mblm eval` shows: progress while it reads files, and a table of their scores."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ def evaluate_files(
         )
         seconds = time.perf_counter() - begin
     in_all = FileScore(sum(s.num_bytes for s in scores), sum(s.bits for s in scores))
-    named = zip(map(str, files), scores, strict=True)
+    names = (os.fsencode(file).decode(errors="replace") for file in files)  # JSON is UTF-8
+    named = zip(names, scores, strict=True)
     return {
         "files": [{"file": name, **_row(score)} for name, score in named],
         **_row(in_all),

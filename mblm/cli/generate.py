@@ -36,7 +36,7 @@ def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | N
         from mblm.constrain import Regex
 
         try:
-            return Regex(regex)
+            return Regex(os.fsencode(regex).decode(errors="surrogateescape"))  # in any locale
         except ValueError as error:
             raise ValueError(f"--regex: {error}") from error
     if json_schema is not None:

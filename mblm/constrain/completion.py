@@ -90,7 +90,11 @@ def _within(matcher: "LLMatcher", limit: int, num_tokens: int, max_tries: int) -
         byte, reached = step
         order = (differences + 1, len(string), -len(string), 2 * tried)
         heapq.heappush(paths, (*order, string, steps))
-        string += bytes([byte])
+        forced = reached.compute_ff_bytes()
+        string += bytes([byte]) + forced
+        if len(string) > limit or max(forced, default=0) >= num_tokens:
+            continue
+        reached.consume_tokens(list(forced))
         if reached.is_accepting():
             best, limit = string, len(string) - 1
             max_tries = min(max_tries, 2 * tried + 100)

@@ -38,6 +38,7 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    _supports_sdpa = True  # and computes attention so, whatever is asked for
     _no_split_modules = ["MBLM"]  # noqa: RUF012  stages read weights of one another's devices
 
     def __init__(self, config: MBLMConfig, model: MBLM | None = None) -> None:

@@ -184,6 +184,8 @@ def load_checkpoint(
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
     config_file = Path(config_file or file.with_name(RUN_CONFIG_FILE))
+    if not config_file.exists():
+        raise FileNotFoundError(f"{file}: no {config_file}, which says what model it is")
     params = load_yml(config_file, _RunConfig).params
     params.pop("input_seq_len", None)  # the length of training sequences, not the model's
     try:

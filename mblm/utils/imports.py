@@ -10,6 +10,8 @@ def import_modules(names: Sequence[str]) -> None:
     if names and "" not in sys.path:
         sys.path.append("")  # as `python -m` begins with it, and an installed program does not
     for name in names:
+        if not name or name.startswith("."):
+            raise ValueError(f"--import: expected a module's name, such as my_blocks, got {name!r}")
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
 """The command line: its commands beside `generate`, how it starts and ends."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -74,10 +75,12 @@ def test_a_standard_error_that_is_closed(
 
 
 def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").write_bytes(b"")
-    assert run("eval", saved, tmp_path / "empty").out.split()[-2:] == [b"0", b"-"]
-    facts = json.loads(run("eval", saved, tmp_path / "empty", "--json").out)
+    file = tmp_path / os.fsdecode(b"empty\xff")
+    file.write_bytes(b"")
+    assert run("eval", saved, file).out.split()[-2:] == [b"0", b"-"]
+    facts = json.loads(run("eval", saved, file, "--json").out)
     assert facts["bytes"] == 0 and facts["bits_per_byte"] is None
+    assert facts["files"][0]["file"].endswith("empty\ufffd"), "what any reader of JSON takes"
 
 
 @pytest.mark.parametrize(

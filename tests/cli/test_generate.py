@@ -32,6 +32,8 @@ from tests.models import model, transformer
         (["--top-k", "7", "--min-p", "0.1"], {"top_k": 7, "min_p": 0.1}),
         (["--draft", "ngram"], {"draft": "ngram"}),
         (["--regex", "[à-ÿ]+"], {"constraint": Regex("[à-ÿ]+")}),
+        # The same as Python has it where the locale is not UTF-8.
+        (["--regex", "[\udcc3\udca0-\udcc3\udcbf]+"], {"constraint": Regex("[à-ÿ]+")}),
         (["--filter-thres", "0"], {"filter_thres": 0}),
         (["--filter-thres", "1"], {"filter_thres": 1}),
         (["--device", "cpu"], {}),
@@ -140,7 +142,7 @@ def test_checkpoint_of_a_training_run(
     arguments = ["generate", run_folder / "model_top1.pth", "--seed", 1, "--bytes", COUNT]
     assert run(*arguments).out == expected(bytes_model)
     elsewhere = (run_folder / "config.yaml").rename(tmp_path / "other.yml")
-    assert "config.yaml" in run(*arguments).error
+    assert "config.yaml, which says what model it is" in run(*arguments).error
     assert run(*arguments, "--config", elsewhere).out == expected(bytes_model)
 
 

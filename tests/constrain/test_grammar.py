@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from mblm.constrain import Grammar, JsonSchema
+from mblm.constrain.completion import completion
 from mblm.constrain.grammar import _start
 from mblm.inference.guide import Guide
 
@@ -237,6 +238,13 @@ def test_a_schema_that_nothing_satisfies_is_refused(schema: Any) -> None:
 def test_refuses_by_name(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=f"(?s){words}"):
         make()
+
+
+def test_what_is_forced_is_not_looked_at_byte_by_byte() -> None:
+    text = "word " * 100
+    matcher, _, _ = _start(Grammar(f'start: ("x" | "y") "{text}" /[0-9]{{2}}/')._grammar, 257)
+    found = completion(matcher, 510, 257, max_tries=200)
+    assert found is not None and found[1:-2] == text.encode()
 
 
 def test_a_byte_that_may_not_come_is_refused() -> None:

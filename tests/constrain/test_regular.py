@@ -38,6 +38,14 @@ def test_a_prefix_comes_first(prefix: bytes, data: bytes) -> None:
     assert reads(automaton, prefix + data)
 
 
+def test_a_prefix_may_be_as_long_as_a_file() -> None:
+    data = b"no" * 25_000
+    automaton = Prefix(data).compile(257)
+    assert automaton.distance[automaton.start] == len(data)
+    with pytest.raises(ValueError, match="more than 100000 states"):
+        Prefix(data * 3)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(min_size=1, max_size=5), st.binary(max_size=6))
 def test_only_allowed_bytes_come(allowed: bytes, data: bytes) -> None:

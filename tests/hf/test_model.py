@@ -98,7 +98,7 @@ class TestFolders:
         m.save_pretrained(tmp_path / "ours")
         for folder in ("theirs", "ours"):
             theirs = transformers.AutoModelForCausalLM.from_pretrained(
-                tmp_path / folder, dtype=dtype
+                tmp_path / folder, dtype=dtype, attn_implementation="sdpa"
             )
             ours = MBLM.from_pretrained(tmp_path / folder)
             assert type(theirs) is MBLMForCausalLM and not theirs.training

@@ -26,6 +26,10 @@ def test_says_that_there_is_none() -> None:
         with pytest.raises(ValueError, match=f"--import: no module {name} here"):
             import_modules([name])
 
+    for name in ("", ".", ".relative"):
+        with pytest.raises(ValueError, match=f"--import: expected a module's name.*got '{name}'"):
+            import_modules([name])
+
 
 def test_what_a_module_raises_is_passed_on(tmp_path: Path) -> None:
     (tmp_path / "needs_another.py").write_text("import absent_module\n")
