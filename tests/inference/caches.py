@@ -1,9 +1,7 @@
 """Every engine's cache, and what a plan means: what whole forward passes give a row alone."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -228,26 +226,3 @@ def interrupted_at(m: nn.Module, call: int) -> Iterator[list[int]]:
 def plain_rows(cache: Cache) -> list[Row]:
     """The only row that a cache has had."""
     return [0]
-
-
-@contextmanager
-def raised_at(line: int, module: ModuleType) -> Iterator[None]:
-    """Raise KeyboardInterrupt before the line-th line of a module that the block goes through."""
-    counted = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal counted
-        if frame.f_code.co_filename != module.__file__:
-            return None
-        counted += event == "line"
-        if event == "line" and counted == line:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)

@@ -15,6 +15,7 @@ from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, Row
 from mblm.inference.plan import Draws, Plan
 from mblm.inference.session import Session
+from tests.hierarchies import hierarchies
 from tests.inference.caches import (
     CLOSE,
     InterruptedInTestError,
@@ -32,7 +33,6 @@ from tests.inference.caches import (
     whole_logits,
     with_every_pair,
 )
-from tests.models import hierarchies
 
 pytestmark = on_every_engine
 

@@ -13,7 +13,8 @@ from mblm import MBLM
 from mblm.inference.session import Session
 from mblm.ops.packing import round_weight
 from tests.decoding import CLOSE, STAGES, in_pytorch, wide
-from tests.models import hierarchies, model, transformer
+from tests.hierarchies import hierarchies
+from tests.models import model, transformer
 from tests.native import needs_native
 
 

@@ -15,7 +15,7 @@ import torch
 from mblm import MBLM, Session
 from mblm.inference import continuation
 from mblm.inference.stream import Stream
-from tests.inference.caches import raised_at
+from tests.interrupts import raised_at
 from tests.models import LSTMBlock, mamba, model, transformer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")

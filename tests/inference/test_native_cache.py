@@ -19,7 +19,8 @@ from mblm.inference.plan import Plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.weights import weights_of
 from mblm.ops import _native
-from tests.inference.caches import build, fed, ids_of, raised_at, run_out, seeded
+from tests.inference.caches import build, fed, ids_of, run_out, seeded
+from tests.interrupts import raised_at
 
 pytestmark = pytest.mark.skipif(not _native.is_loaded(), reason="compiled code is tested")
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mblm import MBLM
 from mblm.inference.session import Session
 from tests.decoding import CLOSE, in_pytorch, wide
-from tests.models import hierarchies, model, transformer
+from tests.hierarchies import hierarchies
+from tests.models import model, transformer
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

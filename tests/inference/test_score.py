@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mblm import MBLM, MBLMReturnType, Score
 from mblm.inference.score import score
 from mblm.model.tiled_pass import TiledPass
-from tests.models import LSTMBlock, encoder, hierarchies, mamba, model, transformer
+from tests.hierarchies import hierarchies
+from tests.models import LSTMBlock, encoder, mamba, model, transformer
 
 V = 19
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mblm import MBLM, MBLMReturnType, Session
-from tests.models import LSTMBlock, hierarchies, mamba, model, transformer
+from tests.hierarchies import hierarchies
+from tests.models import LSTMBlock, mamba, model, transformer
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 

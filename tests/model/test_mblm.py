@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mblm import MBLM, MBLMReturnType
-from tests.models import LSTMBlock, hierarchies, mamba, model, transformer
+from tests.hierarchies import hierarchies
+from tests.models import LSTMBlock, mamba, model, transformer
 
 LOSS, LOGITS = MBLMReturnType.LOSS, MBLMReturnType.LOGITS
 LOSS_LOGITS, HIDDEN = MBLMReturnType.LOSS_LOGITS, MBLMReturnType.HIDDEN_STATE

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mblm import MBLM, MBLMReturnType
 from mblm.model.block import StageBlock
 from mblm.model.tiles import INFERENCE_TILE
+from tests.hierarchies import hierarchies
 from tests.model.tiled import (
     CLOSE,
     HIDDEN,
@@ -25,7 +26,7 @@ from tests.model.tiled import (
     gradients,
     tiled,
 )
-from tests.models import encoder, hierarchies, mamba, model, transformer
+from tests.models import encoder, mamba, model, transformer
 
 
 @pytest.fixture
