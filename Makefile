@@ -20,7 +20,7 @@ INSTALL = echo 'Compiling for this torch, two to three minutes on two cores'; se
   -e "s|^ *\[([0-9]+)/([0-9]+)\] .* -c .*(csrc/[^ ']*)'? -o .*|compiled \1 of \2: \3|p" \
   -e '/^ *!{80}/,/^ *!{80}/p' -e '/^(Collecting|Successfully installed)/p' || \
   { tail -n 60 $(VENV)/install.log; exit 1; }
-PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all docs sanitize install_cpu install_cuda install_mamba wheels lint \

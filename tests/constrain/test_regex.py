@@ -53,7 +53,7 @@ LETTERS = ["é", "\u017f", "\U0001f600", r"\u20ac"]
 TEXT = [*ATOMS, *LETTERS, "[à-ÿ]", "[^é]", "[\u0800-\uffff]", r"(?a:\w)"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(grown(BYTES, COUNTS), st.data())
 def test_bytes_are_read_as_re_does(pattern: str, data: st.DataObject) -> None:
     of_bytes = pattern.encode("latin-1")
@@ -65,7 +65,7 @@ def test_bytes_are_read_as_re_does(pattern: str, data: st.DataObject) -> None:
         assert reads(automaton, string) == matches(of_bytes, string), string
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(grown(TEXT, COUNTS), st.data())
 def test_text_is_read_as_re_does(pattern: str, data: st.DataObject) -> None:
     automaton = compiled(pattern)
@@ -77,7 +77,7 @@ def test_text_is_read_as_re_does(pattern: str, data: st.DataObject) -> None:
         assert reads(automaton, string) == matches(pattern, string), string
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(grown(BYTES, COUNTS), st.randoms(use_true_random=False))
 def test_what_the_automaton_leads_to_matches(pattern: str, random: Any) -> None:
     of_bytes = pattern.encode("latin-1")

@@ -88,7 +88,7 @@ def schedules(draw: st.DrawFn) -> list[tuple[str, int]]:
 
 
 @needs_native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(m=hierarchies(), schedule=schedules(), batch=st.integers(1, 3), top_p=st.booleans())
 def test_any_schedule(
     m: MBLM, schedule: list[tuple[str, int]], batch: int, top_p: bool, tmp_path_factory: Any

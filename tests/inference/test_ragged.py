@@ -19,7 +19,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
     return [torch.randint(0, 66, (length,), generator=generator) for length in lengths]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(m=hierarchies(), data=st.data(), native=st.booleans())
 def test_any_schedule(m: MBLM, data: st.DataObject, native: bool) -> None:
     """Feeding, generating, forking in any order and by any lengths."""

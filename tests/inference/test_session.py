@@ -30,7 +30,7 @@ def draw_ids(model: MBLM, data: st.DataObject, batch_size: int) -> torch.Tensor:
 
 
 @given(model=hierarchies(), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_logits_equal_the_full_forward_after_any_feeds(model: MBLM, data: st.DataObject) -> None:
     batch_size = data.draw(st.integers(1, 3), label="batch")
     ids = draw_ids(model, data, batch_size)

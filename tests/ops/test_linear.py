@@ -147,11 +147,6 @@ class TestOperator:
         assert x.grad is None
         torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 7))
 
-    def test_opcheck(self) -> None:
-        x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((9, 5), (4, 5), (4,)))
-        for arguments in ((x, weight, bias), (x, weight, None)):
-            torch.library.opcheck(torch.ops.mblm.linear.default, arguments)
-
     @pytest.mark.parametrize("threads", [1, 2, 3])
     def test_a_number_of_threads_changes_rounding_at_most(self, threads: int) -> None:
         before = torch.get_num_threads()

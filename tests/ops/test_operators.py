@@ -43,7 +43,8 @@ def test_contract(name: str, sample: Sample) -> None:
     operator, given = recorded.calls[0]
     for index in sample.differentiated:
         given[index].requires_grad_()
-    torch.library.opcheck(operator, given)
+    others = ("test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, given, test_utils=others)
 
 
 @ALL

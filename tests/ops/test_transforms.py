@@ -131,23 +131,13 @@ def test_gradients_in_a_batch(name: str, sample: Sample) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.compile:UserWarning")
 @ALL
-def test_compiled(name: str, sample: Sample) -> None:
+def test_compiled_gradients_of_torch_func(name: str, sample: Sample) -> None:
+    """Those of autograd are in the contract that tests/ops/test_operators.py has kept."""
     scalar, inputs = scalar_of(name, sample)
-    indices = tuple(range(len(inputs)))
-
-    def gradients(*given: Tensor) -> Any:
-        leaves = [t.clone().requires_grad_() for t in given]
-        scalar(*leaves).backward()
-        return [t.grad for t in leaves]
-
-    expected = gradients(*inputs)
+    gradients = torch.func.grad(scalar, tuple(range(len(inputs))))
     torch.compiler.reset()
-    compiled = torch.compile(scalar, backend="aot_eager", fullgraph=True)
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
-    transformed = torch.func.grad(scalar, indices)
-    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(*inputs), expected)
+    compiled = torch.compile(gradients, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(*inputs), gradients(*inputs))
 
 
 def test_a_tensor_given_twice_has_the_gradients_of_both() -> None:
