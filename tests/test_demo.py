@@ -27,7 +27,7 @@ def test_trains_saves_and_writes(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
-    flags = ["--minutes", "0.001", "--out", str(out), "--bytes", "20", "--prompt", "def "]
+    flags = ["--minutes", "0.01", "--out", str(out), "--bytes", "20", "--prompt", "def "]
     monkeypatch.setattr(sys, "argv", ["mblm", "demo", *flags])
     monkeypatch.setattr("mblm.demo.FIRST_SAMPLE", 0.0)
     with pytest.raises(SystemExit) as stopped:

@@ -220,9 +220,9 @@ def assert_same_runs(run: Path, whole: Path) -> None:
 
 # -- Processes ------------------------------------------------------------------------------------
 
-# One server imports torch; every worker is forked from it.
+# One server imports torch, and what an optimizer's first step does; every worker is forked from it.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([__name__])
+context.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 def start(function: Any, workers: int, *args: Any) -> list[Any]:

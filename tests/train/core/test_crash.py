@@ -86,7 +86,7 @@ def kill_until_done(folder, kills, workers, seed, dataset=jobs.Ids):
         if moment is not None:
             deadline = time.monotonic() + 60
             while rows_written(cut) < moment and time.monotonic() < deadline:
-                time.sleep(0.001)
+                time.sleep(0.005)
             time.sleep(generator.uniform(0, 0.03))  # within a batch, a validation or a save
             for process in processes:
                 process.kill()
