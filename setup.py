@@ -63,14 +63,16 @@ def run_setup(
 
     folder = BUILD / f"torch-{record.get('torch')}-{record.get('mode')}"
     shutil.rmtree(folder / "lib", ignore_errors=True)  # it may hold what has been deleted since
+    egg_info = {"tag_build": local}  # but a release of sources has a setup.cfg without a tag
+    if BUILD.parent != ROOT:
+        egg_info["egg_base"] = str(BUILD)
     setup(
         install_requires=[torch, *REQUIRED],
         ext_modules=[library],
         cmdclass={"build_ext": BuildRecorded},
         options={
             "build": {"build_base": str(folder), "build_lib": str(folder / "lib")},
-            # A release of sources has a setup.cfg that names none, as its file's name has none.
-            "egg_info": {"tag_build": local},
+            "egg_info": egg_info,
             "dist_info": {"keep_egg_info": "1"},  # which another attempt does not make again
         },
     )
