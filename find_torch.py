@@ -42,9 +42,9 @@ def import_torch() -> Any:
 def outer_pythons() -> list[str]:
     """The Pythons that an isolated build may be for."""
     pythons = [sys.executable]
-    if "UV" in os.environ:
-        # uv builds in an environment of its own: the one it installs into is the activated one,
-        # next on PATH, or the project's .venv.
+    if "UV" in os.environ or Path(sys.prefix).name.startswith("build-env-"):
+        # uv and `python -m build` build in an environment of their own: the one that it is for is
+        # the activated one, next on PATH, or the project's .venv.
         folders = [*os.environ["PATH"].split(os.pathsep), ".venv/bin"]
         pythons += [str(path) for f in folders if (path := Path(f, "python").absolute()).is_file()]
     return list(dict.fromkeys(pythons))

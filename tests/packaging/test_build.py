@@ -229,6 +229,21 @@ def compile_library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("compile_library")
 
 
+@pytest.mark.parametrize("environment", [{"UV": "/bin/uv"}, {}], ids=["uv", "build"])
+def test_the_environment_that_a_build_is_for_is_on_path(
+    compile_library: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+) -> None:
+    """uv and ``python -m build`` build in an environment of their own."""
+    (tmp_path / "python").touch()
+    monkeypatch.setattr(os, "environ", {"PATH": str(tmp_path), **environment})
+    monkeypatch.setattr(sys, "prefix", sys.prefix if environment else "/tmp/build-env-x")
+    pythons = importlib.import_module("find_torch").outer_pythons()
+    assert pythons[:2] == [sys.executable, str(tmp_path / "python")]
+
+
 @needs_compiler
 def test_headers_of_python_that_are_missing_are_named(
     compile_library: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
