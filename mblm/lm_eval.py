@@ -71,9 +71,14 @@ class MBLMForHarness(LM):
             "stride": stride,
             "batch_bytes": batch_bytes,
         }
-        self._weights, self._max_rows = weights, max_rows
+        self._of_generations: dict[str, Any] = {
+            "filter_thres": 0.0,  # which a temperature of 0 does not look at
+            "weights": weights,
+            "max_rows": max_rows,
+        }
         self._max_gen_toks = check_integer("max_gen_toks", max_gen_toks)
-        self.model.score(b"", **self._of_scores)  # which refuses what is wrong
+        self.model.score(b"", **self._of_scores)  # which refuse what is wrong
+        self.model.generate_batch([], **self._of_generations, enable_progress=False)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -119,11 +124,7 @@ class MBLMForHarness(LM):
         wishes = [self._wishes(*request.args) for request in requests]
         by_name: dict[str, Any] = {name: [each[name] for each in wishes] for name in wishes[0]}
         generations = self.model.generate_batch(
-            **by_name,
-            filter_thres=0.0,  # which a temperature of 0 does not look at
-            weights=self._weights,
-            max_rows=self._max_rows,
-            enable_progress=not disable_tqdm,
+            **by_name, **self._of_generations, enable_progress=not disable_tqdm
         )
         results = []
         for request, each, generation in zip(requests, wishes, generations, strict=True):

@@ -150,6 +150,10 @@ def test_texts_are_sampled_where_a_task_says_so(net: MBLM) -> None:
 def test_bad_arguments_are_refused(net: MBLM) -> None:
     with pytest.raises(ValueError, match="stride: expected a number from 1 to 32"):
         MBLMForHarness(net, stride=33)
+    with pytest.raises(ValueError, match="max_rows: expected a number >= 1"):
+        MBLMForHarness(net, max_rows=0)
+    with pytest.raises(ValueError, match="weights: expected one of float32, bfloat16, int8"):
+        MBLMForHarness(net, weights="int4")
     with pytest.raises(TypeError, match="unexpected keyword argument 'parallelize'"):
         MBLMForHarness(net, parallelize=True)
     with pytest.raises(ValueError, match="max_gen_toks: 256 bytes leave no room for a prompt"):

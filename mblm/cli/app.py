@@ -9,11 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import mblm
-from mblm.cli.generate import (
-    check_out,
-    load,
-    stream,
-)
+from mblm.cli.generate import check_out, load, stream
 from mblm.cli.generate_command import generate
 from mblm.cli.info import collect_facts, describe_models, format_facts
 from mblm.cli.options import Device, Imports, Model, RunConfig
