@@ -61,7 +61,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("kind", [LOSS, LOSS_LOGITS, HIDDEN])
     def test_what_is_saved(self, long: MBLM, kind: MBLMReturnType) -> None:
-        length = 64 * self.PATCH
+        length = 32 * self.PATCH
         ids = draw_ids(1, length)
         whole, _ = entries_saved_by(lambda: long(ids, return_type=kind))
         entries, out = entries_saved_by(lambda: tiled(long, 64)(ids, return_type=kind))
