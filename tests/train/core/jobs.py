@@ -239,8 +239,8 @@ def start(function: Any, workers: int, *args: Any) -> list[Any]:
     return processes
 
 
-def join(processes: list[Any], timeout: float = 120) -> list[int | None]:
-    """Their exit codes."""
+def join(processes: list[Any], timeout: float = 600) -> list[int | None]:
+    """Their exit codes; None of one that waits, as for a collective's timeout of half an hour."""
     for process in processes:
         process.join(timeout)
     codes = [process.exitcode for process in processes]
