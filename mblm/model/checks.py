@@ -25,16 +25,13 @@ def check_hierarchy_shape(
         raise ValueError(f"{name}: expected shape (B, L) or ({nested}), got {shape}")
     if shape[0] == 0:
         raise ValueError(f"{name}: the batch is empty, got shape {shape}")
-    patch_size = math.prod(inner)
-    if len(shape) == 2:
-        first = -(-shape[1] // patch_size)
-        length = f"{shape[1]} bytes"
-    else:
-        first = shape[1]
-        length = f"{first} patches"
-        if shape[2:] != inner:
-            raise ValueError(f"{name}: expected nested shape ({nested}), got {shape}")
+    patch_size, is_flat = math.prod(inner), len(shape) == 2
+    if not is_flat and shape[2:] != inner:
+        raise ValueError(f"{name}: expected nested shape ({nested}), got {shape}")
+    first = -(-shape[1] // patch_size) if is_flat else shape[1]
     if fixed_first and first > seq_lens[0]:
+        # Not before: a length that is put into a text is a constant to torch.compile.
+        length = f"{shape[1]} {'bytes' if is_flat else 'patches'}"
         raise ValueError(
             f"{name}: {length} exceed the context of {seq_lens[0] * patch_size} bytes "
             f"({seq_lens[0]} patches of {patch_size}), which fixed positions of stage 1 limit"

@@ -225,21 +225,5 @@ def _is_managed(model: nn.Module) -> bool:
     return any(getattr(m, "_is_fsdp_managed_module", False) for m in model.modules())
 
 
-def autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The autocast there is now, to be entered again."""
-    if not torch.amp.is_autocast_available(device_type):
-        return contextlib.nullcontext
-    dtype = torch.get_autocast_dtype(device_type)
-    enabled = torch.is_autocast_enabled(device_type)
-    return functools.partial(torch.autocast, device_type, dtype, enabled)
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """What a backward pass runs in."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _wide_zeros(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -327,13 +327,14 @@ class Hierarchy(nn.Module):
 
     def _tokens_of_ids(self, ids: torch.Tensor) -> Callable[[int], StageTokens]:
         """Token embeddings per stage of flat ids ``(B, L)``, padded to whole patches of stage 1."""
-        num_bytes = ids.shape[1] + -ids.shape[1] % self.patch_sizes[0]
+        batch_size, length = ids.shape
+        num_bytes = (length + self.patch_sizes[0] - 1) // self.patch_sizes[0] * self.patch_sizes[0]
 
         def tokens(stage: int) -> StageTokens:
             if stage + 1 == self.num_stages:
-                padded = self._pad(ids, self.pad_token_id)
-                rows = ids.shape[0] if stage == 0 else -1
+                padded = nn.functional.pad(ids, (0, num_bytes - length), value=self.pad_token_id)
                 seq_len = num_bytes if stage == 0 else self.seq_lens[stage]
+                rows = batch_size * (num_bytes // seq_len)
                 return self.local_tokens(padded.reshape(rows, seq_len))
             embedded = self.embed_patches(stage, ids, num_bytes // self.patch_sizes[stage])
             return self._as_rows(stage, embedded), None

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mblm.model.gradients import (
     GradientSums,
-    autocast_of,
     gradients_are_watched,
     once_differentiable,
     with_weights_of_now,
 )
+from mblm.utils.modes import autocast_of
 from mblm.utils.transforms import is_traced, not_compiled
 
 

@@ -8,12 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from mblm.model.gradients import (
-    GradientSums,
-    autocast_of,
-    once_differentiable,
-    without_autocast,
-)
+from mblm.model.gradients import GradientSums, once_differentiable
+from mblm.utils.modes import autocast_of, without_autocast
 
 # Positions of a tile where no gradient is needed and no tile is configured: enough for full speed.
 INFERENCE_TILE = 8192

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mblm.ops._library import as_outside, register_operator
+from mblm.utils.modes import without_autocast
 
 Chunk = Callable[..., tuple[Tensor, Tensor]]
 
@@ -147,7 +148,7 @@ def reference(chunk: Chunk) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         shape = (x.shape[0], *x.shape[2:], weight_in.shape[2])
         state = rates.new_zeros(shape) if initial_state is None else initial_state.clone()
         outputs, states = [x[:, :0]], [rates.new_zeros(shape)[:, None][:, :0]]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for span in _spans(x, chunk_size):
                 states.append(state[:, None])
                 given = (tensor[:, span] for tensor in (x, steps, weight_in, weight_out))
@@ -180,7 +181,7 @@ def backward_reference(chunk: Chunk) -> Callable[..., tuple[Tensor, ...]]:
         )
         carry = grad_final_state.clone(memory_format=torch.contiguous_format)
         spans = list(enumerate(_spans(x, chunk_size)))
-        with as_outside(), torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+        with as_outside(), without_autocast(x.device.type), torch.enable_grad():
             for index, span in reversed(spans):
                 given = [tensor[:, span] for tensor in by_position]
                 given += [rates, direct, chunk_states[:, index]]

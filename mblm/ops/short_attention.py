@@ -11,6 +11,7 @@ from mblm.ops._checks import (
     compute_dtype,
 )
 from mblm.ops._library import gradients_of, register_operator
+from mblm.utils.modes import without_autocast
 
 # The longest sequence that the operator takes: one head's work stays in a core's cache.
 MAX_POSITIONS = 64
@@ -84,7 +85,7 @@ def short_attention_reference(
 ) -> Tensor:
     """The specification of the native kernel."""
     _check(q, k, v, cos, sin)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         queries, keys, values = (x.transpose(1, 2).to(compute_dtype(q.dtype)) for x in (q, k, v))
         queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
         scores = queries @ keys.mT * q.shape[-1] ** -0.5  # (B, H, S, T)

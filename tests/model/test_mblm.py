@@ -434,3 +434,22 @@ def test_a_training_step_compiles_without_a_break(block: str) -> None:
             torch.testing.assert_close(
                 p.grad, gradients[name], **CLOSE, msg=lambda x, n=name: n + x
             )
+
+
+@pytest.mark.parametrize(
+    "seq_lens", [[24], pytest.param([6, 4], marks=pytest.mark.slow)], ids=["one stage", "two"]
+)
+@torch.no_grad()
+def test_a_compiled_model_takes_any_length_by_one_graph(seq_lens: list[int]) -> None:
+    m = model(transformer(attn_use_rot_embs=False), seq_lens=seq_lens)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(m, fullgraph=True, backend=keep, dynamic=True)
+    for length in (22, 24, 17, 9):
+        ids = draw_ids(2, length)
+        torch.testing.assert_close(compiled(ids), m(ids), **CLOSE)
+    assert len(graphs) == 1

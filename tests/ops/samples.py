@@ -1,11 +1,18 @@
 """Small calls of every operator, in float64, for tests of what holds for all of them."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+
+import mblm.ops
+
+for _module in pkgutil.iter_modules(mblm.ops.__path__, "mblm.ops."):
+    importlib.import_module(_module.name)
 
 IDS = torch.tensor([[0, 3, 1, 3], [2, 0, 4, 1]])
 

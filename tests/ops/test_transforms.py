@@ -111,6 +111,19 @@ def test_second_derivatives(name: str, sample: Sample) -> None:
 
 
 @ALL
+def test_on_the_device_meta(name: str, sample: Sample) -> None:
+    """Without values, for those who ask for shapes alone: results, first and second gradients."""
+    arguments = [a.to("meta") if isinstance(a, Tensor) else a for a in sample.arguments]
+    scalar, inputs = scalar_of(name, sample._replace(arguments=tuple(arguments)))
+    leaves = [t.requires_grad_() for t in inputs]
+    gradients = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
+    torch.stack([g.sum() for g in gradients]).sum().backward()
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert gradient.shape == leaf.shape
+    torch.func.jvp(scalar, tuple(t.detach() for t in leaves), tuple(map(torch.ones_like, leaves)))
+
+
+@ALL
 def test_gradients_in_a_batch(name: str, sample: Sample) -> None:
     """As ``torch.autograd.functional.jacobian(vectorize=True)`` takes them."""
     function, inputs = function_of(name, sample)
