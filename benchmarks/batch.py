@@ -3,8 +3,9 @@
 A step of many rows reads the weights once. Of each number of rows: bytes per second over one row's,
 the time of a step over one row's, the rate of the products over that of one large float32 product
 measured beside it, and ragged rows over equal ones. Then `generate_batch`: prompts and results of
-any lengths in 64 rows, over sessions of 64 equal rows that take in and generate as many bytes;
-prompts taken in and the end, when rows run empty, are included. In turns, in one process.
+any lengths in 64 rows, over sessions of 64 equal rows that take in and generate as many bytes.
+Towards its end rows run empty, which no order of prompts avoids; so also over 64 equal rows that
+end as it does, one after the other. Prompts are included. In turns, in one process.
 
     python benchmarks/batch.py
     python benchmarks/batch.py --prompts 512 --weights float32
@@ -74,7 +75,10 @@ def measure(model: Any, weights: str, count: int, runs: int) -> dict[str, list[f
 def measure_batch(
     model: Any, weights: str, prompts: int, runs: int, now: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of so many prompts by `generate_batch`, and by sessions of equal rows."""
+    """Seconds of so many prompts by `generate_batch`, and by sessions of equal rows.
+
+    Those of "equal" end all at once, the last of "ending" when the rows of `generate_batch` do.
+    """
     numbers = random.Random(0)
     lengths = [numbers.randint(0, 200) for _ in range(prompts)]
     counts = [numbers.randint(16, 112) for _ in range(prompts)]
@@ -86,16 +90,30 @@ def measure_batch(
         options = {"max_rows": MOST, "weights": weights, "enable_progress": False}
         model.generate_batch(texts, max_bytes=counts, seeds=0, **options, **sampling)
 
-    def fixed() -> None:
-        for _ in range(prompts // MOST):
-            own = Session(model, MOST, weights=weights).feed(equal)
-            own.generate(round(mean(counts)), **sampling)
+    rounds, count = prompts // MOST, round(mean(counts))
+    # What each row generates when a prompt goes to the row that comes free first.
+    ends = [0] * MOST
+    for own in counts:
+        ends[ends.index(min(ends))] += own
+
+    def feed() -> Session:
+        return Session(model, MOST, weights=weights).feed(equal)
+
+    def all_at_once() -> None:
+        for _ in range(rounds):
+            feed().generate(count, **sampling)
+
+    def one_by_one() -> None:
+        for _ in range(rounds - 1):
+            feed()
+        feed().generate(ends, **sampling)
 
     # Of the bytes, as many are not generated or too many as rounding leaves.
-    same = sum(counts) / (prompts // MOST * MOST * round(mean(counts)))
-    result: dict[str, list[float]] = {"fixed": [], "batch": []}
+    same = sum(counts) / (rounds * MOST * count)
+    kinds = {"equal": (all_at_once, same), "ending": (one_by_one, 1.0), "batch": (batch, 1.0)}
+    result: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(1 + runs):
-        for name, work, scale in (("fixed", fixed, same), ("batch", batch, 1.0)):
+        for name, (work, scale) in kinds.items():
             begin = now()
             work()
             if turn:
@@ -133,8 +151,9 @@ def main() -> None:
             figures[f"{name}, {weights}"] = result
             now = time.process_time if arguments.cpu_time else time.perf_counter
             batch = measure_batch(model, weights, arguments.prompts, arguments.runs, now)
-            ratios = [f / b for f, b in zip(batch["fixed"], batch["batch"], strict=True)]
-            print(f"  generate_batch over equal rows: {median(ratios):.2f}")
+            for kind, words in (("equal", "equal rows"), ("ending", "those that end as it does")):
+                ratios = [f / b for f, b in zip(batch[kind], batch["batch"], strict=True)]
+                print(f"  generate_batch over {words}: {median(ratios):.2f}")
             figures[f"generate_batch, {name}, {weights}"] = batch
         del model
     write_json(arguments.json, figures)

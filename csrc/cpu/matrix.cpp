@@ -218,19 +218,23 @@ MBLM_CLONES void round_to_int16(const float* x, int64_t n, float* prepared) {
   for (int64_t i = 0; i < n; ++i) {
     largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
   }
-  const bool is_finite = largest < 0x7f800000u;
-  const float scale = std::bit_cast<float>(largest) / kLargestInt16;
-  // The result of a row with infinities or NaN is NaN.
-  prepared[0] = is_finite ? scale : NAN;
-  // Too small a number has no reciprocal.
-  const float factor = is_finite && scale >= std::numeric_limits<float>::min() ? 1 / scale : 0;
   int16_t* values = reinterpret_cast<int16_t*>(prepared + kPreparedHeader);
+  const int64_t filled = round_up(n, kTileInputs);
+  if (largest >= 0x7f800000u) {
+    // The result of a row with infinities or NaN is NaN. These have no integer.
+    prepared[0] = NAN;
+    std::fill(values, values + filled, int16_t(0));
+    return;
+  }
+  const float scale = prepared[0] = std::bit_cast<float>(largest) / kLargestInt16;
+  // Too small a number has no reciprocal.
+  const float factor = scale >= std::numeric_limits<float>::min() ? 1 / scale : 0;
   for (int64_t i = 0; i < n; ++i) {
     // Adding this number, whose last bit counts ones, rounds to the nearest integer.
     constexpr float kRound = 12582912;
     values[i] = int16_t(int32_t(x[i] * factor + kRound - kRound));
   }
-  std::fill(values + n, values + round_up(n, kTileInputs), int16_t(0));
+  std::fill(values + n, values + filled, int16_t(0));
 }
 
 const std::vector<MatrixKernels>& matrix_kernels() {
