@@ -16,6 +16,7 @@ using cpu::Worker;
 
 // Whether no two members draw by turns from one generator.
 bool draw_apart(const std::vector<Member>& members) {
+  if (members.size() < 2) return true;
   std::set<const Draws*> draws;
   std::set<const void*> generators;
   for (const Member& member : members) {

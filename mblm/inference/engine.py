@@ -28,4 +28,4 @@ def cache_for(model: Any, weights: str, rows: int = 1) -> Cache:
     if packed is None:
         return TorchCache(model)
     _finite.add(packed)
-    return NativeCache(model, weights, rows)
+    return NativeCache(model, weights, rows, packed)

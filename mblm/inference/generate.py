@@ -1,6 +1,7 @@
 """The generation loop behind `MBLM.generate`: a prompt in, bytes out, streamed as they come."""
 
 import io
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from mblm.inference.continuation import Continuation, Course, begun
 from mblm.inference.prompt import Prompt
 from mblm.inference.request import request
 from mblm.inference.wishes import Wishes
-from mblm.utils.modes import own_copy
 from mblm.utils.stream import ByteStreamer
 
 # What `MBLM.generate` calls them.
@@ -40,15 +40,13 @@ def generate(
     is_writing = False
     try:
         continuation, course = begun(model, asked, weights)
-        with tqdm(
-            total=asked.plan.max_tokens,
-            unit="B",
-            leave=False,
-            disable=stream is not None or not enable_progress,
-        ) as bar:
+        is_shown = stream is None and enable_progress
+        total = asked.plan.max_tokens
+        with tqdm(total=total, unit="B", leave=False) if is_shown else nullcontext() as bar:
             while continuation.going:
                 for _, ran in continuation.run():
-                    bar.update(len(ran.ids))
+                    if bar is not None:
+                        bar.update(len(ran.ids))
                     for token in ran.ids.tolist() if stream is not None else ():
                         written.append(token)
                         is_writing = True
@@ -68,8 +66,9 @@ def generate(
 
 
 def _joined(model: Any, prompt: torch.Tensor, ids: torch.Tensor | list[int]) -> torch.Tensor:
-    ids = torch.as_tensor(ids, dtype=torch.long, device="cpu")
-    return own_copy(torch.cat((prompt, ids)).to(model.device))
+    with torch.inference_mode(False):  # the caller's own
+        ids = torch.as_tensor(ids, dtype=torch.long, device="cpu")
+        return torch.cat((prompt, ids)).to(model.device)
 
 
 def _check_stream(stream: Any) -> None:

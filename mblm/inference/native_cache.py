@@ -21,7 +21,7 @@ from mblm.inference.hosted import Share
 from mblm.inference.plan import Draws, Plan, check_plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.torch_stages import names_stage, parts_of_state
-from mblm.inference.weights import weights_of
+from mblm.inference.weights import Weights, weights_of
 from mblm.model.stage import tensor_of
 from mblm.ops import _native
 from mblm.utils.checks import check_integer, check_token_ids
@@ -55,10 +55,17 @@ class NativeCache(Cache):
         max_rows: On a GPU, how many rows there are slots for at first. Their number doubles when
             there are more rows, and a row's last bits may change then. When the cache is gone, its
             slots stay with the weights, for the next cache of as many rows. Default 1.
+        packed: The model's weights of that type, where they are at hand.
     """
 
-    def __init__(self, model: Any, weights: str = "float32", max_rows: int = 1) -> None:
-        packed = weights_of(model, weights)
+    def __init__(
+        self,
+        model: Any,
+        weights: str = "float32",
+        max_rows: int = 1,
+        packed: Weights | None = None,
+    ) -> None:
+        packed = packed or weights_of(model, weights)
         if packed is None:
             raise ValueError("model: compiled code cannot stand in for its local stage")
         self._model, self._type, self._packed = model, weights, packed

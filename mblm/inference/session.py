@@ -20,6 +20,7 @@ from mblm.inference.fingerprint import fingerprint
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
 from mblm.inference.request import Request, requests_of_rows
 from mblm.inference.wishes import WishesOfMany, check_known
+from mblm.ops import _native
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.transforms import decoding
 
@@ -317,7 +318,9 @@ class Session:
 
 def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
     """Ids ``(n,)`` of rows as ``(B, n)``: the caller's own, as `Session.logits`."""
-    if len(rows) == 1:
-        return rows[0].unsqueeze(0)
+    library = _native.library()
+    if library is not None:  # PyTorch's dispatcher takes as long as all else that is done for a row
+        stacked: torch.Tensor = library.stacked(rows)
+        return stacked
     with torch.inference_mode(False):
         return torch.stack(rows)

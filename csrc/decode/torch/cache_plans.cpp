@@ -62,7 +62,8 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
   for (int64_t i = 0; i < rows.size(); ++i) {
     if (plans[i].draft > 0 && !plans[i].pauses) proposers[i] = std::make_unique<Proposer>();
   }
-  GeneratorDraws::enter(entries);
+  std::vector<int64_t> lengths = this->lengths(rows);
+  GeneratorDraws::enter(entries);  // the last that may throw
   auto entered = entries.begin();
   for (int64_t i = 0; i < rows.size(); ++i) {
     const NewPlan& wishes = plans[i];
@@ -85,7 +86,7 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
     row.log_probs.clear();
     row.lacks_memory = false;
   }
-  return lengths(rows);
+  return lengths;
 }
 
 std::vector<Ran> Cache::run(const Lease& rows, Host& host, double seconds,

@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <span>
 
 namespace mblm::decode {
 
@@ -146,8 +145,8 @@ bool Guard::holds(const Entries& entries) const {
   if (PyDict_Size(entries.dict) != Py_ssize_t(entries.count)) return false;
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t at = 0;
-  for (const auto expected : std::span(values_).subspan(entries.first, entries.count)) {
-    if (!PyDict_Next(entries.dict, &at, &key, &value) || value != expected) return false;
+  for (size_t i = entries.first; i < entries.first + entries.count; ++i) {
+    if (!PyDict_Next(entries.dict, &at, &key, &value) || value != values_[i]) return false;
   }
   return true;
 }
@@ -170,9 +169,9 @@ bool Guard::holds(const Watched& watched) const {
     return false;
   }
   if (tensor.layout() != at::kStrided) return true;
-  const auto shape = std::span(shapes_).subspan(watched.shape, 2 * watched.dims);
-  const auto sizes = shape.first(watched.dims), strides = shape.last(watched.dims);
-  return std::ranges::equal(tensor.sizes(), sizes) && std::ranges::equal(tensor.strides(), strides);
+  const int64_t* const shape = shapes_.data() + watched.shape;
+  return tensor.sizes().equals({shape, watched.dims}) &&
+         tensor.strides().equals({shape + watched.dims, watched.dims});
 }
 
 void Guard::clear() {
