@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mblm.model.plain import Part, is_plain, keeps_forward
 from mblm.model.stage import Carried, tensor_of
 from mblm.ops.causal_conv import causal_conv
+from mblm.utils.checks import check_sizes
 
 # SSM state, (B, D_inner, N) or (B, H, P, N), and conv window (B, K - 1, D_conv).
 LayerState = tuple[Tensor, Tensor]
@@ -54,9 +55,7 @@ class MambaStage(nn.Module):
 
     def __init__(self, model_dim: int, **sizes: int) -> None:
         super().__init__()
-        for name, size in {"model_dim": model_dim, **sizes}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(model_dim=model_dim, **sizes)
         self.model_dim = model_dim
 
     def forward(self, x: Tensor, *, carried: Carried | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from mblm.model.transformer_layers import (
 from mblm.model.transformer_state import Continuation, TransformerState, split, stack
 from mblm.ops import _native
 from mblm.ops.packing import NONE, is_on_gpu, pack_linear
+from mblm.utils.checks import check_sizes
 from mblm.utils.huge_pages import HugePages
 
 
@@ -106,6 +107,8 @@ class _Transformer(nn.Module):
         use_flash_attn: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {"attn_head_dim": attn_head_dim, "attn_num_heads": attn_num_heads}
+        check_sizes(model_dim=model_dim, **sizes, ff_mult=ff_mult)
         if attn_use_rot_embs and attn_head_dim % 2:
             raise ValueError(
                 f"attn_head_dim: got {attn_head_dim}, rotary positions need an even width"
@@ -184,7 +187,7 @@ class TransformerDecoder(_Transformer):
         use_flash_attn: Accepted for compatibility.
 
     Raises:
-        ValueError: An odd width of a head with rotary positions.
+        ValueError: A size is below 1, or the width of a head is odd with rotary positions.
     """
 
     causal = True

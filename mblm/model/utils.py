@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mblm.model.sampling import gumbel_sample, top_k
+from mblm.utils.checks import check_sizes
 from mblm.utils.modes import is_lasting, lasting_tensors
 
 __all__ = ["RoPE", "count_params", "gumbel_sample", "top_k"]
@@ -35,6 +36,7 @@ class RoPE(nn.Module):
 
     def __init__(self, dim: int, max_seq_len: int, base: int = 10_000) -> None:
         super().__init__()
+        check_sizes(dim=dim, max_seq_len=max_seq_len)
         if dim % 2:
             raise ValueError(f"dim: rotary positions need an even width, got {dim}")
         self.dim = dim

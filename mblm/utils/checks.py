@@ -22,6 +22,13 @@ def check_integer(name: str, value: Any) -> int:
     raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
+def check_sizes(**sizes: Any) -> None:
+    """Refuse what is not an integer of at least 1, by the names of the arguments."""
+    for name, size in sizes.items():
+        if check_integer(name, size) < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
 def check_number(name: str, value: Any) -> float:
     """Refuse what is not a number; a bool or a text is none."""
     try:

@@ -203,3 +203,11 @@ def test_a_shared_start_is_not_taken_where_dropout_tells_rows_apart() -> None:
     assert not torch.equal(out[0, 0], out[1, 0])
     out = model.eval()(rows, shared_start=True)
     torch.testing.assert_close(out[0], out[3])
+
+
+@pytest.mark.parametrize("name", ["model_dim", "attn_head_dim", "attn_num_heads", "ff_mult"])
+def test_sizes_that_are_none_are_refused(name: str) -> None:
+    sizes = {"model_dim": 8, "num_layers": 1, "attn_head_dim": 4}
+    for size, error in ((0, ValueError), (-2, ValueError), ("8", TypeError)):
+        with pytest.raises(error, match=name):
+            TransformerDecoder(**{**sizes, name: size})  # type: ignore[arg-type]

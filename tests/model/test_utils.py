@@ -100,6 +100,13 @@ class TestRoPE:
         with pytest.raises(ValueError, match=r"dim: .* even width, got 5"):
             RoPE(5, max_seq_len=2)
 
+    def test_refuses_sizes_that_are_none(self) -> None:
+        for dim, length in ((-2, 4), (8, -1), (0, 4)):
+            with pytest.raises(ValueError, match="must be at least 1"):
+                RoPE(dim, length)
+        with pytest.raises(TypeError, match="dim: expected an integer"):
+            RoPE("8", 4)  # type: ignore[arg-type]
+
     @pytest.mark.parametrize("move", ["half precision", "from meta"])
     def test_keeps_exact_angles_wherever_it_is_moved(self, move: str) -> None:
         expected = RoPE(4, max_seq_len=5).rotation(0, 900)
