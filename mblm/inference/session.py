@@ -3,7 +3,7 @@
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar
@@ -162,6 +162,7 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
+        check_known("generate", wishes, WishesOfMany)
         asked = {
             **wishes,
             "max_bytes": num_tokens,
@@ -171,7 +172,7 @@ class Session:
         }
         self._begin_call()
         try:
-            return self._continue(*self._requests(wishes, asked))
+            return self._continue(*self._requests(asked))
         finally:
             self._in_use.release()
 
@@ -203,26 +204,21 @@ class Session:
             error.ids = none  # type: ignore[attr-defined]
             raise
 
-    def _requests(
-        self, wishes: Mapping[str, Any], arguments: dict[str, Any]
-    ) -> tuple[list[Request], bool]:
+    def _requests(self, wishes: dict[str, Any]) -> tuple[list[Request], bool]:
         """What is asked for, checked, and whether sequences may end at different lengths.
 
         Where the same is asked for again, it is what it was.
         """
         asked, limit, requests, is_ragged = self._asked
-        is_same = [*arguments] == [*asked] and all(
-            map(operator.is_, arguments.values(), asked.values())
-        )
+        is_same = [*wishes] == [*asked] and all(map(operator.is_, wishes.values(), asked.values()))
         if is_same and (limit is None or self.length + requests[0].plan.max_tokens <= limit):
             return requests, is_ragged
-        check_known("generate", wishes, WishesOfMany)
-        requests = requests_of_rows(self._model, self.lengths, arguments, _NAMES)
-        is_ragged = isinstance(arguments["max_bytes"], (list, tuple, range))
+        requests = requests_of_rows(self._model, self.lengths, wishes, _NAMES)
+        is_ragged = isinstance(wishes["max_bytes"], (list, tuple, range))
         is_ragged = is_ragged or any(request.may_end_early for request in requests)
         # Numbers ask for the same again, where there are no draws of their own.
-        are_numbers = _NUMBERS.issuperset(map(type, arguments.values()))
-        kept = arguments if are_numbers and requests[0].plan.draws is None else {}
+        are_numbers = _NUMBERS.issuperset(map(type, wishes.values()))
+        kept = wishes if are_numbers and requests[0].plan.draws is None else {}
         self._asked = kept, self._model.max_length, requests, is_ragged
         return requests, is_ragged
 

@@ -177,6 +177,14 @@ class TestAskedAgain:
         with pytest.raises(TypeError, match=r"num_tokens: expected an integer, got 1\.0"):
             session.generate(1.0)  # type: ignore[arg-type]
 
+    def test_names_of_other_calls_are_unknown_however_often_it_is_asked(self, m: MBLM) -> None:
+        session = m.session()
+        session.generate(2)
+        for wishes in ({"max_bytes": 1}, {"max_bytes": 2, "end_token_id": 1}):
+            with pytest.raises(TypeError, match="unexpected keyword argument 'max_bytes'"):
+                session.generate(2, **wishes)  # type: ignore[call-overload]
+        assert session.length == 2
+
     def test_what_may_change_is_looked_at_again(self, m: MBLM) -> None:
         session, stop, cold = m.session(), [b"\x01"], torch.tensor(1.0)
         session.generate(1, stop=stop, temperature=cold)  # type: ignore[arg-type]
