@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -166,8 +167,13 @@ class _OpenFile:
             os.close(self._descriptor)
 
 
+_moving = threading.Lock()
+"""Held while a file is read from its position, which all threads share."""
+
+
 def _read_at(descriptor: int, count: int, begin: int) -> bytes:
     if hasattr(os, "pread"):
         return os.pread(descriptor, count, begin)
-    os.lseek(descriptor, begin, os.SEEK_SET)  # on Windows, where no process is forked
-    return os.read(descriptor, count)
+    with _moving:  # on Windows, where no process is forked
+        os.lseek(descriptor, begin, os.SEEK_SET)
+        return os.read(descriptor, count)

@@ -3,6 +3,8 @@
 import os
 import pickle
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,11 @@ def test_a_system_without_reads_from_a_place_reads_the_same(
     monkeypatch.delattr(os, "pread")  # as on Windows
     data = FileBytes(write(tmp_path, b"abc", b"defg"))
     assert [bytes(data[start:6].tolist()) for start in (1, 4, 0)] == [b"bcdef", b"ef", b"abcdef"]
+    seek = os.lseek
+    monkeypatch.setattr(os, "lseek", lambda *where: (seek(*where), time.sleep(0.001)))
+    data = FileBytes(write(tmp_path, bytes(range(40))))
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda place: int(data[place]), range(40))) == list(range(40))
 
 
 def test_a_system_may_read_less_than_it_is_asked_for(

@@ -155,13 +155,16 @@ class Loggers:
                 drop them. They are noted: the run may be stopped before it has come as far again.
         """
         note = self._folder / "state" / "sent.json"
-        before: dict[str, Sent] = json.loads(note.read_bytes()) if note.exists() else {}
-        sent = {n: _latest([before[n], *logged]) if n in before else {} for n in self._loggers}
-        if sent or before:
+        before = json.loads(note.read_bytes()) if note.exists() else {}
+        sent = before.get("used", {}).items()
+        unused: dict[str, Sent] = before.get("unused", {})  # for a while, as without a network
+        unused |= {name: _latest([batches, *logged]) for name, batches in sent}
+        used = {name: unused.pop(name, {}) for name in self._loggers}
+        if used or unused:
             with atomic_write(note) as file:
-                file.write(json.dumps(sent).encode())
+                file.write(json.dumps({"used": used, "unused": unused}).encode())
         self._last = max(step - 1, 0)
-        self._each(lambda name, logger: logger.rewind(step, sent[name]))
+        self._each(lambda name, logger: logger.rewind(step, used[name]))
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
         """Send values by their names, of a batch, all of a kind; -1 is the last one of the run."""

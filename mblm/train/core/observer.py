@@ -112,9 +112,12 @@ class Observer:
         writes = step - 1 in run.plan.sample_points
         logs = self._workers.from_main(bool(self._folder.loggers))
         rng = get_rng()
-        model = run.model.whole(hooks.init_model) if writes or logs else None
-        if model is not None:
+        shows = writes or logs
+        state = run.model.full_state() if shows and run.model.is_sharded else None
+        if shows and self._workers.is_main:
             try:
+                model = run.model.base if state is None else _filled(hooks.init_model(), state)
+                model.eval()
                 if logs:
                     positions = self._losses_by_position(hooks, run, model)
                 if writes:
@@ -133,6 +136,8 @@ class Observer:
     def _losses_by_position(self, hooks: Hooks, run: Run, model: nn.Module) -> list[float]:
         data = run.validation.dataset
         count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
+        if run.model.is_sharded:  # it is on a CPU, and the others wait
+            count = 1
         some = [data[number] for number in range(min(count, len(data)))]
         return hooks.losses_by_position(model, some)
 
@@ -179,6 +184,11 @@ class Observer:
 
     def _value(self, loss: float) -> float:
         return loss / math.log(2) if self._unit == "byte" else loss
+
+
+def _filled(model: nn.Module, state: dict[str, Any]) -> nn.Module:
+    model.load_state_dict(state)
+    return model
 
 
 def _peak_memory(workers: Workers) -> float | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -187,23 +187,6 @@ class ParallelModel:
             if self._workers.is_main:
                 whole[name] = full.detach().cpu() if isinstance(full, torch.Tensor) else full
         return whole
-
-    def whole(self, make: Callable[[], nn.Module]) -> nn.Module | None:
-        """The main worker's model, for evaluation; of a sharded one a copy on the CPU.
-
-        Args:
-            make: Makes a model of the same kind, on a CPU.
-
-        Returns:
-            None on the other workers.
-        """
-        model, state = self.base, self.full_state() if self.is_sharded else None
-        if not self._workers.is_main:
-            return None
-        if state is not None:
-            model = make()
-            model.load_state_dict(state)
-        return model.eval()
 
     def load_full_state(self, state: State | None) -> None:
         """Give all workers the weights that the main one has."""

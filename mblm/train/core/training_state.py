@@ -67,8 +67,13 @@ def find_latest_state(run_dir: str | Path) -> Path | None:
 
 def list_states(run_dir: str | Path) -> list[Path]:
     """The whole training states of a run folder, the earliest first."""
-    folders = Path(run_dir, STATES).glob(f"{_PREFIX}*")
-    return sorted((f for f in folders if is_training_state(f)), key=step_of)
+    return sorted(filter(is_training_state, _state_dirs(Path(run_dir))), key=step_of)
+
+
+def _state_dirs(run_dir: Path) -> list[Path]:
+    """What a run has called by its steps; other names are its user's, such as that of a link."""
+    found = Path(run_dir, STATES).glob(f"{_PREFIX}*")
+    return [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
 
 
 def is_training_state(path: str | Path) -> bool:
@@ -97,8 +102,9 @@ def state_to_resume(resume: ResumeConfig | None) -> Path | None:
 
 def run_dir_of(state_dir: Path) -> Path:
     """The run folder that a training state is of, whose ``state`` may be a link to another disk."""
-    real = os.path.realpath if state_dir.is_symlink() else os.path.abspath
-    return Path(real(state_dir)).parents[1]
+    while state_dir.is_symlink():
+        state_dir = Path(os.path.realpath(state_dir.parent), os.readlink(state_dir))
+    return Path(os.path.abspath(state_dir)).parents[1]
 
 
 def state_dir_at(run_dir: Path, step: int) -> Path:
@@ -180,9 +186,8 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     Returns:
         The states that are kept.
     """
-    folder = Path(run_dir, STATES)
     kept = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
-    for state in [*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*.tmp")]:
+    for state in [*_state_dirs(run_dir), *Path(run_dir, STATES).glob(f".{_PREFIX}*.tmp")]:
         if state not in kept:
             (state / _MANIFEST).unlink(missing_ok=True)  # first: it must not look whole
             shutil.rmtree(state, ignore_errors=True)
@@ -242,10 +247,7 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
 
 def step_of(state_dir: Path) -> int:
     """The batches that a state's run had trained on."""
-    try:
-        return int(state_dir.name.removeprefix(_PREFIX))
-    except ValueError:
-        return -1
+    return int(state_dir.name.removeprefix(_PREFIX))
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -148,6 +148,18 @@ def test_a_logger_that_a_resume_adds_gets_all_from_there_on(tmp_path, calls):
     assert logged(calls) == sent
 
 
+def test_a_logger_that_one_resume_leaves_out_gets_no_point_twice(tmp_path, calls):
+    """But those that the run comes to when it is used again."""
+    used = {"loggers": ["trackio"]}
+    state = list_states(train(jobs.config(tmp_path, **used)))[0]  # after 8 of 12
+    sent = logged(calls)
+    train(jobs.config(tmp_path, resume=state))
+    train(jobs.config(tmp_path, batches=16, **used, resume=state))
+    assert logged(calls)[: len(sent)] == sent
+    again = [step for name, step in logged(calls)[len(sent) :] if name == "loss/train"]
+    assert again == [12, 13, 14, 15]
+
+
 def test_tensorboard_shows_the_points_after_a_resume_once(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -259,8 +271,20 @@ class WritesItsWeights(Writes):
         return [str(sum(map(float, map(torch.sum, model.state_dict().values())))).encode()]
 
 
-def train_two_that_write(cfg):
-    jobs.train(cfg, WritesItsWeights)
+class HasOneModel(Writes):
+    """Has no memory for a copy."""
+
+    has_one = False
+
+    def init_model(self):
+        if self.has_one:
+            raise MemoryError("no memory left")
+        self.has_one = True
+        return super().init_model()
+
+
+def train_two_that_write(cfg, trainer):
+    jobs.train(cfg, trainer)
 
 
 def test_a_sharded_model_writes_with_the_weights_that_are_saved_and_trains_the_same(tmp_path):
@@ -268,7 +292,7 @@ def test_a_sharded_model_writes_with_the_weights_that_are_saved_and_trains_the_s
     plain = jobs.config(tmp_path / "plain", **fields, num_models_to_save=4)
     writes = jobs.config(tmp_path / "writes", **fields, num_models_to_save=4, sample_amount=2)
     for cfg in (plain, writes):
-        assert jobs.join(jobs.start(train_two_that_write, 2, cfg)) == [0, 0]
+        assert jobs.join(jobs.start(train_two_that_write, 2, cfg, WritesItsWeights)) == [0, 0]
     run, whole = jobs.run_of(tmp_path / "writes"), jobs.run_of(tmp_path / "plain")
     assert jobs.losses(run) == jobs.losses(whole)
     assert jobs.same(jobs.final_state(run)[1:], jobs.final_state(whole)[1:])
@@ -276,6 +300,14 @@ def test_a_sharded_model_writes_with_the_weights_that_are_saved_and_trains_the_s
         saved = torch.load(run / "state" / "best" / f"{step}.pth")["MODEL"]
         written = (run / "samples" / f"{step}.txt").read_text().partition("\n")[0]
         assert float(written) == sum(map(float, map(torch.sum, saved.values())))
+
+
+def test_a_sharded_model_that_cannot_be_copied_trains_on(tmp_path):
+    fields = {"workers": 2, "batch_size": 2, "batches": 2, "strategy": "fsdp", "sample_amount": 1}
+    cfg = jobs.config(tmp_path, **fields)
+    assert jobs.join(jobs.start(train_two_that_write, 2, cfg, HasOneModel)) == [0, 0]
+    said = (jobs.run_of(tmp_path) / "train.log").read_text()
+    assert "is not shown: MemoryError: no memory left" in said
 
 
 def test_a_hierarchy_writes_text_and_tells_its_losses_by_position(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, TrainingInterrupted
-from mblm.train.core.training_state import find_latest_state, list_states
+from mblm.train.core.training_state import find_latest_state, is_training_state, list_states
 
 from . import jobs
 from .jobs import EVERYTHING, StopsItself, train_alone
@@ -250,19 +250,35 @@ def test_the_last_two_states_are_kept_and_an_older_one_drops_what_came_after(tmp
     assert [how_to_go_on(ended)[name] for name in names] == [resume[name] for name in names]
 
 
-@pytest.mark.parametrize("moved", ["link to a state", "state of another name", "linked folder"])
+@pytest.mark.parametrize(
+    "moved",
+    ["link to a state", "state of another name", "linked folder", "link to a state in it"],
+)
 def test_a_state_is_of_its_run_wherever_it_lies(tmp_path, ended, finished, moved):
     state = list_states(ended)[0]
     if moved == "link to a state":
         (tmp_path / "last").symlink_to(state)
         state = tmp_path / "last"
     elif moved == "state of another name":
-        state = shutil.copytree(state, state.with_name("kept"))
+        state = shutil.copytree(state, state.with_name("step_kept"))
     else:
         shutil.move(ended / "state", tmp_path / "elsewhere")
         (ended / "state").symlink_to(tmp_path / "elsewhere")
+    if moved == "link to a state in it":
+        (ended / "last").symlink_to(state.relative_to(ended))
+        state = ended / "last"
     train_alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
     jobs.assert_same_runs(ended, finished)
+
+
+def test_what_else_lies_beside_the_states_stays(tmp_path, ended):
+    """A link to the last state is none that is to be removed, and an archive has no files."""
+    last, beside = list_states(ended)[1], ended / "state"
+    (beside / "step_last").symlink_to(last)
+    (beside / "step_00000008.tar").touch()
+    train_alone(jobs.Trainer, jobs.config(tmp_path, batches=16, resume=last))
+    assert [state.name for state in list_states(ended)] == [last.name, "step_00000016"]
+    assert is_training_state(beside / "step_last") and (beside / "step_00000008.tar").exists()
 
 
 def test_restarts_go_on_from_the_last_state(tmp_path, finished):
