@@ -4,8 +4,9 @@ A step of many rows reads the weights once. Of each number of rows: bytes per se
 the time of a step over one row's, the rate of the products over that of one large float32 product
 measured beside it, and ragged rows over equal ones. Then `generate_batch`: prompts and results of
 any lengths in 64 rows, over sessions of 64 equal rows that take in and generate as many bytes.
-Towards its end rows run empty, which no order of prompts avoids; so also over 64 equal rows that
-end as it does, one after the other. Prompts are included. In turns, in one process.
+Towards its end some rows have nothing left to do, in whatever order the prompts come. It is
+therefore also compared with 64 equal rows that end one after the other, as its own do. The time for
+prompts is included. All take turns in one process.
 
     python benchmarks/batch.py
     python benchmarks/batch.py --prompts 512 --weights float32
@@ -108,7 +109,7 @@ def measure_batch(
             feed()
         feed().generate(ends, **sampling)
 
-    # Of the bytes, as many are not generated or too many as rounding leaves.
+    # "equal" generates a few bytes more or less than the others, since the mean is rounded.
     same = sum(counts) / (rounds * MOST * count)
     kinds = {"equal": (all_at_once, same), "ending": (one_by_one, 1.0), "batch": (batch, 1.0)}
     result: dict[str, list[float]] = {name: [] for name in kinds}

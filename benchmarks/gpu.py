@@ -2,9 +2,8 @@
 
 Two processes take the same measurements, one with the kernels and one with MBLM_NATIVE=0. Times
 are medians of several batches of runs, of fewer where they take long, after a warm-up that is not
-counted. The training step is
-that of the published 2D configuration (360M, Mamba-2 over a Transformer, bfloat16): forward,
-backward and AdamW's update.
+counted. The training step is that of the published 2D configuration (360M, Mamba-2 over a
+Transformer, bfloat16): forward, backward and AdamW's update.
 
     python benchmarks/gpu.py [--json FILE] [--quick]
 

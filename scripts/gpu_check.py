@@ -70,7 +70,8 @@ def steps(out: Path, wheels: Path, site: Path) -> list[Step]:
     files = [str(f) for f in sorted(wheels.glob("*.whl")) if not f.name.startswith("mblm-")]
     pip = [PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
     tests = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-    tests.append("--continue-on-collection-errors")  # of what a file lacks that has no such test
+    # A test file for which a package is missing does not stop the others.
+    tests.append("--continue-on-collection-errors")
     on_device = "tests/inference/test_device_cache.py"
     of_slots = [*tests, on_device, "-k", "moves_between"]
     memcheck = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -123,7 +124,7 @@ def build() -> None:
     """Compile for the GPU that is here, unless what was carried here is loaded."""
     import torch
 
-    # Whatever the machine's own are, which may name older GPUs, too.
+    # The machine may have set these for other GPUs.
     os.environ["MBLM_BUILD"] = "cuda"
     os.environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     os.environ["MAX_JOBS"] = str(os.cpu_count())

@@ -118,8 +118,9 @@ MBLM_VNNI void split_in_bytes(const float* x, int64_t n, float* prepared) {
 
 // sums[r * kPanelStride + k] = the sum of a tile's output k and row r. The instruction multiplies
 // bytes without sign by bytes with one: 128 is added to each weight, and what that adds to the sum
-// is taken off at the end. All sums are exact. At each tile, kAsked lines further ahead are asked
-// for, one behind the other: into the second cache where another turn may come before theirs.
+// is taken off at the end. All sums are exact. At each tile, kAsked lines of later weights are
+// prefetched: into the first cache, or into the second where several turns prefetch a part each,
+// since the rows of the turns between would drive them out of the first.
 template <int kRows, int kAsked>
 MBLM_VNNI void multiply_int8(const int8_t* weight, const int8_t* ahead, const float* prepared,
                              int64_t row_stride, int64_t n, float* sums) {

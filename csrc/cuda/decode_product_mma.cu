@@ -194,7 +194,7 @@ bool attends(const Product& in, const CachedAttention& attention) {
 #ifdef __CUDACC__
   if (!has_compute_90()) return false;
 #endif
-  // A warp of the cluster has a head at most, and their results fit beside another block's memory.
+  // Each warp of a cluster takes one head at most. Two blocks then still fit a multiprocessor.
   return in.rows <= kMostAttending && in.rows * attention.heads <= kMostInCluster * kWarps &&
          is_for_tensor_cores(in) && attention.limit <= kShortCache &&
          attention.head_dim <= kNarrowHead;

@@ -379,7 +379,7 @@ void a_product_attends_for_itself(test::WeightType type, const std::vector<int64
   attention.heads = 65 / rows + 1;  // more than warps of a cluster
   CHECK(!cuda::attends(out, attention));
   attention.heads = 1;
-  out.rows = 5;  // too many of whose caches every cluster would read
+  out.rows = 5;  // more than a cluster reads the caches of
   CHECK(!cuda::attends(out, attention));
 }
 

@@ -315,7 +315,7 @@ class Session:
 def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
     """Ids ``(n,)`` of rows as ``(B, n)``: the caller's own, as `Session.logits`."""
     library = _native.library()
-    if library is not None:  # PyTorch's dispatcher takes as long as all else that is done for a row
+    if library is not None:  # PyTorch's dispatcher would take as long as the rest of a short call
         stacked: torch.Tensor = library.stacked(rows)
         return stacked
     with torch.inference_mode(False):

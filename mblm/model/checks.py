@@ -30,7 +30,7 @@ def check_hierarchy_shape(
         raise ValueError(f"{name}: expected nested shape ({nested}), got {shape}")
     first = -(-shape[1] // patch_size) if is_flat else shape[1]
     if fixed_first and first > seq_lens[0]:
-        # Not before: a length that is put into a text is a constant to torch.compile.
+        # Only here: torch.compile makes a constant of a length that is put into a text.
         length = f"{shape[1]} {'bytes' if is_flat else 'patches'}"
         raise ValueError(
             f"{name}: {length} exceed the context of {seq_lens[0] * patch_size} bytes "
