@@ -103,7 +103,10 @@ class NativeCache(Cache):
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         logits: Tensor = self._engine.logits(self, self._hierarchy(), rows)
-        return logits.to(self._kind[1]) if self._is_on_gpu else logits
+        if self._is_on_gpu:
+            with torch.inference_mode(False):  # the caller's own
+                logits = logits.to(self._kind[1])
+        return logits
 
     def state(self, row: Row) -> State:
         return self._saved(self._engine.state(self, self._hierarchy(), [row]))

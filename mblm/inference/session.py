@@ -192,10 +192,11 @@ class Session:
                     continuation = Continuation(self._cache)
                     continuation.add(self._rows, requests)
             ids = continuation.ids(self._rows)
-            if is_ragged:
-                return [row.to(self._device) for row in ids]
-            stacked = _stacked(ids)
-            return stacked if self._is_on_cpu else stacked.to(self._device)
+            own = ids if is_ragged else [_stacked(ids)]
+            if not self._is_on_cpu:
+                with torch.inference_mode(False):  # the caller's own, as `logits`
+                    own = [tensor.to(self._device) for tensor in own]
+            return own if is_ragged else own[0]
         except BaseException as error:
             none = [torch.empty(0, dtype=torch.long) for _ in self._rows]
             if continuation is not None:

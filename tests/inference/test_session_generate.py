@@ -149,6 +149,16 @@ class TestOneForAll:
         for ids in (session.generate(6), kept[0][None]):
             m(ids).backward()
 
+    def test_what_is_moved_to_another_device_is_the_callers_own_too(
+        self, session: Session, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a GPU, whose ids come from the CPU."""
+        monkeypatch.setattr(session, "_device", torch.device("meta"))
+        monkeypatch.setattr(session, "_is_on_cpu", False)
+        with torch.inference_mode():
+            moved = [session.generate(2), *session.generate(2, stop=[b"\x12"])]
+        assert all(ids.is_meta and not ids.is_inference() for ids in moved)
+
 
 class TestAskedAgain:
     """Numbers that ask for the same again are not checked again, but nothing else is taken so."""
