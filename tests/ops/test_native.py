@@ -52,6 +52,7 @@ def test_source_folder_never_built(package: Path) -> None:
 
 def test_pure_install_tells_why(package: Path) -> None:
     (package / "_build.json").write_text(json.dumps({"reason": "no C++ compiler was found"}))
+    (package / "_C.so").write_text("what an earlier build in place has left")
     with pytest.warns(RuntimeWarning, match="not compiled: no C"):
         _native.load()
     assert "no C++ compiler" in _native.build_info()["reason"]

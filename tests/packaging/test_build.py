@@ -119,10 +119,7 @@ def test_two_builds_at_once_get_the_library_both(clone: Path, tmp_path: Path) ->
     [
         ({"MBLM_BUILD": "none"}, "MBLM_BUILD=none was set"),
         ({"CXX": "/nowhere/g++"}, "no C++ compiler was found (looked for /nowhere/g++)"),
-        (
-            {"CXX": "ccache g++"},
-            "or set CXX to one word",
-        ),
+        ({"CXX": "ccache g++"}, "or set CXX to one word"),
         ({"CXX": "false"}, "it did not compile"),
         ({"MBLM_TORCH_PYTHON": "/nowhere/python"}, "no torch to compile against was found"),
         ({"CXXFLAGS": "-DMBLM_BROKEN", "CFLAGS": "-DMBLM_BROKEN"}, "a kernel that is broken"),
@@ -204,11 +201,13 @@ def test_the_models_that_come_along_are_installed(clone: Path, tmp_path: Path) -
 def test_a_wheel_says_what_failed_after_its_metadata_was_written(
     clone: Path, tmp_path: Path, kind: str
 ) -> None:
+    (clone / "mblm" / "_C.so").write_text("of an earlier build in place")
     process = started(MAKE_WHEEL, kind, tmp_path, cwd=clone).wait()
     assert process.returncode == 0, process.stderr
     wheel = tmp_path / process.stdout.splitlines()[-1]
     assert "+pure" in wheel.name
     shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
+    assert not list((tmp_path / "wheel").rglob("_C*.so"))
     (file,) = (tmp_path / "wheel").glob("*+pure.dist-info/METADATA")
     assert "Requires-Dist: torch>=2.6" in file.read_text()
 
