@@ -6,7 +6,6 @@ hooks on it is called, never bypassed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,16 +16,18 @@ from mblm.model.plain import Part
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass
 class Carried:
     """The states before and after the positions of a call, which it takes along.
 
     They are no arguments and no results of their own: what hooks see are activations. A call leaves
     ``before`` as it is, so that it may be computed again, as activation checkpointing does.
+
+    It is no dataclass: wrappers that cast arguments would pass on a copy, and ``after`` be lost.
     """
 
-    before: Any = None  # None before the first position
-    after: Any = None  # what the call gives
+    def __init__(self, before: Any = None) -> None:
+        self.before = before  # None before the first position
+        self.after: Any = None  # what the call gives
 
 
 class Stage(Protocol):

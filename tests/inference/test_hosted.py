@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.distributed.utils import _apply_to_tensors
 
 from mblm.inference.hosted import HostedStage, Share, are_whole, joined, shares_of
 from tests.models import LSTM, LSTMWithHook, mamba, transformer
@@ -123,6 +124,21 @@ class TestHooks:
         assert set(seen) == {torch.Tensor}, "activations, and no states"
         for row in range(2):
             torch.testing.assert_close(y[row], whole(stage, start, x[row])[3:], **CLOSE)
+
+    @pytest.mark.parametrize("kind", ["transformer", "mamba1", "mamba2"])
+    @torch.inference_mode()
+    def test_that_make_anew_what_holds_tensors(self, kind: str) -> None:
+        """As PyTorch's FullyShardedDataParallel does with arguments, to cast them."""
+        stage, start, x = STAGES[kind]().eval(), torch.randn(1, DIM), torch.randn(1, 5, DIM)
+        handle = stage.register_forward_pre_hook(
+            lambda _, *given: _apply_to_tensors(torch.clone, given), with_kwargs=True
+        )
+        host = HostedStage(stage, start)
+        y, states = host.advance([host.start], x[:, :3])
+        y = torch.cat((y, host.advance(states, x[:, 3:])[0]), dim=1)
+        handle.remove()
+        host = HostedStage(stage, start)
+        torch.testing.assert_close(y, host.advance([host.start], x)[0], **CLOSE)
 
     @pytest.mark.parametrize("kind", ["transformer", "mamba1", "mamba2", "lstm"])
     @torch.inference_mode()
