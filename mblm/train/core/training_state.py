@@ -184,14 +184,23 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     """Remove all but the latest states, those after a step, and what a crash left; called by one.
 
     Returns:
-        The states that are kept.
+        The states that are kept; also one that may not be changed, as by ``chmod -w``.
+
+    Raises:
+        PermissionError: That one is after the step.
     """
-    kept = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
+    latest = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
     for state in [*_state_dirs(run_dir), *Path(run_dir, STATES).glob(f".{_PREFIX}*.tmp")]:
-        if state not in kept:
+        if state in latest:
+            continue
+        try:
             (state / _MANIFEST).unlink(missing_ok=True)  # first: it must not look whole
+        except PermissionError:
+            if after is not None and step_of(state) > after:
+                raise
+        else:
             shutil.rmtree(state, ignore_errors=True)
-    return kept
+    return list_states(run_dir)
 
 
 def read_manifest(state_dir: Path) -> State:

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,23 @@ def test_a_state_that_cannot_be_removed_is_not_in_the_way(tmp_path, ended, finis
     train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(ended)))
     names = {file.name for file in (ended / "state").iterdir()}
     assert names == {"best", "lock", "step_00000008", "step_00000012"}
+
+
+def test_a_state_that_its_user_protects_stays_with_its_models(tmp_path, ended, monkeypatch):
+    first, last = list_states(ended)
+    unlink = Path.unlink
+
+    def unlink_others(path, **options):
+        if first in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink_others)
+    train_alone(jobs.Trainer, jobs.config(tmp_path, batches=20, resume=last))
+    assert list_states(ended)[0] == first and len(list_states(ended)) == 3
+    with pytest.raises(PermissionError, match="step_00000008"):
+        training_state.prune_states(ended, after=4)
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=first))
 
 
 def rows_written(folder):
