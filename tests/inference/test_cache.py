@@ -336,7 +336,7 @@ class TestExceptions:
         numbers = numbers_of(7, 2)
         plans = [Plan(9, top_k=9, draws=seeded(7, 2), lane=lane) for lane in range(2)]
         want = [follow(m, p, plan, numbers)[0] for p, plan in zip(prompts, plans, strict=True)]
-        cache, interrupts = make(m), 0
+        cache, interrupts, longest = make(m), 0, 0.01
         while interrupts < 100:
             rows = fed(cache, *prompts)
             draws = seeded(7, 2)
@@ -346,10 +346,11 @@ class TestExceptions:
             while "time" in reasons:
                 before = cache.lengths(rows)
                 try:
-                    with alarms():
+                    with alarms(longest):
                         ran = cache.run(rows, 60.0)
+                    longest *= 0.9  # until every second run or so is interrupted
                 except KeyboardInterrupt:
-                    interrupts += 1
+                    interrupts, longest = interrupts + 1, longest * 1.1
                     ran = cache.last(rows)
                     if cache.lengths(rows) == before:  # the run had not begun, maybe
                         continue
@@ -362,7 +363,7 @@ class TestExceptions:
 
     @pytest.fixture
     def alarms(self) -> Iterator[Any]:
-        """KeyboardInterrupt after up to 10 ms."""
+        """KeyboardInterrupt after up to so many seconds."""
         if not hasattr(signal, "setitimer"):
             pytest.skip("no timers")
         random, armed = Random(0), [False]
@@ -372,10 +373,10 @@ class TestExceptions:
                 raise KeyboardInterrupt
 
         @contextmanager
-        def alarm() -> Iterator[None]:
+        def alarm(longest: float) -> Iterator[None]:
             try:
                 armed[0] = True
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0002, 0.01))
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(longest / 50, longest))
                 yield
             finally:
                 armed[0] = False
