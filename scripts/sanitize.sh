@@ -28,6 +28,7 @@ ctest --test-dir "$out/address" --output-on-failure --no-tests=error
 rm -rf "$out/package"
 mkdir "$out/package"
 cp -r mblm tests pyproject.toml "$out/package"
+rm -f "$out/package/mblm/"_C*.so  # of an editable install, whose name Python prefers
 cp "$out/address/"_C*.so "$out/package/mblm"
 "$python" - >"$out/package/mblm/_build.json" <<'END'
 import json, torch
