@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from decode import MODELS, build, clock
-from side_by_side import new_figures, parser, write_json
+from side_by_side import new_figures, parser, spread, write_json
 
 from mblm.inference.session import Session
 
@@ -71,11 +71,8 @@ def main() -> None:
             for call, values in result.items():
                 is_beyond = call in (FEED, GENERATE)
                 shown = [value - inside for value in values] if is_beyond else values
-                print(
-                    f"  {call:28} {median(shown):9.0f} us ({min(shown):.0f} .. {max(shown):.0f})"
-                    f"{' beyond a byte inside a run' if is_beyond else ''}",
-                    flush=True,
-                )
+                beyond = " beyond a byte inside a run" if is_beyond else ""
+                print(f"  {call:28} {spread(shown, '.0f')} us{beyond}", flush=True)
             figures[f"{name}, {weights}"] = result
     write_json(arguments.json, figures)
 

@@ -8,11 +8,10 @@ constraint takes to compile, once.
 
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 from decode import MODELS, build
-from side_by_side import new_figures, parser, write_json
+from side_by_side import new_figures, parser, spread, write_json
 
 from mblm.constrain import Grammar, JsonSchema, Regex, Utf8
 
@@ -68,11 +67,8 @@ def main() -> None:
                     if run:
                         ratios.append(bound / free)
                 figures[f"{model_name}, {sampling_name}, {name}"] = ratios
-                print(
-                    f"  {name:32} {median(ratios):5.2f} of {free:6.0f} bytes/s without "
-                    f"({min(ratios):.2f} .. {max(ratios):.2f})",
-                    flush=True,
-                )
+                shown = spread(ratios, ".2f")
+                print(f"  {name:32} {shown} of {free:6.0f} bytes/s without", flush=True)
     write_json(arguments.json, figures)
 
 

@@ -4,22 +4,18 @@ The floor is the time to read the weights that a byte needs (the local stage's a
 every byte, those of the upper stages, of their embeddings and contexts once per patch) at the
 bandwidth of a sum over a buffer of as many bytes, measured beside each run with the same threads.
 That reading leaves nothing of the weights in the caches: a run must be long beside its first bytes.
-Also: time per byte after a long context over that after a short one, with Mamba-2 on top.
 
     python benchmarks/decode.py
 """
 
-import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from side_by_side import machine_line, write_json
+from side_by_side import new_figures, parser, spread, write_json
 
 from mblm import MBLM, MambaBlock, MBLMModelConfig, TransformerBlock
 from mblm.inference.session import Session
@@ -124,10 +120,13 @@ def measure(model: MBLM, weights: str, runs: int, count: int) -> dict[str, Any]:
     return {"seconds": ours, "floor": floors, "bytes": bytes_read(model, weights)}
 
 
-def table(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
-    print(
-        f"{'model':42}  {'threads':>7}  {'weights':>9}  {'bytes/s':>8}  {'GB/s':>6}  of the floor"
-    )
+def main() -> None:
+    options = parser(__doc__, runs=5, threads=[os.cpu_count() or 1, 1])
+    options.add_argument("--bytes", type=int, help="of a run; default: 96, 512 of the small model")
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments = options.parse_args()
+    figures = new_figures(arguments)
+    print(f"{'model':42}  threads    weights   bytes/s    GB/s  of the floor")
     for name in arguments.models:
         model = build(*MODELS[name])
         count = arguments.bytes or (512 if MODELS[name][1] < 512 else 96)
@@ -140,50 +139,13 @@ def table(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
                 seconds = median(result["seconds"])
                 print(
                     f"{name:42}  {threads:>7}  {weights:>9}  {1 / seconds:>8.1f}  "
-                    f"{result['bytes'] / seconds / 1e9:>6.1f}  {median(fractions):.2f} "
-                    f"({min(fractions):.2f} .. {max(fractions):.2f})",
+                    f"{result['bytes'] / seconds / 1e9:>6.1f}  {spread(fractions, '.2f')}",
                     flush=True,
                 )
                 figures[f"{name}, {threads} threads, {weights}"] = result
         del model
-
-
-def long_context(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Time per byte after a million bytes over that after a thousand; Mamba-2 on top."""
-    torch.set_num_threads(max(arguments.threads))
-    model = build(["m2", "t"], 256, [2, 2], [131_072, 8])
-    short = Session(model).feed(torch.randint(0, 256, (1000,)))
-    long = Session(model).feed(torch.randint(0, 256, (arguments.context,)))
-    ratios = []
-    for _ in range(3 * arguments.runs):
-        before = clock(lambda: short.fork().generate(256))
-        after = clock(lambda: long.fork().generate(256))
-        ratios.append(after / before)
-    figures["long context"] = ratios
-    print(
-        f"\ntime per byte after {arguments.context:,} bytes over that after 1,000: "
-        f"{median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
-    )
-
-
-def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1, 1])
-    options.add_argument("--runs", type=int, default=5)
-    options.add_argument("--bytes", type=int, help="of a run; default: 96, 512 of the small model")
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    options.add_argument("--context", type=int, default=1_000_000, help="0 leaves it out")
-    options.add_argument("--json", type=Path, help="write all figures to this file")
-    arguments = options.parse_args()
-    figures: dict[str, Any] = {"machine": machine_line(max(arguments.threads))}
-    print(figures["machine"])
-    table(arguments, figures)
-    if arguments.context:
-        long_context(arguments, figures)
     write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

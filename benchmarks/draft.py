@@ -7,14 +7,13 @@ write nothing else, where drafts fail. Each ratio is the median over the prompts
     python benchmarks/draft.py MODEL code.py prose.txt
 """
 
-import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from side_by_side import new_figures, parser, write_json
+from side_by_side import new_figures, parser, spread, write_json
 
 from mblm import MBLM
 
@@ -87,12 +86,11 @@ def main() -> None:
                 figures[f"{draft}, {weights}, {name}, {way}"] = result
                 print(
                     f"{draft:6} {weights:9} {name:24} {way:16} {median(result['plain']):>9,.0f} "
-                    f"{median(result['drafted']):>9,.0f}  {median(result['ratios']):.2f} "
-                    f"({min(result['ratios']):.2f} .. {max(result['ratios']):.2f})",
+                    f"{median(result['drafted']):>9,.0f}  {spread(result['ratios'], '.2f')}",
                     flush=True,
                 )
     write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from decode import build, clock
-from side_by_side import new_figures, parser, write_json
+from side_by_side import new_figures, parser, spread, write_json
 
 from mblm.inference import session as session_module
 from mblm.inference.session import Session
@@ -70,8 +70,7 @@ def main() -> None:
                 ratios = [b / a for a, b in zip(result["native"], result["pytorch"], strict=True)]
                 print(
                     f"  {count:>4} bytes: native {1e3 * native:8.2f} ms, "
-                    f"PyTorch {1e3 * pytorch:8.2f} ms, {median(ratios):6.2f}x "
-                    f"({min(ratios):.2f} .. {max(ratios):.2f})",
+                    f"PyTorch {1e3 * pytorch:8.2f} ms, {spread(ratios, '.2f')} times as fast",
                     flush=True,
                 )
                 figures[f"{name}, {weights}, {count} bytes"] = result

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from decode import BYTES, build, bytes_read, measure
-from side_by_side import ROOT, machine_line, write_json
+from side_by_side import ROOT, new_figures, parser, spread, write_json
 
 import mblm
 
@@ -93,37 +93,25 @@ def report(name: str, threads: int, weights: str, result: dict[str, Any]) -> Non
         print(
             f"{name:16}  {threads:>7}  {side:>9}  {kind:>8}  {size / 1e6:>8.1f}  "
             f"{1 / median(seconds):>8.1f}  {size / median(seconds) / 1e9:>5.1f}  "
-            f"{median(fractions[side]):.2f} "
-            f"({min(fractions[side]):.2f} .. {max(fractions[side]):.2f})"
+            f"{spread(fractions[side], '.2f')}"
         )
     ratios = [a / b for a, b in zip(fractions["mblm"], fractions["llama.cpp"], strict=True)]
-    print(
-        f"{'':16}  fraction over fraction: {median(ratios):.2f} "
-        f"({min(ratios):.2f} .. {max(ratios):.2f})",
-        flush=True,
-    )
+    print(f"{'':16}  fraction over fraction: {spread(ratios, '.2f')}", flush=True)
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1, 1])
-    options.add_argument("--runs", type=int, default=5)
+    options = parser(__doc__, runs=5, threads=[os.cpu_count() or 1, 1])
     options.add_argument("--count", type=int, default=32, help="bytes or tokens of a run")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--weights", nargs="+", choices=BYTES, default=list(BYTES))
     options.add_argument(
         "--peer", type=Path, default=ROOT / "build" / "peer", help="environment of the peer"
     )
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
     arguments.python = arguments.peer / "bin" / "python"
     if not arguments.python.exists():
         options.error(f"there is no {arguments.python}: see above how the environment is made")
-
-    figures: dict[str, Any] = {"machine": machine_line(max(arguments.threads))}
-    print(f"{figures['machine']}, mblm {mblm.__version__}")
+    figures = new_figures(arguments)
     print("a byte of mblm's is compared with a token of llama.cpp's")
     print("model             threads       side   weights   MB each  a second   GB/s  of bandwidth")
     facts = {}

@@ -3,14 +3,13 @@
 Two Transformer stages, 1.1 M weights; a step takes 4 windows of 512 bytes. Every recipe begins with
 the same weights and trains on the same windows, which a seed decides, and is measured on the same
 windows of what is held out: of a folder whole files, of a file its end. The table shows the mean
-and the standard deviation over the seeds, and the CPU time of a step, of all threads.
+and the standard deviation over `--runs` seeds, and the CPU time of a step, of all threads.
 
     python benchmarks/recipes.py FILE
     python benchmarks/recipes.py FOLDER --files "*.py" json
     python benchmarks/recipes.py FILE --recipe optimizer=adam,learning_rate=0.002 --steps 1200
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from side_by_side import machine_line, write_json
+from side_by_side import new_figures, parser, write_json
 
 from mblm import MBLM, MBLMModelConfig, TransformerBlock
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
@@ -85,9 +84,7 @@ def recipe_of(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser(__doc__)
     options.add_argument("data", type=Path, help="a file, or a folder")
     options.add_argument("--files", nargs="+", default=["."], help="what to read of a folder")
     options.add_argument(
@@ -99,13 +96,9 @@ def main() -> None:
         help=f"fields of train; may be repeated. Default: {'; '.join(RECIPES)}",
     )
     options.add_argument("--steps", type=int, default=300)
-    options.add_argument("--seeds", type=int, default=3, help="how many")
     options.add_argument("--windows", type=int, default=128, help="how many are held out")
-    options.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-
+    figures = new_figures(arguments)
     args = None
     if arguments.data.is_dir():
         args = ByteFilesArgs(files=arguments.files, split_by="documents")
@@ -124,13 +117,12 @@ def main() -> None:
         for name, fields in (arguments.recipes or RECIPES.items())
     }
 
-    machine = machine_line(arguments.threads)
-    print(f"{machine}\n{training._data_size} bytes, {arguments.steps} steps")
+    print(f"{training._data_size} bytes, {arguments.steps} steps")
     results: dict[str, dict[str, list[float]]] = {
         name: {"bits_per_byte": [], "seconds_per_step": []} for name in recipes
     }
-    figures = {"machine": machine, "bytes": training._data_size, "steps": arguments.steps}
-    for seed in range(arguments.seeds):
+    figures |= {"bytes": training._data_size, "steps": arguments.steps, "recipes": results}
+    for seed in range(arguments.runs):
         for name, recipe in recipes.items():
             start = time.process_time()
             model = train(recipe, training, seed, arguments.steps)
@@ -139,7 +131,7 @@ def main() -> None:
             print(f"seed {seed}, {name}: {bits:.3f} bits per byte", flush=True)
             results[name]["bits_per_byte"].append(bits)
             results[name]["seconds_per_step"].append(seconds)
-            write_json(arguments.json, {**figures, "recipes": results})
+            write_json(arguments.json, figures)
     for name, result in results.items():
         values, seconds = result["bits_per_byte"], median(result["seconds_per_step"])
         deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""

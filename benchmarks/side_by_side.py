@@ -20,12 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "mblm==0.4.2"
 
 
-def parser(description: str | None, *, runs: int = 3) -> argparse.ArgumentParser:
-    """Options that every benchmark has."""
+def parser(
+    description: str | None, *, runs: int = 3, threads: Sequence[int] = ()
+) -> argparse.ArgumentParser:
+    """Options that every benchmark has; ``threads`` are what it runs with one after the other."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of PyTorch")
+    several: dict[str, Any] = {"nargs": "+", "default": list(threads)} if threads else {}
+    several = several or {"default": os.cpu_count() or 1}
+    options.add_argument("--threads", type=int, help="of PyTorch", **several)
     options.add_argument("--runs", type=int, default=runs, help="of each measurement")
     options.add_argument("--json", type=Path, help="write all figures to this file")
     return options
@@ -48,8 +52,10 @@ def new_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     """Set PyTorch's threads; returns the figures, which begin with the machine, as is printed."""
     import torch
 
-    torch.set_num_threads(arguments.threads)
-    figures = {"machine": machine_line(arguments.threads)}
+    threads = arguments.threads
+    threads = threads if isinstance(threads, int) else max(threads)
+    torch.set_num_threads(threads)
+    figures = {"machine": machine_line(threads)}
     print(figures["machine"])
     return figures
 
@@ -103,9 +109,9 @@ def machine_line(threads: int) -> str:
     )
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], form: str = ".4g") -> str:
     """Median and range of repeated measurements."""
-    return f"{median(values):.4g} ({min(values):.4g} .. {max(values):.4g})"
+    return f"{median(values):{form}} ({min(values):{form}} .. {max(values):{form}})"
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
