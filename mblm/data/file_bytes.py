@@ -2,7 +2,6 @@
 
 import os
 import stat
-import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,9 +19,9 @@ class FileBytes:
 
     Making one opens every file once and notes its size; at most ``MAX_OPEN`` files stay open, so
     that a file may be deleted or replaced meanwhile. They are read, not mapped into memory, where
-    a file that is cut short would end the process. It reads like a one-dimensional tensor: ``len``,
-    ``numel()``, ``shape``, ``dtype``, and slices, which are copies. A process that it is sent to
-    opens the files itself.
+    a file that is cut short would end the process. ``len``, ``numel()``, indices and slices are as
+    of a one-dimensional tensor, uint8 or, if the separator is above 255, int64; slices are copies.
+    A process that it is sent to opens the files itself.
 
     Args:
         files: Files in their order. Empty ones count for nothing.
@@ -105,15 +104,6 @@ class FileBytes:
             self._opened.popitem(last=False)
         return opened
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of slices: uint8, or int64 if the separator is above 255."""
-        return torch.uint8 if (self._separator_id or 0) < 256 else torch.int64
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size([self._length])
-
     def numel(self) -> int:
         return self._length
 
@@ -121,13 +111,12 @@ class FileBytes:
         return self._length
 
     def __getitem__(self, index: int | slice) -> torch.Tensor:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(self._length)
-            return self.read(start, max(start, stop), self.dtype)[::step]
-        start = index + self._length if index < 0 else index
-        if not 0 <= start < self._length:
-            raise IndexError(f"byte {index} of {self._length}")
-        return self.read(start, start + 1, self.dtype)[0]
+        if not isinstance(index, slice):
+            place = range(self._length)[index]
+            return self[place : place + 1][0]
+        start, stop, step = index.indices(self._length)
+        dtype = torch.uint8 if (self._separator_id or 0) < 256 else torch.int64
+        return self.read(start, max(start, stop), dtype)[::step]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": OrderedDict()}
@@ -153,7 +142,7 @@ class _OpenFile:
         pieces = []
         while begin < end:  # a system reads 2 GiB at most at once
             try:
-                pieces.append(_read_at(self._descriptor, end - begin, begin))
+                pieces.append(self._read_at(begin, end - begin))
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
             if not pieces[-1]:
@@ -162,18 +151,13 @@ class _OpenFile:
             begin += len(pieces[-1])
         return b"".join(pieces)
 
+    def _read_at(self, begin: int, count: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._descriptor, count, begin)
+        with self._path.open("rb") as file:  # on Windows: threads share a descriptor's position
+            file.seek(begin)
+            return file.read(count)
+
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
-
-
-_moving = threading.Lock()
-"""Held while a file is read from its position, which all threads share."""
-
-
-def _read_at(descriptor: int, count: int, begin: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(descriptor, count, begin)
-    with _moving:  # on Windows, where no process is forked
-        os.lseek(descriptor, begin, os.SEEK_SET)
-        return os.read(descriptor, count)

@@ -6,10 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
-from mblm.data.types import ModelMode
 
 
 class Numbers(DistributedDataset[torch.Tensor]):
@@ -81,11 +79,6 @@ def test_workers_are_disjoint_and_together_complete_up_to_the_remainder(
         assert 0 <= left_out < (seq_len if sequential else 1)
 
 
-def test_a_data_loader_batches_it() -> None:
-    loader = DataLoader(Numbers(12, seq_len=3, worker_id=0, num_workers=1), batch_size=2)
-    assert [tuple(batch.shape) for batch in loader] == [(2, 3), (2, 3)]
-
-
 def test_the_length_is_ignored_where_a_sample_is_one_element() -> None:
     for seq_len in (-1, 0):
         data = Numbers(5, sequential=False, seq_len=seq_len, worker_id=1, num_workers=2)
@@ -123,12 +116,3 @@ def test_what_cannot_be_shared_out_is_refused(changed: dict[str, int], message: 
 def test_numbers_must_be_integers() -> None:
     with pytest.raises(TypeError, match=r"seq_len: expected an integer, got 2\.5"):
         Numbers(10, seq_len=2.5, worker_id=0, num_workers=2)
-
-
-def test_more_workers_than_single_elements_are_refused() -> None:
-    with pytest.raises(ValueError, match="data_size: 1 is too small"):
-        Numbers(1, sequential=False, seq_len=1, worker_id=0, num_workers=2)
-
-
-def test_modes_have_the_names_of_their_folders() -> None:
-    assert [mode.value for mode in ModelMode] == ["train", "valid", "test"]

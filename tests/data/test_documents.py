@@ -42,11 +42,11 @@ def write_csv(path: Path, delimiter: str = ",") -> Path:
     return path
 
 
-def write_parquet(path: Path) -> Path:
+def write_parquet(path: Path, columns: dict[str, Any] | None = None) -> Path:
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    table = arrow.table({"id": range(len(TEXTS)), "text": TEXTS})
+    table = arrow.table(columns or {"id": range(len(TEXTS)), "text": TEXTS})
     parquet.write_table(table, path, row_group_size=3)
     return path
 
@@ -106,10 +106,7 @@ def test_another_column_can_be_taken(tmp_path: Path) -> None:
 
 
 def test_a_parquet_column_may_hold_bytes(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(arrow.table({"text": [b"\xff", b"\x00"]}), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", {"text": [b"\xff", b"\x00"]})
     assert [document.data for document in read(tmp_path / "a.parquet")] == [b"\xff", b"\x00"]
 
 
@@ -119,36 +116,24 @@ def test_a_row_without_a_document_says_why(tmp_path: Path) -> None:
     assert troubles == ["empty", "null", "not Unicode", ""]
 
 
-def lacking_jsonl(folder: Path) -> Path:
-    return write_jsonl(folder / "a.jsonl", [{"text": "x"}, {"text": "y"}, {"id": 3, "body": "z"}])
-
-
-def lacking_csv(folder: Path) -> Path:
-    (folder / "a.csv").write_text("id,text\n1,x\n2\n")
-    return folder / "a.csv"
-
-
-def lacking_parquet(folder: Path) -> Path:
-    arrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(arrow.table({"id": [1], "body": ["x"]}), folder / "a.parquet")
-    return folder / "a.parquet"
-
-
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "message"),
     [
-        (lacking_jsonl, r"a.jsonl, row 3: no field 'text', only 'id', 'body'"),
-        (lacking_csv, r"a.csv, row 2: no field 'text', only 'id'"),
-        (lacking_parquet, r"a.parquet, row 1: no field 'text', only 'id', 'body'"),
+        ("a.jsonl", r"a.jsonl, row 3: no field 'text', only 'id', 'body'"),
+        ("a.csv", r"a.csv, row 2: no field 'text', only 'id'"),
+        ("a.parquet", r"a.parquet, row 1: no field 'text', only 'id', 'body'"),
     ],
 )
-def test_a_row_that_lacks_the_field_is_named(
-    tmp_path: Path, make: Callable[[Path], Path], message: str
-) -> None:
+def test_a_row_that_lacks_the_field_is_named(tmp_path: Path, name: str, message: str) -> None:
+    file = tmp_path / name
+    if name == "a.jsonl":
+        write_jsonl(file, [{"text": "x"}, {"text": "y"}, {"id": 3, "body": "z"}])
+    elif name == "a.csv":
+        file.write_text("id,text\n1,x\n2\n")
+    else:
+        write_parquet(file, {"id": [1], "body": ["x"]})
     with pytest.raises(ValueError, match=message):
-        read(make(tmp_path))
+        read(file)
 
 
 @pytest.mark.parametrize(

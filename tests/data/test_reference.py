@@ -1,23 +1,16 @@
-"""A program written for the reference release runs here unchanged, and gets the same data.
-
-Needs an interpreter that has the reference installed, named by MBLM_REFERENCE_PYTHON.
-"""
+"""A program written for the reference release runs here unchanged, and gets the same data."""
 
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-PYTHON = os.environ.get("MBLM_REFERENCE_PYTHON")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="MBLM_REFERENCE_PYTHON names no interpreter"),
-]
+from tests.reference import needs_reference, run_program
+
+pytestmark = needs_reference
 ROOT = Path(__file__).parents[2]
 
 BEGIN = """
@@ -171,21 +164,6 @@ UTILS = """
 """
 
 
-def run(python: str, program: str, folder: Path, out: Path, **environment: str) -> Any:
-    code = "".join(textwrap.dedent(part) for part in (BEGIN, program, END))
-    others = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [python, "-W", "ignore", "-c", code, str(folder), str(out)],
-        cwd=out.parent,
-        env={**others, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(out)
-
-
 def assert_equal(here: Any, there: Any, name: str) -> None:
     assert type(here) is type(there), name
     if isinstance(here, torch.Tensor):
@@ -204,9 +182,11 @@ def assert_equal(here: Any, there: Any, name: str) -> None:
 
 
 def compare(program: str, folder: Path, out: Path) -> None:
-    there = run(str(PYTHON), program, folder, out / "there.pt")
+    code = "".join(textwrap.dedent(part) for part in (BEGIN, program, END))
+    run_program(code, folder, out / "there.pt", folder=out)
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    here = run(sys.executable, program, folder, out / "here.pt", PYTHONPATH=path)
+    run_program(code, folder, out / "here.pt", folder=out, python=sys.executable, path=path)
+    here, there = torch.load(out / "here.pt"), torch.load(out / "there.pt")
     assert len(here) > 0
     assert_equal(here, there, "answers")
 

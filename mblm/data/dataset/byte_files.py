@@ -68,7 +68,7 @@ class ByteFilesArgs(Fields):
     )
 
     @model_validator(mode="after")
-    def _check_parts(self) -> Self:
+    def _check(self) -> Self:
         for part in ("valid", "test"):
             if getattr(self, f"{part}_files") and f"{part}_fraction" in self.model_fields_set:
                 raise ValueError(f"give {part}_files or {part}_fraction, not both")
@@ -77,15 +77,10 @@ class ByteFilesArgs(Fields):
                 f"valid_fraction {self.valid_fraction} and test_fraction {self.test_fraction} "
                 "leave nothing to train on"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_sources(self) -> Self:
-        if self.sources is None:
-            return self
-        if given := self.model_fields_set & {"files", "valid_files", "test_files"}:
-            raise ValueError(f"give sources or {min(given)}, not both")
-        check_weights(self.sources)
+        if self.sources is not None:
+            if given := self.model_fields_set & {"files", "valid_files", "test_files"}:
+                raise ValueError(f"give sources or {min(given)}, not both")
+            check_weights(self.sources)
         return self
 
     def shares(self) -> dict[ModelMode, float]:

@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal, TypedDict, overload
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,24 +36,6 @@ _ANSWERS = """
     0 1 2 3 4 5 6 7 8 9 10 blue brown cube cyan cylinder gray green large metal no purple
     red rubber small sphere yellow yes
 """
-
-
-class ClevrFunction(TypedDict):
-    """One step of the program that answers a question."""
-
-    function: str
-    inputs: list[int]
-    value_inputs: list[str]
-
-
-class ClevrQuestion(TypedDict):
-    """A question as the dataset's file holds it."""
-
-    question: str
-    answer: str
-    image_filename: str
-    question_family_index: int
-    program: list[ClevrFunction]
 
 
 class ClevrOptionalArgs(Fields):
@@ -216,7 +198,7 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
             return image.to_jpeg_buffer(quality, args.jpeg_in_rgb_color_space).to_tensor()
         return image.to_tensor().flatten()
 
-    def get_sample_raw(self, from_idx: int) -> ClevrQuestion:
+    def get_sample_raw(self, from_idx: int) -> dict[str, Any]:
         """The question ``from_idx`` of all, as the dataset's file holds it.
 
         Raises:
@@ -241,17 +223,9 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
         for name in names[:max_items]:
             yield self._image(name).to_tensor()
 
-    @overload
-    def iter(
-        self, *, shuffle: bool = ..., max_items: int | None = ..., raw: Literal[True]
-    ) -> Iterator[tuple[int, ClevrQuestion]]: ...
-    @overload
-    def iter(
-        self, shuffle: bool = ..., max_items: int | None = ..., raw: Literal[False] = ...
-    ) -> Iterator[tuple[int, tuple[str, str, ImagePipeline]]]: ...
     def iter(
         self, shuffle: bool = False, max_items: int | None = None, raw: bool = False
-    ) -> Iterator[tuple[int, tuple[str, str, ImagePipeline] | ClevrQuestion]]:
+    ) -> Iterator[tuple[int, Any]]:
         """Every question of this part, of all workers, with its number.
 
         Args:
@@ -264,11 +238,8 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
             random.shuffle(order)
         for index in order[:max_items]:
             entry = self.get_sample_raw(index)
-            if raw:
-                yield index, entry
-            else:
-                image = self._image(entry["image_filename"])
-                yield index, (entry["question"], entry["answer"], image)
+            image = None if raw else self._image(entry["image_filename"])
+            yield index, entry if raw else (entry["question"], entry["answer"], image)
 
     def get_sample_with_parts(
         self, from_idx: int
@@ -298,11 +269,8 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
                 f"seq_len: sample {from_idx} has {length} ids, which do not fit into {self.seq_len}"
             )
         mask = target_loss_mask(zip(parts, self.args.qiqa_loss_mask, strict=True))
-        return (
-            self._padded(torch.cat(parts)),
-            self._padded(mask),
-            (question, image, answer, self.seq_len - length),
-        )
+        sizes = (question, image, answer, self.seq_len - length)
+        return self._padded(torch.cat(parts)), self._padded(mask), sizes
 
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
         """The ids of question ``from_idx`` and their loss mask."""
@@ -320,7 +288,7 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
         return self.tokenize(row).pad_right_to(self.seq_len).to_long_tensor()
 
 
-def _read_questions(path: Path) -> list[ClevrQuestion]:
+def _read_questions(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf8") as file:
             return json.load(file)["questions"]

@@ -1,19 +1,18 @@
 """Any files as one row of bytes, cut into training, validation and test parts."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch.utils.data import DataLoader
 
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
 from mblm.data.deal import Dealer
 from mblm.data.types import ModelMode
+from tests.data.entry import entry_config
 
 TRAIN, VALID, TEST = ModelMode
 
@@ -115,24 +114,15 @@ def test_a_separator_stands_between_files(tmp_path: Path) -> None:
     assert ids == [97, 98, 300, 99, 300, 100]
 
 
-def deal_documents(sizes: list[int], shares: dict[ModelMode, float]) -> list[ModelMode]:
-    dealer = Dealer(shares)
-    return [dealer.deal(size) for size in sizes]
-
-
 def test_documents_are_dealt_out_by_their_bytes_from_all_over() -> None:
     shares = {TRAIN: 0.8, VALID: 0.1, TEST: 0.1}
     sizes = [5, 1, 3, 2] * 50
-    parts = deal_documents(sizes, shares)
+    dealer = Dealer(shares)
+    parts = [dealer.deal(size) for size in sizes]
     for mode, share in shares.items():
         got = sum(size for size, to in zip(sizes, parts, strict=True) if to is mode)
         assert abs(got - share * sum(sizes)) <= 5
         assert {index // 50 for index, to in enumerate(parts) if to is mode} == {0, 1, 2, 3}
-
-
-def test_documents_never_go_to_a_part_without_a_share() -> None:
-    parts = deal_documents([1, 10, 100] * 20, {TRAIN: 0.5, VALID: 0.5, TEST: 0.0})
-    assert set(parts) == {TRAIN, VALID}
 
 
 def test_parts_with_files_of_their_own(tmp_path: Path) -> None:
@@ -169,17 +159,6 @@ def test_loading_processes_read_the_same(tmp_path: Path) -> None:
     assert batches[0][0].shape == (3, 7)
 
 
-def train_config(folder: Path, **dataset_args: Any) -> Any:
-    return SimpleNamespace(
-        io=SimpleNamespace(
-            dataset_dir=str(folder),
-            dataset_args=dataset_args or None,
-            output_dir=str(folder / "output"),
-        ),
-        params=SimpleNamespace(input_seq_len=5, num_tokens=257),
-    )
-
-
 def test_nothing_of_another_part_follows_the_last_sample(tmp_path: Path) -> None:
     data = part(write(tmp_path, a=bytes(range(100))), TRAIN, seq_len=40)
     assert data[len(data)][0].tolist() == list(range(80, 90))
@@ -189,6 +168,10 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write(tmp_path, a=bytes(range(100)))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert text_of(Path("~"), TRAIN) == text_of(Path("~/a"), TRAIN) == bytes(range(90))
+
+
+def train_config(folder: Path, **dataset_args: Any) -> Any:
+    return entry_config(folder, dataset_args or None, input_seq_len=5, num_tokens=257)
 
 
 def test_from_a_training_configuration(tmp_path: Path) -> None:
@@ -221,11 +204,6 @@ def test_unfit_arguments_are_refused_by_name(
         )
 
 
-def test_unknown_arguments_are_a_validation_error() -> None:
-    with pytest.raises(ValidationError):
-        ByteFilesArgs.model_validate({"file": ["a"]})
-
-
 def test_what_holds_no_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"io\.dataset_dir\): no file or folder .*nothing"):
         part(tmp_path / "nothing", TRAIN)
@@ -250,15 +228,6 @@ def test_a_file_in_two_parts_is_refused(tmp_path: Path) -> None:
     write(tmp_path, a=b"a", b=b"b", c=b"c")
     with pytest.raises(ValueError, match=r"test_files: '.*b' is one of valid_files, too"):
         part(tmp_path, TRAIN, valid_files=["b", "c"], test_files=["*[ab]"])
-
-
-def test_shakespeare(shared: Path) -> None:
-    file = shared / "corpus" / "tinyshakespeare.txt"
-    text = file.read_bytes()
-    data = ByteFiles(file, VALID, seq_len=1000, worker_id=1, num_workers=2)
-    size = int(len(text) * 0.05)
-    start = len(text) - 2 * size + size // 2
-    assert bytes(data[3][0].tolist()) == text[start + 3000 : start + 4000]
 
 
 def test_what_runs_write_is_no_data(tmp_path: Path) -> None:

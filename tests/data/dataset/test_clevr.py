@@ -3,7 +3,6 @@
 import json
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from mblm.data.dataset.clevr import Clevr, ClevrOptionalArgs
 from mblm.data.types import ModelMode
+from tests.data.entry import entry_config
 
 EOM, TEXT, IMAGE, PAD = 257, 258, 259, 256
 SPECIAL = {"eom_token_id": EOM, "som_text_token_id": TEXT, "som_image_token_id": IMAGE}
@@ -137,13 +137,8 @@ def test_an_image_can_be_a_jpeg_file(folder: Path, rgb: bool) -> None:
 
 
 def test_workers_share_the_questions(folder: Path) -> None:
-    config = SimpleNamespace(
-        io=SimpleNamespace(
-            dataset_dir=str(folder),
-            dataset_args={"target_mode": "qiqa", "qiqa_loss_mask": [1, 1, 1, 1]},
-        ),
-        params=SimpleNamespace(input_seq_len=100, pad_token_id=PAD),
-    )
+    args = {"target_mode": "qiqa", "qiqa_loss_mask": [1, 1, 1, 1]}
+    config = entry_config(folder, args, input_seq_len=100, pad_token_id=PAD)
     data = [Clevr.from_train_entry_config(config, ModelMode.VALID, w, 3) for w in range(3)]
     assert [len(part) for part in data] == [1, 1, 1]
     assert [bytes(part[0][0][:5].tolist()) for part in data] == [b"Is it", b"How m", b"What?"]

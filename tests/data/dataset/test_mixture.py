@@ -2,17 +2,15 @@
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
 from mblm.data.dataset.mixture import Mixture
 from mblm.data.pack import pack
 from mblm.data.types import ModelMode
+from tests.data.entry import entry_config
 
 TRAIN, VALID, TEST = ModelMode
 
@@ -34,15 +32,8 @@ def mixture(
     folder: Path, mode: ModelMode = TRAIN, worker: int = 0, workers: int = 1, **arguments: Any
 ) -> Any:
     seed = arguments.pop("seed", 3)
-    config: Any = SimpleNamespace(
-        io=SimpleNamespace(
-            dataset_dir=str(folder),
-            dataset_args={"sources": SOURCES, **arguments},
-            output_dir=str(folder / "output"),
-        ),
-        params=SimpleNamespace(input_seq_len=5, num_tokens=257),
-        train=SimpleNamespace(seed=seed),
-    )
+    args = {"sources": SOURCES, **arguments}
+    config = entry_config(folder, args, {"seed": seed}, input_seq_len=5, num_tokens=257)
     return ByteFiles.from_train_entry_config(config, mode, worker, workers)
 
 
@@ -90,15 +81,6 @@ def test_epochs_and_workers_draw_other_samples(folder: Path) -> None:
         for epoch in range(5):
             texts(data.offset_to(epoch))
     assert len(places) == len(set(places)) > 1000
-
-
-def test_loading_processes_draw_the_same(folder: Path) -> None:
-    data = mixture(folder)
-    batches = [
-        [ids for ids, _ in DataLoader(data, batch_size=50, num_workers=workers)]
-        for workers in (0, 2)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
 def test_every_source_is_cut_into_parts_by_itself(folder: Path) -> None:

@@ -3,13 +3,13 @@
 import itertools
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mblm.data.dataset.pg19 import PG19
 from mblm.data.types import ModelMode
+from tests.data.entry import entry_config
 
 ALONE = {"worker_id": 0, "num_workers": 1}
 
@@ -50,17 +50,8 @@ def test_hidden_files_are_no_books(books: Path) -> None:
     assert torch.equal(PG19(books, ModelMode.TRAIN, seq_len=20, **ALONE).data[:], before)
 
 
-def test_workers_and_offsets(books: Path) -> None:
-    data = PG19(books, ModelMode.TRAIN, seq_len=7, worker_id=1, num_workers=2).offset_to(3)
-    start = len(data.data) // 2 + 3
-    assert torch.equal(data[1][0], data.data[start + 7 : start + 14].long())
-
-
 def test_from_a_training_configuration(books: Path) -> None:
-    config = SimpleNamespace(
-        io=SimpleNamespace(dataset_dir=str(books), dataset_args=None),
-        params=SimpleNamespace(input_seq_len=10),
-    )
+    config = entry_config(books, input_seq_len=10)
     data = PG19.from_train_entry_config(config, ModelMode.VALID, worker_id=1, num_workers=3)
     assert (data.seq_len, len(data)) == (10, len(data.data) // 3 // 10)
     assert PG19.supports_test_mode()
@@ -99,20 +90,6 @@ def test_what_holds_no_books_is_refused(tmp_path: Path) -> None:
     (tmp_path / "validation" / "folder").mkdir()
     with pytest.raises(ValueError, match=r"validation/folder' is no file"):
         PG19(tmp_path, ModelMode.VALID, seq_len=1, **ALONE)
-
-
-def test_too_few_bytes_are_refused(books: Path) -> None:
-    with pytest.raises(ValueError, match=r"data_size: \d+ is too small"):
-        PG19(books, ModelMode.TRAIN, seq_len=150, worker_id=0, num_workers=2)
-
-
-def test_a_real_book(shared: Path, tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "860.txt").symlink_to(shared / "corpus" / "pg19_860.txt")
-    data = PG19(tmp_path, ModelMode.TRAIN, seq_len=1000, **ALONE)
-    text = (shared / "corpus" / "pg19_860.txt").read_bytes()
-    assert bytes(data[len(data) - 1][0].tolist()) == text[(len(data) - 1) * 1000 :][:1000]
-    assert data.book("860.txt") == text.decode().replace("\r\n", "\n")
 
 
 def test_its_lineage_is_the_books(books: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from mblm.data.dataset.pg19 import PG19
 from mblm.data.dataset.pg19_masked import PG19Masked
 from mblm.data.types import ModelMode
+from tests.data.entry import entry_config
 
 ALONE = {"worker_id": 0, "num_workers": 1}
 
@@ -59,13 +60,9 @@ def test_a_sample_over_the_end_is_padded_and_padding_is_not_hidden(books: Path) 
 
 
 def test_from_a_training_configuration(books: Path) -> None:
-    config = SimpleNamespace(
-        io=SimpleNamespace(dataset_dir=str(books)),
-        train=SimpleNamespace(masking_proba=0.5),
-        params=SimpleNamespace(
-            input_seq_len=64, mask_token_id=300, mblm_config=SimpleNamespace(pad_token_id=301)
-        ),
-    )
+    hierarchy = SimpleNamespace(pad_token_id=301)
+    params = {"input_seq_len": 64, "mask_token_id": 300, "mblm_config": hierarchy}
+    config = entry_config(books, None, {"masking_proba": 0.5}, **params)
     data = PG19Masked.from_train_entry_config(config, ModelMode.TRAIN, worker_id=0, num_workers=2)
     assert (data.masked_token_id, data.padding_token_id, data.masking_proba) == (300, 301, 0.5)
     assert len(data) == 80
