@@ -18,7 +18,6 @@ from mblm.demo import (
     find_sources,
     train_demo,
 )
-from mblm.inference.session import Session
 from tests import fresh
 from tests.cli.program import Run
 
@@ -49,13 +48,6 @@ def test_trains_saves_and_writes(
         enable_progress=False,
     )
     assert written == bytes(i for i in ids.tolist() if i < 256)
-
-
-def test_its_model_may_write_on_and_on() -> None:
-    model = MBLM(demo_config()).eval()
-    session = Session(model).feed(bytes(range(10)))
-    assert session.logits().shape == (1, 257)
-    assert model.max_length is None
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])

@@ -226,7 +226,7 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_bash(words: list[str]) -> None:
-    script = next(word for word in words if word.endswith((".sh", ".sbatch")))
+    script = next(word for word in words if word.endswith(".sh"))
     assert (ROOT / script).is_file(), script
 
 
@@ -236,11 +236,9 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 CHECKS = {
     "make": check_make,
     "pip": check_install,
-    "uv": check_install,
     "python": check_python,
     "torchrun": check_torchrun,
     "bash": check_bash,
-    "sbatch": check_bash,
 }
 
 

@@ -1,11 +1,5 @@
-"""Checkpoints written here load strictly in the reference release, which computes the same.
+"""Checkpoints written here load strictly in the reference release, which computes the same."""
 
-Needs an interpreter that has the reference installed, named by MBLM_REFERENCE_PYTHON.
-"""
-
-import os
-import subprocess
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,12 +9,9 @@ from safetensors.torch import load_file, save_file
 from mblm import MBLM, MBLMEncoder, MBLMReturnType
 from mblm.utils.io import dump_yml, load_model_state, save_model_state
 from tests.models import encoder, mamba, model, transformer
+from tests.reference import needs_reference, run_program
 
-PYTHON = os.environ.get("MBLM_REFERENCE_PYTHON")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="MBLM_REFERENCE_PYTHON names no interpreter"),
-]
+pytestmark = needs_reference
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 PROGRAM = """
@@ -70,16 +61,7 @@ def ask_reference(folder: Path, kind: str, m: MBLM | MBLMEncoder, **inputs: torc
     save_model_state(folder, "here", m, 0.25)
     dump_yml(folder / "config", m.config)
     save_file(inputs, folder / "inputs.safetensors")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(PYTHON), "-W", "ignore", "-c", textwrap.dedent(PROGRAM), str(folder), kind],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(PROGRAM, folder, kind, folder=folder)
     return load_file(folder / "outputs.safetensors")
 
 
