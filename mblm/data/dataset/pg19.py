@@ -6,10 +6,10 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from mblm.data.datasets import (
     DatasetEntryConfig,
@@ -59,6 +59,25 @@ class PG19Books(DistributedDataset[_T]):
         self.data = FileBytes(self.txt_files)
         super().__init__(data_size=len(self.data), is_sequential=True, **config)
 
+    @classmethod
+    def from_train_entry_config(
+        cls, config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+    ) -> Self:
+        """The part of the dataset that a training configuration names."""
+        return cls(
+            config.io.dataset_dir,
+            mode,
+            seq_len=config.params.input_seq_len,
+            worker_id=worker_id,
+            num_workers=num_workers,
+            **cls._configured(config),
+        )
+
+    @staticmethod
+    def _configured(config: DatasetEntryConfig) -> dict[str, Any]:
+        """What else a training configuration says of samples."""
+        return {}
+
     @staticmethod
     def supports_test_mode() -> bool:
         """Whether there is a test part: yes."""
@@ -89,11 +108,10 @@ class PG19Books(DistributedDataset[_T]):
 
     def iter_books(self, shuffle: bool = False) -> Iterator[tuple[str, str]]:
         """Every book's file name and text, in an order drawn by ``random`` if ``shuffle``."""
-        order = list(range(len(self.txt_files)))
+        files = list(self.txt_files)
         if shuffle:
-            random.shuffle(order)
-        for index in order:
-            file = self.txt_files[index]
+            random.shuffle(files)
+        for file in files:
             yield file.name, file.read_text(encoding="utf8")
 
 
@@ -113,19 +131,6 @@ class PG19(PG19Books[BatchWithLossMask]):
         **config: Unpack[DistributedDatasetConfig],
     ) -> None:
         super().__init__(data_dir, mode, **config)
-
-    @staticmethod
-    def from_train_entry_config(
-        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
-    ) -> PG19:
-        """The part of the dataset that a training configuration names."""
-        return PG19(
-            data_dir=config.io.dataset_dir,
-            mode=mode,
-            seq_len=config.params.input_seq_len,
-            worker_id=worker_id,
-            num_workers=num_workers,
-        )
 
     def get_sample(self, from_idx: int) -> BatchWithLossMask:
         """The ids from byte ``from_idx`` on, and their loss mask."""

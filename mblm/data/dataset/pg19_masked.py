@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
@@ -53,20 +54,12 @@ class PG19Masked(PG19Books[BatchMaskedForMLM]):
         self.padding_token_id = padding_token_id
 
     @staticmethod
-    def from_train_entry_config(
-        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
-    ) -> PG19Masked:
-        """The part of the dataset that a training configuration names."""
-        return PG19Masked(
-            data_dir=config.io.dataset_dir,
-            mode=mode,
-            masked_token_id=config.params.mask_token_id,
-            masking_proba=config.train.masking_proba,
-            padding_token_id=config.params.mblm_config.pad_token_id,
-            seq_len=config.params.input_seq_len,
-            worker_id=worker_id,
-            num_workers=num_workers,
-        )
+    def _configured(config: DatasetEntryConfig) -> dict[str, Any]:
+        return {
+            "masked_token_id": config.params.mask_token_id,
+            "masking_proba": config.train.masking_proba,
+            "padding_token_id": config.params.mblm_config.pad_token_id,
+        }
 
     def get_sample(self, from_idx: int) -> BatchMaskedForMLM:
         """The ids from byte ``from_idx`` on with some hidden, which, and the ids as they are."""
