@@ -160,8 +160,11 @@ def _rows(stream: Any, suffix: str, field: str) -> Iterator[Any]:
         csv.field_size_limit(2**31 - 1)  # the most there is on every system
         text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
         table = csv.DictReader(text, delimiter="," if suffix == ".csv" else "\t", strict=True)
-        # A row that ends early lacks the fields after it.
-        yield from ({n: v for n, v in row.items() if v is not None} for row in table)
+        for row in table:
+            if None in row:
+                raise ValueError("it has more values than there are columns")
+            # A row that ends early lacks the fields after it.
+            yield {name: value for name, value in row.items() if value is not None}
     elif suffix == ".parquet":
         from pyarrow import parquet
 
