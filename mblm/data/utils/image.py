@@ -57,7 +57,11 @@ class ImagePipeline:
             self._image = _read_image(image, self._color_space)
             return
         if isinstance(image, torch.Tensor):
-            image = _channels_last(image, self._color_space)
+            if self._color_space is ColorSpace.RGB:
+                if image.ndim != 3:
+                    raise ValueError(f"image: expected shape (C, H, W), got {tuple(image.shape)}")
+                image = image.permute(1, 2, 0)
+            image = image.numpy()
         if isinstance(image, np.ndarray):
             image = _image_of_array(image)
         if not isinstance(image, pillow_image().Image):
@@ -168,14 +172,6 @@ def _read_image(path: str | Path, color_space: ColorSpace) -> PILImage:
     # What Pillow raises for damaged files depends on where the damage is.
     except (SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise OSError(f"image: {str(path)!r} cannot be read: {error}") from error
-
-
-def _channels_last(image: torch.Tensor, color_space: ColorSpace) -> NDArray[Any]:
-    if color_space is ColorSpace.RGB:
-        if image.ndim != 3:
-            raise ValueError(f"image: expected shape (C, H, W), got {tuple(image.shape)}")
-        image = image.permute(1, 2, 0)
-    return image.numpy()
 
 
 def _image_of_array(image: NDArray[Any]) -> PILImage:
