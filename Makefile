@@ -23,8 +23,8 @@ INSTALL = echo 'Compiling for this torch, two to three minutes on two cores'; se
 PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs sanitize install_cpu install_cuda install_mamba wheels lint \
-        format check_format check_types clean clean_venv
+.PHONY: help demo test test-all docs sanitize wheels lint format check_format check_types clean \
+        clean_venv
 
 help: ## List the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,18 +43,6 @@ docs: $(VENV)/installed-docs ## Build the site of docs/ and the API reference, i
 
 sanitize: $(VENV)/installed-test ## Run decoding under sanitizers: address, undefined behavior, threads
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON="$(abspath $(BIN))/python" scripts/sanitize.sh
-
-install_cpu: $(VENV)/torch ## Install into $(VENV), compiled for the CPU
-	@export MBLM_BUILD=cpu; $(INSTALL)
-
-install_cuda: $(VENV)/torch ## Install into $(VENV) beside a torch with CUDA
-	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
-	  { echo 'The torch in $(VENV) has no CUDA: run `make clean_venv`, set TORCH to one that has'; exit 1; }
-	@$(INSTALL)
-
-install_mamba: install_cuda ## Install mamba-ssm's CUDA kernels too
-	$(PIP) install setuptools wheel ninja packaging
-	$(PIP) install --no-build-isolation -e '.[mamba]'
 
 wheels: ## Fetch what scripts/gpu_check.sh takes to a machine without a network, into build/wheels
 	$(PYTHON) scripts/gpu_check.py --fetch build/wheels

@@ -12,8 +12,8 @@ a network, for Python 3.12 on x86-64. On a borrowed machine, to which the checko
 
 The steps stand in `steps`, what matters most first. Each has a limit of its own, and what those
 before it have left of theirs; none stops the next, and OUT holds what is known so far at any
-moment: summary.json, a JSON of each benchmark and logs.tar.gz, at most six files. Ends with a
-table; fails if a step did. PYTHON is the interpreter, python3 by default.
+moment: summary.json, log.txt and a JSON of each benchmark, at most six files. Ends with a table;
+fails if a step did. PYTHON is the interpreter, python3 by default.
 
 --quick tries the script where there is no GPU: tiny sizes, nothing is built.
 """
@@ -26,17 +26,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
-NOTHING = [PYTHON, "-c", "pass"]
-FACTS = "facts: "  # what the line begins with that has them
 QUICK_SECONDS = 600  # of a step with --quick, on however slow a machine
 # What is imported on the machine, by this package, its build, its tests and its benchmarks.
 NEEDED = ["torch", "numpy", "pydantic", "pydantic_core", "annotated_types", "typing_inspection"]
@@ -61,7 +58,7 @@ class Step:
     name: str
     seconds: float
     command: list[str]
-    quick: list[str] | None = None  # in place of the command; the command and --quick by default
+    quick: list[str] | None = None  # what --quick adds to the command; None: it is left out
 
 
 def steps(out: Path, wheels: Path, site: Path) -> list[Step]:
@@ -73,32 +70,28 @@ def steps(out: Path, wheels: Path, site: Path) -> list[Step]:
     # A test file for which a package is missing does not stop the others.
     tests.append("--continue-on-collection-errors")
     on_device = "tests/inference/test_device_cache.py"
-    of_slots = [*tests, on_device, "-k", "moves_between"]
     memcheck = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    memcheck_tests = [memcheck, "--error-exitcode", "9", *tests, on_device, "-k", "moves_between"]
 
-    def benchmark(name: str, *options: str) -> list[str]:
-        return [PYTHON, f"benchmarks/{name}.py", "--json", str(out / f"{name}.json"), *options]
+    def benchmark(name: str, seconds: float, *options: str) -> Step:
+        command = [PYTHON, f"benchmarks/{name}.py", "--json", str(out / f"{name}.json"), *options]
+        return Step(name, seconds, command, quick=["--quick"])
 
-    train = benchmark("gpu_train", "--wheels", str(wheels), "--runs", "1", "--steps", "3")
+    of_training = ["--wheels", str(wheels), "--runs", "1", "--steps", "3", "--seconds", "8"]
     return [
-        Step("wheels", 15, [*pip, "--target", str(site), *files], NOTHING),
-        Step("facts", 30, [*this, "--facts"], [*this, "--facts"]),
-        Step("build", 125, [*this, "--build"], NOTHING),
-        Step("decoding tests", 55, [*tests, "tests/inference"], [*tests, on_device]),
-        Step("decoding", 90, benchmark("gpu_decode")),
-        Step("other tests", 50, [*tests, "tests/ops", "tests/model"], NOTHING),
-        Step("operators", 35, benchmark("gpu")),
-        Step("training", 50, [*train, "--seconds", "8"]),
-        Step(
-            "memcheck",
-            30,
-            [memcheck, "--error-exitcode", "9", *of_slots],
-            [*of_slots, "--collect-only"],
-        ),
+        Step("wheels", 15, [*pip, "--target", str(site), *files]),
+        Step("facts", 30, [*this, str(out), "--facts"], quick=[]),
+        Step("build", 125, [*this, "--build"]),
+        Step("decoding tests", 55, [*tests, "tests/inference"], quick=["--collect-only"]),
+        benchmark("gpu_decode", 90),
+        Step("other tests", 50, [*tests, "tests/ops", "tests/model"]),
+        benchmark("gpu", 35),
+        benchmark("gpu_train", 50, *of_training),
+        Step("memcheck", 30, memcheck_tests),
     ]
 
 
-def facts() -> dict[str, Any]:
+def find_facts() -> dict[str, Any]:
     """Device and versions, and what cannot be imported."""
     missing = {}
     for name in NEEDED:
@@ -138,102 +131,89 @@ def build() -> None:
         os.execv(PYTHON, [PYTHON, "setup.py", "build_ext", "--inplace"])
 
 
-class Check:
-    """The steps that were taken, and what is known of them in OUT."""
+def read_summary(out: Path) -> dict[str, Any]:
+    file = out / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else {"steps": []}
 
-    def __init__(self, out: Path, environment: dict[str, str]) -> None:
-        self.out, self.environment = out, environment
-        self.logs = Path(tempfile.mkdtemp())
-        self.summary: dict[str, Any] = {"steps": []}
-        self.is_cut = False
 
-    def take(self, step: Step) -> None:
-        """Run a step and write down what became of it."""
-        log = self.logs / f"{step.name.replace(' ', '_')}.log"
-        begin = time.monotonic()
-        with log.open("wb") as to:
-            result = self._run(step, to)
-        lines = log.read_text(errors="replace").splitlines()
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        seconds = round(time.monotonic() - begin, 1)
-        told = {"step": step.name, "result": result, "seconds": seconds, "last_line": last[:300]}
-        self.summary["steps"].append(told)
-        facts = [line for line in lines if line.startswith(FACTS)]
-        if step.name == "facts" and facts:
-            self.summary = {**json.loads(facts[-1].removeprefix(FACTS)), **self.summary}
-        print(*lines[-25:], f"== {step.name}: {result}, {seconds} s", sep="\n", flush=True)
-        self.write()
+def write_summary(out: Path, summary: dict[str, Any]) -> None:
+    """Put the file there whole, whenever the check is cut."""
+    new = out / "new"
+    new.write_text(json.dumps(summary, indent=1) + "\n")
+    new.replace(out / "summary.json")
 
-    def _run(self, step: Step, log: Any) -> str:
-        try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env=self.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a step is ended with all that it started
-            )
-        except OSError as error:
-            return f"not begun: {error}"
-        try:
-            code = process.wait(step.seconds)
-            return "ok" if code == 0 else f"failed ({code})"
-        except subprocess.TimeoutExpired:
-            return f"over {step.seconds:.3g} s"
-        except KeyboardInterrupt:
-            self.is_cut = True
-            return "cut"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
-    def write(self) -> None:
-        """Put each file there whole, whenever the check is cut."""
-        new = self.out / "new"
-        new.write_text(json.dumps(self.summary, indent=1) + "\n")
-        new.replace(self.out / "summary.json")
-        with tarfile.open(new, "w:gz") as archive:
-            archive.add(self.logs, "logs")
-        new.replace(self.out / "logs.tar.gz")
+def run(command: list[str], seconds: float, environment: dict[str, str], log: IO[bytes]) -> str:
+    """Run a command to its end or the limit; returns what became of it."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # it is ended with all that it started
+        )
+    except OSError as error:
+        return f"not begun: {error}"
+    try:
+        code = process.wait(seconds)
+        return f"failed ({code})" if code else "ok"
+    except subprocess.TimeoutExpired:
+        return f"over {seconds:.3g} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-    def table(self) -> bool:
-        """Print what became of the steps; whether all went well."""
-        taken = self.summary["steps"]
-        print(f"\n{'step':16} {'result':12} {'seconds':>8}  last line")
-        for told in taken:
-            line = told["last_line"][:100]
-            print(f"{told['step']:16} {told['result']:12} {told['seconds']:>8}  {line}")
-        return all(told["result"] == "ok" for told in taken)
+
+def take(step: Step, seconds: float, environment: dict[str, str], out: Path) -> None:
+    """Run a step within a limit and write down what became of it."""
+    begin = time.monotonic()
+    with (out / "log.txt").open("ab+") as log:
+        log.write(f"== {step.name}\n".encode())
+        log.flush()
+        start = log.tell()
+        result = run(step.command, seconds, environment, log)
+        log.seek(start)
+        lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    took = round(time.monotonic() - begin, 1)
+    last = lines[-1][:300] if lines else ""
+    told = {"step": step.name, "result": result, "seconds": took, "last_line": last}
+    print(*lines[-25:], f"== {step.name}: {result}, {took} s", sep="\n", flush=True)
+    summary = read_summary(out)
+    summary["steps"].append(told)
+    write_summary(out, summary)
 
 
 def check(out: Path, wheels: Path, quick: bool) -> bool:
-    """Take all steps, unless a signal cuts them short; whether all went well."""
+    """Take all steps; whether all went well."""
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    write_summary(out, {"steps": []})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the step, too
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT), folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
         if not quick:
             environment["MBLM_NATIVE"] = "require"
-        done = Check(out, environment)
-        spare = 0.0  # seconds
+        end = time.monotonic()
         for step in steps(out.resolve(), wheels.resolve(), Path(folder)):
-            step = replace(step, seconds=step.seconds + max(0.0, spare))
             if quick:
-                command = step.quick or [*step.command, "--quick"]
-                step = replace(step, seconds=QUICK_SECONDS, command=command)
-            done.take(step)
-            spare = step.seconds - done.summary["steps"][-1]["seconds"]
-            if done.is_cut:
-                break
-            if step.name == "facts" and not quick and done.summary.get("device", "") is None:
+                if step.quick is None:
+                    continue
+                step = replace(step, seconds=QUICK_SECONDS, command=[*step.command, *step.quick])
+            end += step.seconds
+            take(step, end - time.monotonic(), environment, out)
+            if step.name == "facts" and not quick and read_summary(out).get("device", "") is None:
                 print("no GPU: only --quick runs without one", file=sys.stderr)
                 break
-        shutil.rmtree(done.logs)
-        return done.table()
+    print(f"\n{'step':16} {'result':12} {'seconds':>8}  last line")
+    taken = read_summary(out)["steps"]
+    for told in taken:
+        line = told["last_line"][:100]
+        print(f"{told['step']:16} {told['result']:12} {told['seconds']:>8}  {line}")
+    return all(told["result"] == "ok" for told in taken)
 
 
 def main() -> None:
@@ -250,8 +230,9 @@ def main() -> None:
     if arguments.fetch:
         fetch(arguments.fetch)
     elif arguments.facts:
-        found = facts()
-        print(FACTS + json.dumps(found))
+        found = find_facts()
+        write_summary(arguments.out, {**found, **read_summary(arguments.out)})
+        print(found)
         sys.exit(bool(found["missing"]))
     elif arguments.build:
         build()

@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import warnings
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from mblm.ops._reinstall import how_to_compile
 PACKAGE = Path(__file__).resolve().parent.parent
 
 _library: ModuleType | None = None  # mblm._C
+_reason: str | None = None  # why it is not loaded
 
 
 def load() -> None:
@@ -24,23 +26,26 @@ def load() -> None:
     The environment variable ``MBLM_NATIVE`` decides: unset, absent kernels are a warning;
     ``require`` makes them an error; ``0`` loads nothing.
     """
-    global _library
+    global _library, _reason
     setting = os.environ.get("MBLM_NATIVE", "")
     if setting not in ("", "0", "require"):
         raise ValueError(f"MBLM_NATIVE is {setting!r}; expected 0, require or nothing")
-    if _library or setting == "0":
+    if _library:
         return
-    problem = _problem(_record())
-    if problem is None:
+    if setting == "0":
+        _reason = "MBLM_NATIVE=0 is set"
+        return
+    _reason = _problem(_record())
+    if _reason is None:
         try:
             _library = load_library(PACKAGE)
             if hasattr(os, "register_at_fork"):
                 os.register_at_fork(after_in_child=_use_one_thread_if_forked)
             return
         except ImportError as error:
-            problem = f"cannot be loaded ({error})"
+            _reason = f"they cannot be loaded ({error})"
     message = (
-        f"mblm's native kernels are not used: {problem}. To get them, {how_to_compile(PACKAGE)}."
+        f"mblm's native kernels are not used: {_reason}. To get them, {how_to_compile(PACKAGE)}."
     )
     if setting == "require":
         raise ImportError(message)
@@ -55,9 +60,9 @@ def _use_one_thread_if_forked() -> None:
 
 def load_library(folder: Path) -> ModuleType:
     """Load ``mblm._C`` from a folder; the operators then use its kernels."""
-    spec = _find_library(folder)
+    spec = PathFinder.find_spec("mblm._C", [str(folder)])
     if spec is None or spec.loader is None:
-        raise ImportError(f"{folder} holds none")
+        raise ImportError(f"{folder} holds none for this Python")
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
     return library
@@ -84,15 +89,10 @@ def build_info() -> dict[str, Any]:
         ``missing`` (list of str: what is missing and how to get it).
     """
     record = _record()
-    reason = None
-    if _library is None:
-        reason = _problem(record) or (
-            "MBLM_NATIVE=0 is set" if os.environ.get("MBLM_NATIVE") == "0" else "cannot be loaded"
-        )
     info = {
         "compiled": "torch" in record,
         "loaded": _library is not None,
-        "reason": reason,
+        "reason": _reason,
         "torch_built": record.get("torch"),
         "torch_running": str(torch.__version__),
         "mode": record.get("mode"),
@@ -110,20 +110,24 @@ def _record() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _find_library(folder: Path) -> ModuleSpec | None:
-    return PathFinder.find_spec("mblm._C", [str(folder)])
-
-
 def _problem(record: dict[str, Any]) -> str | None:
     """Why the kernels of this record cannot be loaded, None if they can."""
     if "reason" in record:
         return f"they were not compiled: {record['reason']}"
-    if "torch" not in record or _find_library(PACKAGE) is None:
-        return f"none were compiled in {PACKAGE} for this Python"
-    # Releases 2.13.0 and 2.13.1 have one binary interface, as the package's requirement says.
-    if record["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
+    if "torch" not in record:
+        return f"none were compiled in {PACKAGE}"
+    if _interface(record["torch"]) != _interface(torch.__version__):
         return f"they were compiled for torch {record['torch']}, this is torch {torch.__version__}"
     return None
+
+
+def _interface(version: str) -> str:
+    """What versions of torch share that have one binary interface: 2.13.0, 2.13.1 and 2.13.0+cpu.
+
+    What is built ahead of a release, such as 2.13.0a0+git1, has its own.
+    """
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+.*)?", version)
+    return release[1] if release else version
 
 
 def _missing(info: dict[str, Any], without_cuda: str | None) -> list[str]:

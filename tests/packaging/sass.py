@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which(
@@ -30,6 +32,7 @@ def _disassembler() -> str | None:
 
 
 CUOBJDUMP = _disassembler()
+FOLDER = tempfile.TemporaryDirectory()  # of object files, removed at the session's end
 WHAT_LACKS = "nvcc, on PATH or in CUDA_HOME" if not NVCC else "nvidia-cuda-cuobjdump and -nvdisasm"
 
 # Opcodes, as `Kernel.places` takes them.
@@ -39,6 +42,17 @@ SHUFFLE = "SHFL"
 LOAD, STORE, SHARED_STORE = "LDG", "STG", "STS"  # of global memory, of shared memory
 COPY = "LDGSTS"  # cp.async, from global to shared memory
 PREFETCH = "UBLKPF"  # cp.async.bulk.prefetch
+
+# Compiled by default: kernels that include what decoding shares with the CPU, and glue.
+QUICK = {"decode_rows.cu", "linear_rows.cpp"}
+
+
+def slow_but_few(sources: list[Path]) -> list[object]:
+    """Sources, as cases of a test."""
+    return [
+        pytest.param(path, id=path.name, marks=[] if path.name in QUICK else [pytest.mark.slow])
+        for path in sources
+    ]
 
 
 @dataclass(frozen=True)
@@ -58,27 +72,19 @@ class Kernel:
 
     def places(self, *opcodes: str) -> list[int]:
         """Where in the code the instructions are that begin with any of these opcodes."""
-        return [place for place, text in enumerate(self.code) if _is_any_of(text, opcodes)]
-
-
-def _is_any_of(text: str, opcodes: tuple[str, ...]) -> bool:
-    return any(re.match(re.escape(opcode) + r"\b", text) for opcode in opcodes)
+        pattern = re.compile(rf"({'|'.join(map(re.escape, opcodes))})\b")
+        return [place for place, text in enumerate(self.code) if pattern.match(text)]
 
 
 @functools.cache
 def compiled(path: Path, architecture: str) -> tuple[Path, str]:
     """Compiles a source, once per session: the object file, and what the assembler reports."""
-    folder = tempfile.TemporaryDirectory()
-    _folders.append(folder)
-    target = Path(folder.name, path.stem + ".o")
+    target = Path(FOLDER.name, f"{path.stem}-{architecture}.o")
     command = [str(NVCC), "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings", f"-I{CSRC}", "-c", str(path), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target, done.stderr
-
-
-_folders: list[tempfile.TemporaryDirectory[str]] = []  # removed at the session's end
 
 
 def used_by_kernels(report: str) -> dict[str, Used]:
@@ -96,27 +102,22 @@ def used_by_kernels(report: str) -> dict[str, Used]:
 
 
 @functools.cache
-def kernels_of(source: str) -> tuple[Kernel, ...]:
-    """The kernels of csrc/cuda/<source> as machine code for compute capability 9.0."""
-    target, report = compiled(CSRC / "cuda" / source, "90")
+def kernels_of(source: Path) -> tuple[Kernel, ...]:
+    """The kernels of a source as machine code for compute capability 9.0."""
+    target, report = compiled(source, "90")
     command = [str(CUOBJDUMP), "-sass", str(target)]
     path = f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}"  # nvdisasm is beside it
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
     )
-    return kernels_in(done.stdout, used_by_kernels(report))
-
-
-def kernels_in(listing: str, used: dict[str, Used]) -> tuple[Kernel, ...]:
+    used = used_by_kernels(report)
     instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;")
-    _, *parts = re.split(r"Function : (?=\w+)", listing)
-    named = [(names_and_types(part.split(maxsplit=1)[0]), part) for part in parts]
-    return tuple(
-        Kernel(
-            name, used[name], tuple(" ".join(text.split()) for text in instruction.findall(part))
-        )
-        for name, part in named
-    )
+    found = []
+    for listing in re.split(r"Function : (?=\w+)", done.stdout)[1:]:
+        name = names_and_types(listing.split(maxsplit=1)[0])
+        code = tuple(" ".join(text.split()) for text in instruction.findall(listing))
+        found.append(Kernel(name, used[name], code))
+    return tuple(found)
 
 
 def names_and_types(mangled: str) -> str:

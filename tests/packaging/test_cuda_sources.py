@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.packaging.sass import CSRC, NVCC, ROOT, Used, compiled, used_by_kernels
+from tests.packaging.sass import CSRC, NVCC, ROOT, compiled, slow_but_few, used_by_kernels
 
 KERNELS = sorted(CSRC.glob("cuda/*.cu"))
 GLUE = sorted(
@@ -23,16 +23,6 @@ GLUE = sorted(
     if re.search('MBLM_CUDA|kCuda|#include "cuda/', path.read_text())
 )
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-
-# Compiled by default: kernels that include what decoding shares with the CPU, and glue.
-QUICK = {"decode_rows.cu", "linear_rows.cpp"}
-
-
-def slow_but_few(paths: list[Path]) -> list[object]:
-    return [
-        pytest.param(path, id=path.name, marks=[] if path.name in QUICK else [pytest.mark.slow])
-        for path in paths
-    ]
 
 
 def test_there_are_kernels_and_glue() -> None:
@@ -65,16 +55,6 @@ def test_kernels_live_in_registers(path: Path, architecture: str) -> None:
         if (used.spilled or used.stack) and "double" not in name
     }
     assert not spilling
-
-
-def test_the_report_is_read() -> None:
-    report = """
-ptxas info    : Compiling entry function '_Z1fv' for 'sm_90'
-ptxas info    : Function properties for _Z1fv
-    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 40 registers, used 0 barriers
-"""
-    assert list(used_by_kernels(report).values()) == [Used(registers=40, stack=8, spilled=4)]
 
 
 @pytest.mark.skipif(not CXX, reason="no C++ compiler on this machine")

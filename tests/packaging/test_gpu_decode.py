@@ -3,8 +3,8 @@
 import os
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
+import gpu_decode
 import pytest
 
 from tests.packaging.sass import NVCC, ROOT
@@ -39,16 +39,8 @@ int main() {
 """
 
 
-@pytest.fixture
-def gpu_decode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu_decode
-
-    return gpu_decode
-
-
 @pytest.mark.skipif(not NVCC, reason="no CUDA toolkit: nvcc is neither on PATH nor in CUDA_HOME")
-def test_lower_rungs_launch_without_what_they_lack(gpu_decode: ModuleType, tmp_path: Path) -> None:
+def test_lower_rungs_launch_without_what_they_lack(tmp_path: Path) -> None:
     """Programmatic launches are told by attribute 6, clusters by 4."""
     runtime, program = tmp_path / "libcudart.so.13", tmp_path / "program"
     Path(tmp_path, "runtime.cpp").write_text(RUNTIME)

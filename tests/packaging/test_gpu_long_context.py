@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from gpu_long_context import longest
 
 from tests import fresh
 
@@ -16,14 +16,6 @@ del sys.argv[0]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-@pytest.fixture
-def longest(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_long_context
-
-    return gpu_long_context.longest
 
 
 class Step:
@@ -37,26 +29,26 @@ class Step:
 
 
 @pytest.mark.parametrize("room", [1, 63, 64, 1000, 1023, 50_000])
-def test_finds_what_fits_to_a_sixteenth(longest: Any, room: int) -> None:
+def test_finds_what_fits_to_a_sixteenth(room: int) -> None:
     results, ended = longest(Step(room), 64, None, 60)
     best = max(result["bytes"] for result in results if result["fits"])
     assert best <= room < best * (1 + 1 / 16) + 1
     assert ended == "the next length tried does not fit"
 
 
-def test_ends_where_nothing_fits(longest: Any) -> None:
+def test_ends_where_nothing_fits() -> None:
     results, ended = longest(Step(0), 8, None, 60)
     assert [result["bytes"] for result in results] == [8, 4, 2, 1]
     assert ended == "nothing fits"
 
 
-def test_tries_none_beyond_the_most(longest: Any) -> None:
+def test_tries_none_beyond_the_most() -> None:
     results, ended = longest(Step(10**9), 10, 35, 60)
     assert [result["bytes"] for result in results] == [10, 20, 35]
     assert "35 bytes" in ended
 
 
-def test_begins_no_step_that_would_last_too_long(longest: Any) -> None:
+def test_begins_no_step_that_would_last_too_long() -> None:
     results, ended = longest(Step(10**9, per_byte=1), 10, None, 35)
     assert [result["bytes"] for result in results] == [10, 20]
     assert "no time" in ended
@@ -70,9 +62,3 @@ def test_a_tiny_run_writes_its_figures(tmp_path: Path) -> None:
     assert figures["longest_bytes"] == 900
     assert [step["bytes"] for step in figures["steps"]] == [900]
     assert all(step["fits"] and step["loss"] > 0 for step in figures["steps"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_says_that_there_is_no_gpu() -> None:
-    done = fresh.run(RUN, BENCHMARKS / "gpu_long_context.py")
-    assert done.returncode == 1 and "no GPU" in done.stderr

@@ -6,6 +6,7 @@ while a kernel waits holds only if it holds here.
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
@@ -23,24 +24,19 @@ from tests.packaging.sass import (
     WAIT,
     WHAT_LACKS,
     Kernel,
-    Used,
-    kernels_in,
     kernels_of,
+    slow_but_few,
 )
 
+CUDA = CSRC / "cuda"
 needs_tools = pytest.mark.skipif(not (NVCC and CUOBJDUMP), reason=f"lacks {WHAT_LACKS}")
 # The sources of a unit of decoding, whose kernels begin before those ahead of them have ended.
-DECODING = [path.name for path in sorted(CSRC.glob("cuda/decode_*.cu")) if "graph" not in path.name]
-QUICK = {"decode_rows.cu"}
-
-
-def slow_but_few(names: list[str]) -> list[object]:
-    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+DECODING = [path for path in sorted(CUDA.glob("decode_*.cu")) if "graph" not in path.name]
 
 
 @needs_tools
 @pytest.mark.parametrize("source", slow_but_few(DECODING))
-def test_nothing_is_written_before_the_kernels_ahead_have_ended(source: str) -> None:
+def test_nothing_is_written_before_the_kernels_ahead_have_ended(source: Path) -> None:
     for kernel in kernels_of(source):
         waits, stores = kernel.places(WAIT), kernel.places(STORE)
         assert waits, f"{kernel.name} does not wait"
@@ -48,7 +44,7 @@ def test_nothing_is_written_before_the_kernels_ahead_have_ended(source: str) -> 
 
 
 def products() -> list[Kernel]:
-    return [*kernels_of("decode_product.cu"), *kernels_of("decode_product_mma.cu")]
+    return [*kernels_of(CUDA / "decode_product.cu"), *kernels_of(CUDA / "decode_product_mma.cu")]
 
 
 @pytest.mark.slow
@@ -90,7 +86,7 @@ def test_blocks_of_the_next_product_fit_beside_those_that_run() -> None:
 @pytest.mark.slow
 def test_attention_asks_for_keys_and_values_at_once() -> None:
     """Those of the four positions that a warp takes at a time, before the first is summed up."""
-    for kernel in kernels_of("decode_attention.cu"):
+    for kernel in kernels_of(CUDA / "decode_attention.cu"):
         components = int(re.findall(r"cached_attention<[^0-9]*(\d+)", kernel.name)[0])  # of a lane
         first_sum = min(kernel.places(SHUFFLE))
         begin = max(place for place in kernel.places(BARRIER) if place < first_sum)
@@ -98,31 +94,11 @@ def test_attention_asks_for_keys_and_values_at_once() -> None:
         assert len(loads) == 2 * 4 * components
 
 
-def test_a_listing_is_read() -> None:
-    listing = """
-        Function : _Z1fPf
-    .headerflags    @"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90"
-        /*0000*/                   LDC R1, c[0x0][0x28] ;     /* 0x00000a00ff017b82 */
-                                                              /* 0x000fe20000000800 */
-        /*0010*/              @!P1 LDG.E.128 R4, desc[UR4][R2.64+0x10] ;  /* 0x0 */
-        /*0020*/                   ACQBULK ;                  /* 0x0 */
-        Function : _Z1gv
-        /*0000*/                   EXIT ;                     /* 0x0 */
-"""
-    used = Used(registers=8, stack=0, spilled=0)
-    first, second = kernels_in(
-        listing, {"f(float*)": used, "_Z1fPf": used, "g()": used, "_Z1gv": used}
-    )
-    assert first.code[1] == "LDG.E.128 R4, desc[UR4][R2.64+0x10]"
-    assert first.places("LDG") == [1] and first.places("LDGSTS", "LD") == []
-    assert (first.places(WAIT), second.code) == ([2], ("EXIT",))
-
-
 @pytest.mark.slow
 @needs_tools
 def test_a_slice_of_ssd_is_loaded_at_once_while_another_is_multiplied() -> None:
     """On tensor cores: no load waits for another, and none is waited for before the products."""
-    of_both_passes = [*kernels_of("ssd.cu"), *kernels_of("ssd_gradients.cu")]
+    of_both_passes = [*kernels_of(CUDA / "ssd.cu"), *kernels_of(CUDA / "ssd_gradients.cu")]
     kernels = [kernel for kernel in of_both_passes if "TensorTile" in kernel.name]
     assert len(kernels) == 14
     assert all(kernel.places("HMMA") for kernel in kernels)
