@@ -53,6 +53,8 @@ def check_like_ids(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) ->
         return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
+    if tensor.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
     if tensor.shape != ids.shape:
         raise ValueError(
             f"{name}: expected the shape of input_ids {tuple(ids.shape)}, got {tuple(tensor.shape)}"

@@ -35,9 +35,7 @@ def launch(
     """Train an experiment in this process, or with torchrun's launcher in several.
 
     Args:
-        file: The experiment's YAML file.
-        settings: Fields to replace, as for `load_experiment`.
-        resume: What to resume from, as for `load_experiment`.
+        file, settings, resume: As for `load_experiment`.
         imports: Modules that register blocks and datasets of the user's, imported by every worker.
         nproc: Processes on this machine. Default: the number of GPUs, or 1.
         nnodes: Machines, each of which runs this with the same arguments. Default 1.
@@ -117,11 +115,8 @@ def _run_workers(
             rank, failure = failed.get_first_failure()
             status = failure.exitcode
             if status != EXIT_INTERRUPTED:
-                said = (
-                    failure.message["message"]
-                    if isinstance(failure.message, dict)
-                    else failure.message
-                )
+                said = failure.message
+                said = said["message"] if isinstance(said, dict) else said
                 print(f"mblm: error: rank {rank}: {said}", file=sys.stderr)
             raise SystemExit(128 - status if status < 0 else status) from None
         finally:

@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -21,7 +21,6 @@ from mblm.data.dataset.byte_files import ByteFiles
 from mblm.data.dataset.clevr import Clevr
 from mblm.data.dataset.pg19 import PG19
 from mblm.data.dataset.pg19_masked import PG19Masked
-from mblm.data.datasets import DistributedDataset
 from mblm.data.types import BatchMaskedForMLM, BatchWithLossMask, ModelMode
 from mblm.inference.score import Score
 from mblm.model.config import MBLMEncoderModelConfig, MBLMModelConfig, MBLMReturnType
@@ -92,33 +91,16 @@ class TrainMaskedEntryConfig(
     """The configuration of a run that trains an MBLM encoder."""
 
 
-EntryConfig = TypeVar("EntryConfig", contravariant=True)
-Batch = TypeVar("Batch")
 Class = TypeVar("Class")
 
 
-class TrainerDataset(Protocol[EntryConfig, Batch]):
-    """What a dataset must have to be named in a configuration, beside `DistributedDataset`'s."""
-
-    @staticmethod
-    def from_train_entry_config(
-        config: EntryConfig, mode: ModelMode, worker_id: int, num_workers: int
-    ) -> "DistributedDataset[Batch]":  # type: ignore[type-var,unused-ignore]
-        """One part of the dataset, or a worker's share of it; None if there is no test part."""
-        ...
-
-    @staticmethod
-    def supports_test_mode() -> bool:
-        """Whether there may be a test part with answers."""
-        ...
-
-
-MBLMTrainerDatasetImpl = TrainerDataset[TrainEntryConfig, BatchWithLossMask]
-MaskedMBLMTrainerDatasetImpl = TrainerDataset[TrainMaskedEntryConfig, BatchMaskedForMLM]
-
-
 class DatasetRegistry(dict[str, Any]):
-    """Classes of datasets by the names that configurations use."""
+    """Classes of datasets by the names that configurations use.
+
+    A class is a `DistributedDataset` with two static methods more. ``from_train_entry_config(
+    config, mode, worker_id, num_workers)`` gives a part of the data, or a worker's share of it;
+    ``supports_test_mode()`` tells whether there is a part to test on.
+    """
 
     def register(self, dataset_id: str) -> Callable[[type[Class]], type[Class]]:
         """Register a class by a name, which is then this class's.

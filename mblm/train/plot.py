@@ -22,14 +22,8 @@ class Curves:
     """What a run logged: lists of ``(elements seen, value)``, the training of all workers together.
 
     Of a run of the published package, which has a ``loss.csv`` only, it is that of the first rank.
-
-    Attributes:
-        name: Name of the run.
-        train: Training loss in bits per byte.
-        valid: Validation loss in bits per byte.
-        learning_rate: The learning rate.
-        speed: Elements a second.
-        seconds: Seconds that it had trained for, without what lies between a stop and a resume.
+    Losses are in bits per byte, speed in elements a second, and seconds those that it had trained
+    for, without what lies between a stop and a resume.
     """
 
     name: str

@@ -129,14 +129,8 @@ def load_checked_state(
     """Load weights into a model that they fit exactly; otherwise the model is left as it was.
 
     Names may be those of an older release, which the model's ``migrate_state_dict`` renames, and
-    those of a model any part of which is or was replaced by ``torch.compile`` of itself.
-
-    Args:
-        file: Where the weights come from, for error messages.
-        state: The weights, by the names of the model's state dict.
-        model: The module to load into.
-        extend: As ``map_extend_embeddings`` of `load_model_state`.
-        messages: Gets a line for every tensor that was extended.
+    those of a model any part of which is or was replaced by ``torch.compile`` of itself. ``file``
+    is for error messages, ``extend`` is ``map_extend_embeddings`` of `load_model_state`.
     """
     own = model.state_dict()
     own_names = {_uncompiled(name): name for name in own}
@@ -163,6 +157,8 @@ def _uncompiled(name: str) -> str:
 
 
 def _read(file: File, map_location: "MAP_LOCATION | None") -> tuple[StateDict, float]:
+    if isinstance(map_location, str):
+        torch.device(map_location)  # whose own words are clear
     try:
         content = torch.load(file, map_location, weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
@@ -229,16 +225,9 @@ def _check_fit(file: File, state: StateDict, expected: StateDict, model_name: st
     for key, want in expected.items():
         if key not in state or not isinstance(want, torch.Tensor):
             continue  # the latter: extra state, which only its module can judge
-        if torch.nn.parameter.is_lazy(want):
-            continue
         got = state[key]
-        if want.is_meta:
-            mismatches.append(f"{key}: the model's is on the meta device, which holds no values")
-        elif not _is_dense(got):
-            kind = type(got).__name__
-            is_meta = isinstance(got, torch.Tensor) and got.is_meta
-            got_kind = f"{kind} without values (meta)" if is_meta else kind
-            mismatches.append(f"{key}: expected a dense tensor, got {got_kind}")
+        if not _is_dense(got):
+            mismatches.append(f"{key}: expected a dense tensor, got {type(got).__name__}")
         elif got.shape != want.shape:
             mismatches.append(f"{key}: expected {tuple(want.shape)}, got {tuple(got.shape)}")
         elif not torch.can_cast(got.dtype, want.dtype):
@@ -259,7 +248,6 @@ def _check_finite(file: File, state: StateDict, model: torch.nn.Module) -> None:
         key
         for name, weight in model.named_parameters(remove_duplicate=False)
         if (key := _uncompiled(name)) in state
-        and not torch.nn.parameter.is_lazy(weight)
         and not torch.isfinite(state[key].to(weight.dtype)).all()
     ]
     if bad:

@@ -1,4 +1,4 @@
-"""Keep others from a folder while one works in it: other processes and other threads of this."""
+"""Keep others from a folder while one works in it: other processes, and another part of this."""
 
 import os
 from collections.abc import Iterator
@@ -11,34 +11,29 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 # A process's own locks never keep itself out, and are gone when it closes any handle of the file.
-_held: dict[tuple[int, str], object] = {}
+_held: set[str] = set()
 
 
 @contextmanager
 def hold(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a file that nobody else gets from here while the block runs.
-
-    Args:
-        path: The file, which is made if it is not there.
-        refusal: What to say if another has it.
+    """Hold a file, which is made if missing, that nobody else gets from here while the block runs.
 
     Raises:
-        ValueError: Another has it.
+        ValueError: Another has it; the message is the refusal.
     """
-    file_here, ours = (os.getpid(), os.path.realpath(path)), object()
-    try:
-        if _held.setdefault(file_here, ours) is not ours:
-            raise ValueError(refusal)
-        with path.open("ab") as file:
-            try:
-                if fcntl is not None:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(refusal) from None
-            except OSError:
-                pass  # a file system without locks
+    name = os.path.realpath(path)
+    if name in _held:
+        raise ValueError(refusal)
+    with path.open("ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(refusal) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            _held.add(name)
             yield
-    finally:
-        # Nothing is called, after which an interrupt could come.
-        if file_here in _held and _held[file_here] is ours:
-            del _held[file_here]
+        finally:
+            _held.discard(name)

@@ -1,19 +1,7 @@
 """Loggers that write to a file or to stderr in one format."""
 
 import logging
-import sys
 from pathlib import Path
-
-from typing_extensions import override
-
-
-class _LogFile(logging.FileHandler):
-    """A file that takes no more, as on a full disk, is no error of what is logged."""
-
-    @override
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
 
 
 def create_logger(
@@ -41,7 +29,7 @@ def create_logger(
         path = Path(log_dir, f"{name}.log").absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Names of files need not be text.
-        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         destination = str(path)
     else:
         destination, handler = "stderr", logging.StreamHandler()

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from mblm.utils.checks import check_integer
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -23,9 +25,10 @@ def retry(
         None when all have failed.
 
     Raises:
+        TypeError: `num_retries` is no integer.
         ValueError: `num_retries` is negative.
     """
-    if num_retries < 0:
+    if check_integer("num_retries", num_retries) < 0:
         raise ValueError(f"num_retries must be at least 0, got {num_retries}")
 
     def decorate(function: Callable[P, T]) -> Callable[P, T | None]:

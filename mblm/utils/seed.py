@@ -1,11 +1,12 @@
 """Seed every random number generator a program may draw from."""
 
-import operator
 import random
 from typing import SupportsIndex
 
 import numpy as np
 import torch
+
+from mblm.utils.checks import check_integer
 
 
 def seed_everything(seed: SupportsIndex) -> None:
@@ -18,10 +19,7 @@ def seed_everything(seed: SupportsIndex) -> None:
         TypeError: `seed` is not an integer.
         ValueError: `seed` is out of range.
     """
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer, got {seed!r}") from None
+    value = check_integer("seed", seed)
     if not 0 <= value < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {value}")
     torch.manual_seed(value)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from operator import itemgetter
 from typing import Generic, SupportsFloat, TypeVar
 
+from mblm.utils.checks import check_integer
+
 T = TypeVar("T")
 
 
@@ -27,11 +29,12 @@ class TopN(Generic[T]):
         top_largest: Keep the items with the largest values instead.
 
     Raises:
+        TypeError: `n` is no integer.
         ValueError: `n` is negative.
     """
 
     def __init__(self, n: int, *, deep_copy: bool = False, top_largest: bool = False) -> None:
-        if n < 0:
+        if check_integer("n", n) < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         self._capacity = n
         self._deep_copy = deep_copy

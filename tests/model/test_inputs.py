@@ -101,6 +101,8 @@ def test_an_unsigned_id_outside_the_vocabulary_is_named(value: int, dtype: torch
 def test_a_loss_mask_may_be_of_any_type(dtype: torch.dtype) -> None:
     ids, mask = draw_ids(2, 13), (torch.arange(26).view(2, 13) % 3 > 0).to(dtype)
     torch.testing.assert_close(DECODER(ids, loss_mask=mask), DECODER(ids, loss_mask=mask.float()))
+    with pytest.raises(TypeError, match=r"loss_mask: expected real numbers, got torch\.complex64"):
+        DECODER(ids, loss_mask=mask.cfloat())
 
 
 @pytest.mark.parametrize("m", [DECODER, ENCODER], ids=["decoder", "encoder"])

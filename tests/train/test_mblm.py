@@ -55,13 +55,6 @@ def test_a_model_of_bytes(tmp_path, fields):
     assert "bits per byte" in (run / "train.log").read_text()
 
 
-def test_bfloat16_on_a_cpu(tmp_path, fields):
-    fields["train"] |= {"precision": "bfloat16", "target_elements": 16 * 2 * 2}
-    train_mblm(TrainEntryConfig.model_validate(fields))
-    kinds = [row[2] for row in jobs.losses(run_of(tmp_path))]
-    assert kinds.count("valid") == 2 and kinds.count("test") == 1
-
-
 def test_a_batch_weighs_its_entries_that_have_loss(fields):
     trainer = MegabyteTrainer(
         TrainEntryConfig.model_validate(fields),

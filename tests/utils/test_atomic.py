@@ -107,8 +107,3 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
         atomic_write(path),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_an_error_that_says_its_own_words_keeps_them(tmp_path):
-    with pytest.raises(OSError, match=r"^the reader is gone$"), atomic_write(tmp_path / "file"):
-        raise OSError("the reader is gone")

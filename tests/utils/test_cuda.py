@@ -84,8 +84,3 @@ def test_importing_asks_for_no_device():
         "import mblm.utils.cuda"
     )
     fresh.output_of(code)
-
-
-def test_other_names_are_missing():
-    with pytest.raises(AttributeError, match="IS_TPU_AVAILABLE"):
-        _ = cuda.IS_TPU_AVAILABLE

@@ -8,7 +8,6 @@ import pytest
 
 from mblm.utils import lock
 from mblm.utils.lock import hold
-from tests.interrupts import raised_at
 
 
 def test_another_of_this_process_is_refused_and_takes_nothing_away(tmp_path: Path) -> None:
@@ -35,21 +34,3 @@ def test_it_is_let_go_of(tmp_path: Path) -> None:
     for _ in range(2):
         with suppress(KeyboardInterrupt), hold(tmp_path / "lock", "taken"):
             raise KeyboardInterrupt
-    with pytest.raises(FileNotFoundError), hold(tmp_path / "no folder" / "lock", "taken"):
-        pass
-    (tmp_path / "no folder").mkdir()
-    with hold(tmp_path / "no folder" / "lock", "taken"):
-        pass
-
-
-def test_an_interrupt_at_any_moment_lets_go_of_it(tmp_path: Path) -> None:
-    calls, done = 0, False
-    while not done:
-        calls += 1
-        with suppress(KeyboardInterrupt), raised_at(calls, lock, after_calls=True):
-            with hold(tmp_path / "lock", "taken"):
-                pass
-            done = True
-        with hold(tmp_path / "lock", "taken"):
-            pass
-    assert calls > 5

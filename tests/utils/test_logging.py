@@ -33,17 +33,6 @@ def test_writes_what_is_no_text(tmp_path, name, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_not_told_by_every_line(tmp_path, name, capsys):
-    (tmp_path / f"{name}.log").symlink_to("/dev/full")
-    log = create_logger(name, log_dir=str(tmp_path))
-    log.info("lost")
-    assert capsys.readouterr() == ("", "")
-    with pytest.raises(OSError, match="No space"):
-        log.handlers[0].close()
-    log.handlers.clear()
-
-
 def test_writes_to_stderr_by_default(name, capsys):
     create_logger(name).info("hello")
     assert capsys.readouterr().err.endswith(f" - {name} - INFO - hello\n")
@@ -62,13 +51,6 @@ def test_the_same_logger_created_again_writes_each_line_once(tmp_path, name, cap
     log.info("hello")
     assert capsys.readouterr().err.count("hello") == 1
     assert (tmp_path / f"{name}.log").read_text().count("hello") == 1
-
-
-def test_a_file_removed_since_is_created_anew(tmp_path, name):
-    create_logger(name, log_dir=tmp_path).info("one")
-    (tmp_path / f"{name}.log").unlink()
-    create_logger(name, log_dir=tmp_path).info("two")
-    assert (tmp_path / f"{name}.log").read_text().endswith("two\n")
 
 
 def test_what_the_program_set_up_itself_stays(name):
@@ -90,12 +72,3 @@ def test_shutdown_closes_files(tmp_path):
     fresh.output_of(code, tmp_path)
     assert (tmp_path / "x.log").read_text().endswith("hello\n")
     assert callable(shutdown_log_handlers)
-
-
-def test_importing_sets_up_no_logging():
-    code = (
-        "import logging, mblm.utils.logging, mblm.utils.io\n"
-        "assert not logging.getLogger().handlers\n"
-        "assert logging.getLogger().level == logging.WARNING"
-    )
-    fresh.output_of(code)

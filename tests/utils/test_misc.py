@@ -39,6 +39,8 @@ def test_an_interrupt_is_not_retried():
         work()
 
 
-def test_a_negative_number_is_refused():
+def test_what_is_no_number_of_retries_is_refused():
+    with pytest.raises(TypeError, match="num_retries: expected an integer, got '3'"):
+        retry("3")
     with pytest.raises(ValueError, match="num_retries must be at least 0, got -1"):
         retry(-1)

@@ -23,12 +23,12 @@ def test_the_same_seed_draws_the_same_numbers(seed):
 
 
 @pytest.mark.parametrize(
-    "seed, error", [(-1, ValueError), (2**32, ValueError), (1.0, TypeError), (None, TypeError)]
+    "seed, error", [(-1, ValueError), (2**32, ValueError), (1.0, TypeError), (True, TypeError)]
 )
 def test_a_bad_seed_changes_no_generator(seed, error):
     seed_everything(1)
     expected = draw()
     seed_everything(1)
-    with pytest.raises(error, match="seed must be"):
+    with pytest.raises(error, match="seed"):
         seed_everything(seed)
     assert draw() == expected

@@ -60,6 +60,8 @@ def test_copies_only_if_asked_to():
     assert torch.equal(copied.get_top()[0][1]["w"], torch.zeros(2))
 
 
-def test_a_negative_size_is_refused():
+def test_what_is_no_size_is_refused():
+    with pytest.raises(TypeError, match="n: expected an integer, got '3'"):
+        TopN("3")
     with pytest.raises(ValueError, match="n must be at least 0, got -1"):
         TopN(-1)

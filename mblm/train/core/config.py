@@ -237,13 +237,8 @@ class SummaryStats(BaseModel):
 class DataLineage(BaseModel):
     """What data are; `DistributedDataset.lineage` tells the files.
 
-    Attributes:
-        dataset: The class.
-        first: The sizes of the first hundred files by their names.
-        size: The elements of this part, or its samples.
-        in_samples: Whether it is samples that are counted.
-        files, total: The number of files and their sizes together.
-        digest: SHA-256 of all names and sizes.
+    The ``size`` is in elements or ``in_samples``. Of the files there are their number, the total of
+    their sizes, those of the first hundred by name, and SHA-256 of all names and sizes.
     """
 
     dataset: str
@@ -256,14 +251,7 @@ class DataLineage(BaseModel):
 
 
 class Lineage(BaseModel):
-    """What a run was made of.
-
-    Attributes:
-        package: The version of this package.
-        stages: The type of each stage, such as which Mamba.
-        seed: The seed, the one that was drawn if none was given.
-        training_data, validation_data: What it was trained and validated on.
-    """
+    """What a run was made of: the package's version, the type of each stage, the seed, the data."""
 
     package: str
     stages: list[str]

@@ -1,10 +1,10 @@
 """The mean loss over batches, shared out among the workers."""
 
 import math
-import signal
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,9 +14,6 @@ from mblm.data.datasets import DistributedDataset
 from mblm.train.core.interrupt import start_loading
 from mblm.train.core.parallel import Workers
 from mblm.train.core.sampling import EpochBatches
-
-Stop: TypeAlias = Callable[[], signal.Signals | None]
-"""Asked between two batches: the signal to stop for."""
 
 
 class Evaluation(NamedTuple):
@@ -49,21 +46,8 @@ class Evaluation(NamedTuple):
         return ""
 
 
-class EvaluationStoppedError(Exception):
-    """Signals came between two batches; on all workers after the same one."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"stopped by {number.name}")
-        self.number = number
-
-
 class Sources:
-    """The loaders that a model is evaluated with: one for each source of a mixture, or just one.
-
-    Args:
-        dataset: The data, a `Mixture` or any other.
-        make_loader: Makes the loader of a dataset.
-    """
+    """The loaders that a model is evaluated with: one for each source of a mixture, or just one."""
 
     def __init__(
         self,
@@ -121,23 +105,14 @@ def evaluate(
     max_batches: int | None,
     in_step: bool,
     show: Callable[[range], Any] = iter,
-    stop: Stop = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """The mean of the batches' losses, weighted; each worker takes every ``world_size``-th.
 
-    Args:
-        forward: The loss of a batch, a scalar.
-        count: The weight of a batch: how many of its entries have loss.
-        loader: Gives this worker its batches, or every worker all of them.
-        workers: The workers.
-        max_batches: At most how many batches to take, all workers together.
-        in_step: Whether all workers must call ``forward`` equally often, as they do with FSDP.
-        show: Wraps the numbers of a worker's batches, as a progress bar does.
-        stop: Asked after each but the last, by all workers equally often: the signal to stop for.
-
-    Raises:
-        EvaluationStoppedError: There was one.
-        ValueError: There is no batch.
+    ``forward`` gives a batch's loss, ``count`` its weight: how many of its entries have loss. With
+    ``in_step``, all workers call ``forward`` equally often, as they must with FSDP. ``show`` wraps
+    the numbers of a worker's batches, as a progress bar does; ``check``, which may raise to stop,
+    is called by all workers after each but the last. ``max_batches`` are all workers' together.
     """
     sampler: Any = loader.batch_sampler
     is_sharded = isinstance(sampler, EpochBatches) and sampler.world_size > 1
@@ -146,23 +121,28 @@ def evaluate(
     if total == 0:
         raise ValueError("no batch to evaluate on: the dataset is empty")
     mine = range(workers.rank, total, workers.world_size)
-    batches = start_loading(loader) if is_sharded else _every(loader, workers)
+    batches: Iterator[Any] = start_loading(loader)
+    if not is_sharded:
+        batches = islice(batches, workers.rank, None, workers.world_size)
     losses: list[torch.Tensor] = []  # on the device: nothing waits for them here
     weights: list[int] = []
     seconds = 0.0
     rounds = math.ceil(total / workers.world_size)
-    for number in show(range(rounds)):
-        if number < len(mine):
-            batch = next(batches)
-            start = workers.clock()
-            losses.append(forward(batch))
-            seconds += workers.clock() - start
-            weights.append(count(batch))
-        elif in_step:
-            # The others gather weights for one more batch, and need this worker's shards.
-            forward(loader.collate_fn([loader.dataset[0]]))
-        if number + 1 < rounds and (seen := stop()) is not None:
-            raise EvaluationStoppedError(seen)
+    try:
+        for number in show(range(rounds)):
+            if number < len(mine):
+                batch = next(batches)
+                start = workers.clock()
+                losses.append(forward(batch))
+                seconds += workers.clock() - start
+                weights.append(count(batch))
+            elif in_step:
+                # The others gather weights for one more batch, and need this worker's shards.
+                forward(loader.collate_fn([loader.dataset[0]]))
+            if number + 1 < rounds:
+                check()
+    finally:
+        del batches  # and the loader's processes, whoever keeps an error's frames
     values = [float(loss) for loss in losses]
     bad = [index for index, value in zip(mine, values, strict=True) if not math.isfinite(value)]
     counted = [
@@ -173,9 +153,3 @@ def evaluate(
     loss, weight = workers.sum(sum(v for v, _ in counted), sum(w for _, w in counted))
     left_out = sorted(index for of_worker in workers.gather(bad) for index in of_worker)
     return Evaluation(loss / weight if weight else math.nan, total, left_out, seconds)
-
-
-def _every(loader: "DataLoader[Any]", workers: Workers) -> Iterator[Any]:
-    for index, batch in enumerate(start_loading(loader)):
-        if index % workers.world_size == workers.rank:
-            yield batch

@@ -1,12 +1,10 @@
 """What a run is asked for while it trains, to stop and to save: by all workers at one batch."""
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -45,10 +43,7 @@ class Requests:
     Signals come to the workers at different moments. What a worker has seen by the end of a step
     is exchanged while the next one runs, so that asking costs no waiting. SIGTERM asks a run to
     stop, and so do SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 unless they are ignored, as after ``nohup``.
-
-    Args:
-        group: What the workers exchange it over; None for a single one.
-        save_every: Seconds after which to save; 0 for never.
+    After ``save_every`` seconds without a `saved`, it is time to save; 0: never.
     """
 
     def __init__(self, group: "dist.ProcessGroup | None", save_every: float) -> None:
@@ -63,7 +58,7 @@ class Requests:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # others cannot take signals
             for number in STOPS:
-                if number == signal.SIGTERM or not _is_ignored(number):
+                if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                     self._handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -79,12 +74,9 @@ class Requests:
         self._saved = time.monotonic()
 
     def after_batch(self, *, is_last: bool) -> tuple[signal.Signals | None, bool]:
-        """The signal to stop for now, and whether it is time to save; called by all workers.
-
-        Args:
-            is_last: Whether no batch follows, so that nothing needs to be exchanged.
-        """
-        number, saves = self._signal, self._is_due()
+        """The signal to stop for now, and whether it is time to save; called by all workers."""
+        is_due = 0 < self._save_every <= time.monotonic() - self._saved
+        number, saves = self._signal, is_due
         if self._group is not None:
             mine, (number, saves) = (number, saves), self._exchanged()
             if not is_last and not number:
@@ -94,12 +86,10 @@ class Requests:
                 )
         return signal.Signals(number) if number else None, bool(saves)
 
-    def stop(self) -> signal.Signals | None:
-        """The signal to stop for now, after a batch of a validation that is not the last."""
-        return self.after_batch(is_last=False)[0]
-
-    def _is_due(self) -> bool:
-        return 0 < self._save_every <= time.monotonic() - self._saved
+    def check(self, place: str) -> None:
+        """Raise `TrainingInterrupted` if it is to stop now, between two batches of a validation."""
+        if number := self.after_batch(is_last=False)[0]:
+            raise TrainingInterrupted(f"Stopped by {number.name} {place}")
 
     def _exchanged(self) -> tuple[int, bool]:
         if self._exchange is None:
@@ -110,10 +100,6 @@ class Requests:
         return number, bool(saves)
 
 
-def _is_ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) == signal.SIG_IGN
-
-
 def start_loading(loader: "DataLoader[T]") -> Iterator[T]:
     """Iterate over a loader whose processes live on when a signal reaches the whole process group.
 
@@ -122,9 +108,7 @@ def start_loading(loader: "DataLoader[T]") -> Iterator[T]:
     if not loader.num_workers or not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
     if not isinstance(loader.worker_init_fn, _LoaderProcess):
-        context = loader.multiprocessing_context or multiprocessing.get_context()
-        loader.worker_init_fn = process = _LoaderProcess(context, loader.worker_init_fn)
-        Finalize(loader, process.end, exitpriority=0)  # before multiprocessing ends all
+        loader.worker_init_fn = _LoaderProcess(loader.worker_init_fn)
     # Blocked signals are so for the processes, too, from their start.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
@@ -134,20 +118,11 @@ def start_loading(loader: "DataLoader[T]") -> Iterator[T]:
 
 
 class _LoaderProcess:
-    """What a loader's process does first: from now on only its owner can end it by SIGTERM.
+    """What a loader's process does first: from now on only its owner can end it by SIGTERM."""
 
-    Of two such signals that come before one is taken, the system keeps the first alone. So the
-    owner notes that all is over before it sends its own.
-    """
-
-    def __init__(self, context: Any, init: Callable[[int], None] | None) -> None:
+    def __init__(self, init: Callable[[int], None] | None) -> None:
         self._owner = os.getpid()
         self._init = init
-        self._is_over = context.RawValue("b", 0)
-
-    def end(self) -> None:
-        """Let the next SIGTERM be taken for the owner's, whoever sends it."""
-        self._is_over.value = 1
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # not so from a server that was there
@@ -157,6 +132,5 @@ class _LoaderProcess:
 
     def _wait(self) -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != self._owner:
-            if self._is_over.value:
-                break
+            pass
         os._exit(0)

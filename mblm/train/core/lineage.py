@@ -5,16 +5,8 @@ from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel
-
 from mblm.data.datasets import DistributedDataset
-from mblm.train.core.config import (
-    CoreIoConfig,
-    CoreTrainConfig,
-    DataLineage,
-    GenericEntryConfig,
-    Lineage,
-)
+from mblm.train.core.config import DataLineage, GenericEntryConfig, Lineage
 from mblm.train.core.parallel import Workers
 
 Facts: TypeAlias = dict[str, Any]
@@ -33,6 +25,7 @@ _FIXED = (
     "train.loss_average",
     "train.optimizer",
     "train.seed",
+    "optimizer",
     "io.name_model",
     "io.dataset_id",
     "io.dataset_args",
@@ -68,9 +61,6 @@ def check_same_on_all(facts: Facts, workers: Workers) -> None:
     """Refuse workers that do not train the same: they would diverge, or wait without end.
 
     Folders may be others on another machine. Returns when all workers have come here.
-
-    Raises:
-        ValueError: On all workers: what differs between the main one and another.
     """
     of_all = workers.gather({n: value for n, value in facts.items() if n not in _OF_A_MACHINE})
     for rank, of_rank in enumerate(of_all):
@@ -83,12 +73,11 @@ def check_same_on_all(facts: Facts, workers: Workers) -> None:
 def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: bool) -> list[str]:
     """Compare a run with the one that a training state is of; returns what has changed since.
 
-    If it does not go on exactly, batches and steps may have another size.
-
-    Raises:
-        ValueError: Something has changed that the state's numbers depend on.
+    What the state's numbers depend on is refused; but the sizes of batches and steps only if the
+    run is to go on exactly.
     """
-    changes = _changes(_with_defaults(before), now)
+    known = {_field_of(name) for name in before}  # a version before this one had fewer fields
+    changes = _changes(before, {n: value for n, value in now.items() if _field_of(n) in known})
     names = _FIXED if exact else [name for name in _FIXED if name not in _OF_A_STEP]
     refused = [n for n in changes if any(f"{n}.".startswith(f"{fixed}.") for fixed in names)]
     refused.sort(key=lambda name: ".first." not in name)  # the names of files say most
@@ -101,16 +90,8 @@ def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: boo
     return list(changes.values())
 
 
-def _with_defaults(before: Facts) -> Facts:
-    """The facts of a state, with the fields that a version before this one had not."""
-    parts: dict[str, type[BaseModel]] = {"train": CoreTrainConfig, "io": CoreIoConfig}
-    defaults = {n: part.model_construct().model_dump(mode="json") for n, part in parts.items()}
-    known = {_field_of(name) for name in before}
-    return {n: v for n, v in _flat(defaults).items() if _field_of(n) not in known} | before
-
-
-def _field_of(name: str) -> tuple[str, ...]:
-    return tuple(name.split(".")[:2])
+def _field_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
 
 
 def _flat(value: Any, name: str = "") -> Facts:

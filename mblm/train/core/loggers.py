@@ -6,26 +6,22 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
 from mblm.train.core.telling import tell
-from mblm.utils.atomic import atomic_write
-
-Sent = Mapping[str, int]
-"""The last batch that was sent of each kind, such as ``train``."""
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+_SAMPLE = "sample"
 
 
 class Logger(Protocol):
     """One of the places."""
 
-    def rewind(self, step: int, sent: Sent) -> None:
-        """Expect the points from a batch on again, some of which were sent there."""
-
-    def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, float], step: int) -> None:
         """Take values by their names, of a batch."""
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -36,28 +32,26 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run's folder; those of a run that goes on replace the points after it."""
+    """Event files in the run's folder; its points from a batch on replace those before."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "tensorboard"
         self._purge: int | None = None
-        self._sent: Sent = {}
         self._writer: Any = None
 
-    def rewind(self, step: int, sent: Sent) -> None:
+    def rewind(self, step: int) -> None:
+        """Expect the points from a batch on."""
         self.close()
-        self._writer, self._purge, self._sent = None, step or None, sent
+        self._writer, self._purge = None, step or None
 
-    def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        board = self._board()
+    def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            board.add_scalar(name, value, step)
-        board.flush()
+            self._board().add_scalar(name, value, step)
+        self._board().flush()
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        if step > self._sent.get("valid", -1):  # texts are not replaced
-            self._board().add_text(name, f"<pre>{html.escape(text)}</pre>", step)
-            self._board().flush()
+        self._board().add_text(name, f"<pre>{html.escape(text)}</pre>", step)
+        self._board().flush()
 
     def close(self) -> None:
         if self._writer is not None:
@@ -71,10 +65,7 @@ class TensorBoard:
 
 
 class Tracker:
-    """Weights & Biases or Trackio, whose calls are the same. A run that goes on stays one there.
-
-    Points cannot be taken back: those that come again are not sent a second time.
-    """
+    """Weights & Biases or Trackio, whose calls are the same. A run that goes on stays one there."""
 
     def __init__(
         self,
@@ -100,17 +91,12 @@ class Tracker:
         self._run = self._library.init(
             project=project, name=name, config=config, resume=resume, **own
         )
-        self._sent: Sent = {}
 
-    def rewind(self, step: int, sent: Sent) -> None:
-        self._sent = sent
-
-    def log(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        if step > self._sent.get(kind, -1):
-            self._run.log(dict(values), step=step)
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(values), step=step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        self.log("valid", {name: self._library.Html(f"<pre>{html.escape(text)}</pre>")}, step)
+        self.log({name: self._library.Html(f"<pre>{html.escape(text)}</pre>")}, step)
 
     def close(self) -> None:
         self._run.finish()
@@ -119,7 +105,14 @@ class Tracker:
 class Loggers:
     """All that are configured. One that fails is left out from then on, which is said once.
 
-    The run is one of many of a project; its configuration is plain values.
+    A point that comes again, of a run that goes on, is sent once: what is sent cannot be taken
+    back. ``state/sent.json`` holds the last batch of each kind, such as ``train``, by logger.
+
+    Args:
+        names: What is configured.
+        folder: The run's.
+        project, config: What the run is one of many of, and its configuration as plain values.
+        log: Is told what goes wrong.
     """
 
     def __init__(
@@ -130,8 +123,14 @@ class Loggers:
         config: dict[str, Any],
         log: logging.Logger,
     ) -> None:
-        self._log, self._folder = log, folder
+        self._log = log
+        self._note = folder / "state" / "sent.json"
         self._last = 0
+        self._sent: dict[str, dict[str, int]] = {}
+        if names and self._note.exists():
+            with suppress(ValueError):  # which a crash has cut
+                self._sent = json.loads(self._note.read_bytes())
+        self._before = deepcopy(self._sent)
         self._loggers: dict[str, Logger] = {}
         for name in names:
             try:
@@ -146,61 +145,53 @@ class Loggers:
     def __bool__(self) -> bool:
         return bool(self._loggers)
 
-    def rewind(self, step: int, logged: Sequence[Mapping[str, int]]) -> None:
-        """Expect the points from a batch on; a logger that was there before has some of them.
-
-        Args:
-            step: The batch; 0 of a run that begins.
-            logged: The last batches of each kind that the run's files tell of, which are about to
-                drop them. They are noted: the run may be stopped before it has come as far again.
-        """
-        note = self._folder / "state" / "sent.json"
-        before = json.loads(note.read_bytes()) if note.exists() else {}
-        sent = before.get("used", {}).items()
-        unused: dict[str, Sent] = before.get("unused", {})  # for a while, as without a network
-        unused |= {name: _latest([batches, *logged]) for name, batches in sent}
-        used = {name: unused.pop(name, {}) for name in self._loggers}
-        if used or unused:
-            with atomic_write(note) as file:
-                file.write(json.dumps({"used": used, "unused": unused}).encode())
+    def rewind(self, step: int) -> None:
+        """Expect the points from a batch on, some of which may have been sent."""
         self._last = max(step - 1, 0)
-        self._each(lambda name, logger: logger.rewind(step, used[name]))
+        self._before = deepcopy(self._sent)
+        if isinstance(board := self._loggers.get("tensorboard"), TensorBoard):
+            board.rewind(step)
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
         """Send values by their names, of a batch, all of a kind; -1 is the last one of the run."""
         self._last = at = max(step, self._last)
-        self._each(lambda _, logger: logger.log(kind, values, at))
+        self._each(kind, at, lambda logger: logger.log(values, at))
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text that a batch's model has written."""
-        self._each(lambda _, logger: logger.log_text(name, text, step))
+        self._each(_SAMPLE, step, lambda logger: logger.log_text(name, text, step))
 
     def close(self) -> None:
         """End the run there."""
-        self._each(lambda _, logger: logger.close())
+        for name in list(self._loggers):
+            self._call(name, lambda logger: logger.close())
         self._loggers = {}
 
-    def _each(self, call: Callable[[str, Logger], None]) -> None:
+    def _each(self, kind: str, step: int, call: Callable[[Logger], None]) -> None:
+        """Call all that have not been sent it before; TensorBoard replaces all but texts."""
         for name, logger in list(self._loggers.items()):
-            try:
-                call(name, logger)
-            except Exception as error:
-                del self._loggers[name]
-                self._leave_out(name, error)
+            replaces = isinstance(logger, TensorBoard) and kind != _SAMPLE
+            if replaces or step > self._before.get(name, {}).get(kind, -1):
+                self._call(name, call)
+                sent = self._sent.setdefault(name, {})
+                sent[kind] = max(step, sent.get(kind, -1))
+        if self._loggers:
+            new = self._note.with_suffix(".tmp")
+            with suppress(OSError):  # such as of a full disk, which what is saved next will meet
+                new.write_text(json.dumps(self._sent))
+                new.replace(self._note)
+
+    def _call(self, name: str, call: Callable[[Logger], None]) -> None:
+        try:
+            call(self._loggers[name])
+        except Exception as error:
+            del self._loggers[name]
+            self._leave_out(name, error)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         message = f"{name} has failed and gets nothing more of this run, which goes on: {reason}"
         tell(self._log, message)
-
-
-def _latest(logged: Iterable[Sent]) -> Sent:
-    """The last batch of each kind; of a kind that is of none, of all."""
-    sent: dict[str, int] = {}
-    for kind, batch in (item for last in logged for item in last.items()):
-        sent[kind] = max(batch, sent.get(kind, -1))
-    end = max(sent.values(), default=0)
-    return {kind: end if batch < 0 else batch for kind, batch in sent.items()}  # see `log`
 
 
 def check_loggers(names: Sequence[str]) -> None:

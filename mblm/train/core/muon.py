@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
+from torch.optim import AdamW, Optimizer
 
 from mblm.train.core.parallel import gather, shard_of, to_local
 
@@ -17,7 +16,7 @@ _ITERATIONS = 5
 _AT_ONCE = 1 << 26  # entries of matrices that are gathered and orthogonalized together
 
 
-class Muon(Optimizer):
+class Muon(AdamW):
     """Moves matrices along their orthogonalized momentum, and other parameters by AdamW.
 
     Sources: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, with Nesterov's
@@ -48,32 +47,26 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-            if not value >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {value}")
-        for name, value in ("momentum", momentum), ("betas", betas[0]), ("betas", betas[1]):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: expected at least 0 and less than 1, got {value}")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "orthogonalize": False,
-            "fused": True,  # AdamW's kernel; loading a state keeps its steps on the device
-        }
-        super().__init__(params, defaults)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum: expected at least 0 and less than 1, got {momentum}")
+        self._of_muon = {"orthogonalize": False, "momentum": momentum}
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # AdamW's alone does
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the matrices of one to orthogonalize are checked."""
-        super().add_param_group(param_group)
+        super().add_param_group({**self._of_muon, **param_group})
         group = self.param_groups[-1]
         for parameter in group["params"] if group["orthogonalize"] else ():
             if parameter.ndim != 2:
                 self.param_groups.pop()
                 shape = tuple(parameter.shape)
                 raise ValueError(f"params: expected matrices to orthogonalize, got {shape}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Optimizer.__setstate__(self, state)  # AdamW's looks for its entries in those of matrices
+        for group in self.param_groups:
+            group.update({name: v for name, v in self.defaults.items() if name not in group})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,13 +75,16 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+        groups = self.param_groups
+        for group in groups:
             if group["orthogonalize"]:
-                for matrices in _alike(parameters):
+                for matrices in _alike([p for p in group["params"] if p.grad is not None]):
                     self._step_muon(matrices, group)
-            elif parameters:
-                self._step_adamw(parameters, group)
+        self.param_groups = [group for group in groups if not group["orthogonalize"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
         return loss
 
     def _step_muon(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
@@ -110,33 +106,6 @@ class Muon(Optimizer):
         wide = torch.promote_types(parameter.dtype, torch.float32)
         dtype = torch.bfloat16 if parameter.is_cuda else wide
         return gather(gradient.lerp(mean, momentum).to(dtype), parameter)
-
-    def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for parameter in parameters:
-            if not (state := self.state[parameter]):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        means, squares, steps = (
-            [to_local(self.state[p][name]) for p in parameters]
-            for name in ("exp_avg", "exp_avg_sq", "step")
-        )
-        adamw(
-            [to_local(p) for p in parameters],
-            [to_local(p.grad) for p in parameters],  # type: ignore[arg-type]
-            means,
-            squares,
-            [],
-            steps,
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

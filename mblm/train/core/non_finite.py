@@ -26,10 +26,6 @@ def judge_step(
     """Tell of a step that was left out or learned nothing; end a run that has too many of them.
 
     Called by all workers, each with the losses of its batches, the last of which was at a place.
-
-    Raises:
-        NonFiniteLossError: That many in a row were left out.
-        ValueError: No step so far had a gradient.
     """
     position = run.position
     if math.isfinite(norm):
@@ -37,7 +33,12 @@ def judge_step(
         if norm == 0:
             _judge_no_gradient(run, config, tell)
         return
-    bad = _find_bad_losses(losses, workers, position.step)
+    bad = "; ".join(
+        f"loss {loss} on rank {rank}, batch {index}"
+        for rank, of_rank in enumerate(workers.gather([float(loss) for loss in losses]))
+        for index, loss in enumerate(of_rank, start=position.step - len(of_rank))
+        if not math.isfinite(loss)
+    )
     if not bad and run.scaler.is_enabled():
         return  # The scale was too large for half precision, and is smaller now.
     position.non_finite += 1
@@ -46,8 +47,7 @@ def judge_step(
         f" ({position.non_finite} in a row)"
     )
     tell(message)
-    too_many = position.non_finite >= config.max_non_finite_steps
-    if too_many and config.non_finite_loss == "stop":
+    if config.non_finite_loss == "stop" and position.non_finite >= config.max_non_finite_steps:
         raise NonFiniteLossError(message)
 
 
@@ -64,13 +64,3 @@ def _judge_no_gradient(run: Run, config: CoreTrainConfig, tell: Callable[[str], 
         raise ValueError(message)
     if position.without_gradient == 1:
         tell(message)
-
-
-def _find_bad_losses(losses: list[torch.Tensor], workers: Workers, end: int) -> str:
-    """Which losses are not finite, by rank and batch; the last was of batch ``end - 1``."""
-    return "; ".join(
-        f"loss {loss} on rank {rank}, batch {index}"
-        for rank, of_rank in enumerate(workers.gather([float(loss) for loss in losses]))
-        for index, loss in enumerate(of_rank, start=end - len(of_rank))
-        if not math.isfinite(loss)
-    )

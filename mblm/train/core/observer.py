@@ -29,31 +29,19 @@ SAMPLES, ELEMENTS = 16, 1 << 18
 class Observer:
     """Measures the batches between two points that are logged, and writes what they came to.
 
-    The workers call its methods together; the main one writes.
-
-    Args:
-        workers, folder, log: The run's.
-        unit: What an element is; of bytes, losses are logged in bits.
-        elements: Elements of a batch, all workers together.
+    The workers call its methods together; the main one writes. Losses of bytes are logged in bits.
     """
 
     def __init__(
-        self,
-        workers: Workers,
-        folder: RunFolder,
-        log: logging.Logger,
-        unit: str,
-        elements: int,
+        self, workers: Workers, folder: RunFolder, log: logging.Logger, unit: str, elements: int
     ) -> None:
         self._workers = workers
         self._folder = folder
         self._log = log
         self._unit = unit
-        self._elements = elements
+        self._elements = elements  # of a batch, all workers together
+        self._nats, self._name = (math.log(2), "bits per byte") if unit == "byte" else (1.0, "loss")
         self._begin = self._batch_began = time.perf_counter()
-        self._forget()
-
-    def _forget(self) -> None:
         self._batches, self._seconds, self._waited = 0, 0.0, 0.0
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
@@ -70,29 +58,18 @@ class Observer:
         self._batches += 1
 
     def step(
-        self,
-        done: int,
-        step: int,
-        losses: Sequence[torch.Tensor],
-        rates: Sequence[float],
-        norm: float,
+        self, run: Run, losses: Sequence[torch.Tensor], rates: Sequence[float], norm: float
     ) -> None:
-        """Log a step, over all since the last one that was logged.
+        """Log a step: this worker's losses of its batches, the groups' rates, the gradient's norm.
 
-        Args:
-            done: Batches of this run.
-            step: The cumulative index of the last of them.
-            losses: This worker's losses of the step's batches; their mean counts, over all workers.
-            rates: The learning rates of the optimizer's groups.
-            norm: The norm of the gradient.
+        The loss is the mean over all workers, the speed that since the last step that was logged.
         """
         finite = [value for value in map(float, losses) if math.isfinite(value)]
         total, count = self._workers.sum(sum(finite), len(finite))
         took = self._seconds  # nothing before the first step is done
         self._write(
             ModelMode.TRAIN,
-            done,
-            step,
+            run,
             total / count if count else math.nan,
             {f"learning rate/{n}": rate for n, rate in enumerate(rates) if rate != rates[0]},
             lr=rates[0],
@@ -101,45 +78,43 @@ class Observer:
             waiting=self._waited / took if took else None,
             memory_max=_peak_memory(self._workers),
         )
-        self._forget()
+        self._batches, self._seconds, self._waited = 0, 0.0, 0.0
 
     def validation(self, hooks: Hooks, run: Run, loss: float) -> None:
         """Log a validation: its loss, also by position where loggers are, and what is written.
 
         The main worker's model does both; training goes on as if it had not, also where it cannot.
         """
-        done, step, positions = run.position.done, run.position.step, list[float]()
-        writes = step - 1 in run.plan.sample_points
+        last, positions = run.position.step - 1, list[float]()
+        writes = last in run.plan.sample_points
         logs = self._workers.from_main(bool(self._folder.loggers))
         rng = get_rng()
-        shows = writes or logs
-        state = run.model.full_state() if shows and run.model.is_sharded else None
-        if shows and self._workers.is_main:
+        state = run.model.full_state() if (writes or logs) and run.model.is_sharded else None
+        if (writes or logs) and self._workers.is_main:
             try:
-                model = run.model.base if state is None else _filled(hooks.init_model(), state)
+                model = run.model.base
+                if state is not None:
+                    model = hooks.init_model()
+                    model.load_state_dict(state)
                 model.eval()
                 if logs:
-                    positions = self._losses_by_position(hooks, run, model)
+                    data, length = run.validation.dataset, hooks.config.params.input_seq_len
+                    # A model that is sharded is on a CPU now, and the others wait.
+                    count = 1 if state is not None else max(1, min(SAMPLES, ELEMENTS // length))
+                    some = [data[number] for number in range(min(count, len(data)))]
+                    positions = hooks.losses_by_position(model, some)
                 if writes:
                     self._let_write(hooks, run, model)
             except Exception as error:  # such as a GPU that has no memory left: the run goes on
-                what = f"What the model does after batch {step - 1} is not shown"
+                what = f"What the model does after batch {last} is not shown"
                 tell(self._log, f"{what}: {type(error).__name__}: {error}")
         set_rng(rng)
         by_position = {
-            f"{self._name('loss')} by position/{place:03d}": self._value(at)
+            f"{self._name} by position/{place:03d}": at / self._nats
             for place, at in enumerate(positions)
         }
-        self._write(ModelMode.VALID, done, step - 1, loss, by_position)
+        self._write(ModelMode.VALID, run, loss, by_position)
         run.model.call.train()
-
-    def _losses_by_position(self, hooks: Hooks, run: Run, model: nn.Module) -> list[float]:
-        data = run.validation.dataset
-        count = max(1, min(SAMPLES, ELEMENTS // hooks.config.params.input_seq_len))
-        if run.model.is_sharded:  # it is on a CPU, and the others wait
-            count = 1
-        some = [data[number] for number in range(min(count, len(data)))]
-        return hooks.losses_by_position(model, some)
 
     def _let_write(self, hooks: Hooks, run: Run, model: nn.Module) -> None:
         step, prompts = run.position.step, hooks.config.io.sample_prompts
@@ -151,8 +126,7 @@ class Observer:
     def _write(
         self,
         kind: ModelMode,
-        done: int,
-        step: int,
+        run: Run,
         loss: float,
         more: dict[str, float],
         **columns: float | None,
@@ -160,15 +134,15 @@ class Observer:
         if not self._workers.is_main:
             return
         row = CSVMetricsEntry(
-            cum_batch=step,
+            cum_batch=run.position.step - 1,
             kind=kind.value,
-            elements_seen=done * self._elements,
+            elements_seen=run.position.done * self._elements,
             seconds=round(time.perf_counter() - self._begin, 3),
             loss=loss,
             **columns,
         )
         values = {
-            f"{self._name('mean loss')}/{kind.value}": self._value(loss),
+            f"{'mean ' * (self._unit != 'byte')}{self._name}/{kind.value}": loss / self._nats,
             f"{self._unit}s seen": row.elements_seen,
             "gradient norm": row.gradient_norm,
             f"{self._unit}s per second": row.elements_per_second,
@@ -178,17 +152,6 @@ class Observer:
         }
         told = {name: v for name, v in values.items() if v is not None and math.isfinite(v)}
         self._folder.write_metrics(row, told)
-
-    def _name(self, loss: str) -> str:
-        return "bits per byte" if self._unit == "byte" else loss
-
-    def _value(self, loss: float) -> float:
-        return loss / math.log(2) if self._unit == "byte" else loss
-
-
-def _filled(model: nn.Module, state: dict[str, Any]) -> nn.Module:
-    model.load_state_dict(state)
-    return model
 
 
 def _peak_memory(workers: Workers) -> float | None:

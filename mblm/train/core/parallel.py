@@ -23,14 +23,8 @@ State = dict[str, Any]
 class Workers:
     """This process among the workers. Collectives are called by all of them, in the same order.
 
-    Attributes:
-        rank, world_size: The global rank and the number of workers.
-        is_main: Whether this is rank 0, which writes the files.
-        device: The worker's device, as ``"cuda:0"`` or ``"cpu"``.
-        group: A gloo group for what is exchanged between CPUs; None for a single worker.
-
-    Raises:
-        ValueError: There are several workers but no process group.
+    The main worker is rank 0, which writes the files. The ``group`` is of gloo, for what is
+    exchanged between CPUs; None for a single worker.
     """
 
     def __init__(self, run_vars: ElasticRunVars) -> None:
@@ -88,14 +82,9 @@ class Workers:
 class ParallelModel:
     """A model on all workers: alone, with its gradients averaged (DDP), or sharded (FSDP).
 
-    Args:
-        model: The model, on a CPU; it is moved to the worker's device. The main worker's weights
-            and buffers are everyone's.
-        workers: The workers.
-        strategy: ``"ddp"`` or ``"fsdp"``.
-        units: For FSDP, the submodules that are gathered one at a time; the rest of the model is
-            gathered as a whole.
-        compiles: Whether the model is compiled, in place: names in its state stay.
+    It is given on a CPU, and moved; the main worker's weights and buffers are everyone's. Under
+    FSDP, the ``units`` are gathered one at a time and the rest of the model as a whole. It is
+    compiled in place: names in its state stay.
 
     Attributes:
         base: The model itself.
@@ -157,15 +146,6 @@ class ParallelModel:
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply all gradients."""
-        if gradients := [gradient for gradient in self.gradients() if gradient is not None]:
-            torch._foreach_mul_(gradients, factor)
-
-    def clip_gradients(self, max_norm: float, norm: torch.Tensor) -> None:
-        """Scale gradients whose norm is ``norm`` down to ``max_norm``."""
-        torch.nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
-
     def mean_gradient(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
         means = [
@@ -188,45 +168,19 @@ class ParallelModel:
                 whole[name] = full.detach().cpu() if isinstance(full, torch.Tensor) else full
         return whole
 
-    def load_full_state(self, state: State | None) -> None:
-        """Give all workers the weights that the main one has."""
-        own = self.base.state_dict()
-        with torch.no_grad():
-            for name in sorted(own):
-                target = own[name]
-                if not isinstance(target, torch.Tensor):  # a module's extra state
-                    extra = self._workers.from_main(state and state[name])
-                    self.base.load_state_dict({name: extra}, strict=False)
-                    continue
-                full = torch.empty(target.shape, dtype=target.dtype, device=self._workers.device)
-                if state is not None:
-                    full.copy_(state[name])
-                _broadcast([full], self._workers)
-                to_local(target).copy_(shard_of(full, target))
-
-    def local_state(self) -> State:
-        """The part of the state dict that this worker holds."""
-        return {name: to_local(value) for name, value in self.base.state_dict().items()}
-
-    def load_local_state(self, state: State) -> None:
-        """Load what `local_state` gave.
+    def load_state(self, state: State, *, is_whole: bool) -> None:
+        """Load a state dict that all workers have, or what `to_local` gives of it on this one.
 
         Raises:
-            ValueError: The state is not that of this model on this worker.
+            RuntimeError: It is not of this model.
         """
-        own = self.local_state()
-        tensors = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
-        wrong = sorted(
-            own.keys() ^ state.keys()
-            | {n for n in tensors.keys() & state.keys() if tensors[n].shape != state[n].shape}
-        )
-        if wrong:
-            raise ValueError(f"the saved weights do not fit the model: {', '.join(wrong[:8])}")
-        with torch.no_grad():
-            for name, value in tensors.items():
-                value.copy_(state[name])
-        extra = {name: state[name] for name in own.keys() - tensors.keys()}
-        self.base.load_state_dict(extra, strict=False)
+        own = self.base.state_dict()
+        loaded = dict(state)
+        for name, value in state.items():
+            if isinstance(shards := own.get(name), DTensor):
+                value = value.to(shards.device)
+                loaded[name] = like_shard(shard_of(value, shards) if is_whole else value, shards)
+        self.base.load_state_dict(loaded)
 
     def gradients(self) -> list[torch.Tensor | None]:
         """This worker's part of the gradients, by parameter."""

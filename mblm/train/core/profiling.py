@@ -54,18 +54,13 @@ class Profile:
         if profiler.step_num < WARM_UP + self._steps:
             return  # the run was stopped
         files = [self._folder / name for name in ("trace.json.gz", "operators.txt")]
-        try:
-            self._folder.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(files[0]))
-            order = f"self_{'cuda' if self._is_cuda else 'cpu'}_time_total"
-            table = profiler.key_averages().table(sort_by=order, row_limit=40)
-            files[1].write_text(table)
-            if self._is_cuda:
-                torch.cuda.memory._dump_snapshot(str(self._folder / "memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
-        except (OSError, RuntimeError) as error:  # such as a full disk: the run does not need it
-            self._say(f"The profile cannot be written: {error}")
-            return
+        self._folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(files[0]))
+        order = f"self_{'cuda' if self._is_cuda else 'cpu'}_time_total"
+        files[1].write_text(profiler.key_averages().table(sort_by=order, row_limit=40))
+        if self._is_cuda:
+            torch.cuda.memory._dump_snapshot(str(self._folder / "memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
         self._say(
             f"Profiled {self._steps} steps: {files[0]} for https://ui.perfetto.dev, {files[1]}"
             + f", {self._folder}/memory.pickle for https://pytorch.org/memory_viz" * self._is_cuda

@@ -15,16 +15,10 @@ _SMOOTHING = 0.95
 
 
 class Progress:
-    """The share of the batches that is done, loss, speed and time left.
+    """The share of the batches that is done, loss (of bytes in bits), speed and time left.
 
-    Args:
-        total: Batches in all.
-        done: Those that were done before, of a run that goes on.
-        elements: Elements of a batch, all workers together.
-        unit: What an element is. Of bytes, bits per byte are shown, else the loss.
-        bar: Whether to show a bar; otherwise ``say`` is called with lines.
-        say: Called with a line every ``SECONDS_PER_LINE`` seconds and in the end.
-        interval: Seconds between two looks at the loss, which wait for a GPU.
+    Without a ``bar``, ``say`` is called with a line every ``SECONDS_PER_LINE`` seconds and in the
+    end. With one, the loss is looked at every ``interval`` seconds, which waits for a GPU.
     """
 
     def __init__(
@@ -44,8 +38,6 @@ class Progress:
         self._say = say
         self._interval = interval if bar else SECONDS_PER_LINE
         self._bar = tqdm(total=total, initial=done, bar_format="{bar}") if bar else None
-        if self._bar is not None and (self._bar.nrows or 0) < 1:  # of a terminal without a size
-            self._bar.ncols, self._bar.nrows = 80, 24  # or it shows nothing
         self._done = self._looked = done  # now, and when the loss was last looked at
         self._loss: float | None = None
         self._start = 0.0  # when the first batch was done, which takes longer than others

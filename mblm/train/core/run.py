@@ -16,7 +16,7 @@ from mblm.train.core.parallel import ParallelModel, like_shard, to_local
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import Plan
-from mblm.train.core.training_state import SavedState, State, map_tensors
+from mblm.train.core.training_state import SavedState, State
 
 
 @dataclass
@@ -56,17 +56,13 @@ class Position:
         self.epoch, self.batch = next_epoch, next_batch
         self.elements_seen += elements
 
-    def share_out(self, before: tuple[int, int], now: tuple[int, int]) -> None:
+    def share_out(self, batch_before: int, every_before: int, batch: int, every: int) -> None:
         """Go on from the last whole step with other workers, or batches of another size.
 
+        A ``batch`` has so many sequences, all workers together, and a step is ``every`` batches.
         The steps are as many as the same sequences make, and the place in the data is as far in its
         epoch. The cumulative index goes on: states and rows stay in their order.
-
-        Args:
-            before: Sequences of a batch, all workers together, and batches of a step until here.
-            now: The same from here on.
         """
-        (batch_before, every_before), (batch, every) = before, now
         whole, pending = divmod(self.done, every_before)
         left_out = whole - self.applied
         steps = whole * every_before * batch_before // (batch * every)
@@ -80,17 +76,14 @@ class Run:
     """What a run is made of; what changes of it while it trains, a training state holds.
 
     Attributes:
-        plan: How long it is.
-        lineage: What it is made of.
-        batches, validation: What it is trained and validated on.
-        model, optimizer, scheduler, scaler: What is trained, and what trains it.
-        position: Where it is.
+        facts: All that its numbers depend on.
         losses: The losses of the batches since the last step, scalars on the device.
         options: Those of the optimizer's groups before the first step.
     """
 
     plan: Plan
     lineage: Lineage
+    facts: State
     batches: TrainBatches[Any]
     validation: Sources
     model: ParallelModel
@@ -123,22 +116,19 @@ class Run:
     ) -> float:
         """Apply the gradients, unless one of them is NaN or infinite on any worker.
 
-        Waits for the device once, for the norm of the gradients: weights that a bad gradient has
-        reached cannot be repaired. They are multiplied by a factor first.
-
-        Returns:
-            The norm of the gradients, which were applied if it is finite.
+        Waits for the device once, for the norm of the gradients, which it returns: weights that a
+        bad gradient has reached cannot be repaired. They are multiplied by a factor first.
         """
         self.scaler.unscale_(self.optimizer)
-        if factor != 1:
-            self.model.scale_gradients(factor)
+        if factor != 1 and (gradients := [g for g in self.model.gradients() if g is not None]):
+            torch._foreach_mul_(gradients, factor)
         device_norm = self.model.gradient_norm()
         if measure is not None:
             self.position.avg_grad = measure()
         norm = float(device_norm)
         if math.isfinite(norm):
             if clip is not None:
-                self.model.clip_gradients(clip, device_norm)
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, device_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.position.applied += 1
@@ -177,9 +167,9 @@ class Run:
         weights = own if self.model.is_sharded else common
         self._repeat_schedule()
         try:
-            self.model.load_local_state(weights["model"])
+            self.model.load_state(weights["model"], is_whole=False)
             self._load_optimizer(weights["optimizer"], common["options"])
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"{saved.path} cannot be gone on from: {error}") from error
         if self.scaler.is_enabled() and common["scaler"]:
             self.scaler.load_state_dict(common["scaler"])
@@ -204,41 +194,25 @@ class Run:
                 scheduler.step()
 
     def _weights(self) -> State:
-        return {
-            "model": self.model.local_state(),
-            "optimizer": map_tensors(self.optimizer.state_dict(), to_local),
-        }
+        return {"model": self.model.base.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def _load_optimizer(self, state: State, options: list[dict[str, Any]]) -> None:
+    def _load_optimizer(self, state: State, before: list[dict[str, Any]]) -> None:
         """Load the optimizer's state, the tensors of sharded parameters as shards.
 
         The learning rate stays what the schedule has made it, and so does any option that was
-        configured otherwise then.
+        configured otherwise ``before``.
         """
-        groups = self.optimizer.param_groups
-        for saved, group in zip(state["param_groups"], groups, strict=False):
-            if unknown := sorted(saved.keys() - group.keys()):
-                raise ValueError(
-                    f"the optimizer's state is of another one, which had {', '.join(unknown)}"
-                )
-        sizes = [[len(g["params"]) for g in given] for given in (state["param_groups"], groups)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"the optimizer's state is of another one, with groups of {sizes[0]} parameters; "
-                f"this one has {sizes[1]}"
-            )
-        parameters = [p for group in groups for p in group["params"]]
-        for index, entries in state["state"].items():
-            parameter = parameters[index]
-            for name, value in entries.items():
-                if isinstance(value, torch.Tensor) and value.shape == to_local(parameter).shape:
-                    entries[name] = like_shard(value.to(parameter.device), parameter)
         now = _options(self.optimizer)
         self.optimizer.load_state_dict(state)
-        for number, group in enumerate(self.optimizer.param_groups):
-            before, configured = options[number], self.options[number]
-            changed = {n for n, value in configured.items() if value != before.get(n)}
-            group.update({name: now[number][name] for name in changed | {"lr"}})
+        for parameter, entries in self.optimizer.state.items():
+            for name, value in entries.items():
+                if isinstance(value, torch.Tensor) and value.shape == to_local(parameter).shape:
+                    entries[name] = like_shard(value, parameter)
+        for group, old, configured, at in zip(
+            self.optimizer.param_groups, before, self.options, now, strict=True
+        ):
+            changed = {name for name, value in configured.items() if value != old.get(name)}
+            group.update({name: at[name] for name in changed | {"lr"}})
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -11,13 +11,19 @@
     tensorboard/, wandb/    if configured
 """
 
+import csv
+import glob
+import io
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from datetime import datetime
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mblm.data.types import ModelMode
 from mblm.train.core.config import (
@@ -32,32 +38,33 @@ from mblm.train.core.config import (
 )
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.loggers import Loggers, check_loggers
-from mblm.train.core.output import BestModels, CsvLog, Ranked, new_run_dir
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
 from mblm.train.core.training_state import (
+    BEST,
+    STATES,
     SavedState,
     prune_states,
     referred_models,
     run_dir_of,
 )
 from mblm.utils.atomic import atomic_write
+from mblm.utils.checkpoint import save_model_state
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
 from mblm.utils.lock import hold
 
 Config = GenericEntryConfig[Any, Any, Any]
+Row = TypeVar("Row", bound=NamedTuple)
+
+_BEST = Path(STATES, BEST)
 
 
 class RunFolder:
     """Writes what a run tells. All workers have one; the main worker writes, all may log losses.
 
-    The main worker must hold the folder, see `hold_run`, while anything is written.
-
-    Args:
-        config, options, workers, path: The run's.
-        log: Is told what goes wrong with loggers.
-        resumed: The state that the run goes on from; without it, it begins with empty files.
+    The main worker must hold the folder, see `hold_run`, while anything is written. Without a
+    state that the run goes on from, it begins with empty files.
 
     Attributes:
         summary, lineage: What ``config.yaml`` says about the run.
@@ -72,12 +79,12 @@ class RunFolder:
         log: logging.Logger,
         resumed: SavedState | None,
     ) -> None:
-        io = config.io
+        io, is_main = config.io, workers.is_main
         self.path = path
         self._config = config
         self._config_file = path / options.config_file_name
         self._workers = workers
-        self.best = BestModels(path, io.name_model, io.num_models_to_save, writes=workers.is_main)
+        self.best = BestModels(path, io.name_model, io.num_models_to_save, writes=is_main)
         self.summary = SummaryStats(
             training_start="",
             training_end="",
@@ -89,9 +96,9 @@ class RunFolder:
         logs_loss = workers.rank in io.enabled_loss_log_for_gpus
         self._loss = CsvLog(path / options.loss_file_name, CSVLossEntry, enabled=logs_loss)
         self._timemem = CsvLog(
-            path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=workers.is_main
+            path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=is_main
         )
-        self._metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=workers.is_main)
+        self._metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=is_main)
         names = _logger_names(config, workers)
         self.loggers = Loggers(names, path, io.name_model, config.model_dump(mode="json"), log)
         self.lineage: Lineage | None = None
@@ -102,33 +109,34 @@ class RunFolder:
             resumed_from=config.resume.checkpoint_file if config.resume else None,
         )
         if resumed is not None:
-            self._take_over(resumed)
-        elif workers.is_main:
-            for file in (self._loss, self._timemem, self._metrics):
-                file.keep_before()
-            self.loggers.rewind(0, [])
+            self._resume = ResumeConfig.model_validate(resumed.manifest["resume"])
+        elif is_main:
+            for file in self._logs():
+                file.begin()
         workers.barrier()
 
     def rewind(self, saved: SavedState) -> None:
         """Go back to a training state: drop what was written after it."""
         if self._workers.is_main:
-            position = Position(**saved.own["position"])
-            step, validated = position.step, position.step - (position.validates_after is not None)
-            self.loggers.rewind(step, [self._loss.last_batches(), self._metrics.last_batches()])
-            for log in (self._loss, self._timemem, self._metrics):
-                log.keep_before(train=step, valid=validated)
+            step, sizes = saved.own["position"]["step"], saved.manifest.get("sizes", {})
+            self.loggers.rewind(step)
+            for log in self._logs():
+                log.begin()
+                log.cut(sizes.get(log.file.name, log.file.stat().st_size))
             prune_states(self.path, after=step)
         self.best.restore(saved.manifest["best"])
-        self._take_over(saved)
+        self._resume = ResumeConfig.model_validate(saved.manifest["resume"])
         self._workers.barrier()
 
-    def _take_over(self, saved: SavedState) -> None:
-        told = saved.manifest.get("resume", {})  # which older states have not
-        self._resume = self._resume.model_copy(update=told)
-
     def manifest(self) -> dict[str, Any]:
-        """What a training state holds of the folder, for `rewind`."""
-        return {"best": self.best.entries, "resume": self._resume.model_dump()}
+        """What a training state holds of the folder, for `rewind`; called by all workers."""
+        self._workers.barrier()  # they have logged their losses
+        logs = self._logs() if self._workers.is_main else ()
+        sizes = {log.file.name: log.file.stat().st_size for log in logs}
+        return {"best": self.best.entries, "resume": self._resume.model_dump(), "sizes": sizes}
+
+    def _logs(self) -> "tuple[CsvLog[Any], ...]":
+        return self._loss, self._timemem, self._metrics
 
     def dump_config(self) -> None:
         """Write ``config.yaml``."""
@@ -217,6 +225,17 @@ def make_run_dir(config: Config, workers: Workers, run_id: str, state_dir: Path 
     return path
 
 
+def new_run_dir(wanted: Path) -> Path:
+    """Create a folder for a run: as wanted, or with a number if there is one, of another run."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()  # which of several runs that start at once only one can do
+            break
+    return folder
+
+
 def _logger_names(config: Config, workers: Workers) -> list[str]:
     names = ["tensorboard"] * config.io.tensorboard + config.io.loggers
     return list(dict.fromkeys(names)) if workers.is_main else []
@@ -230,3 +249,126 @@ def hold_run(folder: Path) -> AbstractContextManager[None]:
     """
     (folder / "state").mkdir(exist_ok=True)
     return hold(folder / "state" / "lock", f"{folder}: this run is being trained already")
+
+
+class CsvLog(Generic[Row]):
+    """Appends rows to a CSV file, each by one write, so that several workers may share the file.
+
+    A worker for which it is not ``enabled`` writes none.
+    """
+
+    def __init__(self, file: Path, columns: type[Row], *, enabled: bool) -> None:
+        self.file = file
+        self._columns = columns._fields
+        self._enabled = enabled
+
+    def begin(self) -> None:
+        """Write the header, if there is no file."""
+        if not self.file.exists():
+            self._append(self._columns)
+
+    def write_row(self, row: Row) -> None:
+        """Append a row."""
+        if self._enabled:
+            self._append(row)
+
+    def cut(self, size: int) -> None:
+        """Drop all that follows so many bytes."""
+        os.truncate(self.file, min(size, self.file.stat().st_size))
+
+    def _append(self, row: Iterable[Any]) -> None:
+        text = io.StringIO()
+        csv.writer(text).writerow(row)
+        line = text.getvalue().encode()
+        try:
+            with self.file.open("ab", buffering=0) as file:
+                while line:  # a full disk takes a part first
+                    line = line[file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file)) from error
+
+
+class Ranked(NamedTuple):
+    """A model's validation loss, its file, and how many batches the loss does not count."""
+
+    loss: float
+    file: str
+    left_out: int = 0
+
+
+class BestModels:
+    """The best models of a run, on the disk: ``<name>_top<i>.pth``, the best first.
+
+    Each is written once, to ``state/best``, and stays there while the run or one of its training
+    states refers to it; the ``.pth`` files are links to them (copies where there are no links), so
+    that a training state keeps its best models without a copy. Of the workers one ``writes``.
+
+    Attributes:
+        entries: The models, best first. A loss that leaves batches out ranks only while there is
+            none that is whole: they cannot be compared.
+    """
+
+    def __init__(self, run_dir: Path, name: str, count: int, *, writes: bool) -> None:
+        self._writes = writes
+        self._run_dir = run_dir
+        self._name = name
+        self._count = count
+        self.entries: list[Ranked] = []
+
+    def add(self, model: Ranked, state: dict[str, Any]) -> None:
+        """Save a model, if it is among the best, and publish the best in their order."""
+        candidates = [*self.entries, model]
+        whole = [entry for entry in candidates if not entry.left_out]
+        best = sorted(whole or candidates, key=lambda entry: (entry.left_out, entry.loss))
+        best = best[: self._count]
+        if best != self.entries:
+            if self._writes and model in best:
+                save_model_state(self._run_dir / _BEST, model.file, state, model.loss)
+            self.entries = best
+            self._publish()
+
+    def restore(self, entries: Iterable[Iterable[Any]]) -> None:
+        """Take over what `entries` were, the best of them, and publish it."""
+        self.entries = [Ranked(*entry) for entry in entries][: self._count]
+        self._publish()
+
+    def best_file(self) -> Path | None:
+        """The best model's file, if there is one."""
+        return self._published(1) if self.entries else None
+
+    def _publish(self) -> None:
+        """Let ``<name>_top<i>.pth`` be the best models, and no others."""
+        if not self._writes:
+            return
+        published = {self._published(n) for n in range(1, len(self.entries) + 1)}
+        for file in self._run_dir.glob(f"{glob.escape(self._name)}_top*.pth"):
+            if file not in published:  # such as of a run that was to keep more
+                file.unlink()
+        for index, entry in enumerate(self.entries, start=1):
+            source, target = self._run_dir / _BEST / entry.file, self._published(index)
+            if not (target.exists() and target.samefile(source)):
+                _link(source, target)
+
+    def prune(self, referred: Iterable[str]) -> None:
+        """Remove the models that neither the run nor those who refer to them by name need."""
+        kept = {entry.file for entry in self.entries} | set(referred)
+        for file in (self._run_dir / _BEST).glob("*"):
+            if file.name not in kept:
+                file.unlink()
+
+    def _published(self, index: int) -> Path:
+        return self._run_dir / f"{self._name}_top{index}.pth"
+
+
+def _link(source: Path, target: Path) -> None:
+    """Replace a file by a link to another, or by a copy where the system has no such links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)  # a crash may have left it
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

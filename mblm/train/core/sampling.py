@@ -17,16 +17,8 @@ T = TypeVar("T")
 class EpochBatches(Sampler[Batch]):
     """The batches of an epoch, in order or shuffled by seed and epoch alone, from any of them on.
 
-    Args:
-        dataset: Has a length, which may change between epochs.
-        batch_size: Samples of a batch.
-        shuffle, seed: Whether to shuffle, and what decides the orders.
-        drop_last: Whether to leave out a last batch that is short.
-        rank, world_size: Of several workers that share the batches out, which this is.
-
-    Attributes:
-        generator: For the loader, which seeds its workers with it: by seed and epoch alone.
-        world_size: As given.
+    The dataset's length may change between epochs. Of ``world_size`` workers that share the batches
+    out, this is ``rank``. The ``generator`` is for the loader, which seeds its workers with it.
     """
 
     def __init__(
@@ -81,11 +73,7 @@ class TrainBatches(Generic[T]):
     """The batches of a training loader, which can start within an epoch as if it had come there.
 
     Ours leaves out what comes before. Any other loader is started with the random numbers that the
-    epoch began with and asked for the batches before, which are dropped.
-
-    Attributes:
-        epoch: The epoch that comes next.
-        epoch_rng: The generators' states when the present epoch began.
+    epoch began with, ``epoch_rng``, and asked for the batches before, which are dropped.
 
     Raises:
         ValueError: The loader's workers live longer than an epoch, and would not see its offset.

@@ -35,11 +35,7 @@ class Plan:
 
 
 def plan_run(config: GenericEntryConfig[Any, Any, Any], world_size: int, start: int = 0) -> Plan:
-    """Plan a run of ``world_size`` workers from the batch with the cumulative index ``start``.
-
-    Raises:
-        ValueError: A step takes more batches than the run has.
-    """
+    """Plan a run of ``world_size`` workers from the batch with the cumulative index ``start``."""
     train, io = config.train, config.io
     elements = train.batch_size
     if train.target_elements_strategy == "sequence":

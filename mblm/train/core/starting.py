@@ -6,7 +6,6 @@ Everything is read, made and checked first, and only then written.
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -31,15 +30,13 @@ from mblm.train.core.lineage import (
 )
 from mblm.train.core.parallel import ParallelModel, Workers
 from mblm.train.core.precision import Precision
-from mblm.train.core.profiling import check_profile
 from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder, hold_run, make_run_dir
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import check_start, plan_run
-from mblm.train.core.telling import describe_data, describe_model, describe_plan, format_loss
+from mblm.train.core.telling import describe_run, format_loss, tell
 from mblm.train.core.training_state import (
     SavedState,
-    find_latest_state,
     load_training_state,
     save_training_state,
     state_to_resume,
@@ -67,9 +64,14 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             config.train.precision, self._workers.device_type, self.options.amp_dtype
         )
         plan_run(config, self._workers.world_size)  # refuses what cannot be planned
-        self._check_samples()
+        amount, trainer = config.io.sample_amount, type(self)
+        if amount and trainer.generate_samples is TrainerHooks.generate_samples:
+            raise ValueError(
+                f"io.sample_amount: {trainer.__name__} does not generate; expected 0, got {amount}"
+            )
         self._held: ExitStack | None = None
-        self._is_open = self._is_writing = False
+        self._path: Path | None = None
+        self._is_held = False
         self._test_loss: float | None = None
         self._resumed: SavedState | None = None
         if (state_dir := state_to_resume(config.resume)) is not None:
@@ -113,14 +115,6 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             compiles=config.train.compile,
         )
 
-    def _check_samples(self) -> None:
-        """Refuse to let a model write that cannot."""
-        amount, trainer = self.config.io.sample_amount, type(self)
-        if amount and trainer.generate_samples is TrainerHooks.generate_samples:
-            raise ValueError(
-                f"io.sample_amount: {trainer.__name__} does not generate; expected 0, got {amount}"
-            )
-
     def _start(
         self, train_dataset: DistributedDataset[TBatch], valid_dataset: DistributedDataset[TBatch]
     ) -> Run:
@@ -136,9 +130,11 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             training_data=lineage_of(train_dataset),
             validation_data=lineage_of(valid_dataset),
         )
+        optimizer = self.configure_optimizer(self._parallel.parameters())
+        facts = {**facts_of(self.config, lineage), "optimizer": type(optimizer).__name__}
         if resumed is not None:
-            then, now = resumed.manifest["facts"], facts_of(self.config, lineage)
-            changes = check_same_as_before(then, now, resumed.path, exact=resumed.is_exact)
+            then = resumed.manifest["facts"]
+            changes = check_same_as_before(then, facts, resumed.path, exact=resumed.is_exact)
             self._notes += [f"The configuration has changed: {change}" for change in changes]
         train_dataset.offset_to(0)  # the epoch that has most batches
         batches = TrainBatches(self.get_train_dataloader(train_dataset))
@@ -150,7 +146,15 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         if resumed is not None:
             position = Position(**resumed.own["position"])
             if not resumed.is_exact:
-                self._share_out(position, resumed)
+                then, world = resumed.manifest["facts"], self._workers.world_size
+                position.share_out(
+                    resumed.manifest["workers"] * then["train.batch_size"],
+                    then["train.gradient_accumulate_every"],
+                    world * config.batch_size,
+                    config.gradient_accumulate_every,
+                )
+                elements = plan_run(self.config, world).elements_per_batch
+                position.elements_seen = position.done * elements
         elif resume is not None:
             position.epoch, position.batch = resume.next_epoch_index, resume.next_batch_index
             position.step = len(batches) * position.epoch + position.batch
@@ -159,12 +163,10 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         if resumed is not None and not resumed.is_exact and position.batch >= len(batches):
             position.epoch, position.batch = position.epoch + 1, 0
         check_start(plan, position.done, position.epoch, position.batch, len(batches))
-        steps_done = position.done // config.gradient_accumulate_every
-        check_profile(self.options.profile_steps, plan.gradient_steps - steps_done)
-        optimizer = self.configure_optimizer(self._parallel.parameters())
         run = Run(
             plan,
             lineage,
+            facts,
             batches,
             Sources(valid_dataset, self.get_valid_dataloader),
             self._parallel,
@@ -188,16 +190,6 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             )
         return run
 
-    def _share_out(self, position: Position, resumed: SavedState) -> None:
-        """Give a place that other workers have come to as what it is for these."""
-        facts, now = resumed.manifest["facts"], self.config.train
-        batch = resumed.manifest["workers"] * facts["train.batch_size"]
-        every = facts["train.gradient_accumulate_every"]
-        world = self._workers.world_size
-        position.share_out((batch, every), (world * now.batch_size, now.gradient_accumulate_every))
-        elements = plan_run(self.config, world).elements_per_batch
-        position.elements_seen = position.done * elements
-
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Keep the run from others from the moment that it is written to until the block ends.
@@ -211,48 +203,28 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             with ExitStack() as self._held:
                 yield
         finally:
-            self._held, self._is_writing = None, False
+            self._held, self._is_held = None, False
 
     def _begin_writing(self) -> None:
         """Make the run's folder, or go on in that of the state; called while it is to be held."""
-        if self._is_writing:
-            return
-        if self._is_open:
-            path = self._folder.path
-        else:
+        is_new, is_main = self._path is None, self._workers.is_main
+        if self._path is None:
             state_dir = None if self._resumed is None else self._resumed.path
-            run_id = self.configure_run_id() if self._workers.is_main and not state_dir else ""
-            path = make_run_dir(self.config, self._workers, run_id, state_dir)
-        assert self._held is not None
-        with ExitStack() as held:  # which lets go where it cannot be opened
-            if self._workers.is_main:
-                held.enter_context(hold_run(path))
-            if not self._is_open:
-                self._open(path)
-            self._is_open = self._is_writing = True
-            self._held.push(held.pop_all())
-
-    def _open(self, path: Path) -> None:
-        """Begin with what is in the folder."""
-        self._log = self.configure_logger(path, self._workers.is_main)
-        self._folder = RunFolder(
-            self.config, self.options, self._workers, path, self._log, self._resumed
-        )
-        self._folder.summary.parameter_count, parts = self._parameters
-        self._folder.dump_config()
-        self._log.info(f"Model parameters: {self._parameters[0]}, ({parts})")
-        self._log.info(f"Configuration: {self.config}")
-        self._log.info(f"CUDA: {cuda.cuda_properties()}")
-
-    def _rewind(self, run: Run) -> None:
-        """Drop what was written after the state that the run goes on from, and tell of it."""
-        if self._resumed is not None:
-            self._log.info(f"Resuming exactly from {self._resumed.path}")
-            self._folder.rewind(self._resumed)
-            self._resumed = None
-        for note in self._notes:
-            self._log.info(note)
-        self._notes = []
+            run_id = self.configure_run_id() if is_main and not state_dir else ""
+            self._path = make_run_dir(self.config, self._workers, run_id, state_dir)
+        if is_main and self._held is not None and not self._is_held:
+            self._held.enter_context(hold_run(self._path))
+            self._is_held = True
+        if is_new:
+            self._log = self.configure_logger(self._path, is_main)
+            self._folder = RunFolder(
+                self.config, self.options, self._workers, self._path, self._log, self._resumed
+            )
+            self._folder.summary.parameter_count, parts = self._parameters
+            self._folder.dump_config()
+            self._log.info(f"Model parameters: {self._parameters[0]}, ({parts})")
+            self._log.info(f"Configuration: {self.config}")
+            self._log.info(f"CUDA: {cuda.cuda_properties()}")
 
     # -- States ----------------------------------------------------------------------------------
 
@@ -260,7 +232,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         """Save the training state."""
         manifest = {
             "strategy": self.config.train.strategy,
-            "facts": facts_of(self.config, run.lineage),
+            "facts": run.facts,
             **self._folder.manifest(),
         }
         save_training_state(
@@ -276,14 +248,10 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def _load_best(self) -> TModel:
         """The best model on every worker."""
-        file = self._folder.best.best_file()
-        if self._workers.from_main(file is not None):
-            state = None
-            if self._workers.is_main and file is not None:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-                state = content["MODEL"]
-                self._log.info(f"The best model's validation loss: {content['LOSS']}")
-            self._parallel.load_full_state(state)
+        if file := self._workers.from_main(self._folder.best.best_file()):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            self._log.info(f"The best model's validation loss: {content['LOSS']}")
+            self._parallel.load_state(content["MODEL"], is_whole=True)
         return cast(TModel, self._parallel.base)
 
     def _load_checkpoint(self, model: TModel) -> None:
@@ -305,26 +273,23 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             "optimizer, learning rate and random numbers start anew"
         )
 
-    def _load_after(self, error: Exception, restarts: int) -> None:
-        """Load the last training state, if there is one."""
-        state_dir = find_latest_state(self._folder.path)
-        if state_dir is None:
-            raise error
-        self._resumed = load_training_state(state_dir, self._workers, self.config.train.strategy)
-        self.options = replace(self.options, profile_steps=0)  # there may be fewer steps left
-        self._log.info(f"{restarts} restarts are left")
-
     # -- What is said ----------------------------------------------------------------------------
 
     def _announce(self, run: Run) -> None:
         """Say what is trained."""
-        every, unit = self.config.train.gradient_accumulate_every, self.progress_unit
-        elements = f"{self._elements_per_batch() * every:,} {unit}s"
-        done, workers = run.position.done // every, self._workers.world_size
-        data = run.lineage.training_data, run.lineage.validation_data
-        self._say(describe_model(*self._parameters))
-        self._say(describe_data(*data, unit))
-        self._say(describe_plan(run.plan, done, elements, workers, self._folder.path))
+        every, workers = self.config.train.gradient_accumulate_every, self._workers.world_size
+        lines = describe_run(
+            *self._parameters,
+            run.lineage,
+            run.plan,
+            done=run.position.done // every,
+            elements=self._elements_per_batch() * every,
+            unit=self.progress_unit,
+            workers=workers,
+            folder=self._folder.path,
+        )
+        for line in lines:
+            self._say(line)
         if self._resumed is not None and not self._resumed.is_exact:
             self._say(
                 "Not an exact resume: the state is of "
@@ -360,6 +325,5 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def _tell(self, message: str) -> None:
         """Say something once that must not be missed."""
-        self._log.error(message)
         if self._workers.is_main:
-            print(message, file=sys.stderr, flush=True)
+            tell(self._log, message)

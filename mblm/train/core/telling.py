@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mblm.train.core.config import DataLineage
+from mblm.train.core.config import Lineage
 from mblm.train.core.schedule import Plan
 
 
@@ -21,31 +21,39 @@ def format_loss(loss: float, unit: str) -> str:
     return f"{loss / math.log(2):.3f} bits per byte" if unit == "byte" else f"loss {loss:.4f}"
 
 
-def describe_model(parameters: int, parts: Mapping[str, int]) -> str:
-    """The parameters in all, of parts and of what is around them."""
-    counts = {**parts, "around them": parameters - sum(parts.values())} if parts else {}
-    told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    return f"Model: {parameters:,} parameters" + (f" ({told})" if told else "")
+def describe_run(
+    count: int,
+    parts: Mapping[str, int],
+    lineage: Lineage,
+    plan: Plan,
+    *,
+    done: int,
+    elements: int,
+    unit: str,
+    workers: int,
+    folder: Path,
+) -> list[str]:
+    """What is trained, on what, for how long and where it writes, a line for each.
 
-
-def describe_data(training: DataLineage, validation: DataLineage, unit: str) -> str:
-    """The files, their size, and that of the parts in elements of this name."""
-    source = training.dataset
-    if training.files:
-        source = next(iter(training.first)) if training.files == 1 else f"{training.files:,} files"
-        source += f", {training.total:,} bytes"
-    unit = "sample" if training.in_samples else unit
-    parts = f"{training.size:,} {unit}s to train on, {validation.size:,} to validate"
-    return f"Data: {source}; {parts}"
-
-
-def describe_plan(plan: Plan, done: int, elements: str, workers: int, folder: Path) -> str:
-    """Steps and how much each takes, validations, processes, and where it writes."""
-    counts = [f"{plan.gradient_steps:,} steps of {elements}"]
-    if done:
-        counts.append(f"of which {done:,} are done")
+    There are ``count`` parameters, those of parts by their names; ``done`` are steps of a run that
+    goes on, ``elements`` those of a step, all workers together.
+    """
+    around = {"around them": count - sum(parts.values())} if parts else {}
+    told = ", ".join(f"{name} {number:,}" for name, number in {**parts, **around}.items())
+    data, source = lineage.training_data, lineage.training_data.dataset
+    if data.files:
+        source = next(iter(data.first)) if data.files == 1 else f"{data.files:,} files"
+        source += f", {data.total:,} bytes"
+    sizes = f"{data.size:,} {'sample' if data.in_samples else unit}s to train on"
     validations = len(plan.validation_points)
-    counts.append(f"{validations} validation{'s' * (validations != 1)}")
-    if workers > 1:
-        counts.append(f"{workers} processes")
-    return f"Plan: {', '.join(counts)}; writes to {folder}"
+    steps = [
+        f"{plan.gradient_steps:,} steps of {elements:,} {unit}s",
+        f"of which {done:,} are done" * bool(done),
+        f"{validations} validation{'s' * (validations != 1)}",
+        f"{workers} processes" * (workers > 1),
+    ]
+    return [
+        f"Model: {count:,} parameters" + f" ({told})" * bool(told),
+        f"Data: {source}; {sizes}, {lineage.validation_data.size:,} to validate",
+        f"Plan: {', '.join(filter(None, steps))}; writes to {folder}",
+    ]

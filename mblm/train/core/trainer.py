@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -15,17 +15,18 @@ from tqdm import tqdm
 from mblm.data.datasets import DistributedDataset
 from mblm.data.types import ModelMode
 from mblm.train.core.config import TIoConfig, TModelParams, TTrainConfig
-from mblm.train.core.evaluation import Evaluation, EvaluationStoppedError, Sources, Stop
+from mblm.train.core.evaluation import Evaluation, Sources
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
 from mblm.train.core.non_finite import NonFiniteLossError, judge_step
 from mblm.train.core.observer import Observer
-from mblm.train.core.profiling import Profile
+from mblm.train.core.profiling import Profile, check_profile
 from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Position, Run
 from mblm.train.core.starting import TrainerStart
+from mblm.train.core.training_state import find_latest_state, load_training_state
 
 __all__ = ["CoreTrainer", "CoreTrainerOptions"]
 
@@ -72,9 +73,23 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             OSError: Nothing more can be saved; the last training state is whole.
         """
         run = self._start(train_dataset, valid_dataset)
+        done = run.position.done // self.config.train.gradient_accumulate_every
+        check_profile(self.options.profile_steps, run.plan.gradient_steps - done)
         with self.holding():
             self._begin_writing()
-            return self._train_to_end(run, train_dataset, valid_dataset)
+            try:
+                self._train_to_end(run, train_dataset, valid_dataset)
+            except BaseException as error:
+                self._folder.summary.error = f"{type(error).__name__}: {error}"
+                with suppress(OSError):  # such as the disk being full, which is the error, then
+                    self._folder.dump_config()
+                self._folder.loggers.close()
+                if isinstance(error, TrainingInterrupted):
+                    self._say(str(error))
+                else:
+                    self._log.critical(f"Training failed: {error}", exc_info=error)
+                raise
+            return self._load_best()
 
     def test(self, test_dataset: DistributedDataset[TBatch], model: nn.Module) -> None:
         """Log a model's loss on test data; called by all workers, each with all the data.
@@ -89,12 +104,11 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             callee = self._parallel.to_evaluate if is_ours else model
             place = Position(elements_seen=-1)
             try:
-                result = self._evaluate(callee, sources, place, "Test", requests.stop)
-            except EvaluationStoppedError as stopped:
-                message = f"Stopped by {stopped.number.name} in the test"
-                self._say(message)
+                result = self._evaluate(callee, sources, place, "Test", requests)
+            except TrainingInterrupted as stopped:
+                self._say(str(stopped))
                 self._folder.loggers.close()
-                raise TrainingInterrupted(message) from None
+                raise
             self._test_loss = result.loss
             self._log.info(f"Test loss: {result.loss}")
             for source, loss in {"": result.loss, **result.of_sources}.items():
@@ -111,46 +125,43 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         run: Run,
         train_dataset: DistributedDataset[TBatch],
         valid_dataset: DistributedDataset[TBatch],
-    ) -> TModel:
+    ) -> None:
         """Train, again after a failure where that is configured; the folder tells how it ended."""
         self._announce(run)
         self._folder.lineage = run.lineage
-        summary = self._folder.summary
-        summary.training_start = datetime.now().isoformat()
-        restarts = self.options.max_train_restarts if self._workers.world_size == 1 else 0
-        try:
-            self._folder.dump_config()
-            if self._restores and not self.options.skip_validation:
-                rng = get_rng(*run.validation.generators)
-                result = self._rank(run, place := "Validation of the weights that it starts from")
-                self._log.info(f"{place}: loss {result.loss}")
-                set_rng(rng, *run.validation.generators)
-            while True:
-                self._rewind(run)
-                try:
-                    self._train(run, train_dataset)
-                    break
-                except Exception as error:
-                    if restarts == 0:
-                        raise
-                    restarts -= 1
-                    self._log.critical(f"Training failed: {error}", exc_info=True)
-                    self._load_after(error, restarts)
-                run = self._start(train_dataset, valid_dataset)
-        except BaseException as error:
-            summary.error = f"{type(error).__name__}: {error}"
-            if isinstance(error, TrainingInterrupted):
-                self._say(str(error))
-            else:
-                self._log.critical(f"Training failed: {summary.error}", exc_info=error)
-            with suppress(OSError):  # such as the disk being full, which is the error, then
-                self._folder.dump_config()
-            self._folder.loggers.close()
-            raise
-        summary.error = None
-        summary.training_end = datetime.now().isoformat()
+        self._folder.summary.training_start = datetime.now().isoformat()
         self._folder.dump_config()
-        return self._load_best()
+        if self._restores and not self.options.skip_validation:
+            rng = get_rng(*run.validation.generators)
+            result = self._rank(run, place := "Validation of the weights that it starts from")
+            self._log.info(f"{place}: loss {result.loss}")
+            set_rng(rng, *run.validation.generators)
+        restarts = self.options.max_train_restarts if self._workers.world_size == 1 else 0
+        while True:
+            if self._resumed is not None:
+                self._log.info(f"Resuming exactly from {self._resumed.path}")
+                self._folder.rewind(self._resumed)
+                self._resumed = None
+            for note in self._notes:
+                self._log.info(note)
+            self._notes = []
+            try:
+                self._train(run, train_dataset)
+                break
+            except Exception as error:
+                state_dir = find_latest_state(self._folder.path)
+                if restarts == 0 or state_dir is None:
+                    raise
+                self._log.critical(f"Training failed: {error}", exc_info=True)
+            restarts -= 1
+            self._log.info(f"{restarts} restarts are left")
+            self._resumed = load_training_state(
+                state_dir, self._workers, self.config.train.strategy
+            )
+            run = self._start(train_dataset, valid_dataset)
+        self._folder.summary.error = None
+        self._folder.summary.training_end = datetime.now().isoformat()
+        self._folder.dump_config()
 
     def _train(self, run: Run, train_dataset: DistributedDataset[TBatch]) -> None:
         config, plan, position = self.config.train, run.plan, run.position
@@ -189,7 +200,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             is_cuda=self._workers.device_type == "cuda",
             say=self._say,
         )
-        with requests, progress, profile:
+        with requests, progress, profile, closing(items):
             if position.validates_after is not None:  # where the run was stopped
                 self._validate(run, requests)
             for item in self._observer.waiting(items):
@@ -257,26 +268,20 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         return loss.detach()
 
     def _divisor(self, run: Run, batch: TBatch) -> float:
-        """What to divide a batch's loss by: it weighs as its entries do among those it may have.
-
-        How many the step has is not known before its last batch; `_factor` makes up for it.
-        """
-        every = float(self.config.train.gradient_accumulate_every)
+        """What to divide a batch's loss by for its share in a step, but for `_factor`."""
         if self.config.train.loss_average == "batches":
-            return every
+            return float(self.config.train.gradient_accumulate_every)
         entries = self.count_entries(batch)
         run.position.entries += entries
-        possible = self._elements_per_batch() // self._workers.world_size
-        return every * possible / entries if entries else math.inf
+        return 1 / entries if entries else math.inf
 
     def _factor(self, run: Run) -> float:
-        """What to multiply a step's gradients by: then they are those of the mean over entries."""
+        """What to multiply a step's gradients by: how many entries it has is not known before."""
         if self.config.train.loss_average == "batches":
             return 1.0
         (entries,) = self._workers.sum(run.position.entries)
         run.position.entries = 0
-        possible = self.config.train.gradient_accumulate_every * self._elements_per_batch()
-        return possible / max(entries, 1)
+        return self._workers.world_size / max(entries, 1)
 
     def _step(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
         """Apply the gradients, or leave them out and judge whether to go on."""
@@ -290,7 +295,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         factor = self._factor(run)
         norm = run.step(clip=config.gradient_clipping, measure=measure, factor=factor)
         if not run.plan.log_points.isdisjoint(past):
-            self._observer.step(position.done, now - 1, losses, rates, norm)
+            self._observer.step(run, losses, rates, norm)
         place = f"batch {item.batch} of epoch {item.epoch}"
         judge_step(run, config, self._workers, norm, losses, place, self._tell)
 
@@ -300,16 +305,13 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         Stopped on the way, the run goes on with the whole validation, as it was before it.
         """
         position, generators = run.position, run.validation.generators
-        index, rng = position.step - 1, get_rng(*generators)
+        rng = get_rng(*generators)
         try:
-            result = self._rank(run, f"Validation after batch {index}", requests.stop)
-        except EvaluationStoppedError as stopped:
+            result = self._rank(run, f"Validation after batch {position.step - 1}", requests)
+        except TrainingInterrupted:
             set_rng(rng, *generators)
             self._save(run)
-            raise TrainingInterrupted(
-                f"Stopped by {stopped.number.name} in the validation after batch {index}; "
-                "the state is saved"
-            ) from None
+            raise
         assert position.validates_after is not None
         (epoch, batch), position.validates_after = position.validates_after, None
         for source, loss in {"": result.loss, **result.of_sources}.items():
@@ -318,10 +320,10 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if self.config.io.num_models_to_save and not self._folder.best.entries:
             raise NonFiniteLossError(f"No model can be ranked. Validation: {result.trouble()}")
 
-    def _rank(self, run: Run, place: str, stop: Stop = lambda: None) -> Evaluation:
+    def _rank(self, run: Run, place: str, requests: Requests | None = None) -> Evaluation:
         """Keep the model if its validation loss is among the best."""
         position = run.position
-        result = self._evaluate(run.model.to_evaluate, run.validation, position, place, stop)
+        result = self._evaluate(run.model.to_evaluate, run.validation, position, place, requests)
         if math.isfinite(result.loss):
             left_out, state = len(result.left_out), run.model.full_state()
             self._folder.add_model(result.loss, left_out, state, position)
@@ -333,9 +335,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         sources: Sources,
         position: Position,
         place: str,
-        stop: Stop = lambda: None,
+        requests: Requests | None,
     ) -> Evaluation:
-        """The mean loss over the sources' batches; raises `EvaluationStoppedError` on request."""
+        """The mean loss over the sources' batches; raises `TrainingInterrupted` on request."""
         options = self.options
         sources.begin(position.step)  # another order, if it is shuffled
         show: Callable[[range], Any] = partial(
@@ -354,7 +356,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 max_batches=self.config.train.max_eval_steps,
                 in_step=self._parallel.is_sharded,
                 show=show,
-                stop=stop,
+                check=partial(requests.check, f"in the {place[0].lower()}{place[1:]}")
+                if requests
+                else lambda: None,
             )
         if trouble := result.trouble():
             self._tell(f"{place}: {trouble}")

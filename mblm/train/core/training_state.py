@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from mblm.train.core.config import ResumeConfig
-from mblm.train.core.parallel import Workers
+from mblm.train.core.parallel import Workers, to_local
 from mblm.utils.atomic import atomic_write, sync_directory
 from mblm.utils.checkpoint import save_tensors
 
@@ -44,12 +45,8 @@ State = dict[str, Any]
 class SavedState:
     """A training state that was loaded to the CPU.
 
-    Attributes:
-        path: Its folder.
-        manifest: What ``COMPLETE`` holds.
-        common: What all workers share.
-        own: What is this worker's; of a state of another number of workers, the main one's.
-        is_exact: Whether it is of as many workers, which go on with the same bits.
+    What is this worker's ``own`` is the main one's in a state of another number of workers, which
+    do not go on with the same bits: ``is_exact`` is False.
     """
 
     path: Path
@@ -67,11 +64,10 @@ def find_latest_state(run_dir: str | Path) -> Path | None:
 
 def list_states(run_dir: str | Path) -> list[Path]:
     """The whole training states of a run folder, the earliest first."""
-    return sorted(filter(is_training_state, _state_dirs(Path(run_dir))), key=step_of)
+    return sorted(filter(is_training_state, _state_dirs(run_dir)), key=step_of)
 
 
-def _state_dirs(run_dir: Path) -> list[Path]:
-    """What a run has called by its steps; other names are its user's, such as that of a link."""
+def _state_dirs(run_dir: str | Path) -> list[Path]:
     found = Path(run_dir, STATES).glob(f"{_PREFIX}*")
     return [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
 
@@ -82,34 +78,33 @@ def is_training_state(path: str | Path) -> bool:
 
 
 def state_to_resume(resume: ResumeConfig | None) -> Path | None:
-    """The training state that a configuration goes on from; None for a checkpoint or nothing.
-
-    Raises:
-        ValueError: There is neither a training state nor a file.
-    """
+    """The training state that a configuration goes on from; None for a checkpoint or nothing."""
     if resume is None:
         return None
-    path = Path(resume.checkpoint_file)
-    if is_training_state(path):
+    path = Path(os.path.abspath(resume.checkpoint_file))
+    if path in list_states(run_dir_of(path)):
         return path
     if path.is_file():
         return None
     raise ValueError(
-        f"resume.checkpoint_file: {path} is neither a checkpoint nor the folder of a whole "
-        "training state"
+        f"resume.checkpoint_file: {resume.checkpoint_file} is neither a checkpoint nor the folder "
+        "of a whole training state, <run>/state/step_<n>"
     )
 
 
 def run_dir_of(state_dir: Path) -> Path:
-    """The run folder that a training state is of, whose ``state`` may be a link to another disk."""
-    while state_dir.is_symlink():
-        state_dir = Path(os.path.realpath(state_dir.parent), os.readlink(state_dir))
-    return Path(os.path.abspath(state_dir)).parents[1]
+    """The folder of the run that a training state is of."""
+    return state_dir.absolute().parent.parent
 
 
 def state_dir_at(run_dir: Path, step: int) -> Path:
     """The folder of a run's state after ``step`` batches."""
     return run_dir / STATES / f"{_PREFIX}{step:08d}"
+
+
+def step_of(state_dir: Path) -> int:
+    """The batches that a state's run had trained on."""
+    return int(state_dir.name.removeprefix(_PREFIX))
 
 
 def save_training_state(
@@ -122,8 +117,7 @@ def save_training_state(
 ) -> None:
     """Save a state, unless there is one of this step; called by all workers.
 
-    Of the manifest (plain values: ``strategy``, ``facts``, ``best``, ``resume``) and of what is
-    common to all, those of the main worker count.
+    Of manifest (plain values) and of what is common to all, those of the main worker count.
 
     Raises:
         OSError: On all workers: the state cannot be written; the states before are as they were.
@@ -183,32 +177,19 @@ def referred_models(states: list[Path]) -> list[str]:
 def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
     """Remove all but the latest states, those after a step, and what a crash left; called by one.
 
-    Returns:
-        The states that are kept; also one that may not be changed, as by ``chmod -w``.
-
-    Raises:
-        PermissionError: That one is after the step.
+    Returns those there are then, also what the system does not let be removed.
     """
     latest = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
     for state in [*_state_dirs(run_dir), *Path(run_dir, STATES).glob(f".{_PREFIX}*.tmp")]:
-        if state in latest:
-            continue
-        try:
-            (state / _MANIFEST).unlink(missing_ok=True)  # first: it must not look whole
-        except PermissionError:
-            if after is not None and step_of(state) > after:
-                raise
-        else:
-            shutil.rmtree(state, ignore_errors=True)
+        if state not in latest:
+            with suppress(OSError):
+                (state / _MANIFEST).unlink(missing_ok=True)  # first: it must not look whole
+                shutil.rmtree(state, ignore_errors=True)
     return list_states(run_dir)
 
 
 def read_manifest(state_dir: Path) -> State:
-    """What a state says of itself: ``facts``, what its run depends on, among other things.
-
-    Raises:
-        ValueError: It is no whole state.
-    """
+    """What a state says of itself: ``facts``, what its run depends on, among other things."""
     try:
         manifest = json.loads((state_dir / _MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
@@ -222,8 +203,7 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
     """Load a state, what all share and what is this worker's; nothing is changed.
 
     Raises:
-        ValueError: No whole state of this format, one of another strategy, shards of another number
-            of workers, a damaged file, or one of the best models is gone.
+        ValueError: It does not fit or is damaged, or one of the best models is gone.
     """
     manifest = read_manifest(state_dir)
     is_exact = manifest.get("workers") == workers.world_size
@@ -243,24 +223,8 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
     return SavedState(state_dir, manifest, _read(state_dir / "common.pt"), _read(own), is_exact)
 
 
-def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Nested plain containers with the function applied to the tensors in them."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(item, function) for item in value)
-    return value
-
-
-def step_of(state_dir: Path) -> int:
-    """The batches that a state's run had trained on."""
-    return int(state_dir.name.removeprefix(_PREFIX))
-
-
 def _plain(value: Any, name: str) -> Any:
-    """The value with numpy's numbers as Python's; what could not be loaded again is refused."""
+    """The value with tensors as this worker has them and numpy's numbers as Python's."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -268,7 +232,9 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         kind = tuple if isinstance(value, tuple) else list
         return kind(_plain(item, f"{name}.{index}") for index, item in enumerate(value))
-    if isinstance(value, torch.Tensor) or value is None or type(value) in _SCALARS:
+    if isinstance(value, torch.Tensor):
+        return to_local(value)
+    if value is None or type(value) in _SCALARS:
         return value
     raise TypeError(
         f"{name}: expected a tensor or a plain value, got {type(value).__name__}, which could not "

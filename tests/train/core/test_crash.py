@@ -5,12 +5,11 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from mblm.train.core import output, training_state
+from mblm.train.core import run_folder, training_state
 from mblm.train.core.training_state import find_latest_state, list_states
 
 from . import jobs
@@ -40,17 +39,17 @@ def test_a_full_disk_leaves_the_last_state_and_says_so(tmp_path, monkeypatch, fi
 
 
 def test_a_full_disk_leaves_the_best_models_and_says_so(tmp_path, monkeypatch):
-    models = output.BestModels(tmp_path, "tiny", 2, writes=True)
+    models = run_folder.BestModels(tmp_path, "tiny", 2, writes=True)
     weights = {"w": torch.zeros(4)}
-    models.add(output.Ranked(0.5, "a.pth"), weights)
+    models.add(run_folder.Ranked(0.5, "a.pth"), weights)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(output, "save_model_state", full)
+    monkeypatch.setattr(run_folder, "save_model_state", full)
     before = (tmp_path / "tiny_top1.pth").read_bytes()
     with pytest.raises(OSError, match="No space left on device"):
-        models.add(output.Ranked(0.1, "b.pth"), weights)
+        models.add(run_folder.Ranked(0.1, "b.pth"), weights)
     assert (tmp_path / "tiny_top1.pth").read_bytes() == before
     assert models.entries == [(0.5, "a.pth", 0)]
 
@@ -63,23 +62,6 @@ def test_a_state_that_cannot_be_removed_is_not_in_the_way(tmp_path, ended, finis
     train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(ended)))
     names = {file.name for file in (ended / "state").iterdir()}
     assert names == {"best", "lock", "step_00000008", "step_00000012"}
-
-
-def test_a_state_that_its_user_protects_stays_with_its_models(tmp_path, ended, monkeypatch):
-    first, last = list_states(ended)
-    unlink = Path.unlink
-
-    def unlink_others(path, **options):
-        if first in path.parents:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        unlink(path, **options)
-
-    monkeypatch.setattr(Path, "unlink", unlink_others)
-    train_alone(jobs.Trainer, jobs.config(tmp_path, batches=20, resume=last))
-    assert list_states(ended)[0] == first and len(list_states(ended)) == 3
-    with pytest.raises(PermissionError, match="step_00000008"):
-        training_state.prune_states(ended, after=4)
-    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=first))
 
 
 def rows_written(folder):
@@ -154,7 +136,7 @@ def dies_writing(call, cfg):
 
 
 def dies_publishing(call, cfg):
-    train_and_die_in(output, "_link", call, cfg)
+    train_and_die_in(run_folder, "_link", call, cfg)
 
 
 def dies_pruning(call, cfg):

@@ -2,17 +2,14 @@
 
 import os
 import signal
-import subprocess
 import time
 
 import pytest
 
 from mblm.train.core.interrupt import (
     EXIT_INTERRUPTED,
-    STOPS,
     Requests,
     TrainingInterrupted,
-    _LoaderProcess,
 )
 from mblm.train.core.training_state import find_latest_state, list_states
 
@@ -63,37 +60,6 @@ def test_a_signal_to_the_processes_of_the_loader_too_loses_nothing(tmp_path, num
     run = jobs.run_of(tmp_path)
     state = find_latest_state(run)
     assert int(state.name.removeprefix("step_")) == len(jobs.losses(run)) - 1
-
-
-def begin_late(process, is_there, may_begin):
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    is_there.set()
-    may_begin.wait()
-    process(0)
-    time.sleep(1000)
-
-
-@pytest.mark.parametrize("is_over", [False, True])
-def test_a_loaders_process_ends_though_another_signal_hides_its_owners(is_over):
-    is_there, may_begin = jobs.context.Event(), jobs.context.Event()
-    code = _LoaderProcess(jobs.context, None)
-    process = jobs.context.Process(target=begin_late, args=(code, is_there, may_begin))
-    process.start()
-    try:
-        assert is_there.wait(60)
-        subprocess.run(["kill", str(process.pid)], check=True)
-        if is_over:
-            code.end()
-            process.terminate()  # the system keeps the first alone
-        may_begin.set()
-        process.join(60 if is_over else 0.5)
-        assert process.exitcode == (0 if is_over else None)
-        if not is_over:
-            process.terminate()
-            process.join(60)
-            assert process.exitcode == 0
-    finally:
-        process.kill()
 
 
 class Fails(LoadsInProcesses):

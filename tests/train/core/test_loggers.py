@@ -237,14 +237,6 @@ def test_metrics_are_of_all_that_a_step_took(tmp_path):
     assert len(valid) == 4 and valid[0]["lr"] == ""
 
 
-def test_where_no_one_counts_a_processs_memory_its_column_is_empty(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    run = train(jobs.config(tmp_path, batches=2))
-    with (run / "metrics.csv").open(newline="") as file:
-        steps = [row for row in csv.DictReader(file) if row["kind"] == "train"]
-    assert [row["memory_max"] for row in steps] == ["", ""]
-
-
 def train_two(cfg):
     jobs.train(cfg, Writes)
 
@@ -271,18 +263,6 @@ class WritesItsWeights(Writes):
         return [str(sum(map(float, map(torch.sum, model.state_dict().values())))).encode()]
 
 
-class HasOneModel(Writes):
-    """Has no memory for a copy."""
-
-    has_one = False
-
-    def init_model(self):
-        if self.has_one:
-            raise MemoryError("no memory left")
-        self.has_one = True
-        return super().init_model()
-
-
 def train_two_that_write(cfg, trainer):
     jobs.train(cfg, trainer)
 
@@ -300,14 +280,6 @@ def test_a_sharded_model_writes_with_the_weights_that_are_saved_and_trains_the_s
         saved = torch.load(run / "state" / "best" / f"{step}.pth")["MODEL"]
         written = (run / "samples" / f"{step}.txt").read_text().partition("\n")[0]
         assert float(written) == sum(map(float, map(torch.sum, saved.values())))
-
-
-def test_a_sharded_model_that_cannot_be_copied_trains_on(tmp_path):
-    fields = {"workers": 2, "batch_size": 2, "batches": 2, "strategy": "fsdp", "sample_amount": 1}
-    cfg = jobs.config(tmp_path, **fields)
-    assert jobs.join(jobs.start(train_two_that_write, 2, cfg, HasOneModel)) == [0, 0]
-    said = (jobs.run_of(tmp_path) / "train.log").read_text()
-    assert "is not shown: MemoryError: no memory left" in said
 
 
 def test_a_hierarchy_writes_text_and_tells_its_losses_by_position(tmp_path):

@@ -141,10 +141,10 @@ def test_sharded_parameters_take_the_steps_of_whole_ones_to_the_bit(tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr: expected at least 0, got -1.0"),
-        ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"weight_decay": float("nan")}, "Invalid weight_decay value: nan"),
         ({"momentum": 1.0}, "momentum: expected at least 0 and less than 1, got 1.0"),
-        ({"betas": (0.9, 1.0)}, "betas: expected .* got 1.0"),
+        ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
     ],
     ids=str,
 )

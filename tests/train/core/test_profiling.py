@@ -24,8 +24,3 @@ def test_writes_when_its_steps_are_done(tmp_path):
 def test_a_run_that_is_stopped_before_has_none(tmp_path):
     assert [profile_steps(tmp_path / "profile", 3, done) for done in (0, 1, 2, 4)] == [[]] * 4
     assert not (tmp_path / "profile").exists()
-
-
-def test_one_that_cannot_be_written_is_said(tmp_path):
-    (said,) = profile_steps(tmp_path / "no folder" / "profile", 1, 3)
-    assert said.startswith("The profile cannot be written: [Errno 2]")

@@ -1,8 +1,6 @@
 """Progress: lines without a terminal, a bar on one, and bits per byte of bytes."""
 
 import math
-import os
-import sys
 
 import pytest
 import torch
@@ -61,17 +59,6 @@ def test_a_bar(clock, capsys):
             shown.update(torch.tensor(math.log(2)))
     assert "50% |" in (shown_text := capsys.readouterr().err)
     assert "1.000 bits per byte, 0 bytes/s, 2.0 h left" in shown_text
-
-
-def test_a_bar_where_the_terminal_has_no_size(clock, monkeypatch):
-    terminal, child = pytest.importorskip("pty").openpty()
-    os.set_blocking(terminal, False)
-    with open(child, "w", encoding="utf-8") as opened:
-        monkeypatch.setattr(sys, "stderr", opened)
-        with Progress(2, 8, unit="byte", bar=True, say=pytest.fail) as shown:
-            shown.update(torch.tensor(math.log(2)))
-        assert b"1.000 bits per byte" in os.read(terminal, 4096)
-    os.close(terminal)
 
 
 def test_a_loss_that_is_not_finite_is_forgotten(clock):

@@ -46,12 +46,9 @@ def everything_in(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"trainer": Wider},
-            "gone on from: the saved weights do not fit the model: logits.2",
-        ),
-        ({"trainer": Momentum}, "the optimizer's state is of another one, which had amsgrad"),
-        ({"trainer": Freezes}, r"with groups of \[5\] parameters; this one has \[2\]"),
+        ({"trainer": Wider}, r"gone on from: (.|\n)*size mismatch for logits.2"),
+        ({"trainer": Momentum}, "optimizer: Adam -> SGD"),
+        ({"trainer": Freezes}, "gone on from: .* doesn't match the size of optimizer's group"),
         ({"trainer": OtherStages}, "stages.0: Model -> mamba1"),
         ({"batch_size": 2}, "train.batch_size: 4 -> 2"),
         ({"gradient_accumulate_every": 2}, "train.gradient_accumulate_every: 1 -> 2"),
@@ -60,10 +57,7 @@ def everything_in(folder):
         ({"optimizer": "muon"}, "train.optimizer: adam -> muon"),
         ({"name_model": "other"}, "io.name_model: tiny -> other"),
         ({"batches": 7}, "train.target_elements: .* after 7 batches, .* has 8 behind it"),
-        (
-            {"samples": 20},
-            "training_data.size: 384 -> 160",
-        ),
+        ({"samples": 20}, "training_data.size: 384 -> 160"),
         ({"valid_samples": 11}, "validation_data.size: 80 -> 88"),
     ],
     ids=str,
@@ -97,27 +91,6 @@ def test_a_run_that_another_trains_is_left_to_it(tmp_path, ended):
             train_alone(jobs.Trainer, cfg)
         assert everything_in(tmp_path) == before
     train_alone(jobs.Trainer, cfg)
-
-
-def test_a_run_that_could_not_be_opened_is_not_held(tmp_path, ended):
-    class FailsOnce(jobs.Trainer):
-        failed = False
-
-        def configure_logger(self, *arguments):
-            if not self.failed:
-                self.failed = True
-                raise OSError("no space left")
-            return super().configure_logger(*arguments)
-
-    cfg = jobs.config(tmp_path, resume=list_states(ended)[0])
-    trainer = jobs.alone(FailsOnce, cfg)
-    with trainer.holding():
-        with pytest.raises(OSError, match="no space left"):
-            trainer.train(jobs.Ids(), jobs.Ids(10))
-        assert not is_held(ended)
-        trainer.train(jobs.Ids(), jobs.Ids(10))
-        assert is_held(ended)
-    assert not is_held(ended)
 
 
 def test_a_job_holds_its_run_until_its_test_is_done(tmp_path):
@@ -258,7 +231,7 @@ def test_a_place_that_the_data_do_not_have_is_refused(tmp_path):
 def test_a_place_is_shared_out_in_whole_steps():
     """Nine batches of 8 sequences, in steps of two, one of which was left out."""
     place = Position(step=109, done=9, batch=5, applied=3)
-    place.share_out((8, 2), (4, 3))
+    place.share_out(8, 2, 4, 3)
     assert (place.step, place.done, place.batch, place.applied) == (109, 15, 8, 4)
 
 
@@ -323,12 +296,3 @@ def test_a_checkpoint_ranks_by_its_loss_on_the_data_it_is_trained_on(tmp_path):
     assert new["LOSS"] > old["LOSS"]
     assert not jobs.same(new["MODEL"], old["MODEL"])
     assert jobs.same(dict(best.state_dict()), new["MODEL"])
-
-
-def test_a_checkpoint_that_nothing_improves_stays_the_best_with_its_new_loss(tmp_path):
-    before = train_alone(jobs.Trainer, jobs.config(tmp_path / "before"))
-    old = torch.load(before / "tiny_top1.pth")
-    torch.save({**old, "LOSS": 1e9}, tmp_path / "model.pth")
-    cfg = jobs.config(tmp_path, resume=tmp_path / "model.pth", learning_rate=5.0)
-    new = torch.load(train_alone(jobs.Trainer, cfg) / "tiny_top1.pth")
-    assert jobs.same(new, old)

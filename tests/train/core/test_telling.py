@@ -2,13 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
+from mblm.train.core.config import Lineage
 from mblm.train.core.lineage import lineage_of
 from mblm.train.core.schedule import plan_run
-from mblm.train.core.telling import describe_data, describe_model, describe_plan, format_loss
+from mblm.train.core.telling import describe_run, format_loss
 
 from . import jobs
+from .test_lineage import Files
 
 
 def test_losses_of_bytes_are_in_bits() -> None:
@@ -16,47 +18,29 @@ def test_losses_of_bytes_are_in_bits() -> None:
     assert format_loss(1.5, "element") == "loss 1.5000"
 
 
-def test_parameters() -> None:
-    parts = {"stage 1": 1000, "stage 2": 200}
-    assert describe_model(1234, parts) == (
-        "Model: 1,234 parameters (stage 1 1,000, stage 2 200, around them 34)"
+def told(data: Files, parts: dict[str, int], done: int, workers: int) -> list[str]:
+    of_data = lineage_of(data)
+    lineage = Lineage(
+        package="1", stages=[], seed=0, training_data=of_data, validation_data=of_data
     )
-    assert describe_model(1234, {}) == "Model: 1,234 parameters"
+    cfg = jobs.config(Path("out"), batches=1000, workers=workers, validate_amount=workers)
+    how: dict[str, Any] = {"done": done, "elements": 2048, "unit": "byte", "workers": workers}
+    plan = plan_run(cfg, workers)
+    return describe_run(1234, parts, lineage, plan, folder=Path("run"), **how)
 
 
-def test_data() -> None:
-    class Mine(jobs.Ids):
-        files: ClassVar[list[tuple[str, int]]] = []
-
-        def lineage(self) -> list[tuple[str, int]]:
-            return self.files
-
-    def told(unit: str, *files: tuple[str, int]) -> str:
-        Mine.files = list(files)
-        return describe_data(lineage_of(Mine(200)), lineage_of(Mine(9)), unit)
-
-    assert told("element") == "Data: Mine; 1,600 elements to train on, 72 to validate"
-    book, parts = ("book.txt", 1234), "; 1,600 bytes to train on, 72 to validate"
-    assert told("byte", book) == f"Data: book.txt, 1,234 bytes{parts}"
-    assert told("byte", book, ("b", 1)) == f"Data: 2 files, 1,235 bytes{parts}"
-
-    class Documents(Mine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.is_sequential = False
-
-    lineage = lineage_of(Documents())
-    assert describe_data(lineage, lineage, "byte").endswith(
-        "384 samples to train on, 384 to validate"
-    )
-
-
-def test_the_plan() -> None:
-    fields = {"batches": 1000, "validate_amount": 10}
-    plan = plan_run(jobs.config(Path("out"), **fields), 1)
-    told = describe_plan(plan, 0, "2,048 bytes", 1, Path("out/run"))
-    assert told == "Plan: 1,000 steps of 2,048 bytes, 10 validations; writes to out/run"
-    plan = plan_run(jobs.config(Path("out"), batches=9, workers=2, validate_amount=1), 2)
-    assert describe_plan(plan, 2, "8 elements", 2, Path("run")) == (
-        "Plan: 9 steps of 8 elements, of which 2 are done, 1 validation, 2 processes; writes to run"
-    )
+def test_what_is_trained() -> None:
+    assert told(Files(("book", 1234)), {}, 0, 1) == [
+        "Model: 1,234 parameters",
+        "Data: book, 1,234 bytes; 384 bytes to train on, 384 to validate",
+        "Plan: 1,000 steps of 2,048 bytes, 1 validation; writes to run",
+    ]
+    documents = Files(("a", 1234), ("b", 1))
+    documents.is_sequential = False
+    assert told(documents, {"stage 1": 1000, "stage 2": 200}, 3, 2) == [
+        "Model: 1,234 parameters (stage 1 1,000, stage 2 200, around them 34)",
+        "Data: 2 files, 1,235 bytes; 384 samples to train on, 384 to validate",
+        "Plan: 1,000 steps of 2,048 bytes, of which 3 are done, 2 validations, 2 processes; "
+        "writes to run",
+    ]
+    assert told(Files(), {}, 0, 1)[1] == "Data: Files; 384 bytes to train on, 384 to validate"

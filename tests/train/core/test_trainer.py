@@ -101,13 +101,6 @@ def test_without_a_seed_the_programs_generator_decides_the_weights(tmp_path):
     assert jobs.same(dict(trainer._parallel.base.state_dict()), dict(jobs.Model(0.0).state_dict()))
 
 
-def test_accumulating_is_one_larger_batch(tmp_path):
-    _, small = train(jobs.config(tmp_path, batch_size=2, batches=24, gradient_accumulate_every=4))
-    _, large = train(jobs.config(tmp_path, batch_size=8, batches=6))
-    for name, weight in large.state_dict().items():
-        torch.testing.assert_close(small.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
-
-
 def test_gradients_are_clipped_to_the_norm(tmp_path):
     class Sgd(jobs.Trainer):
         def configure_optimizer(self, parameters):
@@ -131,15 +124,6 @@ def test_epochs_are_offset_and_the_last_short_batch_is_dropped(tmp_path):
     )
     assert dataset.seen[:4] == [0, 8, 16, 24]
     assert dataset.seen[4:8] == [1, 9, 17, 25]
-
-
-def test_epochs_whose_offset_leaves_no_batch_are_passed_over(tmp_path):
-    dataset = jobs.Ids(2)  # any offset but 0 leaves one sample
-    trainer = jobs.alone(jobs.Trainer, jobs.config(tmp_path, batches=3, batch_size=2))
-    trainer.train(dataset, jobs.Ids(2))
-    assert dataset.seen == [0, 8] * 3
-    valid = [row for row in rows(trainer._folder.path) if row["kind"] == "valid"]
-    assert [row["epoch"] for row in valid] == ["0", "8", "16"]
 
 
 def test_accumulated_batches_make_whole_steps_and_it_is_said(tmp_path):

@@ -15,7 +15,7 @@ from mblm.train.core import training_state
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.interrupt import EXIT_INTERRUPTED
 from mblm.train.core.non_finite import NonFiniteLossError
-from mblm.train.core.training_state import find_latest_state, list_states
+from mblm.train.core.training_state import find_latest_state
 from mblm.utils.distributed import process_group
 
 from . import jobs
@@ -204,22 +204,6 @@ def test_a_worker_that_fails_while_starting_ends_all_with_its_message(tmp_path):
 # -- Failing -------------------------------------------------------------------------------------
 
 
-class FailsOnRankOne(jobs.Trainer):
-    def model_forward(self, model, batch, device):
-        if self._workers.rank == 1:
-            raise RuntimeError("rank one is out of luck")
-        return super().model_forward(model, batch, device)
-
-
-def train_with_a_failure(cfg):
-    jobs.train(cfg, FailsOnRankOne)
-
-
-def test_a_failed_worker_ends_the_others(tmp_path):
-    cfg = jobs.config(tmp_path, workers=2)
-    assert jobs.join(jobs.start(train_with_a_failure, 2, cfg)) == [1, 1]
-
-
 def train_with_a_full_disk_on_rank_one(cfg):
     write = training_state.save_tensors
 
@@ -241,16 +225,3 @@ def test_a_full_disk_of_one_worker_ends_all_and_leaves_nothing_half_done(tmp_pat
     processes = jobs.start(train_with_a_full_disk_on_rank_one, 2, cfg)
     assert jobs.join(processes) == [3, 3]
     assert [file.name for file in (jobs.run_of(tmp_path) / "state").glob("*step*")] == []
-
-
-def test_a_damaged_state_of_one_worker_leaves_the_run_as_it_was(tmp_path):
-    fields = {"workers": 2, "batches": 2, "batch_size": 2}
-    assert jobs.join(jobs.start(jobs.train, 2, jobs.config(tmp_path, **fields))) == [0, 0]
-    run = jobs.run_of(tmp_path)
-    first, last = list_states(run)
-    (first / "rank_1.pt").write_bytes(b"rubbish")
-    before = jobs.losses(run)
-    cfg = jobs.config(tmp_path, **fields, resume=first)
-    assert jobs.join(jobs.start(jobs.train, 2, cfg)) == [1, 1]
-    assert jobs.losses(run) == before
-    assert list_states(run) == [first, last]

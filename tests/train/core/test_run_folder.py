@@ -1,17 +1,15 @@
-"""BestModels: which models are kept, and in which order."""
+"""A run's folder: the best models, in their order, and the rows of its files."""
 
-import csv
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from mblm.train.core.config import CSVLossEntry, CSVTimeAndMemSnapshotEntry
-from mblm.train.core.output import BestModels, CsvLog, Ranked, new_run_dir
+from mblm.train.core.config import CSVTimeAndMemSnapshotEntry
+from mblm.train.core.run_folder import BestModels, CsvLog, Ranked, new_run_dir
 
 WEIGHTS = {"w": torch.zeros(1)}
 
@@ -50,21 +48,6 @@ def test_a_full_disk_is_told_with_the_files_name():
     row = CSVTimeAndMemSnapshotEntry._make(range(10))
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
         CsvLog(Path("/dev/full"), CSVTimeAndMemSnapshotEntry, enabled=True).write_row(row)
-
-
-def test_rows_before_a_batch_are_kept_whatever_sources_are_called_and_a_crash_has_cut(tmp_path):
-    log = CsvLog(tmp_path / "loss.csv", CSVLossEntry, enabled=True)
-    log.keep_before()
-    kinds = ["train", "valid/ü\u2028", "valid/two\nlines", "test"]
-    for batch, kind in product(range(3), kinds):
-        log.write_row(CSVLossEntry(0, "now", 0, kind, 0, batch, batch, 1, 1, 1, 1))
-    with (tmp_path / "loss.csv").open("ab") as file:
-        file.write("0,now,0,valid/ü".encode()[:-1])
-    assert log.last_batches() == dict.fromkeys(kinds, 2)
-    log.keep_before(train=2, valid=1)
-    with (tmp_path / "loss.csv").open(newline="", encoding="utf-8") as file:
-        kept = [(row["kind"], int(row["cum_batch"])) for row in csv.DictReader(file)]
-    assert kept == [*((kind, 0) for kind in kinds[:3]), ("train", 1)]
 
 
 def test_runs_that_start_at_once_have_a_folder_each(tmp_path):
