@@ -12,7 +12,7 @@ import mblm
 from mblm.cli.generate import check_out, load, stream
 from mblm.cli.generate_command import generate
 from mblm.cli.info import collect_facts, describe_models, format_facts
-from mblm.cli.options import Device, Imports, Model, RunConfig
+from mblm.cli.options import Device, Imports, Model, RunConfig, shown_name
 from mblm.model.find import find_model, find_run
 from mblm.utils import interrupt
 from mblm.utils.atomic import atomic_write
@@ -214,7 +214,7 @@ def show(
       mblm show latest photo.jpg --out photo.html
       head -c 2000 book.txt | mblm show latest - --out book.png
     """
-    from mblm.cli.show import measure_file, name_of, read_text, writer_for
+    from mblm.cli.show import measure_file, read_text, writer_for
 
     write = writer_for(out)
     checkpoint = find_model(model)
@@ -223,7 +223,7 @@ def show(
     loaded = load(checkpoint, config, device)
     with interrupt.raises(), atomic_write(out) as stream:
         surprise = measure_file(loaded, data)
-        write(surprise, name_of(file), stream)
+        write(surprise, "standard input" if str(file) == "-" else shown_name(file), stream)
     typer.echo(f"Wrote {out}: {surprise}")
 
 

@@ -1,15 +1,12 @@
 """What `mblm eval` shows: progress while it reads files, and a table of their scores."""
 
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import mblm
+from mblm.cli.options import byte_bar, shown_name
 from mblm.inference.score_files import FileScore, score_files
 
 
@@ -25,17 +22,14 @@ def evaluate_files(
 ) -> dict[str, Any]:
     """Score files, with a bar on a terminal: ``{files: [{file, bytes, bits_per_byte}], …}``."""
     total = sum(file.stat().st_size for file in files if file.is_file())  # 0: there is no saying
-    with tqdm(
-        total=total or None, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
+    with byte_bar(total) as bar:
         begin = time.perf_counter()
         scores = score_files(
             model, files, length=length, stride=stride, batch_bytes=batch, on_progress=bar.update
         )
         seconds = time.perf_counter() - begin
     in_all = FileScore(sum(s.num_bytes for s in scores), sum(s.bits for s in scores))
-    names = (os.fsencode(file).decode(errors="replace") for file in files)  # JSON is UTF-8
-    named = zip(names, scores, strict=True)
+    named = zip(map(shown_name, files), scores, strict=True)
     return {
         "files": [{"file": name, **_row(score)} for name, score in named],
         **_row(in_all),

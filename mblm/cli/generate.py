@@ -52,20 +52,9 @@ def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | N
 
 def how_many(asked: int | None, prompt: int, context: int | None) -> int:
     """How many bytes to generate: those asked for, or as many as the context holds."""
-    if context is None:
-        return DEFAULT_BYTES if asked is None else asked
-    room = context - prompt
-    if room < 0 or (room == 0 and asked is None):
-        raise ValueError(
-            f"--prompt: {prompt} bytes {'exceed' if room < 0 else 'fill'} the context of {context} "
-            "bytes: nothing can follow; give the last of them"
-        )
-    if asked is not None and asked > room:
-        raise ValueError(
-            f"--bytes: {asked} bytes after a prompt of {prompt} exceed the context of {context} "
-            f"bytes; {room} fit"
-        )
-    return min(room, DEFAULT_BYTES) if asked is None else asked
+    if asked is not None:
+        return asked
+    return DEFAULT_BYTES if context is None else min(DEFAULT_BYTES, max(context - prompt, 0))
 
 
 def load(checkpoint: Path, config: Path | None, device: str | None) -> MBLM:
@@ -129,12 +118,14 @@ def stream(
     **arguments: Any,
 ) -> int:
     """Generate to a file or standard output, then tell the speed; returns the exit status."""
+    from mblm.inference.request import naming
+
     to_terminal = file is None and sys.stdout.isatty()
     streamer = ByteStreamer(
         file or (sys.stdout if to_terminal else sys.stdout.buffer), decode_utf8=to_terminal
     )
     start = time.perf_counter()
-    with interrupt.raises():
+    with interrupt.raises(), naming(prime="--prompt", num_tokens_to_generate="--bytes"):
         generated = model.generate(prompt, streamer, seed=seed, **arguments)
     if streamer.reader_left:  # what is still buffered must not fail when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,9 @@
-"""Arguments and options that several commands take."""
+"""What several commands have: arguments, options, a bar that tells how far they are."""
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +14,19 @@ def _import(names: list[str] | None) -> list[str]:
     """Import a user's modules as soon as the option is read: commands look blocks up by name."""
     import_modules(names or ())
     return names or []
+
+
+def byte_bar(total: int | None) -> Any:
+    """A bar of bytes on a terminal; None or 0: there is no saying how many."""
+    from tqdm import tqdm
+
+    is_off = not sys.stderr.isatty()
+    return tqdm(total=total or None, unit="B", unit_scale=True, leave=False, disable=is_off)
+
+
+def shown_name(file: Path) -> str:
+    """A file's name as any reader of UTF-8 takes it, whatever its bytes are."""
+    return os.fsencode(file).decode(errors="replace")
 
 
 # What several commands take.

@@ -1,12 +1,10 @@
 """What `mblm pack` shows: progress while it reads, and what it has packed."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from mblm.cli.options import byte_bar
 from mblm.data.documents import find_source
 from mblm.data.pack import pack
 from mblm.data.packed import PackSummary
@@ -19,9 +17,7 @@ def pack_sources(names: Sequence[str], out: Path, field: str, valid: float, whol
     # Of a URL or the hub there is no saying how much it is.
     are_here = all(source.files for source in sources) and all(map(os.path.isfile, files))
     total = sum(map(os.path.getsize, files)) if are_here else None
-    with tqdm(
-        total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
+    with byte_bar(total) as bar:
         summary = pack(sources, out, field=field, valid=valid, whole=whole, on_read=bar.update)
     return format_summary(summary, out)
 

@@ -32,24 +32,18 @@ def generate_all(
 
     The n-th prompt, counted from 0, has the seed ``seed + n``.
     """
-    counts: list[int] = []
-    for number, prompt in enumerate(prompts, 1):
-        try:
-            counts.append(how_many(num_bytes, len(prompt), model.max_length))
-        except ValueError as error:
-            raise ValueError(f"--prompts: line {number}: {error}") from None
-    out.write(b"")  # the file is empty until there are results
     start = time.perf_counter()
     with interrupt.raises():
         results = model.generate_batch(
             prompts,
-            max_bytes=counts,
+            max_bytes=[how_many(num_bytes, len(prompt), model.max_length) for prompt in prompts],
             seeds=range(seed, seed + len(prompts)),
             on_result=lambda index, result: out.write(line_of(index, prompts[index], result)),
             enable_progress=sys.stderr.isatty(),
             **arguments,
         )
     seconds = time.perf_counter() - start
+    out.write(b"")  # of no prompts, an empty file
     count = sum(len(result.data) for result in results)
     facts = [
         f"{len(results)} prompts",

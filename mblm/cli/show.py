@@ -1,19 +1,16 @@
 """What `mblm show` does: read a text, measure it with a bar, and write what the name asks for."""
 
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 import mblm
+from mblm.cli.options import byte_bar
 from mblm.show.page import write_page
 from mblm.show.picture import check_matplotlib, write_picture
 from mblm.show.surprise import Surprise, measure
-from mblm.utils.io import STANDARD_INPUT, open_binary
+from mblm.utils.io import open_binary
 
 MOST_BYTES = 16 << 20  # a page has about nine times as many
 
@@ -40,16 +37,7 @@ def read_text(file: Path) -> bytes:
     return data
 
 
-def name_of(file: Path) -> str:
-    """A file's name as it can be shown, whatever its bytes are."""
-    if file == STANDARD_INPUT:
-        return "standard input"
-    return os.fsencode(file).decode(errors="replace")
-
-
 def measure_file(model: mblm.MBLM, data: bytes) -> Surprise:
     """Measure a text, with a bar on a terminal."""
-    with tqdm(
-        total=len(data), unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
+    with byte_bar(len(data)) as bar:
         return measure(model, data, on_progress=bar.update)

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable, Collection, Hashable
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from mblm.constrain.nfa import MAX_STATES, Nfa
@@ -18,7 +19,9 @@ State = TypeVar("State", bound=Hashable)
 
 def determinize(nfa: Nfa, num_tokens: int) -> Automaton:
     """The automaton whose states are the sets of states that are reached together."""
-    class_of, classes_in = _byte_classes({of_bytes for edges in nfa.edges for of_bytes, _ in edges})
+    every_byte = (1 << 256) - 1
+    sets = {every_byte, *(of_bytes for edges in nfa.edges for of_bytes, _ in edges)}
+    class_of, classes_in = _byte_classes(sets)
     reached = _without_a_byte(nfa)
     moves = [[(classes_in[of_bytes], reached(to)) for of_bytes, to in edges] for edges in nfa.edges]
     num_steps = 0
@@ -38,10 +41,10 @@ def determinize(nfa: Nfa, num_tokens: int) -> Automaton:
             raise ValueError(f"constraint: finding its states takes over {_MAX_STEPS} steps")
         return {index: frozenset(to) for index, to in after.items()}
 
-    num_classes = max(class_of) + 2  # the last for ids that are no bytes
+    num_classes = int(class_of.max()) + 2  # the last for ids that are no bytes
     found, rows = _explore(reached(0), follow, num_classes)
     classes = torch.full((num_tokens,), num_classes - 1, device="cpu")
-    classes[:256] = torch.tensor(class_of, device="cpu")[:num_tokens]
+    classes[:256] = torch.from_numpy(class_of)[:num_tokens]
     accepting = torch.tensor([nfa.end in states for states in found], device="cpu")
     return Automaton(classes, rows, accepting)
 
@@ -81,21 +84,13 @@ def _explore(
     return found, torch.frombuffer(table, dtype=torch.int32).view(-1, num_classes)
 
 
-def _byte_classes(sets: Collection[int]) -> tuple[list[int], dict[int, list[int]]]:
+def _byte_classes(sets: Collection[int]) -> tuple[np.ndarray, dict[int, list[int]]]:
     """Bytes that are in the same sets, as classes: the class of each byte, those in each set."""
-    classes = [(1 << 256) - 1]
-    for of_bytes in sets:
-        parts = [part for known in classes for part in (known & of_bytes, known & ~of_bytes)]
-        classes = [part for part in parts if part]
-    class_of = [
-        next(index for index, members in enumerate(classes) if members >> byte & 1)
-        for byte in range(256)
-    ]
-    classes_in = {
-        of_bytes: [index for index, members in enumerate(classes) if members & of_bytes]
-        for of_bytes in sets
-    }
-    return class_of, classes_in
+    packed = b"".join(of_bytes.to_bytes(32, "little") for of_bytes in sets)
+    members = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").reshape(-1, 256)
+    in_classes, class_of = np.unique(members, axis=1, return_inverse=True)
+    classes_in = [row.nonzero()[0].tolist() for row in in_classes]
+    return class_of.reshape(-1), dict(zip(sets, classes_in, strict=True))
 
 
 def _without_a_byte(nfa: Nfa) -> Callable[[int], frozenset[int]]:

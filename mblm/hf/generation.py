@@ -17,12 +17,9 @@ from transformers.generation import (
 )
 
 from mblm.hf.padding import rows_of
-from mblm.inference.continuation import Continuation
-from mblm.inference.engine import cache_for
-from mblm.inference.request import requests_of_rows
 from mblm.inference.session import Session
 from mblm.model.sampling import gumbel_sample
-from mblm.utils.checks import check_id_dtype, check_token_ids
+from mblm.utils.checks import check_id_dtype
 
 _BYTES = 256
 
@@ -78,10 +75,6 @@ class MBLMGenerationMixin(GenerationMixin):
             prepared.top_k = 0
         prepared.use_cache = False
         return prepared, others
-
-    def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
-        """Nothing: no token reaches over the end of a prompt of bytes."""
-        return input_ids
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
@@ -177,17 +170,24 @@ def _run(
     model: Any, prompts: list[Tensor], count: int, wishes: dict[str, Any], streamer: Any
 ) -> list[Tensor]:
     """Generate by the engine: what comes after each prompt; with a streamer, after one."""
-    cache = cache_for(model, "float32", max(len(prompts), 1))
-    rows = cache.add(len(prompts))
-    cache.feed(rows, [check_token_ids("input_ids", ids, model.num_tokens).cpu() for ids in prompts])
-    continuation = Continuation(cache)
-    requests = requests_of_rows(model, list(map(len, prompts)), {"max_bytes": count, **wishes})
-    continuation.add(rows, requests)
-    while continuation.going:
-        for _, ran in continuation.run():
-            for token in ran.ids if streamer is not None else ():
-                streamer.put(token[None])
-    return [continuation[row].ids() for row in rows]
+    if streamer is None:
+        return list(Session(model, len(prompts)).feed(prompts).generate(count, **wishes))
+    (prompt,), to_streamer = prompts, _ToStreamer(streamer)
+    ids = model.generate(prompt, to_streamer, num_tokens_to_generate=count, **wishes)
+    return [ids[len(prompt) :]]
+
+
+class _ToStreamer:
+    """A streamer of the library's with the face of a `ByteStreamer`."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._put = streamer.put
+
+    def write(self, token: int) -> None:
+        self._put(torch.tensor([token]))
+
+    def flush(self) -> None:
+        """Nothing: a streamer shows what it gets."""
 
 
 def _run_byte_by_byte(
@@ -265,4 +265,4 @@ def _stops(criteria: StoppingCriteriaList) -> dict[str, Any] | None:
     strings += [bytes([end]) for end in ends if 0 <= end < _BYTES]
     if len(special) > 1:
         return None
-    return {"stop": strings, "end_token_id": special[0] if special else None}
+    return {"stop": strings, "end_of_gen_token_id": special[0] if special else None}

@@ -2,22 +2,20 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tqdm import tqdm
-from typing_extensions import Unpack
 
 from mblm.inference import schedule
 from mblm.inference.cache import Cache, Ran, Row
-from mblm.inference.continuation import Continuation, Course
+from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
-from mblm.inference.generation import FinishReason, Generation, generation_of
+from mblm.inference.generation import FinishReason, Generation, nothing_generated
 from mblm.inference.prompt import Prompt, to_bytes
-from mblm.inference.prompts import Prompts, request_of
-from mblm.inference.request import Request
-from mblm.inference.wishes import WishesOfPrompts, check_known
+from mblm.inference.request import Request, lists_of, naming, request, wishes_of
 from mblm.utils.checks import check_integer
 
 OnBytes = Callable[[int, bytes], object]
@@ -37,7 +35,7 @@ def generate_batch(
     on_result: OnResult | None = None,
     weights: str = "float32",
     enable_progress: bool = True,
-    **wishes: Unpack[WishesOfPrompts],
+    **wishes: Any,
 ) -> list[Generation]:
     """Generate after each of many prompts; see `mblm.MBLM.generate_batch`."""
     if (max_rows := check_integer("max_rows", max_rows)) < 1:
@@ -45,13 +43,22 @@ def generate_batch(
     for name, function in (("on_bytes", on_bytes), ("on_result", on_result)):
         if not (function is None or callable(function)):
             raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
-    check_known("generate_batch", wishes, WishesOfPrompts)
+    is_one = isinstance(prompts, (str, bytes, bytearray, memoryview))
+    if is_one or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 2) < 2:
+        kind = type(prompts).__name__
+        raise TypeError(f"prompts: expected a list of prompts, got {kind}; one is [prompt]")
+    number = len(prompts) if isinstance(prompts, Sized) else None
+    wishes = dict(seed=seeds, **wishes)
     try:
-        asked = Prompts(prompts, seeds, wishes)
-        asked.check(model)
-        number = _AT_FIRST if asked.number is None else asked.number
-        cache = cache_for(model, weights, max(min(max_rows, number, _AT_FIRST), 1))
-        bar = tqdm(total=asked.number, unit=" prompts", leave=False, disable=not enable_progress)
+        with naming(seed="seeds"):
+            lists = lists_of(wishes, number, "prompt")
+            request(model, b"", **{n: wish for n, wish in wishes.items() if n not in lists})
+        first_seed = int(torch.randint(2**62, (), device="cpu"))
+        for one in _each(prompts, wishes, first_seed) if isinstance(prompts, (list, tuple)) else ():
+            one.request(model)
+        at_first = _AT_FIRST if number is None else min(number, _AT_FIRST)
+        cache = cache_for(model, weights, max(min(max_rows, at_first), 1))
+        bar = tqdm(total=number, unit=" prompts", leave=False, disable=not enable_progress)
 
         def note(index: int, result: Generation) -> None:
             bar.update()
@@ -59,7 +66,8 @@ def generate_batch(
                 on_result(index, result)
 
         with bar:
-            return Batch(model, cache, iter(asked), max_rows, on_bytes, note).run()
+            asked = _each(prompts, wishes, first_seed)
+            return Batch(model, cache, asked, max_rows, on_bytes, note).run()
     except BaseException as error:
         if not hasattr(error, "generations"):  # it comes before anything has run
             error.generations = []  # type: ignore[attr-defined]
@@ -68,26 +76,44 @@ def generate_batch(
 
 @dataclass(eq=False)
 class _Asked:
-    """A prompt that was read, and the arguments of its request."""
+    """A prompt that was read, and what is wished for it."""
 
     index: int
-    arguments: dict[str, Any]
+    prompt: Prompt
+    wishes: dict[str, Any]
     count: int = 0  # ids that its row was given
     shown: int = 0  # ids that on_bytes was given, of an earlier row maybe
+
+    def request(self, model: Any) -> Request:
+        """Check it."""
+        with naming(f"prompts[{self.index}]: ", seed="seeds"):
+            return request(model, self.prompt, **self.wishes)
+
+
+def _each(
+    prompts: Iterable[Prompt], wishes: Mapping[str, Any], first_seed: int
+) -> Iterator[_Asked]:
+    """Read prompts, one when it is asked for; the n-th of those without a seed has one n more."""
+    for index, prompt in enumerate(prompts):
+        with naming(seed="seeds"):
+            own = wishes_of(wishes, index, "prompt")
+        if own["seed"] is None:
+            own["seed"] = first_seed + index
+        yield _Asked(index, prompt, own)
 
 
 class Batch:
     """Prompts that go on side by side in rows of a cache, each as if it were alone.
 
-    They come as arguments of requests, and are read when a row is free. What goes wrong for one,
-    such as a callback that raises, ends that one. Anything else ends all, as Ctrl-C does.
+    They are read when a row is free. What goes wrong for one, such as a callback that raises, ends
+    that one. Anything else ends all, as Ctrl-C does.
     """
 
     def __init__(
         self,
         model: Any,
         cache: Cache,
-        prompts: Iterator[dict[str, Any]],
+        prompts: Iterator[_Asked],
         max_rows: int,
         on_bytes: OnBytes | None,
         on_result: OnResult,
@@ -120,8 +146,10 @@ class Batch:
             self._continuation.settle()
             for row, asked in self._going.items():
                 if self._results[asked.index] is None:
-                    self._keep(asked, self._continuation[row], "error", error)
-            nothing = generation_of(None, None, "error", None, error)
+                    course = self._continuation[row]
+                    result = course.result("error", asked.wishes["seed"], error)
+                    self._results[asked.index] = result
+            nothing = nothing_generated("error", None, error)
             error.generations = [result or nothing for result in self._results]  # type: ignore[attr-defined]
             raise
         return [result for result in self._results if result is not None]
@@ -150,14 +178,14 @@ class Batch:
         while len(self._going) + len(found) < self._limit and (asked := self._next()) is not None:
             steps = self._steps_to_come() if steps is None else steps
             try:
-                request = request_of(self._model, asked.index, asked.arguments)
+                checked = asked.request(self._model)
             except Exception as error:
-                self._refuse(asked, "error", error)
+                self._tell(asked, nothing_generated("error", asked.wishes["seed"], error))
                 continue
-            if self._steps(len(request.prompt)) > steps:
+            if self._steps(len(checked.prompt)) > steps:
                 self._waiting.appendleft(asked)
                 break
-            found.append((asked, request))
+            found.append((asked, checked))
         return found
 
     def _steps_to_come(self) -> float:
@@ -178,14 +206,12 @@ class Batch:
         if self._waiting:
             return self._waiting.popleft()
         try:
-            arguments = next(self._prompts, None)
+            asked = next(self._prompts, None)
         except Exception as error:  # nothing more is read; those that go on do so
             self._error = self._error or error
             return None
-        if arguments is None:
-            return None
-        self._results.append(None)
-        return _Asked(len(self._results) - 1, arguments)
+        self._results += [] if asked is None else [None]
+        return asked
 
     # -- Rows --------------------------------------------------------------------------------------
 
@@ -227,18 +253,11 @@ class Batch:
             self._on_bytes(asked.index, data)
 
     def _end(self, row: Row, reason: FinishReason, error: Exception | None = None) -> None:
-        asked, course = self._going[row], self._continuation[row]
-        try:
-            result = self._keep(asked, course, reason, error)
-        except Exception as raised:  # by a guide, asked whether it accepts
-            result = self._keep(asked, course, "error", error or raised)
+        asked = self._going[row]
+        result = self._continuation[row].result(reason, asked.wishes["seed"], error)
         self._let_go(row)
         self._limit = min(self._limit + 1, self._max_rows)
         self._tell(asked, result)
-
-    def _refuse(self, asked: _Asked, reason: FinishReason, error: Exception) -> None:
-        """End a prompt that has no row."""
-        self._tell(asked, self._keep(asked, None, reason, error))
 
     def _let_go(self, row: Row) -> _Asked:
         asked = self._going.pop(row)
@@ -252,25 +271,15 @@ class Batch:
         They begin anew then, and the same bytes will be chosen.
         """
         if len(asked) == 1 and not self._going:
-            return self._refuse(asked[0], "memory", error)
+            self._tell(asked[0], nothing_generated("memory", asked[0].wishes["seed"], error))
+            return
         for one in reversed(asked):
             one.count = 0
             self._waiting.appendleft(one)
         self._limit = max(len(self._going), len(asked) // 2)
 
-    def _keep(
-        self,
-        asked: _Asked,
-        course: Course | None,
-        reason: FinishReason,
-        error: BaseException | None,
-    ) -> Generation:
-        request, seed = None if course is None else course.request, asked.arguments["seed"]
-        result = generation_of(request, course, reason, seed, error)
-        self._results[asked.index] = result
-        return result
-
     def _tell(self, asked: _Asked, result: Generation) -> None:
-        """Pass on what has become of a prompt."""
+        """Keep what has become of a prompt, and pass it on."""
+        self._results[asked.index] = result
         self._error = self._error or result.error
         self._on_result(asked.index, result)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mblm.inference.cache import Cache, Ran, Reason, Row
 from mblm.inference.engine import cache_for
+from mblm.inference.generation import FinishReason, Generation
 from mblm.inference.guide import Guide
 from mblm.inference.plan import Plan
 from mblm.inference.request import Request
+from mblm.utils.modes import lasting_tensors
 
 _NO_BYTES = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -62,6 +64,20 @@ class Course:
         allow = self.request.plan.allow
         return None if allow is None else allow.accepts(allow.walk(self.ids()))
 
+    def result(
+        self, reason: FinishReason, seed: int | None, error: BaseException | None = None
+    ) -> Generation:
+        """What was generated; with the reason ``"error"`` where the guide fails when it is asked
+        whether it accepts that."""
+        with lasting_tensors():
+            is_matched = None
+            try:
+                is_matched = self.is_matched()
+            except Exception as raised:
+                reason, error = "error", error or raised
+            prompt, ids, log_probs = self.request.prompt.clone(), self.ids(), self.log_probs()
+            return Generation(prompt, ids, reason, is_matched, log_probs, seed, error)
+
     def draft(self) -> Tensor | None:
         """Bytes that may come next, ``(n,)``."""
         if self.drafter is None:
@@ -76,11 +92,6 @@ class Course:
         if self._guide is None:
             return None
         mask = self._guide.allowed(self.begin + self.request.plan.max_tokens - length)
-        if mask.dtype != torch.bool or mask.shape != (self.request.num_tokens,):
-            raise ValueError(
-                f"constraint: expected its guide to allow ({self.request.num_tokens},) bool, got "
-                f"{tuple(mask.shape)} {mask.dtype}"
-            )
         if not mask.any() and not self._guide.accepts():
             raise ValueError("constraint: nothing may follow, and what there is does not match")
         return mask
@@ -101,14 +112,9 @@ class Course:
                 f"{tuple(result.shape)}"
             )
         result = result.detach().to(logits)
-        if mask is not None:
-            result = result.masked_fill(~mask.to(result.device), -math.inf)
-        highest = float(result.max())  # NaN if any is
-        if math.isnan(highest):
+        if result.isnan().any():
             raise ValueError("logits_processor: it returned logits that are NaN")
-        if highest == -math.inf:
-            raise ValueError("logits_processor: it leaves nothing to choose from")
-        return result
+        return result if mask is None else result.masked_fill(~mask.to(result.device), -math.inf)
 
     def take(self, ids: Tensor) -> None:
         """Go on by a byte ``(1,)`` that was chosen at a pause."""
@@ -225,7 +231,9 @@ class Continuation:
             else:
                 results = self._cache.run(going, max(0.0, end - time.monotonic()))
             self._noted(going, results)
-            self._answer([row for row in going if self._courses[row].reason == "logits"])
+            for row in going:
+                if self._courses[row].reason == "logits":
+                    self._answer(row)
             if time.monotonic() >= end:
                 break
         return [
@@ -233,52 +241,29 @@ class Continuation:
             for row, course, begin in zip(rows, courses, before, strict=True)
         ]
 
-    def _answer(self, rows: Sequence[Row]) -> None:
-        """Choose a byte for each of the rows, which pause."""
-        masks: dict[Row, Tensor | None] = {}
-        processing: dict[Row, Tensor | None] = {}
-        for row, length in zip(rows, self._cache.lengths(rows), strict=True):
-            with self._own_errors(row):
-                mask = self._courses[row].mask(length)
-                if mask is not None and not mask.any():
-                    self._end(row, "matched")
-                elif self._courses[row].request.logits_processor is None:
-                    masks[row] = mask
-                else:
-                    processing[row] = mask
-        self._choose(masks, "mask")
-        if not processing:
-            return
-        changed: dict[Row, Tensor] = {}
-        for row, logits in zip(processing, self._cache.logits(list(processing)), strict=True):
-            with self._own_errors(row):
-                changed[row] = self._courses[row].processed(logits, processing[row])
-        self._choose(changed, "logits")
-
-    def _choose(self, given: Mapping[Row, Any], what: str) -> None:
-        """Choose a byte for each row by its mask or its logits."""
-        rows = list(given)
-        if not rows:
-            return
-        try:
-            results = self._cache.choose(rows, **{what: torch.stack(list(given.values()))})
-        except ValueError as error:  # of one of them
-            for row in rows if len(rows) > 1 else ():
-                self._choose({row: given[row]}, what)
-            if len(rows) == 1:
-                with self._own_errors(rows[0]):
-                    if self._courses[rows[0]].request.plan.allow is None:
-                        raise error
+    def _answer(self, row: Row) -> None:
+        """Choose a byte for a row that pauses."""
+        course, cache = self._courses[row], self._cache
+        with self._own_errors(row):
+            mask = course.mask(*cache.lengths([row]))
+            if mask is not None and not mask.any():
+                self._end(row, "matched")
+                return
+            if course.request.logits_processor is None:
+                assert mask is not None
+                results = cache.choose([row], mask=mask[None])
+            else:
+                logits = course.processed(cache.logits([row])[0], mask)
+                try:
+                    results = cache.choose([row], logits=logits[None])
+                except ValueError as error:
                     raise ValueError(
-                        "logits_processor: it leaves nothing that the constraint allows to choose "
-                        "from"
+                        "logits_processor: it leaves nothing to choose from"
                     ) from error
-            return
-        for row, ran in self._noted(rows, results):
-            with self._own_errors(row):
-                self._courses[row].take(ran.ids)
-                if self._courses[row].is_complete():
-                    self._end(row, "matched")
+            self._noted([row], results)
+            course.take(results[0].ids)
+            if course.is_complete():
+                self._end(row, "matched")
 
     def _end(self, row: Row, reason: Reason) -> None:
         """End a row whose plan would go on, so that nothing waits for its numbers."""

@@ -6,9 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mblm.inference.continuation import Course
 from mblm.inference.prompt import to_bytes, to_text
-from mblm.inference.request import Request
 from mblm.utils.modes import lasting_tensors
 
 # Why generation ended: `Reason` of `mblm.inference.cache` but for its pauses, and "closed".
@@ -52,35 +50,14 @@ class Generation:
         return to_text(self.ids)
 
 
-def generation_of(
-    request: Request | None,
-    course: Course | None,
+def nothing_generated(
     reason: FinishReason,
-    seed: int | None = None,
-    error: BaseException | None = None,
+    seed: int | None,
+    error: BaseException | None,
+    prompt: Tensor | None = None,
 ) -> Generation:
-    """What has become of a request; None if it came to none, or has not begun.
-
-    What its guide raises when asked whether it accepts is raised, unless an error is told already.
-    """
+    """Of a prompt that had no row."""
     with lasting_tensors():
         nothing = torch.empty(0, dtype=torch.long, device="cpu")
-        prompt = nothing if request is None else request.prompt.clone()
-        if course is None:
-            return Generation(prompt, nothing, reason, seed=seed, error=error)
-        try:
-            is_matched = course.is_matched()
-        except Exception:
-            if error is None:
-                raise
-            is_matched = None
-        log_probs = course.log_probs()
-        return Generation(
-            prompt,
-            course.ids().clone(),
-            reason,
-            is_matched,
-            None if log_probs is None else log_probs.clone(),
-            seed,
-            error,
-        )
+        prompt = nothing if prompt is None else prompt
+        return Generation(prompt, nothing, reason, seed=seed, error=error)

@@ -4,12 +4,10 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
-from typing_extensions import Unpack
 
 from mblm.inference import session_file
 from mblm.inference.arguments import check_model
@@ -18,8 +16,7 @@ from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
-from mblm.inference.request import Request, requests_of_rows
-from mblm.inference.wishes import WishesOfMany, check_known
+from mblm.inference.request import Request, naming, requests_of_rows
 from mblm.ops import _native
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.transforms import decoding
@@ -27,8 +24,7 @@ from mblm.utils.transforms import decoding
 _T = TypeVar("_T")
 
 _MOST_ROWS = 1 << 24
-_NUMBERS = frozenset((int, float, type(None)))
-_NAMES = {"max_bytes": "num_tokens", "end_token_id": "end_of_gen_token_id"}
+_NUMBERS = frozenset((int, float, bool, type(None)))
 
 
 class Session:
@@ -140,12 +136,12 @@ class Session:
         end_of_gen_token_id: int | Sequence[int | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
         generator: torch.Generator | None = None,
-        **wishes: Unpack[WishesOfMany],
+        **wishes: Any,
     ) -> Any:
         """Generate bytes for every sequence and take them in.
 
         Each argument but ``generator`` is one value or a list of one for each sequence; see
-        `mblm.inference.wishes.Wishes`. Further ones: ``temperature``, ``filter_thres``, ``top_k``,
+        `mblm.inference.request.Wishes`. Further ones: ``temperature``, ``filter_thres``, ``top_k``,
         ``top_p``, ``min_p``, ``stop``, ``constraint``, ``logits_processor``, ``draft``. Of one
         generator, seeded or not, the n-th bytes of all sequences have the n-th numbers ``(B, V)``;
         with a list of seeds, each sequence has its own. A logits processor gets the ids that this
@@ -162,14 +158,14 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
-        check_known("generate", wishes, WishesOfMany)
-        asked = {
+        asked = dict(
+            max_bytes=num_tokens,
+            end_token_id=end_of_gen_token_id,
+            seed=seed,
+            generator=generator,
+            log_probs=False,
             **wishes,
-            "max_bytes": num_tokens,
-            "end_token_id": end_of_gen_token_id,
-            "seed": seed,
-            "generator": generator,
-        }
+        )
         self._begin_call()
         try:
             return self._continue(*self._requests(asked))
@@ -198,11 +194,10 @@ class Session:
                     own = [tensor.to(self._device) for tensor in own]
             return own if is_ragged else own[0]
         except BaseException as error:
-            none = [torch.empty(0, dtype=torch.long) for _ in self._rows]
+            error.ids = [torch.empty(0, dtype=torch.long) for _ in self._rows]  # type: ignore[attr-defined]
             if continuation is not None:
                 continuation.settle()
-                none = continuation.ids(self._rows)
-            error.ids = none  # type: ignore[attr-defined]
+                error.ids = continuation.ids(self._rows)  # type: ignore[attr-defined]
             raise
 
     def _requests(self, wishes: dict[str, Any]) -> tuple[list[Request], bool]:
@@ -214,7 +209,8 @@ class Session:
         is_same = [*wishes] == [*asked] and all(map(operator.is_, wishes.values(), asked.values()))
         if is_same and (limit is None or self.length + requests[0].plan.max_tokens <= limit):
             return requests, is_ragged
-        requests = requests_of_rows(self._model, self.lengths, wishes, _NAMES)
+        with naming(max_bytes="num_tokens", end_token_id="end_of_gen_token_id"):
+            requests = requests_of_rows(self._model, self.lengths, wishes)
         is_ragged = isinstance(wishes["max_bytes"], (list, tuple, range))
         is_ragged = is_ragged or any(request.may_end_early for request in requests)
         # Numbers ask for the same again, where there are no draws of their own.
@@ -236,13 +232,7 @@ class Session:
 
     def _begin_call(self) -> None:
         """Refuse a second thread, whose calls would take bytes from those of the first."""
-        try:
-            is_ours = self._in_use.acquire(blocking=False)
-        except BaseException:  # an interrupt, once it is tried
-            with suppress(RuntimeError):  # it is another's
-                self._in_use.release()
-            raise
-        if not is_ours:
+        if not self._in_use.acquire(blocking=False):
             raise ValueError(
                 "session: in another thread's call at this time; fork it, one for each thread"
             )

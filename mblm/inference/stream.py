@@ -12,10 +12,9 @@ import torch
 from typing_extensions import Unpack
 
 from mblm.inference.continuation import Continuation, Course, begun
-from mblm.inference.generation import FinishReason, Generation, generation_of
+from mblm.inference.generation import Generation, nothing_generated
 from mblm.inference.prompt import Prompt, to_bytes
-from mblm.inference.request import request
-from mblm.inference.wishes import Wishes, check_known
+from mblm.inference.request import Wishes, request
 from mblm.utils.transforms import decoding
 
 Chunk = bytes | str
@@ -38,7 +37,7 @@ class Stream(
         prompt: See `mblm.inference.prompt.prompt_ids`.
         text: Give text, whole characters only, instead of bytes. What is no UTF-8 becomes U+FFFD.
         weights: Type of the weights that compiled code reads; see `mblm.inference.session.Session`.
-        wishes: See `mblm.inference.wishes.Wishes`.
+        wishes: See `mblm.inference.request.Wishes`.
 
     Raises:
         TypeError, ValueError: Bad input. Weights that are NaN are told of with the first chunk.
@@ -49,7 +48,6 @@ class Stream(
         self, model: Any, prompt: Prompt, text: bool, weights: str, **wishes: Unpack[Wishes]
     ) -> None:
         self._model, self._weights = model, weights
-        check_known("stream", wishes, Wishes)
         asked = request(model, prompt, **wishes)
         # It is read later, when the caller's tensor may have changed.
         self._request = replace(asked, prompt=asked.prompt.clone())
@@ -115,7 +113,9 @@ class Stream(
                 if continuation.going and not self._is_closed:
                     continuation.run()
                 if not continuation.going and self._course is not None:
-                    self._end(self._course.reason)  # type: ignore[arg-type]  # no pause
+                    self._end(self._course.reason)
+                    if self._result is not None and self._result.error is not None:
+                        raise self._result.error
             except BaseException as error:
                 if continuation is not None:
                     continuation.settle()
@@ -128,11 +128,15 @@ class Stream(
                 if self._is_closed:
                     self._continuation = None
 
-    def _end(self, reason: FinishReason, error: BaseException | None = None) -> None:
+    def _end(self, reason: Any, error: BaseException | None = None) -> None:
         """Keep the result alone."""
-        if self._result is None:
-            self._result = generation_of(self._request, self._course, reason, self._seed, error)
-            self._continuation = None
+        if self._result is not None:
+            return
+        if self._course is None:
+            self._result = nothing_generated(reason, self._seed, error, self._request.prompt)
+        else:
+            self._result = self._course.result(reason, self._seed, error)
+        self._continuation = None
 
     def close(self) -> None:
         """End it: no chunk comes any more. A thread that generates ends within 20 ms."""

@@ -1,7 +1,7 @@
 """MBLM, the causal hierarchy: forward pass, loss, and the faces of incremental generation."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from mblm.inference.generation import Generation
     from mblm.inference.prompt import Prompt
+    from mblm.inference.request import Filters, Wishes
     from mblm.inference.score import Score
     from mblm.inference.session import Session
     from mblm.inference.stream import Stream
-    from mblm.inference.wishes import Filters, Wishes, WishesOfPrompts
 
 __all__ = ["MBLM", "MBLMEncoder"]
 
@@ -127,8 +127,8 @@ class MBLM(CausalHierarchy, PretrainedMixin):
             prime: The prompt: bytes, text (UTF-8), or token ids of any integer dtype, ``(L,)`` or
                 ``(1, L)``, as a list, an array or a tensor. Default: an empty one.
             stream: Where bytes go, every 20 ms those that have come. When its reader is gone (a
-                broken pipe or connection), generation ends and what the stream was given is
-                returned. Default: none.
+                broken pipe or connection), generation ends and what there is is returned. Default:
+                none.
             num_tokens_to_generate: How many bytes to generate. Default: up to the context,
                 ``prod(seq_lens)`` in all.
             end_of_gen_token_id: Generation ends after this id, which is kept. Default: none; one
@@ -142,7 +142,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
                 ``"bfloat16"`` or ``"int8"``; see `Session`. Default ``"float32"``.
             wishes: ``top_k``, ``top_p``, ``min_p``, ``stop``, ``seed``, ``generator``,
                 ``constraint``, ``logits_processor``, ``draft``; see
-                `mblm.inference.wishes.Filters`. Default: none.
+                `mblm.inference.request.Filters`. Default: none.
 
         Returns:
             The prompt followed by what was generated, ids ``(L + generated,)`` int64 on the model's
@@ -151,14 +151,11 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         Raises:
             TypeError, ValueError: Bad input, a prompt longer than the context, or NaN weights;
                 before anything is generated.
-            BaseException: What the stream raises has the prompt and what the stream was given as
-                its attribute ``ids``; anything else, Ctrl-C too, the prompt and all that was
-                chosen.
+            BaseException: What is raised on the way, by the stream or by Ctrl-C, has the prompt and
+                all that was chosen as its attribute ``ids``.
         """
         from mblm.inference.generate import generate
-        from mblm.inference.wishes import Filters, check_known
 
-        check_known("generate", wishes, Filters)
         with torch.inference_mode():
             return generate(
                 self,
@@ -184,13 +181,13 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         on_result: Callable[[int, "Generation"], object] | None = None,
         weights: str = "float32",
         enable_progress: bool = True,
-        **wishes: "Unpack[WishesOfPrompts]",
+        **wishes: Any,
     ) -> list["Generation"]:
         """Generate after many prompts: a row that ends makes room for the next prompt.
 
         Each result is what `generate` gives for the prompt and the seed alone: the same ids, and
         in compiled code the same log-probabilities to the last bit. Further arguments are those of
-        `mblm.inference.wishes.Wishes`, each one value or a list with one for each prompt:
+        `mblm.inference.request.Wishes`, each one value or a list with one for each prompt:
         ``max_bytes``, ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``, ``top_p``,
         ``min_p``, ``stop``, ``constraint``, ``logits_processor``, ``draft``, ``log_probs``.
 
@@ -248,7 +245,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
             wishes: ``max_bytes``, ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``,
                 ``top_p``, ``min_p``, ``stop``, ``seed``, ``generator``, ``constraint``,
                 ``logits_processor``, ``draft``, ``log_probs``; see
-                `mblm.inference.wishes.Wishes`.
+                `mblm.inference.request.Wishes`.
 
         Raises:
             TypeError, ValueError: Bad input; see `Stream`.

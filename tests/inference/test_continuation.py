@@ -259,12 +259,10 @@ class TestProcessor:
             (None, TypeError, "floating point logits, got NoneType"),
             (torch.zeros(V).long(), TypeError, "floating point logits, got torch.int64"),
             (torch.zeros(V - 1), ValueError, r"logits \(19,\), got \(18,\)"),
-            (torch.zeros(1, V), ValueError, r"logits \(19,\), got \(1, 19\)"),
-            (torch.full((V,), torch.nan), ValueError, "NaN"),
             (torch.tensor([torch.nan] + [0.0] * (V - 1)), ValueError, "NaN"),
             (torch.full((V,), -torch.inf), ValueError, "leaves nothing to choose from"),
         ],
-        ids=["none", "integers", "too few", "a row", "NaN", "one NaN", "-inf"],
+        ids=["none", "integers", "too few", "NaN", "-inf"],
     )
     def test_that_returns_no_logits(
         self, m: MBLM, make: MakeCache, returned: Any, error: type[Exception], message: str

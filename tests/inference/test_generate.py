@@ -31,12 +31,6 @@ def m() -> MBLM:
     return model(transformer(), transformer(), seq_lens=[6, 5])
 
 
-class Elsewhere(torch.Generator):
-    """A generator of a GPU, which need not be there."""
-
-    device = torch.device("cuda", 0)
-
-
 class Recorder:
     """Stands for a `ByteStreamer`; knows what was written when."""
 
@@ -206,8 +200,9 @@ class TestStream:
     @pytest.mark.parametrize("after", [0, 3])
     @pytest.mark.parametrize("error", GONE, ids=repr)
     def test_whose_reader_is_gone_ends_it(self, m: MBLM, after: int, error: OSError) -> None:
-        out = generate(m, stream=Recorder(after, error))
-        assert out == generate(m)[: 5 + after + 1]
+        stream = Recorder(after, error)
+        out = generate(m, stream=stream)
+        assert out == generate(m)[: len(out)] and out[5 : 5 + after] == stream.written
 
     @pytest.mark.parametrize("error", GONE, ids=repr)
     def test_whose_reader_is_gone_at_the_flush_ends_it(self, m: MBLM, error: OSError) -> None:
@@ -220,13 +215,12 @@ class TestStream:
         self, m: MBLM, error: BaseException
     ) -> None:
         whole = generate(m)
-        with pytest.raises(type(error)) as caught:
-            generate(m, stream=Recorder(3, error))
-        assert caught.value is error and error.ids.tolist() == whole[: 5 + 4]  # type: ignore[attr-defined]
-        m(error.ids[None]).backward()  # type: ignore[attr-defined]
-        with pytest.raises(type(error)) as caught:
-            generate(m, stream=Recorder(fails_at_flush=error))
-        assert error.ids.tolist() == whole  # type: ignore[attr-defined]
+        for recorder in (Recorder(3, error), Recorder(fails_at_flush=error)):
+            with pytest.raises(type(error)) as caught:
+                generate(m, stream=recorder)
+            ids = caught.value.ids  # type: ignore[attr-defined]
+            assert ids.tolist() == whole[: len(ids)] and len(ids) > 5 + len(recorder.written) - 1
+            m(ids[None]).backward()
 
     def test_of_another_encoding_gets_what_it_can(self) -> None:
         m = model(transformer(), seq_lens=[9], num_tokens=300, pad_token_id=0)
@@ -268,25 +262,8 @@ class TestPrompt:
         out[0] = 9
         assert torch.equal(prime, PROMPT)
 
-    def test_empty_and_none_are_the_same(self, m: MBLM) -> None:
-        assert generate(m, torch.empty(0, dtype=torch.long)) == generate(m, None)
-
 
 class TestModes:
-    def test_a_model_in_training_mode(self) -> None:
-        """Without dropout, nothing changes; the mode stays."""
-        m = model(transformer(), mamba("mamba1"), seq_lens=[6, 5])
-        expected = generate(m)
-        m.train()
-        assert generate(m) == expected
-        assert m.training
-
-    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-    def test_any_gradient_mode(self, m: MBLM, mode: Any) -> None:
-        expected = generate(m)
-        with mode():
-            assert generate(m) == expected
-
     def test_a_model_can_be_trained_on_what_it_generated(self, m: MBLM) -> None:
         out = m.train().generate(PROMPT, enable_progress=False)
         m(out[None]).backward()
@@ -307,24 +284,16 @@ class TestBadInput:
         [
             ({"prime": 3}, TypeError, "prime: expected bytes, text or token ids, got int"),
             ({"prime": b"abc"}, ValueError, "prime: token id 97 .* outside"),
-            ({"prime": torch.zeros(2)}, TypeError, "prime: .* got torch.float32"),
             ({"prime": PROMPT.to("meta")}, ValueError, "prime: .* with values, got .* on meta"),
             ({"prime": PROMPT.to_sparse()}, ValueError, "prime: .* got torch.sparse_coo"),
-            ({"prime": torch.tensor(3)}, ValueError, r"prime: expected shape \(L,\), got \(\)"),
-            ({"prime": PROMPT.view(5, 1)}, ValueError, r"prime: expected .* got \(5, 1\)"),
             ({"prime": torch.tensor([1, 19])}, ValueError, r"prime: token id 19 at position \(1,"),
             ({"prime": torch.zeros(31).long()}, ValueError, "prime: 31 bytes exceed .* 30 bytes"),
             ({"num_tokens_to_generate": 26}, ValueError, "26 bytes after a prompt of 5 exceed"),
-            ({"num_tokens_to_generate": 10**15}, ValueError, "num_tokens_to_generate"),
             ({"num_tokens_to_generate": -1}, ValueError, "num_tokens_to_generate: .* >= 0, got -1"),
-            ({"num_tokens_to_generate": 2.0}, TypeError, "num_tokens_to_generate: .* integer"),
             ({"end_of_gen_token_id": "a"}, TypeError, "end_of_gen_token_id"),
             ({"temperature": "hot"}, TypeError, "temperature"),
-            ({"stop": b"abc"}, ValueError, "stop: expected a list of byte strings"),
-            ({"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
-            ({"seed": 1, "generator": torch.Generator()}, ValueError, "at most one of seed and"),
-            ({"generator": 3}, TypeError, "generator"),
-            ({"generator": Elsewhere()}, ValueError, "generator: expected one of cpu, .* cuda:0"),
+            ({"colour": 1}, TypeError, "unexpected keyword argument 'colour'"),
+            ({"max_bytes": 1}, TypeError, "multiple values for keyword argument 'max_bytes'"),
             ({"stream": sys.__stdout__}, TypeError, "stream: expected a ByteStreamer, got TextIO"),
             ({"stream": io.BytesIO()}, TypeError, "stream: .* wrap a file or a terminal"),
             ({"stream": 3}, TypeError, "stream: expected a ByteStreamer, got int"),

@@ -83,6 +83,8 @@ def test_what_was_given_may_change_afterwards() -> None:
         (torch.zeros(2, 3).long(), ValueError, r"prime: expected shape \(L,\), got \(2, 3\)"),
         (torch.zeros(1, 1, 3).long(), ValueError, r"prime: .* got \(1, 1, 3\)"),
         (torch.zeros(2).long().to("meta"), ValueError, "prime: .* with values, got .* on meta"),
+        (torch.ones(1, 2).long().to_sparse(), ValueError, "prime: .* got torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(2).long()]), ValueError, "prime: .* got nested"),
         (np.zeros(2), TypeError, "prime: .* got an array of float64"),
         (np.array(["a"]), TypeError, "prime: .* got an array of <U1"),
         (np.array([1, None]), TypeError, "prime: .* got an array of object"),

@@ -1,5 +1,6 @@
 """Everything that may be wished for a prompt is checked in one place, before anything runs."""
 
+import inspect
 import math
 import re
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mblm import MBLM
+from mblm import MBLM, Session
 from mblm.inference.automaton import Automaton
-from mblm.inference.request import draws_of, request
+from mblm.inference.request import Filters, Wishes, draws_of, naming, request
 from tests.models import mamba, model, transformer
 
 V = 257
@@ -86,9 +87,9 @@ class TestLength:
         assert request(m, [1] * 10, max_bytes=100).plan.max_tokens == 100
 
     def test_counts_what_the_row_has(self, m: MBLM) -> None:
-        assert request(m, b"abc", length=20).plan.max_tokens == 7
+        assert request(m, b"abc", 20).plan.max_tokens == 7
         with pytest.raises(ValueError, match=r"max_bytes: 8 bytes after .* 23 exceed"):
-            request(m, b"abc", length=20, max_bytes=8)
+            request(m, b"abc", 20, max_bytes=8)
 
 
 class TestStop:
@@ -139,7 +140,7 @@ class TestDraws:
     def test_of_several_rows(self, m: MBLM) -> None:
         draws = draws_of(m, None, None, lanes=3)
         assert draws is not None and draws.generator is None and draws.lanes == 3
-        assert request(m, b"", draws=draws).plan.draws is draws
+        assert request(m, b"", 0, draws).plan.draws is draws
 
 
 class TestConstraint:
@@ -179,8 +180,7 @@ def test_log_probabilities(m: MBLM) -> None:
         ({"temperature": "1"}, TypeError, "temperature: expected a number, got '1'"),
         ({"temperature": True}, TypeError, "temperature"),
         ({"filter_thres": -0.1}, ValueError, r"filter_thres: expected a number in \[0, 1\]"),
-        ({"filter_thres": 1.1, "top_k": 3}, ValueError, "filter_thres"),
-        ({"filter_thres": math.nan}, ValueError, "filter_thres"),
+        ({"filter_thres": math.nan, "top_k": 3}, ValueError, "filter_thres"),
         ({"filter_thres": []}, TypeError, "filter_thres"),
         ({"top_k": 0}, ValueError, "top_k: expected a number >= 1, got 0"),
         ({"top_k": 2.5}, TypeError, "top_k: expected an integer, got 2.5"),
@@ -204,7 +204,8 @@ def test_log_probabilities(m: MBLM) -> None:
         ({"seed": 1, "generator": torch.Generator()}, ValueError, "at most one of seed and"),
         ({"generator": 5}, TypeError, "generator: expected a torch.Generator, got 5"),
         ({"generator": Elsewhere()}, ValueError, "generator: expected one of cpu, .* cuda:0"),
-        ({"draws": 5}, TypeError, "draws: expected Draws or None, got 5"),
+        ({"colour": 5}, TypeError, "unexpected keyword argument 'colour'"),
+        ({"length": 5}, TypeError, "'length'"),
         ({"constraint": "a+"}, TypeError, r"constraint: expected one of mblm.constrain, got 'a\+'"),
         ({"constraint": Compiles}, TypeError, "constraint: expected one of mblm.constrain"),
         ({"constraint": Compiles(3)}, TypeError, "constraint: expected compile to give .* got int"),
@@ -217,20 +218,40 @@ def test_log_probabilities(m: MBLM) -> None:
 def test_is_refused_by_name(
     m: MBLM, wishes: dict[str, Any], error: type[Exception], words: str
 ) -> None:
+    wishes = dict(wishes)
     before = torch.get_rng_state()
     with pytest.raises(error, match=words):
-        request(m, **{"prompt": b"", **wishes})
+        request(m, wishes.pop("prompt", b""), **wishes)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_errors_use_the_callers_names(m: MBLM) -> None:
-    names = {"prompt": "prime", "max_bytes": "num_tokens_to_generate", "end_token_id": "end"}
-    for wishes, name in (
-        ({"prompt": 3}, "prime"),
-        ({"prompt": b"a" * 31}, "prime: 31 bytes"),
-        ({"max_bytes": 31}, "num_tokens_to_generate: 31 bytes"),
-        ({"max_bytes": -1}, "num_tokens_to_generate"),
-        ({"end_token_id": 1.5}, "end"),
+    for prompt, wishes, words in (
+        (3, {}, "of x: prime: expected bytes"),
+        ([1, 2.0], {}, r"of x: prime\[1\]: expected an integer"),
+        (b"a" * 31, {}, "of x: prime: 31 bytes"),
+        (b"", {"max_bytes": -1}, "of x: count: expected"),
+        (b"", {"top_k": 1, "top_p": 0.5}, "of x: pass at most one"),
     ):
-        with pytest.raises((TypeError, ValueError), match=f"^{name}"):
-            request(m, **{"prompt": b"", "names": names, **wishes})  # type: ignore[arg-type]
+        with (
+            pytest.raises((TypeError, ValueError), match=f"^{words}"),
+            naming("of x: ", prompt="prime", max_bytes="count"),
+        ):
+            request(m, prompt, **wishes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "wishes"),
+    [
+        (MBLM.generate, Filters.__optional_keys__),
+        (MBLM.generate_batch, Wishes.__optional_keys__ - {"seed", "generator"}),
+        (MBLM.stream, Wishes.__optional_keys__),
+        (Session.generate, Filters.__optional_keys__ - {"seed", "generator"}),
+    ],
+    ids=["generate", "generate_batch", "stream", "session"],
+)
+def test_help_names_every_wish(method: Any, wishes: set[str]) -> None:
+    text = inspect.getdoc(method)
+    assert text is not None
+    for name in wishes:
+        assert f"``{name}``" in text

@@ -191,7 +191,7 @@ class TestAskedAgain:
         session = m.session()
         session.generate(2)
         for wishes in ({"max_bytes": 1}, {"max_bytes": 2, "end_token_id": 1}):
-            with pytest.raises(TypeError, match="unexpected keyword argument 'max_bytes'"):
+            with pytest.raises(TypeError, match="multiple values for keyword argument 'max_bytes'"):
                 session.generate(2, **wishes)  # type: ignore[call-overload]
         assert session.length == 2
 
@@ -255,15 +255,11 @@ class TestFeed:
     @pytest.mark.parametrize(
         "ids",
         [
-            "\x01\x02",
+            b"\x01\x02",
             [1, 2],
-            (1, 2),
-            np.array([1, 2]),
             torch.tensor([[1, 2]], dtype=torch.uint8),
-            [b"\x01\x02"],
             ["\x01\x02"],
             [[1, 2]],
-            [np.array([1, 2])],
         ],
         ids=repr,
     )
