@@ -15,47 +15,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from side_by_side import new_figures, parser, spread, write_json
+from side_by_side import config_of, new_figures, parser, spread, write_json
 
-from mblm import MBLM, MambaBlock, MBLMModelConfig, TransformerBlock
+from mblm import MBLM
 from mblm.inference.session import Session
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 # Blocks from the top, width, layers, seq_lens.
 MODELS: dict[str, tuple[list[str], int, list[int], list[int]]] = {
     "quickstart, Transformer/Transformer": (["t", "t"], 1024, [5, 5], [1024, 8]),
-    "quickstart, Mamba-2/Transformer": (["m2", "t"], 1024, [5, 5], [1024, 8]),
-    "published 2D, 25 Mamba-2 + 21 Transformer": (["m2", "t"], 1024, [25, 21], [1024, 8]),
+    "quickstart, Mamba-2/Transformer": (["mamba2", "t"], 1024, [5, 5], [1024, 8]),
+    "published 2D, 25 Mamba-2 + 21 Transformer": (["mamba2", "t"], 1024, [25, 21], [1024, 8]),
     "small, 2 + 2 Transformer, width 128": (["t", "t"], 128, [2, 2], [1024, 8]),
 }
-
-
-def config_of(
-    kinds: list[str], width: int, layers: list[int], seq_lens: list[int]
-) -> MBLMModelConfig:
-    """The configuration of one of `MODELS`."""
-
-    def block(kind: str, position: str | None) -> TransformerBlock | MambaBlock:
-        if kind == "t":
-            return TransformerBlock(
-                attn_head_dims=min(64, width // 4),
-                attn_num_heads=max(4, width // 64),
-                attn_use_rot_embs=True,
-                pos_emb_type=position,
-            )
-        return MambaBlock(
-            d_state=128, d_conv=4, expand=2, headdim=64, pos_emb_type=None, block_type="mamba2"
-        )
-
-    return MBLMModelConfig(
-        num_tokens=257,
-        pad_token_id=256,
-        hidden_dims=[width] * len(kinds),
-        num_layers=layers,
-        seq_lens=seq_lens,
-        train_checkpoint_chunks=None,
-        block=[block(kind, None if n == 0 else "fixed") for n, kind in enumerate(kinds)],
-    )
 
 
 def build(kinds: list[str], width: int, layers: list[int], seq_lens: list[int]) -> MBLM:

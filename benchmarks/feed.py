@@ -27,7 +27,7 @@ BEFORE = 64  # bytes fed before
 MODELS: dict[str, tuple[list[str], int, list[int], list[int]]] = {
     "quickstart, Transformer/Transformer": (["t", "t"], 1024, [5, 5], [1024, 8]),
     "Transformer, 5 layers": (["t"], 1024, [5], [8192]),
-    "Mamba-2, 5 layers": (["m2"], 1024, [5], [8192]),
+    "Mamba-2, 5 layers": (["mamba2"], 1024, [5], [8192]),
     "small, Transformer, 2 layers, width 128": (["t"], 128, [2], [8192]),
 }
 

@@ -13,46 +13,31 @@ import time
 from statistics import median
 from typing import Any
 
-from side_by_side import new_figures, reference_python, run_worker, side_by_side, spread, write_json
+from side_by_side import (
+    config_of,
+    new_figures,
+    reference_python,
+    run_worker,
+    side_by_side,
+    spread,
+    write_json,
+)
 
 CONTEXTS = (64, 512, 2048, 8184)
 PROMPT = 8184
 BYTES = 64  # that this package generates per run; whole patches, so that upper stages count
-MODELS = {"transformer": "Transformer/Transformer", "mamba1": "Mamba-1/Transformer"}
+MODELS = {"t": "Transformer/Transformer", "mamba1": "Mamba-1/Transformer"}
 
 
 def build(kind: str) -> Any:
     """The quickstart model with a stage 1 of this kind, of what both packages offer."""
     import torch
 
-    from mblm import MBLM, MambaBlock, MBLMModelConfig, TransformerBlock
+    from mblm import MBLM
 
-    def transformer() -> TransformerBlock:
-        return TransformerBlock(
-            attn_head_dims=64,
-            attn_num_heads=16,
-            attn_use_rot_embs=True,
-            use_flash_attn=True,
-            pos_emb_type="fixed",
-        )
-
-    first = transformer()
-    if kind == "mamba1":
-        first = MambaBlock(
-            d_state=128, d_conv=4, expand=2, headdim=64, pos_emb_type=None, block_type="mamba1"
-        )
     torch.manual_seed(0)
-    return MBLM(
-        MBLMModelConfig(
-            num_tokens=257,
-            pad_token_id=256,
-            hidden_dims=[1024, 1024],
-            num_layers=[5, 5],
-            seq_lens=[1024, 8],
-            train_checkpoint_chunks=None,
-            block=[first, transformer()],
-        )
-    ).eval()
+    shape = (1024, [5, 5], [1024, 8])
+    return MBLM(config_of([kind, "t"], *shape, first="fixed", use_flash_attn=True)).eval()
 
 
 class Clock:

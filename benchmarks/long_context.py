@@ -16,7 +16,7 @@ than of the tensors.
     python benchmarks/long_context.py memory         # against the reference, 131,072 bytes
     python benchmarks/long_context.py shape          # the same with seq_lens [.., 200, 25]
     python benchmarks/long_context.py longest --bytes 5_000_000   # one step, Mamba-2 on top
-    python benchmarks/long_context.py longest --bytes 5_000_000 --top transformer
+    python benchmarks/long_context.py longest --bytes 5_000_000 --top t
 """
 
 import json
@@ -26,7 +26,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from side_by_side import new_figures, reference_python, run_worker, side_by_side, write_json
+from side_by_side import (
+    config_of,
+    new_figures,
+    reference_python,
+    run_worker,
+    side_by_side,
+    write_json,
+)
 
 LAYERS = [9, 8, 8]
 
@@ -34,30 +41,14 @@ LAYERS = [9, 8, 8]
 def build(job: dict[str, Any]) -> Any:
     import torch
 
-    from mblm import MBLM, MambaBlock, MBLMModelConfig, TransformerBlock
+    from mblm import MBLM
 
     torch.manual_seed(0)
-    width, (middle, local) = job["width"], job["inner"]
-    transformer = TransformerBlock(
-        attn_head_dims=64,
-        attn_num_heads=width // 64,
-        attn_use_rot_embs=True,
-        pos_emb_type="fixed" if job["top"] == "transformer" else None,
-    )
-    top: Any = transformer
-    if job["top"] == "mamba2":
-        top = MambaBlock(block_type="mamba2", d_state=128, d_conv=4, expand=2, headdim=64)
-    return MBLM(
-        MBLMModelConfig(
-            num_tokens=257,
-            pad_token_id=256,
-            hidden_dims=[width] * 3,
-            num_layers=job["layers"],
-            seq_lens=[max(8192, -(-job["bytes"] // (middle * local))), middle, local],
-            block=[top, transformer, transformer],
-            **job["settings"],
-        )
-    ).train()
+    middle, local = job["inner"]
+    seq_lens = [max(8192, -(-job["bytes"] // (middle * local))), middle, local]
+    kinds, layers = [job["top"], "t", "t"], job["layers"]
+    config = config_of(kinds, job["width"], layers, seq_lens, first="fixed", **job["settings"])
+    return MBLM(config).train()
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +137,9 @@ def compare(arguments: Any, inner: list[int]) -> dict[str, Any]:
     whole, python = arguments.bytes, reference_python(arguments.reference)
     results: dict[str, Any] = {}
     for arguments.bytes in (whole // 4, whole):
-        ours = tiled(arguments, "transformer", inner)
+        ours = tiled(arguments, "t", inner)
         chunks = arguments.chunks
-        job = job_of(arguments, "transformer", inner, train_checkpoint_chunks=chunks)
+        job = job_of(arguments, "t", inner, train_checkpoint_chunks=chunks)
         theirs = measure(f"reference {chunks}", python, job)
         results[f"{arguments.bytes} bytes"] = {"in tiles": ours, "reference": theirs}
     first = results[f"{whole // 4} bytes"]
@@ -177,7 +168,7 @@ def main() -> None:
         "--layers", type=int, nargs=3, default=LAYERS, help="layers of the three stages"
     )
     options.add_argument(
-        "--top", choices=["mamba2", "transformer"], default="mamba2", help="stage 1 of `longest`"
+        "--top", choices=["mamba2", "t"], default="mamba2", help="stage 1 of `longest`"
     )
     options.add_argument("--tile", type=int, default=512, help="positions of a tile")
     options.add_argument(

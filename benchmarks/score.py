@@ -22,7 +22,7 @@ from mblm import MBLM
 
 SHAPE = (256, [2, 2], [1024, 8])  # width, layers, seq_lens
 WINDOW = 8192
-TOPS = {"t": "Transformer/Transformer", "m2": "Mamba-2/Transformer"}
+TOPS = {"t": "Transformer/Transformer", "mamba2": "Mamba-2/Transformer"}
 BY_BYTE = 2000  # bytes that a session takes in
 
 

@@ -48,6 +48,49 @@ def side_by_side(description: str | None, *, runs: int = 3) -> argparse.Argument
     return options
 
 
+def config_of(
+    kinds: Sequence[str],
+    width: int,
+    layers: Sequence[int],
+    seq_lens: Sequence[int],
+    *,
+    first: str | None = None,
+    use_flash_attn: bool = False,
+    **fields: Any,
+) -> Any:
+    """A model of fields that both packages know, one width for all stages.
+
+    Args:
+        kinds: Of each stage from the top, ``t`` (a Transformer), ``mamba1`` or ``mamba2``.
+        first: The positions of a Transformer on top; those below have fixed ones.
+        fields: Others of the configuration.
+    """
+    from mblm import MambaBlock, MBLMModelConfig, TransformerBlock
+
+    def block(kind: str, position: str | None) -> Any:
+        if kind == "t":
+            return TransformerBlock(
+                attn_head_dims=min(64, width // 4),
+                attn_num_heads=max(4, width // 64),
+                attn_use_rot_embs=True,
+                use_flash_attn=use_flash_attn,
+                pos_emb_type=position,
+            )
+        return MambaBlock(
+            d_state=128, d_conv=4, expand=2, headdim=64, pos_emb_type=None, block_type=kind
+        )
+
+    return MBLMModelConfig(
+        num_tokens=257,
+        pad_token_id=256,
+        hidden_dims=[width] * len(kinds),
+        num_layers=list(layers),
+        seq_lens=list(seq_lens),
+        block=[block(kind, "fixed" if n else first) for n, kind in enumerate(kinds)],
+        **{"train_checkpoint_chunks": None, **fields},
+    )
+
+
 def new_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     """Set PyTorch's threads; returns the figures, which begin with the machine, as is printed."""
     import torch

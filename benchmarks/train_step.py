@@ -17,7 +17,15 @@ import time
 from statistics import median
 from typing import Any
 
-from side_by_side import new_figures, reference_python, run_worker, side_by_side, spread, write_json
+from side_by_side import (
+    config_of,
+    new_figures,
+    reference_python,
+    run_worker,
+    side_by_side,
+    spread,
+    write_json,
+)
 
 # What is compared with what.
 SIDES = {
@@ -35,20 +43,9 @@ def build(side: str) -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     if side.startswith("stages"):
-        from mblm import MBLM, MBLMModelConfig, TransformerBlock
+        from mblm import MBLM
 
-        block = TransformerBlock(
-            attn_head_dims=64, attn_num_heads=8, attn_use_rot_embs=True, pos_emb_type="fixed"
-        )
-        config = MBLMModelConfig(
-            num_tokens=257,
-            pad_token_id=256,
-            hidden_dims=[WIDTH, WIDTH],
-            num_layers=[LAYERS, LAYERS],
-            seq_lens=[1024, 8],
-            train_checkpoint_chunks=None,
-            block=[block, block],
-        )
+        config = config_of(["t", "t"], WIDTH, [LAYERS] * 2, [1024, 8], first="fixed")
         model: Any = MBLM(config).train()
         ids = torch.randint(0, 256, (1, 8192))
         return model, lambda: model(ids)
