@@ -42,7 +42,7 @@ compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$out/address/CMakeCache.tx
 runtimes="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)"
 if [ $# -eq 0 ]; then
   set -- tests/inference tests/model/test_golden.py \
-    tests/ops/test_linear_rows.py tests/ops/test_linear.py \
+    tests/ops/test_linear.py \
     --deselect tests/model/test_golden.py::test_all_of_this_without_native_kernels
 fi
 cd "$out/package"

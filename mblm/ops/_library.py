@@ -4,28 +4,32 @@ Every operator of the namespace ``mblm`` is defined once, in Python. The referen
 CompositeExplicitAutograd kernel: it runs wherever no native kernel is loaded for the device.
 
 Kernels know nothing of derivatives but an operator's own gradient. All else that PyTorch derives,
-it derives from plain PyTorch, the operator's ``derivable``: second derivatives, forward-mode AD
-and every transform of ``torch.func``.
+it derives from the reference: second derivatives, forward-mode AD and every transform of
+``torch.func``.
 """
 
 import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from mblm.ops._checks import check_shape
 from mblm.utils.transforms import is_transformed
 
 LIBRARY = torch.library.Library("mblm", "DEF")
 
 # PyTorch dispatches here first within a transform of torch.func, and nowhere else.
 TRANSFORMED = "FuncTorchDynamicLayerFrontMode"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What results of ``dtype`` are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Like(NamedTuple):
@@ -47,41 +51,61 @@ class Call(NamedTuple):
 
 def register_operator(
     schema: str,
-    *,
     reference: Callable[..., Any],
-    fake: Callable[..., Any] | None = None,
-    derivable: Callable[..., Any] | None = None,
-    backward: Callable[..., Sequence[Tensor | None]] | str | None = None,
+    gradient_schema: str | None = None,
+    gradient: Callable[..., Any] | None = None,
+    *,
+    fakes: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    backward: Callable[..., Sequence[Tensor | None]] | None = None,
     intermediates: int = 0,
     linear_in: Sequence[int] = (),
 ) -> None:
-    """Register one operator.
+    """Register one operator, and the operator that is its gradient.
 
     Args:
         schema: The operator's schema, ``name(arguments) -> results``.
-        reference: Readable PyTorch implementation, the specification of the native kernels.
-        fake: Shapes and dtypes of the results, from shapes and dtypes of the arguments. Default:
-            the reference, which then looks at no values of tensors that have none.
-        derivable: The reference, as PyTorch can differentiate it. An operator without one, such as
-            a gradient, has no derivatives: asked for them, it raises.
-        backward: Gradient, ``backward(call, *grads) -> gradients of the first arguments``; those
-            that are not needed are ignored. ``grads`` are those of the results but the
-            intermediates, None for one that is not used. Or the name of an operator, see
-            `_by_operator`. Default: that of ``derivable``.
-        intermediates: So many of the last results are for ``backward`` alone.
+        reference: Readable PyTorch implementation, the specification of the native kernels, which
+            PyTorch can differentiate.
+        gradient_schema: That of the gradient, ``name_backward(..) -> ..``; see `_by_operator`.
+        gradient: Its reference. Default: what PyTorch derives from ``reference``, see
+            `_by_reference`. Asked for derivatives of its own, it raises.
+        fakes: Shapes and dtypes of the results of both, from those of the arguments. Default: the
+            references, which then look at no values of tensors that have none.
+        backward: Calls the gradient, ``backward(call, *grads) -> gradients of the first
+            arguments``, of which those that are not needed are ignored. ``grads`` are those of the
+            results but the intermediates, None for one that is not used. Default: `_by_operator`,
+            or the reference's gradient where there is no other.
+        intermediates: So many of the last results are for the gradient alone.
         linear_in: Indices of arguments, each of which is added or is a factor of one term, so that
-            ``backward`` needs no values of theirs: they are not kept.
+            the gradient needs no values of theirs: they are not kept.
     """
-    name = schema.split("(", 1)[0].strip()
+    name = schema.split("(", 1)[0]
+    operator = _define(name, schema, reference, fakes and fakes[0])
+    LIBRARY.impl(name, reference, TRANSFORMED)
+    if gradient_schema:
+        gradient = gradient or _by_reference(operator, gradient_schema, reference)
+        of_gradient = _define(f"{name}_backward", gradient_schema, gradient, fakes and fakes[1])
+        _register_autograd(of_gradient, functools.partial(_refuse, name))
+        backward = backward or _by_operator(operator, of_gradient)
+    _register_autograd(operator, reference, backward, intermediates, linear_in)
+
+
+def _define(
+    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None
+) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _said_on_cuda(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mblm::{name}", fake or reference, lib=LIBRARY)
-    if derivable is not None:
-        LIBRARY.impl(name, derivable, TRANSFORMED)
-    operator = getattr(torch.ops.mblm, name).default
-    derive = derivable or functools.partial(_refuse, name)
-    if isinstance(backward, str):
-        backward = _by_operator(operator, backward)
+    return getattr(torch.ops.mblm, name).default
+
+
+def _register_autograd(
+    operator: Any,
+    derive: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor | None]] | None = None,
+    intermediates: int = 0,
+    linear_in: Sequence[int] = (),
+) -> None:
     run = _function(operator, derive, backward, intermediates, linear_in)
 
     def differentiated(keyset: Any, *args: Any) -> Any:
@@ -93,17 +117,18 @@ def register_operator(
             return run(keyset, *args)
         return _below_autograd(operator, keyset, args)
 
+    name = operator.name().removeprefix("mblm::")
     LIBRARY.impl(name, differentiated, "Autograd", with_keyset=True)
 
 
 def _refuse(name: str, *_: Any) -> NoReturn:
     raise NotImplementedError(
-        f"mblm::{name} has no derivatives; differentiate mblm::{name.removesuffix('_backward')}, "
-        "as often as you like"
+        f"mblm::{name}_backward has no derivatives; differentiate mblm::{name}, as often as you "
+        "like"
     )
 
 
-def _by_operator(operator: Any, backward: str) -> Callable[..., Sequence[Tensor | None]]:
+def _by_operator(operator: Any, gradient: Any) -> Callable[..., Sequence[Tensor | None]]:
     """The gradient of an operator by another, told by the names of arguments and results.
 
     The other's first arguments, ``grad..``, are the gradients of the results, zeros for one that is
@@ -112,7 +137,6 @@ def _by_operator(operator: Any, backward: str) -> Callable[..., Sequence[Tensor 
     """
 
     def run(call: Call, *grads: Tensor | None) -> list[Tensor | None]:
-        gradient = getattr(torch.ops.mblm, backward).default
         schema, own = operator._schema, gradient._schema
         values = _named(schema.arguments, call.inputs)
         values |= _named(schema.returns[len(call.results) :], call.intermediates)
@@ -203,7 +227,7 @@ def derived_gradients(
         results = results if isinstance(results, tuple) else (results,)
         pairs = [
             (result, grad)
-            for result, grad in zip(results, grads, strict=True)
+            for result, grad in zip(results, grads, strict=False)  # none of intermediates
             if grad is not None and result.requires_grad
         ]
         wanted = [value for value, of_it in zip(own, needed, strict=True) if of_it]
@@ -219,46 +243,45 @@ def derived_gradients(
     return [next(found) if of_it else None for of_it in needed]
 
 
+def _by_reference(
+    operator: Any, gradient_schema: str, reference: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradient of the first arguments, told by the names in the schemas as `_by_operator`."""
+    own = torch._C.parse_schema(gradient_schema)
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        values = _named(own.arguments, args)
+        grads = [value for name, value in values.items() if name.startswith("grad")]
+        inputs = [values[argument.name] for argument in operator._schema.arguments]
+        return gradients_of(len(own.returns), reference, inputs, *grads)
+
+    return run
+
+
 def gradients_of(
-    count: int,
-    reference: Callable[..., Any],
-    inputs: Sequence[Any],
-    grads: Mapping[str, Tensor | None],
-    **kept: Tensor,
+    count: int, reference: Callable[..., Any], inputs: Sequence[Any], *grads: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """New gradients of the tensors among the first ``count`` inputs, contiguous.
+    """New gradients of the first ``count`` inputs, contiguous; empty of one that is None.
 
-    For the references of operators that are gradients: these are called without a graph. By name,
-    ``grads`` are those of the first results, and ``kept`` is what was kept of the last; each must
-    be like its result.
+    For the references of operators that are gradients: these are called without a graph. ``grads``
+    are those of the first results.
     """
-
-    def checked(*args: Any) -> Any:
-        results = reference(*args)
-        named = {**grads, **kept}.items()
-        several = results if isinstance(results, tuple) else (results,)
-        for (name, tensor), result in zip(named, several, strict=True):
-            if tensor is not None:
-                check_shape(name, tensor, tuple(result.shape))
-                if tensor.dtype != result.dtype:
-                    raise TypeError(f"{name} must be {result.dtype}, got {tensor.dtype}")
-        return results
-
     needed = [index < count and isinstance(value, Tensor) for index, value in enumerate(inputs)]
     with as_outside(), torch.enable_grad():
         leaves = [
             value.detach().requires_grad_() if of_it else value
             for value, of_it in zip(inputs, needed, strict=True)
         ]
-        of_results = [*grads.values(), *[None] * len(kept)]
-        found = derived_gradients(checked, leaves, needed, of_results, create_graph=False)
-    return tuple(
-        torch.zeros_like(value, memory_format=torch.contiguous_format)
-        if grad is None
-        else grad.detach().clone(memory_format=torch.contiguous_format)
-        for value, grad, of_it in zip(inputs, found, needed, strict=True)
-        if of_it
-    )
+        found = derived_gradients(reference, leaves, needed, grads, create_graph=False)
+
+    def new(value: Tensor | None, grad: Tensor | None) -> Tensor:
+        if value is None:
+            return inputs[0].new_empty(0)
+        if grad is None:
+            return torch.zeros_like(value, memory_format=torch.contiguous_format)
+        return grad.detach().clone(memory_format=torch.contiguous_format)
+
+    return tuple(new(inputs[index], found[index]) for index in range(count))
 
 
 @contextlib.contextmanager
@@ -279,18 +302,18 @@ def _zeros(like: Like) -> Tensor:
 
 def _said_on_cuda(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference, which says once that it runs on CUDA tensors for want of a CUDA kernel."""
-    said = os.environ.get("MBLM_NATIVE") == "0"  # no kernels is what the user asked for
+    if os.environ.get("MBLM_NATIVE") == "0":  # no kernels is what the user asked for
+        return reference
+
+    @functools.cache
+    def say() -> None:
+        message = f"mblm::{name} runs in plain PyTorch on the GPU: no CUDA kernel of it is compiled"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:
-        nonlocal said
-        if not said and any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args):
-            said = True
-            warnings.warn(
-                f"mblm::{name} runs in plain PyTorch on the GPU: no CUDA kernel of it is compiled",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+            say()
         return reference(*args)
 
     return run

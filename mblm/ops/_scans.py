@@ -18,104 +18,31 @@ from mblm.utils.modes import without_autocast
 Chunk = Callable[..., tuple[Tensor, Tensor]]
 
 
-def register_scan(
-    name: str, steps: str, x_shape: str, rates_shape: str, chunk: Chunk
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def register_scan(name: str, steps: str, chunk: Chunk) -> None:
     """Register a scan and its gradient.
 
     Args:
         name: Its name.
         steps: What its step sizes are called.
-        x_shape: The names of x's dimensions.
-        rates_shape: Those of A's.
         chunk: See above.
-
-    Returns:
-        The scan, which checks its arguments and gives y and the final state.
     """
     tensors = f"Tensor x, Tensor {steps}, Tensor A, Tensor B, Tensor C, Tensor D"
     gradients = ", ".join(f"Tensor grad_{of}" for of in ("x", steps, *"ABCD", "initial_state"))
     register_operator(
         f"{name}({tensors}, Tensor? initial_state, int chunk_size) "
         "-> (Tensor y, Tensor final_state, Tensor chunk_states)",
-        reference=reference(chunk),
-        fake=_fake,
-        derivable=reference(chunk),
-        backward=f"{name}_backward",
-        intermediates=1,
-    )
-    register_operator(
+        reference(chunk),
         f"{name}_backward(Tensor grad_y, Tensor grad_final_state, {tensors}, Tensor chunk_states, "
         f"int chunk_size) -> ({gradients})",
-        reference=backward_reference(chunk),
-        fake=_backward_fake,
+        backward_reference(chunk),
+        fakes=(_fake, _backward_fake),
+        intermediates=1,
     )
 
-    def scan(*arguments: Any) -> tuple[Tensor, Tensor]:
-        _check(steps, x_shape, rates_shape, *arguments)
-        y, final_state, _ = getattr(torch.ops.mblm, name)(*arguments)
-        return y, final_state
 
-    return scan
-
-
-def _check(
-    steps: str,
-    x_shape: str,
-    rates_shape: str,
-    x: Tensor,
-    step_sizes: Tensor,
-    rates: Tensor,
-    weight_in: Tensor,
-    weight_out: Tensor,
-    direct: Tensor,
-    initial_state: Tensor | None,
-    chunk_size: int,
-) -> None:
-    if x.ndim != len(x_shape.split(",")):
-        raise ValueError(f"x must be ({x_shape}), got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if rates.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"A must be float32 or float64, got {rates.dtype}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    rows, length, *widths = x.shape
-    width, in_rates = widths[0], rates_shape == "D, N"
-    if in_rates and (rates.ndim != 2 or rates.shape[0] != width):
-        raise ValueError(f"A must be ({width}, N) to go with x, got shape {tuple(rates.shape)}")
-    if weight_in.ndim != 3:
-        raise ValueError(f"B must be ({rows}, {length}, N), got shape {tuple(weight_in.shape)}")
-    num_states = rates.shape[1] if in_rates else weight_in.shape[2]
-    weights, dtype = (rows, length, num_states), rates.dtype
-    expected = {
-        steps: (step_sizes, (rows, length, width), dtype),
-        "A": (rates, (width, num_states) if in_rates else (width,), dtype),
-        "B": (weight_in, weights, x.dtype),
-        "C": (weight_out, weights, x.dtype),
-        "D": (direct, (width,), dtype),
-        "initial_state": (initial_state, (rows, *widths, num_states), dtype),
-    }
-    for name, (tensor, shape, wanted) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != wanted:
-            raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
-
-
-def _fake(
-    x: Tensor,
-    _steps: Tensor,
-    rates: Tensor,
-    weight_in: Tensor,
-    _weight_out: Tensor,
-    _direct: Tensor,
-    _initial_state: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, and states of as many entries as a position has, times N."""
+    x, _, rates, weight_in, _, _, _, chunk_size = arguments
     rows, length, *widths = x.shape
     state = (*widths, weight_in.shape[2])
     num_chunks = -(-length // chunk_size)  # without a sum that may not fit
@@ -135,16 +62,8 @@ def _backward_fake(
 def reference(chunk: Chunk) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """A scan as its chunks one after the other; PyTorch can differentiate it."""
 
-    def scan(
-        x: Tensor,
-        steps: Tensor,
-        rates: Tensor,
-        weight_in: Tensor,
-        weight_out: Tensor,
-        direct: Tensor,
-        initial_state: Tensor | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, steps, rates, weight_in, weight_out, direct, initial_state, chunk_size = arguments
         shape = (x.shape[0], *x.shape[2:], weight_in.shape[2])
         state = rates.new_zeros(shape) if initial_state is None else initial_state.clone()
         outputs, states = [x[:, :0]], [rates.new_zeros(shape)[:, None][:, :0]]
@@ -162,18 +81,8 @@ def reference(chunk: Chunk) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def backward_reference(chunk: Chunk) -> Callable[..., tuple[Tensor, ...]]:
     """The gradient of a scan: chunks backwards, each computed again from the state before it."""
 
-    def backward(
-        grad_y: Tensor,
-        grad_final_state: Tensor,
-        x: Tensor,
-        steps: Tensor,
-        rates: Tensor,
-        weight_in: Tensor,
-        weight_out: Tensor,
-        direct: Tensor,
-        chunk_states: Tensor,
-        chunk_size: int,
-    ) -> tuple[Tensor, ...]:
+    def backward(grad_y: Tensor, grad_final_state: Tensor, *kept: Any) -> tuple[Tensor, ...]:
+        x, steps, rates, weight_in, weight_out, direct, chunk_states, chunk_size = kept
         by_position = (x, steps, weight_in, weight_out)
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in by_position]
         grad_rates, grad_direct = (

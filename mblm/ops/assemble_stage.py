@@ -3,16 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mblm.ops._checks import (
-    check_device,
-    check_floating,
-    check_ids_range,
-    check_ids_type,
-    check_like,
-    check_shape,
-    compute_dtype,
-)
-from mblm.ops._library import Call, gradients_of, register_operator
+from mblm.ops._library import Call, compute_dtype, gradients_of, register_operator
 
 
 def assemble_stage(
@@ -46,10 +37,6 @@ def assemble_stage(
         ``start_token``, ``positions`` and ``context`` are cast. Computed in float32 (float64 for
         float64) and rounded once. The gradients are the same from run to run and for any number
         of threads.
-
-    Raises:
-        TypeError: A dtype is not floating point, or ``ids`` is not int64.
-        ValueError: A shape or a device does not fit, or an id is not in the table.
     """
     dtype = embeddings.dtype
     out: Tensor = torch.ops.mblm.assemble_stage(
@@ -73,12 +60,12 @@ def assemble_stage_reference(
     context: Tensor | None,
     padding_idx: int,
 ) -> Tensor:
-    rows, length = _check(start_token, embeddings, ids, positions, rotation, context)
+    """The specification of the native kernel."""
     if ids is not None:
-        check_ids_range(ids, embeddings.shape[0])
         padding = padding_idx if 0 <= padding_idx < embeddings.shape[0] else None
         embeddings = nn.functional.embedding(ids, embeddings, padding)
     compute = compute_dtype(embeddings.dtype)
+    rows, length, _ = embeddings.shape
     vectors = embeddings.to(compute)
     if rotation is not None:
         vectors = _rotate(vectors, rotation[:length].to(compute))
@@ -104,22 +91,19 @@ def assemble_stage_backward_reference(
     ``(rows, P, D)`` without them but with ``rotation``, and empty with neither: that gradient is
     ``grad[:, 1:]``. The third is ``(num_positions, D)``.
     """
-    _check_backward(grad, ids, rotation, num_positions)
     rows, length, width = grad.shape[0], grad.shape[1] - 1, grad.shape[2]
-    own, compute = grad.dtype, compute_dtype(grad.dtype)
     shape = (rows, length) if ids is None else (num_embeddings,)
     # Of what is but added, values do not matter.
-    zeros = [
-        grad.new_zeros(*sizes, width, dtype=compute)
-        for sizes in ((), shape, (max(num_positions, length),))
-    ]
+    sizes = ((), shape, (max(num_positions, length),))
+    compute = compute_dtype(grad.dtype)
+    zeros = [grad.new_zeros(*size, width, dtype=compute) for size in sizes]
 
     def assemble(start_token: Tensor, embeddings: Tensor, positions: Tensor) -> Tensor:
         inputs = (start_token, embeddings, ids, positions, rotation, None, padding_idx)
         return assemble_stage_reference(*inputs)
 
-    grads = gradients_of(3, assemble, zeros, {"grad": grad.to(compute)})
-    of_start, of_embeddings, of_positions = (of_it.to(own) for of_it in grads)
+    grads = gradients_of(3, assemble, zeros, grad.to(compute))
+    of_start, of_embeddings, of_positions = (of_it.to(grad.dtype) for of_it in grads)
     if ids is None and rotation is None:
         of_embeddings = grad.new_empty(0)
     return of_start, of_embeddings, of_positions[:num_positions]
@@ -129,79 +113,6 @@ def _rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
     cos, sin = rotation.unbind(-1)
     x0, x1 = vectors.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
-
-
-def _check(
-    start_token: Tensor,
-    embeddings: Tensor,
-    ids: Tensor | None,
-    positions: Tensor | None,
-    rotation: Tensor | None,
-    context: Tensor | None,
-) -> tuple[int, int]:
-    """Returns ``(rows, P)``."""
-    check_floating("embeddings", embeddings)
-    if ids is not None:
-        check_ids_type(ids)
-        check_device("ids", ids, "embeddings", embeddings)
-        if embeddings.dim() != 2:
-            raise ValueError(
-                f"embeddings must have shape [V, D] where ids are given, "
-                f"got {list(embeddings.shape)}"
-            )
-        rows, length = ids.shape
-    else:
-        if embeddings.dim() != 3:
-            raise ValueError(
-                f"embeddings must have shape [rows, P, D], got {list(embeddings.shape)}"
-            )
-        rows, length = embeddings.shape[:2]
-    width = embeddings.shape[-1]
-    check_like("start_token", start_token, "embeddings", embeddings)
-    check_shape("start_token", start_token, (width,))
-    if positions is not None:
-        check_like("positions", positions, "embeddings", embeddings)
-        _check_positions(positions, length, width)
-    if rotation is not None:
-        check_device("rotation", rotation, "embeddings", embeddings)
-        _check_rotation(rotation, length, width)
-    if context is not None:
-        check_like("context", context, "embeddings", embeddings)
-        check_shape("context", context, (rows, length, width))
-    return rows, length
-
-
-def _check_positions(positions: Tensor, length: int, width: int) -> None:
-    if positions.dim() != 2 or positions.shape[0] < length or positions.shape[1] != width:
-        raise ValueError(
-            f"positions must have shape [>= {length}, {width}], got {list(positions.shape)}"
-        )
-
-
-def _check_rotation(rotation: Tensor, length: int, width: int) -> None:
-    check_floating("rotation", rotation)
-    if width % 2:
-        raise ValueError(f"rotation needs an even width, got embeddings of width {width}")
-    if rotation.dim() != 3 or rotation.shape[0] < length or rotation.shape[1:] != (width // 2, 2):
-        raise ValueError(
-            f"rotation must have shape [>= {length}, {width // 2}, 2], got {list(rotation.shape)}"
-        )
-
-
-def _check_backward(
-    grad: Tensor, ids: Tensor | None, rotation: Tensor | None, num_positions: int
-) -> None:
-    check_floating("grad", grad)
-    if grad.dim() != 3 or grad.shape[1] < 1:
-        raise ValueError(f"grad must have shape [rows, 1 + P, D], got {list(grad.shape)}")
-    rows, length, width = grad.shape[0], grad.shape[1] - 1, grad.shape[2]
-    if ids is not None:
-        check_ids_type(ids)
-        check_shape("ids", ids, (rows, length))
-    if rotation is not None:
-        _check_rotation(rotation, length, width)
-    if num_positions < 0:
-        raise ValueError(f"num_positions must not be negative, got {num_positions}")
 
 
 def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,14 +129,11 @@ def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
 register_operator(
     "assemble_stage(Tensor start_token, Tensor embeddings, Tensor? ids, Tensor? positions, "
     "Tensor? rotation, Tensor? context, int padding_idx) -> Tensor",
-    reference=assemble_stage_reference,
-    derivable=assemble_stage_reference,
-    backward=_backward,
-    linear_in=(0, 1, 3, 5),
-)
-register_operator(
+    assemble_stage_reference,
     "assemble_stage_backward(Tensor grad, Tensor? ids, Tensor? rotation, "
     "SymInt num_embeddings, SymInt num_positions, int padding_idx) "
     "-> (Tensor grad_start, Tensor grad_embeddings, Tensor grad_positions)",
-    reference=assemble_stage_backward_reference,
+    assemble_stage_backward_reference,
+    backward=_backward,
+    linear_in=(0, 1, 3, 5),
 )

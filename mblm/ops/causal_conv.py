@@ -4,14 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mblm.ops._checks import (
-    check_device,
-    check_floating,
-    check_like,
-    check_shape,
-    compute_dtype,
-)
-from mblm.ops._library import gradients_of, register_operator
+from mblm.ops._library import compute_dtype, gradients_of, register_operator
 
 
 def causal_conv(
@@ -31,38 +24,15 @@ def causal_conv(
 
     Returns:
         (B, L, D) of x's dtype, and the next window (B, K - 1, D), a copy.
-
-    Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape or a device does not fit.
     """
     y, next_window = torch.ops.mblm.causal_conv(x, weight, bias, window)
     return y, next_window
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None) -> None:
-    check_floating("x", x)
-    check_floating("weight", weight)
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape [B, L, D], got {list(x.shape)}")
-    rows, _, channels = x.shape
-    if weight.dim() != 3 or weight.shape[:2] != (channels, 1) or weight.shape[2] < 1:
-        raise ValueError(
-            f"weight must have shape [{channels}, 1, K] with K >= 1, got {list(weight.shape)}"
-        )
-    check_shape("bias", bias, (channels,))
-    check_like("bias", bias, "weight", weight)
-    check_device("weight", weight, "x", x)
-    if window is not None:
-        check_shape("window", window, (rows, weight.shape[2] - 1, channels))
-        check_like("window", window, "x", x)
 
 
 def causal_conv_reference(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The specification of the native kernel."""
-    _check(x, weight, bias, window)
     length, taps, compute = x.shape[1], weight.shape[2], compute_dtype(x.dtype)
     if window is None:
         window = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
@@ -86,20 +56,15 @@ def causal_conv_backward_reference(
     if window is None:
         window = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2])
     inputs = (x, weight, bias, window)
-    grads = {"grad_y": grad_y, "grad_next_window": grad_next_window}
-    return gradients_of(4, causal_conv_reference, inputs, grads)
+    return gradients_of(4, causal_conv_reference, inputs, grad_y, grad_next_window)
 
 
 register_operator(
     "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor? window) "
     "-> (Tensor y, Tensor next_window)",
-    reference=causal_conv_reference,
-    derivable=causal_conv_reference,
-    backward="causal_conv_backward",
-)
-register_operator(
+    causal_conv_reference,
     "causal_conv_backward(Tensor grad_y, Tensor? grad_next_window, Tensor x, Tensor weight, "
     "Tensor bias, Tensor? window) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_window)",
-    reference=causal_conv_backward_reference,
+    causal_conv_backward_reference,
 )

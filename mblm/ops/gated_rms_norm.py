@@ -4,14 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mblm.ops._checks import (
-    check_device,
-    check_floating,
-    check_like,
-    check_shape,
-    compute_dtype,
-)
-from mblm.ops._library import gradients_of, register_operator
+from mblm.ops._library import compute_dtype, register_operator
 
 
 def gated_rms_norm(
@@ -33,10 +26,6 @@ def gated_rms_norm(
     Returns:
         ``(..., D)``, contiguous, of weight's dtype. Computed in float32 (in float64 if x or weight
         is float64) and rounded once.
-
-    Raises:
-        TypeError: A dtype is not floating point, or ``gate`` has another than ``x``.
-        ValueError: A shape or a device does not fit, or ``eps`` is not positive.
     """
     out: Tensor = torch.ops.mblm.gated_rms_norm(x, weight, gate, eps)[0]
     return out
@@ -46,8 +35,7 @@ def gated_rms_norm_reference(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Returns the result and ``1 / sqrt(mean(g²) + eps)``, ``(...)``, for backward."""
-    _check(x, weight, gate, eps)
-    compute = _compute(x, weight)
+    compute = compute_dtype(torch.promote_types(x.dtype, weight.dtype))
     gated = x.to(compute)
     if gate is not None:
         gated = gated * F.silu(gate.to(compute))
@@ -56,49 +44,12 @@ def gated_rms_norm_reference(
     return out.to(weight.dtype).contiguous(), inverse_norm.contiguous()
 
 
-def gated_rms_norm_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    inverse_norm: Tensor,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """Returns the gradients of ``x``, ``weight`` and ``gate`` (empty if that is None)."""
-    inputs, kept = (x, weight, gate, eps), {"inverse_norm": inverse_norm}
-    grads = gradients_of(3, gated_rms_norm_reference, inputs, {"grad": grad}, **kept)
-    return grads if gate is not None else (*grads, x.new_empty(0))
-
-
-def _compute(x: Tensor, weight: Tensor) -> torch.dtype:
-    return compute_dtype(torch.promote_types(x.dtype, weight.dtype))
-
-
-def _check(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> None:
-    check_floating("x", x)
-    check_floating("weight", weight)
-    if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x must have shape [..., D] with D >= 1, got {list(x.shape)}")
-    check_shape("weight", weight, (x.shape[-1],))
-    check_device("weight", weight, "x", x)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    if gate is not None:
-        check_shape("gate", gate, tuple(x.shape))
-        check_like("gate", gate, "x", x)
-
-
 register_operator(
     "gated_rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
-    reference=gated_rms_norm_reference,
-    derivable=gated_rms_norm_reference,
-    backward="gated_rms_norm_backward",
-    intermediates=1,
-)
-register_operator(
+    gated_rms_norm_reference,
     "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? gate, "
     "Tensor inverse_norm, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_gate)",
-    reference=gated_rms_norm_backward_reference,
+    intermediates=1,
 )

@@ -1,4 +1,8 @@
-"""``linear``: a linear map, each by the library or kernel that is fastest at its size."""
+"""Linear maps, each by the library or kernel that is fastest at its size.
+
+``mblm::linear`` is one by oneDNN; ``mblm::linear_rows`` is one of a few rows, which reads the
+weights once, and which decoding is made of.
+"""
 
 import functools
 
@@ -8,8 +12,9 @@ from torch import Tensor, nn
 
 from mblm.ops import _native
 from mblm.ops._library import Call, register_operator
-from mblm.ops.linear_rows import MAX_ROWS, linear_reference
 
+# Up to this many rows, reading the weights takes longer than multiplying them.
+MAX_ROWS = 8
 # Multiplications below which calling oneDNN takes longer than it saves.
 _LARGE = 2**22
 # Rows of a sum that products are made for at a time.
@@ -88,6 +93,11 @@ def _onednn_is_faster() -> bool:
     return bool(torch.ops.mblm.onednn_is_faster())
 
 
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x (M, K)`` and ``weight (N, K)`` to ``(M, N)``."""
+    return F.linear(x, weight, bias)
+
+
 def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, _ = call.inputs
     of_x, of_weight, of_bias = call.needed
@@ -100,8 +110,6 @@ def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register_operator(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    reference=linear_reference,
-    derivable=linear_reference,
-    backward=_backward,
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_reference, backward=_backward
 )
+register_operator("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_reference)

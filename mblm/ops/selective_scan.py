@@ -41,12 +41,10 @@ def selective_scan(
 
     Returns:
         y (B, L, D) of x's dtype and the state after the last position, (B, D, N) of A's dtype.
-
-    Raises:
-        ValueError: A shape does not fit, or ``chunk_size`` is below 1.
-        TypeError: A dtype does not fit.
     """
-    return _scan(x, delta, A, B, C, D, initial_state, chunk_size)
+    inputs = (x, delta, A, B, C, D, initial_state, chunk_size)
+    y, final_state, _ = torch.ops.mblm.selective_scan(*inputs)
+    return y, final_state
 
 
 def selective_scan_step(
@@ -96,4 +94,4 @@ def _chunk(
     return y.to(x.dtype), state
 
 
-_scan = register_scan("selective_scan", "delta", "B, L, D", "D, N", _chunk)
+register_scan("selective_scan", "delta", _chunk)

@@ -3,14 +3,7 @@
 import torch
 from torch import Tensor
 
-from mblm.ops._checks import (
-    check_device,
-    check_floating,
-    check_like,
-    check_shape,
-    compute_dtype,
-)
-from mblm.ops._library import gradients_of, register_operator
+from mblm.ops._library import compute_dtype, register_operator
 
 
 def shift_rms_norm(
@@ -39,11 +32,6 @@ def shift_rms_norm(
     Returns:
         ``(..., S, D)``, contiguous, of the dtype ``torch.result_type(x, weight)``. Computed in
         float32 (in float64 if that is the result's dtype) and rounded once.
-
-    Raises:
-        TypeError: A dtype is not floating point, or ``previous`` has another than ``x``.
-        ValueError: A shape or a device does not fit, ``eps`` is not positive, or ``previous`` is
-            given without ``shift``.
     """
     out: Tensor = torch.ops.mblm.shift_rms_norm(x, weight, previous, shift, eps)[0]
     return out
@@ -53,7 +41,6 @@ def shift_rms_norm_reference(
     x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Returns the result and ``1 / max(norm(s) * D**-0.5, eps)``, ``(..., S)``, for backward."""
-    _check(x, weight, previous, shift, eps)
     dtype = torch.result_type(x, weight)
     compute = compute_dtype(dtype)
     s = shifted(x, previous, shift).to(compute)
@@ -64,21 +51,6 @@ def shift_rms_norm_reference(
     inverse_norm = 1 / norm.clamp(min=eps)
     out = s * inverse_norm[..., None] * weight.to(compute)
     return out.to(dtype).contiguous(), inverse_norm.contiguous()
-
-
-def shift_rms_norm_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    previous: Tensor | None,
-    inverse_norm: Tensor,
-    shift: bool,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """Returns the gradients of ``x``, ``weight`` and ``previous`` (empty if that is None)."""
-    inputs, kept = (x, weight, previous, shift, eps), {"inverse_norm": inverse_norm}
-    grads = gradients_of(3, shift_rms_norm_reference, inputs, {"grad": grad}, **kept)
-    return grads if previous is not None else (*grads, x.new_empty(0))
 
 
 def shifted(x: Tensor, previous: Tensor | None, shift: bool) -> Tensor:
@@ -92,33 +64,12 @@ def shifted(x: Tensor, previous: Tensor | None, shift: bool) -> Tensor:
     return torch.cat((kept, delayed), dim=-1)
 
 
-def _check(x: Tensor, weight: Tensor, previous: Tensor | None, shift: bool, eps: float) -> None:
-    check_floating("x", x)
-    check_floating("weight", weight)
-    if x.dim() < 2 or x.shape[-1] < 1:
-        raise ValueError(f"x must have shape [..., S, D] with D >= 1, got {list(x.shape)}")
-    check_shape("weight", weight, (x.shape[-1],))
-    check_device("weight", weight, "x", x)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    if previous is not None:
-        if not shift:
-            raise ValueError("previous must be None where shift is False")
-        check_shape("previous", previous, (*x.shape[:-2], x.shape[-1] // 2))
-        check_like("previous", previous, "x", x)
-
-
 register_operator(
     "shift_rms_norm(Tensor x, Tensor weight, Tensor? previous, bool shift, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
-    reference=shift_rms_norm_reference,
-    derivable=shift_rms_norm_reference,
-    backward="shift_rms_norm_backward",
-    intermediates=1,
-)
-register_operator(
+    shift_rms_norm_reference,
     "shift_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? previous, "
     "Tensor inverse_norm, bool shift, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_previous)",
-    reference=shift_rms_norm_backward_reference,
+    intermediates=1,
 )

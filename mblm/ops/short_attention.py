@@ -3,14 +3,7 @@
 import torch
 from torch import Tensor
 
-from mblm.ops._checks import (
-    check_device,
-    check_floating,
-    check_like,
-    check_shape,
-    compute_dtype,
-)
-from mblm.ops._library import gradients_of, register_operator
+from mblm.ops._library import compute_dtype, register_operator
 from mblm.utils.modes import without_autocast
 
 # The longest sequence that the operator takes: one head's work stays in a core's cache.
@@ -34,41 +27,10 @@ def short_attention(
 
     Returns:
         (B, S, H, d) of q's dtype, contiguous.
-
-    Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape or a device does not fit.
     """
     cos, sin = (None, None) if rotary is None else rotary
     out: Tensor = torch.ops.mblm.short_attention(q, k, v, cos, sin)
     return out
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
-    check_floating("q", q)
-    if q.dim() != 4:
-        raise ValueError(f"q must have shape [B, S, H, d], got {list(q.shape)}")
-    rows, count, heads, width = q.shape
-    if k.dim() != 4 or not count <= k.shape[1] <= MAX_POSITIONS:
-        raise ValueError(
-            f"k must have shape [B, T, H, d] with {count} <= T <= {MAX_POSITIONS}, "
-            f"got {list(k.shape)}"
-        )
-    total = k.shape[1]
-    for name, tensor in (("k", k), ("v", v)):
-        check_shape(name, tensor, (rows, total, heads, width))
-        check_like(name, tensor, "q", q)
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given both or not at all")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table is None:
-            continue
-        if width % 2:
-            raise ValueError(f"q must have an even width d for rotary positions, got {width}")
-        check_shape(name, table, (total, width // 2))
-        if table.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {table.dtype}")
-        check_device(name, table, "q", q)
 
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -84,7 +46,6 @@ def short_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> Tensor:
     """The specification of the native kernel."""
-    _check(q, k, v, cos, sin)
     with without_autocast(q.device.type):
         queries, keys, values = (x.transpose(1, 2).to(compute_dtype(q.dtype)) for x in (q, k, v))
         queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
@@ -95,22 +56,9 @@ def short_attention_reference(
         return out.transpose(1, 2).to(q.dtype).contiguous()
 
 
-def short_attention_backward_reference(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v."""
-    inputs = (q, k, v, cos, sin)
-    return gradients_of(3, short_attention_reference, inputs, {"grad": grad})
-
-
 register_operator(
     "short_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin) -> Tensor",
-    reference=short_attention_reference,
-    derivable=short_attention_reference,
-    backward="short_attention_backward",
-)
-register_operator(
+    short_attention_reference,
     "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, "
     "Tensor? sin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-    reference=short_attention_backward_reference,
 )

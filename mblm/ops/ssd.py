@@ -43,12 +43,9 @@ def ssd(
     Returns:
         y (B, L, H, P) of x's dtype and the state after the last position, (B, H, P, N) of A's
         dtype.
-
-    Raises:
-        ValueError: A shape does not fit, or ``chunk_size`` is below 1.
-        TypeError: A dtype does not fit.
     """
-    return _scan(x, dt, A, B, C, D, initial_state, chunk_size)
+    y, final_state, _ = torch.ops.mblm.ssd(x, dt, A, B, C, D, initial_state, chunk_size)
+    return y, final_state
 
 
 def ssd_step(
@@ -102,4 +99,4 @@ def _chunk(
     return y.addcmul(inputs, D.unsqueeze(-1)).to(x.dtype), after
 
 
-_scan = register_scan("ssd", "dt", "B, L, H, P", "H", _chunk)
+register_scan("ssd", "dt", _chunk)

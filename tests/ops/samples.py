@@ -1,5 +1,6 @@
 """Small calls of every operator, in float64, for tests of what holds for all of them."""
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -108,6 +109,12 @@ ALL = pytest.mark.parametrize(
     ],
 )
 Function = Callable[..., tuple[Tensor, ...]]
+
+
+def reference_of(name: str) -> Function:
+    """The operator as its reference in PyTorch computes it."""
+    operator = getattr(torch.ops.mblm, name).default
+    return functools.partial(operator._op_dk, torch._C.DispatchKey.CompositeExplicitAutograd)
 
 
 def function_of(name: str, sample: Sample) -> tuple[Function, tuple[Tensor, ...]]:
