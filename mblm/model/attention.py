@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mblm.model.derivatives import with_derivatives
 from mblm.utils.transforms import is_transformed
 
 
@@ -38,20 +37,12 @@ def fused_attention(
 ) -> Tensor:
     """`attention` by the kernel that PyTorch chooses, whose memory does not grow with ``S T``.
 
-    ``is_causal`` is for as many queries as keys; then there is no mask. With dropout, there are
-    only the derivatives that PyTorch's kernel has.
+    ``is_causal`` is for as many queries as keys; then there is no mask. Second derivatives are
+    those that the kernel has; transforms are of `attention`.
     """
-
-    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-
-    def formed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if is_transformed():
         return attention(q, k, v, causal_mask(q, k) if is_causal else mask, dropout=dropout)
-
-    if dropout and not is_transformed():
-        return fused(q, k, v)
-    out: Tensor = with_derivatives(fused, formed, q, k, v)
-    return out
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
 def causal_mask(q: Tensor, k: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mblm.model.derivatives import with_derivatives
 from mblm.ops.selective_scan import selective_scan
 from mblm.ops.ssd import ssd
+from mblm.utils.transforms import is_transformed
 
 # What is scanned, step sizes, A, B, C and D.
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -44,52 +44,52 @@ def mamba2_scan(inputs: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     if _may_serve(x, rates):
         kernel = _mamba_ssm("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
         if kernel is not None:
-            return _mamba2_by(kernel, *inputs, *(() if state is None else (state,)))
+            return _mamba2_by(kernel, inputs, state)
     return ssd(*inputs, state)
 
 
 def _may_serve(x: Tensor, rates: Tensor) -> bool:
-    return x.is_cuda and x.shape[1] > 0 and rates.dtype == torch.float32
+    is_plain = x.is_cuda and not is_transformed()
+    return is_plain and x.shape[1] > 0 and rates.dtype == torch.float32
 
 
 def _mamba1_by(
     kernel: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """By mamba_ssm's ``selective_scan_fn``, which takes positions last."""
-
-    def own(
-        x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        y, final_state = selective_scan(x.mT, delta.mT, A, B.mT, C.mT, D)
-        return y.mT, final_state
-
-    run = functools.partial(kernel, return_last_state=True)
     x_t, delta_t, b_t, c_t = (t.float().mT.contiguous() for t in (x, delta, B, C))
-    y, final_state = with_derivatives(run, own, x_t, delta_t, A, b_t, c_t, D)
-    return y.mT.to(x.dtype), final_state
+    y, final_state = kernel(x_t, delta_t, A, b_t, c_t, D, return_last_state=True)
+    return _differentiable_once(y).mT.to(x.dtype), final_state
 
 
-def _mamba2_by(kernel: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """By mamba_ssm's ``mamba_chunk_scan_combined``; a state may be the last input."""
+def _mamba2_by(kernel: Any, inputs: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By mamba_ssm's ``mamba_chunk_scan_combined``."""
+    x, dt, rates, weight_in, weight_out, direct = inputs
+    y, final_state = kernel(
+        *(x, dt, rates),
+        weight_in.unsqueeze(2),  # one group for all heads
+        weight_out.unsqueeze(2),
+        _KERNEL_CHUNK_SIZE,
+        D=direct,
+        initial_states=state,
+        return_final_states=True,
+    )
+    return _differentiable_once(y), final_state
 
-    def run(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = kernel(
-            x,
-            dt,
-            A,
-            B.unsqueeze(2),  # one group for all heads
-            C.unsqueeze(2),
-            _KERNEL_CHUNK_SIZE,
-            D=D,
-            initial_states=state[0] if state else None,
-            return_final_states=True,
+
+def _differentiable_once(y: Tensor) -> Tensor:
+    """Refuse second derivatives, which would be wrong: kernels' gradients count as constants."""
+    if y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_refuse_a_graph)
+    return y
+
+
+def _refuse_a_graph(_: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "mamba_ssm's kernels have no second derivatives (create_graph=True); take them on a "
+            "CPU or in float64, where this package's own operators run"
         )
-        return out
-
-    out: tuple[Tensor, Tensor] = with_derivatives(run, ssd, *inputs)
-    return out
 
 
 @functools.cache

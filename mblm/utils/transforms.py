@@ -62,15 +62,6 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def saves_elsewhere() -> bool:
-    """Whether what is saved for a backward pass goes elsewhere: offloaded, or computed again.
-
-    PyTorch tells from 2.8 on. Before, it is taken to stay: what is saved twice is moved twice.
-    """
-    hooks_of = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return hooks_of is not None and hooks_of(True) is not None
-
-
 def values_of(tensor: Any) -> Tensor:
     """The tensor that ``torch.func`` wraps, with a dimension more for each ``vmap``."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
