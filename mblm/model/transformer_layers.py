@@ -13,10 +13,10 @@ from torch import nn
 from mblm.model.attention import attention, causal_mask, fused_attention
 from mblm.model.linear import apply
 from mblm.model.plain import Part, is_plain, parts_in
+from mblm.model.utils import frequencies
 from mblm.ops.linear import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm, shifted
 from mblm.ops.short_attention import MAX_POSITIONS, short_attention
-from mblm.utils.modes import lasting_tensors
 
 # Up to this many positions, attention on a CPU is faster without PyTorch's kernel, and a start
 # token that all rows share is worth computing once.
@@ -66,17 +66,12 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.register_buffer("inv_freq", self._frequencies(None))
-
-    def _frequencies(self, device: torch.device | None) -> torch.Tensor:
-        with lasting_tensors():
-            steps = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
-            return 1.0 / 10000**steps
+        self.register_buffer("inv_freq", frequencies(head_dim, 10_000))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RotaryEmbedding":
         """Move to another device; the angles stay float32 in a half precision model."""
         super()._apply(fn, recurse)
-        self.inv_freq = self._frequencies(self.inv_freq.device)
+        self.inv_freq = frequencies(self.head_dim, 10_000, self.inv_freq.device)
         return self
 
     def forward(self, first: int, count: int) -> Rotary:

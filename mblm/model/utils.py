@@ -1,6 +1,5 @@
 """Rotary positions over a stage's full width, parameter counts, and the sampling functions."""
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,12 +8,9 @@ from torch import nn
 
 from mblm.model.sampling import gumbel_sample, top_k
 from mblm.utils.checks import check_sizes
-from mblm.utils.modes import is_lasting, lasting_tensors
+from mblm.utils.modes import lasting_tensors
 
 __all__ = ["RoPE", "count_params", "gumbel_sample", "top_k"]
-
-# One for all tables: they grow seldom, and a module that holds a lock cannot be copied.
-_GROWTH = threading.Lock()
 
 ParamType = nn.Module | nn.ModuleList | nn.Parameter | nn.ParameterList
 
@@ -27,12 +23,11 @@ class RoPE(nn.Module):
 
     Args:
         dim: Width of what is rotated, even.
-        max_seq_len: Positions computed ahead; more are computed when they come.
+        max_seq_len: How many positions are expected; there may be more.
         base: Base of the geometric progression of angles. Default 10000.
     """
 
     theta: torch.Tensor
-    cache: torch.Tensor
 
     def __init__(self, dim: int, max_seq_len: int, base: int = 10_000) -> None:
         super().__init__()
@@ -42,52 +37,21 @@ class RoPE(nn.Module):
         self.dim = dim
         self.base = base
         self.max_seq_len = max_seq_len
-        self.reset_parameters()
+        self.register_buffer("theta", frequencies(dim, base), persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RoPE":
         """Move to another device; the angles stay float32 and are never without values."""
         super()._apply(fn, recurse)
-        self.reset_parameters()
+        self.theta = frequencies(self.dim, self.base, self.theta.device)
         return self
-
-    def reset_parameters(self) -> None:
-        """Compute the angles anew."""
-        device = self.theta.device if hasattr(self, "theta") else None
-        with lasting_tensors():
-            steps = torch.arange(0, self.dim, 2, device=device).float() / self.dim
-            theta = 1.0 / self.base**steps
-        self.register_buffer("theta", theta, persistent=False)
-        self.build_rope_cache(self.max_seq_len)
-
-    def build_rope_cache(self, max_seq_len: int) -> None:
-        """Compute cosines and sines ``(max_seq_len, dim / 2, 2)``, always in float32."""
-        with lasting_tensors():
-            self._keep(self._rotations(0, max_seq_len))
-
-    def _keep(self, cache: torch.Tensor) -> None:
-        self.register_buffer("cache", cache, persistent=False)
-        self.max_seq_len = len(cache)
-
-    def _rotations(self, first: int, end: int) -> torch.Tensor:
-        steps = torch.arange(first, end, device=self.theta.device).float()
-        angles = torch.outer(steps, self.theta.float())
-        return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
     def rotation(self, first: int, count: int) -> torch.Tensor:
         """Cosines and sines of positions ``first .. first + count - 1``: (count, dim / 2, 2)."""
-        end = first + count
-        if end > len(self.cache) and not torch.compiler.is_compiling():
-            self._grow(end)
-        if end > len(self.cache):  # in a trace or a transform, which ends
-            return self._rotations(first, end)
-        return self.cache[first:end]
+        return self._rotation_of(torch.arange(first, first + count, device=self.theta.device))
 
-    def _grow(self, end: int) -> None:
-        with _GROWTH, lasting_tensors():
-            if end > len(self.cache):  # another thread may have been here
-                cache = self._rotations(0, max(end, 2 * len(self.cache)))
-                if is_lasting(cache):
-                    self._keep(cache)
+    def _rotation_of(self, positions: torch.Tensor) -> torch.Tensor:
+        angles = positions.float().unsqueeze(-1) * self.theta
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Rotate ``x``.
@@ -99,12 +63,17 @@ class RoPE(nn.Module):
         Returns:
             A tensor like ``x``; the rotation is computed in float32.
         """
-        if input_pos is None:
-            rotation = self.rotation(0, x.shape[1])
-        else:
-            end = int(input_pos.max()) + 1 if input_pos.numel() else 0
-            rotation = self.rotation(0, end)[input_pos]
+        rotation = (
+            self.rotation(0, x.shape[1]) if input_pos is None else self._rotation_of(input_pos)
+        )
         return rotate_pairs(x, rotation.unsqueeze(-3))
+
+
+def frequencies(width: int, base: int, device: torch.device | None = None) -> torch.Tensor:
+    """By what angle each pair of ``width`` channels turns from one position to the next."""
+    with lasting_tensors():
+        steps = torch.arange(0, width, 2, device=device).float() / width
+        return 1.0 / base**steps
 
 
 def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -135,6 +104,8 @@ def _count(modules: Iterable[ParamType]) -> int:
     for module in modules:
         if isinstance(module, nn.Parameter):
             count += module.numel()
-        else:
+        elif isinstance(module, nn.Module):
             count += sum(p.numel() for p in module.parameters() if p.requires_grad)
+        else:
+            raise TypeError(f"expected modules or parameters to count, got {module!r}")
     return count

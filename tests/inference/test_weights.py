@@ -195,12 +195,6 @@ class TestChanged:
             own.to_logits.weight = nn.Parameter(own.to_logits.weight + 1)
             assert not first.holds()
 
-    def test_tables_that_grow_are_no_change(self) -> None:
-        own: Any = two_stages()
-        first = packed(own)
-        own.pos_embs[0].rotation(0, 1000)
-        assert first.holds()
-
 
 LATE: dict[str, Callable[[Any], Any]] = {
     "a hook": lambda stage: stage.register_forward_hook(no_hook),
