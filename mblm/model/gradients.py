@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from mblm.model.linear import apply
 from mblm.model.plain import is_plain
 from mblm.ops.linear import add_outer_products, linear
-from mblm.utils.transforms import is_transformed
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,12 +24,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
-        is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched
-        batched = any(is_batched(grad) for grad in grads if isinstance(grad, Tensor))
-        if torch.is_grad_enabled() or is_transformed() or batched:
+        if torch.is_grad_enabled():
             raise NotImplementedError(
-                "the backward pass of a model that is computed piece by piece is neither "
-                "differentiated in turn (create_graph=True) nor batched: set tile to None and "
+                "the backward pass of a model that is computed piece by piece is not "
+                "differentiated in turn (create_graph=True): set tile to None and "
                 "checkpoint_global to False"
             )
         return backward(ctx, *grads)
@@ -204,21 +202,10 @@ def with_weights_of_now(model: nn.Module, function: Callable[..., Any]) -> Calla
     def call(*args: Any) -> Any:
         if all(map(operator.is_, model.parameters(), weights.values())):
             return function(*args)
-        named = {f"model.{name}": weight for name, weight in weights.items()}
-        return torch.func.functional_call(_Around(model), named, (function, *args))
+        with _reparametrize_module(model, weights, tie_weights=True):
+            return function(*args)
 
     return call
-
-
-class _Around(nn.Module):
-    """A module around a model, to run a function while the model's parameters are replaced."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
 
 
 def _is_managed(model: nn.Module) -> bool:

@@ -19,10 +19,10 @@ from mblm.model.embeddings import (
     build_token_embeddings,
     migrate_embedding_keys,
 )
-from mblm.model.global_stage import run_recomputed, saved_on_host
 from mblm.model.gradients import with_weights_of_now
 from mblm.model.linear import apply, apply_in_order
 from mblm.model.plain import Part, is_plain, parts_in
+from mblm.model.recomputation import run_recomputed, saved_on_host
 from mblm.model.tiles import INFERENCE_TILE
 from mblm.model.utils import RoPE, rotate_pairs
 from mblm.utils.checks import check_token_ids
@@ -247,15 +247,11 @@ class Hierarchy(nn.Module):
             model = functools.partial(model, shared_start=True)
         if chunks is None:
             return model(x, *inputs)
-        model = with_weights_of_now(self.stage_models[stage], model)
-        outputs = []
+        run = with_weights_of_now(self.stage_models[stage], model)
+        if self.training:
+            run = functools.partial(checkpoint, run, use_reentrant=False)
         parts = [t.chunk(chunks) if t is not None else [None] * chunks for t in (x, *inputs)]
-        for part in zip(*parts, strict=True):
-            if self.training:
-                outputs.append(checkpoint(model, *part, use_reentrant=False))
-            else:
-                outputs.append(model(*part))
-        return torch.cat(outputs)
+        return torch.cat([run(*part) for part in zip(*parts, strict=True)])
 
     def _run_global_stage(self, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run the most global stage's model, and keep its activations as configured."""
@@ -273,16 +269,13 @@ class Hierarchy(nn.Module):
     def attend(
         self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run a stage below positions of the stage above it.
+        """Run a stage, not 0, below positions of the stage above it: ``(rows, S, D_n)``.
 
         Args:
-            stage: The stage's index, not 0.
+            stage: The stage's index.
             above: Output of the stage above at these positions, ``(rows, D_{n-1})``.
             ids: The ids of the positions' bytes, ``(rows, P_n * R_n)``.
             mask: Which of these bytes are attended to, for stages that take a mask.
-
-        Returns:
-            The stage's output ``(rows, S, D_n)``.
         """
         raise NotImplementedError
 
@@ -337,7 +330,9 @@ class Hierarchy(nn.Module):
                 rows = batch_size * (num_bytes // seq_len)
                 return self.local_tokens(padded.reshape(rows, seq_len))
             embedded = self.embed_patches(stage, ids, num_bytes // self.patch_sizes[stage])
-            return self._as_rows(stage, embedded), None
+            if stage > 0:  # (B, patches, D_n) to the stage's rows (rows, P_n, D_n)
+                embedded = embedded.reshape(-1, self.seq_lens[stage], embedded.shape[-1])
+            return embedded, None
 
         return tokens
 
@@ -367,12 +362,6 @@ class Hierarchy(nn.Module):
             return embedded.flatten(0, -3), None
 
         return tokens
-
-    def _as_rows(self, stage: int, embedded: torch.Tensor) -> torch.Tensor:
-        """``(B, patches, D_n)`` to the rows of a stage ``(rows, P_n, D_n)``."""
-        if stage == 0:
-            return embedded
-        return embedded.reshape(-1, self.seq_lens[stage], embedded.shape[-1])
 
     # -- Checkpoints -------------------------------------------------------------------------------
 

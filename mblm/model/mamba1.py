@@ -86,6 +86,7 @@ class Mamba1(MambaStage):
     """
 
     kinds = (Mamba1Layer, Mamba1Mixer)
+    linears = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
     def __init__(
         self, *, model_dim: int, num_layers: int, d_state: int, d_conv: int, expand: int
@@ -98,17 +99,9 @@ class Mamba1(MambaStage):
         self.layers = nn.ModuleList(Mamba1Layer(config) for _ in range(num_layers))
 
     def parts(self) -> Iterator[Part]:
-        """See `MambaStage.parts`."""
+        """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
         yield self, Mamba1
-        layer: Any
-        for layer in self.layers:
-            yield layer, Mamba1Layer
-            yield layer.norm, RMSNorm
-            mixer = layer.mixer
-            yield mixer, Mamba1Mixer
-            yield mixer.conv1d, nn.Conv1d
-            for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
-                yield linear, nn.Linear
+        yield from self.parts_of_layers(RMSNorm)
 
     def pack(self, weights: str, memory: HugePages) -> Any:
         """Its weights as compiled decoding reads them; see `mblm.model.stage.Stage`."""
@@ -120,6 +113,6 @@ class Mamba1(MambaStage):
             eps.append(layer.norm.eps)
             tensors += [layer.norm.weight, -torch.exp(mixer.A_log)]
             tensors += [mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.D]
-            for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
-                tensors += pack_linear(linear, weights, memory)
+            for name in self.linears:
+                tensors += pack_linear(getattr(mixer, name), weights, memory)
         return _native.library().Stage.mamba1(tensors, eps)

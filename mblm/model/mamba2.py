@@ -127,6 +127,7 @@ class Mamba2(MambaStage):
     """
 
     kinds = (Mamba2Layer, Mamba2Mixer)
+    linears = ("in_proj", "out_proj")
 
     def __init__(
         self,
@@ -166,17 +167,11 @@ class Mamba2(MambaStage):
         return rms_norm(self.norm_f, x).to(x.dtype)
 
     def parts(self) -> Iterator[Part]:
-        """See `MambaStage.parts`."""
+        """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
         yield self, Mamba2
         yield self.norm_f, nn.RMSNorm
-        layer: Any
-        for layer in self.layers:
-            yield layer, Mamba2Layer
-            yield layer.norm, nn.RMSNorm
-            mixer = layer.mixer
-            yield mixer, Mamba2Mixer
-            yield from ((mixer.norm, nn.RMSNorm), (mixer.conv1d, nn.Conv1d))
-            yield from ((mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear))
+        yield from self.parts_of_layers(nn.RMSNorm)
+        yield from ((layer.mixer.norm, nn.RMSNorm) for layer in self.layers)  # type: ignore[misc]
 
     def pack(self, weights: str, memory: HugePages) -> Any:
         """Its weights as compiled decoding reads them, or None; see `mblm.model.stage.Stage`."""
@@ -189,6 +184,6 @@ class Mamba2(MambaStage):
             mixer = layer.mixer
             tensors += [layer.norm.weight, mixer.norm.weight, -torch.exp(mixer.A_log)]
             tensors += [mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.dt_bias, mixer.D]
-            for linear in (mixer.in_proj, mixer.out_proj):
-                tensors += pack_linear(linear, weights, memory)
+            for name in self.linears:
+                tensors += pack_linear(getattr(mixer, name), weights, memory)
         return _native.library().Stage.mamba2(tensors, self.norm_f.eps)

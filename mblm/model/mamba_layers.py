@@ -46,12 +46,13 @@ class MambaStage(nn.Module):
         model_dim: Width D of the stage.
         layers: Each maps ``(x, carried)`` to the same shape as x, as does its ``mixer``.
         kinds: The classes of a layer and of its mixer, which carry a state.
+        linears: The names of a mixer's linear layers.
     """
 
     is_recurrent = True
-    has_state_of_pairs = True  # which lets the hierarchy run it in segments of positions
     layers: nn.ModuleList
     kinds: tuple[type[nn.Module], type[nn.Module]]
+    linears: tuple[str, ...]
 
     def __init__(self, model_dim: int, **sizes: int) -> None:
         super().__init__()
@@ -95,9 +96,15 @@ class MambaStage(nn.Module):
         """What comes after the layers."""
         return x
 
-    def parts(self) -> Iterator[Part]:
-        """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
-        raise NotImplementedError
+    def parts_of_layers(self, norm: type[nn.Module]) -> Iterator[Part]:
+        """What its layers compute with, as built."""
+        layer: Any
+        for layer in self.layers:
+            yield layer, self.kinds[0]
+            yield layer.norm, norm
+            yield layer.mixer, self.kinds[1]
+            yield layer.mixer.conv1d, nn.Conv1d
+            yield from ((getattr(layer.mixer, name), nn.Linear) for name in self.linears)
 
     # -- Decoding: see `mblm.model.stage.Stage` ----------------------------------------------------
 

@@ -98,11 +98,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         logits = self.compute_logits(attended)  # (rows, 1 + P_N, V)
         if return_type == MBLMReturnType.LOGITS:
             return self._logits_like(logits, nested_ids)
-        targets = self._arrange(ids, logits.shape[:2], fill=self.pad_token_id)
-        weights = None
-        if loss_mask is not None:
-            weights = self._arrange(loss_mask.flatten(1), logits.shape[:2], fill=0)
-        loss = cross_entropy(logits, targets, weights, self.pad_token_id)
+        loss = cross_entropy(logits, *self._targets(ids, loss_mask, logits), self.pad_token_id)
         if return_type == MBLMReturnType.LOSS:
             return loss
         return loss, self._logits_like(logits, nested_ids)
@@ -186,10 +182,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         """Generate after many prompts: a row that ends makes room for the next prompt.
 
         Each result is what `generate` gives for the prompt and the seed alone: the same ids, and
-        in compiled code the same log-probabilities to the last bit. Further arguments are those of
-        `mblm.inference.request.Wishes`, each one value or a list with one for each prompt:
-        ``max_bytes``, ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``, ``top_p``,
-        ``min_p``, ``stop``, ``constraint``, ``logits_processor``, ``draft``, ``log_probs``.
+        in compiled code the same log-probabilities to the last bit.
 
         Args:
             prompts: Bytes, texts or token ids, of any lengths. An iterator is read as rows come
@@ -203,6 +196,8 @@ class MBLM(CausalHierarchy, PretrainedMixin):
                 raises ends all.
             weights: Type of the weights that compiled code reads; see `Session`.
             enable_progress: Show a progress bar. Default True.
+            wishes: As of `stream`, but ``seed`` and ``generator``, each one value or a list with
+                one for each prompt.
 
         Returns:
             One for each prompt, in their order.
@@ -242,10 +237,8 @@ class MBLM(CausalHierarchy, PretrainedMixin):
             prompt: Bytes, text or token ids, as of `generate`.
             text: Give text, whole characters only, instead of bytes. Default False.
             weights: As of `generate`.
-            wishes: ``max_bytes``, ``end_token_id``, ``temperature``, ``filter_thres``, ``top_k``,
-                ``top_p``, ``min_p``, ``stop``, ``seed``, ``generator``, ``constraint``,
-                ``logits_processor``, ``draft``, ``log_probs``; see
-                `mblm.inference.request.Wishes`.
+            wishes: As `generate`'s, and ``max_bytes``, ``end_token_id``, ``temperature``,
+                ``filter_thres``, ``log_probs``; see `mblm.inference.request.Wishes`.
 
         Raises:
             TypeError, ValueError: Bad input; see `Stream`.
@@ -325,48 +318,37 @@ class MBLM(CausalHierarchy, PretrainedMixin):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """`forward` of checked ids, at least one."""
         ids = nested_ids.flatten(1)
-        weights = None if loss_mask is None else loss_mask.flatten(1)
         if return_type == MBLMReturnType.LOSS:
-            return self.mean_loss(*self._loss_sum(tile, ids, weights))
+            return self.mean_loss(*self._loss_sum(tile, ids, loss_mask))
         padded = self._pad(ids, self.pad_token_id)
         tiles = TiledPass(self, tile, self.pad_token_id)
         attended = self.attend_global(padded, tiles)
         if return_type == MBLMReturnType.HIDDEN_STATE:
             hidden = tiles.outputs(lambda local: local[:, 1:], attended, padded)
             return self._unpatch(hidden, nested_ids)
-
-        first = 0 if nested_ids.ndim > 2 else 1  # nested logits keep the start rows
-        rows = tiles.outputs(lambda local: self.compute_logits(local[:, first:]), attended, padded)
-        logits = rows if first else rows[:, 1:]  # (rows, P_N, V)
-        nested = self._unpatch(rows, nested_ids) if first else self._nest(rows, nested_ids)
+        logits = tiles.outputs(self.compute_logits, attended, padded)  # (rows, 1 + P_N, V)
         if return_type == MBLMReturnType.LOGITS:
-            return nested
-        total, count = tiles.loss_of_logits(logits, *self._shift(ids, weights))
-        first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
-        return self.mean_loss(total + first_total, count + first_count), nested
+            return self._logits_like(logits, nested_ids)
+        total, count = tiles.loss_of_logits(logits, *self._targets(ids, loss_mask, logits))
+        return self.mean_loss(total, count), self._logits_like(logits, nested_ids)
 
     def _loss_sum(
-        self, tile: int, ids: torch.Tensor, weights: torch.Tensor | None
+        self, tile: int, ids: torch.Tensor, loss_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum and count of the losses of checked ids and weights ``(B, L)`` that are not zero."""
-        padded = self._pad(ids, self.pad_token_id)
-        targets, later_weights = self._shift(ids, weights)
+        """Sum and count of the losses of checked ids ``(B, L)`` that are not zero."""
+        weights = None if loss_mask is None else loss_mask.flatten(1)
+
+        def shift(per_byte: torch.Tensor, fill: float) -> torch.Tensor:
+            """What the logits of each byte predict, ``(B, L) -> (B, S * R_1)``."""
+            return self._pad(nn.functional.pad(per_byte[:, 1:], (0, 1), value=fill), fill)
+
+        padded, targets = self._pad(ids, self.pad_token_id), shift(ids, self.pad_token_id)
+        later_weights = None if weights is None else shift(weights, 0)
         tiles = TiledPass(self, tile, self.pad_token_id)
         attended = self.attend_global(padded, tiles)
         total, count = tiles.loss(attended, padded, targets, weights=later_weights)
         first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
         return first_total + total, first_count + count
-
-    def _shift(
-        self, ids: torch.Tensor, weights: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the logits of each byte predict, and its weight: ``(B, L) -> (B, S * R_1)``."""
-
-        def shift(per_byte: torch.Tensor, fill: float) -> torch.Tensor:
-            later = nn.functional.pad(per_byte[:, 1:], (0, 1), value=fill)
-            return self._pad(later, fill)
-
-        return shift(ids, self.pad_token_id), None if weights is None else shift(weights, 0)
 
     def _losses_of_first(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Losses of the first bytes of ``ids (B, L)``, which the local start token predicts."""
@@ -383,15 +365,20 @@ class MBLM(CausalHierarchy, PretrainedMixin):
             return local.reshape(*ids.shape, -1)
         return local.reshape(ids.shape[0], -1, local.shape[-1])[:, : ids.shape[1]]
 
-    def _nest(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Logits ``(rows, 1 + P_N, V)``, with the start rows, nested as ``ids``."""
-        return logits.reshape(*ids.shape[:-1], *logits.shape[-2:])
-
     def _logits_like(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``(rows, 1 + P_N, V)`` per byte of flat ids, or nested with the start rows."""
         if ids.ndim > 2:
-            return self._nest(logits, ids)
+            return logits.reshape(*ids.shape[:-1], *logits.shape[-2:])
         return self._unpatch(logits[:, 1:], ids)
+
+    def _targets(
+        self, ids: torch.Tensor, loss_mask: torch.Tensor | None, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What each row of logits ``(rows, 1 + P_N, V)`` predicts, and its weight."""
+        targets = self._arrange(ids, logits.shape[:2], fill=self.pad_token_id)
+        if loss_mask is None:
+            return targets, None
+        return targets, self._arrange(loss_mask.flatten(1), logits.shape[:2], fill=0)
 
     def _arrange(
         self, per_byte: torch.Tensor, local_shape: torch.Size, fill: float

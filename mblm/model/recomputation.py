@@ -1,16 +1,19 @@
-"""A stage on a CPU that is computed again in the backward pass, piece by piece.
+"""How the most global stage keeps its activations: computed again, or in the host's memory.
 
-What is kept of a piece, its input above all, goes to tensors that are there before the first piece
-is computed, and no graph is kept: small blocks between the large ones that a piece takes and frees
-keep malloc from using these again for the next piece, and memory grows with every one.
+On a CPU, what is kept of a piece, its input above all, goes to tensors that are there before the
+first piece is computed, and no graph is kept: small blocks between the large ones that a piece
+takes and frees keep malloc from using these again for the next piece, and memory grows with every
+one.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from mblm.model.gradients import (
     GradientSums,
@@ -18,45 +21,99 @@ from mblm.model.gradients import (
     once_differentiable,
     with_weights_of_now,
 )
+from mblm.model.plain import is_bare
 from mblm.utils.modes import autocast_of
 from mblm.utils.transforms import is_traced, not_compiled
 
 
-def suits(model: nn.Module, x: Tensor) -> bool:
-    """Whether a stage goes this way: where malloc gives the memory, and nothing is traced.
+def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) -> Tensor:
+    """Run a stage model on ``(B, S, D)``, to be computed again piece by piece in the backward pass.
+
+    A Transformer goes layer by layer, of which the inputs are kept; another stage with a state
+    (``forward_with_state``) in segments of positions, of which the inputs and the states are kept;
+    any other as a whole.
+    """
+    if getattr(model, "takes_recompute_layers", False):
+        out: Tensor = model(x, *inputs, recompute_layers=True)
+        return out
+    # A hook is to see the call of the whole; FSDP's are not needed, see below.
+    in_segments = is_bare(model) or getattr(model, "_is_fsdp_managed_module", False)
+    if inputs or not in_segments or not hasattr(model, "forward_with_state"):
+        whole: Tensor = checkpoint(
+            with_weights_of_now(model, model), x, *inputs, use_reentrant=False
+        )
+        return whole
+    if getattr(model, "is_recurrent", False) and _suits(model, x):
+        sums = GradientSums(model.parameters())
+        run = with_weights_of_now(model, model.forward_with_state)
+        return run_in_segments(run, sums, x, segment)
+    _gather_for_segments(model)
+    outputs, state = [], None
+    run = with_weights_of_now(model, model.forward_with_state)
+    for part in x.split(segment, dim=1):
+        # What is offloaded comes back contiguous, and must be computed with as it was.
+        part = part.contiguous()
+        out, state = checkpoint(run, part, state, use_reentrant=False)
+        outputs.append(out)
+    return torch.cat(outputs, dim=1)
+
+
+def run_layers_recomputed(
+    model: nn.Module, layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor
+) -> Tensor:
+    """A model's layers one after the other on ``(B, S, D)``, of which the inputs are kept."""
+    layers = [with_weights_of_now(model, layer) for layer in layers]
+    if _suits(model, x):
+        return _run_in_layers(layers, GradientSums(model.parameters()), x)
+    for layer in layers:
+        x = checkpoint(layer, x, use_reentrant=False)
+    return x
+
+
+def _suits(model: nn.Module, x: Tensor) -> bool:
+    """Whether pieces keep no graph: where malloc gives the memory, and nothing is traced.
 
     Nor does a stage whose gradients are watched, since here they are not made by its own graph.
     """
     return x.device.type == "cpu" and not is_traced() and not gradients_are_watched(model)
 
 
+def _gather_for_segments(model: nn.Module) -> None:
+    """Where FSDP shards the stage, have it gather the weights for this method as for a call."""
+    if getattr(model, "_is_fsdp_managed_module", False):
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if isinstance(model, FSDPModule) and "forward_with_state" not in vars(model):
+            register_fsdp_forward_method(model, "forward_with_state")
+
+
 @not_compiled
-def run_in_segments(model: Any, x: Tensor, segment: int) -> Tensor:
-    """``model(x)``, of which the inputs and the states between segments of positions are kept.
+def run_in_segments(
+    run: Callable[..., Any],
+    sums: GradientSums,
+    x: Tensor,
+    segment: int,
+    *,
+    is_random: bool = True,
+) -> Tensor:
+    """The outputs of ``run(part, state)``, of which the parts and the states between are kept.
 
     Args:
-        model: Has ``forward_with_state``, with a state of pairs of tensors, one for each layer.
-        x: ``(B, S, D)``.
+        run: Maps a part ``(B, s, ..)`` and the state before it, None at first, to ``(B, s, ..)``
+            and the state after it, a nest of tensors that do not grow.
+        sums: Knows the parameters that ``run`` computes with.
+        x: ``(B, S, ..)``.
         segment: Positions that are computed at once, at least 1.
+        is_random: Whether ``run`` may draw random numbers.
     """
-    sums = GradientSums(model.parameters())
-    run = with_weights_of_now(model, model.forward_with_state)
-    out: Tensor = _InSegments.apply(run, segment, sums, x, *sums.parameters)
+    out: Tensor = _InSegments.apply(run, segment, is_random, sums, x, *sums.parameters)
     return out
 
 
 @not_compiled
-def run_in_layers(
-    layers: Sequence[Callable[[Tensor], Tensor]], parameters: Iterable[nn.Parameter], x: Tensor
+def _run_in_layers(
+    layers: Sequence[Callable[[Tensor], Tensor]], sums: GradientSums, x: Tensor
 ) -> Tensor:
-    """The layers one after the other, of which the inputs are kept.
-
-    Args:
-        layers: Each maps ``(B, S, D)`` to the same shape and type.
-        parameters: All that the layers compute with.
-        x: ``(B, S, D)``.
-    """
-    sums = GradientSums(parameters)
     out: Tensor = _InLayers.apply(layers, sums, x, *sums.parameters)
     return out
 
@@ -67,26 +124,28 @@ class _InSegments(torch.autograd.Function):
         ctx: Any,
         run: Callable[..., Any],
         segment: int,
+        is_random: bool,
         sums: GradientSums,
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         starts = range(0, x.shape[1], segment)
-        ctx.circumstances = _Circumstances(len(starts))
-        ctx.computation = run, segment, sums
-        out, states, state = x, [], None
+        circumstances = _Circumstances(len(starts) if is_random else 0, x.device.type)
+        out, states, state, nest = x, [], None, None
         for index, start in enumerate(starts):
-            ctx.circumstances.keep(index)
+            circumstances.keep(index)
             positions = slice(start, start + segment)
             result, state = run(x[:, positions], state)
+            tensors, nest = tree_flatten(state)
             if index == 0:
                 out = result.new_empty(*x.shape[:2], *result.shape[2:])
-                states = [s.new_empty(len(starts) - 1, *s.shape) for s in _flat(state)]
+                states = [t.new_empty(len(starts) - 1, *t.shape) for t in tensors]
             out[:, positions] = result
             if index + 1 < len(starts):
-                for kept, tensor in zip(states, _flat(state), strict=True):
+                for kept, tensor in zip(states, tensors, strict=True):
                     kept[index] = tensor
-                state = _in_pairs([kept[index] for kept in states])
+                state = tree_unflatten([kept[index] for kept in states], nest)
+        ctx.computation = run, starts, sums, circumstances, nest
         ctx.save_for_backward(x, *states)
         return out
 
@@ -94,20 +153,21 @@ class _InSegments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *states = ctx.saved_tensors
-        run, segment, sums = ctx.computation
-        starts = range(0, x.shape[1], segment)
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[3] else None
+        run, starts, sums, circumstances, nest = ctx.computation
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
         of_state = [kept.new_zeros(kept.shape[1:]) for kept in states]  # after the segment
         with sums.adding():
-            for index in reversed(range(len(starts))):
-                positions = slice(starts[index], starts[index] + segment)
+            for index, start in reversed(list(enumerate(starts))):
+                positions = slice(start, start + starts.step)
                 part = x[:, positions].detach().requires_grad_(of_x is not None)
                 before = [kept[index - 1].detach().requires_grad_() for kept in states if index]
-                with ctx.circumstances.of(index):
-                    out, after = run(part.view_as(part), _in_pairs(before) or None)
+                with circumstances.of(index):
+                    out, after = run(
+                        part.view_as(part), tree_unflatten(before, nest) if index else None
+                    )
                 results = [(out, grad[:, positions])]
                 if index + 1 < len(starts):
-                    results += zip(_flat(after), of_state, strict=True)
+                    results += zip(tree_flatten(after)[0], of_state, strict=True)
                 outs, gradients = zip(*(r for r in results if r[0].requires_grad), strict=True)
                 inputs = [part, *before] if part.requires_grad else before
                 found = list(sums.add_gradients(outs, gradients, inputs))
@@ -115,8 +175,7 @@ class _InSegments(torch.autograd.Function):
                     of_x[:, positions] = found.pop(0)
                 for kept, gradient in zip(of_state, found, strict=False):
                     kept.zero_() if gradient is None else kept.copy_(gradient)
-            of_parameters = sums.in_types_of_parameters()
-        return None, None, None, of_x, *of_parameters
+            return None, None, None, None, of_x, *sums.in_types_of_parameters()
 
 
 class _InLayers(torch.autograd.Function):
@@ -128,44 +187,45 @@ class _InLayers(torch.autograd.Function):
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.circumstances = _Circumstances(len(layers))
-        ctx.computation = layers, sums
+        circumstances = _Circumstances(len(layers), x.device.type)
         kept = [x, *(torch.empty_like(x) for _ in layers)]
         for index, layer in enumerate(layers):
-            ctx.circumstances.keep(index)
+            circumstances.keep(index)
             kept[index + 1].copy_(layer(kept[index]))
+        ctx.computation = layers, sums, circumstances
         ctx.save_for_backward(*kept[:-1])
         return kept[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layers, sums = ctx.computation
+        layers, sums, circumstances = ctx.computation
         inputs = ctx.saved_tensors  # at once: activation checkpointing gives them one time only
         grad = grad.clone()
         with sums.adding():
             for index in reversed(range(len(layers))):
                 is_needed = index > 0 or ctx.needs_input_grad[2]
                 x = inputs[index].detach().requires_grad_(is_needed)
-                with ctx.circumstances.of(index):
+                with circumstances.of(index):
                     out = layers[index](x.view_as(x))
                 found = sums.add_gradients(out, grad, [x] if is_needed else [])
                 for gradient in found:
                     grad.copy_(gradient)
-            of_parameters = sums.in_types_of_parameters()
-        return None, None, grad if ctx.needs_input_grad[2] else None, *of_parameters
+            of_x = grad if ctx.needs_input_grad[2] else None
+            return None, None, of_x, *sums.in_types_of_parameters()
 
 
 class _Circumstances:
-    """What so many pieces are computed under: the random generator's states, autocast."""
+    """What so many pieces are computed under: the CPU's random generator's states, autocast."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device_type: str) -> None:
         state = torch.get_rng_state()
-        self._states = state.new_empty(count, *state.shape)
-        self._autocast = autocast_of("cpu")
+        self._states = state.new_empty(count, *state.shape)  # none, if nothing is drawn
+        self._autocast = autocast_of(device_type)
 
     def keep(self, index: int) -> None:
-        self._states[index] = torch.get_rng_state()
+        if len(self._states):
+            self._states[index] = torch.get_rng_state()
 
     @contextlib.contextmanager
     def of(self, index: int) -> Iterator[None]:
@@ -174,13 +234,29 @@ class _Circumstances:
         What goes in is a view of a leaf: PyTorch refuses the hooks of a FLOP counter on a leaf.
         """
         with torch.random.fork_rng([]), torch.enable_grad(), self._autocast():
-            torch.set_rng_state(self._states[index].clone())  # torch reads a view from its base on
+            if len(self._states):  # torch reads a view from its base on
+                torch.set_rng_state(self._states[index].clone())
             yield
 
 
-def _flat(state: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [tensor for pair in state for tensor in pair]
+def saved_on_host() -> contextlib.AbstractContextManager[Any]:
+    """Keep what is saved for the backward pass in the host's memory; weights stay where they are.
 
+    On a GPU, the copies are in pinned memory, and the host does not wait for them.
+    """
 
-def _in_pairs(tensors: list[Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
-    return tuple(zip(tensors[::2], tensors[1::2], strict=True))
+    def pack(tensor: Tensor) -> Any:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        pinned = tensor.device.type == "cuda"
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        host.copy_(tensor, non_blocking=pinned)
+        return tensor.device, host
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=host.is_pinned())
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

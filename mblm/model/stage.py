@@ -71,7 +71,11 @@ class Stage(Protocol):
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether the state does not grow with the positions, so that there may be any number."""
+        """Whether the state does not grow with the positions, so that there may be any number.
+
+        Then training can recompute the stage in segments of positions, too, if the state is a nest
+        of tensors.
+        """
         ...
 
     def state_tensors(self, state: Any) -> dict[str, Tensor]:
@@ -111,14 +115,6 @@ class Stage(Protocol):
     @property
     def takes_recompute_layers(self) -> bool:
         """Whether ``forward (x, recompute_layers=True)`` keeps its layers' inputs alone."""
-        ...
-
-    @property
-    def has_state_of_pairs(self) -> bool:
-        """Whether the state of `forward_with_state` is a tuple of pairs of tensors.
-
-        Then training can recompute the stage in segments of positions.
-        """
         ...
 
 

@@ -16,7 +16,8 @@ from mblm.model.gradients import GradientSums, gradients_are_watched, with_weigh
 from mblm.model.hierarchy import Hierarchy, Projection, StageTokens, parts_of
 from mblm.model.loss import losses_per_byte, sum_and_count
 from mblm.model.plain import are_plain
-from mblm.model.tiles import SumAndCount, map_over_tiles, map_with_sums, sum_over_tiles
+from mblm.model.recomputation import run_in_segments
+from mblm.model.tiles import SumAndCount, map_over_tiles, sum_over_tiles
 
 # Bytes whose embeddings are held at once for the most global stage, per position of a tile: it has
 # one linear layer where a stage has many.
@@ -63,11 +64,14 @@ class TiledPass:
         patch_size, fewest = model.patch_sizes[0], max(1, model.hidden_dims[0] // 32)
         size = max(fewest, _BYTES_PER_TILE_POSITION * self.tile // patch_size)
         run, rows = with_weights_of_now(embedding, embed), ids.reshape(-1, patch_size)
-        if self._recompute:
+        has_gradient = torch.is_grad_enabled() and sums.parameters
+        if self._recompute or len(rows) <= size or not has_gradient:
             embedded = map_over_tiles(run, size, rows)
         else:
-            embedded = map_with_sums(run, size, rows, sums)
-        return embedded.unflatten(0, (len(ids), -1)), None
+            embedded = run_in_segments(
+                lambda x, _: (run(x[0])[None], ()), sums, rows[None], size, is_random=False
+            )
+        return embedded.view(len(ids), -1, embedded.shape[-1]), None
 
     def loss(
         self,

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mblm.model.gradients import GradientSums, once_differentiable
-from mblm.utils.modes import autocast_of, without_autocast
+from mblm.utils.modes import without_autocast
 
 # Positions of a tile where no gradient is needed and no tile is configured: enough for full speed.
 INFERENCE_TILE = 8192
@@ -145,48 +145,6 @@ def map_over_tiles(function: Callable[..., Tensor], size: int, *rows: Tensor | N
         first = number * size * per_row
         out[first : first + len(result)] = result
     return out
-
-
-def map_with_sums(
-    function: Callable[[Tensor], Tensor], size: int, rows: Tensor, sums: GradientSums
-) -> Tensor:
-    """`map_over_tiles` of rows that get no gradient, by a function without random numbers.
-
-    The tiles' gradients are added up in one place, where `map_over_tiles` would hold three.
-    """
-    if len(rows) <= size or not torch.is_grad_enabled() or not sums.parameters:
-        return map_over_tiles(function, size, rows)
-    out: Tensor = _MapWithSums.apply(function, size, sums, rows, *sums.parameters)
-    return out
-
-
-class _MapWithSums(torch.autograd.Function):
-    """The map, computed again in the backward pass for the gradients of the parameters."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        function: Callable[[Tensor], Tensor],
-        size: int,
-        sums: GradientSums,
-        rows: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        ctx.computation = function, size, sums, autocast_of(rows.device.type)
-        ctx.save_for_backward(rows)
-        return map_over_tiles(function, size, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        function, size, sums, autocast = ctx.computation
-        with sums.adding():
-            for tile, of_tile in zip(rows.split(size), grad.split(size), strict=True):
-                with torch.enable_grad(), autocast():
-                    out = function(tile)
-                sums.add_gradients(out, of_tile)
-            return None, None, None, None, *sums.in_types_of_parameters()
 
 
 def _tiles(size: int, *rows: Tensor | None) -> Iterator[Rows]:

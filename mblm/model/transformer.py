@@ -7,13 +7,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from mblm.model import recomputation
 from mblm.model.block import StageBlock
-from mblm.model.gradients import with_weights_of_now
 from mblm.model.linear import apply
 from mblm.model.plain import Part, are_plain, keeps_forward
+from mblm.model.recomputation import run_layers_recomputed
 from mblm.model.stage import Carried, tensor_of
 from mblm.model.transformer_layers import (
     SHORT,
@@ -160,13 +158,11 @@ class _Transformer(nn.Module):
             x = x + attention(x, rotary, mask)
             return x + feed_forward(x)
 
+        layers = [functools.partial(run, *layer) for layer in self.layer_pairs()]
         if recompute:
-            run = with_weights_of_now(self, run)
-        if recompute and recomputation.suits(self, x):
-            layers = [functools.partial(run, *layer) for layer in self.layer_pairs()]
-            return self.norm(recomputation.run_in_layers(layers, self.layers.parameters(), x))
-        for layer in self.layer_pairs():
-            x = checkpoint(run, *layer, x, use_reentrant=False) if recompute else run(*layer, x)
+            return self.norm(run_layers_recomputed(self, layers, x))
+        for layer in layers:
+            x = layer(x)
         return self.norm(x)
 
 

@@ -274,16 +274,6 @@ def test_return_types() -> None:
     ]
 
 
-def test_an_encoder_configuration_goes_through_yaml(tmp_path: Path) -> None:
-    encoder = MBLMEncoderModelConfig(
-        mask_token_id=17,
-        mblm_config=config(block=transformer()),
-        mask_reduce_strat=MaskReduceStrat.ALL,
-    )
-    file = dump_yml(tmp_path / "encoder", encoder)
-    assert load_yml(file, MBLMEncoderModelConfig) == encoder
-
-
 def test_a_model_refuses_the_chunks_that_its_configuration_takes() -> None:
     """As the published package does; configurations with an entry for stage 1 exist."""
     chunks = config(train_checkpoint_chunks=[5, 10])

@@ -45,20 +45,6 @@ def test_a_sequence_may_be_cut_anywhere(
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole, **CLOSE)
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("length", [1, 5])
-def test_a_given_state_is_never_written(model: Model, length: int) -> None:
-    _, state = model.forward_with_state(torch.randn(2, 6, 32), None)
-    before = [tuple(t.clone() for t in layer) for layer in state]
-    x = torch.randn(2, length, 32)
-
-    first, _ = model.forward_with_state(x, state)
-    second, _ = model.forward_with_state(x, state)
-
-    torch.testing.assert_close(list(state), before, rtol=0, atol=0)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
 def test_the_future_does_not_reach_the_past(model: Model) -> None:
     x = torch.randn(2, 9, 32)
     changed = torch.cat([x[:, :5], torch.randn(2, 4, 32)], dim=1)

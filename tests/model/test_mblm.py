@@ -139,18 +139,6 @@ class TestLoss:
         assert losses.count_nonzero() == 4 + 12
         torch.testing.assert_close(three(ids), expected)
 
-    @pytest.mark.parametrize(
-        "dtype", [torch.float32, torch.float64, torch.bool, torch.long, torch.bfloat16]
-    )
-    def test_is_weighted_by_the_mask(self, three: MBLM, dtype: torch.dtype) -> None:
-        ids = draw_ids(2, 13)
-        mask = (torch.rand(2, 13) < 0.5).to(dtype)
-        if dtype.is_floating_point:
-            mask = mask * 2.5
-        loss = three(ids, loss_mask=mask)
-        assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, loss_by_hand(three, ids, mask.float())[0])
-
     def test_mask_of_nested_ids(self, three: MBLM) -> None:
         ids, mask = draw_ids(2, 16), torch.rand(2, 16)
         nested = three(ids.view(2, 2, 2, 4), loss_mask=mask.view(2, 2, 2, 4))
@@ -170,13 +158,6 @@ class TestLoss:
         copies = ids.clone(), mask.clone()
         three.train()(ids, loss_mask=mask).backward()
         assert torch.equal(ids, copies[0]) and torch.equal(mask, copies[1])
-
-    def test_rows_of_a_batch_do_not_mix(self, three: MBLM) -> None:
-        ids = draw_ids(3, 13)
-        logits = three(ids, return_type=LOGITS)
-        for row in range(3):
-            alone = three(ids[row : row + 1], return_type=LOGITS)[0]
-            torch.testing.assert_close(logits[row], alone, **CLOSE)
 
 
 @pytest.mark.parametrize("chunks", [[1, 1], [2, 3], [100, 100]])
@@ -278,23 +259,6 @@ class TestInputsEmbeds:
 
 
 class TestDtypes:
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-    def test_of_ids(self, three: MBLM, dtype: torch.dtype) -> None:
-        ids = draw_ids(2, 13)
-        for kind in (LOGITS, LOSS):
-            assert torch.equal(three(ids.to(dtype), return_type=kind), three(ids, return_type=kind))
-
-    def test_strided_ids(self, three: MBLM) -> None:
-        ids = draw_ids(13, 4).T[::2]
-        mask = torch.rand(13, 4).T[::2]
-        assert not ids.is_contiguous()
-        for kind in (LOGITS, LOSS):
-            expected = three(ids.contiguous(), return_type=kind, loss_mask=mask.contiguous())
-            assert torch.equal(three(ids, return_type=kind, loss_mask=mask), expected)
-        nested = draw_ids(2, 4, 2, 3).transpose(1, 3)
-        assert nested.shape == (2, 3, 2, 4) and not nested.is_contiguous()
-        assert torch.equal(three(nested), three(nested.contiguous()))
-
     @pytest.mark.parametrize(
         "blocks",
         [(transformer(),), (mamba("mamba1"), transformer(pos_emb_type="rope"))],
@@ -317,12 +281,6 @@ class TestDtypes:
             assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
         torch.testing.assert_close(half_loss.float(), loss, atol=0.02, rtol=0.02)
         torch.testing.assert_close(half_logits.float(), logits, atol=0.05, rtol=0.05)
-
-    def test_double_precision_is_closer(self, three: MBLM) -> None:
-        ids = draw_ids(2, 21)
-        double = copy.deepcopy(three).double()(ids, return_type=LOGITS)
-        assert double.dtype == torch.float64
-        torch.testing.assert_close(double.float(), three(ids, return_type=LOGITS), **CLOSE)
 
 
 class TestBadInput:

@@ -216,26 +216,6 @@ class TestParametrizations:
             parametrize.remove_parametrizations(layer, "weight")
         torch.testing.assert_close(forward_logits(m), logits)
 
-    @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-    @pytest.mark.parametrize(
-        "register",
-        [nn.utils.weight_norm, nn.utils.spectral_norm],
-        ids=["weight norm", "spectral norm"],
-    )
-    def test_those_by_hooks(self, m: MBLM, register: Callable[[nn.Module], Any]) -> None:
-        for layer in linears(m).values():
-            register(layer)
-            with torch.no_grad():  # the layer's weight is made of this, when it is called
-                made_of = layer.get_parameter(
-                    "weight_orig" if hasattr(layer, "weight_orig") else "weight_v"
-                )
-                made_of += torch.randn_like(made_of)
-        check_decodes(m)
-        m(IDS).backward()
-        made_of = [p for n, p in m.named_parameters() if n.endswith(("weight_v", "weight_orig"))]
-        assert len(made_of) == len(linears(m))
-        assert all(p.grad is not None and p.grad.any() for p in made_of)
-
 
 def called_modules(m: Any) -> dict[str, nn.Module]:
     """All modules but lists, what stands for no positions, and what projects no context."""
@@ -439,17 +419,6 @@ class TestReplaced:
                 own = stage.forward
                 stage.forward = lambda x, **_: 2 * own(x)  # noqa: B023
             check_decodes(m)
-
-    def test_stages_compiled_for_training_decode_as_they_are(self) -> None:
-        """Caches grow from call to call: a compiler would begin anew each time."""
-
-        def refuse(graph: Any, inputs: Any) -> Any:
-            raise AssertionError("compiled")
-
-        m = build("mamba1").double()  # which is decoded in PyTorch
-        for stage in m.stage_models:
-            stage.compile(backend=refuse)
-        assert m.session().feed(IDS[0]).generate(3).shape == (1, 3)
 
     def test_rotary_positions_of_the_users(self) -> None:
         m = build("mamba2")

@@ -1,4 +1,4 @@
-"""Tiles on several workers, and compiled: the gradients of a plain pass."""
+"""Tiles on several workers: the gradients of a plain pass."""
 
 from typing import Any
 
@@ -59,21 +59,3 @@ def train_in_tiles(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_workers(strategy: str) -> None:
     assert jobs.join(jobs.start(train_in_tiles, 2, strategy)) == [0, 0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["the model", "its stages"])
-def test_compiled(what: str) -> None:
-    plain, m = build(), build(tile=4)
-    ids = ids_of(0)
-    plain(ids).backward()
-    run: Any = m
-    if what == "the model":
-        run = torch.compile(m, backend="aot_eager")
-    else:
-        for stage in m.stage_models:
-            stage.compile(backend="aot_eager")
-    for _ in range(2):
-        m.zero_grad()
-        run(ids).backward()
-        assert_gradients(m, {n: p.grad for n, p in plain.named_parameters()})

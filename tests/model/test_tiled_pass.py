@@ -119,12 +119,6 @@ class TestLoss:
         loss.backward()
         assert all(p.grad is None or not p.grad.any() for p in other.parameters())
 
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.bfloat16, torch.float32])
-    def test_takes_masks_of_any_dtype(self, three: MBLM, dtype: torch.dtype) -> None:
-        ids, mask = draw_ids(2, 50), torch.randint(0, 2, (2, 50)).to(dtype)
-        expected = three(ids, loss_mask=mask)
-        torch.testing.assert_close(tiled(three)(ids, loss_mask=mask), expected, **CLOSE)
-
     def test_frozen_stages_get_no_gradient_and_pass_one_on(self, three: MBLM) -> None:
         three.stage_models[2].requires_grad_(False)
         three.to_logits.requires_grad_(False)
@@ -242,15 +236,6 @@ def test_without_a_tile_a_training_step_is_what_it_was(three: MBLM) -> None:
         assert three.tile_for(INFERENCE_TILE) is None
         assert three.tile_for(INFERENCE_TILE + 1) == INFERENCE_TILE
     assert torch.equal(tiled(three, 60)(ids), three(ids))
-
-
-def test_a_compiled_loss_in_tiles_is_that_without() -> None:
-    m = tiled(model(transformer(), seq_lens=[12]).double().train())
-    ids = draw_ids(2, 12)
-    expected = m(ids)
-    loss = torch.compile(m, backend="eager")(ids)
-    torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(gradients(m, loss), gradients(m, expected), **CLOSE)
 
 
 @pytest.mark.slow
