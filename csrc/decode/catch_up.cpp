@@ -142,15 +142,11 @@ void CatchUp::restart(int64_t n, int64_t member, int64_t input) {
   const StageLayout& own = call_.layout(n);
   const StartState& start = call_.parts.stages[n].start;
   float* const to = call_.blob(n, member);
-  if (own.has_pages()) {
-    std::copy_n(start.delayed, own.state, to);
-  } else if (own.state > 0) {
-    std::copy_n(start.ssm, own.ssm, to);
-    std::copy_n(start.window, own.state - own.ssm, to + own.ssm);
-  }
+  std::copy_n(start.state, own.state, to);
   StageState& state = call_.row(member).stages[n];
-  if (own.has_pages() && state.start_id != call_.parts.start_id)
+  if (own.has_pages() && state.start_id != call_.parts.start_id) {
     call_.memory.write_start(call_.parts, n, state);
+  }
   std::copy_n(start.output, own.dim, to + own.output);
   if (n == 0) return;
   const int64_t dim = call_.layout(n - 1).dim;

@@ -2,40 +2,48 @@
 #include "decode/memory.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace mblm::decode {
-namespace {
-
-constexpr int64_t kPagePositions = 64;
-
-}  // namespace
 
 StageLayout::StageLayout(const Parts& parts, int64_t n) {
   using cpu::cache_lines::round_up;
   const StageParts& stage = parts.stages[n];
   dim = stage.dim;
   seq_len = parts.schedule.seq_len(n);
+  const auto add = [&](const char* name, std::vector<int64_t> shape) {
+    int64_t size = 1;
+    for (const int64_t of : shape) size *= of;
+    saved.push_back({name, std::move(shape), state});
+    state += size;
+  };
   if (const auto* model = std::get_if<cpu::TransformerStage>(&stage.model)) {
     const bool is_bounded = n > 0 || parts.max_length > 0;
     layers = int64_t(model->layers.size());
-    state = layers * 2 * (dim / 2);
+    add("delayed", {layers, 2, dim / 2});
     planes = layers * model->heads;
     head_dim = model->head_dim;
-    page_positions = is_bounded ? std::min(kPagePositions, 1 + seq_len) : kPagePositions;
+    page_positions = is_bounded ? std::min(cpu::kPagePositions, 1 + seq_len) : cpu::kPagePositions;
     plane = page_positions * head_dim;
     values = round_up(planes * plane);
     page = 2 * values;
+    saved.push_back({"keys", {layers, model->heads, 0, head_dim}, 0, true});
+    saved.push_back({"values", {layers, model->heads, 0, head_dim}, values, true});
   } else if (const auto* model = std::get_if<cpu::Mamba1Stage>(&stage.model)) {
     layers = int64_t(model->layers.size());
-    ssm = layers * model->inner * model->states;
-    state = ssm + layers * (model->taps - 1) * model->inner;
+    add("ssm", {layers, model->inner, model->states});
+    ssm = state;
+    add("window", {layers, model->taps - 1, model->inner});
   } else if (const auto* model = std::get_if<cpu::Mamba2Stage>(&stage.model)) {
     layers = int64_t(model->layers.size());
-    ssm = layers * model->inner * model->states;
-    state = ssm + layers * (model->taps - 1) * (model->inner + 2 * model->states);
+    add("ssm", {layers, model->heads, model->inner / model->heads, model->states});
+    ssm = state;
+    add("window", {layers, model->taps - 1, model->inner + 2 * model->states});
   }
   output = round_up(state);
+  saved.push_back({"output", {dim}, output});
   context = output + round_up(dim);
+  if (n > 0) saved.push_back({"context", {seq_len, dim}, context});
   context_size = n > 0 ? seq_len * dim : 0;
   blob = context + context_size;
 }
@@ -72,40 +80,29 @@ void Memory::own_pages(const Parts& parts, int64_t n, StageState& stage, int64_t
                        int64_t begin, int64_t end) {
   const StageLayout& layout = layouts_[n];
   const int64_t size = layout.page_positions, count = (end + size - 1) / size;
-  stage.pages.reserve(count);
-  stage.keys.reserve(count);
-  stage.values.reserve(count);
+  if (count > int64_t(stage.pages.size())) {
+    stage.keys.resize(count);
+    stage.values.resize(count);
+    stage.pages.resize(count);
+  }
   for (int64_t index = begin / size; index < count; ++index) {
-    const bool is_new = index >= int64_t(stage.pages.size());
-    if (!is_new && !stage.pages[index].is_shared()) continue;
+    const Block& before = stage.pages[index];
+    const bool is_new = !before;
+    if (!is_new && !before.is_shared()) continue;
     Block own(*pages_[n]);
-    float* const keys = own.data();
-    float* const values = keys + layout.values;
-    if (is_new) {
-      stage.pages.push_back(std::move(own));
-      stage.keys.push_back(keys);
-      stage.values.push_back(values);
-      if (index == 0) write_start(parts, n, stage);
-      continue;
-    }
     const int64_t end_kept = std::min(kept, (index + 1) * size);
-    if (index * size < end_kept) {
-      copy_positions(n, stage.pages[index].data(), keys, index * size, end_kept);
+    if (!is_new && index * size < end_kept) {
+      copy_positions(n, before.data(), own.data(), index * size, end_kept);
     }
+    stage.keys[index] = own.data();
+    stage.values[index] = own.data() + layout.values;
     stage.pages[index] = std::move(own);
-    stage.keys[index] = keys;
-    stage.values[index] = values;
+    if (is_new && index == 0) write_start(parts, n, stage);
   }
 }
 
 void Memory::write_start(const Parts& parts, int64_t n, StageState& stage) const {
-  const StageLayout& layout = layouts_[n];
-  const StartState& start = parts.stages[n].start;
-  for (int64_t plane = 0; plane < layout.planes; ++plane) {
-    const int64_t from = plane * layout.head_dim;
-    std::copy_n(start.keys + from, layout.head_dim, stage.keys[0] + plane * layout.plane);
-    std::copy_n(start.values + from, layout.head_dim, stage.values[0] + plane * layout.plane);
-  }
+  copy_positions(n, parts.stages[n].start.page, stage.pages[0].data(), 0, 1);
   stage.start_id = parts.start_id;
 }
 

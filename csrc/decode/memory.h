@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "decode/pages.h"
@@ -15,8 +16,19 @@ namespace mblm::decode {
 // and the convolution's windows, each of all layers), the last output, and the context from above.
 // A page holds keys (layers, heads, positions, head_dim) and as many values.
 struct StageLayout {
-  explicit StageLayout(const Parts& parts, int64_t n);
+  // A part of it, by the name that it is saved with.
+  struct Part {
+    std::string name;
+    std::vector<int64_t> shape;  // 0 positions of what lies in pages
+    int64_t at;                  // where it begins in the blob, or in a page
+    bool is_paged = false;
 
+    bool operator==(const Part&) const = default;
+  };
+
+  StageLayout(const Parts& parts, int64_t n);
+
+  std::vector<Part> saved;
   int64_t dim = 0, seq_len = 0, layers = 0;
   int64_t state = 0;   // floats of the recurrent state, at the beginning of the blob
   int64_t ssm = 0;     // of those, the scan's; the windows come next

@@ -26,10 +26,8 @@ using StageModel = std::variant<Hosted, cpu::TransformerStage, cpu::Mamba1Stage,
 // A stage's state after its start token, the same for every sequence.
 struct StartState {
   const float* output = nullptr;  // (dim)
-  // Transformer: keys and values (layers, heads, head_dim), delayed halves (layers, 2, dim / 2).
-  const float *keys = nullptr, *values = nullptr, *delayed = nullptr;
-  // Mamba, of all layers.
-  const float *ssm = nullptr, *window = nullptr;
+  const float* state = nullptr;   // what a blob begins with, and a page of keys and values, as
+  const float* page = nullptr;    // decode/memory.h lays them out; none of a stage that is hosted
   // Of the stage below, which this stage's start output gives: (seq_len, dim) of that stage.
   const float* context_below = nullptr;
 };

@@ -13,19 +13,25 @@
 
 namespace mblm::decode {
 
-inline int64_t weights_of(const StageModel& stage) {
-  return std::visit(
-      [](const auto& model) -> int64_t {
-        if constexpr (std::is_same_v<std::decay_t<decltype(model)>, Hosted>) {
-          return 0;
-        } else {
-          return model.weights();
-        }
-      },
-      stage);
-}
-
 class StageRows {
+  // function(model, rows); of a hosted stage, which has neither, 0 or nothing.
+  template <class Function>
+  auto visit(Function function) const {
+    using Result = decltype(function(cpu::TransformerStage(), transformer_));
+    return std::visit(
+        [&](const auto& model) -> Result {
+          using Model = std::decay_t<decltype(model)>;
+          if constexpr (std::is_same_v<Model, cpu::TransformerStage>) {
+            return function(model, transformer_);
+          } else if constexpr (!std::is_same_v<Model, Hosted>) {
+            return function(model, mamba_);
+          } else {
+            return Result();
+          }
+        },
+        parts_->model);
+  }
+
  public:
   StageRows(const StageParts& parts, const StageLayout& layout)
       : parts_(&parts), layout_(&layout) {}
@@ -64,9 +70,7 @@ class StageRows {
     visit([&](const auto& model, const auto& rows) { model.roll_back(rows, row, trail, kept); });
   }
   int64_t trail_size(int64_t rows, int64_t positions) const {
-    int64_t size = 0;
-    visit([&](const auto& model, const auto&) { size = model.trail_size(rows, positions); });
-    return size;
+    return visit([&](const auto& model, const auto&) { return model.trail_size(rows, positions); });
   }
 
   // The last norm, of so many positions; out may be x. Work of the calling thread alone.
@@ -75,22 +79,20 @@ class StageRows {
   }
 
   // Weights that a position is multiplied with.
-  int64_t weights() const { return weights_of(parts_->model); }
+  int64_t weights() const {
+    return visit([](const auto& model, const auto&) { return model.weights(); });
+  }
 
   // Floats that each thread needs for what products prepare.
   int64_t prepared_floats(int64_t positions) const {
-    int64_t size = 0;
-    visit([&](const auto& model, const auto&) { size = model.prepared_floats(positions); });
-    return size;
+    return visit([&](const auto& model, const auto&) { return model.prepared_floats(positions); });
   }
   // Floats of working memory, for so many positions of all rows, none of which comes to have more
   // than `end` positions in its sequence.
   int64_t scratch_size(int64_t positions, int64_t end, int64_t threads) const {
-    int64_t size = 0;
-    visit([&](const auto& model, const auto&) {
-      size = model.scratch_size(positions, 1 + end, threads);
+    return visit([&](const auto& model, const auto&) {
+      return model.scratch_size(positions, 1 + end, threads);
     });
-    return size;
   }
 
  private:
@@ -116,21 +118,6 @@ class StageRows {
     row.ssm_stride = layout_->ssm / layers;
     row.window_stride = (layout_->state - layout_->ssm) / layers;
     mamba_.push_back(row);
-  }
-
-  // Calls function(model, rows); a hosted stage has neither.
-  template <class Function>
-  void visit(Function function) const {
-    std::visit(
-        [&](const auto& model) {
-          using Model = std::decay_t<decltype(model)>;
-          if constexpr (std::is_same_v<Model, cpu::TransformerStage>) {
-            function(model, transformer_);
-          } else if constexpr (!std::is_same_v<Model, Hosted>) {
-            function(model, mamba_);
-          }
-        },
-        parts_->model);
   }
 
   const StageParts* parts_;

@@ -31,22 +31,7 @@ StartMemory add_start_states(Parts& parts) {
     rows.prefill(worker, output, scratch.data());
     rows.normalize(output, 1, output);
 
-    stage.start.output = output;
-    if (layout.has_pages()) {
-      stage.start.delayed = blob;
-      float* const first = allocate(2 * layout.planes * layout.head_dim);
-      for (int64_t half = 0; half < 2; ++half) {
-        for (int64_t plane = 0; plane < layout.planes; ++plane) {
-          std::copy_n(page + half * layout.values + plane * layout.plane, layout.head_dim,
-                      first + (half * layout.planes + plane) * layout.head_dim);
-        }
-      }
-      stage.start.keys = first;
-      stage.start.values = first + layout.planes * layout.head_dim;
-    } else {
-      stage.start.ssm = blob;
-      stage.start.window = blob + layout.ssm;
-    }
+    stage.start = {.output = output, .state = blob, .page = page};
     if (n + 1 < parts.schedule.stages()) {
       float* const context = allocate(stage.to_context.outputs);
       cpu::multiply(worker, stage.to_context, output, 1, context);

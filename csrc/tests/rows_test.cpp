@@ -98,8 +98,8 @@ Parts some_parts() {
     StageParts of;
     of.dim = 6;
     of.model = stage;
-    static const std::vector<float> start(12, 0.5f);
-    of.start.keys = of.start.values = start.data();
+    static const std::vector<float> start(4096, 0.5f);
+    of.start.page = start.data();
     parts.stages.push_back(of);
   }
   return parts;

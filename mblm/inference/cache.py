@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mblm.inference.plan import Plan
 
-# Slot and, from bit 32 on, generation: a dropped row never comes to mean another.
+# A number that never comes to mean another row when it is dropped.
 Row = int
 
 # Why a run returned a row. The first that holds, in this order:
@@ -29,8 +29,8 @@ Reason = Literal[
 ]
 
 # What a row's state is saved as. ``length`` and ``taken`` (bytes that the local stage has taken in,
-# length or length - 1), ints; ``tail``, the last bytes, all that the row knows, int64 (n,), at
-# least those from `schedule.tail_begin` on. If taken > 0, per stage n: ``{n}.output (D_n,)``,
+# length or length - 1), ints; ``tail``, the last bytes, int64 (n,), at least those from
+# `schedule.tail_begin` on. If taken > 0, per stage n: ``{n}.output (D_n,)``,
 # ``{n}.context (P_n, D_n)`` if n > 0, and what the stage's `state_tensors` names, as
 # ``{n}.keys``; or ``{n}.state``, a nest of tuples, lists and None with tensors as leaves.
 # Positions follow from ``taken``.
@@ -58,10 +58,14 @@ class ChangedModelError(RuntimeError):
 class Cache(Protocol):
     """Decoding states of any number of rows of one model on one device.
 
+    ``uses_drafts`` tells whether drafts make bytes come sooner.
+
     Every method that takes rows raises ValueError, and changes nothing, if a row was never added or
     is dropped, comes twice in the call, or is in another call at this time. Only `drop` does not.
     Lists and tensors of what belongs to rows are in the order of the rows.
     """
+
+    uses_drafts: bool
 
     def add(self, count: int = 1) -> list[Row]:
         """New rows without bytes."""
@@ -112,12 +116,12 @@ class Cache(Protocol):
             rows: Rows with plans.
             seconds: How long, seen between bytes. Default 0.02.
             drafts: Per row, bytes that may come next, ``(n,)`` int64 on the CPU, or None. Those
-                that the plan would choose anyway are chosen sooner; no other byte is chosen for
-                them, and no random number is drawn. A GPU's engine does not look at them: it
-                chooses the same bytes, no sooner.
+                that the plan would choose anyway are chosen sooner where the cache
+                ``uses_drafts`` and the plan does not pause. No other byte is chosen for them, and
+                no random number is drawn.
 
         Raises:
-            ValueError: A row has no plan, or a draft is not of token ids, or of a plan that pauses.
+            ValueError: A row has no plan, or a draft is not of token ids.
         """
         ...
 

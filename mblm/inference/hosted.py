@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mblm.model.causal import CausalHierarchy
 from mblm.model.plain import is_bare
 from mblm.model.stage import Carried, has_values, tensor_of
 from mblm.utils.modes import own_copy
@@ -19,32 +20,34 @@ from mblm.utils.modes import own_copy
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """The share of a row in a value that was computed for several."""
+    """The share of a row in a state that was computed for several."""
 
     whole: Any
     index: int = 0
     count: int = 1
 
 
-def shares_of(whole: Any, count: int) -> list[Share]:
-    """The shares of all rows."""
-    return [Share(whole, index, count) for index in range(count)]
+def embedded(
+    model: CausalHierarchy,
+    n: int,
+    ids: Tensor,
+    positions: Sequence[int],
+    contexts: Sequence[Tensor] | None,
+) -> Tensor:
+    """What stage n takes in, ``(rows, S, D_n)``: patches ``ids (rows, S * R_n)`` of each row.
 
-
-def are_whole(shares: Sequence[Share]) -> bool:
-    """Whether they are all the shares of one value, in its order."""
-    first = shares[0]
-    return len(shares) == first.count and all(
-        share.whole is first.whole and share.index == index for index, share in enumerate(shares)
-    )
-
-
-def joined(shares: Sequence[Share]) -> Tensor:
-    """Tensors ``(..)`` of rows, shares of tensors ``(rows, ..)``, as one ``(len(shares), ..)``."""
-    if are_whole(shares):
-        whole: Tensor = shares[0].whole
-        return whole
-    return torch.stack([share.whole[share.index] for share in shares])
+    ``positions`` are the rows' first; ``contexts``, ``(P_n, D_n)`` each, are from the stage above.
+    """
+    x = model.embed_tokens(n, ids.to(model.device))
+    first, count = positions[0], x.shape[1]
+    if any(position != first for position in positions):
+        x = model.add_positions(n, x, torch.tensor(positions, device=x.device))
+    else:
+        x = model.add_positions(n, x, first)
+    if contexts is None:
+        return x
+    pairs = zip(contexts, positions, strict=True)
+    return x + torch.stack([context[first : first + count] for context, first in pairs])
 
 
 class HostedStage:
@@ -77,7 +80,7 @@ class HostedStage:
             return self._replay(states, x)
         if self._stacks or len(states) == 1:
             y, state = self._call(x, self._stacked(states))
-            return y, shares_of(state, len(states))
+            return y, [Share(state, row, len(states)) for row in range(len(states))]
         outputs, after = [], []
         for row, state in enumerate(states):
             y, state = self._call(x[row : row + 1], state.whole)
@@ -101,45 +104,34 @@ class HostedStage:
         return y, carried.after
 
     def _stacked(self, states: Sequence[Share]) -> Any:
-        """The state of all rows in one."""
-        return states[0].whole if are_whole(states) else self.stage.stack_states(self._rows(states))
+        """The state of all rows in one: as it is, if it is of these rows in this order."""
+        first, count = states[0], len(states)
+        same = (s.whole is first.whole and s.index == row for row, s in enumerate(states))
+        if first.count == count and all(same):
+            return first.whole
+        return self.stage.stack_states(self._rows(states))
 
     def _rows(self, states: Sequence[Share]) -> list[Any]:
         """The state of each row by itself."""
         split: dict[int, list[Any]] = {}  # by the identity of what is split, once
-        rows = []
         for state in states:
-            if state.count == 1:
-                rows.append(state.whole)
-                continue
-            if id(state.whole) not in split:
+            if state.count > 1 and id(state.whole) not in split:
                 split[id(state.whole)] = self.stage.split_state(state.whole)
-            rows.append(split[id(state.whole)][state.index])
-        return rows
+        return [s.whole if s.count == 1 else split[id(s.whole)][s.index] for s in states]
 
     def _replay(self, states: Sequence[Share], x: Tensor) -> tuple[Tensor, list[Share]]:
         """Run the stage on all inputs since the start token; a state is the inputs ``(S, D)``.
 
-        Rows of different lengths are padded on the right, which a causal stage does not see, where
-        that does not double what is computed.
+        Rows are padded on the right, which a causal stage does not see.
         """
-        count = x.shape[1]
         kept = [
             new if state.whole is None else torch.cat((state.whole, new))
             for state, new in zip(states, x, strict=True)
         ]
-        groups: list[list[int]] = []
-        for row in sorted(range(len(kept)), key=lambda row: len(kept[row])):
-            if groups and len(kept[row]) <= 2 * len(kept[groups[-1][0]]):
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-        outputs: dict[int, Tensor] = {}
-        for group in groups:
-            y: Tensor = self.stage(pad_sequence([kept[row] for row in group], batch_first=True))
-            for row, output in zip(group, y, strict=True):
-                outputs[row] = output[len(kept[row]) - count : len(kept[row])]
-        return torch.stack([outputs[row] for row in range(len(kept))]), [Share(k) for k in kept]
+        y: Tensor = self.stage(pad_sequence(kept, batch_first=True))
+        lengths = [len(row) for row in kept]
+        new = [row[end - x.shape[1] : end] for row, end in zip(y, lengths, strict=True)]
+        return torch.stack(new), [Share(row) for row in kept]
 
     # -- What is saved -----------------------------------------------------------------------------
 

@@ -16,9 +16,8 @@ from mblm.inference import schedule
 from mblm.inference.arguments import check_choice, check_count, check_drafts, check_seconds
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
-from mblm.inference.draft import MOST_DRAFTED
-from mblm.inference.hosted import Share
-from mblm.inference.plan import Draws, Plan, check_plan
+from mblm.inference.hosted import Share, embedded
+from mblm.inference.plan import MOST_DRAFTED, Draws, Plan, check_plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.torch_stages import names_stage, parts_of_state
 from mblm.inference.weights import Weights, weights_of
@@ -41,6 +40,8 @@ _draws: WeakKeyDictionary[Draws, Any] = WeakKeyDictionary()
 _ran = partial(tuple.__new__, Ran)  # of a tuple, without a call of Python's
 
 _MOST = 1 << 60  # of a number that has no limit
+
+_ENGINES_OWN = "output", "context"  # of the state of a hosted stage
 
 
 class NativeCache(Cache):
@@ -71,6 +72,7 @@ class NativeCache(Cache):
         self._model, self._type, self._packed = model, weights, packed
         self._kind = model.num_tokens, model.device  # which takes time to ask for
         self._is_on_gpu = packed.is_on_gpu
+        self.uses_drafts = not packed.is_on_gpu
         library = _native.library()
         self._engine: Any = (
             library.DeviceCache(packed.hierarchy, max_rows)
@@ -186,9 +188,8 @@ class NativeCache(Cache):
         """The weights that the model has now."""
         packed = self._packed
         if not packed.holds():
-            hosted = packed.hosted.keys()
-            found = weights_of(self._model, self._type, hosted)
-            if found is None or found.hosted.keys() != hosted:
+            found = weights_of(self._model, self._type)
+            if found is None or found.hosted.keys() != packed.hosted.keys():
                 raise ChangedModelError(
                     "a layer of the model was changed after decoding began, so that compiled code "
                     "no longer stands in for it; start a new session"
@@ -212,10 +213,7 @@ class NativeCache(Cache):
         ``(rows, P_{n+1} * D_{n+1})``, and the states after them.
         """
         model, host = self._model, self._packed.hosted[stage]
-        at = torch.tensor(positions, device="cpu")
-        x = model.add_positions(stage, model.embed_tokens(stage, ids), at)
-        if contexts is not None:
-            x = x + contexts[torch.arange(len(x), device="cpu"), at][:, None]
+        x = embedded(model, stage, ids, positions, None if contexts is None else list(contexts))
         before = [
             state if position else host.start  # where it begins anew
             for state, position in zip(states, positions, strict=True)
@@ -253,22 +251,16 @@ class NativeCache(Cache):
         return state
 
     def _loaded(self, state: State) -> Any:
-        """The same for the engine."""
+        """The same for the engine, which checks names and shapes."""
         length, taken, tail, parts = parts_of_state(state, self._model)
         tensors = {"tail": tail}
         states: dict[int, Share] = {}
-        shapes = self._engine.state_shapes(taken)
         for n, own in enumerate(parts):
-            names = [name.removeprefix(f"{n}.") for name in shapes if name.startswith(f"{n}.")]
             with names_stage(n):
-                for name in names:
-                    tensor = tensor_of(own, name, tuple(shapes[f"{n}.{name}"]))
-                    tensors[f"{n}.{name}"] = tensor.detach().cpu().float()
-                    own.pop(name)
                 if n in self._packed.hosted:
                     positions = 1 + schedule.position(self._model.patch_sizes, n, taken)
-                    states[n] = self._packed.hosted[n].loaded(own, positions)
-                elif own:
-                    expected = [name for name in names if name not in ("output", "context")]
-                    raise ValueError(f"expected {', '.join(expected)}, got {', '.join(own)} too")
+                    rest = {name: own.pop(name) for name in [*own] if name not in _ENGINES_OWN}
+                    states[n] = self._packed.hosted[n].loaded(rest, positions)
+                for name in own:
+                    tensors[f"{n}.{name}"] = tensor_of(own, name).detach().cpu().float()
         return _native.library().State(length, taken, tensors, states)

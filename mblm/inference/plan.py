@@ -14,6 +14,9 @@ from mblm.inference.automaton import Automaton
 from mblm.model.sampling import COLDEST, HOTTEST
 from mblm.utils.checks import check_integer, check_number
 
+# Bytes that are proposed at a time, at most: beyond, a pass of the engine pays for each.
+MOST_DRAFTED = 24
+
 
 class Draws:
     """Random numbers for one or more rows, the *lanes*, that are sampled side by side.
@@ -154,9 +157,9 @@ class Plan:
         log_probs: Also return the log-probability of each chosen byte, of the model's own logits.
         pause: Leave each byte to the caller.
         draft: How many bytes may be proposed at a time, those that came after the longest earlier
-            match of the row's last ones (see `mblm.inference.draft`). The bytes that are chosen are
-            the same. Not used with ``pause``, nor by a GPU's engine. Default 0, none; of more than
-            24, 24 are proposed.
+            match of the row's last ones (see csrc/decode/proposer.h). The bytes that are chosen are
+            the same. Not used with ``pause``, on a GPU, or in plain PyTorch. Default 0, none; of
+            more than 24, 24 are proposed.
     """
 
     max_tokens: int

@@ -12,10 +12,9 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from mblm.inference.automaton import Automaton
-from mblm.inference.draft import MOST_DRAFTED
 from mblm.inference.drafter import Drafter
 from mblm.inference.guide import Constraint, EndingGuide, Guide
-from mblm.inference.plan import Draws, Plan
+from mblm.inference.plan import MOST_DRAFTED, Draws, Plan
 from mblm.inference.prompt import Prompt, prompt_ids, utf8
 from mblm.model.sampling import count_kept
 from mblm.utils.checks import check_integer, check_number
@@ -44,7 +43,7 @@ class Filters(TypedDict, total=False):
             ``(V,)``, on the model's device; returns the logits to choose by.
         draft: What proposes bytes, which then come sooner and are the same: ``"ngram"``, what came
             after the longest earlier match; or a smaller `mblm.MBLM` with as many token ids. See
-            `mblm.inference.draft`. Default: nothing does.
+            docs/guide-draft.md. Default: nothing does.
     """
 
     top_k: int | None

@@ -10,15 +10,6 @@ begins anew with the next. The start token, which every sequence has taken in, i
 from collections.abc import Sequence
 
 
-def due(patch_sizes: Sequence[int], length: int) -> int:
-    """The most global stage that something happens to before byte number ``length`` is taken in.
-
-    It takes in the patch that is complete with the byte before (none if ``length`` is 0), and every
-    stage below begins anew. It is the local stage where nothing happens above.
-    """
-    return next(n for n, size in enumerate(patch_sizes) if length % size == 0)
-
-
 def begin(patch_sizes: Sequence[int], n: int, taken: int) -> int:
     """The first byte that the sequence of stage n stands for."""
     return 0 if n == 0 else _last_multiple(patch_sizes[n - 1], taken)

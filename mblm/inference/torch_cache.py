@@ -1,13 +1,19 @@
 """The decoding cache in plain PyTorch: the reference, for every device, dtype and stage."""
 
+import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from mblm.inference import choosing, schedule
 from mblm.inference.arguments import (
     check_choice,
     check_count,
@@ -15,16 +21,36 @@ from mblm.inference.arguments import (
     check_model,
     check_seconds,
 )
-from mblm.inference.cache import Cache, ChangedModelError, Ran, Row, State
-from mblm.inference.choosing import given_bytes, sampled_bytes
-from mblm.inference.plan import Draws, Lane, Plan, check_plan, generator_of
-from mblm.inference.progress import Progress
-from mblm.inference.slots import Slots
-from mblm.inference.torch_stages import TorchStages
-from mblm.inference.torch_steps import Now, Slot, Steps, assign, commit, planned
+from mblm.inference.cache import Cache, ChangedModelError, Ran, Reason, Row, State
+from mblm.inference.choosing import Progress
+from mblm.inference.plan import Draws, Lane, Plan, check_plan
+from mblm.inference.torch_stages import RowState, TorchStages
 from mblm.model.causal import CausalHierarchy
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.modes import own_copy
+
+_NO_IDS = torch.empty(0, dtype=torch.long, device="cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class _Now:
+    """All that a row is at a time. A slot changes by one assignment, so that nothing is torn."""
+
+    bytes: RowState
+    progress: Progress | None = None  # None without a plan
+
+
+class _Slot:
+    """A row, and the last call that it was in: it still is while that is locked."""
+
+    def __init__(self, bytes: RowState) -> None:
+        self.now = _Now(bytes)
+        self.call = Lock()
+
+    @property
+    def progress(self) -> Progress:
+        assert self.now.progress is not None  # checked where the call began
+        return self.now.progress
 
 
 class TorchCache(Cache):
@@ -38,60 +64,66 @@ class TorchCache(Cache):
             dtype or device.
     """
 
+    uses_drafts = False
+
     @torch.inference_mode()
     def __init__(self, model: CausalHierarchy) -> None:
         self._model = model
-        self._max_length = model.max_length
-        self._set_stages(TorchStages(model))
-        self._slots: Slots[Slot] = Slots()
-
-    def _set_stages(self, stages: TorchStages) -> None:
-        self._stages, self._steps = stages, Steps(stages)
+        self._limit = math.inf if model.max_length is None else model.max_length
+        self._stages = TorchStages(model)
+        self._slots: dict[Row, _Slot] = {}
+        self._next_rows = itertools.count()
+        self._lock = Lock()  # while slots are taken for a call
 
     # -- Rows --------------------------------------------------------------------------------------
 
     def add(self, count: int = 1) -> list[Row]:
         if check_integer("count", count) < 0:
             raise ValueError(f"count: expected a number >= 0, got {count}")
-        empty = self._stages.empty_row()
-        return self._slots.add([Slot(Now(empty)) for _ in range(count)])
+        return self._add([self._stages.empty_row()] * count)
+
+    def _add(self, rows: Sequence[RowState]) -> list[Row]:
+        slots = {next(self._next_rows): _Slot(row) for row in rows}
+        self._slots.update(slots)
+        return list(slots)
 
     def drop(self, rows: Sequence[Row]) -> None:
-        for slot in self._slots.drop(rows):
-            _leave(slot.now.progress)
+        for row in rows:
+            slot = self._slots.pop(row, None) if type(row) is int else None
+            if slot is not None:
+                _leave(slot.now.progress)
 
     def copy(self, rows: Sequence[Row]) -> list[Row]:
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
-            return self._slots.add([Slot(Now(slot.now.bytes)) for slot in slots])
+            return self._add([slot.now.bytes for slot in self._take(rows, call)])
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
-            return [slot.now.bytes.length for slot in slots]
+            return [slot.now.bytes.length for slot in self._take(rows, call)]
 
     @torch.inference_mode()
     def feed(self, rows: Sequence[Row], ids: Sequence[bytes | Tensor]) -> None:
         self._follow()
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
+            slots = self._take(rows, call)
             check_count("ids", ids, rows)
             for slot, part in zip(slots, ids, strict=True):
-                room = self._steps.room(slot.now.bytes)
-                if room is not None and len(part) > room:
+                if len(part) > self._room(slot):
                     raise ValueError(
                         f"ids: {slot.now.bytes.length} bytes and {len(part)} more exceed the "
-                        f"context of {self._max_length} bytes, which fixed positions of "
-                        "stage 1 limit"
+                        f"context of {self._limit} bytes, which fixed positions of stage 1 limit"
                     )
-            fed = [(s, part) for s, part in zip(slots, ids, strict=True) if len(part)]
-            self._take_in([slot for slot, _ in fed], [part for _, part in fed])
+            given = [(s, part) for s, part in zip(slots, ids, strict=True) if len(part)]
+            self._take_in(
+                [slot for slot, _ in given],
+                [torch.tensor(list(p)) if isinstance(p, bytes) else p for _, p in given],
+            )
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Tensor:
         self._follow()
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
+            slots = self._take(rows, call)
             self._take_in(slots)
             return own_copy(self._stages.logits([slot.now.bytes for slot in slots]))
 
@@ -99,23 +131,43 @@ class TorchCache(Cache):
     def state(self, row: Row) -> State:
         self._follow()
         with (call := Lock()):
-            (slot,) = self._slots.take([row], call)
+            (slot,) = self._take([row], call)
             self._take_in([slot])
             return self._stages.saved(slot.now.bytes)
 
     def state_so_far(self, row: Row) -> State:
         with (call := Lock()):
-            (slot,) = self._slots.take([row], call)
+            (slot,) = self._take([row], call)
             return self._stages.saved(slot.now.bytes)
 
     @torch.inference_mode()
     def set_state(self, row: Row, state: State) -> None:
         self._follow()
         with (call := Lock()):
-            (slot,) = self._slots.take([row], call)
+            (slot,) = self._take([row], call)
             loaded = self._stages.loaded(state)
-            progress, slot.now = slot.now.progress, Now(loaded)
+            progress, slot.now = slot.now.progress, _Now(loaded)
             _leave(progress)
+
+    def _take(self, rows: Sequence[Row], call: Lock) -> list[_Slot]:
+        """Slots for one call at a time: as long as ``call`` is locked.
+
+        A lock is released by no code of Python, in which a signal might come before.
+        """
+        with self._lock:
+            taken: dict[_Slot, None] = {}
+            for row in rows:
+                slot = self._slots.get(row) if type(row) is int else None
+                if slot is None:
+                    raise ValueError(f"row {row!r}: there is no such row, or it was dropped")
+                if slot in taken:
+                    raise ValueError(f"row {row}: twice in one call")
+                if slot.call.locked():
+                    raise ValueError(f"row {row}: in another call at this time")
+                taken[slot] = None
+            for slot in taken:
+                slot.call = call
+            return list(taken)
 
     def _follow(self) -> None:
         """Go on with the weights that the model has now."""
@@ -128,35 +180,37 @@ class TorchCache(Cache):
                 "a stage is another one than when decoding began, or of another dtype or device; "
                 "start a new session"
             )
-        self._set_stages(stages)
+        self._stages = stages
 
-    def _take_in(
-        self, slots: Sequence[Slot], ids: Sequence[Sequence[int] | Tensor] | None = None
-    ) -> None:
+    def _take_in(self, slots: Sequence[_Slot], ids: Sequence[Tensor] | None = None) -> None:
         """Take in what is pending in rows, and bytes after it."""
         rows = [slot.now.bytes for slot in slots]
-        after = self._stages.take_in(rows, [()] * len(slots) if ids is None else ids)
-        assign(slots, map(Now, after, [slot.now.progress for slot in slots]))
+        after = self._stages.take_in(rows, [_NO_IDS] * len(slots) if ids is None else ids)
+        _assign(slots, map(_Now, after, [slot.now.progress for slot in slots]))
+
+    def _room(self, slot: _Slot) -> float:
+        """How many bytes more a row may have."""
+        return self._limit - slot.now.bytes.length
 
     # -- Plans -------------------------------------------------------------------------------------
 
     def begin(self, rows: Sequence[Row], plans: Sequence[Plan]) -> list[int]:
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
+            slots = self._take(rows, call)
             check_count("plans", plans, rows)
             for index, plan in enumerate(plans):
                 check_plan(f"plans[{index}]", plan, self._model.num_tokens, self._model.device)
+            before = [slot.now.progress for slot in slots]
             entered: list[Lane] = []
             try:
-                for slot, plan in zip(slots, plans, strict=True):
-                    entered.append(_enter(slot.now.progress, plan))
+                for progress, plan in zip(before, plans, strict=True):
+                    entered.append(_enter(progress, plan))
             except BaseException:
                 for lane in entered:
                     lane.leave(lane.begin)
                 raise
-            before = [slot.now.progress for slot in slots]
-            begun = map(Progress.of, plans, entered, before)
-            assign(slots, map(Now, [slot.now.bytes for slot in slots], begun))
+            begun = map(Progress.of, plans, entered)
+            _assign(slots, map(_Now, [slot.now.bytes for slot in slots], begun))
             for progress in before:
                 _leave(progress)
             return [slot.now.bytes.length for slot in slots]
@@ -171,35 +225,21 @@ class TorchCache(Cache):
         end = time.monotonic() + check_seconds(seconds)
         self._follow()
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
-            for slot, row in zip(slots, rows, strict=True):
-                self._progress(slot, row)
-            proposed: dict[Slot, tuple[int, ...]] = dict.fromkeys(slots, ())
-            given = [] if drafts is None else check_drafts(drafts, rows, self._model.num_tokens)
-            for index, draft in enumerate(given):
-                if draft is not None and planned(slots[index]).plan.pause:
-                    raise ValueError(
-                        f"drafts[{index}]: the plan pauses, so that nothing is drafted"
-                    )
-                proposed[slots[index]] = () if draft is None else tuple(draft.tolist())
-            proposing = _draw_apart(slots, self._model.device)
-            for slot in slots:
-                slot.now = Now(slot.now.bytes, planned(slot).restarted())
+            slots = self._take_planned(rows, call)
+            if drafts is not None:
+                check_drafts(drafts, rows, self._model.num_tokens)
+            self._restart(slots)
             with _giving_back(slots):
-                while going := [slot for slot in slots if self._steps.reason(slot) == "time"]:
-                    self._steps.step(self._steps.ready(going), proposed, proposing)
-                    paused = any(self._steps.reason(slot) == "logits" for slot in going)
+                while going := [slot for slot in slots if self._reason(slot) == "time"]:
+                    self._step(self._ready(going))
+                    paused = any(self._reason(slot) == "logits" for slot in going)
                     if paused or time.monotonic() >= end:
                         break
             return self._returned(slots)
 
-    @torch.inference_mode()
     def last(self, rows: Sequence[Row]) -> list[Ran]:
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
-            for slot, row in zip(slots, rows, strict=True):
-                self._progress(slot, row)
-            return self._returned(slots)
+            return self._returned(self._take_planned(rows, call))
 
     @torch.inference_mode()
     def choose(
@@ -211,61 +251,94 @@ class TorchCache(Cache):
         mask: Tensor | None = None,
     ) -> list[Ran]:
         check_choice(ids, logits, mask, (len(rows), self._model.num_tokens))
+        if ids is not None:
+            check_token_ids("ids", ids, self._model.num_tokens)
         self._follow()
         with (call := Lock()):
-            slots = self._slots.take(rows, call)
-            for slot, row in zip(slots, rows, strict=True):
-                if not self._progress(slot, row).plan.pause:
+            slots = self._take_planned(rows, call)
+            for row, slot in zip(rows, slots, strict=True):
+                if not slot.progress.plan.pause:
                     raise ValueError(f"row {row}: its plan does not pause")
-                if (reason := self._steps.reason(slot)) not in ("time", "logits"):
+                if (reason := self._reason(slot)) not in ("time", "logits"):
                     raise ValueError(f"row {row}: its plan has ended ({reason})")
-            if not slots:
-                return []
-            taken = self._stages.take_in([slot.now.bytes for slot in slots], [()] * len(slots))
-            progress = [planned(slot).restarted() for slot in slots]
-            own = self._stages.logits(taken)
-            rooms = [self._steps.room(slot.now.bytes) for slot in slots]
-            with _giving_back(slots):
-                if ids is not None:
-                    check_token_ids("ids", ids, self._model.num_tokens)
-                    after = given_bytes(progress, rooms, own, ids)
-                else:
-                    after = sampled_bytes(progress, rooms, own, instead=logits, mask=mask)
-                commit(slots, taken, after)
+            if slots:
+                self._take_in(slots)
+                self._restart(slots)
+                with _giving_back(slots):
+                    if ids is not None:
+                        self._append(slots, partial(choosing.given, ids=ids))
+                    else:
+                        self._append(slots, partial(choosing.sampled, instead=logits, mask=mask))
             return self._returned(slots)
 
-    def _progress(self, slot: Slot, row: Row) -> Progress:
-        if slot.now.progress is None:
-            raise ValueError(f"row {row}: it has no plan")
-        return slot.now.progress
+    def _take_planned(self, rows: Sequence[Row], call: Lock) -> list[_Slot]:
+        slots = self._take(rows, call)
+        for row, slot in zip(rows, slots, strict=True):
+            if slot.now.progress is None:
+                raise ValueError(f"row {row}: it has no plan")
+        return slots
 
-    def _returned(self, slots: Sequence[Slot]) -> list[Ran]:
-        ran = []
-        for slot in slots:
-            reason = self._steps.reason(slot)
+    def _reason(self, slot: _Slot) -> Reason:
+        """Why a row's plan has ended, or how it goes on."""
+        progress, row = slot.progress, slot.now.bytes
+        pauses = progress.plan.pause and row.taken == row.length
+        return progress.reason(self._room(slot)) or ("logits" if pauses else "time")
+
+    def _restart(self, slots: Sequence[_Slot]) -> None:
+        """A run or a choice begins."""
+        rows = [slot.now.bytes for slot in slots]
+        _assign(slots, map(_Now, rows, [slot.progress.restarted() for slot in slots]))
+
+    def _returned(self, slots: Sequence[_Slot]) -> list[Ran]:
+        reasons = [self._reason(slot) for slot in slots]
+        for slot, reason in zip(slots, reasons, strict=True):
             if reason not in ("time", "logits"):
-                _leave(slot.now.progress)
-            ran.append(planned(slot).ran(reason))
-        return ran
+                _leave(slot.progress)
+        return [slot.progress.ran(reason) for slot, reason in zip(slots, reasons, strict=True)]
+
+    def _ready(self, slots: Sequence[_Slot]) -> Sequence[_Slot]:
+        """All, but for those at the end of a patch where these had better wait for others."""
+        sizes = self._model.patch_sizes
+        if len(sizes) == 1:
+            return slots
+        rows = [slot.now.bytes for slot in slots]
+        left = [-row.taken % sizes[-2] + (row.taken == row.length) for row in rows]
+        if not schedule.pays_to_wait(sizes[-2], left):
+            return slots
+        return [slot for slot, steps in zip(slots, left, strict=True) if steps]
+
+    def _step(self, slots: Sequence[_Slot]) -> None:
+        """Take in what is pending, and choose one byte for each row that does not pause."""
+        self._take_in(slots)
+        if going := [slot for slot in slots if not slot.progress.plan.pause]:
+            self._append(going, choosing.sampled)
+
+    def _append(self, slots: Sequence[_Slot], choose: Callable[..., list[Progress]]) -> None:
+        """Choose bytes for rows that have nothing pending, and append them."""
+        rows = [slot.now.bytes for slot in slots]
+        rooms = [self._room(slot) for slot in slots]
+        chosen = choose([slot.progress for slot in slots], rooms, self._stages.logits(rows))
+        after = [row.with_byte(now.chosen[-1][0]) for row, now in zip(rows, chosen, strict=True)]
+        _assign(slots, map(_Now, after, chosen))
+        for progress in chosen:
+            progress.lane.pass_on(progress.drawn)
+
+
+def _assign(slots: Sequence[_Slot], nows: Iterable[_Now]) -> None:
+    """Change all rows in one call, so that a signal finds none of them changed or all."""
+    deque(map(setattr, slots, itertools.repeat("now"), list(nows)), maxlen=0)
 
 
 @contextmanager
-def _giving_back(slots: Sequence[Slot]) -> Iterator[None]:
+def _giving_back(slots: Sequence[_Slot]) -> Iterator[None]:
     """Give numbers back that were drawn for bytes that something raised has kept from coming."""
     try:
         yield
     except BaseException:
         for slot in reversed(slots):  # they draw in their order
-            progress = planned(slot)
-            progress.lane.pass_on(progress.drawn)
-            progress.lane.draws.give_back()
+            slot.progress.lane.pass_on(slot.progress.drawn)
+            slot.progress.lane.draws.give_back()
         raise
-
-
-def _draw_apart(slots: Sequence[Slot], device: torch.device) -> bool:
-    """Whether no two rows draw by turns from one generator."""
-    draws = {planned(slot).lane.draws for slot in slots}
-    return len(draws) == len({generator_of(of, device) for of in draws})
 
 
 def _enter(progress: Progress | None, plan: Plan) -> Lane:

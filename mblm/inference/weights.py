@@ -11,7 +11,7 @@ that count: through numpy, through ``parameter.data``, or to tensors made in inf
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -64,15 +64,12 @@ class Weights:
     holds: Callable[[], bool]
 
 
-def weights_of(
-    model: Any, weights: str = "float32", hosted: Set[int] = frozenset()
-) -> Weights | None:
+def weights_of(model: Any, weights: str = "float32") -> Weights | None:
     """A model's packed weights, those that there are if they still hold.
 
     Args:
         model: An `mblm.MBLM`, whose copies and files have no part in it.
         weights: The type of linear layers' weights: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
-        hosted: Stages to be hosted although they could be native: those that were so far.
 
     Returns:
         None where there is no native cache: kernels that are not loaded; a local stage, or what is
@@ -81,25 +78,24 @@ def weights_of(
     """
     if weights not in WEIGHT_TYPES:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHT_TYPES)}, got {weights!r}")
-    found = _valid(model, weights, hosted)
+    found = _valid(model, weights)
     if found is not None or not _native.is_loaded():
         return found
     with _lock:  # two threads share what the first one packs
-        found = _valid(model, weights, hosted)
+        found = _valid(model, weights)
         if found is None:
-            found = _pack(model, weights, hosted)
+            found = _pack(model, weights)
             model.packed_weights.pop(weights, None)
             if found is not None:
                 model.packed_weights[weights] = found
     return found
 
 
-def _valid(model: Any, weights: str, hosted: Set[int]) -> Weights | None:
+def _valid(model: Any, weights: str) -> Weights | None:
     found: Weights | None = model.packed_weights.get(weights)
-    if found is None or not hosted <= found.hosted.keys() or not found.holds():
+    if found is None or not found.holds():
         return None
-    unsure = found.hosted.keys() - hosted - found.refused
-    if any(_is_native(model, n) for n in unsure):
+    if any(_is_native(model, n) for n in found.hosted.keys() - found.refused):
         return None
     # No guard watches hosted stages: what they give for the start token tells.
     same = (
@@ -142,9 +138,9 @@ def _is_packable(part: Part, device: torch.device) -> bool:
     )
 
 
-def _pack(model: Any, weights: str, hosted: Set[int]) -> Weights | None:
+def _pack(model: Any, weights: str) -> Weights | None:
     count = len(model.seq_lens)
-    native = [n for n in range(count) if n not in hosted and _is_native(model, n)]
+    native = [n for n in range(count) if _is_native(model, n)]
     if count - 1 not in native:
         return None
     # First, so that it sees what is written meanwhile.

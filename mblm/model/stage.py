@@ -118,7 +118,9 @@ class Stage(Protocol):
         ...
 
 
-def tensor_of(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+def tensor_of(
+    tensors: Mapping[str, Any], name: str, shape: tuple[int, ...] | None = None
+) -> Tensor:
     """A tensor of a state by its name, if it is what `Stage.state_tensors` gives.
 
     Raises:
@@ -127,7 +129,7 @@ def tensor_of(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> 
     tensor = has_values(name, tensors.get(name))
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name}: expected floating point numbers, got {tensor.dtype}")
-    if tensor.shape != shape:
+    if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     return tensor
 

@@ -143,20 +143,6 @@ def test_at_the_end_of_a_patch_the_fewer_rows_wait(
 
 
 @with_every_pair
-def test_a_seed_means_what_it_does_in_a_session(make: MakeCache, kinds: tuple[str, ...]) -> None:
-    m = build(*kinds)
-    prompts = torch.stack([ids_of(6, seed) for seed in range(3)])
-    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
-    want = Session(m, 3).feed(prompts).generate(15, filter_thres=0.5, generator=generators[0])
-    cache = make(m)
-    rows = fed(cache, *prompts)
-    draws = Draws(generators[1], 3)
-    cache.begin(rows, [Plan(15, top_k=9, draws=draws, lane=lane) for lane in range(3)])
-    assert torch.equal(torch.stack([ran.ids for ran in run_out(cache, rows)]), want)
-    assert torch.equal(*(torch.rand(1, generator=g) for g in generators)), "no number more"
-
-
-@with_every_pair
 def test_branches_of_branches(make: MakeCache, kinds: tuple[str, ...]) -> None:
     """What a shorter branch appends is not seen by a longer one, and the trunk may go first."""
     m = build(*kinds, seq_lens=(8, 3))
@@ -177,15 +163,6 @@ def test_branches_of_branches(make: MakeCache, kinds: tuple[str, ...]) -> None:
         logits = cache.logits(some)
         for row, got in zip(some, logits, strict=True):
             torch.testing.assert_close(got, whole_logits(m, rows[row]), **CLOSE)
-
-
-def test_rows_with_the_same_bytes_draw_numbers_of_their_own(make: MakeCache) -> None:
-    cache = make(build("transformer", "mamba1"))
-    rows = fed(cache, *[ids_of(6)] * 3)
-    draws = seeded(1, 3)
-    plans = [Plan(12, temperature=3.0, top_k=19, draws=draws, lane=lane) for lane in range(3)]
-    cache.begin(rows, plans)
-    assert len({tuple(ran.ids.tolist()) for ran in run_out(cache, rows)}) == 3
 
 
 def test_the_default_generator(make: MakeCache) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.utils import _apply_to_tensors
 
-from mblm.inference.hosted import HostedStage, Share, are_whole, joined, shares_of
+from mblm.inference.hosted import HostedStage
 from tests.models import LSTM, LSTMWithHook, mamba, transformer
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -75,38 +75,6 @@ def test_nothing_is_stacked_as_long_as_the_same_rows_come_in_order() -> None:
     host.advance(states[:2], torch.randn(2, 1, DIM))
     host.advance(states[::-1], torch.randn(3, 1, DIM))
     assert stage.stacked == 3
-
-
-def test_shares() -> None:
-    tensor = torch.arange(6.0).view(3, 2)
-    shares = shares_of(tensor, 3)
-    assert are_whole(shares) and joined(shares) is tensor
-    assert not are_whole(shares[:2]) and torch.equal(joined(shares[:2]), tensor[:2])
-    assert not are_whole(shares[::-1]) and torch.equal(joined(shares[::-1]), tensor.flip(0))
-    other = shares_of(tensor.clone(), 3)
-    assert not are_whole([shares[0], other[1], shares[2]])
-
-
-class Counting(LSTM):
-    def __init__(self) -> None:
-        super().__init__(DIM, 1)
-        self.shapes: list[tuple[int, ...]] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.shapes.append(tuple(x.shape[:2]))
-        return super().forward(x)
-
-
-@torch.inference_mode()
-def test_inputs_that_are_run_again_are_padded_but_not_to_twice_the_work() -> None:
-    stage = Counting()
-    host = HostedStage(stage, torch.randn(1, DIM))
-    (short,), (longer,), (long,) = (
-        host.advance([host.start], torch.randn(1, n, DIM))[1] for n in (1, 2, 40)
-    )
-    stage.shapes.clear()
-    host.advance([long, short, longer], torch.randn(3, 1, DIM))
-    assert stage.shapes == [(2, 4), (1, 42)]
 
 
 class TestHooks:
@@ -305,7 +273,3 @@ class TestSaved:
         host = HostedStage(STAGES[kind]().eval(), torch.randn(1, DIM))
         with pytest.raises(ValueError, match=words):
             host.loaded(given, 5)
-
-
-def test_a_share_by_default_is_of_a_value_of_its_own() -> None:
-    assert are_whole([Share("anything")])

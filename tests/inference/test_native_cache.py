@@ -34,7 +34,6 @@ KINDS = [
     ("transformer", "lstm", "mamba1"),
 ]
 with_every_kind = pytest.mark.parametrize("kinds", KINDS, ids=" above ".join)
-with_every_type = pytest.mark.parametrize("weights", WEIGHTS)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -117,37 +116,6 @@ def test_many_rows_side_by_side(kinds: tuple[str, ...], threads: int) -> None:
         assert ran.ids.tolist() == expected.tolist()
 
 
-@with_every_type
-@with_every_kind
-def test_short_pieces_have_the_same_bits_however_cut(kinds: tuple[str, ...], weights: str) -> None:
-    m = small(*kinds)
-    ids = ids_of(23)
-    cache = NativeCache(m, weights)
-    (whole,) = fed(cache, ids)
-    for cuts in ([1] * 23, [5, 18], [12, 11], [0, 4, 19]):
-        (row,) = cache.add()
-        for part in ids.split(cuts):
-            cache.feed([row], [part])
-        assert torch.equal(cache.logits([row]), cache.logits([whole]))
-
-
-@with_every_type
-def test_long_pieces_are_close_to_short_ones(weights: str) -> None:
-    m = build("transformer", "mamba2", seq_lens=(60, 4))
-    ids = ids_of(171)
-    cache = NativeCache(m, weights)
-    long, short = cache.add(2)
-    cache.feed([long], [ids])
-    for part in ids.split(20):
-        cache.feed([short], [part])
-    logits = cache.logits([long, short])
-    largest = 3e-4 if weights == "float32" else 0.5
-    assert (logits[0] - logits[1]).abs().max() < largest
-    cache.begin([long, short], [Plan(9), Plan(9)])
-    if weights == "float32":
-        assert len({tuple(ran.ids.tolist()) for ran in run_out(cache, [long, short])}) == 1
-
-
 def test_a_state_goes_from_engine_to_engine() -> None:
     m: Any = small("mamba1", "transformer")
     native, reference = NativeCache(m), TorchCache(m)
@@ -204,33 +172,6 @@ def waiting_cache() -> tuple[NativeCache, _Waiting]:
     return NativeCache(m), stage
 
 
-def test_a_row_in_a_call_is_refused_elsewhere_and_may_be_dropped() -> None:
-    cache, stage = waiting_cache()
-    one, two = fed(cache, ids_of(4), ids_of(4))
-    cache.begin([one, two], [Plan(9), Plan(9)])
-    refusals = []
-
-    def from_another_thread() -> None:
-        for call in (cache.logits, cache.copy, cache.last, cache.lengths):
-            with pytest.raises(ValueError, match=f"row {one}: in another call") as refusal:
-                call([one])
-            refusals.append(refusal)
-        cache.drop([one])
-
-    def meanwhile() -> None:
-        stage.meanwhile = None
-        other = threading.Thread(target=from_another_thread)
-        other.start()
-        other.join()
-
-    stage.meanwhile = meanwhile
-    ran = cache.run([one, two], seconds=10)
-    assert len(refusals) == 4 and [r.reason for r in ran] == ["length", "length"]
-    with pytest.raises(ValueError, match=f"row {one}: there is no such row"):
-        cache.lengths([one])
-    assert cache.lengths([two]) == [13]
-
-
 def test_a_hosted_stage_that_fails_changes_nothing() -> None:
     cache, stage = waiting_cache()
     (row,) = fed(cache, ids_of(6))
@@ -254,25 +195,6 @@ def test_a_hosted_stage_that_fails_changes_nothing() -> None:
     (whole,) = fed(cache, ids_of(6))
     cache.begin([whole], [Plan(9)])
     assert torch.cat((chosen, rest)).tolist() == run_out(cache, [whole])[0].ids.tolist()
-
-
-@pytest.mark.parametrize("change", ["length", "taken", "tail", "0.keys", "1.output", "other"])
-def test_a_state_that_does_not_fit_is_refused(change: str) -> None:
-    cache = NativeCache(small("transformer", "mamba2"))
-    row, other = fed(cache, ids_of(14), ids_of(3))
-    before = cache.logits([other])
-    state = cache.state(row)
-    wrong: dict[str, Any] = {
-        "length": state["length"] + 4,
-        "taken": state["taken"] - 8,
-        "tail": state["tail"] + 19,
-        "0.keys": state["0.keys"][:, :, 1:],
-        "1.output": None,
-        "other": torch.zeros(3),
-    }
-    with pytest.raises(ValueError):
-        cache.set_state(other, {**state, change: wrong[change]})
-    assert torch.equal(cache.logits([other]), before)
 
 
 def test_weights_that_another_thread_changes_stay_for_a_run_that_has_begun() -> None:
@@ -322,25 +244,6 @@ def test_what_a_long_piece_comes_after_stays_with_who_is_told(
     assert len(ids) == 999
     assert before.length == 5
     assert torch.equal(before.tensors["tail"], ids_of(5))
-
-
-def test_threads_with_their_first_long_pieces_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = small("transformer", "mamba2")
-    cache, alone = NativeCache(m), NativeCache(m)
-    rows, expected = fed(cache, ids_of(5), ids_of(6)), fed(alone, ids_of(5))
-    alone.feed(expected, [ids_of(999)])
-    set_state = TorchCache.set_state
-    others = [rows[1]]
-
-    def set_state_and_be_overtaken(self: TorchCache, row: Row, state: Any) -> None:
-        set_state(self, row, state)
-        while others:
-            cache._torch = None  # which the other thread found before
-            cache.feed([others.pop()], [ids_of(998)])
-
-    monkeypatch.setattr(TorchCache, "set_state", set_state_and_be_overtaken)
-    cache.feed(rows[:1], [ids_of(999)])
-    assert torch.equal(cache.logits(rows[:1]), alone.logits(expected))
 
 
 @pytest.mark.parametrize("kinds", [("lstm with a state", "transformer"), ("lstm", "mamba2")])

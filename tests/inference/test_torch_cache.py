@@ -89,18 +89,6 @@ class TestCalls:
         run_out(cache, rows)
         assert stacked == [1, 3], "where sequences begin"
 
-    def test_a_right_draft_takes_one_call_of_the_local_stage_for_a_patch(self) -> None:
-        m = build("mamba1", "transformer", seq_lens=(8, 8))
-        cache = TorchCache(m)
-        rows = fed(cache, ids_of(8))
-        copied = cache.copy(rows)
-        cache.begin(rows, [Plan(17)])
-        (ran,) = run_out(cache, rows)
-        calls = Calls(m)
-        cache.begin(copied, [Plan(17)])
-        cache.run(copied, 60.0, [ran.ids])
-        assert calls.of == [[(1, 1), (1, 1)], [(1, 8), (1, 8)]]
-
     @pytest.mark.parametrize("limits", [(3, 1 << 22), (1024, 100)], ids=["positions", "values"])
     def test_long_pieces_are_taken_in_by_bounded_ones(
         self, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -212,7 +200,7 @@ def test_a_copy_shares_what_the_row_has() -> None:
     cache = TorchCache(build("transformer", "mamba1", seq_lens=(500, 4)))
     rows = fed(cache, ids_of(1500))
     copied = cache.copy(rows)
-    own, other = (cache._slots._rows[row].now.bytes for row in (*rows, *copied))
+    own, other = (cache._slots[row].now.bytes for row in (*rows, *copied))
     assert own is other
 
 

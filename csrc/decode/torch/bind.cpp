@@ -254,20 +254,6 @@ auto of_rows(Result (Cache::*method)(const Lease&, Host&, Arguments...)) {
   };
 }
 
-// Bytes that come one piece after the other, and what a row of them would propose.
-struct Proposals {
-  Pool pool{Bytes::kPage};
-  Bytes bytes;
-  Proposer proposer;
-};
-
-void follow(Proposals& of, const std::vector<int32_t>& ids) {
-  of.bytes.reserve(of.pool, int64_t(ids.size()));
-  of.proposer.reserve(of.bytes, of.bytes.size() + int64_t(ids.size()));
-  for (const int32_t id : ids) of.bytes.push_back(id);
-  of.proposer.follow(of.bytes);
-}
-
 void bind_cache(py::module_& module) {
   using Release = py::call_guard<WithoutGil>;
 
@@ -278,14 +264,6 @@ void bind_cache(py::module_& module) {
   py::class_<GeneratorDraws, std::shared_ptr<GeneratorDraws>>(module, "Draws")
       .def(py::init<std::optional<at::Generator>, int64_t, int64_t, at::Device>(),
            py::arg("generator"), py::arg("lanes"), py::arg("num_tokens"), py::arg("device"));
-
-  py::class_<Proposals>(module, "Proposer", "The engine's, for tests.")
-      .def(py::init<>())
-      .def("follow", &follow)
-      .def("propose", [](Proposals& of, int64_t most, double price) {
-        const auto proposed = of.proposer.propose(of.bytes, most, price);
-        return std::vector<int64_t>(proposed.begin(), proposed.end());
-      });
 
   py::class_<NewPlan>(module, "Plan")
       .def(py::init(&plan), py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
@@ -332,7 +310,6 @@ void bind_cache(py::module_& module) {
       .def("choose", of_rows(&Cache::choose))
       .def("state", of_rows(&Cache::state))
       .def("state_so_far", of_rows(&Cache::state_so_far))
-      .def("state_shapes", &Cache::state_shapes)
       .def("set_state", of_rows(&Cache::set_state));
 
 #ifdef MBLM_CUDA

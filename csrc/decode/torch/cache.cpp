@@ -142,8 +142,9 @@ void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids
     if (count > 0 && parts->schedule.is_long(row.taken, row.length + count - 1, most)) {
       std::optional<SavedState> before;
       if (row.length > 0) before = state(one, host);
-      static_cast<RowState&>(row) =
-          load_above(row, host.feed(std::move(before), tensor_of(ids[i])), most);
+      RowState after = load_above(row, host.feed(std::move(before), tensor_of(ids[i])), most);
+      append(row, ids[i]);
+      load_fed(row, std::move(after));
     } else {
       append(row, ids[i]);
     }
@@ -154,6 +155,14 @@ void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids
   for (int64_t i = 0; i < rows.size(); ++i) {
     static_cast<RowState&>(rows[i]) = std::move(fed[i]);
   }
+}
+
+// A row has got bytes, and what its stages are after them: it still knows all of its bytes.
+void Cache::load_fed(Row& row, RowState after) {
+  TORCH_CHECK_VALUE(after.length == row.length, "state: expected one of ", row.length,
+                    " bytes, got one of ", after.length);
+  after.bytes = std::move(row.bytes);
+  static_cast<RowState&>(row) = std::move(after);
 }
 
 bool Cache::feed_short(const Lease& rows, const std::vector<Ids>& ids, int64_t most) {
@@ -319,10 +328,6 @@ std::vector<int64_t> Cache::lengths(const Lease& rows) {
   std::vector<int64_t> all;
   for (int64_t i = 0; i < rows.size(); ++i) all.push_back(rows[i].length);
   return all;
-}
-
-std::map<std::string, std::vector<int64_t>> Cache::state_shapes(int64_t taken) const {
-  return decode::state_shapes(*parts(0), memory_, taken);
 }
 
 SavedState Cache::state(const Lease& rows, Host& host) {

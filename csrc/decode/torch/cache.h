@@ -66,7 +66,6 @@ class Cache {
                           const std::optional<at::Tensor>& logits,
                           const std::optional<at::Tensor>& mask);
 
-  std::map<std::string, std::vector<int64_t>> state_shapes(int64_t taken) const;
   // Of one row.
   SavedState state(const Lease& rows, Host& host);
   SavedState state_so_far(const Lease& rows);
@@ -93,6 +92,7 @@ class Cache {
   virtual void copy_memory(const Row& /* from */, const Row& /* to */) {}
 
   std::shared_ptr<const Hierarchy> hierarchy() const;
+  static void load_fed(Row& row, RowState after);
   void append(Row& row, const Ids& ids);
   // Takes in all bytes, or all but the last.
   void take_in(const Lease& rows, Host& host, bool keeps_pending);

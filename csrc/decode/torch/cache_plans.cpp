@@ -44,7 +44,7 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
     wishes.draws =
         std::make_shared<GeneratorDraws>(std::nullopt, 1, num_tokens_, hierarchy()->device());
   }
-  std::vector<GeneratorDraws::Entry> entries;  // of lanes that do not serve their row already
+  std::vector<Lane> lanes(rows.size());  // that do not serve their row already
   for (int64_t i = 0; i < rows.size(); ++i) {
     const NewPlan& wishes = plans[i];
     TORCH_CHECK_VALUE(wishes.draws->num_tokens() == num_tokens_ && wishes.lane >= 0 &&
@@ -56,15 +56,16 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
     }
     TORCH_CHECK_VALUE(!wishes.allow || wishes.allow->distance[wishes.allow->start] >= 0,
                       "allow: an automaton that never accepts");
-    if (!serves(rows[i], wishes)) entries.push_back({wishes.draws, wishes.lane});
   }
   std::vector<std::unique_ptr<Proposer>> proposers(rows.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
     if (plans[i].draft > 0 && !plans[i].pauses) proposers[i] = std::make_unique<Proposer>();
   }
   std::vector<int64_t> lengths = this->lengths(rows);
-  GeneratorDraws::enter(entries);  // the last that may throw
-  auto entered = entries.begin();
+  for (int64_t i = 0; i < rows.size(); ++i) {  // the last that may throw
+    const NewPlan& wishes = plans[i];
+    if (!serves(rows[i], wishes)) lanes[i] = GeneratorDraws::enter(wishes.draws, wishes.lane);
+  }
   for (int64_t i = 0; i < rows.size(); ++i) {
     const NewPlan& wishes = plans[i];
     Row& row = rows[i];
@@ -75,11 +76,7 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
     plan.stop_state = plan.stop ? plan.stop->start : 0;
     const bool knows_bytes = proposers[i] && row.plan && row.plan->proposer;
     plan.proposer = std::move(knows_bytes ? row.plan->proposer : proposers[i]);
-    if (serves(row, wishes)) {
-      plan.lane = std::move(row.plan->lane);
-    } else {
-      plan.lane = Lane(wishes.draws, wishes.lane, (entered++)->next);
-    }
+    plan.lane = std::move(serves(row, wishes) ? row.plan->lane : lanes[i]);
     end_where_due(plan);
     row.plan = std::move(plan);
     row.ids.clear();
@@ -99,9 +96,7 @@ std::vector<Ran> Cache::run(const Lease& rows, Host& host, double seconds,
   if (!drafts.empty()) check_count("drafts", drafts.size(), size_t(rows.size()));
   for (size_t i = 0; i < drafts.size(); ++i) {
     if (!drafts[i]) continue;
-    own[i] = own_ids("drafts", *drafts[i], num_tokens_);
-    TORCH_CHECK_VALUE(!rows[i].plan->pauses, "drafts[", i,
-                      "]: the plan pauses, so that nothing is drafted");
+    if (!rows[i].plan->pauses) own[i] = own_ids("drafts", *drafts[i], num_tokens_);
   }
   std::vector<Member> members;
   for (int64_t i = 0; i < rows.size(); ++i) {

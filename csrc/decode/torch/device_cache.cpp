@@ -73,11 +73,10 @@ void DeviceCache::feed_long(const Lease& rows, Host& host, const std::vector<Ids
     fed[i] = host.feed(std::move(before), tensor_of(ids[i]));
   }
   for (int64_t i = 0; i < rows.size(); ++i) {
-    if (fed[i]) {
-      static_cast<RowState&>(rows[i]) = load(rows[i], *fed[i]);
-    } else {
-      append(rows[i], ids[i]);
-    }
+    std::optional<RowState> after;
+    if (fed[i]) after = load(rows[i], *fed[i]);
+    append(rows[i], ids[i]);
+    if (after) load_fed(rows[i], std::move(*after));
   }
   take_in(rows, host, true);
 }

@@ -38,36 +38,18 @@ GeneratorDraws::GeneratorDraws(std::optional<at::Generator> generator, int64_t l
   }
 }
 
-void GeneratorDraws::check_free(int64_t lane) const {
-  const LaneState& of = lanes_[lane];
-  if (of.is_in_use) {
-    throw std::invalid_argument("lane: " + std::to_string(lane) +
-                                " of these draws serves another row");
-  }
-  if (of.next < first_) {
-    throw std::invalid_argument("lane: " + std::to_string(lane) +
-                                " of these draws has ended after " + std::to_string(of.next) +
-                                " bytes, and the others have gone on to " + std::to_string(first_));
-  }
-}
-
-void GeneratorDraws::enter(std::span<Entry> entries) {
+Lane GeneratorDraws::enter(std::shared_ptr<GeneratorDraws> draws, int64_t lane) {
   const std::lock_guard lock(draws_mutex());
-  const auto entered = [](Entry& entry) -> LaneState& { return entry.draws->lanes_[entry.lane]; };
-  auto end = entries.begin();
-  try {
-    for (; end != entries.end(); ++end) {
-      end->draws->check_free(end->lane);
-      entered(*end).is_in_use = true;  // also for those that come next
-    }
-  } catch (...) {
-    for (auto at = entries.begin(); at != end; ++at) entered(*at).is_in_use = false;
-    throw;
+  LaneState& of = draws->lanes_[lane];
+  const std::string name = "lane: " + std::to_string(lane) + " of these draws ";
+  if (of.is_in_use) throw std::invalid_argument(name + "serves another row");
+  if (of.next < draws->first_) {
+    throw std::invalid_argument(name + "has ended after " + std::to_string(of.next) +
+                                " bytes, and the others have gone on to " +
+                                std::to_string(draws->first_));
   }
-  for (Entry& entry : entries) {
-    entered(entry).is_waited_for = true;
-    entry.next = entered(entry).next;
-  }
+  of.is_in_use = of.is_waited_for = true;
+  return Lane(std::move(draws), lane, of.next);
 }
 
 void GeneratorDraws::leave(int64_t lane, int64_t n) noexcept {

@@ -8,7 +8,6 @@
 #include <deque>
 #include <memory>
 #include <optional>
-#include <span>
 #include <vector>
 
 #include "decode/rows.h"
@@ -24,15 +23,9 @@ class GeneratorDraws : public Draws {
   int64_t num_tokens() const { return num_tokens_; }
   int64_t lanes() const { return int64_t(lanes_.size()); }
 
-  // A lane that is to serve a row.
-  struct Entry {
-    std::shared_ptr<GeneratorDraws> draws;
-    int64_t lane = 0;
-    int64_t next = 0;  // out: which numbers come first
-  };
-  // Has all lanes serve, or none: throws std::invalid_argument if one serves another row, or has
-  // missed numbers that are kept no longer.
-  static void enter(std::span<Entry> entries);
+  // Has a lane serve a row. Throws std::invalid_argument if it serves another one, or has missed
+  // numbers that are kept no longer.
+  static Lane enter(std::shared_ptr<GeneratorDraws> draws, int64_t lane);
 
   const float* of(int64_t lane, int64_t n) noexcept override;
   Numbers ahead(int64_t lane, int64_t n) override;
@@ -54,7 +47,6 @@ class GeneratorDraws : public Draws {
     bool is_waited_for = true;  // numbers are kept for it
   };
 
-  void check_free(int64_t lane) const;
   void draw_to(int64_t n);
   void draw(Kept& kept);
   void fill(Kept& kept);

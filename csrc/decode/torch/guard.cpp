@@ -41,12 +41,10 @@ Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts
     const py::object module = items[0], kind = items[1];
     will_look_at(module.ptr(), sizeof(PyObject));
     if (!PyType_Check(kind.ptr())) throw py::type_error("Guard: expected a class in parts");
-    parts_.push_back(
-        {own(module),
-         own(kind),
-         watch_dict(module.attr("__dict__")),
-         {watch_dict(module.attr("_forward_hooks")), watch_dict(module.attr("_forward_pre_hooks"))},
-         drops(module, dropout_class)});
+    parts_.push_back({own(module), own(kind), watch_dict(module.attr("__dict__")),
+                      drops(module, dropout_class)});
+    hooks_.push_back(watch_dict(module.attr("_forward_hooks")));
+    hooks_.push_back(watch_dict(module.attr("_forward_pre_hooks")));
     const auto has_kind = [&](const Class& of) { return kind.ptr() == of.kind; };
     if (std::none_of(classes_.begin(), classes_.end(), has_kind)) {
       classes_.push_back({kind.ptr(), own(kind.attr("forward"))});
@@ -128,9 +126,6 @@ bool Guard::holds() const {
 
 bool Guard::holds(const Part& part) const {
   if (reinterpret_cast<PyObject*>(Py_TYPE(part.module)) != part.kind) return false;
-  for (PyObject* dict : part.hooks) {
-    if (PyDict_Size(dict) != 0) return false;
-  }
   if (PyDict_Contains(part.own, forward_.ptr()) != 0) return false;
   return !part.drops || PyDict_GetItemWithError(part.own, training_.ptr()) == Py_False;
 }

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <vector>
 
 namespace mblm::decode {
@@ -31,7 +30,6 @@ class Guard {
  private:
   struct Part {
     PyObject *module, *kind, *own;
-    std::array<PyObject*, 2> hooks;
     bool drops;
   };
   struct Class {
@@ -65,7 +63,7 @@ class Guard {
   std::vector<pybind11::object> owned_;  // all that follows points to
   std::vector<Part> parts_;
   std::vector<Class> classes_;
-  std::vector<PyObject*> hooks_;
+  std::vector<PyObject*> hooks_;  // of the parts, too
   std::vector<Entries> dicts_;
   std::vector<Buffer> buffers_;
   std::vector<Watched> tensors_;  // of entries and buffers

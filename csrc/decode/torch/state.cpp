@@ -11,38 +11,17 @@
 namespace mblm::decode {
 
 using at::Tensor;
+using Part = StageLayout::Part;
 
 namespace {
 
-// A part of a row's state in one stage: its name, its shape, and where its floats lie.
-struct Part {
-  std::string name;
-  std::vector<int64_t> shape;
-  int64_t at = 0;                                     // in the blob
-  std::vector<float*> StageState::* pages = nullptr;  // or those that it lies in
-};
-
+// What is saved of a stage after so many bytes, with the names that it has in a state.
 std::vector<Part> parts_of(const Parts& parts, const Memory& memory, int64_t n, int64_t taken) {
-  const StageLayout& layout = memory.layout(n);
-  const StageModel& stage = parts.stages[n].model;
-  const int64_t layers = layout.layers;
-  std::vector<Part> all = {{"output", {layout.dim}, layout.output}};
-  if (n > 0) all.push_back({"context", {layout.seq_len, layout.dim}, layout.context});
-  if (const auto* model = std::get_if<cpu::TransformerStage>(&stage)) {
-    const int64_t positions = 1 + parts.schedule.position(n, taken);
-    const std::vector<int64_t> shape = {layers, model->heads, positions, layout.head_dim};
-    all.push_back({"delayed", {layers, 2, layout.dim / 2}});
-    all.push_back({.name = "keys", .shape = shape, .pages = &StageState::keys});
-    all.push_back({.name = "values", .shape = shape, .pages = &StageState::values});
-  } else if (const auto* model = std::get_if<cpu::Mamba1Stage>(&stage)) {
-    all.push_back({"ssm", {layers, model->inner, model->states}});
-    all.push_back({"window", {layers, model->taps - 1, model->inner}, layout.ssm});
-  } else if (const auto* model = std::get_if<cpu::Mamba2Stage>(&stage)) {
-    const int64_t channels = model->inner + 2 * model->states;
-    all.push_back({"ssm", {layers, model->heads, model->inner / model->heads, model->states}});
-    all.push_back({"window", {layers, model->taps - 1, channels}, layout.ssm});
+  std::vector<Part> all = memory.layout(n).saved;
+  for (Part& part : all) {
+    part.name = std::to_string(n) + "." + part.name;
+    if (part.is_paged) part.shape[2] = 1 + parts.schedule.position(n, taken);
   }
-  for (Part& part : all) part.name = std::to_string(n) + "." + part.name;
   return all;
 }
 
@@ -51,14 +30,14 @@ std::vector<Part> parts_of(const Parts& parts, const Memory& memory, int64_t n, 
 template <class Function>
 void for_runs(const StageLayout& layout, const StageState& stage, const Part& part,
               bool has_start_token, Function function) {
-  if (!part.pages) {
+  if (!part.is_paged) {
     return function(0, stage.blob.data() + part.at, c10::multiply_integers(part.shape));
   }
   const int64_t size = layout.page_positions, dim = layout.head_dim, positions = part.shape[2];
   for (int64_t begin = !has_start_token; begin < positions; begin = (begin / size + 1) * size) {
     const int64_t count = std::min((begin / size + 1) * size, positions) - begin;
     for (int64_t plane = 0; plane < layout.planes; ++plane) {
-      float* const page = (stage.*part.pages)[begin / size];
+      float* const page = stage.pages[begin / size].data() + part.at;
       function((plane * positions + begin) * dim, page + plane * layout.plane + begin % size * dim,
                count * dim);
     }
@@ -112,16 +91,6 @@ SavedState save_state(const Parts& parts, const Memory& memory, const Row& row) 
     }
   }
   return state;
-}
-
-std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, const Memory& memory,
-                                                         int64_t taken) {
-  std::map<std::string, std::vector<int64_t>> shapes;
-  for (int64_t n = 0; taken > 0 && n < parts.schedule.stages(); ++n) {
-    for (const Part& part : parts_of(parts, memory, n, taken))
-      shapes.emplace(part.name, part.shape);
-  }
-  return shapes;
 }
 
 RowState check_state(const Parts& parts, const Memory& memory, const SavedState& state) {

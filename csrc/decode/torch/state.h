@@ -25,10 +25,6 @@ struct SavedState {
 at::Tensor save_tail(const Row& row);
 SavedState save_state(const Parts& parts, const Memory& memory, const Row& row);
 
-// The shapes of a state's tensors after so many bytes, but for the tail, by name.
-std::map<std::string, std::vector<int64_t>> state_shapes(const Parts& parts, const Memory& memory,
-                                                         int64_t taken);
-
 // A row of that state without memory for its stages. Throws c10::ValueError or c10::TypeError that
 // names what does not fit the model or the rest.
 RowState check_state(const Parts& parts, const Memory& memory, const SavedState& state);

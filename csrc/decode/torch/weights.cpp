@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <limits>
+#include <initializer_list>
 #include <utility>
 
 #include "cpu/cores.h"
@@ -24,6 +24,17 @@ using at::Tensor;
 // Positions that tables are made for at first.
 constexpr int64_t kFewestPositions = 64;
 
+// A size that tensors are to have in common. While it is 0 it is not known, and becomes that of the
+// first tensor, which must be positive.
+struct Size {
+  Size(int64_t& of) : value(of), learned(of == 0 ? &of : nullptr) {}
+  Size(int64_t&& of) : value(of) {}
+
+  int64_t value;
+  int64_t* learned = nullptr;
+};
+using Sizes = std::initializer_list<Size>;
+
 // Takes tensors off a list, each checked to be what its reader says, and all on one device.
 class Reader {
  public:
@@ -36,37 +47,39 @@ class Reader {
 
   bool empty() const { return next_ == tensors_.size(); }
 
-  // A float32 tensor of this shape; -1 stands for any positive size.
-  Tensor tensor(at::IntArrayRef shape) {
+  // Float32 numbers of this shape.
+  Tensor tensor(Sizes shape) {
     const Tensor& tensor = take();
     check(tensor, shape);
     check_type("weights", tensor, at::kFloat);
     return tensor;
   }
-  // The same, or an undefined one for a tensor without elements.
-  Tensor optional(at::IntArrayRef shape) {
+  // The same, or an undefined tensor for one without elements.
+  Tensor optional(Sizes shape) {
     if (next_ < tensors_.size() && tensors_[next_].numel() == 0) {
       ++next_;
       return {};
     }
     return tensor(shape);
   }
-  const float* vector(int64_t size) { return tensor({size}).const_data_ptr<float>(); }
+  const float* floats(Sizes shape) { return tensor(shape).const_data_ptr<float>(); }
 
-  // A linear layer's three tensors; outputs of -1 stands for any number.
-  cpu::Matrix matrix(int64_t outputs, int64_t inputs) {
+  // A linear layer's three tensors.
+  cpu::Matrix matrix(Size outputs, Size inputs) {
     const Tensor& weight = take();
     const size_t index = next_ - 1;
     cpu::Matrix matrix;
-    matrix.inputs = inputs;
     matrix.type = weight_type(weight);
+    matrix.inputs = inputs.value;
     if (matrix.type == cpu::WeightType::kInt8 && !on_gpu(weight)) {
       // Its scale, which comes next, tells how many outputs the last tile is for.
       TORCH_CHECK_VALUE(next_ < tensors_.size() && tensors_[next_].dim() == 1, "weights[", next_,
                         "] must be the scale of each output of weights[", index, "]");
-      matrix.outputs = outputs == -1 ? tensors_[next_].size(0) : outputs;
+      matrix.outputs = outputs.learned ? tensors_[next_].size(0) : outputs.value;
+      if (outputs.learned) *outputs.learned = matrix.outputs;
       check(weight, {divide_up(matrix.outputs, cpu::kTileOutputs),
-                     divide_up(inputs, cpu::kTileInputs), cpu::kTileOutputs, cpu::kTileInputs});
+                     divide_up(inputs.value, cpu::kTileInputs), int64_t(cpu::kTileOutputs),
+                     int64_t(cpu::kTileInputs)});
     } else {
       check(weight, {outputs, inputs});
       matrix.outputs = weight.size(0);
@@ -88,16 +101,24 @@ class Reader {
     return tensors_[next_++];
   }
 
-  void check(const Tensor& tensor, at::IntArrayRef shape) const {
+  void check(const Tensor& tensor, Sizes shape) const {
     const c10::Device device = tensors_.front().device();
     TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous(), "weights[", next_ - 1,
                       "] must be contiguous and on ", device, ", got ", tensor.device());
     bool fits = tensor.dim() == int64_t(shape.size());
-    for (int64_t d = 0; fits && d < tensor.dim(); ++d) {
-      fits = shape[d] == -1 ? tensor.size(d) > 0 : tensor.size(d) == shape[d];
+    std::vector<int64_t> expected;
+    for (const Size& size : shape) {
+      const auto d = int64_t(expected.size());
+      expected.push_back(size.learned ? -1 : size.value);
+      fits = fits && tensor.size(d) > 0 && (size.learned || tensor.size(d) == size.value);
     }
-    TORCH_CHECK_VALUE(fits, "weights[", next_ - 1, "] must have shape ", shape, ", got ",
-                      tensor.sizes());
+    TORCH_CHECK_VALUE(fits, "weights[", next_ - 1, "] must have shape ", expected,
+                      ", where -1 is any, got ", tensor.sizes());
+    int64_t d = 0;
+    for (const Size& size : shape) {
+      if (size.learned) *size.learned = tensor.size(d);
+      ++d;
+    }
   }
 
   cpu::WeightType weight_type(const Tensor& weight) const {
@@ -136,36 +157,26 @@ std::shared_ptr<Stage> transformer_stage(std::vector<Tensor> weights, int64_t he
   result->weights = std::move(weights);
   Reader list(result->weights);
   cpu::TransformerStage stage;
-  const Tensor norm = list.tensor({-1});
-  stage.norm = norm.const_data_ptr<float>();
-  stage.dim = norm.size(0);
-  stage.heads = heads;
-  result->frequencies = list.optional({-1});
-  TORCH_CHECK_VALUE(!list.empty(), "weights must hold those of a layer");
-  while (!list.empty()) {
-    cpu::TransformerLayer layer{};
-    layer.attention_norm = list.vector(stage.dim);
-    layer.q = list.matrix(-1, stage.dim);
-    const int64_t width = layer.q.outputs;
-    TORCH_CHECK_VALUE(heads > 0 && width > 0 && width % heads == 0, "heads must divide ", width,
-                      ", got ", heads);
-    TORCH_CHECK_VALUE(stage.layers.empty() || width == heads * stage.head_dim,
-                      "weights: layers must have one width");
-    stage.head_dim = width / heads;
+  int64_t pairs = 0, width = 0, inner = 0;
+  stage.norm = list.floats({stage.dim});
+  result->frequencies = list.optional({pairs});
+  do {
+    cpu::TransformerLayer& layer = stage.layers.emplace_back();
+    layer.attention_norm = list.floats({stage.dim});
+    layer.q = list.matrix(width, stage.dim);
     layer.kv = list.matrix(2 * width, stage.dim);
     layer.out = list.matrix(stage.dim, width);
-    layer.feed_forward_norm = list.vector(stage.dim);
-    layer.expand = list.matrix(-1, stage.dim);
-    TORCH_CHECK_VALUE(
-        stage.layers.empty() || layer.expand.outputs == stage.layers[0].expand.outputs,
-        "weights: layers must have one inner width");
-    layer.contract = list.matrix(stage.dim, layer.expand.outputs);
-    stage.layers.push_back(layer);
-  }
-  TORCH_CHECK_VALUE(
-      !result->frequencies.defined() || 2 * result->frequencies.size(0) == stage.head_dim,
-      "weights[1] must hold a frequency for each pair of a head's ", stage.head_dim, " channels");
-  TORCH_CHECK_VALUE(!on_gpu(norm) || stage.head_dim <= cuda::kWidestHead,
+    layer.feed_forward_norm = list.floats({stage.dim});
+    layer.expand = list.matrix(inner, stage.dim);
+    layer.contract = list.matrix(stage.dim, inner);
+  } while (!list.empty());
+  TORCH_CHECK_VALUE(heads > 0 && width % heads == 0, "heads must divide ", width, ", got ", heads);
+  stage.heads = heads;
+  stage.head_dim = width / heads;
+  TORCH_CHECK_VALUE(pairs == 0 || 2 * pairs == stage.head_dim,
+                    "weights[1] must hold a frequency for each pair of a head's ", stage.head_dim,
+                    " channels");
+  TORCH_CHECK_VALUE(!on_gpu(result->weights[0]) || stage.head_dim <= cuda::kWidestHead,
                     "on a GPU, heads must be at most ", cuda::kWidestHead, " wide, got ",
                     stage.head_dim);
   result->dim = stage.dim;
@@ -178,38 +189,23 @@ std::shared_ptr<Stage> mamba1_stage(std::vector<Tensor> weights, const std::vect
   result->weights = std::move(weights);
   Reader list(result->weights);
   cpu::Mamba1Stage stage;
-  while (!list.empty()) {
-    const bool is_first = stage.layers.empty();
-    TORCH_CHECK_VALUE(stage.layers.size() < eps.size(), "eps must have one value per layer, got ",
-                      eps.size());
-    cpu::Mamba1Layer layer{};
-    const Tensor norm = list.tensor({is_first ? -1 : stage.dim});
-    layer.norm = norm.const_data_ptr<float>();
-    layer.eps = float(eps[stage.layers.size()]);
-    const Tensor rates = list.tensor({is_first ? -1 : stage.inner, is_first ? -1 : stage.states});
-    layer.rates = rates.const_data_ptr<float>();
-    const Tensor conv = list.tensor({rates.size(0), is_first ? -1 : stage.taps});
-    layer.conv = conv.const_data_ptr<float>();
-    if (is_first) {
-      stage.dim = norm.size(0);
-      stage.inner = rates.size(0);
-      stage.states = rates.size(1);
-      stage.taps = conv.size(1);
-      TORCH_CHECK_VALUE(stage.taps > 0, "weights: the convolution needs a tap");
-    }
-    layer.conv_bias = list.vector(stage.inner);
-    layer.direct = list.vector(stage.inner);
+  int64_t projected = 0;
+  for (const double of_layer : eps) {
+    cpu::Mamba1Layer& layer = stage.layers.emplace_back();
+    layer.eps = float(of_layer);
+    layer.norm = list.floats({stage.dim});
+    layer.rates = list.floats({stage.inner, stage.states});
+    layer.conv = list.floats({stage.inner, stage.taps});
+    layer.conv_bias = list.floats({stage.inner});
+    layer.direct = list.floats({stage.inner});
     layer.in = list.matrix(2 * stage.inner, stage.dim);
-    layer.x = list.matrix(-1, stage.inner);
-    const int64_t rank = layer.x.outputs - 2 * stage.states;
-    TORCH_CHECK_VALUE(rank > 0 && (is_first || rank == stage.rank),
-                      "weights: layers must have one rank, which is positive, got ", rank);
-    stage.rank = rank;
-    layer.dt = list.matrix(stage.inner, rank);
+    layer.x = list.matrix(projected, stage.inner);
+    stage.rank = projected - 2 * stage.states;
+    TORCH_CHECK_VALUE(stage.rank > 0, "weights: the rank must be positive, got ", stage.rank);
+    layer.dt = list.matrix(stage.inner, stage.rank);
     layer.out = list.matrix(stage.dim, stage.inner);
-    stage.layers.push_back(layer);
   }
-  check_count("eps", eps.size(), stage.layers.size());
+  TORCH_CHECK_VALUE(list.empty(), "eps must have one value per layer, got ", eps.size());
   result->dim = stage.dim;
   result->model = std::move(stage);
   return result;
@@ -220,40 +216,28 @@ std::shared_ptr<Stage> mamba2_stage(std::vector<Tensor> weights, double eps) {
   result->weights = std::move(weights);
   Reader list(result->weights);
   cpu::Mamba2Stage stage;
-  const Tensor final_norm = list.tensor({-1});
-  stage.norm = final_norm.const_data_ptr<float>();
-  stage.dim = final_norm.size(0);
+  int64_t channels = 0;
   stage.eps = float(eps);
-  TORCH_CHECK_VALUE(!list.empty(), "weights must hold those of a layer");
-  while (!list.empty()) {
-    const bool is_first = stage.layers.empty();
-    cpu::Mamba2Layer layer{};
-    layer.norm = list.vector(stage.dim);
-    const Tensor gated_norm = list.tensor({is_first ? -1 : stage.inner});
-    layer.gated_norm = gated_norm.const_data_ptr<float>();
-    const Tensor rates = list.tensor({is_first ? -1 : stage.heads});
-    layer.rates = rates.const_data_ptr<float>();
-    const Tensor conv = list.tensor({-1, is_first ? -1 : stage.taps});
-    layer.conv = conv.const_data_ptr<float>();
-    if (is_first) {
-      stage.inner = gated_norm.size(0);
-      stage.heads = rates.size(0);
-      stage.taps = conv.size(1);
-      stage.states = (conv.size(0) - stage.inner) / 2;
-      TORCH_CHECK_VALUE(stage.heads > 0 && stage.inner % stage.heads == 0 && stage.taps > 0,
-                        "weights: heads must divide the inner width, and there must be a tap");
-    }
-    TORCH_CHECK_VALUE(stage.states > 0 && conv.size(0) == stage.inner + 2 * stage.states,
-                      "weights: the convolution's channels must be the inner width and twice the "
-                      "states, got ",
-                      conv.size(0));
-    layer.conv_bias = list.vector(conv.size(0));
-    layer.dt_bias = list.vector(stage.heads);
-    layer.direct = list.vector(stage.heads);
-    layer.in = list.matrix(stage.inner + conv.size(0) + stage.heads, stage.dim);
+  stage.norm = list.floats({stage.dim});
+  do {
+    cpu::Mamba2Layer& layer = stage.layers.emplace_back();
+    layer.norm = list.floats({stage.dim});
+    layer.gated_norm = list.floats({stage.inner});
+    layer.rates = list.floats({stage.heads});
+    layer.conv = list.floats({channels, stage.taps});
+    layer.conv_bias = list.floats({channels});
+    layer.dt_bias = list.floats({stage.heads});
+    layer.direct = list.floats({stage.heads});
+    layer.in = list.matrix(stage.inner + channels + stage.heads, stage.dim);
     layer.out = list.matrix(stage.dim, stage.inner);
-    stage.layers.push_back(layer);
-  }
+  } while (!list.empty());
+  stage.states = (channels - stage.inner) / 2;
+  TORCH_CHECK_VALUE(stage.inner % stage.heads == 0, "weights: heads must divide ", stage.inner,
+                    ", got ", stage.heads);
+  TORCH_CHECK_VALUE(stage.states > 0 && channels == stage.inner + 2 * stage.states,
+                    "weights: the convolution's channels must be the inner width and twice the "
+                    "states, got ",
+                    channels);
   result->dim = stage.dim;
   result->model = std::move(stage);
   return result;
@@ -289,48 +273,44 @@ Hierarchy::Hierarchy(std::vector<std::shared_ptr<Stage>> stages, std::vector<int
     TORCH_CHECK_VALUE(stage->weights.empty() || stage->weights.front().device() == device(),
                       "stages must be on the weights' device");
   }
-  const int64_t width = stages_.back()->dim;
-  const Tensor table = list.tensor({-1, width});
-  const int64_t num_tokens = table.size(0);
-  TORCH_CHECK_VALUE(num_tokens > 0, "weights[0] must have a row for each token");
+  int64_t width = stages_.back()->dim;
+  int64_t num_tokens = 0;
+  const float* const table = list.floats({num_tokens, width});
   parts_.to_logits = list.matrix(num_tokens, width);
-  parts_.empty_logits = list.vector(num_tokens);
+  parts_.empty_logits = list.floats({num_tokens});
   parts_.schedule = Schedule(seq_lens);
   parts_.stages.resize(count);
   for (size_t n = 0; n < count; ++n) {
     StageParts& part = parts_.stages[n];
     part.dim = stages_[n]->dim;
     part.model = stages_[n]->model;
-    part.start_token = list.vector(part.dim);
-    const Tensor fixed = list.optional({-1, part.dim});
-    TORCH_CHECK_VALUE(!fixed.defined() || fixed.size(0) >= seq_lens[n],
+    part.start_token = list.floats({part.dim});
+    int64_t positions = 0, pairs = 0;
+    const Tensor fixed = list.optional({positions, part.dim});
+    TORCH_CHECK_VALUE(!fixed.defined() || positions >= seq_lens[n],
                       "weights: fixed positions must be at least ", seq_lens[n], ", got ",
-                      fixed.sizes());
+                      positions);
     part.fixed = data_or_null(fixed);
-    frequencies_[n] = list.optional({-1});
-    TORCH_CHECK_VALUE(!frequencies_[n].defined() || 2 * frequencies_[n].size(0) == part.dim,
+    frequencies_[n] = list.optional({pairs});
+    TORCH_CHECK_VALUE(pairs == 0 || 2 * pairs == part.dim,
                       "weights: rotary positions must have a frequency for each pair of ", part.dim,
-                      " channels, got ", frequencies_[n].sizes());
+                      " channels, got ", pairs);
     if (n + 1 == count) {
-      part.table = table.const_data_ptr<float>();
+      part.table = table;
       continue;
     }
-    const std::array<int64_t, 2> below = {seq_lens[n + 1], stages_[n + 1]->dim};
+    int64_t dim_below = stages_[n + 1]->dim;
     if (part.is_hosted()) {
-      part.start.output = list.vector(part.dim);
-      part.start.context_below = list.tensor(below).const_data_ptr<float>();
+      part.start.output = list.floats({part.dim});
+      part.start.context_below = list.floats({seq_lens[n + 1], dim_below});
       continue;
     }
-    const int64_t flat = parts_.schedule.patch_size(int64_t(n)) * width;
-    part.table = list.tensor({num_tokens, width}).const_data_ptr<float>();
-    part.flat_norm.weight = list.vector(flat);
-    part.flat_norm.bias = list.vector(flat);
-    part.flat_norm.eps = float(eps[2 * n]);
+    int64_t flat = parts_.schedule.patch_size(int64_t(n)) * width;
+    part.table = list.floats({num_tokens, width});
+    part.flat_norm = {list.floats({flat}), list.floats({flat}), float(eps[2 * n])};
     part.project = list.matrix(part.dim, flat);
-    part.norm.weight = list.vector(part.dim);
-    part.norm.bias = list.vector(part.dim);
-    part.norm.eps = float(eps[2 * n + 1]);
-    part.to_context = list.matrix(below[0] * below[1], part.dim);
+    part.norm = {list.floats({part.dim}), list.floats({part.dim}), float(eps[2 * n + 1])};
+    part.to_context = list.matrix(seq_lens[n + 1] * dim_below, part.dim);
   }
   TORCH_CHECK_VALUE(list.empty(), "weights holds more than there are stages for");
   if (parts_.stages[0].fixed) parts_.max_length = bytes;
