@@ -330,8 +330,7 @@ def _drafting(draft: Any, model: Any) -> tuple[int, Callable[[], Drafter] | None
         raise ValueError(
             f"draft: expected a model of {model.num_tokens} tokens, got one of {draft.num_tokens}"
         )
-    # A GPU's engine does not look at drafts.
-    return 0, partial(Drafter, draft) if model.device.type == "cpu" else None
+    return 0, partial(Drafter, draft)
 
 
 def _stop(stop: Any, end: int | None, num_tokens: int) -> Automaton | None:
