@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mblm.model.find import RUN_CONFIG_FILE
 from mblm.train.core.interrupt import TrainingInterrupted
-from mblm.train.core.non_finite import NonFiniteLossError
+from mblm.train.core.run import NonFiniteLossError
 from mblm.train.core.training_state import find_latest_state, is_training_state, read_manifest
 from mblm.utils.errors import with_title
 from mblm.utils.io import load_fields, parse_yml

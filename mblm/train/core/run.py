@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,13 +11,40 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mblm.train.core.config import Lineage
+from mblm.train.core.config import CoreTrainConfig, Lineage
 from mblm.train.core.evaluation import Sources
-from mblm.train.core.parallel import ParallelModel, like_shard, to_local
+from mblm.train.core.parallel import ParallelModel, Workers, like_shard, to_local
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import Plan
 from mblm.train.core.training_state import SavedState, State
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient was NaN or infinite in too many steps in a row."""
+
+
+class Precision:
+    """Autocast, and a gradient scaler where half precision needs one.
+
+    Its name is `CoreTrainConfig.precision`, of which ``"auto"`` is ``amp_dtype`` on CUDA. On a CPU
+    it is float32: without instructions for bfloat16, which few CPUs have, autocast is slower there.
+    """
+
+    def __init__(self, name: str, device_type: str, amp_dtype: torch.dtype) -> None:
+        given = torch.bfloat16 if name == "bfloat16" else torch.float32
+        self.dtype = amp_dtype if name == "auto" and device_type == "cuda" else given
+        self._device_type = device_type
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around a forward pass."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device_type, self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A scaler of the loss, which does nothing unless the precision is half."""
+        return torch.amp.GradScaler(self._device_type, enabled=self.dtype == torch.half)
 
 
 @dataclass
@@ -217,3 +245,55 @@ class Run:
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
+
+
+def judge_step(
+    run: Run,
+    config: CoreTrainConfig,
+    workers: Workers,
+    norm: float,
+    losses: list[torch.Tensor],
+    place: str,
+    tell: Callable[[str], object],
+) -> None:
+    """Tell of a step that was left out or learned nothing; end a run that has too many of them.
+
+    Called by all workers, each with the losses of its batches, the last of which was at a place.
+    """
+    position = run.position
+    if math.isfinite(norm):
+        position.non_finite = 0
+        if norm == 0:
+            _judge_no_gradient(run, config, tell)
+        return
+    bad = "; ".join(
+        f"loss {loss} on rank {rank}, batch {index}"
+        for rank, of_rank in enumerate(workers.gather([float(loss) for loss in losses]))
+        for index, loss in enumerate(of_rank, start=position.step - len(of_rank))
+        if not math.isfinite(loss)
+    )
+    if not bad and run.scaler.is_enabled():
+        return  # The scale was too large for half precision, and is smaller now.
+    position.non_finite += 1
+    message = (
+        f"Step left out after {place}: {bad or 'the gradient is not finite, though the losses are'}"
+        f" ({position.non_finite} in a row)"
+    )
+    tell(message)
+    if config.non_finite_loss == "stop" and position.non_finite >= config.max_non_finite_steps:
+        raise NonFiniteLossError(message)
+
+
+def _judge_no_gradient(run: Run, config: CoreTrainConfig, tell: Callable[[str], object]) -> None:
+    position = run.position
+    position.without_gradient += 1
+    steps = position.done // config.gradient_accumulate_every
+    message = (
+        f"The gradient was zero in {position.without_gradient} of {steps} steps: do entries of "
+        "their batches have loss, or are all masked out or padding?"
+    )
+    never_learned = position.without_gradient == steps
+    if never_learned and steps in (config.max_non_finite_steps, run.plan.gradient_steps):
+        raise ValueError(message)
+    if position.without_gradient == 1:
+        tell(message)

@@ -13,7 +13,6 @@
 
 import csv
 import glob
-import io
 import logging
 import os
 import shutil
@@ -36,6 +35,7 @@ from mblm.train.core.config import (
     ResumeConfig,
     SummaryStats,
 )
+from mblm.train.core.evaluation import Evaluation
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.loggers import Loggers, check_loggers
 from mblm.train.core.parallel import Workers
@@ -84,6 +84,7 @@ class RunFolder:
         self._config = config
         self._config_file = path / options.config_file_name
         self._workers = workers
+        self._log = log
         self.best = BestModels(path, io.name_model, io.num_models_to_save, writes=is_main)
         self.summary = SummaryStats(
             training_start="",
@@ -151,18 +152,35 @@ class RunFolder:
             )
             dump_yml(self._config_file, output)
 
-    def write_loss(self, kind: ModelMode, loss: float, source: str = "", **columns: float) -> None:
-        """Append a row to ``loss.csv``, if this worker does; columns that are not given are -1.
+    def write_evaluation(
+        self, kind: ModelMode, result: Evaluation, at: Position, epoch: int = -1, batch: int = -1
+    ) -> None:
+        """Log the loss of a validation or test, and those on sources, ``valid/<source>``."""
+        self.write_loss(kind.value, result.loss, at, epoch, batch)
+        for source, loss in result.of_sources.items():
+            self.write_loss(f"{kind.value}/{source}", loss, at, epoch, batch)
 
-        The loss on one source of a mixture has the kind ``valid/<source>``.
-        """
-        name = f"{kind.value}/{source}" if source else kind.value
-        told: dict[str, Any] = {"gpu_rank": self._workers.rank, "timestamp": str(datetime.now())}
-        told |= {"kind": name, "loss": loss, **columns}
-        row = CSVLossEntry(**{**dict.fromkeys(CSVLossEntry._fields, -1), **told})
-        self._loss.write_row(row)
-        rate = {"learning rate": row.lr} if kind is ModelMode.TRAIN else {}
-        self.loggers.log(name, {f"loss/{name}": loss, **rate}, row.cum_batch)
+    def write_loss(
+        self,
+        kind: str,
+        loss: float,
+        at: Position,
+        epoch: int,
+        batch: int,
+        *,
+        lr: float = -1,
+        avg_grad: float = -1,
+        avg_grad_clipped: float = -1,
+    ) -> None:
+        """Log a loss of the batch before ``at``; in ``loss.csv``, too, if this worker does."""
+        last = at.step - 1
+        self._log.info(f"[{last}] {kind} loss: {loss}")
+        now, seen = str(datetime.now()), at.elements_seen
+        gradients = avg_grad, avg_grad_clipped
+        place = now, seen, kind, epoch, batch, last
+        self._loss.write_row(CSVLossEntry(self._workers.rank, *place, loss, lr, *gradients))
+        rate = {"learning rate": lr} if kind == ModelMode.TRAIN.value else {}
+        self.loggers.log(kind, {f"loss/{kind}": loss, **rate}, last)
 
     def write_metrics(self, row: CSVMetricsEntry, values: Mapping[str, float]) -> None:
         """Append a row to ``metrics.csv``, and log values by the names that people read."""
@@ -277,15 +295,8 @@ class CsvLog(Generic[Row]):
         os.truncate(self.file, min(size, self.file.stat().st_size))
 
     def _append(self, row: Iterable[Any]) -> None:
-        text = io.StringIO()
-        csv.writer(text).writerow(row)
-        line = text.getvalue().encode()
-        try:
-            with self.file.open("ab", buffering=0) as file:
-                while line:  # a full disk takes a part first
-                    line = line[file.write(line) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.file)) from error
+        with self.file.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow(row)
 
 
 class Ranked(NamedTuple):

@@ -29,8 +29,7 @@ from mblm.train.core.lineage import (
     lineage_of,
 )
 from mblm.train.core.parallel import ParallelModel, Workers
-from mblm.train.core.precision import Precision
-from mblm.train.core.run import Position, Run
+from mblm.train.core.run import Position, Precision, Run
 from mblm.train.core.run_folder import RunFolder, hold_run, make_run_dir
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import check_start, plan_run

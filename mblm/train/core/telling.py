@@ -1,13 +1,21 @@
-"""What a run says on standard error: what it will do, and what came out."""
+"""What a run says on standard error: what it will do, how far it is, and what came out."""
 
 import logging
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from typing_extensions import Self
 
 from mblm.train.core.config import Lineage
 from mblm.train.core.schedule import Plan
+
+SECONDS_PER_LINE = 60
+_SMOOTHING = 0.95
 
 
 def tell(log: logging.Logger, message: str) -> None:
@@ -57,3 +65,78 @@ def describe_run(
         f"Data: {source}; {sizes}, {lineage.validation_data.size:,} to validate",
         f"Plan: {', '.join(filter(None, steps))}; writes to {folder}",
     ]
+
+
+class Progress:
+    """The share of the batches that is done, loss (of bytes in bits), speed and time left.
+
+    Without a ``bar``, ``say`` is called with a line every ``SECONDS_PER_LINE`` seconds and in the
+    end. With one, the loss is looked at every ``interval`` seconds, which waits for a GPU.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        elements: int,
+        *,
+        done: int = 0,
+        unit: str,
+        bar: bool,
+        say: Callable[[str], object],
+        interval: float = 1.0,
+    ) -> None:
+        self._total = total
+        self._elements = elements
+        self._unit = unit
+        self._say = say
+        self._interval = interval if bar else SECONDS_PER_LINE
+        self._bar = tqdm(total=total, initial=done, bar_format="{bar}") if bar else None
+        self._done = self._looked = done  # now, and when the loss was last looked at
+        self._loss: float | None = None
+        self._start = 0.0  # when the first batch was done, which takes longer than others
+        self._first = done + 1
+        self._next = 0.0
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Tell that a batch is done, and its loss, a scalar."""
+        self._done += 1
+        now = time.monotonic()
+        if self._done == self._first:
+            self._start = now
+        elif now < self._next and self._done < self._total:
+            return
+        self._next = now + self._interval
+        value = float(loss.detach())
+        if self._loss is None or not math.isfinite(self._loss):
+            self._loss = value
+        else:
+            old = _SMOOTHING ** (self._done - self._looked)
+            self._loss = old * self._loss + (1 - old) * value
+        self._looked = self._done
+        facts = format_loss(self._loss, self._unit)
+        if self._done > self._first:
+            seconds = max(now - self._start, 1e-9) / (self._done - self._first)
+            left = _duration(seconds * (self._total - self._done))
+            facts += f", {self._elements / seconds:,.0f} {self._unit}s/s, {left} left"
+        share = f"{self._done / self._total:4.0%}"
+        if self._bar is None:
+            self._say(f"{share} {facts}")
+        else:
+            self._bar.bar_format = f"{share} |{{bar}}| {facts}"
+            self._bar.update(self._done - self._bar.n)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    seconds = math.ceil(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    if seconds < 7200:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

@@ -19,13 +19,12 @@ from mblm.train.core.evaluation import Evaluation, Sources
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
-from mblm.train.core.non_finite import NonFiniteLossError, judge_step
 from mblm.train.core.observer import Observer
 from mblm.train.core.profiling import Profile, check_profile
-from mblm.train.core.progress import Progress
 from mblm.train.core.rng import get_rng, set_rng
-from mblm.train.core.run import Position, Run
+from mblm.train.core.run import NonFiniteLossError, Position, Run, judge_step
 from mblm.train.core.starting import TrainerStart
+from mblm.train.core.telling import Progress
 from mblm.train.core.training_state import find_latest_state, load_training_state
 
 __all__ = ["CoreTrainer", "CoreTrainerOptions"]
@@ -110,9 +109,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 self._folder.loggers.close()
                 raise
             self._test_loss = result.loss
-            self._log.info(f"Test loss: {result.loss}")
-            for source, loss in {"": result.loss, **result.of_sources}.items():
-                self._folder.write_loss(ModelMode.TEST, loss, source)
+            self._folder.write_evaluation(ModelMode.TEST, result, place)
 
     def avg_gradient_value(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""
@@ -211,8 +208,8 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 position.advance(item.next_epoch, item.next_batch, plan.elements_per_batch)
                 if index in plan.log_points:
                     # The gradients are those of the last step.
-                    self._log_loss(
-                        ModelMode.TRAIN,
+                    self._folder.write_loss(
+                        ModelMode.TRAIN.value,
                         float(loss),
                         position,
                         item.epoch,
@@ -314,8 +311,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             raise
         assert position.validates_after is not None
         (epoch, batch), position.validates_after = position.validates_after, None
-        for source, loss in {"": result.loss, **result.of_sources}.items():
-            self._log_loss(ModelMode.VALID, loss, position, epoch, batch, source)
+        self._folder.write_evaluation(ModelMode.VALID, result, position, epoch, batch)
         self._observer.validation(self, run, result.loss)
         if self.config.io.num_models_to_save and not self._folder.best.entries:
             raise NonFiniteLossError(f"No model can be ranked. Validation: {result.trouble()}")
@@ -371,20 +367,3 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 bw_time=None,
             )
         return result
-
-    # -- Small things ----------------------------------------------------------------------------
-
-    def _log_loss(
-        self,
-        kind: ModelMode,
-        loss: float,
-        at: Position,
-        epoch: int,
-        batch: int,
-        source: str = "",
-        **more: float,
-    ) -> None:
-        """Log this worker's loss of the batch before, which was there; or of one source's part."""
-        self._log.info(f"[{at.step - 1}] {kind.value} loss{source and f' of {source}'}: {loss}")
-        where = {"elements_seen": at.elements_seen, "epoch": epoch, "batch": batch}
-        self._folder.write_loss(kind, loss, source, **where, cum_batch=at.step - 1, **more)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mblm.train.core.non_finite import NonFiniteLossError
+from mblm.train.core.run import NonFiniteLossError
 
 from . import jobs
 

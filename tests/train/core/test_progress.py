@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from mblm.train.core import progress
-from mblm.train.core.progress import Progress
+from mblm.train.core import telling
+from mblm.train.core.telling import Progress
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds that pass only when a test says so."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(telling.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -3,13 +3,10 @@
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import pytest
 import torch
 
-from mblm.train.core.config import CSVTimeAndMemSnapshotEntry
-from mblm.train.core.run_folder import BestModels, CsvLog, Ranked, new_run_dir
+from mblm.train.core.run_folder import BestModels, Ranked, new_run_dir
 
 WEIGHTS = {"w": torch.zeros(1)}
 
@@ -41,13 +38,6 @@ def test_a_loss_that_leaves_batches_out_gives_way_to_any_that_is_whole(tmp_path)
     assert rank(tmp_path, (1.0, 1), (2.0, 3)) == [1.0, 2.0]
     assert rank(tmp_path, (1.0, 1), (2.0, 3), (9.0, 0)) == [9.0]
     assert rank(tmp_path, (9.0, 0), (1.0, 1)) == [9.0]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_told_with_the_files_name():
-    row = CSVTimeAndMemSnapshotEntry._make(range(10))
-    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
-        CsvLog(Path("/dev/full"), CSVTimeAndMemSnapshotEntry, enabled=True).write_row(row)
 
 
 def test_runs_that_start_at_once_have_a_folder_each(tmp_path):

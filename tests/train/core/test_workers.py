@@ -14,7 +14,7 @@ import torch
 from mblm.train.core import training_state
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.interrupt import EXIT_INTERRUPTED
-from mblm.train.core.non_finite import NonFiniteLossError
+from mblm.train.core.run import NonFiniteLossError
 from mblm.train.core.training_state import find_latest_state
 from mblm.utils.distributed import process_group
 
