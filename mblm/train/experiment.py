@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from mblm.model.find import RUN_CONFIG_FILE
 from mblm.train.core.interrupt import TrainingInterrupted
-from mblm.train.core.run import NonFiniteLossError
 from mblm.train.core.training_state import find_latest_state, is_training_state, read_manifest
 from mblm.utils.errors import with_title
 from mblm.utils.io import load_fields, parse_yml
@@ -73,15 +72,10 @@ def load_experiment(
 def train_experiment(
     config: "TrainEntryConfig | TrainMaskedEntryConfig", *, profile: int = 0
 ) -> None:
-    """Train what the configuration describes, a decoder or an encoder.
-
-    Args:
-        config: The configuration.
-        profile: How many steps to profile.
+    """Train what the configuration describes, a decoder or an encoder; profile so many steps.
 
     Raises:
         TrainingInterrupted: A signal stopped the run; the first worker says how to go on.
-        ValueError: The loss was NaN or infinite too often, besides what else may be wrong.
     """
     from mblm.train.core.hooks import CoreTrainerOptions
     from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
@@ -92,8 +86,6 @@ def train_experiment(
             train_encoder_mblm(config, options)
         else:
             train_mblm(config, options)
-    except NonFiniteLossError as error:  # of the data or of the learning rate, and no bug
-        raise ValueError(str(error)) from error
     except TrainingInterrupted:
         if mark := os.environ.get(STOPPED_MARK):
             Path(mark).touch()

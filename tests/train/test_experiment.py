@@ -48,12 +48,6 @@ def test_a_setting_replaces_one_field(setting: str, expected: dict[str, Any]) ->
     assert fields == expected
 
 
-def test_a_setting_fills_in_what_was_null() -> None:
-    fields = fields_of("{a: null}")
-    apply_setting(fields, "a.b=1")
-    assert fields == {"a": {"b": 1}}
-
-
 @pytest.mark.parametrize(
     "setting, message",
     [
@@ -172,12 +166,6 @@ def test_the_latest_state_of_a_run(tmp_path: Path) -> None:
     for path in (run, run / "config.yaml", last):
         assert find_resume(str(path), tmp_path, "model") == {"checkpoint_file": str(last)}
     assert find_resume(str(first), tmp_path, "model") == {"checkpoint_file": str(first)}
-
-
-def test_a_checkpoint_starts_anew(tmp_path: Path) -> None:
-    file = tmp_path / "model_top1.pth"
-    file.write_bytes(b"")
-    assert find_resume(str(file), tmp_path, "model") == {"checkpoint_file": str(file)}
 
 
 def test_a_run_without_state_goes_on_as_its_configuration_says(tmp_path: Path) -> None:

@@ -61,17 +61,8 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        [sys.executable, "-m", "mblm", "train", "CONFIG", "--nproc", "2"],
-        [*TORCHRUN, "-m", "mblm.train", "CONFIG"],
-    ],
-    ids=["mblm", "torchrun"],
-)
-def test_two_processes_by_any_command(experiment: Path, command: list[str]) -> None:
-    words = [str(experiment) if word == "CONFIG" else word for word in command]
-    done = start(*words, "--set", "train.gradient_clipping=0.5")
+def test_torchrun_starts_the_workers_too(experiment: Path) -> None:
+    done = start(*TORCHRUN, "-m", "mblm.train", experiment, "--set", "train.gradient_clipping=0.5")
     assert done.returncode == 0, done.stderr
     folder = run_of(experiment.parent)
     assert summary_of(folder)["num_workers"] == 2

@@ -57,13 +57,6 @@ def test_an_encoder_too(overview: Any) -> None:
     assert overview(encoder)[0][1] == str(total)
 
 
-def test_patches_of_three_stages(overview: Any) -> None:
-    deep = config(*[transformer()] * 3, hidden_dims=[8] * 3, num_layers=[1] * 3, seq_lens=[4, 3, 2])
-    first, _, *stages, _ = overview(deep)
-    assert [stage[5] for stage in stages] == ["6", "2", "1"]
-    assert first[-2] == "24"
-
-
 def test_reads_experiments_and_models(tmp_path: Path) -> None:
     fields = config(transformer(), transformer()).model_dump_json()
     model, experiment = tmp_path / "model.yaml", tmp_path / "experiment.yaml"

@@ -54,13 +54,6 @@ def test_the_group_is_left_after_an_error(torchrun):
     assert not torch.distributed.is_initialized()
 
 
-def test_gloo_is_the_default_without_cuda(torchrun, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with process_group() as run_vars:
-        assert torch.distributed.get_backend() == "gloo"
-        assert not run_vars.is_cuda
-
-
 def test_without_torchrun_the_process_is_a_group_of_its_own(monkeypatch):
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

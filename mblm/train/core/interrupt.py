@@ -78,9 +78,13 @@ class Requests:
         is_due = 0 < self._save_every <= time.monotonic() - self._saved
         number, saves = self._signal, is_due
         if self._group is not None:
-            mine, (number, saves) = (number, saves), self._exchanged()
+            number, saves = 0, False
+            if self._exchange is not None:
+                self._exchange.wait()
+                self._exchange = None
+                number, saves = self._agreed.tolist()
             if not is_last and not number:
-                self._agreed[0], self._agreed[1] = mine
+                self._agreed[0], self._agreed[1] = self._signal, is_due
                 self._exchange = dist.all_reduce(
                     self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True
                 )
@@ -90,14 +94,6 @@ class Requests:
         """Raise `TrainingInterrupted` if it is to stop now, between two batches of a validation."""
         if number := self.after_batch(is_last=False)[0]:
             raise TrainingInterrupted(f"Stopped by {number.name} {place}")
-
-    def _exchanged(self) -> tuple[int, bool]:
-        if self._exchange is None:
-            return 0, False
-        self._exchange.wait()
-        self._exchange = None
-        number, saves = self._agreed.tolist()
-        return number, bool(saves)
 
 
 def start_loading(loader: "DataLoader[T]") -> Iterator[T]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +89,7 @@ class ParallelModel:
     Attributes:
         base: The model itself.
         call: What to call in training.
+        to_evaluate: What to call in validation: not DDP, which exchanges buffers in every call.
         is_sharded: Whether the weights are shared out among the workers.
     """
 
@@ -107,7 +108,8 @@ class ParallelModel:
         self.is_sharded = strategy == "fsdp" and workers.world_size > 1
         self._ddp: DistributedDataParallel | None = None
         if self.is_sharded:
-            _broadcast([*model.parameters(), *model.buffers()], workers)
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), src=0, group=workers.group)
             mesh = init_device_mesh(workers.device_type, (workers.world_size,))
             for module in (*units, model):
                 fully_shard(module, mesh=mesh)
@@ -121,15 +123,7 @@ class ParallelModel:
         else:
             self.base = model.to(workers.device)
             self.call = _Called(self.base) if compiles else self.base
-
-    @property
-    def to_evaluate(self) -> nn.Module:
-        """What to call for validation: not DDP, which exchanges buffers in every call."""
-        return self.call if self._ddp is None else self.base
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that are optimized; DTensors if they are sharded."""
-        return self.base.parameters()
+        self.to_evaluate = self.call if self._ddp is None else self.base
 
     def accumulate(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a forward and backward pass; DDP averages gradients only in a step's last one.
@@ -142,7 +136,7 @@ class ParallelModel:
 
     def gradient_norm(self) -> torch.Tensor:
         """Norm of the gradients of all parameters, on all shards: a scalar on the device."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.base.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -150,7 +144,7 @@ class ParallelModel:
         """Mean over the parameters of the mean entry of their gradients."""
         means = [
             _full(p.grad.sum(dtype=torch.float32)) / p.numel()
-            for p in self.parameters()
+            for p in self.base.parameters()
             if p.grad is not None
         ]
         return float(torch.stack(means).mean()) if means else 0.0
@@ -184,11 +178,11 @@ class ParallelModel:
 
     def gradients(self) -> list[torch.Tensor | None]:
         """This worker's part of the gradients, by parameter."""
-        return [None if p.grad is None else to_local(p.grad) for p in self.parameters()]
+        return [None if p.grad is None else to_local(p.grad) for p in self.base.parameters()]
 
     def load_gradients(self, gradients: list[torch.Tensor | None]) -> None:
         """Load what `gradients` gave."""
-        for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(self.base.parameters(), gradients, strict=True):
             parameter.grad = None
             if gradient is not None:
                 parameter.grad = like_shard(gradient.to(self._workers.device), parameter)
@@ -240,15 +234,6 @@ def shard_of(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     mesh = parameter.device_mesh
     whole = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=parameter.placements).to_local()
-
-
-def _broadcast(tensors: Iterable[torch.Tensor], workers: Workers) -> None:
-    """Copy the main worker's tensors to all, over the group that takes their device."""
-    if workers.group is None:
-        return
-    for tensor in tensors:
-        group = workers.group if tensor.device.type == "cpu" else None
-        dist.broadcast(tensor.detach(), src=0, group=group)
 
 
 def _settle_buckets(ddp: DistributedDataParallel) -> None:

@@ -20,7 +20,7 @@ from mblm.train.core.schedule import Plan
 from mblm.train.core.training_state import SavedState, State
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ValueError):
     """The loss or the gradient was NaN or infinite in too many steps in a row."""
 
 
@@ -156,7 +156,9 @@ class Run:
         norm = float(device_norm)
         if math.isfinite(norm):
             if clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, device_norm)
+                torch.nn.utils.clip_grads_with_norm_(
+                    self.model.base.parameters(), clip, device_norm
+                )
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.position.applied += 1

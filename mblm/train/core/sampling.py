@@ -120,6 +120,10 @@ class TrainBatches(Generic[T]):
         set_rng(now)
         return items
 
+    def close(self) -> None:
+        """Let go of the loader, with which its processes end, those that stay included."""
+        del self._loader
+
     def _after(self, batch: int) -> Iterator[T]:
         items = start_loading(self._loader)
         for _ in range(batch):

@@ -129,7 +129,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             training_data=lineage_of(train_dataset),
             validation_data=lineage_of(valid_dataset),
         )
-        optimizer = self.configure_optimizer(self._parallel.parameters())
+        optimizer = self.configure_optimizer(self._parallel.base.parameters())
         facts = {**facts_of(self.config, lineage), "optimizer": type(optimizer).__name__}
         if resumed is not None:
             then = resumed.manifest["facts"]
@@ -248,7 +248,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def _load_best(self) -> TModel:
         """The best model on every worker."""
         if file := self._workers.from_main(self._folder.best.best_file()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             self._log.info(f"The best model's validation loss: {content['LOSS']}")
             self._parallel.load_state(content["MODEL"], is_whole=True)
         return cast(TModel, self._parallel.base)

@@ -197,7 +197,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             is_cuda=self._workers.device_type == "cuda",
             say=self._say,
         )
-        with requests, progress, profile, closing(items):
+        with requests, progress, profile, closing(run.batches), closing(items):
             if position.validates_after is not None:  # where the run was stopped
                 self._validate(run, requests)
             for item in self._observer.waiting(items):

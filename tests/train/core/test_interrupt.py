@@ -9,7 +9,6 @@ import pytest
 from mblm.train.core.interrupt import (
     EXIT_INTERRUPTED,
     Requests,
-    TrainingInterrupted,
 )
 from mblm.train.core.training_state import find_latest_state, list_states
 
@@ -133,7 +132,3 @@ def test_workers_save_together_whose_clock_ever_it_is(tmp_path):
     saved = (run / "0.txt").read_text()
     assert saved == (run / "1.txt").read_text()
     assert {"2", "5"} <= set(saved.split())
-
-
-def test_an_interrupted_run_says_where():
-    assert str(TrainingInterrupted("Stopped by SIGTERM")) == "Stopped by SIGTERM"

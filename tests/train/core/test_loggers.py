@@ -137,27 +137,14 @@ def test_a_run_that_goes_on_sends_no_point_twice(tmp_path, calls):
     assert {("loss/train", 13), ("loss/test", 13)} <= {*logged(calls)}
 
 
-def test_a_logger_that_a_resume_adds_gets_all_from_there_on(tmp_path, calls):
-    """Also what the run had come to before without it, and nothing twice when it goes on again."""
-    state = list_states(train(jobs.config(tmp_path)))[0]  # after 8 of 12 batches
-    added = {"loggers": ["trackio"]}
-    train(jobs.config(tmp_path, **added, resume=state))
-    sent = logged(calls)
-    assert [step for name, step in sent if name == "loss/train"] == [8, 9, 10, 11]
-    train(jobs.config(tmp_path, **added, resume=state))
-    assert logged(calls) == sent
-
-
-def test_a_logger_that_one_resume_leaves_out_gets_no_point_twice(tmp_path, calls):
-    """But those that the run comes to when it is used again."""
+def test_a_logger_gets_the_points_of_the_times_that_it_is_used_and_none_twice(tmp_path, calls):
     used = {"loggers": ["trackio"]}
-    state = list_states(train(jobs.config(tmp_path, **used)))[0]  # after 8 of 12
-    sent = logged(calls)
-    train(jobs.config(tmp_path, resume=state))
-    train(jobs.config(tmp_path, batches=16, **used, resume=state))
-    assert logged(calls)[: len(sent)] == sent
-    again = [step for name, step in logged(calls)[len(sent) :] if name == "loss/train"]
-    assert again == [12, 13, 14, 15]
+    state = list_states(train(jobs.config(tmp_path)))[0]  # after 8 of 12 batches
+    batches = []
+    for fields in (used, used, {}, {**used, "batches": 16}):
+        train(jobs.config(tmp_path, **fields, resume=state))
+        batches.append([step for name, step in logged(calls) if name == "loss/train"])
+    assert batches == [[8, 9, 10, 11]] * 3 + [[8, 9, 10, 11, 12, 13, 14, 15]]
 
 
 def test_tensorboard_shows_the_points_after_a_resume_once(tmp_path):

@@ -83,13 +83,6 @@ def test_groups_have_rates_of_their_own_and_a_parameter_without_gradient_stays()
     assert frozen not in optimizer.state
 
 
-def test_half_precision_weights_move():
-    weights = [nn.Parameter(m.bfloat16()) for m in matrices()]
-    train(Muon([{"params": weights, "orthogonalize": True}], lr=0.1), weights)
-    assert all(torch.isfinite(weight).all() for weight in weights)
-    assert all(weight.dtype == torch.bfloat16 for weight in weights)
-
-
 def test_its_state_is_plain_and_goes_on_to_the_bit(tmp_path):
     def make():
         parameters = [nn.Parameter(m) for m in matrices()]

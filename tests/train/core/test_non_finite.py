@@ -119,11 +119,3 @@ def test_a_run_of_which_no_model_can_be_ranked_fails(tmp_path):
 
     with pytest.raises(NonFiniteLossError, match=r"No model can be ranked.* 3 of 3 batches"):
         train(jobs.config(tmp_path), Always)
-
-
-def test_a_bad_batch_under_the_weights_that_a_run_starts_from_is_said(tmp_path, capsys):
-    train(jobs.config(tmp_path / "first", batches=1), jobs.Trainer)
-    checkpoint = jobs.run_of(tmp_path / "first") / "tiny_top1.pth"
-    train(jobs.config(tmp_path, resume=checkpoint), BadValidation)
-    said = "weights that it starts from: 1 of 3 batches are left out"
-    assert said in capsys.readouterr().err

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mblm import __version__
-from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.run import Position
 from mblm.train.core.run_folder import hold_run
 from mblm.train.core.training_state import find_latest_state, list_states
@@ -103,18 +102,6 @@ def test_a_job_holds_its_run_until_its_test_is_done(tmp_path):
     trainer.test(jobs.Ids(10), model)
     assert not is_held(run)
     assert [row[2] for row in jobs.losses(run)[-2:]] == ["test", "test"]
-
-
-@pytest.mark.parametrize("raised", [OSError, TrainingInterrupted, KeyboardInterrupt])
-def test_a_run_is_let_go_of_in_whatever_way_its_training_fails(tmp_path, raised):
-    class Fails(jobs.Trainer):
-        def model_forward(self, model, batch, device):
-            raise raised("stopped")
-
-    with pytest.raises(raised):
-        train_alone(Fails, jobs.config(tmp_path))
-    with hold_run(jobs.run_of(tmp_path)):
-        pass
 
 
 def final_optimizer(run):
