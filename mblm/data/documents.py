@@ -150,7 +150,8 @@ def _open(file: str) -> Any:
         return open(file, "rb")
     import fsspec
 
-    return fsspec.open(file, "rb").open()
+    # Buffered, as the lines of what a server sends without its length cannot be read from it.
+    return io.BufferedReader(fsspec.open(file, "rb").open())
 
 
 def _rows(stream: Any, suffix: str, field: str) -> Iterator[Any]:

@@ -191,8 +191,17 @@ def test_a_mistyped_file_is_not_looked_for_on_the_hub(
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Tells no length of what is below /streamed, so that nothing can be sought there."""
+
     def log_message(self, *args: object) -> None:
         pass
+
+    def do_HEAD(self) -> None:
+        self.send_error(405)
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Content-Length" or "/streamed" not in self.path:
+            super().send_header(keyword, value)
 
 
 @pytest.fixture
@@ -213,6 +222,9 @@ def test_urls_are_read_like_files(tmp_path: Path, site: str) -> None:
     table = write_jsonl(tmp_path / "a.jsonl", rows).read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(table))
     assert texts_of(f"{site}/a.jsonl.gz?download=1") == TEXTS
+    (tmp_path / "streamed").mkdir()
+    (tmp_path / "streamed" / "a.jsonl").write_bytes(table)
+    assert texts_of(f"{site}/streamed/a.jsonl") == TEXTS
     with pytest.raises(ValueError, match=r"nothing.jsonl: cannot be read: 404"):
         read(f"{site}/nothing.jsonl")
 
