@@ -140,15 +140,6 @@ def test_the_other_part_still_is_a_fraction_of_the_other_files(tmp_path: Path) -
     assert text_of(tmp_path, TEST, **arguments) == b"bb"
 
 
-def test_workers_share_a_part(tmp_path: Path) -> None:
-    write(tmp_path, a=bytes(range(50)), b=bytes(range(50, 103)))
-    seen = []
-    for worker in range(3):
-        data = ByteFiles(tmp_path, TRAIN, seq_len=10, worker_id=worker, num_workers=3)
-        seen.append(ids_of(data.offset_to(1)))
-    assert seen == [list(range(1, 31)), list(range(32, 62)), list(range(63, 93))]
-
-
 def test_loading_processes_read_the_same(tmp_path: Path) -> None:
     data = part(write(tmp_path, a=bytes(range(60)), b=bytes(range(60, 120))), TRAIN, seq_len=7)
     batches = [

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
 from mblm.data.dataset.clevr import Clevr, ClevrOptionalArgs
 from mblm.data.types import ModelMode
@@ -162,20 +161,6 @@ def test_fractions_of_weights_are_warned_of(folder: Path) -> None:
     assert data[0][1][:7].tolist() == [0] * 6 + [1]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"enable_jpeg_stream_with_quality": 96}, "less than or equal to 95"),
-        ({"qiqa_loss_mask": [1, 2, 3]}, "qiqa_loss_mask"),
-        ({"target_mode": "q"}, "target_mode"),
-        ({"crop": 0.1}, "crop\n.*not permitted"),
-    ],
-)
-def test_unfit_arguments_are_refused(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        arguments(**changed)
-
-
 def test_a_sample_that_is_too_long_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"seq_len: sample 1 has 92 ids, .* into 91"):
         clevr(folder, seq_len=91)[1]
@@ -207,14 +192,6 @@ def test_the_test_part_has_no_samples(folder: Path) -> None:
     data = Clevr(folder, ModelMode.TEST, PAD, arguments(), seq_len=9, worker_id=0, num_workers=1)
     with pytest.raises(ValueError, match="mode: the test part of CLEVR has no answers"):
         data[0]
-
-
-def test_a_real_sample(shared: Path) -> None:
-    data = clevr(shared / "corpus" / "clevr", seq_len=500_000)
-    _, _, (question, image, answer, _) = data.get_sample_with_parts(0)
-    assert len(question) == Clevr.MAX_QUESTION_LEN_BYTES
-    assert len(image) == np.prod(Clevr.IMAGE_SHAPE_C_W_H)
-    assert len(answer) == Clevr.MAX_ANSWER_LEN_BYTESN
 
 
 def test_its_lineage_is_the_file_of_questions(folder: Path) -> None:
