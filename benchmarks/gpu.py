@@ -1,9 +1,8 @@
-"""The CUDA kernels against plain PyTorch on the same GPU: each operator, and a training step.
+"""The CUDA kernels against plain PyTorch on the same GPU: each operator.
 
 Two processes take the same measurements, one with the kernels and one with MBLM_NATIVE=0. Times
 are medians of several batches of runs, of fewer where they take long, after a warm-up that is not
-counted. The training step is that of the published 2D configuration (360M, Mamba-2 over a
-Transformer, bfloat16): forward, backward and AdamW's update.
+counted.
 
     python benchmarks/gpu.py [--json FILE] [--quick]
 
@@ -23,7 +22,6 @@ from typing import Any
 
 from side_by_side import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 ENOUGH = 2  # seconds, after which no batch of runs is begun
 
 
@@ -128,10 +126,12 @@ def operators(
     }
 
 
-def measure_operators(device: str, quick: bool) -> Iterator[tuple[str, float]]:
+def work(quick: bool) -> Iterator[tuple[str, float]]:
     """Milliseconds of each operator's forward pass, and of its forward and backward pass."""
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
     runs, repeats = (1, 1) if quick else (5, 5)
     for name, (function, tensors, others) in operators(device, quick).items():
         with torch.no_grad():
@@ -153,47 +153,6 @@ def measure_operators(device: str, quick: bool) -> Iterator[tuple[str, float]]:
         yield f"{name}, forward and backward", seconds(both, device, runs, repeats) * 1e3
 
 
-def measure_step(device: str, quick: bool) -> Iterator[tuple[str, float]]:
-    """Milliseconds and peak memory in MB of a training step."""
-    import torch
-    import yaml
-
-    from mblm import MBLM, MBLMModelConfig
-
-    params = yaml.safe_load((ROOT / "configs" / "pg19_2d_st.yaml").read_text())["params"]
-    length = params.pop("input_seq_len")
-    if quick:
-        length, params["num_layers"], params["hidden_dims"] = 256, [1, 1], [64, 64]
-    torch.manual_seed(0)
-    model = MBLM(MBLMModelConfig(**params)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(0, 256, (1 if quick else 2, length), device=device)
-
-    def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    yield "training step", seconds(step, device, *((1, 1) if quick else (5, 1))) * 1e3
-    if device == "cuda":
-        yield "peak memory of a training step, MB", torch.cuda.max_memory_allocated() / 2**20
-
-
-def work(quick: bool) -> Iterator[tuple[str, float]]:
-    """Names and figures, as they are measured."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    yield from measure_operators(device, quick)
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    yield from measure_step(device, quick)
-
-
 def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,7 +170,7 @@ def main() -> None:
     if not torch.cuda.is_available() and not arguments.quick:
         sys.exit("no GPU: only --quick runs on the CPU")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}; milliseconds unless said otherwise")
+    print(f"{device}, torch {torch.__version__}; milliseconds")
     results: dict[str, Any] = {"device": device, "torch": torch.__version__}
     command = [sys.executable, __file__, "--worker", *["--quick"] * arguments.quick]
     for side, native in {"kernels": "require", "PyTorch": "0"}.items():
