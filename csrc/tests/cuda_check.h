@@ -16,6 +16,14 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
+// Sums over parts that lie one behind the other.
+template <class C>
+std::vector<C> sum_of_parts(const std::vector<C>& parts, int64_t size) {
+  std::vector<C> sums(size);
+  for (size_t i = 0; i < parts.size(); ++i) sums[i % size_t(size)] += parts[i];
+  return sums;
+}
+
 // What run(), which launches kernels and gives a tuple of vectors, gives: the same bits in
 // whichever order the threads run.
 template <class Run>
@@ -40,8 +48,8 @@ std::vector<T> unwritten(int64_t size) {
 }
 
 // Relative error of a value that was computed in the type's precision, in another order.
-template <class T>
-bool nearly(const std::vector<T>& got, const std::vector<T>& expected, double factor = 1) {
+template <class T, class Expected>
+bool nearly(const std::vector<T>& got, const std::vector<Expected>& expected, double factor = 1) {
   if (got.size() != expected.size()) return false;
   for (size_t i = 0; i < got.size(); ++i) {
     const double a = double(got[i]), b = double(expected[i]);

@@ -56,8 +56,7 @@ void equals_cpu(int64_t batch, int64_t length, int64_t num_patches, int64_t patc
                                         grad_table.data(), weight_bias.data(), nullptr));
     return std::tuple(grad_table, weight_bias);
   });
-  std::vector<C> sums(2 * patch_width);
-  for (size_t i = 0; i < weight_bias.size(); ++i) sums[i % sums.size()] += weight_bias[i];
+  const auto sums = test::sum_of_parts(weight_bias, 2 * patch_width);
   std::vector<T> got_weight(patch_width), got_bias(patch_width);
   for (int64_t c = 0; c < patch_width; ++c) {
     got_weight[c] = T(sums[c]);

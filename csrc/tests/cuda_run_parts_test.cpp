@@ -1,5 +1,5 @@
-// Tests of what a run on a GPU is made of, emulated, against the CPU's: products, steps of every
-// stage.
+// Tests of what a run on a GPU is made of, emulated, against the CPU's: steps of every stage,
+// attention.
 #include "cuda_check.h"
 // The emulation comes before the sources.
 #include <algorithm>
@@ -8,8 +8,8 @@
 #include "cuda/decode_attention.cu"
 #include "cuda/decode_product.cu"
 #include "cuda/decode_product_mma.cu"
-#include "cuda/decode_rows.cu"
 #include "cuda/decode_scan.cu"
+#include "cuda/decode_slots.cu"
 #include "cuda/stage_step.cpp"
 #include "models.h"
 
@@ -91,97 +91,6 @@ double relative_error(const float* got, const float* expected, int64_t size) {
 // int8 weights are multiplied with numbers of 16 bits on a CPU, with floats on a GPU.
 double tolerance(test::WeightType type) {
   return type == test::WeightType::kInt8 ? 2e-3 : 1e-4;
-}
-
-void a_product_equals_that_of_the_cpu(test::WeightType type, int64_t rows, int64_t inputs,
-                                      int64_t outputs) {
-  Store store(type), cpu_store(type, test::Device::kCpu);
-  const cpu::Matrix matrix = store.matrix(outputs, inputs);
-  const cpu::Matrix cpu_matrix = cpu_store.matrix(outputs, inputs);
-  const float* x = store.vector(rows * inputs);
-  const float* residual = store.vector(rows * outputs);
-  std::vector<float> expected(rows * outputs);
-  cpu::multiply(worker(), cpu_matrix, x, rows, expected.data(), cpu::Then::kGelu, residual);
-  cuda::Product product;
-  product.rows = rows;
-  product.x = x;
-  product.x_stride = inputs;
-  product.matrix = matrix;
-  product.then = cpu::Then::kGelu;
-  product.residual = residual;
-  const auto [got, kept] = test::in_both_orders([&] {
-    auto out = test::unwritten<float>(rows * outputs);
-    auto kept = test::unwritten<float>(rows * (outputs / 2));
-    product.out = out.data();
-    product.keep = kept.data();
-    CHECK(!cuda::multiply(product, nullptr));
-    return std::tuple(out, kept);
-  });
-  CHECK(relative_error(got.data(), expected.data(), rows * outputs) < tolerance(type));
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = residual + (row + 1) * outputs - outputs / 2;
-    CHECK(std::equal(from, from + outputs / 2, kept.data() + row * (outputs / 2)));
-  }
-  // A row alone gives the same bits, except of those that tensor cores multiply.
-  const bool is_of_many = rows > cuda::kFewRows && type != test::WeightType::kFloat32;
-  std::vector<float> alone(outputs);
-  product.rows = 1;
-  product.x += (rows - 1) * inputs;
-  product.residual += (rows - 1) * outputs;
-  product.out = alone.data();
-  product.keep = nullptr;
-  CHECK(!cuda::multiply(product, nullptr));
-  const std::vector<float> last(got.end() - outputs, got.end());
-  CHECK(is_of_many ? test::nearly(alone, last, 10) : test::same_bits(alone, last));
-  // A row that takes no part is not written to.
-  const int64_t position = -1;
-  product.positions = &position;
-  std::fill(alone.begin(), alone.end(), 7.0f);
-  CHECK(!cuda::multiply(product, nullptr));
-  CHECK(alone == test::unwritten<float>(outputs));
-}
-
-void products() {
-  for (const auto type : test::kWeightTypes) {
-    for (const int64_t rows : {1, 3, 8, 17}) {
-      for (const int64_t inputs : {1, 37, 64})
-        a_product_equals_that_of_the_cpu(type, rows, inputs, 21);
-    }
-    // Chunks, several and not complete, and norms over them; more columns than rows of blocks.
-    for (const int64_t inputs : {2304, 4100}) a_product_equals_that_of_the_cpu(type, 2, inputs, 9);
-  }
-  a_product_equals_that_of_the_cpu(test::WeightType::kBFloat16, 9, 1040, 32 * 64);
-}
-
-// The sum of squares of many rows and of one is the same: so are the bits.
-void a_norm_over_several_chunks() {
-  Store store;
-  const int64_t rows = 9, inputs = 1282, outputs = 32 * 64;
-  const cpu::Matrix matrix = store.matrix(outputs, inputs);
-  std::vector<float> together(rows * outputs), alone(outputs), expected(outputs);
-  cuda::Product product;
-  product.rows = rows;
-  product.x = store.vector(rows * inputs);
-  product.x_stride = inputs;
-  product.norm = {store.vector(inputs), 1e-5f, false};
-  product.matrix = matrix;
-  product.out = together.data();
-  CHECK(!cuda::multiply(product, nullptr));
-  const float* last = product.x + (rows - 1) * inputs;
-  std::vector<float> normed(inputs);
-  double squares = 0;
-  for (int64_t i = 0; i < inputs; ++i) squares += double(last[i]) * last[i];
-  for (int64_t i = 0; i < inputs; ++i) {
-    normed[i] = float(last[i] / std::sqrt(squares / inputs + 1e-5) * product.norm.weight[i]);
-  }
-  cpu::multiply(worker(), matrix, normed.data(), 1, expected.data());
-  CHECK(relative_error(together.data() + (rows - 1) * outputs, expected.data(), outputs) <
-        tolerance(test::WeightType::kFloat32));
-  product.rows = 1;
-  product.x = last;
-  product.out = alone.data();
-  CHECK(!cuda::multiply(product, nullptr));
-  CHECK(test::same_bits(alone, std::vector<float>(together.end() - outputs, together.end())));
 }
 
 // The CPU's rows of such states, each with one position, in a page.
@@ -429,8 +338,6 @@ void no_position_beyond_the_cache_is_written() {
 }
 
 int main() {
-  products();
-  a_norm_over_several_chunks();
   steps<cpu::TransformerStage>();
   steps<cpu::Mamba1Stage>();
   steps<cpu::Mamba2Stage>();

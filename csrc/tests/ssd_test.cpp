@@ -2,12 +2,14 @@
 #include "cpu/ssd.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "check.h"
 #include "cpu/products.h"
+#include "ssd_case.h"
 
 using namespace mblm;
+template <class T>
+using Case = test::SsdCase<T>;
 
 void products_and_transposes() {
   test::Numbers numbers;
@@ -56,136 +58,46 @@ void products_and_transposes() {
   }
 }
 
-struct Sizes {
-  int64_t rows, length, heads, head_dim, states, chunk_size;
-};
-
+// The chunk from position start on, with its scores.
 template <class T>
-struct Case {
-  using C = cpu::compute_t<T>;
-  Sizes s;
-  int64_t gap = 3;
-  std::vector<T> x, grad_y;
-  std::vector<C> dt, rates, weight_in, weight_out, direct, initial, grad_state;
-
-  explicit Case(Sizes sizes) : s(sizes) {
-    test::Numbers numbers;
-    x = numbers.vector<T>(s.rows * s.length * position_stride());
-    grad_y = numbers.vector<T>(s.rows * s.length * s.heads * s.head_dim);
-    dt = numbers.vector<C>(s.rows * s.length * s.heads);
-    for (C& step : dt) step = std::fabs(step);
-    rates = numbers.vector<C>(s.heads);
-    for (C& rate : rates) rate = -std::fabs(rate);
-    direct = numbers.vector<C>(s.heads);
-    initial = numbers.vector<C>(s.rows * s.heads * s.head_dim * s.states);
-    grad_state = numbers.vector<C>(initial.size());
-    weight_in = numbers.vector<C>(s.rows * s.length * s.states);
-    weight_out = numbers.vector<C>(weight_in.size());
-  }
-
-  int64_t position_stride() const { return s.heads * s.head_dim + gap; }
-
-  double x_at(int64_t row, int64_t t, int64_t channel) const {
-    return double(x[(row * s.length + t) * position_stride() + channel]);
-  }
-
-  // The chunk from position start on, with its scores.
-  cpu::SsdInput<T> chunk(int64_t start, std::vector<C>& scores) const {
-    const int64_t positions = std::min(s.chunk_size, s.length - start);
-    cpu::SsdInput<T> in{s.rows,
-                        s.length,
-                        s.heads,
-                        s.head_dim,
-                        s.states,
-                        start,
-                        positions,
-                        x.data(),
-                        s.length * position_stride(),
-                        position_stride(),
-                        dt.data(),
-                        rates.data(),
-                        weight_in.data(),
-                        weight_out.data(),
-                        direct.data(),
-                        nullptr};
-    scores.resize(s.rows * positions * in.padded_positions());
-    cpu::ssd_scores(in, scores.data(), 0, s.rows / 2);
-    cpu::ssd_scores(in, scores.data(), s.rows / 2, s.rows);
-    in.scores = scores.data();
-    return in;
-  }
-};
-
-// What the kernels should give, all in double.
-struct Expected {
-  std::vector<double> y, state, grad_x, grad_dt, grad_rates, grad_direct, grad_in, grad_out,
-      grad_state;
-};
-
-template <class T>
-Expected plain(const Case<T>& c) {
-  const auto [rows, length, heads, head_dim, states, chunk_size] = c.s;
-  Expected e;
-  e.y.resize(c.grad_y.size());
-  e.grad_x.resize(c.grad_y.size());
-  e.grad_dt.resize(c.dt.size());
-  e.grad_rates.resize(rows * heads);
-  e.grad_direct.resize(rows * heads);
-  e.grad_in.resize(c.weight_in.size());
-  e.grad_out.resize(c.weight_in.size());
-  e.state.resize(c.initial.size());
-  e.grad_state.resize(c.initial.size());
-  std::vector<double> h(length + 1);
-  for (int64_t i = 0; i < rows * heads * head_dim * states; ++i) {
-    const int64_t n = i % states, channel = i / states % (heads * head_dim);
-    const int64_t row = i / states / heads / head_dim, head = channel / head_dim;
-    const bool first_state = n == 0;
-    const double rate = double(c.rates[head]), direct = double(c.direct[head]);
-    h[0] = double(c.initial[i]);
-    for (int64_t t = 0; t < length; ++t) {
-      const int64_t position = row * length + t;
-      const double step = double(c.dt[position * heads + head]), x = c.x_at(row, t, channel);
-      h[t + 1] =
-          std::exp(step * rate) * h[t] + step * x * double(c.weight_in[position * states + n]);
-      double& y = e.y[position * heads * head_dim + channel];
-      y += double(c.weight_out[position * states + n]) * h[t + 1];
-      if (first_state) y += direct * x;
-    }
-    e.state[i] = h[length];
-    double g = double(c.grad_state[i]);
-    for (int64_t t = length - 1; t >= 0; --t) {
-      const int64_t position = row * length + t, weight = position * states + n;
-      const int64_t at = position * heads * head_dim + channel;
-      const double step = double(c.dt[position * heads + head]), x = c.x_at(row, t, channel);
-      const double out = double(c.grad_y[at]);
-      g += double(c.weight_out[weight]) * out;
-      const double rate_grad = g * std::exp(step * rate) * h[t];
-      e.grad_out[weight] += out * h[t + 1];
-      e.grad_in[weight] += step * x * g;
-      e.grad_rates[row * heads + head] += step * rate_grad;
-      e.grad_x[at] += step * g * double(c.weight_in[weight]);
-      e.grad_dt[position * heads + head] += x * g * double(c.weight_in[weight]) + rate * rate_grad;
-      if (first_state) e.grad_x[at] += direct * out;
-      if (first_state) e.grad_direct[row * heads + head] += x * out;
-      g *= std::exp(step * rate);
-    }
-    e.grad_state[i] = g;
-  }
-  return e;
+cpu::SsdInput<T> input_of(const Case<T>& c, int64_t start, std::vector<cpu::compute_t<T>>& scores) {
+  const auto& s = c.s;
+  const int64_t positions = std::min(s.chunk_size, s.length - start);
+  cpu::SsdInput<T> in{s.rows,
+                      s.length,
+                      s.heads,
+                      s.head_dim,
+                      s.states,
+                      start,
+                      positions,
+                      c.x.data(),
+                      s.length * c.position_stride(),
+                      c.position_stride(),
+                      c.dt.data(),
+                      c.rates.data(),
+                      c.weight_in.data(),
+                      c.weight_out.data(),
+                      c.direct.data(),
+                      nullptr};
+  scores.resize(s.rows * positions * in.padded_positions());
+  cpu::ssd_scores(in, scores.data(), 0, s.rows / 2);
+  cpu::ssd_scores(in, scores.data(), s.rows / 2, s.rows);
+  in.scores = scores.data();
+  return in;
 }
 
 template <class T>
 void forward_and_backward(const Case<T>& c) {
   using C = cpu::compute_t<T>;
   const auto [rows, length, heads, head_dim, states, chunk_size] = c.s;
-  const Expected expected = plain(c);
+  const auto expected = test::plain(c);
   const int64_t per_row = heads * head_dim * states;
   std::vector<C> scores, state = c.initial;
   std::vector<std::vector<C>> before;  // each chunk
   std::vector<T> y(c.grad_y.size(), T(7.0f));
   for (int64_t start = 0; start < length; start += chunk_size) {
     before.push_back(state);
-    const auto in = c.chunk(start, scores);
+    const auto in = input_of(c, start, scores);
     const int64_t items = rows * heads;  // in two ranges, as two threads would
     const cpu::SsdStates<const C> from{before.back().data(), per_row};
     const cpu::SsdStates<C> to{state.data(), per_row};
@@ -200,7 +112,7 @@ void forward_and_backward(const Case<T>& c) {
   std::vector<C> grad_rates(rows * heads), grad_direct(rows * heads);
   std::vector<T> grad_in(c.weight_in.size()), grad_out(c.weight_in.size());
   for (int64_t chunk = int64_t(before.size()) - 1; chunk >= 0; --chunk) {
-    const auto in = c.chunk(chunk * chunk_size, scores);
+    const auto in = input_of(c, chunk * chunk_size, scores);
     const int64_t scores_each = in.positions * in.padded_positions(), each = in.positions * states;
     const int64_t groups = std::min(heads, int64_t(2)), half = heads / 2;
     for (int64_t row = 0; row < rows && groups > 0; ++row) {
