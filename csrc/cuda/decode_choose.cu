@@ -1,11 +1,10 @@
-// Chooses the next byte of every row: see decode_choose.h.
+// Chooses the next byte of every row: see decode_slots.h.
 //
 // A block takes a row. Tokens are compared, and sorted where filters need their order, by keys: a
-// number in whose upper half the value falls and in whose lower half the token rises. What depends
-// on the order of sums, the mass of the likeliest, one thread adds up as the CPU does.
+// number in whose upper half the value falls and in whose lower half the token rises.
 #include <cmath>
 
-#include "cuda/decode_choose.h"
+#include "cuda/decode_slots.h"
 #include "cuda/kernel.cuh"
 #include "cuda/philox.h"
 #include "cuda/row_math.cuh"
@@ -47,7 +46,8 @@ MBLM_DEVICE Key earlier(Key a, Key b) {
 struct Shared {
   Key firsts[kWarps];
   float sums[kWarps];
-  int64_t kept;
+  double masses[kWarps];
+  bool may_go_on;
 };
 
 // The lowest key of all threads, in each of them.
@@ -132,55 +132,64 @@ MBLM_DEVICE bool accepts(const Automaton& automaton) {
 // Whether anything may come next, in each thread.
 MBLM_DEVICE bool allows_any(const Automaton& automaton, int64_t left, Shared& shared) {
   __syncthreads();
-  if (threadIdx.x == 0) shared.kept = 0;
+  if (threadIdx.x == 0) shared.may_go_on = false;
   __syncthreads();
   for (int64_t c = threadIdx.x; c < automaton.num_classes; c += kThreads) {
-    if (is_allowed(automaton, c, left)) shared.kept = 1;
+    if (is_allowed(automaton, c, left)) shared.may_go_on = true;
   }
   __syncthreads();
-  return shared.kept > 0;
+  return shared.may_go_on;
 }
 
-// How many of the sorted tokens top_p keeps: each while those before it do not reach it. Their
-// values in the keys become probabilities.
-MBLM_DEVICE int64_t count_of_mass(Key* keys, const float* logits, int64_t count, const Slot& row,
-                                  Shared& shared) {
-  const auto put = [&](int64_t i, float value) {
-    keys[i] = Key(__float_as_uint(value)) << 32 | uint32_t(keys[i]);
-  };
-  const auto get = [&](int64_t i) { return __uint_as_float(uint32_t(keys[i] >> 32)); };
+// The sum of what all threads before have, and that of all, in each thread.
+MBLM_DEVICE double sum_before(double own, Shared& shared, double& all) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  double sum = own;  // up to this lane
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const double more = __shfl_sync(0xffffffffu, sum, lane < offset ? lane : lane - offset);
+    if (lane >= offset) sum += more;
+  }
+  double before = __shfl_sync(0xffffffffu, sum, lane > 0 ? lane - 1 : 0);
+  if (lane == 0) before = 0;
+  if (lane == kWarp - 1) shared.masses[warp] = sum;
+  __syncthreads();
+  all = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += shared.masses[w];
+    all += shared.masses[w];
+  }
+  __syncthreads();
+  return before;
+}
+
+// How many of the sorted tokens top_p keeps: each while those before it do not reach it. A thread
+// takes neighbors.
+MBLM_DEVICE int64_t count_of_mass(const Key* keys, const float* logits, int64_t count,
+                                  const Slot& row, Shared& shared) {
   const float highest = logits[token_of(keys[0])] / row.temperature;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    put(i, expf(logits[token_of(keys[i])] / row.temperature - highest));
+  const auto beside_highest = [&](int64_t i) {
+    return expf(logits[token_of(keys[i])] / row.temperature - highest);
+  };
+  const int64_t each = (count + kThreads - 1) / kThreads, first = threadIdx.x * each;
+  const int64_t end = first + each < count ? first + each : count;
+  double own = 0, all;
+  for (int64_t i = first; i < end; ++i) own += beside_highest(i);
+  sum_before(own, shared, all);
+  const float sum = float(all);
+  own = 0;
+  for (int64_t i = first; i < end; ++i) own += beside_highest(i) / sum;
+  double mass = sum_before(own, shared, all);
+  int64_t kept = count;
+  for (int64_t i = first; i < end && kept == count; ++i) {
+    const float probability = beside_highest(i) / sum;
+    mass += probability;
+    if (float(mass) - probability >= row.top_p) kept = i;
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    float sum = 0, before = -1;
-    MBLM_UNROLL
-    for (int64_t i = 0; i < count && sum != before; ++i) {  // what follows is too little to count
-      before = sum;
-      sum += get(i);
-    }
-    shared.sums[0] = sum;
-  }
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) put(i, get(i) / shared.sums[0]);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double mass = 0;
-    int64_t kept = 0;
-    for (; kept < count; ++kept) {
-      mass += get(kept);
-      if (float(mass) - get(kept) >= row.top_p) break;
-    }
-    shared.kept = kept;
-  }
-  __syncthreads();
-  return shared.kept;
+  return int64_t(first_of_all(Key(kept), shared));
 }
 
 // A row's next byte, in each thread.
-MBLM_DEVICE int64_t choose_of_row(const Choice& in, const Slot& row, int64_t index,
+MBLM_DEVICE int64_t choose_of_row(const Slots& in, const Slot& row, int64_t index,
                                   const float* logits, Key* keys, Shared& shared) {
   const int64_t count = in.num_tokens, at = index * in.bytes + row.done;
   const int64_t first = likeliest(logits, count, shared);
@@ -226,7 +235,7 @@ struct Chosen {
 };
 
 // What comes next in a row, and how likely it was, in each thread.
-MBLM_DEVICE Chosen next_of_row(const Choice& in, const Slot& row, int64_t index, bool has_stepped,
+MBLM_DEVICE Chosen next_of_row(const Slots& in, const Slot& row, int64_t index, bool has_stepped,
                                Key* own_keys, Shared& shared) {
   const int64_t count = in.num_tokens;
   if (row.way == Way::kPause) return {};
@@ -255,7 +264,7 @@ MBLM_DEVICE Chosen next_of_row(const Choice& in, const Slot& row, int64_t index,
 }
 
 // Has a row grow by what comes next.
-MBLM_DEVICE void move_on(const Choice& in, int64_t index, bool has_stepped, const Chosen& chosen,
+MBLM_DEVICE void move_on(const Slots& in, int64_t index, bool has_stepped, const Chosen& chosen,
                          Shared& shared) {
   Slot& row = in.rows[index];
   const int64_t planned = row.planned - 1, at = index * in.bytes + row.done;
@@ -283,12 +292,13 @@ MBLM_DEVICE void move_on(const Choice& in, int64_t index, bool has_stepped, cons
   row.done += chosen.id >= 0;
 }
 
-__global__ void __launch_bounds__(kThreads, 1) choose_of_rows(Choice in) {
+__global__ void __launch_bounds__(kThreads, 1)
+    choose_of_rows(Slots in, StageSlots local, bool has_next) {
   release_dependents();
   Shared& shared = *shared_memory<Shared>();
   Key* const own_keys = reinterpret_cast<Key*>(&shared + 1);
   wait_for_inputs();
-  for (int64_t index = blockIdx.x; index < in.slots; index += gridDim.x) {
+  for (int64_t index = blockIdx.x; index < in.count; index += gridDim.x) {
     const Slot& row = in.rows[index];
     const bool has_stepped = in.positions[index] >= 0;
     if (row.left > 0 && row.done < in.bytes && (row.pending < 0 || has_stepped)) {
@@ -296,17 +306,18 @@ __global__ void __launch_bounds__(kThreads, 1) choose_of_rows(Choice in) {
       move_on(in, index, has_stepped, chosen, shared);
     }
     __syncthreads();
-    if (in.has_next) embed_byte(in.next, index);
+    if (has_next) embed_byte(in, local, false, index);
   }
 }
 
 }  // namespace
 
-Error choose(const Choice& in, Stream stream) {
+Error choose(const Slots& in, const StageSlots& local, bool has_next, Stream stream) {
   if (in.num_tokens < 1) return "there must be a token to choose";
   const int64_t own_keys = in.keys ? 0 : power_of_two(in.num_tokens);
   const size_t shared_bytes = sizeof(Shared) + size_t(own_keys) * sizeof(Key);
-  return launch_dependent(choose_of_rows, in.slots, kThreads, shared_bytes, stream, in);
+  return launch_dependent(choose_of_rows, in.count, kThreads, shared_bytes, stream, in, local,
+                          has_next);
 }
 
 int64_t keys_of(int64_t num_tokens) {

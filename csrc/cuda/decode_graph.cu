@@ -21,20 +21,20 @@ cudaStream_t stream_of(Stream stream) {
 
 }  // namespace
 
-CaptureStream::~CaptureStream() {
-  if (stream_) cudaStreamDestroy(stream_of(stream_));
+void CaptureStream::Delete::operator()(void* stream) const {
+  cudaStreamDestroy(stream_of(stream));
 }
 
 Error CaptureStream::create() {
   if (stream_) return nullptr;
   cudaStream_t stream = nullptr;
   const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-  if (error == cudaSuccess) stream_ = stream;
+  if (error == cudaSuccess) stream_.reset(stream);
   return message_of(error);
 }
 
-Graph::~Graph() {
-  if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
+void Graph::Delete::operator()(void* graph) const {
+  cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
 }
 
 Error Graph::record(const CaptureStream& on, const std::function<Error(Stream)>& queue) {
@@ -58,13 +58,12 @@ Error Graph::record(const CaptureStream& on, const std::function<Error(Stream)>&
   }
   if (error != cudaSuccess) return message_of(error);
   if (!executable) return "no kernel was recorded";
-  if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
-  graph_ = executable;
+  graph_.reset(executable);
   return nullptr;
 }
 
 Error Graph::launch(Stream stream) const {
-  return message_of(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(stream)));
+  return message_of(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_.get()), stream_of(stream)));
 }
 
 Error wait_for(Stream stream) {
@@ -73,24 +72,23 @@ Error wait_for(Stream stream) {
 
 #else
 
-CaptureStream::~CaptureStream() = default;
+void CaptureStream::Delete::operator()(void*) const {}
 
 Error CaptureStream::create() {
   return nullptr;
 }
 
-Graph::~Graph() {
-  delete static_cast<std::function<Error(Stream)>*>(graph_);
+void Graph::Delete::operator()(void* graph) const {
+  delete static_cast<std::function<Error(Stream)>*>(graph);
 }
 
 Error Graph::record(const CaptureStream&, const std::function<Error(Stream)>& queue) {
-  delete static_cast<std::function<Error(Stream)>*>(graph_);
-  graph_ = new std::function<Error(Stream)>(queue);
+  graph_.reset(new std::function<Error(Stream)>(queue));
   return nullptr;
 }
 
 Error Graph::launch(Stream stream) const {
-  return (*static_cast<std::function<Error(Stream)>*>(graph_))(stream);
+  return (*static_cast<std::function<Error(Stream)>*>(graph_.get()))(stream);
 }
 
 Error wait_for(Stream) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <functional>
-#include <utility>
+#include <memory>
 
 #include "cuda/stream.h"
 
@@ -11,38 +11,28 @@ namespace mblm::cuda {
 // A stream of the current device, on which graphs are recorded.
 class CaptureStream {
  public:
-  CaptureStream() = default;
-  CaptureStream(CaptureStream&& other) noexcept : stream_(std::exchange(other.stream_, nullptr)) {}
-  CaptureStream& operator=(CaptureStream&& other) noexcept {
-    std::swap(stream_, other.stream_);
-    return *this;
-  }
-  ~CaptureStream();
-
   Error create();
-  Stream get() const { return stream_; }
+  Stream get() const { return stream_.get(); }
 
  private:
-  Stream stream_ = nullptr;
+  struct Delete {
+    void operator()(void* stream) const;
+  };
+  std::unique_ptr<void, Delete> stream_;  // a cudaStream_t
 };
 
 class Graph {
  public:
-  Graph() = default;
-  Graph(Graph&& other) noexcept : graph_(std::exchange(other.graph_, nullptr)) {}
-  Graph& operator=(Graph&& other) noexcept {
-    std::swap(graph_, other.graph_);
-    return *this;
-  }
-  ~Graph();
-
   // Records what a function queues on the stream that it is given; nothing is run.
   Error record(const CaptureStream& stream, const std::function<Error(Stream)>& queue);
-  explicit operator bool() const { return graph_; }
+  explicit operator bool() const { return bool(graph_); }
   Error launch(Stream stream) const;
 
  private:
-  void* graph_ = nullptr;  // a cudaGraphExec_t
+  struct Delete {
+    void operator()(void* graph) const;
+  };
+  std::unique_ptr<void, Delete> graph_;  // a cudaGraphExec_t
 };
 
 // Kernels that are queued again and again: the first time as they are, which loads them, then as a

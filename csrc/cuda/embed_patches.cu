@@ -186,20 +186,16 @@ Error embed_patches(const EmbedPatchesInput<T>& in, int64_t all_patches, int64_t
                     const T* bias, double eps, Moments* row_moments, compute_t<T>* mean,
                     compute_t<T>* inverse_std, T* out, Stream stream) {
   constexpr int N = kPackSize<T>;
-  if (const Error error = launch(moments_of_rows<T>, divide_up(num_embeddings, kWarps), kThreads, 0,
-                                 stream, in, num_embeddings, row_moments)) {
-    return error;
-  }
-  if (const Error error =
-          launch(moments_of_patches<T>, divide_up(all_patches, kWarps), kThreads, 0, stream, in,
-                 all_patches, num_embeddings, row_moments, eps, mean, inverse_std)) {
-    return error;
-  }
   const bool packed = in.width % N == 0 && is_aligned(in.table) && is_aligned(in.weight) &&
                       is_aligned(bias) && is_aligned(out);
   const int64_t items = all_patches * in.patch_size * in.width / (packed ? N : 1);
-  return launch(packed ? normalize<T, N> : normalize<T, 1>, divide_up(items, kThreads), kThreads, 0,
-                stream, in, all_patches, num_embeddings, mean, inverse_std, bias, out);
+  return first_error(
+      {launch(moments_of_rows<T>, divide_up(num_embeddings, kWarps), kThreads, 0, stream, in,
+              num_embeddings, row_moments),
+       launch(moments_of_patches<T>, divide_up(all_patches, kWarps), kThreads, 0, stream, in,
+              all_patches, num_embeddings, row_moments, eps, mean, inverse_std),
+       launch(packed ? normalize<T, N> : normalize<T, 1>, divide_up(items, kThreads), kThreads, 0,
+              stream, in, all_patches, num_embeddings, mean, inverse_std, bias, out)});
 }
 
 int64_t embed_patches_parts(int64_t all_patches) {
@@ -211,19 +207,15 @@ template <class T>
 Error embed_patches_backward(const EmbedPatchesGrad<T>& in, int64_t all_patches,
                              const Groups& groups, PatchTerms* terms, compute_t<T>* sums,
                              T* grad_table, compute_t<T>* grad_weight_bias, Stream stream) {
-  if (const Error error = launch(terms_of_patches<T>, divide_up(all_patches, kWarps), kThreads, 0,
-                                 stream, in, all_patches, terms)) {
-    return error;
-  }
   const int64_t parts = embed_patches_parts(all_patches);
-  if (const Error error = launch(affine<T>, divide_up(parts * in.patch_size * in.width, kThreads),
-                                 kThreads, 0, stream, in, all_patches, parts, grad_weight_bias)) {
-    return error;
-  }
   const bool packed = in.width % kPackSize<T> == 0 && is_aligned(in.table) &&
                       is_aligned(in.weight) && is_aligned(in.grad) && is_aligned(sums);
-  return sum_groups(groups, in.width, in.pad_token_id, packed, TableTerms<T>{in, terms}, sums,
-                    grad_table, stream);
+  return first_error({launch(terms_of_patches<T>, divide_up(all_patches, kWarps), kThreads, 0,
+                             stream, in, all_patches, terms),
+                      launch(affine<T>, divide_up(parts * in.patch_size * in.width, kThreads),
+                             kThreads, 0, stream, in, all_patches, parts, grad_weight_bias),
+                      sum_groups(groups, in.width, in.pad_token_id, packed,
+                                 TableTerms<T>{in, terms}, sums, grad_table, stream)});
 }
 
 MBLM_INSTANTIATE(embed_patches)

@@ -81,12 +81,10 @@ Error sum_groups(const Groups& groups, int64_t width, int64_t zero_id, bool pack
   const int64_t items = groups.max_pieces() * divide_up(width, (packed ? N : 1) * kWarp);
   const auto kernel =
       packed ? sum_pieces<N, compute_t<T>, Terms> : sum_pieces<1, compute_t<T>, Terms>;
-  if (const Error error = launch(kernel, divide_up(items, kWarps), kThreads, 0, stream, groups,
-                                 width, terms, sums)) {
-    return error;
-  }
-  return launch(sum_ids<T>, groups.num_ids * divide_up(width, kWarp), kThreads, 0, stream, groups,
-                width, zero_id, sums, table);
+  return first_error(
+      {launch(kernel, divide_up(items, kWarps), kThreads, 0, stream, groups, width, terms, sums),
+       launch(sum_ids<T>, groups.num_ids * divide_up(width, kWarp), kThreads, 0, stream, groups,
+              width, zero_id, sums, table)});
 }
 
 }  // namespace mblm::cuda

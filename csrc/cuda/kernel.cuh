@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "cpu/kernel.h"
 #include "cuda/stream.h"
@@ -20,10 +21,8 @@
 // Before a loop whose turns load independently: several loads are in flight at once.
 #ifdef __CUDACC__
 #define MBLM_UNROLL _Pragma("unroll 4")
-#define MBLM_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define MBLM_UNROLL _Pragma("GCC unroll 4")
-#define MBLM_UNROLL_TWICE
 #endif
 // Before a loop of few turns over arrays that are to stay in registers.
 #ifdef __CUDACC__
@@ -49,26 +48,51 @@ inline Error message_of(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-template <class... Parameters>
-cudaError_t ask_for_shared(void (*kernel)(Parameters...), size_t bytes) {
+// How the blocks of a kernel are launched.
+struct Grid {
+  int64_t clusters;
+  int size = 1;           // blocks of a cluster
+  bool is_early = false;  // see launch_clusters
+};
+
+template <class... Parameters, class... Arguments>
+Error launch_grid(void (*kernel)(Parameters...), const Grid& grid, int threads, size_t shared_bytes,
+                  Stream stream, Arguments... args) {
+  if (grid.clusters <= 0) return nullptr;
   constexpr size_t kSharedAtHand = 48 * 1024;  // more than that must be asked for
-  if (bytes <= kSharedAtHand) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kSharedAtHand) {
+    error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared_bytes));
+  }
+  // A multiprocessor runs kernels at the same time only if they divide its memory alike.
+  if (error == cudaSuccess && grid.is_early) {
+    error = cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
+  if (error != cudaSuccess) return message_of(error);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(grid.size), 1, 1};
+  cudaLaunchConfig_t config{};
+  const int64_t most = kMaxBlocks / grid.size;
+  config.gridDim = dim3(unsigned(grid.clusters < most ? grid.clusters : most) * grid.size);
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = !grid.is_early ? 0 : grid.size > 1 ? 2 : 1;
+  return message_of(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
 }
 
 // Queues kernel(args...) on `blocks` blocks, at most 2^31 - 1 of them; none is no launch.
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
              Stream stream, Arguments... args) {
-  if (blocks <= 0) return nullptr;
-  cudaError_t error = ask_for_shared(kernel, shared_bytes);
-  if (error == cudaSuccess) {
-    kernel<<<unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks), threads, shared_bytes,
-             static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(args)...);
-    error = cudaGetLastError();
-  }
-  return message_of(error);
+  return launch_grid(kernel, {blocks}, threads, shared_bytes, stream, args...);
 }
 
 // Whether the current device has what 9.0 has, and kernels were compiled to make use of it: they
@@ -81,34 +105,8 @@ bool has_compute_90();
 template <class... Parameters, class... Arguments>
 Error launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int size, int threads,
                       size_t shared_bytes, Stream stream, Arguments... args) {
-  if (!has_compute_90()) {
-    return launch(kernel, clusters, threads, shared_bytes, stream, args...);
-  }
-  if (clusters <= 0) return nullptr;
-  cudaError_t error = ask_for_shared(kernel, shared_bytes);
-  // A multiprocessor runs kernels at the same time only if they divide its memory alike.
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
-  }
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(size), 1, 1};
-    cudaLaunchConfig_t config{};
-    const int64_t most = kMaxBlocks / size;
-    config.gridDim = dim3(unsigned(clusters < most ? clusters : most) * size);
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attributes;
-    config.numAttrs = size > 1 ? 2 : 1;
-    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...);
-  }
-  return message_of(error);
+  const Grid grid = has_compute_90() ? Grid{clusters, size, true} : Grid{clusters};
+  return launch_grid(kernel, grid, threads, shared_bytes, stream, args...);
 }
 
 template <class... Parameters, class... Arguments>
@@ -124,6 +122,14 @@ MBLM_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(mblm_shared_memory);
 }
 #endif
+
+// What the first of some launches that failed says.
+inline Error first_error(std::initializer_list<Error> errors) {
+  for (const Error error : errors) {
+    if (error) return error;
+  }
+  return nullptr;
+}
 
 inline int64_t divide_up(int64_t value, int64_t by) {
   return (value + by - 1) / by;

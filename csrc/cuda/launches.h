@@ -9,9 +9,10 @@ class Launches {
  public:
   explicit Launches(Stream stream) : stream_(stream) {}
 
-  template <class Launcher, class Parameters>
-  void add(Launcher launcher, const Parameters& parameters) {
-    if (!error_) error_ = launcher(parameters, stream_);
+  // Calls launcher(parameters..., stream).
+  template <class Launcher, class... Parameters>
+  void add(Launcher launcher, const Parameters&... parameters) {
+    if (!error_) error_ = launcher(parameters..., stream_);
   }
 
   Error error() const { return error_; }

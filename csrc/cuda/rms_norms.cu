@@ -1,5 +1,6 @@
 // RMSNorm of rows that are made as they are read, and its gradients: see rms_norms.h. A warp takes
-// a position.
+// a position; lane l holds the packs l, l + 32, ... of it, whether they can be loaded at once or
+// not, so that the order of a sum does not depend on how a row lies in memory.
 //
 // Such rows are a class with an input `in` that has a width and a weight, and tells by at(i) of a
 // position: read(first) gives N channels of it, whose k-th is value(k); write(first, those, their
@@ -7,14 +8,37 @@
 // of squares; is_bounded(inverse) where nothing goes through it.
 #include <algorithm>
 
+#include "cuda/kernel.cuh"
 #include "cuda/rms_norms.h"
-#include "cuda/rows.cuh"
 
 namespace mblm::cuda {
 namespace {
 
 using cpu::GatedRmsNormInput;
 using cpu::ShiftRmsNormInput;
+
+// Channels [first, first + N) of a row, zeros beyond its end.
+template <bool kAligned, int N, class T>
+MBLM_DEVICE Pack<T, N> read_row(const T* row, int64_t width, int64_t first) {
+  if constexpr (kAligned) {
+    return load_pack<N>(row + first);
+  } else {
+    Pack<T, N> pack;
+    for (int k = 0; k < N; ++k) {
+      pack.values[k] = first + k < width ? row[first + k] : rounded<T>(0);
+    }
+    return pack;
+  }
+}
+
+template <bool kAligned, int N, class T>
+MBLM_DEVICE void write_row(T* row, int64_t width, int64_t first, const Pack<T, N>& pack) {
+  if constexpr (kAligned) {
+    store_pack(row + first, pack);
+  } else {
+    for (int k = 0; k < N && first + k < width; ++k) row[first + k] = pack.values[k];
+  }
+}
 
 // silu(gate) and its derivative; 1 and 0 without a gate.
 template <class C>

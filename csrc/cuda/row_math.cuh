@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "cuda/decode.cuh"
-#include "cuda/decode_rows.h"
 #include "cuda/decode_slots.h"
 #include "cuda/kernel.cuh"
 
@@ -45,9 +44,10 @@ MBLM_DEVICE float normalized(const LayerNormOf& norm, const Moments& of, int64_t
 }
 
 // value(i) for i < dim, at its place in a row. Values of a pair may be read after one was written
-// only if value() does not read x.
+// only if value() does not read the output.
 template <class Value>
-MBLM_DEVICE float placed(const Tokens& in, int64_t row, int64_t position, int64_t i, Value value) {
+MBLM_DEVICE float placed(const StageSlots& in, int64_t row, int64_t position, int64_t i,
+                         Value value) {
   float result = value(i);
   if (in.rotation) {
     const float* angle = in.rotation + position * in.dim + (i & ~int64_t(1));
@@ -78,21 +78,21 @@ MBLM_DEVICE bool is_at_turn(const Schedule& schedule, int64_t taken) {
 }
 
 // Embeds a row's pending byte, if it is to be taken in.
-MBLM_DEVICE void embed_byte(const PendingBytes& in, int64_t row) {
-  const Tokens& tokens = in.tokens;
+MBLM_DEVICE void embed_byte(const Slots& in, const StageSlots& local, bool is_after_turn,
+                            int64_t row) {
   const Slot& of = in.rows[row];
   const int64_t taken = of.taken, id = of.pending;
-  const bool goes_on = in.is_after_turn || !is_at_turn(in.schedule, taken);
+  const bool goes_on = is_after_turn || !is_at_turn(in.schedule, taken);
   int64_t position = in.schedule.stages > 1 ? remainder(taken, local_span(in.schedule)) : taken;
-  if (of.left <= 0 || id < 0 || !goes_on || position >= tokens.limit) position = -1;
+  if (of.left <= 0 || id < 0 || !goes_on || position >= local.limit) position = -1;
   if (threadIdx.x == 0) in.positions[row] = position < 0 ? -1 : 1 + position;
   if (position < 0) return;
-  if (threadIdx.x == 0) in.bytes.ids[row * in.bytes.size + remainder(taken, in.bytes.size)] = id;
-  const float* const embedding = is_id(id, in.num_tokens) ? in.table + id * tokens.dim : nullptr;
-  MBLM_UNROLL_TWICE
-  for (int64_t i = threadIdx.x; i < tokens.dim; i += kThreads) {
+  if (threadIdx.x == 0) in.last_bytes[row * in.last_size + remainder(taken, in.last_size)] = id;
+  const float* const embedding = is_id(id, in.num_tokens) ? local.table + id * local.dim : nullptr;
+  MBLM_UNROLL
+  for (int64_t i = threadIdx.x; i < local.dim; i += kThreads) {
     const auto value = [&](int64_t i) { return embedding ? embedding[i] : 0; };
-    tokens.x[row * tokens.dim + i] = placed(tokens, row, position, i, value);
+    local.output[row * local.dim + i] = placed(local, row, position, i, value);
   }
 }
 

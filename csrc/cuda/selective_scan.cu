@@ -95,12 +95,11 @@ Error selective_scan(const SelectiveScanInput<T>& in, T* y, compute_t<T>* state,
                      compute_t<T>* chunk_states, compute_t<T>* delta_sums, Stream stream) {
   const int lanes = lanes_for(in.padded_states);
   const int64_t items = item_count(in);
-  if (const Error error = launch(ends_of_chunks<T>, items, kScanThreads, 0, stream, in, lanes,
-                                 items, chunk_states, delta_sums)) {
-    return error;
-  }
-  if (const Error error = join(in, false, delta_sums, chunk_states, state, stream)) return error;
-  return launch(forward<T>, items, kScanThreads, 0, stream, in, lanes, items, chunk_states, y);
+  return first_error(
+      {launch(ends_of_chunks<T>, items, kScanThreads, 0, stream, in, lanes, items, chunk_states,
+              delta_sums),
+       join(in, false, delta_sums, chunk_states, state, stream),
+       launch(forward<T>, items, kScanThreads, 0, stream, in, lanes, items, chunk_states, y)});
 }
 
 MBLM_INSTANTIATE(join)

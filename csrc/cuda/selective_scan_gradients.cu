@@ -161,18 +161,14 @@ Error selective_scan_backward(const SelectiveScanInput<T>& in,
   using C = compute_t<T>;
   const int lanes = lanes_for(in.padded_states), spans = spans_of(in);
   const int64_t items = item_count(in);
-  if (const Error error = launch(starts_of_chunks<T>, items, kScanThreads, 0, stream, in, lanes,
-                                 items, grad.y, grad.carries, grad.delta_sums)) {
-    return error;
-  }
-  if (const Error error = join(in, true, grad.delta_sums, grad.carries, grad.state, stream)) {
-    return error;
-  }
   const bool in_shared = keeps_in_shared(in);
   const int64_t sums = int64_t(kScanThreads / kWarp) * 2 * kSpan * lanes * kStates;
   const int64_t kept = in_shared ? int64_t(spans) * kScanThreads * kStates : 0;
-  return launch(backward<T>, items, kScanThreads, size_t(sums + kept) * sizeof(C), stream, in,
-                lanes, items, spans, in_shared, grad);
+  return first_error({launch(starts_of_chunks<T>, items, kScanThreads, 0, stream, in, lanes, items,
+                             grad.y, grad.carries, grad.delta_sums),
+                      join(in, true, grad.delta_sums, grad.carries, grad.state, stream),
+                      launch(backward<T>, items, kScanThreads, size_t(sums + kept) * sizeof(C),
+                             stream, in, lanes, items, spans, in_shared, grad)});
 }
 
 MBLM_INSTANTIATE(selective_scan_kept)

@@ -31,6 +31,9 @@ struct Slot {
   int64_t left = 0;      // bytes by which it is to grow in this unit; without, nothing is written
   int64_t planned = 0;   // bytes that its plan has left
   int64_t done = 0;      // bytes by which it has grown in this unit
+  // Bytes up to the end of a patch that is fed, by which alone it grows in this unit: the local
+  // stage takes no step for them, as it begins anew after them.
+  int64_t skipped = 0;
   Way way = Way::kPause;
 
   float temperature = 1;
@@ -39,7 +42,7 @@ struct Slot {
   float least =
       -INFINITY;  // of what is kept, the logarithm of how likely it is beside the likeliest
   bool has_log_probs = false;
-  bool has_numbers = false;  // the host has drawn them: see Choice::uniform
+  bool has_numbers = false;  // the host has drawn them: see Slots::uniform
   // Random numbers: how many threads draw them, and which of what they draw at once are the row's.
   uint32_t threads = 1, first_number = 0;
   Automaton allow, stop;

@@ -137,12 +137,11 @@ template <class T, class Sums>
 Error ssd_in_tiles(const SsdInput<T>& in, T* y, compute_t<T>* state, compute_t<T>* chunk_states,
                    Stream stream) {
   const T* const forwards = nullptr;
-  if (const Error error = states_of_chunks<T, Sums>(in, forwards, chunk_states, state, stream)) {
-    return error;
-  }
   const int64_t items = in.rows * in.chunks * in.heads * divide_up(in.chunk_size, kTile) *
                         divide_up(in.head_dim, kTile);
-  return launch_tiles<Sums>(forward<T, Sums>, items, stream, in, items, chunk_states, y);
+  return first_error(
+      {states_of_chunks<T, Sums>(in, forwards, chunk_states, state, stream),
+       launch_tiles<Sums>(forward<T, Sums>, items, stream, in, items, chunk_states, y)});
 }
 
 }  // namespace
@@ -151,22 +150,15 @@ template <class T, class Sums>
 Error states_of_chunks(const SsdInput<T>& in, const T* grad_y, compute_t<T>* parts,
                        compute_t<T>* state, Stream stream) {
   const int64_t units = in.rows * in.chunks, tiles = divide_up(in.chunk_size, kTile);
-  if (const Error error = launch(sums_of_chunks<T>, divide_up(units * in.heads, kThreads), kThreads,
-                                 0, stream, in)) {
-    return error;
-  }
   const int64_t pairs = units * tiles * tiles;
-  if (const Error error = launch_tiles<Sums>(scores_of_chunks<T, Sums>, pairs, stream, in, pairs)) {
-    return error;
-  }
   const int64_t items =
       units * in.heads * divide_up(in.head_dim, kTile) * divide_up(in.states, kTile);
-  if (const Error error =
-          launch_tiles<Sums>(parts_of_chunks<T, Sums>, items, stream, in, items, grad_y, parts)) {
-    return error;
-  }
-  return launch(join_chunks<T>, divide_up(in.rows * in.heads * in.head_dim * in.states, kThreads),
-                kThreads, 0, stream, in, grad_y != nullptr, parts, state);
+  return first_error(
+      {launch(sums_of_chunks<T>, divide_up(units * in.heads, kThreads), kThreads, 0, stream, in),
+       launch_tiles<Sums>(scores_of_chunks<T, Sums>, pairs, stream, in, pairs),
+       launch_tiles<Sums>(parts_of_chunks<T, Sums>, items, stream, in, items, grad_y, parts),
+       launch(join_chunks<T>, divide_up(in.rows * in.heads * in.head_dim * in.states, kThreads),
+              kThreads, 0, stream, in, grad_y != nullptr, parts, state)});
 }
 
 // What the gradients begin with, too.

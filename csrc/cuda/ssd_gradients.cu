@@ -272,33 +272,17 @@ __global__ void __launch_bounds__(Sums::kThreads, Sums::kBlocks)
 
 template <class T, class Sums>
 Error ssd_backward_in_tiles(const SsdInput<T>& in, const SsdGradients<T>& grad, Stream stream) {
-  if (const Error error = states_of_chunks<T, Sums>(in, grad.y, grad.carries, grad.state, stream)) {
-    return error;
-  }
   const int64_t units = in.rows * in.chunks, heads = units * in.heads;
   const int64_t tiles = divide_up(in.chunk_size, kTile), pairs = units * tiles * tiles;
-  const int64_t items = units * tiles * divide_up(in.states, kTile) * 2;
-  if (const Error error = launch_tiles<Sums>(gradients_of_positions<T, Sums>, heads * tiles, stream,
-                                             in, heads * tiles, grad)) {
-    return error;
-  }
-  if (const Error error = launch_tiles<Sums>(gradients_through_outputs<T, Sums>, heads * tiles,
-                                             stream, in, heads * tiles, grad)) {
-    return error;
-  }
-  if (const Error error =
-          launch(gradients_of_totals<T>, divide_up(heads, kWarps), kThreads, 0, stream, in, grad)) {
-    return error;
-  }
-  if (const Error error = launch(gradients_of_rates<T>, divide_up(heads, kThreads), kThreads, 0,
-                                 stream, in, grad)) {
-    return error;
-  }
-  if (const Error error =
-          launch_tiles<Sums>(gradients_of_scores<T, Sums>, pairs, stream, in, pairs, grad)) {
-    return error;
-  }
-  return launch_tiles<Sums>(gradients_of_weights<T, Sums>, items, stream, in, items, grad);
+  const int64_t items = units * tiles * divide_up(in.states, kTile) * 2, each = heads * tiles;
+  return first_error(
+      {states_of_chunks<T, Sums>(in, grad.y, grad.carries, grad.state, stream),
+       launch_tiles<Sums>(gradients_of_positions<T, Sums>, each, stream, in, each, grad),
+       launch_tiles<Sums>(gradients_through_outputs<T, Sums>, each, stream, in, each, grad),
+       launch(gradients_of_totals<T>, divide_up(heads, kWarps), kThreads, 0, stream, in, grad),
+       launch(gradients_of_rates<T>, divide_up(heads, kThreads), kThreads, 0, stream, in, grad),
+       launch_tiles<Sums>(gradients_of_scores<T, Sums>, pairs, stream, in, pairs, grad),
+       launch_tiles<Sums>(gradients_of_weights<T, Sums>, items, stream, in, items, grad)});
 }
 
 }  // namespace

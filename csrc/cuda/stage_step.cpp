@@ -5,8 +5,8 @@
 
 #include "cuda/decode_attention.h"
 #include "cuda/decode_product.h"
-#include "cuda/decode_rows.h"
 #include "cuda/decode_scan.h"
+#include "cuda/decode_slots.h"
 #include "cuda/launches.h"
 
 namespace mblm::cuda {
@@ -39,16 +39,6 @@ int64_t inner_width(const cpu::TransformerStage& stage) {
 // Width of what Mamba-2's first product gives: gate, x B C, dt.
 int64_t projected_width(const cpu::Mamba2Stage& stage) {
   return 2 * stage.inner + 2 * stage.states + stage.heads;
-}
-
-void add_final_norm(Launches& launches, const StageStep& in, int64_t dim, const RowNorm& norm) {
-  FinalNorm last;
-  last.rows = in.rows;
-  last.dim = dim;
-  last.positions = in.positions;
-  last.norm = norm;
-  last.x = in.x;
-  launches.add(normalize, last);
 }
 
 }  // namespace
@@ -127,7 +117,7 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
     contract.keep = delayed[1];
     launches.add(multiply, contract);
   }
-  add_final_norm(launches, in, stage.dim, {stage.norm, 0, true});
+  launches.add(normalize, RowNorm{stage.norm, 0, true}, in.rows, stage.dim, in.positions, in.x);
   return launches.error();
 }
 
@@ -217,7 +207,8 @@ Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep
     out.residual = in.x;
     launches.add(multiply, out);
   }
-  add_final_norm(launches, in, stage.dim, {stage.norm, stage.eps, false});
+  launches.add(normalize, RowNorm{stage.norm, stage.eps, false}, in.rows, stage.dim, in.positions,
+               in.x);
   return launches.error();
 }
 

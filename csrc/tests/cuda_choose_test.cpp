@@ -24,12 +24,12 @@ Chosen choose(std::vector<cuda::Slot> rows, const std::vector<float>& given,
     rows = before;
     auto logits = given;
     std::vector<uint64_t> keys(slots * cuda::keys_of(count));
-    const std::vector<int64_t> positions(slots, 1);
+    std::vector<int64_t> positions(slots, 1);
     const std::vector<cuda::Drawn> drawn(slots, {11, 8});
     std::vector<int64_t> ids(slots, -7);
     log_probs.assign(slots, NAN);
-    cuda::Choice in;
-    in.slots = slots;
+    cuda::Slots in;
+    in.count = slots;
     in.num_tokens = count;
     in.bytes = 1;
     in.rows = rows.data();
@@ -40,7 +40,7 @@ Chosen choose(std::vector<cuda::Slot> rows, const std::vector<float>& given,
     in.uniform = uniform.data();
     in.ids = ids.data();
     in.log_probs = log_probs.data();
-    CHECK(!cuda::choose(in, nullptr));
+    CHECK(!cuda::choose(in, {}, false, nullptr));
     return std::tuple(ids);
   });
   return {rows, ids, log_probs};

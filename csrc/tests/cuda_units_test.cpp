@@ -10,7 +10,6 @@
 #include "cuda/decode_choose.cu"
 #include "cuda/decode_product.cu"
 #include "cuda/decode_product_mma.cu"
-#include "cuda/decode_rows.cu"
 #include "cuda/decode_scan.cu"
 #include "cuda/decode_slots.cu"
 #include "cuda/stage_step.cpp"
@@ -21,7 +20,7 @@ using namespace mblm;
 using test::Store;
 
 constexpr test::Sizes kSizes = {16, 32, 2, 8, 12, 3, 2, 1};
-constexpr int64_t kVocabulary = 23, kDim = kSizes.dim, kTokensOfTop = 12, kBytes = 4;
+constexpr int64_t kVocabulary = 23, kDim = kSizes.dim, kTokensOfTop = 12, kBytes = 5;
 const std::vector<int64_t> kSeqLens = {kTokensOfTop, 3, 4};
 
 enum class Kind { kTransformer, kMamba1, kMamba2 };
@@ -51,28 +50,31 @@ struct Cache {
   Cache(const std::vector<Kind>& kinds, int64_t slots, test::WeightType type)
       : store(type), rows(slots), grown(slots) {
     const int64_t count = int64_t(kinds.size());
-    units.slots = slots;
-    units.num_tokens = kVocabulary;
-    units.bytes = kBytes;
+    cuda::Slots& all = units.slots;
+    all.count = slots;
+    all.num_tokens = kVocabulary;
+    all.width = kDim;
+    all.bytes = kBytes;
     units.stages.resize(count);
     patch_sizes.assign(count, 1);
     for (int64_t n = count - 2; n >= 0; --n) patch_sizes[n] = patch_sizes[n + 1] * length(n + 1);
     for (int64_t n = 0; n < count; ++n) add_stage(n, kinds[n]);
     units.to_logits = store.matrix(kVocabulary, kDim);
-    units.schedule = {count, patch_sizes.data()};
-    units.rows = rows.data();
-    units.last_bytes = {store.integers(slots * patch_sizes[0]), patch_sizes[0]};
-    units.begins = store.integers(count * slots);
-    units.takes = store.integers(count * slots);
-    units.positions = store.integers(slots);
-    units.logits = store.vector(slots * kVocabulary, NAN);
-    units.choice.empty_logits = store.vector(kVocabulary);
+    all.schedule = {count, patch_sizes.data()};
+    all.rows = rows.data();
+    all.last_bytes = store.integers(slots * patch_sizes[0]);
+    all.last_size = patch_sizes[0];
+    all.begins = store.integers(count * slots);
+    all.takes = store.integers(count * slots);
+    all.positions = store.integers(slots);
+    all.logits = store.vector(slots * kVocabulary, NAN);
+    all.empty_logits = store.vector(kVocabulary);
     drawn.resize(slots * kBytes);
     ids.resize(slots * kBytes);
     log_probs.resize(slots * kBytes);
-    units.choice.drawn = drawn.data();
-    units.choice.ids = ids.data();
-    units.choice.log_probs = log_probs.data();
+    all.drawn = drawn.data();
+    all.ids = ids.data();
+    all.log_probs = log_probs.data();
     for (cuda::UnitStage& stage : units.stages) {
       stage.workspace = store.vector(units.workspace_size(stage), NAN);
     }
@@ -82,14 +84,15 @@ struct Cache {
 
   void add_stage(int64_t n, Kind kind) {
     cuda::UnitStage& stage = units.stages[n];
-    const int64_t slots = units.slots;
+    const int64_t slots = units.slots.count;
+    stage.index = n;
     stage.dim = kDim;
     stage.patch_size = patch_sizes[n];
     stage.limit = units.stages.size() == 1 ? 200 : length(n);
     stage.table = store.vector(kVocabulary * kDim);
     (n % 2 ? stage.fixed : stage.rotation) = store.vector(stage.limit * kDim);
-    stage.start_output = store.vector(kDim);
     stage.output = store.vector(slots * kDim, NAN);
+    stage.start[0] = {store.vector(kDim), stage.output, 1, kDim};
     if (n > 0) stage.context = store.vector(slots * stage.limit * kDim, NAN);
     if (kind == Kind::kTransformer) models.emplace_back(cpu::TransformerStage());
     if (kind == Kind::kMamba1) models.emplace_back(cpu::Mamba1Stage());
@@ -109,7 +112,7 @@ struct Cache {
   }
 
   void bind(const cpu::TransformerStage& model, cuda::UnitStage& stage) {
-    const int64_t slots = units.slots, layers = int64_t(model.layers.size()), half = kDim / 2;
+    const int64_t slots = units.slots.count, layers = int64_t(model.layers.size()), half = kDim / 2;
     const int64_t capacity = 1 + stage.limit, of_row = model.heads * capacity * model.head_dim;
     cuda::TransformerRow row;
     row.capacity = capacity;
@@ -121,14 +124,13 @@ struct Cache {
     row.cos = store.vector(capacity * (model.head_dim / 2));
     row.sin = store.vector(capacity * (model.head_dim / 2));
     row.tickets = reinterpret_cast<uint32_t*>(store.integers(slots * model.heads));
-    const float* start = store.vector(layers * 2 * half);
-    stage.model = cuda::StageInSlots<cpu::TransformerStage, cuda::TransformerRow>{
-        &model, row, {{start, row.delayed, layers * 2, half}, {}}};
+    stage.start[1] = {store.vector(layers * 2 * half), row.delayed, layers * 2, half};
+    stage.model = cuda::ModelInSlots<cpu::TransformerStage, cuda::TransformerRow>{&model, row};
   }
 
   template <class Model>
   void bind(const Model& model, cuda::UnitStage& stage) {
-    const int64_t slots = units.slots, layers = int64_t(model.layers.size());
+    const int64_t slots = units.slots.count, layers = int64_t(model.layers.size());
     const bool is_first = std::is_same_v<Model, cpu::Mamba1Stage>;
     const int64_t channels = model.inner + (is_first ? 0 : 2 * model.states);
     const int64_t ssm = model.inner * model.states, window = (model.taps - 1) * channels;
@@ -137,11 +139,9 @@ struct Cache {
     row.window = store.vector(layers * slots * window, NAN);
     row.ssm_stride = slots * ssm;
     row.window_stride = slots * window;
-    stage.model = cuda::StageInSlots<Model, cuda::MambaRow>{
-        &model,
-        row,
-        {{store.vector(layers * ssm), row.ssm, layers, ssm},
-         {store.vector(layers * window), row.window, layers, window}}};
+    stage.start[1] = {store.vector(layers * ssm), row.ssm, layers, ssm};
+    stage.start[2] = {store.vector(layers * window), row.window, layers, window};
+    stage.model = cuda::ModelInSlots<Model, cuda::MambaRow>{&model, row};
   }
 
   bool is_at_turn(const cuda::Slot& row) const {
@@ -150,17 +150,21 @@ struct Cache {
   }
 
   // Feeds, then chooses; the n-th byte's numbers are at an offset that both know.
-  void feed(int64_t slot, const std::vector<int64_t>& bytes) {
+  void feed(int64_t slot, const std::vector<int64_t>& bytes, bool skips = false) {
     cuda::Slot& row = rows[slot];
     row.way = cuda::Way::kFeed;
     row.pending = bytes[0];
     for (size_t next = 1; next < bytes.size();) {
-      row.done = 0;
+      row.done = row.skipped = 0;
       row.left = std::min(kBytes, int64_t(bytes.size() - next));
       std::copy_n(bytes.data() + next, row.left, ids.data() + slot * kBytes);
+      const size_t above = patch_sizes.size() - 2;
+      const int64_t end = skips ? patch_sizes[above] - row.taken % patch_sizes[above] : kBytes;
+      if (end < row.left) row.left = row.skipped = end;
       queue();
       next += row.done;
     }
+    row.skipped = 0;
   }
 
   void plan(int64_t slot, int64_t bytes) {
@@ -181,7 +185,7 @@ struct Cache {
     for (const cuda::Slot& row : rows) {
       has_turn |= row.left > 0 && row.pending >= 0 && is_at_turn(row);
     }
-    for (int64_t slot = 0; slot < units.slots; ++slot) {
+    for (int64_t slot = 0; slot < units.slots.count; ++slot) {
       for (int64_t n = 0; n < kBytes; ++n) {
         drawn[slot * kBytes + n] = {7 + uint64_t(slot), 4 * (grown[slot].size() + n)};
       }
@@ -201,7 +205,7 @@ struct Cache {
       }
       if (is_over) return;
       queue();
-      for (int64_t slot = 0; slot < units.slots; ++slot) {
+      for (int64_t slot = 0; slot < units.slots.count; ++slot) {
         const int64_t* const from = ids.data() + slot * kBytes;
         if (rows[slot].way == cuda::Way::kChoose) {
           grown[slot].insert(grown[slot].end(), from, from + rows[slot].done);
@@ -215,17 +219,12 @@ struct Cache {
   std::vector<float> state(int64_t slot) const {
     std::vector<float> all = {float(rows[slot].taken), float(rows[slot].pending)};
     for (const cuda::UnitStage& stage : units.stages) {
-      all.insert(all.end(), stage.output + slot * kDim, stage.output + (slot + 1) * kDim);
-      std::visit(
-          [&](const auto& of) {
-            for (const auto& part : of.start) {
-              for (int64_t layer = 0; layer < part.layers; ++layer) {
-                const float* at = part.to + (layer * units.slots + slot) * part.size;
-                all.insert(all.end(), at, at + part.size);
-              }
-            }
-          },
-          stage.model);
+      for (const auto& part : stage.start) {
+        for (int64_t layer = 0; layer < part.layers; ++layer) {
+          const float* at = part.to + (layer * units.slots.count + slot) * part.size;
+          all.insert(all.end(), at, at + part.size);
+        }
+      }
     }
     return all;
   }
@@ -299,6 +298,21 @@ void rows_have_the_bits_that_they_have_alone(const std::vector<Kind>& kinds, tes
   cuda::emulation::falling_order = false;
 }
 
+// The local stage takes no step up to the end of a patch that is fed.
+void bytes_that_are_skipped_make_no_difference(const std::vector<Kind>& kinds) {
+  const std::vector<int64_t> bytes = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7};
+  Cache stepping(kinds, 2, test::WeightType::kFloat32);
+  Cache skipping(kinds, 2, test::WeightType::kFloat32);
+  int64_t begin = 0;
+  for (const int64_t end : {2, 9, 10, 14}) {  // the last byte of a piece is the next one's first
+    const std::vector<int64_t> piece(bytes.begin() + begin, bytes.begin() + end);
+    stepping.feed(1, piece);
+    skipping.feed(1, piece, true);
+    CHECK(test::same_bits(stepping.state(1), skipping.state(1)));
+    begin = end - 1;
+  }
+}
+
 int main() {
   using enum Kind;
   const auto check = rows_have_the_bits_that_they_have_alone;
@@ -306,5 +320,7 @@ int main() {
   check({kMamba2, kTransformer}, test::WeightType::kFloat32, false);
   check({kTransformer, kMamba1}, test::WeightType::kBFloat16, true);
   check({kMamba1, kTransformer, kMamba2}, test::WeightType::kFloat32, true);
+  bytes_that_are_skipped_make_no_difference({kTransformer, kMamba1});
+  bytes_that_are_skipped_make_no_difference({kMamba2, kMamba1, kTransformer});
   return test::result();
 }

@@ -35,7 +35,6 @@ void add_kernels(torch::Library& library) {
   library.impl("short_attention_backward", mblm::short_attention_backward);
   library.impl("ssd", mblm::ssd);
   library.impl("ssd_backward", mblm::ssd_backward);
-  library.impl("linear_rows", mblm::linear_rows);
 }
 
 }  // namespace
@@ -43,6 +42,7 @@ void add_kernels(torch::Library& library) {
 TORCH_LIBRARY_IMPL(mblm, CPU, library) {
   add_kernels(library);
   library.impl("linear", mblm::linear);
+  library.impl("linear_rows", mblm::linear_rows);
 }
 
 #ifdef MBLM_CUDA

@@ -2,14 +2,12 @@
 #include "cpu/linear_rows.h"
 
 #include "common.h"
-#include "cuda/linear_rows.h"
 #include "linear.h"
 #include "operators.h"
 
 namespace mblm {
 Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   check_linear(x, weight, bias);
-  const c10::DeviceGuard device(x.device());
   const at::ScalarType type = kernel_type(x.scalar_type());
   const Tensor rows = x.to(type).contiguous(), matrix = weight.to(type).contiguous();
   std::optional<Tensor> offset;
@@ -20,9 +18,8 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     const cpu::LinearRowsInput<T> input{x.size(0),     x.size(1),       weight.size(0),
                                         data<T>(rows), data<T>(matrix), data<T>(offset)};
     T* to = mutable_data<T>(out);
-    run(
-        x, [&](auto stream) { return cuda::linear_rows(input, to, stream); }, weight.size(0),
-        x.size(1), [&](int64_t begin, int64_t end) { cpu::linear_rows(input, to, begin, end); });
+    parallel(weight.size(0), x.size(1),
+             [&](int64_t begin, int64_t end) { cpu::linear_rows(input, to, begin, end); });
   });
   return out.to(x.scalar_type());
 }

@@ -15,6 +15,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 // On a CPU only.
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 bool onednn_is_faster();
 
 Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,
@@ -82,7 +83,5 @@ Gradients ssd_backward(const Tensor& grad_y, const Tensor& grad_final_state, con
                        const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
                        const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
                        int64_t chunk_size);
-
-Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
 }  // namespace mblm

@@ -11,7 +11,6 @@ from mblm.ops.assemble_stage import assemble_stage
 from mblm.ops.causal_conv import causal_conv
 from mblm.ops.embed_patches import embed_patches
 from mblm.ops.gated_rms_norm import gated_rms_norm
-from mblm.ops.linear import MAX_ROWS
 from mblm.ops.selective_scan import selective_scan
 from mblm.ops.shift_rms_norm import shift_rms_norm
 from mblm.ops.short_attention import short_attention
@@ -199,20 +198,6 @@ def test_operator_contract(device: str, make: Callable[[], Case]) -> None:
     assert recorded.calls
     for operator, arguments in recorded.calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-@DEVICES
-@pytest.mark.parametrize("rows", [1, 2, MAX_ROWS, MAX_ROWS + 3])
-def test_linear_rows_sums_a_row_in_one_order(device: str, rows: int) -> None:
-    shapes = ((rows, 300), (50, 300), (50,))
-    x, weight, bias = (normal(*shape).float().to(device) for shape in shapes)
-    out = torch.ops.mblm.linear_rows(x, weight, bias)
-    exact = x.double() @ weight.double().T + bias.double()
-    torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
-    if torch._C._dispatch_has_kernel_for_dispatch_key("mblm::linear_rows", x.device.type.upper()):
-        for row in range(rows):
-            alone = torch.ops.mblm.linear_rows(x[row : row + 1], weight, bias)
-            assert torch.equal(alone[0], out[row])
 
 
 class TestGpu:

@@ -44,7 +44,7 @@ COPY = "LDGSTS"  # cp.async, from global to shared memory
 PREFETCH = "UBLKPF"  # cp.async.bulk.prefetch
 
 # Compiled by default: kernels that include what decoding shares with the CPU, and glue.
-QUICK = {"decode_rows.cu", "linear_rows.cpp"}
+QUICK = {"decode_scan.cu", "groups.cpp"}
 
 
 def slow_but_few(sources: list[Path]) -> list[object]:

@@ -110,8 +110,9 @@ bool DeviceCache::run_unit(Run::Kind kind, std::vector<Member>& members) {
   for (Member& member : members) {
     const Row& row = *member.row;
     if (kind == Run::Kind::kChoose && row.plan->end) member.reason = row.plan->end;
-    const int64_t steps = member.goes() ? tell(kind, member) : 0;
-    if (steps == 0) continue;
+    if (!member.goes()) continue;
+    const int64_t steps = tell(kind, member);
+    if (slots_->row(row.slot).left == 0) continue;
     going.push_back(&member);
     has_turn |= row.has_pending() && is_at_turn(slots_->parts().schedule, row.taken);
     count = std::max(count, steps);
@@ -143,7 +144,11 @@ int64_t DeviceCache::tell(Run::Kind kind, const Member& member) {
       const int64_t number = row.taken + 1 + k;
       slots_->ids(row.slot)[k] = number < row.length ? row.byte(number) : -1;
     }
-    return steps_of(row, slot.left);
+    const int64_t steps = steps_of(row, slot.left);
+    // What follows the end of a patch does not depend on the local stage.
+    const bool skips = slots_->parts().schedule.stages() > 1 && steps < slot.left;
+    if (skips) slot.left = slot.skipped = steps;
+    return skips ? 0 : steps;
   }
   const Plan& plan = *row.plan;
   const int64_t room = member.to - row.taken;

@@ -13,8 +13,6 @@ namespace {
 
 using at::Tensor;
 
-using TransformerInSlots = cuda::StageInSlots<cpu::TransformerStage, cuda::TransformerRow>;
-
 template <class T>
 T* pointer(const Tensor& tensor) {
   return tensor.numel() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
@@ -76,39 +74,27 @@ std::vector<DeviceSlots::Buffer> DeviceSlots::buffers_of(int64_t n, int64_t slot
   return all;
 }
 
-cuda::AnyStageInSlots DeviceSlots::bind(int64_t n, const std::vector<Buffer>& buffers,
-                                        const std::vector<Buffer>& start) const {
-  // The parts that begin anew, of which there is a copy after the start token.
-  const auto part = [&](size_t i, int64_t layers) {
-    const Tensor& to = buffers[i].tensor;
-    const int64_t size = to.numel() / std::max<int64_t>(layers * to.size(buffers[i].slot_dim), 1);
-    return cuda::Beginning::Part{start.empty() ? nullptr : pointer<float>(start[i].tensor),
-                                 pointer<float>(to), layers, size};
-  };
-  const auto of_mamba = [&](const auto& model) -> cuda::AnyStageInSlots {
-    const auto layers = int64_t(model.layers.size());
-    const Tensor &ssm = buffers[kState].tensor, &window = buffers[kState + 1].tensor;
-    const cuda::MambaRow row = {pointer<float>(ssm), pointer<float>(window), ssm.stride(0),
-                                window.stride(0)};
-    return cuda::StageInSlots<std::decay_t<decltype(model)>, cuda::MambaRow>{
-        &model, row, {part(kState, layers), part(kState + 1, layers)}};
+cuda::AnyModelInSlots DeviceSlots::bind(int64_t n, const std::vector<Buffer>& buffers) const {
+  const Tensor &first = buffers[kState].tensor, &second = buffers[kState + 1].tensor;
+  const auto of_mamba = [&](const auto& model) -> cuda::AnyModelInSlots {
+    return cuda::ModelInSlots<std::decay_t<decltype(model)>, cuda::MambaRow>{
+        &model, {pointer<float>(first), pointer<float>(second), first.stride(0), second.stride(0)}};
   };
   const StageModel& model = parts_->stages[n].model;
   if (const auto* of = std::get_if<cpu::Mamba1Stage>(&model)) return of_mamba(*of);
   if (const auto* of = std::get_if<cpu::Mamba2Stage>(&model)) return of_mamba(*of);
   const auto& of = std::get<cpu::TransformerStage>(model);
-  const Tensor &delayed = buffers[kState].tensor, &keys = buffers[kState + 1].tensor;
   cuda::TransformerRow row;
-  row.capacity = keys.size(3);
-  row.keys = pointer<float>(keys);
+  row.capacity = second.size(3);
+  row.keys = pointer<float>(second);
   row.values = pointer<float>(buffers[kState + 2].tensor);
-  row.layer_stride = keys.stride(0);
-  row.delayed = pointer<float>(delayed);
-  row.part_stride = delayed.stride(1);
+  row.layer_stride = second.stride(0);
+  row.delayed = pointer<float>(first);
+  row.part_stride = first.stride(1);
   row.cos = of.cos;
   row.sin = of.sin;
   row.angles = of.angles;
-  return TransformerInSlots{&of, row, {part(kState, 2 * int64_t(of.layers.size())), {}}};
+  return cuda::ModelInSlots<cpu::TransformerStage, cuda::TransformerRow>{&of, row};
 }
 
 int64_t DeviceSlots::slots_for(int64_t rows) {
@@ -180,7 +166,7 @@ std::vector<DeviceSlots::Buffer> DeviceSlots::start_of(int64_t n) const {
         launch(device_,
                [&](cuda::Stream stream) { return cuda::step(*of.model, of.row, step, stream); });
       },
-      bind(n, buffers, {}));
+      bind(n, buffers));
   return buffers;
 }
 
@@ -220,56 +206,65 @@ float* DeviceSlots::uniform(int64_t slot) {
 
 void DeviceSlots::point() {
   repeated_.clear();
-  const Schedule& schedule = parts_->schedule;
-  const int64_t stages = schedule.stages();
   units_ = {};
-  units_.slots = slots_;
-  units_.num_tokens = parts_->num_tokens();
-  units_.bytes = kBytes;
   units_.to_logits = parts_->to_logits;
-  units_.schedule = {stages, pointer<int64_t>(patch_sizes_)};
+  const Schedule& schedule = parts_->schedule;
   unsigned char* const io = pointer<uint8_t>(device_io_);
-  units_.rows = reinterpret_cast<cuda::Slot*>(io);
-  units_.last_bytes = {pointer<int64_t>(last_bytes_), schedule.patch_size(0)};
-  units_.begins = pointer<int64_t>(masks_);
-  units_.takes = units_.begins + stages * slots_;
-  units_.positions = units_.takes + stages * slots_;
-  units_.logits = pointer<float>(logits_);
-  units_.choice.empty_logits = parts_->empty_logits;
-  units_.choice.keys = pointer<uint64_t>(keys_);
-  units_.choice.ids = reinterpret_cast<int64_t*>(io + ids_at_);
-  units_.choice.drawn = reinterpret_cast<cuda::Drawn*>(io + drawn_at_);
-  units_.choice.log_probs = reinterpret_cast<float*>(io + log_probs_at_);
-  if (device_uniform_.defined()) units_.choice.uniform = pointer<float>(device_uniform_);
-  for (int64_t n = 0; n < stages; ++n) {
-    const StageParts& part = parts_->stages[n];
-    const std::vector<Buffer>& buffers = stages_[n].buffers;
-    cuda::UnitStage& stage = units_.stages.emplace_back();
-    stage.model = bind(n, buffers, stages_[n].start);
-    if (auto* of = std::get_if<TransformerInSlots>(&stage.model)) {
-      Tensor& tickets = stages_[n].tickets;
-      tickets = make::zeros({slots_, of->model->heads}, floats().dtype(at::kInt));
-      of->row.tickets = pointer<uint32_t>(tickets);
-    }
-    stage.dim = part.dim;
-    stage.patch_size = schedule.patch_size(n);
-    stage.limit = n > 0 ? schedule.seq_len(n) : limit_;
-    stage.table = part.table;
-    stage.fixed = part.fixed;
-    stage.rotation = part.rotation;
-    stage.start_output = pointer<float>(stages_[n].start[0].tensor);
-    stage.output = pointer<float>(buffers[0].tensor);
-    stage.context = pointer<float>(buffers[1].tensor);
-    stage.flat_norm = norm_of(part.flat_norm);
-    stage.norm = norm_of(part.norm);
-    stage.project = part.project;
-    stage.to_context = part.to_context;
+  cuda::Slots& all = units_.slots;
+  all.count = slots_;
+  all.num_tokens = parts_->num_tokens();
+  all.width = parts_->local().dim;
+  all.bytes = kBytes;
+  all.rows = reinterpret_cast<cuda::Slot*>(io);
+  all.schedule = {schedule.stages(), pointer<int64_t>(patch_sizes_)};
+  all.last_bytes = pointer<int64_t>(last_bytes_);
+  all.last_size = schedule.patch_size(0);
+  all.begins = pointer<int64_t>(masks_);
+  all.takes = all.begins + schedule.stages() * slots_;
+  all.positions = all.takes + schedule.stages() * slots_;
+  all.logits = pointer<float>(logits_);
+  all.empty_logits = parts_->empty_logits;
+  all.keys = pointer<uint64_t>(keys_);
+  all.drawn = reinterpret_cast<cuda::Drawn*>(io + drawn_at_);
+  if (device_uniform_.defined()) all.uniform = pointer<float>(device_uniform_);
+  all.ids = reinterpret_cast<int64_t*>(io + ids_at_);
+  all.log_probs = reinterpret_cast<float*>(io + log_probs_at_);
+  for (int64_t n = 0; n < schedule.stages(); ++n) point_at(n);
+}
+
+void DeviceSlots::point_at(int64_t n) {
+  const StageParts& part = parts_->stages[n];
+  StageMemory& memory = stages_[n];
+  cuda::UnitStage& stage = units_.stages.emplace_back();
+  stage.model = bind(n, memory.buffers);
+  if (auto* of = std::get_if<0>(&stage.model)) {
+    memory.tickets = make::zeros({slots_, of->model->heads}, floats().dtype(at::kInt));
+    of->row.tickets = pointer<uint32_t>(memory.tickets);
   }
-  for (int64_t n = 0; n < stages; ++n) {
-    Tensor& space = stages_[n].workspace;
-    space = make::empty({units_.workspace_size(units_.stages[n])}, floats());
-    units_.stages[n].workspace = pointer<float>(space);
+  stage.index = n;
+  stage.dim = part.dim;
+  stage.patch_size = parts_->schedule.patch_size(n);
+  stage.limit = n > 0 ? parts_->schedule.seq_len(n) : limit_;
+  stage.table = part.table;
+  stage.fixed = part.fixed;
+  stage.rotation = part.rotation;
+  stage.output = pointer<float>(memory.buffers[0].tensor);
+  stage.context = pointer<float>(memory.buffers[1].tensor);
+  stage.flat_norm = norm_of(part.flat_norm);
+  stage.norm = norm_of(part.norm);
+  stage.project = part.project;
+  stage.to_context = part.to_context;
+  cuda::StageSlots::Part* start = stage.start;
+  for (size_t i = 0; i < memory.buffers.size(); ++i) {
+    const Buffer& buffer = memory.buffers[i];
+    if (i == 1 || buffer.position_dim >= 0) continue;  // they do not begin anew
+    const at::IntArrayRef shape = buffer.tensor.sizes();
+    *start++ = {pointer<float>(memory.start[i].tensor), pointer<float>(buffer.tensor),
+                c10::multiply_integers(shape.slice(0, buffer.slot_dim)),
+                c10::multiply_integers(shape.slice(buffer.slot_dim + 1))};
   }
+  memory.workspace = make::empty({units_.workspace_size(stage)}, floats());
+  stage.workspace = pointer<float>(memory.workspace);
 }
 
 void DeviceSlots::run(bool has_turn, int64_t count) {

@@ -84,13 +84,12 @@ class DeviceSlots {
   at::TensorOptions floats() const { return at::TensorOptions().device(device_).dtype(at::kFloat); }
   std::vector<Buffer> buffers_of(int64_t n, int64_t slots, int64_t limit) const;
   std::vector<Buffer> start_of(int64_t n) const;
-  // start: the same buffers after the start token, or none.
-  cuda::AnyStageInSlots bind(int64_t n, const std::vector<Buffer>& buffers,
-                             const std::vector<Buffer>& start) const;
+  cuda::AnyModelInSlots bind(int64_t n, const std::vector<Buffer>& buffers) const;
   // Memory, with what there is already.
   void allocate(const DeviceSlots& from);
   void allocate_exchange();
   void point();
+  void point_at(int64_t n);
   unsigned char* host(int64_t at) { return host_.mutable_data_ptr<uint8_t>() + at; }
   template <class T>
   T* at(int64_t begin, int64_t slot) {

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/decode_choose.h"
+#include "cuda/decode_slots.h"
 #include "cuda/philox.h"
 #include "torch/common.h"
 
