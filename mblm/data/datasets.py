@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
@@ -26,19 +26,6 @@ class DistributedDatasetConfig(TypedDict):
     seq_len: int
     worker_id: int
     num_workers: int
-
-
-class DatasetEntryConfig(Protocol):
-    """The configuration of a run, of which a dataset reads what it needs: `TrainEntryConfig`."""
-
-    @property
-    def params(self) -> Any: ...
-
-    @property
-    def train(self) -> Any: ...
-
-    @property
-    def io(self) -> Any: ...
 
 
 class Batch(list[int]):

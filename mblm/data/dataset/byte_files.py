@@ -13,11 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self, Unpack
 
 from mblm.data.dataset.mixture import Mixture, check_weights
-from mblm.data.datasets import (
-    DatasetEntryConfig,
-    DistributedDataset,
-    DistributedDatasetConfig,
-)
+from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
 from mblm.data.deal import Dealer
 from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
@@ -168,9 +164,9 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
     @staticmethod
     def from_train_entry_config(
-        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+        config: Any, mode: ModelMode, worker_id: int, num_workers: int
     ) -> Any:
-        """The part of the files that a training configuration names, a `Mixture` if of `sources`.
+        """The part of the files that a `TrainEntryConfig` names, a `Mixture` if of `sources`.
 
         None if there is to be no test part.
 
@@ -232,7 +228,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
 
 def _open_configured(
-    config: DatasetEntryConfig,
+    config: Any,
     data_dir: Path,
     mode: ModelMode,
     args: ByteFilesArgs,

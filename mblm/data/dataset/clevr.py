@@ -14,11 +14,7 @@ import torch
 from pydantic import Field
 from typing_extensions import Unpack
 
-from mblm.data.datasets import (
-    DatasetEntryConfig,
-    DistributedDataset,
-    DistributedDatasetConfig,
-)
+from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
 from mblm.data.types import BatchWithLossMask, ModelMode
 from mblm.data.utils import (
     Bytes,
@@ -160,9 +156,9 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
 
     @staticmethod
     def from_train_entry_config(
-        config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+        config: Any, mode: ModelMode, worker_id: int, num_workers: int
     ) -> Clevr:
-        """The part of the dataset that a training configuration names."""
+        """The part of the dataset that a `TrainEntryConfig` names."""
         return Clevr(
             data_dir=config.io.dataset_dir,
             mode=mode,

@@ -11,11 +11,7 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import Self, Unpack
 
-from mblm.data.datasets import (
-    DatasetEntryConfig,
-    DistributedDataset,
-    DistributedDatasetConfig,
-)
+from mblm.data.datasets import DistributedDataset, DistributedDatasetConfig
 from mblm.data.file_bytes import FileBytes
 from mblm.data.types import BatchWithLossMask, ModelMode
 
@@ -61,9 +57,9 @@ class PG19Books(DistributedDataset[_T]):
 
     @classmethod
     def from_train_entry_config(
-        cls, config: DatasetEntryConfig, mode: ModelMode, worker_id: int, num_workers: int
+        cls, config: Any, mode: ModelMode, worker_id: int, num_workers: int
     ) -> Self:
-        """The part of the dataset that a training configuration names."""
+        """The part of the dataset that a `TrainEntryConfig` names."""
         return cls(
             config.io.dataset_dir,
             mode,
@@ -74,7 +70,7 @@ class PG19Books(DistributedDataset[_T]):
         )
 
     @staticmethod
-    def _configured(config: DatasetEntryConfig) -> dict[str, Any]:
+    def _configured(config: Any) -> dict[str, Any]:
         """What else a training configuration says of samples."""
         return {}
 

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from mblm.data.dataset.pg19 import PG19Books
-from mblm.data.datasets import DatasetEntryConfig, DistributedDatasetConfig
+from mblm.data.datasets import DistributedDatasetConfig
 from mblm.data.types import BatchMaskedForMLM, ModelMode
 
 
@@ -54,7 +54,7 @@ class PG19Masked(PG19Books[BatchMaskedForMLM]):
         self.padding_token_id = padding_token_id
 
     @staticmethod
-    def _configured(config: DatasetEntryConfig) -> dict[str, Any]:
+    def _configured(config: Any) -> dict[str, Any]:
         return {
             "masked_token_id": config.params.mask_token_id,
             "masking_proba": config.train.masking_proba,
