@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 # With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
 _MARGIN = 512
+# Where these bytes may come and those complete it: with how many bytes left at most, and what
+# completes it after each byte, if that was found.
+_Ways = dict[tuple[bytes, bytes], tuple[int, dict[int, bytes | None]]]
+_MAX_WAYS = 1000
 # How many bytes to try for an end: before anything runs, now and then, and for each byte near it.
 _FIRST_TRIES, _TRIES, _TRIES_EACH = 20_000, 4000, 1000
 # For so many bytes one is looked for at a time; others without do not come, and wait for the next.
 _SEARCHES = 10
-# Per byte what completes it after that; or with how few bytes left none was found.
-_Ways = dict[int, bytes | int]
-_MAX_WAYS = 1000
-# How many ends that were found for other bytes are tried before one is looked for.
-_OTHERS = 8
 
 
 class _Guided:
@@ -116,23 +115,17 @@ class _RowGuide:
         matcher: At the row's beginning; its own.
         end: Bytes that complete it; None if not found.
         num_tokens: V.
-        ways: Ends after bytes: where these may come and those complete it. Found once for all rows,
-            and checked when they are used.
+        ways: What was found for all rows; checked when it is used.
     """
 
     def __init__(
-        self,
-        matcher: "LLMatcher",
-        end: bytes | None,
-        num_tokens: int,
-        ways: dict[tuple[bytes, bytes], _Ways],
+        self, matcher: "LLMatcher", end: bytes | None, num_tokens: int, ways: _Ways
     ) -> None:
         self._matcher, self._end, self._num_tokens = matcher, end, num_tokens
         self._look_at = sys.maxsize  # with so many bytes left or fewer
         # What completes it after each token that may come, since the end is near.
         self._end_by_token: dict[int, bytes] = {}
         self._ways = ways
-        self._searches = 0
 
     def allowed(self, left: int) -> Tensor:
         tokens = may_follow(self._matcher, self._num_tokens)
@@ -170,43 +163,37 @@ class _RowGuide:
             # An end is a byte nearer with each byte, and may go as far away.
             self._look_at = left - spare // 2 - 1
             return tokens
-        if len(self._ways) > _MAX_WAYS:
-            self._ways.clear()
-        ways = self._ways.setdefault((self._matcher.compute_bitmask(), self._end), {})
-        vain: set[bytes] = set()
-        self._searches = 0
-        for token in tokens:
-            end = ways.get(token)
-            if end is None or (len(end) >= left if isinstance(end, bytes) else end < left):
-                found = self._end_after(token, left - 1, ways, vain)
-                end = left if found is None else found
-                if found is not None or self._searches < _SEARCHES:
-                    ways[token] = end
-            if isinstance(end, bytes):
-                self._end_by_token[token] = end
+        where = self._matcher.compute_bitmask(), self._end
+        most, ends = self._ways.get(where, (0, {}))
+        if most < left:
+            found: dict[bytes, bytes | None] = {}
+            ends = {token: self._end_after(token, left - 1, found) for token in tokens}
+            if len(self._ways) > _MAX_WAYS:
+                self._ways.clear()
+            self._ways[where] = left, ends
+        self._end_by_token = {
+            t: end for t, end in ends.items() if end is not None and len(end) < left
+        }
         return list(self._end_by_token)
 
-    def _end_after(self, token: int, limit: int, ways: _Ways, vain: set[bytes]) -> bytes | None:
+    def _end_after(self, token: int, limit: int, found: dict[bytes, bytes | None]) -> bytes | None:
         """Bytes that complete it after a token, at most ``limit``; None if they are not found.
 
-        ``vain`` are the masks after which none were found.
+        ``found`` is what was found after others, by what may come after them.
         """
         assert self._end is not None
         byte = bytes([token])
-        others = dict.fromkeys(end for end in ways.values() if isinstance(end, bytes))
-        for end in (self._end[1:], self._end, *list(others)[-_OTHERS:]):
-            if len(end) <= limit and completes(self._matcher, byte, end):
+        for end in (self._end, self._end[1:], *found.values()):
+            if end is not None and len(end) <= limit and completes(self._matcher, byte, end):
                 return end
         after = self._matcher.deep_copy()
-        if self._searches == _SEARCHES or not after.consume_token(token):
+        if len(found) == _SEARCHES or not after.consume_token(token):
             return None
-        if after.compute_bitmask() in vain:
+        mask = after.compute_bitmask()
+        if mask in found:
             return None
-        self._searches += 1
-        found = completion(after, limit, self._num_tokens, _TRIES_EACH)
-        if found is None:
-            vain.add(after.compute_bitmask())
-        return found
+        found[mask] = completion(after, limit, self._num_tokens, _TRIES_EACH)
+        return found[mask]
 
 
 def _matcher() -> "type[LLMatcher]":
@@ -220,7 +207,7 @@ def _matcher() -> "type[LLMatcher]":
 
 
 @lru_cache(maxsize=64)
-def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None, dict[Any, _Ways]]":
+def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None, _Ways]":
     """A matcher at a grammar's beginning, bytes that complete it if they are found, and no ways."""
     matcher_type = _matcher()
     matcher = matcher_type(tokenizer(), grammar, log_level=0)
