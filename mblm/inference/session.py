@@ -166,27 +166,15 @@ class Session:
             log_probs=False,
             **wishes,
         )
-        self._begin_call()
-        try:
-            return self._continue(*self._requests(asked))
-        finally:
-            self._in_use.release()
+        return self._on_cache(lambda cache: self._continue(cache, *self._requests(asked)))
 
-    def _continue(self, requests: list[Request], is_ragged: bool) -> Any:
+    def _continue(self, cache: Cache, requests: list[Request], is_ragged: bool) -> Any:
         continuation: Continuation | None = None
         try:
-            continuation = Continuation(self._cache)
+            continuation = Continuation(cache)
             continuation.add(self._rows, requests)
             while continuation.going:
-                try:
-                    continuation.run()
-                except ChangedModelError:
-                    continuation.settle()
-                    if any(ids.numel() for ids in continuation.ids(self._rows)):
-                        raise  # another cache would choose again what is chosen
-                    self._change_cache()
-                    continuation = Continuation(self._cache)
-                    continuation.add(self._rows, requests)
+                continuation.run()
             ids = continuation.ids(self._rows)
             own = ids if is_ragged else [_stacked(ids)]
             if not self._is_on_cpu:
@@ -220,22 +208,23 @@ class Session:
         return requests, is_ragged
 
     def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
-        """Call the cache, or another one where it cannot go on with what the model has become."""
-        self._begin_call()
-        try:
-            return call(self._cache)
-        except ChangedModelError:
-            self._change_cache()
-            return call(self._cache)
-        finally:
-            self._in_use.release()
+        """Call the cache, or another one where it cannot go on with what the model has become.
 
-    def _begin_call(self) -> None:
-        """Refuse a second thread, whose calls would take bytes from those of the first."""
+        A second thread is refused, whose calls would take bytes from those of the first.
+        """
         if not self._in_use.acquire(blocking=False):
             raise ValueError(
                 "session: in another thread's call at this time; fork it, one for each thread"
             )
+        try:
+            return call(self._cache)
+        except ChangedModelError as error:
+            if any(ids.numel() for ids in getattr(error, "ids", ())):
+                raise  # another cache would choose again what is chosen
+            self._change_cache()
+            return call(self._cache)
+        finally:
+            self._in_use.release()
 
     def _change_cache(self) -> None:
         """Go on in another cache, for what the model has become."""
