@@ -16,7 +16,6 @@ import torch
 from mblm import MBLM
 from mblm.cli import main
 from mblm.constrain import Regex
-from mblm.utils.io import save_model_state
 from tests.cli.program import COUNT, ENVIRONMENT, Run, command, expected
 from tests.models import model, transformer
 
@@ -292,44 +291,6 @@ def test_damaged_folder(run: Run, saved: Path, name: str) -> None:
     assert name in run("generate", saved).error
     (saved / name).unlink()
     assert name in run("generate", saved).error
-
-
-def test_unknown_field_of_a_folder(run: Run, saved: Path) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps({**config, "colour": 1}))
-    error = run("generate", saved).error
-    assert "config.json" in error and "colour" in error and "errors.pydantic.dev" not in error
-
-
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ("params: [", "invalid YAML"),
-        ("train: {}", "params"),
-        ("params: {num_tokens: 3, colour: 1}", "colour"),
-    ],
-    ids=["no YAML", "no params", "unknown and missing fields"],
-)
-def test_bad_config_of_a_training_run(
-    run: Run, run_folder: Path, config: str, message: str
-) -> None:
-    (run_folder / "config.yaml").write_text(config)
-    error = run("generate", run_folder / "model_top1.pth").err
-    assert "config.yaml" in error.splitlines()[0] and message in error
-
-
-def test_bad_weights_of_a_training_run(run: Run, run_folder: Path) -> None:
-    file = run_folder / "model_top1.pth"
-    save_model_state(run_folder, "model_top1", model(transformer(), seq_lens=[2, 2]), 1.0)
-    assert "does not fit MBLM" in run("generate", file).error
-    file.write_bytes(b"not a checkpoint")
-    assert "cannot be read as a checkpoint" in run("generate", file).error
-    file.unlink()
-    assert "model_top1.pth: no such file" in run("generate", file).error
-
-
-def test_no_such_checkpoint(run: Run, tmp_path: Path) -> None:
-    assert "neither a folder nor a model id" in run("generate", tmp_path / "absent").error
 
 
 def test_out_never_replaces_what_is_read(run: Run, saved: Path, run_folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mblm import MBLM, MBLMReturnType
 from mblm.inference.automaton import Automaton
-from mblm.inference.cache import Cache, Ran, Row
+from mblm.inference.cache import Cache, Ran
 from mblm.inference.continuation import Continuation
 from mblm.inference.request import Request, request
 from tests.inference.caches import MakeCache, build, ids_of, on_every_engine
@@ -90,48 +90,6 @@ def finished(m: MBLM, make: MakeCache, asked: Request) -> Any:
 
 def one(m: MBLM, **wishes: Any) -> Request:
     return request(m, ids_of(5), **{"max_bytes": 12, "seed": 3, **SAMPLING, **wishes})
-
-
-@on_every_engine
-def test_rows_join_and_leave_at_any_time(m: MBLM, make: MakeCache) -> None:
-    """Each is given what it would be alone."""
-    wishes: list[dict[str, Any]] = [
-        {"max_bytes": 20, "seed": 1},
-        {"max_bytes": 9, "seed": 2, "logits_processor": same},
-        {"max_bytes": 13, "seed": 3, "top_p": 0.8, "log_probs": True},
-        {"max_bytes": 30, "seed": 4, "constraint": Follows(words(4, 7))},
-        {"max_bytes": 0},
-        {"max_bytes": 11, "seed": 5, "temperature": 0},
-    ]
-
-    def asked(index: int) -> Request:
-        return request(m, ids_of(2 * index), **{**SAMPLING, **wishes[index]})
-
-    alone = [finished(m, make, asked(index)) for index in range(len(wishes))]
-    cache = make(m)
-    continuation = Continuation(cache)
-    waiting, rows, courses = list(range(len(wishes))), {}, {}
-    while waiting or rows:
-        while waiting and len(rows) < 3:
-            index = waiting.pop(0)
-            (row,) = cache.add()
-            cache.feed([row], [asked(index).prompt])
-            continuation.add([row], [asked(index)])
-            rows[row] = index
-        for _, ran in continuation.run(seconds=0):
-            assert len(ran.ids) <= 1
-        for row in list(rows):
-            if continuation[row].reason != "time":
-                courses[rows.pop(row)] = continuation.remove(row)
-                cache.drop([row])
-    assert continuation.run() == [] and continuation.going == []
-    for index, want in enumerate(alone):
-        got = courses[index]
-        assert torch.equal(got.ids(), want.ids()) and got.reason == want.reason, index
-        assert got.is_matched() == want.is_matched()
-        if want.log_probs() is not None:
-            assert torch.equal(got.log_probs(), want.log_probs())
-    assert [course.reason for course in alone] == ["length"] * 3 + ["matched"] + ["length"] * 2
 
 
 @on_every_engine
@@ -293,32 +251,6 @@ def fails_after(count: int, error: BaseException) -> Any:
 
 
 class TestErrors:
-    @on_every_engine
-    def test_of_a_row_end_that_row_alone_where_asked(self, m: MBLM, make: MakeCache) -> None:
-        odd = torch.where(torch.arange(V) % 2 == 1, 0.0, -torch.inf)
-        broken = RuntimeError("broken")
-        requests = [
-            one(m, seed=1),
-            one(m, seed=2, logits_processor=fails_after(4, broken)),
-            one(m, seed=3, logits_processor=same),
-            one(m, constraint=InTheEngine(words(4)), logits_processor=lambda *_: odd),
-            one(m, seed=4, logits_processor=lambda ids, logits: 3),
-        ]
-        alone = [finished(m, make, one(m, seed=seed)) for seed in (1, 2, 3)]
-        continuation, rows = begun(m, make(m), requests, isolates=True)
-        last: dict[Row, Ran] = {}
-        while continuation.going:
-            last.update(continuation.run())
-        courses = [continuation[row] for row in rows]
-        assert [course.reason for course in courses] == [
-            "length", "error", "length", "error", "error"
-        ]  # fmt: skip
-        assert [ran.reason for ran in last.values()] == [course.reason for course in courses]
-        assert courses[1].error is broken
-        assert isinstance(courses[3].error, ValueError) and isinstance(courses[4].error, TypeError)
-        for course, want, count in zip(courses, alone, (12, 4, 12), strict=False):
-            assert torch.equal(course.ids(), want.ids()[:count])
-
     @on_every_engine
     @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=repr)
     def test_lose_no_byte_and_give_numbers_back(

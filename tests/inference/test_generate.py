@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mblm import MBLM, MBLMReturnType
-from mblm.utils.stream import ByteStreamer
 from tests import fresh
 from tests.models import LSTMBlock, mamba, model, transformer
 
@@ -188,15 +187,6 @@ class TestStream:
         generate(m, stream=stream, num_tokens_to_generate=6)
         assert lengths == [0, 1, 2, 3, 4, 5]
 
-    def test_as_bytes_and_as_numbers(self, m: MBLM) -> None:
-        binary, text = io.BytesIO(), io.StringIO()
-        with ByteStreamer(binary) as streamer:
-            out = generate(m, stream=streamer)
-        assert list(binary.getvalue()) == out[5:]
-        with ByteStreamer(text) as streamer:
-            generate(m, stream=streamer)
-        assert text.getvalue() == " ".join(map(str, out[5:]))
-
     @pytest.mark.parametrize("after", [0, 3])
     @pytest.mark.parametrize("error", GONE, ids=repr)
     def test_whose_reader_is_gone_ends_it(self, m: MBLM, after: int, error: OSError) -> None:
@@ -221,25 +211,6 @@ class TestStream:
             ids = caught.value.ids  # type: ignore[attr-defined]
             assert ids.tolist() == whole[: len(ids)] and len(ids) > 5 + len(recorder.written) - 1
             m(ids[None]).backward()
-
-    def test_of_another_encoding_gets_what_it_can(self) -> None:
-        m = model(transformer(), seq_lens=[9], num_tokens=300, pad_token_id=0)
-        with torch.no_grad():
-            m.to_logits.bias[0xFF] = 1000.0  # no byte of UTF-8
-        with io.TextIOWrapper(binary := io.BytesIO(), encoding="ascii") as file:
-            with ByteStreamer(file, decode_utf8=True) as streamer:
-                assert generate(m, stream=streamer)[5:] == [0xFF] * 4
-            assert binary.getvalue() == b"????"
-
-    def test_any_other_error_is_raised(self) -> None:
-        m = model(transformer(), seq_lens=[9], num_tokens=300, pad_token_id=0)
-        with torch.no_grad():
-            m.to_logits.bias[256] = 1000.0
-        with pytest.raises(OverflowError, match="256"):
-            generate(m, stream=ByteStreamer(io.BytesIO(), ignore_overflowing=False))
-        skipped = io.BytesIO()
-        assert generate(m, stream=ByteStreamer(skipped)) == [*PROMPT.tolist(), *[256] * 4]
-        assert skipped.getvalue() == b""
 
 
 @pytest.mark.parametrize(

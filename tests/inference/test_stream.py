@@ -113,36 +113,21 @@ def test_a_prompt_may_change_once_it_was_given(m: MBLM) -> None:
 
 class TestText:
     @pytest.mark.parametrize("data", TEXTS, ids=repr)
-    def test_is_of_whole_characters(self, m: MBLM, data: bytes, byte_by_byte: None) -> None:
+    def test_is_of_whole_characters(
+        self, m: MBLM, data: bytes, request: pytest.FixtureRequest
+    ) -> None:
+        assert "".join(m.stream(b"", text=True, **spells(data))) == written(data)
+        request.getfixturevalue("byte_by_byte")
         chunks = list(m.stream(b"", text=True, **spells(data)))
         assert "".join(chunks) == written(data) == data.decode(errors="replace")
         if (text := data.decode(errors="ignore")).encode() == data:
             assert chunks == list(text), "each character when its last byte has come"
-
-    @pytest.mark.parametrize("data", TEXTS, ids=repr)
-    def test_is_the_same_however_it_is_cut(self, m: MBLM, data: bytes) -> None:
-        assert "".join(m.stream(b"", text=True, **spells(data))) == written(data)
 
     def test_after_half_a_character_in_the_prompt(self, m: MBLM) -> None:
         """The prompt is not given again, nor is a part of it."""
         processor = spells(b"\xc3\xa9!")["logits_processor"]
         text = "".join(m.stream(b"\xc3", text=True, logits_processor=processor, max_bytes=2))
         assert text == "\ufffd!"
-
-    @pytest.mark.parametrize("stop", [["\n"], ["\n", "Alice:"], ["!\nA", "Alice!!"]], ids=repr)
-    def test_the_beginning_of_a_stop_string_is_neither_lost_nor_given_twice(
-        self, m: MBLM, byte_by_byte: None, stop: list[str]
-    ) -> None:
-        spelled = spells(b" Alice!\nAnd")
-        ids = m.generate(
-            b"",
-            num_tokens_to_generate=spelled.pop("max_bytes"),
-            stop=stop,
-            enable_progress=False,
-            **spelled,
-        )
-        text = "".join(m.stream(b"", text=True, stop=stop, max_bytes=11, **spelled))
-        assert text.encode() == bytes(ids.tolist()) and " Alice!\nA".startswith(text)
 
     def test_keeps_a_stop_string(self, m: MBLM, byte_by_byte: None) -> None:
         stream = m.stream(b"", text=True, stop=["€"], **spells("5 € and more".encode()))
