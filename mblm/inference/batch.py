@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mblm.inference import schedule
-from mblm.inference.cache import Cache, Ran, Row
+from mblm.inference.cache import Cache, Row
 from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.generation import FinishReason, Generation, nothing_generated
@@ -139,7 +140,8 @@ class Batch:
         """
         try:
             while self._admit():
-                self._note(self._continuation.run(_SECONDS))
+                self._continuation.run(_SECONDS)
+                self._note()
             if self._error is not None:
                 raise self._error
         except BaseException as error:
@@ -215,26 +217,29 @@ class Batch:
 
     # -- Rows --------------------------------------------------------------------------------------
 
-    def _note(self, results: list[tuple[Row, Ran]]) -> None:
+    def _note(self) -> None:
         """Pass on what a run has given the rows, and let go of those that have ended."""
         lacking: list[Row] = []
-        for row, ran in results:
-            error = self._continuation[row].error
+        rows = list(self._going)
+        self._run_bytes = 0
+        for row in rows:
+            course = self._continuation[row]
+            error, reason, ids = course.error, course.reason, course.fresh()
+            self._run_bytes = max(self._run_bytes, len(ids))
             try:
-                self._show(self._going[row], ran)
+                self._show(self._going[row], ids)
             except Exception as raised:
                 error = raised
             if error is not None:
                 self._end(row, "error", error)
-            elif ran.reason == "memory":
+            elif reason == "memory":
                 lacking.append(row)
-            elif ran.reason != "time" and ran.reason != "logits":
-                self._end(row, ran.reason)
+            elif reason != "time" and reason != "logits":
+                self._end(row, reason)
 
         self._continuation.going += lacking  # they go on where others make room
-        self._run_bytes = max(ran.ids.numel() for _, ran in results)
         self._waited += self._run_bytes if self._waiting else 0
-        if lacking and len(self._going) == len(results):  # none has made room by ending
+        if lacking and len(self._going) == len(rows):  # none has made room by ending
             error = MemoryError("no memory for the bytes to come")
             youngest = max(self._going, key=lambda row: self._going[row].index)
             if len(self._going) == 1:
@@ -242,12 +247,12 @@ class Batch:
             else:
                 self._put_back([self._let_go(youngest)], error)
 
-    def _show(self, asked: _Asked, ran: Ran) -> None:
+    def _show(self, asked: _Asked, ids: Tensor) -> None:
         """Give the callback the bytes that it has not had."""
-        asked.count += ran.ids.numel()
+        asked.count += len(ids)
         if self._on_bytes is None or asked.count <= asked.shown:
             return
-        data = to_bytes(ran.ids[asked.shown - asked.count :])
+        data = to_bytes(ids[asked.shown - asked.count :])
         asked.shown = asked.count
         if data:
             self._on_bytes(asked.index, data)

@@ -40,6 +40,7 @@ class Course:
     def __init__(self, request: Request, begin: int, uses_drafts: bool) -> None:
         self.request, self.begin = request, begin
         self.ran: list[Ran] = []
+        self._told = 0  # of how many of these `fresh` has told
         self.drafter = request.drafter() if request.drafter and uses_drafts else None
         self.untold = self._so_far = request.prompt
 
@@ -53,9 +54,17 @@ class Course:
             return self.ran[0].ids
         return _joined([ran.ids for ran in self.ran], _NO_BYTES)
 
+    def fresh(self) -> Tensor:
+        """Those of them that it has not told yet."""
+        told, self._told = self._told, len(self.ran)
+        return _joined([ran.ids for ran in self.ran[told:]], _NO_BYTES)
+
     def log_probs(self) -> Tensor | None:
         """Their log-probabilities, ``(n,)`` float32 on the CPU, where they are asked for."""
-        return _joined_log_probs(self.ran) if self.request.plan.log_probs else None
+        if not self.request.plan.log_probs:
+            return None
+        given = [ran.log_probs for ran in self.ran if ran.log_probs is not None]
+        return _joined(given, _NO_BYTES.float())
 
     def is_matched(self) -> bool | None:
         """Whether the constraint accepts the bytes so far; None without one."""
@@ -177,8 +186,8 @@ class Continuation:
         courses = map(self._courses.get, rows)
         return [_NO_BYTES.clone() if course is None else course.ids() for course in courses]
 
-    def run(self, seconds: float = 0.02) -> list[tuple[Row, Ran]]:
-        """Let all rows go on that have not ended; returns what each of them was given.
+    def run(self, seconds: float = 0.02) -> None:
+        """Let all rows go on that have not ended.
 
         A row goes on by another run as long as the reason is ``"time"``. Rows that pause are
         answered: by what their guide and their logits processor say.
@@ -186,16 +195,16 @@ class Continuation:
         Raises:
             MemoryError: There is no memory for the bytes to come, unless the rows are isolated.
         """
-        rows = list(self.going)
         if self._stops:
-            return self._run_and_answer(rows, seconds)
-        return self._noted(rows, self._cache.run(rows, seconds))
+            self._run_and_answer(seconds)
+        else:
+            rows = list(self.going)
+            self._note(rows, self._cache.run(rows, seconds))
 
-    def _noted(self, rows: Sequence[Row], results: Sequence[Ran]) -> list[tuple[Row, Ran]]:
-        """Go on by what a run gave the rows; returns both in pairs."""
+    def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> None:
+        """Go on by what a run gave the rows."""
         lacks_memory = False
-        pairs = list(zip(rows, results, strict=True))
-        for row, ran in pairs:
+        for row, ran in zip(rows, results, strict=True):
             course = self._courses[row]
             course.ran.append(ran)
             course.reason = ran.reason
@@ -206,7 +215,6 @@ class Continuation:
                 lacks_memory |= ran.reason == "memory"
         if lacks_memory and not self._isolates:
             raise MemoryError("no memory for the bytes to come")
-        return pairs
 
     def settle(self) -> None:
         """After an exception, note all that was chosen."""
@@ -219,27 +227,21 @@ class Continuation:
 
     # -- Pauses ------------------------------------------------------------------------------------
 
-    def _run_and_answer(self, rows: list[Row], seconds: float) -> list[tuple[Row, Ran]]:
+    def _run_and_answer(self, seconds: float) -> None:
         """`run` of rows of which some pause or are drafted for, a byte or a draft at a time."""
         end = time.monotonic() + seconds
-        courses = [self._courses[row] for row in rows]
-        before = [len(course.ran) for course in courses]
         while going := list(self.going):
             if any(self._courses[row].drafter is not None for row in going):
                 drafts = [self._courses[row].draft() for row in going]
                 results = self._cache.run(going, 0.0, drafts)
             else:
                 results = self._cache.run(going, max(0.0, end - time.monotonic()))
-            self._noted(going, results)
+            self._note(going, results)
             for row in going:
                 if self._courses[row].reason == "logits":
                     self._answer(row)
             if time.monotonic() >= end:
                 break
-        return [
-            (row, _joined_run(course.ran[begin:], course.reason))
-            for row, course, begin in zip(rows, courses, before, strict=True)
-        ]
 
     def _answer(self, row: Row) -> None:
         """Choose a byte for a row that pauses."""
@@ -260,7 +262,7 @@ class Continuation:
                     raise ValueError(
                         "logits_processor: it leaves nothing to choose from"
                     ) from error
-            self._noted([row], results)
+            self._note([row], results)
             course.take(results[0].ids)
             if course.is_complete():
                 self._end(row, "matched")
@@ -287,14 +289,3 @@ class Continuation:
 def _joined(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
     with torch.inference_mode(False):  # the caller's own, as each part is
         return torch.cat([empty, *parts])
-
-
-def _joined_log_probs(parts: Sequence[Ran]) -> Tensor:
-    return _joined([ran.log_probs for ran in parts if ran.log_probs is not None], _NO_BYTES.float())
-
-
-def _joined_run(parts: Sequence[Ran], reason: Reason) -> Ran:
-    """What several runs and choices gave a row."""
-    has_log_probs = any(ran.log_probs is not None for ran in parts)
-    ids = _joined([ran.ids for ran in parts], _NO_BYTES)
-    return Ran(ids, _joined_log_probs(parts) if has_log_probs else None, reason)

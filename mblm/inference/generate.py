@@ -45,10 +45,11 @@ def generate(
         total = asked.plan.max_tokens
         with tqdm(total=total, unit="B", leave=False) if is_shown else nullcontext() as bar:
             while continuation.going:
-                ((_, ran),) = continuation.run()
+                continuation.run()
+                ids = course.fresh()
                 if bar is not None:
-                    bar.update(len(ran.ids))
-                if stream is not None and not _write(stream, ran.ids):
+                    bar.update(len(ids))
+                if stream is not None and not _write(stream, ids):
                     break
             else:
                 if stream is not None:

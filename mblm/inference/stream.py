@@ -56,7 +56,6 @@ class Stream(
         self._decoder = decoder(errors="replace") if text else None
         self._continuation: Continuation | None = None
         self._course: Course | None = None
-        self._given = 0  # of how many runs the bytes were given
         self._result: Generation | None = None
         self._is_closed = False
         self._lock = threading.RLock()  # held by the thread that generates
@@ -94,9 +93,7 @@ class Stream(
         if self._is_closed:
             return b""
         is_over = self._result is not None
-        new = [] if self._course is None else self._course.ran[self._given :]
-        self._given += len(new)
-        data = b"".join(to_bytes(ran.ids) for ran in new)
+        data = b"" if self._course is None else to_bytes(self._course.fresh())
         chunk = data if self._decoder is None else self._decoder.decode(data, final=is_over)
         return chunk if chunk or is_over else None
 

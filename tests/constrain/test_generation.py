@@ -40,8 +40,8 @@ def courses(m: MBLM, make: MakeCache, wishes: list[dict[str, Any]]) -> list[Cour
     continuation = Continuation(cache)
     continuation.add(rows, requests)
     with torch.inference_mode():
-        while continuation.run():
-            pass
+        while continuation.going:
+            continuation.run()
     return [continuation[row] for row in rows]
 
 
