@@ -136,23 +136,20 @@ def _new_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise FileExistsError(f"{out} exists already: remove it, or name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.absolute().with_name(f".{out.name}.tmp")
-    folder.mkdir(exist_ok=True)
-    with hold(lock := folder / "lock", f"{out}: it is being packed into already"):
+    folder, lock = (out.absolute().with_name(f".{out.name}.{end}") for end in ("tmp", "lock"))
+    with hold(lock, f"{out}: it is being packed into already"):
         try:
-            for left in folder.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
-                elif left != lock:
-                    left.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
             yield folder
             os.rename(folder, out)
-            (out / lock.name).unlink()  # now: without it, another would take the folder for left
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
                 error.filename = str(out)  # such as of a full disk
             raise
+        finally:
+            lock.unlink()
     sync_directory(out.absolute().parent)
 
 
