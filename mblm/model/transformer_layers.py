@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from mblm.model.attention import attention, causal_mask, fused_attention
 from mblm.model.linear import apply
 from mblm.model.plain import Part, is_plain, parts_in
 from mblm.model.utils import frequencies
 from mblm.ops.linear import linear
 from mblm.ops.shift_rms_norm import shift_rms_norm, shifted
 from mblm.ops.short_attention import MAX_POSITIONS, short_attention
+from mblm.utils.transforms import is_transformed
 
-# Up to this many positions, attention on a CPU is faster without PyTorch's kernel, and a start
-# token that all rows share is worth computing once.
+# Up to this many positions, causal attention on a CPU is faster without PyTorch's kernel, and a
+# start token that all rows share is worth computing once.
 SHORT = MAX_POSITIONS
 
 # Cosines and sines, (S, head width / 2) float32; (B, 1, S, head width / 2) where rows differ.
@@ -167,16 +168,18 @@ class Attention(nn.Module):
         count, total = q.shape[2], k.shape[2]
         dropout = self.dropout if self.training else 0.0
         is_causal = is_causal and count > 1
-        short = count > 1 and total <= SHORT and q.device.type == "cpu"
-        if short and is_causal and not dropout:
+        if is_causal and not dropout and total <= SHORT and q.device.type == "cpu":
             out = short_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             return apply(self.to_out, out.flatten(-2))
-        if is_causal and (count < total or short):
-            mask, is_causal = causal_mask(q, k), False
-        if short:
-            out = attention(q, k, v, mask, dropout=dropout)
+        if is_causal and count < total:
+            every = torch.ones(count, total, dtype=torch.bool, device=q.device)
+            mask, is_causal = every.tril_(total - count), False
+        if is_transformed():  # of which PyTorch's kernels do not know
+            if mask is not None:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+            out, _ = torch._scaled_dot_product_attention_math(q, k, v, mask, dropout, is_causal)
         else:
-            out = fused_attention(q, k, v, mask, dropout=dropout, is_causal=is_causal)
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         return apply(self.to_out, out.transpose(1, 2).flatten(-2))
 
     def forward(

@@ -38,14 +38,6 @@ def test_the_first_registered_block_that_fits_is_taken(order: tuple[type[StageBl
     assert type(parse(registry, {"width": 3})) is order[0]
 
 
-def test_registering_twice_keeps_the_place() -> None:
-    registry = StageBlockRegistry()
-    for block in (Narrow, Wide, Narrow):
-        registry.register()(block)
-    assert list(registry) == [Narrow, Wide]
-    assert len(registry) == 2 and Wide in registry and _Block not in registry
-
-
 def test_no_match_says_why_for_every_block() -> None:
     registry = StageBlockRegistry()
     registry.register()(Narrow)

@@ -9,7 +9,7 @@ from torch import nn
 from mblm import MBLM
 from mblm.model.embeddings import MBLM_TOKEN_EMB_MIGRATION, migrate_embedding_keys
 from mblm.utils.io import load_model_state, save_model_state
-from tests.models import encoder, model, transformer
+from tests.models import model, transformer
 
 
 def build() -> MBLM:
@@ -69,18 +69,6 @@ class TestOldKeys:
             wrapper = nn.Sequential(wrapper)
         state = {f"{prefix}{key}": value for key, value in old_keys(saved.state_dict()).items()}
         wrapper.load_state_dict(state, strict=True)
-        assert_same_weights(saved, fresh)
-
-    def test_load_through_load_model_state(self, tmp_path: Path) -> None:
-        saved, fresh = build(), build()
-        _, file = save_model_state(tmp_path, "old", old_keys(saved.state_dict()), loss=0.5)
-        loaded, loss = load_model_state(file, fresh)
-        assert loaded is fresh and loss == 0.5
-        assert_same_weights(saved, fresh)
-
-    def test_load_into_an_encoder(self) -> None:
-        saved, fresh = encoder(seq_lens=[3, 4]), encoder(seq_lens=[3, 4])
-        fresh.load_state_dict(old_keys(saved.state_dict()), strict=True)
         assert_same_weights(saved, fresh)
 
     def test_that_are_missing_are_still_named(self) -> None:

@@ -112,26 +112,6 @@ def test_positions_beyond_the_last_get_no_gradient():
     assert grads["positions"][:4].all() and not grads["positions"][4].any()
 
 
-@pytest.mark.parametrize("terms", [(), TERMS], ids=["plain", "all"])
-@pytest.mark.parametrize(("rows", "length"), [(0, 4), (3, 0), (0, 0)], ids=str)
-def test_nothing_gives_start_tokens(rows, length, terms):
-    arguments = sample(rows=rows, length=length, terms=terms)
-    out = assemble_stage(**arguments)
-    assert torch.equal(out, arguments["start_token"].expand(rows, 1, 6)) or rows == 0
-    assert out.shape == (rows, 1 + length, 6)
-    grads = gradients(assemble_stage, arguments)
-    for name, tensor in grads.items():
-        assert tensor.shape == arguments[name].shape
-        assert name == "start_token" or not tensor.any()
-
-
-@pytest.mark.parametrize("width", [1, 5])
-def test_odd_widths_work_without_rotation(width):
-    arguments = sample(width=width, terms=("ids", "positions", "context"))
-    torch.testing.assert_close(assemble_stage(**arguments), plain(**arguments))
-    assert_all_close(gradients(assemble_stage, arguments), gradients(plain, arguments), 1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_rounds_once(dtype):
     arguments = sample(rows=40, dtype=dtype)

@@ -92,12 +92,6 @@ def test_the_backward_pass_keeps_the_inputs_alone() -> None:
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in arguments}
 
 
-def test_keeps_the_dtype_of_the_activations() -> None:
-    arguments = make_arguments(1, 6, 5, 4, dtype=torch.bfloat16, weight_dtype=torch.float32)
-    y, window = causal_conv(*arguments)
-    assert (y.dtype, window.dtype) == (torch.bfloat16, torch.bfloat16)
-
-
 @pytest.mark.parametrize("output", [0, 1], ids=["y alone", "next window alone"])
 @pytest.mark.parametrize("length", [1, 5])
 def test_gradient_of_one_output(output: int, length: int) -> None:
