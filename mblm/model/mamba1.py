@@ -14,7 +14,6 @@ from mblm.model.mamba_scans import mamba1_scan
 from mblm.model.plain import Part, is_plain
 from mblm.ops import _native
 from mblm.ops.packing import pack_linear
-from mblm.ops.selective_scan import selective_scan_step
 from mblm.utils.huge_pages import HugePages
 
 
@@ -56,13 +55,8 @@ class Mamba1Mixer(MambaBlock):
         inner = inner.to(weight_in.dtype)
         delta = F.softplus(apply(self.dt_proj, delta).to(dtype))  # (B, S, D_inner)
 
-        if scan_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            inputs = inner[:, 0], delta[:, 0], rates, weight_in[:, 0], weight_out[:, 0], direct
-            y, scan_state = selective_scan_step(*inputs, scan_state)
-            y = y.unsqueeze(1)
-        else:
-            inputs = (inner, delta, rates, weight_in, weight_out, direct)
-            y, scan_state = mamba1_scan(inputs, scan_state, y_only=carried is None)
+        inputs = (inner, delta, rates, weight_in, weight_out, direct)
+        y, scan_state = mamba1_scan(inputs, scan_state, y_only=carried is None)
         if carried is not None:
             carried.after = scan_state, window
         return apply(self.out_proj, y * F.silu(gate))

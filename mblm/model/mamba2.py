@@ -15,7 +15,6 @@ from mblm.model.plain import Part, is_plain
 from mblm.ops import _native
 from mblm.ops.gated_rms_norm import gated_rms_norm
 from mblm.ops.packing import pack_linear
-from mblm.ops.ssd import ssd_step
 from mblm.utils.huge_pages import HugePages
 
 _NORM_EPS = 1e-5
@@ -76,7 +75,6 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), after a state where one is carried."""
-        length = x.shape[1]
         before = None if carried is None else carried.before
         scan_state, window = (None, None) if before is None else before
         gate, mixed, dt = apply(self.in_proj, x).split(
@@ -93,12 +91,8 @@ class Mamba2Mixer(nn.Module):
         direct = self.D.to(dtype)
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (B, S, H)
 
-        if scan_state is not None and length == 1 and not torch.is_grad_enabled():
-            inputs = inner[:, 0], dt[:, 0], rates, weight_in[:, 0], weight_out[:, 0], direct
-            y, scan_state = ssd_step(*inputs, scan_state)
-        else:
-            inputs = inner, dt, rates, weight_in, weight_out, direct
-            y, scan_state = mamba2_scan(inputs, scan_state)
+        inputs = inner, dt, rates, weight_in, weight_out, direct
+        y, scan_state = mamba2_scan(inputs, scan_state)
         if carried is not None:
             carried.after = scan_state, window
         return apply(self.out_proj, rms_norm(self.norm, y.reshape(gate.shape), gate))

@@ -50,7 +50,7 @@ def mamba2_scan(inputs: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _may_serve(x: Tensor, rates: Tensor) -> bool:
     is_plain = x.is_cuda and not is_transformed()
-    return is_plain and x.shape[1] > 0 and rates.dtype == torch.float32
+    return is_plain and x.shape[1] > 1 and rates.dtype == torch.float32
 
 
 def _mamba1_by(

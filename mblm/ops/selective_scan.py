@@ -47,35 +47,6 @@ def selective_scan(
     return y, final_state
 
 
-def selective_scan_step(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One position of :func:`selective_scan`; differentiable by PyTorch.
-
-    Args:
-        x, delta: (B, D).
-        A: (D, N).
-        B, C: (B, N).
-        D: (D,).
-        state: (B, D, N), left as it is.
-
-    Returns:
-        y (B, D) of x's dtype and the next state (B, D, N).
-    """
-    dtype = A.dtype
-    inputs = x.to(dtype)
-    decayed = (delta.unsqueeze(-1) * A).exp() * state
-    state = decayed.addcmul((delta * inputs).unsqueeze(-1), B.to(dtype).unsqueeze(1))
-    y = (state * C.to(dtype).unsqueeze(1)).sum(-1).addcmul(inputs, D)
-    return y.to(x.dtype), state
-
-
 def _chunk(
     x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -48,29 +48,6 @@ def ssd(
     return y, final_state
 
 
-def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One position of :func:`ssd`; differentiable by PyTorch.
-
-    Args:
-        x: (B, H, P).
-        dt: (B, H).
-        A, D: (H,).
-        B, C: (B, N).
-        state: (B, H, P, N), left as it is.
-
-    Returns:
-        y (B, H, P) of x's dtype and the next state (B, H, P, N).
-    """
-    dtype = A.dtype
-    inputs = x.to(dtype)
-    decayed = (dt * A).exp()[..., None, None] * state
-    state = decayed.addcmul((dt.unsqueeze(-1) * inputs).unsqueeze(-1), B.to(dtype)[:, None, None])
-    y = (state * C.to(dtype)[:, None, None]).sum(-1).addcmul(inputs, D.unsqueeze(-1))
-    return y.to(x.dtype), state
-
-
 def _chunk(
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:

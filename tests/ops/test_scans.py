@@ -48,7 +48,6 @@ class Scan(NamedTuple):
     name: str
     steps: str
     run: Callable[..., Result]
-    step: Callable[..., Result]
     loop: Callable[..., Result]
     chunk: Callable[..., Result]
     widths: tuple[int, ...]
@@ -97,11 +96,11 @@ class Scan(NamedTuple):
 
 SCANS = {
     "selective_scan": Scan(
-        *("selective_scan", "delta", mamba1.selective_scan, mamba1.selective_scan_step),
+        *("selective_scan", "delta", mamba1.selective_scan),
         *(selective_loop, mamba1._chunk, (3,), slice(0, 1), True),
     ),
     "ssd": Scan(
-        *("ssd", "dt", mamba2.ssd, mamba2.ssd_step),
+        *("ssd", "dt", mamba2.ssd),
         *(ssd_loop, mamba2._chunk, (3, 2), slice(0, 1), False),
     ),
 }
@@ -184,18 +183,6 @@ def test_gradient_of_one_output(scan: Scan, output: int) -> None:
         return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
 
     torch.testing.assert_close(gradients(scan.run), gradients(scan.loop))
-
-
-@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
-def test_step_equals_a_scan_of_one_position(scan: Scan, dtype: torch.dtype) -> None:
-    arguments = scan.arguments(3, 1, 4, dtype, torch.promote_types(dtype, F32))
-    state = arguments["initial_state"]
-    before = state.clone()
-    expected_y, expected_state = scan.run(**arguments)
-    one = {name: arguments[name][:, 0] for name in scan.by_position}
-    y, next_state = scan.step(**one, A=arguments["A"], D=arguments["D"], state=state)
-    torch.testing.assert_close((y, next_state), (expected_y[:, 0], expected_state))
-    assert torch.equal(state, before)
 
 
 DTYPES = [(F64, F64), (F32, F32), (torch.bfloat16, F32), (F16, F32), (F32, F64)]
