@@ -221,41 +221,6 @@ def test_prompts_are_read_as_rows_come_free(m: MBLM) -> None:
 
 
 @every_way
-def test_a_row_comes_when_no_other_has_to_wait_for_it(m: MBLM) -> None:
-    """At the end of a patch, rows wait for those that are within theirs."""
-    cache = batch.cache_for(m, "float32")
-    real, rows, late = cache.feed, [], []
-
-    def to_go(length: int) -> int:
-        return -(length - 1) % 4
-
-    def feed(new: Sequence[int], ids: Sequence[torch.Tensor]) -> None:
-        going = [row for row in rows if row in batches[0]._going]
-        if going:
-            others = max(map(to_go, cache.lengths(going)))
-            late.append(max(to_go(len(part)) for part in ids) > others)
-        rows.extend(new)
-        real(new, ids)
-
-    batches: list[batch.Batch] = []
-    begin = batch.Batch.__init__
-
-    def noted(self: batch.Batch, *arguments: Any) -> None:
-        batches.append(self)
-        begin(self, *arguments)
-
-    with (
-        patch.object(cache, "feed", feed),
-        patch.object(batch, "cache_for", lambda *_: cache),
-        patch.object(batch, "_SECONDS", 0),
-        patch.object(batch.Batch, "__init__", noted),
-    ):
-        prompts = some_prompts(*range(5, 25))
-        together(m, prompts, max_bytes=[n % 7 + 3 for n in range(20)], max_rows=3)
-    assert len(late) > 5 and not any(late)
-
-
-@every_way
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
 def test_a_free_row_waits_for_a_patch_at_most(m: MBLM, rounds: int) -> None:
     """However many bytes of a patch, here of 4, a run has time for."""

@@ -14,7 +14,6 @@ import torch
 
 from mblm import MBLM, Session
 from mblm.inference import continuation
-from mblm.inference.stream import Stream
 from tests.interrupts import raised_at
 from tests.models import LSTMBlock, mamba, model, transformer
 
@@ -128,52 +127,6 @@ def test_feed_takes_in_all_or_nothing(
         got, want = session.feed([b"\x04"] * len(fed)), same.fork().feed([b"\x04"] * len(fed))
         assert torch.equal(got.logits(), want.logits())
         assert torch.equal(before.logits(), before.fork().logits())
-
-
-def test_generate_of_a_model_tells_what_it_has_chosen() -> None:
-    m = model(transformer(), mamba(), seq_lens=[60, 4])
-    prime = torch.tensor([3, 1, 4])
-
-    def generate(numbers: torch.Generator) -> torch.Tensor:
-        return m.generate(prime, num_tokens_to_generate=COUNT, generator=numbers, **SAMPLING)
-
-    whole, seconds = timed(lambda: generate(torch.Generator().manual_seed(1)))
-    for moment in moments(seconds, 12):
-        numbers = torch.Generator().manual_seed(1)
-        try:
-            with interrupted(moment):
-                generate(numbers)
-        except KeyboardInterrupt as error:
-            ids = getattr(error, "ids", prime)
-            assert torch.equal(ids, whole[: len(ids)])
-            expected = generator_after(m, 1, len(ids) - len(prime))
-            assert torch.equal(numbers.get_state(), expected.get_state())
-
-
-@pytest.mark.parametrize("times", TIMES)
-def test_a_stream_keeps_what_it_has_chosen(times: int) -> None:
-    m = model(transformer(), mamba(), seq_lens=[60, 4])
-
-    def begin(numbers: torch.Generator) -> Stream:
-        return m.stream([3, 1, 4], max_bytes=COUNT, generator=numbers, **SAMPLING)
-
-    def read(stream: Stream) -> Stream:
-        for _ in stream:
-            pass
-        return stream
-
-    whole, seconds = timed(lambda: read(begin(torch.Generator().manual_seed(1))))
-    for moment in moments(seconds, 4 * times):
-        numbers = torch.Generator().manual_seed(1)
-        stream = begin(numbers)
-        with suppress(KeyboardInterrupt), interrupted(moment):
-            read(stream)
-        stream.close()
-        ids = stream.result.ids
-        assert torch.equal(ids, whole.result.ids[: len(ids)])
-        expected = generator_after(m, 1, len(ids))
-        assert torch.equal(numbers.get_state(), expected.get_state())
-        assert list(stream) == []
 
 
 @pytest.mark.parametrize("wishes", [{}, {"logits_processor": lambda ids, logits: logits}])

@@ -179,27 +179,6 @@ def test_half_precision_samples_what_the_logits_say(is_ragged: bool) -> None:
 
 
 class TestGenerate:
-    @pytest.mark.parametrize(
-        ("arguments", "error", "words"),
-        [
-            ({"num_tokens": -1}, ValueError, "num_tokens: expected a number >= 0, got -1"),
-            ({"num_tokens": None}, TypeError, "num_tokens: expected an integer"),
-            ({"num_tokens": 22}, ValueError, "num_tokens: 22 bytes after 3 exceed the context"),
-            ({"num_tokens": 2, "top_p": 3}, ValueError, "top_p"),
-            ({"num_tokens": 2, "generator": 1}, TypeError, "generator"),
-            ({"num_tokens": 2, "log_probs": True}, TypeError, "multiple values"),
-        ],
-    )
-    def test_bad_input_leaves_the_session_as_it_was(
-        self, arguments: dict[str, Any], error: type[Exception], words: str
-    ) -> None:
-        m = model(transformer(), transformer(), seq_lens=[6, 4])
-        session = m.session().feed(torch.tensor([1, 2, 3]))
-        expected = session.logits().clone()
-        with pytest.raises(error, match=words):
-            session.generate(**arguments)
-        assert session.length == 3 and torch.equal(session.logits(), expected)
-
     def test_batch_size_that_is_no_number(self, m: MBLM) -> None:
         assert m.session(np.int64(2)).batch_size == 2
         for batch_size in (True, "2", None, 0, 1 << 25, 10**30):
