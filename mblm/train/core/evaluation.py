@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,6 +14,8 @@ from mblm.data.datasets import DistributedDataset
 from mblm.train.core.interrupt import start_loading
 from mblm.train.core.parallel import Workers
 from mblm.train.core.sampling import EpochBatches
+
+Check: TypeAlias = Callable[[], None]
 
 
 class Evaluation(NamedTuple):
@@ -105,7 +107,7 @@ def evaluate(
     max_batches: int | None,
     in_step: bool,
     show: Callable[[range], Any] = iter,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
 ) -> Evaluation:
     """The mean of the batches' losses, weighted; each worker takes every ``world_size``-th.
 

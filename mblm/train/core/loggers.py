@@ -12,6 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
+from mblm.train.core.config import CoreIoConfig
 from mblm.train.core.telling import tell
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -194,14 +195,12 @@ class Loggers:
         tell(self._log, message)
 
 
-def check_loggers(names: Sequence[str]) -> None:
-    """Refuse loggers whose library is missing.
-
-    Raises:
-        ValueError: One is; the message says how to get it.
-    """
+def logger_names(io: CoreIoConfig) -> list[str]:
+    """Those that are configured; one whose library is missing is refused."""
+    names = list(dict.fromkeys([*["tensorboard"] * io.tensorboard, *io.loggers]))
     for name in names:
         try:
             importlib.import_module(_MODULES[name])
         except ImportError as error:
             raise ValueError(f"io.loggers: {name} needs pip install 'mblm[{name}]'") from error
+    return names

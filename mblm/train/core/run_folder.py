@@ -37,7 +37,7 @@ from mblm.train.core.config import (
 )
 from mblm.train.core.evaluation import Evaluation
 from mblm.train.core.hooks import CoreTrainerOptions
-from mblm.train.core.loggers import Loggers, check_loggers
+from mblm.train.core.loggers import Loggers, logger_names
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
 from mblm.train.core.training_state import (
@@ -46,7 +46,6 @@ from mblm.train.core.training_state import (
     SavedState,
     prune_states,
     referred_models,
-    run_dir_of,
 )
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import save_model_state
@@ -100,7 +99,7 @@ class RunFolder:
             path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=is_main
         )
         self._metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=is_main)
-        names = _logger_names(config, workers)
+        names = logger_names(io) if is_main else []
         self.loggers = Loggers(names, path, io.name_model, config.model_dump(mode="json"), log)
         self.lineage: Lineage | None = None
         self._resume = ResumeConfig(
@@ -226,23 +225,6 @@ class RunFolder:
             self.best.prune(referred_models(prune_states(self.path)))
 
 
-def make_run_dir(config: Config, workers: Workers, run_id: str, state_dir: Path | None) -> Path:
-    """The folder of a run on every worker; a new one but for a run that goes on.
-
-    Making one comes last: everything else must have been checked before. A new one is called by
-    the model's name and the main worker's ``run_id``; ``state_dir`` is in that of a run.
-    """
-    check_loggers(_logger_names(config, workers))
-    path = Path()
-    if state_dir is not None:
-        path = run_dir_of(state_dir)
-    elif workers.is_main:
-        path = new_run_dir(Path(config.io.output_dir, f"{config.io.name_model}_{run_id}"))
-    path = Path(workers.from_main(str(path)))
-    path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
-    return path
-
-
 def new_run_dir(wanted: Path) -> Path:
     """Create a folder for a run: as wanted, or with a number if there is one, of another run."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -252,11 +234,6 @@ def new_run_dir(wanted: Path) -> Path:
             folder.mkdir()  # which of several runs that start at once only one can do
             break
     return folder
-
-
-def _logger_names(config: Config, workers: Workers) -> list[str]:
-    names = ["tensorboard"] * config.io.tensorboard + config.io.loggers
-    return list(dict.fromkeys(names)) if workers.is_main else []
 
 
 def hold_run(folder: Path) -> AbstractContextManager[None]:

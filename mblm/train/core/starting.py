@@ -28,15 +28,17 @@ from mblm.train.core.lineage import (
     facts_of,
     lineage_of,
 )
+from mblm.train.core.loggers import logger_names
 from mblm.train.core.parallel import ParallelModel, Workers
 from mblm.train.core.run import Position, Precision, Run
-from mblm.train.core.run_folder import RunFolder, hold_run, make_run_dir
+from mblm.train.core.run_folder import RunFolder, hold_run, new_run_dir
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import check_start, plan_run
 from mblm.train.core.telling import describe_run, format_loss, tell
 from mblm.train.core.training_state import (
     SavedState,
     load_training_state,
+    run_dir_of,
     save_training_state,
     state_to_resume,
 )
@@ -63,6 +65,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             config.train.precision, self._workers.device_type, self.options.amp_dtype
         )
         plan_run(config, self._workers.world_size)  # refuses what cannot be planned
+        if self._workers.is_main:
+            logger_names(config.io)
         amount, trainer = config.io.sample_amount, type(self)
         if amount and trainer.generate_samples is TrainerHooks.generate_samples:
             raise ValueError(
@@ -206,11 +210,15 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def _begin_writing(self) -> None:
         """Make the run's folder, or go on in that of the state; called while it is to be held."""
-        is_new, is_main = self._path is None, self._workers.is_main
+        is_new, is_main, io = self._path is None, self._workers.is_main, self.config.io
         if self._path is None:
-            state_dir = None if self._resumed is None else self._resumed.path
-            run_id = self.configure_run_id() if is_main and not state_dir else ""
-            self._path = make_run_dir(self.config, self._workers, run_id, state_dir)
+            if self._resumed is not None:
+                self._path = run_dir_of(self._resumed.path)
+            elif is_main:
+                name = f"{io.name_model}_{self.configure_run_id()}"
+                self._path = new_run_dir(Path(io.output_dir, name))
+            self._path = Path(self._workers.from_main(str(self._path)))
+            self._path.mkdir(parents=True, exist_ok=True)  # a node may have a disk of its own
         if is_main and self._held is not None and not self._is_held:
             self._held.enter_context(hold_run(self._path))
             self._is_held = True

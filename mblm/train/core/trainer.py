@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mblm.data.datasets import DistributedDataset
 from mblm.data.types import ModelMode
 from mblm.train.core.config import TIoConfig, TModelParams, TTrainConfig
-from mblm.train.core.evaluation import Evaluation, Sources
+from mblm.train.core.evaluation import Check, Evaluation, Sources
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
@@ -101,9 +101,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             sources = Sources(test_dataset, self.get_test_dataloader)
             is_ours = model is self._parallel.base
             callee = self._parallel.to_evaluate if is_ours else model
-            place = Position(elements_seen=-1)
+            place, check = Position(elements_seen=-1), partial(requests.check, "in the test")
             try:
-                result = self._evaluate(callee, sources, place, "Test", requests)
+                result = self._evaluate(callee, sources, place, "Test", check)
             except TrainingInterrupted as stopped:
                 self._say(str(stopped))
                 self._folder.loggers.close()
@@ -302,9 +302,10 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         Stopped on the way, the run goes on with the whole validation, as it was before it.
         """
         position, generators = run.position, run.validation.generators
-        rng = get_rng(*generators)
+        rng, after = get_rng(*generators), f"after batch {position.step - 1}"
+        check = partial(requests.check, f"in the validation {after}")
         try:
-            result = self._rank(run, f"Validation after batch {position.step - 1}", requests)
+            result = self._rank(run, f"Validation {after}", check)
         except TrainingInterrupted:
             set_rng(rng, *generators)
             self._save(run)
@@ -316,24 +317,19 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         if self.config.io.num_models_to_save and not self._folder.best.entries:
             raise NonFiniteLossError(f"No model can be ranked. Validation: {result.trouble()}")
 
-    def _rank(self, run: Run, place: str, requests: Requests | None = None) -> Evaluation:
+    def _rank(self, run: Run, place: str, check: Check = lambda: None) -> Evaluation:
         """Keep the model if its validation loss is among the best."""
         position = run.position
-        result = self._evaluate(run.model.to_evaluate, run.validation, position, place, requests)
+        result = self._evaluate(run.model.to_evaluate, run.validation, position, place, check)
         if math.isfinite(result.loss):
             left_out, state = len(result.left_out), run.model.full_state()
             self._folder.add_model(result.loss, left_out, state, position)
         return result
 
     def _evaluate(
-        self,
-        model: nn.Module,
-        sources: Sources,
-        position: Position,
-        place: str,
-        requests: Requests | None,
+        self, model: nn.Module, sources: Sources, position: Position, place: str, check: Check
     ) -> Evaluation:
-        """The mean loss over the sources' batches; raises `TrainingInterrupted` on request."""
+        """The mean loss over the sources' batches, unless a check between them raises."""
         options = self.options
         sources.begin(position.step)  # another order, if it is shuffled
         show: Callable[[range], Any] = partial(
@@ -352,9 +348,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 max_batches=self.config.train.max_eval_steps,
                 in_step=self._parallel.is_sharded,
                 show=show,
-                check=partial(requests.check, f"in the {place[0].lower()}{place[1:]}")
-                if requests
-                else lambda: None,
+                check=check,
             )
         if trouble := result.trouble():
             self._tell(f"{place}: {trouble}")
