@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from io import BytesIO
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mblm.data.utils.pillow import pillow_image
-
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 DEFAULT_ENCODING = "utf8"
+
+
+def pillow_image() -> ModuleType:
+    """The module ``PIL.Image``, imported when an image is first touched.
+
+    Raises:
+        ImportError: Pillow is not installed; the message says how to install it.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images need Pillow: pip install 'mblm[image]'") from error
+    return Image
 
 
 class Bytes:

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mblm.data.utils.bytes import FileStream
-from mblm.data.utils.pillow import pillow_image
+from mblm.data.utils.bytes import FileStream, pillow_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
