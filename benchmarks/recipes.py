@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import yaml
-from side_by_side import new_figures, parser, write_json
+from side_by_side import config_of, new_figures, parser, write_json
 
-from mblm import MBLM, MBLMModelConfig, TransformerBlock
+from mblm import MBLM
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
 from mblm.data.types import ModelMode
 from mblm.train.core.config import CoreTrainConfig
@@ -28,16 +28,7 @@ from mblm.train.recipe import make_optimizer, make_schedule
 
 LENGTH = 512
 BATCH_SIZE = 4
-BLOCK = {"attn_head_dims": 32, "attn_num_heads": 4, "attn_use_rot_embs": True}
-MODEL = MBLMModelConfig(
-    num_tokens=257,
-    pad_token_id=256,
-    seq_lens=[64, 8],
-    hidden_dims=[128, 128],
-    num_layers=[3, 3],
-    train_checkpoint_chunks=None,
-    block=[TransformerBlock(**BLOCK), TransformerBlock(**BLOCK, pos_emb_type="fixed")],
-)
+MODEL = config_of(["t", "t"], 128, [3, 3], [64, 8])
 MUON = {"optimizer": "muon", "learning_rate": 0.01, "weight_decay": 0.1}
 WSD = {"lr_schedule": "wsd", "warmup_steps_perc": 0.05, "decay_ratio": 0.4}
 COSINE = {"lr_schedule": "cosine", "warmup_steps_perc": 0.05}
