@@ -12,7 +12,7 @@ import torch
 
 from mblm import MBLM
 from tests.cli.program import ENVIRONMENT
-from tests.models import mamba, model, transformer
+from tests.models import model, transformer
 
 pytest.importorskip("lm_eval")
 
@@ -116,17 +116,6 @@ def test_contexts_may_be_empty_and_longer_than_the_context(net: MBLM) -> None:
     for (nats, is_greedy), score in zip(told, expected, strict=True):
         assert nats == pytest.approx(-score.bits * math.log(2), rel=1e-4)
         assert is_greedy is score.is_greedy
-
-
-def test_what_greedy_decoding_generates_is_greedy(net: MBLM) -> None:
-    harness = MBLMForHarness(model(mamba(), transformer(), seq_lens=[8, 4], num_tokens=128))
-    (text,) = harness.generate_until(
-        requests("generate_until", ("The cat", {"until": [], "max_gen_toks": 40})), True
-    )
-    told = harness.loglikelihood(
-        requests("loglikelihood", ("The cat", text), ("The cat", text + "x")), True
-    )
-    assert len(text) == 40 and [is_greedy for _, is_greedy in told] == [True, False]
 
 
 def test_more_requests_than_are_scored_at_once(net: MBLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`mblm generate`: what it takes; the work is done in `generate` and `prompts`."""
+"""`mblm generate`: what it takes; the work is done in `generate`."""
 
 import os
 import secrets
@@ -11,13 +11,14 @@ from mblm.cli.generate import (
     LateFile,
     check_out,
     constraint_of,
+    generate_all,
     how_many,
     load,
     read_file,
+    read_prompts,
     stream,
 )
 from mblm.cli.options import Device, Imports, Model, RunConfig
-from mblm.cli.prompts import generate_all, read_prompts
 from mblm.model.find import find_model
 
 

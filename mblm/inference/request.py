@@ -255,7 +255,8 @@ def naming(prefix: str = "", **names: str) -> Iterator[None]:
             told = names[match[0]] + told[match.end() :]
         if (told := prefix + told) == str(error):
             raise
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(told) from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(told) from (error if prefix else None)
 
 
 def draws_of(

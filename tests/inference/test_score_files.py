@@ -1,6 +1,5 @@
 """Bits per byte of files: as of their bytes in memory, read in bounded memory."""
 
-import io
 import math
 import os
 import sys
@@ -153,15 +152,6 @@ def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     scores = score_files(net, [pipe, file], batch_bytes=64)
     thread.join()
     assert scores[0] == scores[1] and scores[0].num_bytes == 100
-
-
-def test_standard_input_is_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write(tmp_path / "f", 50)
-    with file.open("rb") as stream:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
-        scores = score_files(bytes_model(), [Path("-"), Path("-"), file])
-        assert not stream.closed
-    assert scores == [scores[2], FileScore(), scores[2]]
 
 
 def test_a_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,15 +32,6 @@ def test_bits_are_those_of_a_score() -> None:
     assert str(surprise) == f"51 bytes, {score.bits_per_byte:.4f} bits per byte"
 
 
-def test_a_text_may_be_any_prompt_of_bytes() -> None:
-    net = limited()
-    for text in ("né", list("né".encode()), torch.tensor([list("né".encode())])):
-        surprise = measure(net, text)
-        assert surprise.data == "né".encode() and len(surprise.bits) == 3
-    with pytest.raises(ValueError, match="data: token id 256"):
-        measure(net, [256])
-
-
 def test_alternatives_are_what_a_session_finds_likeliest() -> None:
     net = endless()
     surprise, session = measure(net, TEXT), net.session()
