@@ -123,27 +123,21 @@ class GradientSums:
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """``layer(x)``; while sums are being added, the layer's gradients are not made first.
 
-        This suits a layer whose weight is large beside ``x``. One that is not plain, or whose
-        weights are computed from others, is called as it is.
+        This suits a layer whose weight is large beside ``x``. One that is not plain is called as it
+        is.
         """
         if not (self.is_adding and torch.is_grad_enabled() and is_plain(layer, nn.Linear)):
-            return apply(layer, x)
-        weights = [w for w in (layer.weight, layer.bias) if w is not None and w.requires_grad]
-        if any(self._index(weight) is None for weight in weights):
             return apply(layer, x)
         out: Tensor = _LinearIntoSums.apply(x, layer.weight, layer.bias, self)
         return out
 
     def sum_for(self, parameter: Tensor | None) -> Tensor | None:
         """The sum that a parameter's gradient is added to, None where it gets none."""
-        index = self._index(parameter)
-        if index is None:
-            return None
-        self._used[index] = True
-        return self._sums[index]
-
-    def _index(self, parameter: Tensor | None) -> int | None:
-        return next((n for n, known in enumerate(self.parameters) if known is parameter), None)
+        for index, known in enumerate(self.parameters):
+            if known is parameter:
+                self._used[index] = True
+                return self._sums[index]
+        return None
 
     def sums(self) -> list[Tensor | None]:
         """The sums, None for a parameter that none was added for."""

@@ -194,8 +194,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
             on_bytes: Called with a prompt's index and its next bytes, as they come.
             on_result: Called with a prompt's index and what was generated, when it is over. What it
                 raises ends all.
-            weights: Type of the weights that compiled code reads; see `Session`.
-            enable_progress: Show a progress bar. Default True.
+            weights, enable_progress: As of `generate`.
             wishes: As of `stream`, but ``seed`` and ``generator``, each one value or a list with
                 one for each prompt.
 

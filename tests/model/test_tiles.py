@@ -1,6 +1,5 @@
 """Sums and maps over tiles: equal to those without, gradients included; memory; what is refused."""
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from mblm.model.gradients import GradientSums
 from mblm.model.recomputation import run_in_segments
-from mblm.model.tiles import map_over_tiles, sum_over_tiles
+from mblm.model.tiles import sum_over_tiles
 from tests.model.peak_memory import peak_bytes
 
 SIZES = [1, 2, 3, 6, 7, 100]
@@ -60,26 +59,6 @@ def test_a_sum_and_its_gradients_are_those_without_tiles(
     actual = [rows.grad, *(p.grad for p in net.linear.parameters())]
     torch.testing.assert_close(actual, [*expected])
     assert net.unused.grad is None
-
-
-def test_gradients_add_up_over_backward_passes(net: Net) -> None:
-    rows, weights = rows_and_weights()
-    for _ in range(2):
-        (net.sum(2, rows, weights) * 3).backward()
-    expected = torch.autograd.grad(net.sum(100, rows, weights) * 6, net.linear.weight)[0]
-    torch.testing.assert_close(net.linear.weight.grad, expected)
-
-
-@pytest.mark.parametrize("what", ["rows", "weights"])
-def test_what_is_frozen_gets_no_gradient(net: Net, what: str) -> None:
-    rows, weights = rows_and_weights()
-    if what == "rows":
-        rows = rows.detach()
-    else:
-        net.requires_grad_(False)
-    net.sum(2, rows, weights).backward()
-    assert (rows.grad is None) == (what == "rows")
-    assert (net.linear.weight.grad is None) == (what == "weights")
 
 
 def test_gradients_of_another_computation_are_no_part_of_the_sums(net: Net) -> None:
@@ -163,93 +142,11 @@ def test_a_tensor_whose_gradient_would_be_lost_is_refused(net: Net) -> None:
         sum_over_tiles(net, 2, rows, (), GradientSums([net.linear.bias]))
 
 
-class TestMap:
-    @pytest.mark.parametrize("with_gradients", [True, False])
-    @pytest.mark.parametrize("size", SIZES)
-    def test_is_that_without_tiles(self, net: Net, size: int, with_gradients: bool) -> None:
-        rows, weights = rows_and_weights()
-
-        def function(rows: Tensor, weights: Tensor) -> Tensor:  # two rows of each
-            return (net.linear(rows) * weights[:, None]).repeat_interleave(2, dim=0)
-
-        with torch.set_grad_enabled(with_gradients):
-            out = map_over_tiles(function, size, rows, weights)
-        expected = function(rows, weights)
-        torch.testing.assert_close(out, expected)
-        assert out.requires_grad == with_gradients
-        if with_gradients:
-            (actual,) = torch.autograd.grad(out.square().sum(), rows)
-            torch.testing.assert_close(
-                actual, torch.autograd.grad(expected.square().sum(), rows)[0]
-            )
-
-
 def map_with_sums(
     function: Callable[[Tensor], Tensor], size: int, rows: Tensor, sums: GradientSums
 ) -> Tensor:
     """`map_over_tiles` by a function whose gradients are added up, as the patches' embedding."""
     return run_in_segments(lambda x, _: (function(x[0])[None], ()), sums, rows[None], size)[0]
-
-
-class TestMapWithSums:
-    @pytest.mark.parametrize("size", SIZES)
-    def test_is_that_without_tiles(self, net: Net, size: int) -> None:
-        rows = torch.randn(7, 4).double()
-        sums = GradientSums(net.parameters())
-        weights = [*net.linear.parameters()]
-        for _ in range(2):
-            out = map_with_sums(net.linear, size, rows, sums)
-            torch.testing.assert_close(out, net.linear(rows))
-            actual = torch.autograd.grad(
-                out.square().sum(), [*weights, net.unused], allow_unused=True
-            )
-            expected = torch.autograd.grad(net.linear(rows).square().sum(), weights)
-            torch.testing.assert_close(actual[:2], expected)
-            assert actual[2] is None
-
-    def test_is_recomputed_under_the_autocast_it_was_computed_under(self) -> None:
-        linear, rows, dtypes = nn.Linear(4, 3), torch.randn(7, 4), []
-
-        def function(rows: Tensor) -> Tensor:
-            out = linear(rows)
-            dtypes.append(out.dtype)
-            return out
-
-        with torch.autocast("cpu", torch.bfloat16):
-            out = map_with_sums(function, 4, rows, GradientSums(linear.parameters()))
-        out.float().square().sum().backward()
-        assert dtypes == [torch.bfloat16] * 4, "two tiles, computed twice"
-        assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
-
-
-class TestLinearIntoSums:
-    """A layer's gradients are added to the sums where they are computed."""
-
-    @pytest.mark.parametrize("frozen", ["nothing", "weight", "bias", "input"])
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_gradients_are_those_of_the_layer(self, bias: bool, frozen: str) -> None:
-        embed, layer = nn.Embedding(5, 4).double(), nn.Linear(4, 3, bias=bias).double()
-        embed.weight.requires_grad_(frozen != "input")
-        layer.weight.requires_grad_(frozen != "weight")
-        if layer.bias is not None:
-            layer.bias.requires_grad_(frozen != "bias")
-        parameters = [*embed.parameters(), *layer.parameters()]
-        sums, rows = GradientSums(parameters), torch.randint(5, (7, 2))
-        out = map_with_sums(lambda tile: sums.linear(layer, embed(tile)), 3, rows, sums)
-        expected = layer(embed(rows))
-        torch.testing.assert_close(out, expected)
-        trained = [p for p in parameters if p.requires_grad]
-        actual = torch.autograd.grad(out.square().sum(), trained)
-        torch.testing.assert_close(actual, torch.autograd.grad(expected.square().sum(), trained))
-
-    def test_a_parametrized_layer_is_called_as_it_is(self) -> None:
-        layer, rows = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double()), torch.eye(4)
-        weights = [*layer.parameters()]
-        sums = GradientSums(weights)
-        out = map_with_sums(lambda tile: sums.linear(layer, tile), 2, rows.double(), sums)
-        actual = torch.autograd.grad(out.square().sum(), weights)
-        expected = torch.autograd.grad(layer(rows.double()).square().sum(), weights)
-        torch.testing.assert_close(actual, expected)
 
 
 class TestMemoryOfGradients:
@@ -278,49 +175,6 @@ class TestMemoryOfGradients:
             map_with_sums(lambda tile: sums.linear(layer, tile), 2, rows, sums).sum().backward()
 
         assert self.WEIGHT < peak_bytes(step) < 1.5 * self.WEIGHT
-
-
-def test_dropout_is_the_same_when_it_is_computed_again() -> None:
-    """Of each tile's own random numbers, in `map_over_tiles` and where sums are recomputed."""
-    rows = torch.ones(64, 8, requires_grad=True)
-    out = map_over_tiles(lambda x: nn.functional.dropout(x, 0.5), 16, rows)
-    (gradient,) = torch.autograd.grad(out.sum(), rows)
-    assert torch.equal(gradient, out.detach())
-    kept = []
-
-    def function(x: Tensor) -> tuple[Tensor, Tensor]:
-        dropped = nn.functional.dropout(x, 0.5)
-        kept.append(dropped.detach())
-        return dropped.sum(), dropped.count_nonzero()
-
-    total, _ = sum_over_tiles(function, 16, rows, (), GradientSums(()), recompute=True)
-    (gradient,) = torch.autograd.grad(total, rows)
-    assert torch.equal(gradient, torch.cat(kept[:4]))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("outer_size", "inner_size"), [(3, 1), (2, 2), (7, 3), (1, 1)])
-def test_tiles_within_tiles(net: Net, outer_size: int, inner_size: int, recompute: bool) -> None:
-    rows, weights = rows_and_weights()
-    inner = copy.deepcopy(net)
-    sums = GradientSums([*net.parameters(), *inner.parameters()])
-
-    def above(rows: Tensor) -> Tensor:
-        return rows + rows * net.linear.weight[0] + inner.linear.weight[0]  # used inside, too
-
-    def function(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        others = (weights,)
-        return sum_over_tiles(inner, inner_size, above(rows), others, sums, recompute=recompute)
-
-    used = [rows, net.linear.weight, *inner.linear.parameters()]
-    expected = torch.autograd.grad(inner(above(rows), weights)[0] * 3, used)
-    for _ in range(2):
-        total, count = sum_over_tiles(
-            function, outer_size, rows, (weights,), sums, recompute=recompute
-        )
-        actual = torch.autograd.grad(total * 3, used)
-        torch.testing.assert_close(actual, expected)
-        assert count == weights.count_nonzero()
 
 
 def test_a_failure_leaves_no_gradients_behind(net: Net) -> None:
