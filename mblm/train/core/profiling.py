@@ -1,70 +1,62 @@
 """Where the time and the memory of some steps go: what `mblm train --profile` writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, schedule
-from typing_extensions import Self
 
 WARM_UP = 2
 """Steps before those that are profiled: the first ones allocate and compile."""
 
 
-class Profile:
-    """Profiles some steps of a run, or none, after `WARM_UP` of them, while the block runs.
+@contextmanager
+def profiled(
+    steps: int, folder: Path, *, is_cuda: bool, say: Callable[[str], object]
+) -> Iterator[Callable[[], None]]:
+    """Profile so many steps, or none, of the block, which calls what it is given after each.
 
-    It writes ``trace.json.gz``, which https://ui.perfetto.dev shows; ``operators.txt``, a table;
+    Written are ``trace.json.gz``, which https://ui.perfetto.dev shows; ``operators.txt``, a table;
     and on a GPU ``memory.pickle``, for https://pytorch.org/memory_viz; ``say`` is called with that.
     """
+    if not steps:
+        yield lambda: None
+        return
 
-    def __init__(
-        self, steps: int, folder: Path, *, is_cuda: bool, say: Callable[[str], object]
-    ) -> None:
-        self._steps, self._folder, self._is_cuda, self._say = steps, folder, is_cuda, say
-        self._profiler: Any = None
-        if steps:
-            self._profiler = torch.profiler.profile(
-                activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_cuda],
-                schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
-                on_trace_ready=self._write,
-                profile_memory=True,
-            )
-
-    def step_done(self) -> None:
-        """Note that a step is done, which may be the last one before or of the profile."""
-        if self._profiler is not None:
-            self._profiler.step()
-            if self._is_cuda and self._profiler.step_num == WARM_UP:
-                torch.cuda.memory._record_memory_history()
-
-    def __enter__(self) -> Self:
-        if self._profiler is not None:
-            self._profiler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
-            if self._is_cuda:
-                torch.cuda.memory._record_memory_history(enabled=None)
-
-    def _write(self, profiler: Any) -> None:
-        if profiler.step_num < WARM_UP + self._steps:
+    def write(profiler: Any) -> None:
+        if profiler.step_num < WARM_UP + steps:
             return  # the run was stopped
-        files = [self._folder / name for name in ("trace.json.gz", "operators.txt")]
-        self._folder.mkdir(exist_ok=True)
+        files = [folder / name for name in ("trace.json.gz", "operators.txt")]
+        folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(files[0]))
-        order = f"self_{'cuda' if self._is_cuda else 'cpu'}_time_total"
+        order = f"self_{'cuda' if is_cuda else 'cpu'}_time_total"
         files[1].write_text(profiler.key_averages().table(sort_by=order, row_limit=40))
-        if self._is_cuda:
-            torch.cuda.memory._dump_snapshot(str(self._folder / "memory.pickle"))
+        if is_cuda:
+            torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        self._say(
-            f"Profiled {self._steps} steps: {files[0]} for https://ui.perfetto.dev, {files[1]}"
-            + f", {self._folder}/memory.pickle for https://pytorch.org/memory_viz" * self._is_cuda
+        say(
+            f"Profiled {steps} steps: {files[0]} for https://ui.perfetto.dev, {files[1]}"
+            + f", {folder}/memory.pickle for https://pytorch.org/memory_viz" * is_cuda
         )
+
+    def step_done() -> None:
+        profiler.step()
+        if is_cuda and profiler.step_num == WARM_UP:
+            torch.cuda.memory._record_memory_history()
+
+    try:
+        with torch.profiler.profile(
+            activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_cuda],
+            schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
+            on_trace_ready=write,
+            profile_memory=True,
+        ) as profiler:
+            yield step_done
+    finally:
+        if is_cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def check_profile(steps: int, left: int) -> None:

@@ -30,11 +30,11 @@ from mblm.train.core.lineage import (
 )
 from mblm.train.core.loggers import logger_names
 from mblm.train.core.parallel import ParallelModel, Workers
-from mblm.train.core.run import Position, Precision, Run
+from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder, hold_run, new_run_dir
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import check_start, plan_run
-from mblm.train.core.telling import describe_run, format_loss, tell
+from mblm.train.core.telling import format_loss, tell
 from mblm.train.core.training_state import (
     SavedState,
     load_training_state,
@@ -61,9 +61,10 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self.options = options or CoreTrainerOptions()
         self._workers = Workers(run_vars)
         self._device = self._workers.device
-        self._precision = Precision(
-            config.train.precision, self._workers.device_type, self.options.amp_dtype
-        )
+        # Without instructions for bfloat16, which few CPUs have, autocast is slower there.
+        given = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+        is_auto = config.train.precision == "auto" and self._workers.device_type == "cuda"
+        self._dtype = self.options.amp_dtype if is_auto else given
         plan_run(config, self._workers.world_size)  # refuses what cannot be planned
         if self._workers.is_main:
             logger_names(config.io)
@@ -95,7 +96,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             {
                 **facts_of(config),
                 "package": __version__,
-                "precision": self._precision.dtype,
+                "precision": self._dtype,
                 "skip_validation": self.options.skip_validation,
                 "stages": self._stages,
                 "parameters": self._parameters[0],
@@ -175,7 +176,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             self._parallel,
             optimizer,
             self.configure_scheduler(optimizer, plan.gradient_steps),
-            self._precision.scaler(),
+            # Of the loss; it does nothing unless the precision is half.
+            torch.amp.GradScaler(self._workers.device_type, enabled=self._dtype == torch.half),
             position,
         )
         if resumed is not None:
@@ -283,20 +285,30 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     # -- What is said ----------------------------------------------------------------------------
 
     def _announce(self, run: Run) -> None:
-        """Say what is trained."""
+        """Say what is trained, on what, for how long and where it writes."""
         every, workers = self.config.train.gradient_accumulate_every, self._workers.world_size
-        lines = describe_run(
-            *self._parameters,
-            run.lineage,
-            run.plan,
-            done=run.position.done // every,
-            elements=self._elements_per_batch() * every,
-            unit=self.progress_unit,
-            workers=workers,
-            folder=self._folder.path,
-        )
-        for line in lines:
-            self._say(line)
+        (count, parts), unit = self._parameters, self.progress_unit
+        around = {"around them": count - sum(parts.values())} if parts else {}
+        told = ", ".join(f"{name} {number:,}" for name, number in {**parts, **around}.items())
+        self._say(f"Model: {count:,} parameters" + f" ({told})" * bool(told))
+
+        training, valid = run.lineage.training_data, run.lineage.validation_data
+        source = training.dataset
+        if training.files:
+            first, files = next(iter(training.first)), training.files
+            source = f"{first if files == 1 else f'{files:,} files'}, {training.total:,} bytes"
+        sizes = f"{training.size:,} {'sample' if training.in_samples else unit}s to train on"
+        self._say(f"Data: {source}; {sizes}, {valid.size:,} to validate")
+
+        done, validations = run.position.done // every, len(run.plan.validation_points)
+        elements = self._elements_per_batch() * every
+        steps = [
+            f"{run.plan.gradient_steps:,} steps of {elements:,} {unit}s",
+            f"of which {done:,} are done" * bool(done),
+            f"{validations} validation{'s' * (validations != 1)}",
+            f"{workers} processes" * (workers > 1),
+        ]
+        self._say(f"Plan: {', '.join(filter(None, steps))}; writes to {self._folder.path}")
         if self._resumed is not None and not self._resumed.is_exact:
             self._say(
                 "Not an exact resume: the state is of "

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -20,7 +20,7 @@ from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
 from mblm.train.core.interrupt import Requests, TrainingInterrupted
 from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
 from mblm.train.core.observer import Observer
-from mblm.train.core.profiling import Profile, check_profile
+from mblm.train.core.profiling import check_profile, profiled
 from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import NonFiniteLossError, Position, Run, judge_step
 from mblm.train.core.starting import TrainerStart
@@ -191,13 +191,13 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
             say=self._say,
             interval=self.options.train_prog_min_interval_seconds,
         )
-        profile = Profile(
+        profile = profiled(
             self.options.profile_steps if self._workers.is_main else 0,
             self._folder.path / "profile",
             is_cuda=self._workers.device_type == "cuda",
             say=self._say,
         )
-        with requests, progress, profile, closing(run.batches), closing(items):
+        with requests, progress, profile as step_done, closing(run.batches), closing(items):
             if position.validates_after is not None:  # where the run was stopped
                 self._validate(run, requests)
             for item in self._observer.waiting(items):
@@ -220,7 +220,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                     )
                 if completes:
                     self._step(run, item)
-                    profile.step_done()
+                    step_done()
                 self._observer.batch_done()
                 validates = index in plan.validation_points and not self.options.skip_validation
                 if validates:
@@ -241,7 +241,8 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     def _forward(self, model: nn.Module, batch: TBatch) -> torch.Tensor:
         # Not around a loader: autocast has no type for the float16 that datasets collate.
-        with self._precision.autocast():
+        autocast = partial(torch.autocast, self._workers.device_type, self._dtype)
+        with nullcontext() if self._dtype == torch.float32 else autocast():
             return self.model_forward(cast(TModel, model), batch, self._device)
 
     def _forward_backward(self, run: Run, batch: TBatch, *, completes: bool) -> torch.Tensor:

@@ -2,16 +2,16 @@
 
 import torch
 
-from mblm.train.core.profiling import Profile
+from mblm.train.core.profiling import profiled
 
 
 def profile_steps(folder, steps, done):
     """What is said of a profile of so many steps, of a run that does some."""
     said = []
-    with Profile(steps, folder, is_cuda=False, say=said.append) as profile:
+    with profiled(steps, folder, is_cuda=False, say=said.append) as step_done:
         for _ in range(done):
             torch.ones(2).add(1)
-            profile.step_done()
+            step_done()
     return said
 
 

@@ -9,6 +9,7 @@ import torch
 
 import mblm
 from mblm.train.core.config import CSVLossEntry, CSVTimeAndMemSnapshotEntry, GenericOutputConfig
+from mblm.train.core.training_state import find_latest_state
 from mblm.train.mblm import TrainEntryConfig, train_mblm
 from mblm.utils.checkpoint import load_model_state
 from mblm.utils.distributed import ElasticRunVars
@@ -275,3 +276,42 @@ def test_several_workers_need_a_process_group(tmp_path):
     two = ElasticRunVars(local_rank=0, world_size=2, is_cuda=False)
     with pytest.raises(ValueError, match="2 workers need a process group"):
         jobs.Trainer(jobs.config(tmp_path), two)
+
+
+class Files(jobs.Ids):
+    """Data of files, or of documents."""
+
+    def __init__(self, *files, is_sequential=True):
+        super().__init__()
+        self.files, self.is_sequential = list(files), is_sequential
+
+    def lineage(self):
+        return self.files
+
+
+def test_what_is_trained_is_said(tmp_path, capsys):
+    def said(data, parts=None, **fields):
+        class Counts(jobs.Trainer):
+            def configure_count_parameters(self, model):
+                return 1234, parts or {}
+
+        jobs.alone(Counts, jobs.config(tmp_path, batches=4, **fields)).train(data, jobs.Ids(9))
+        return capsys.readouterr().err.splitlines()[:3]
+
+    book, files = Files(("book", 1234)), Files(("a", 1234), ("b", 1))
+    model, data, plan = said(book, {"stage 1": 1000, "stage 2": 200}, gradient_accumulate_every=2)
+    assert model == "Model: 1,234 parameters (stage 1 1,000, stage 2 200, around them 34)"
+    assert data == "Data: book, 1,234 bytes; 384 elements to train on, 72 to validate"
+    run = jobs.run_of(tmp_path)
+    assert plan == f"Plan: 2 steps of 64 elements, 4 validations; writes to {run}"
+    assert said(files, validate_amount=1) == [
+        "Model: 1,234 parameters",
+        "Data: 2 files, 1,235 bytes; 384 elements to train on, 72 to validate",
+        f"Plan: 4 steps of 32 elements, 1 validation; writes to {jobs.run_of(tmp_path)}",
+    ]
+    assert "Data: Files; 384 samples to train on" in said(Files(is_sequential=False))[1]
+    state = find_latest_state(jobs.run_of(tmp_path))
+    assert (
+        "4 steps of 32 elements, of which 4 are done"
+        in said(Files(is_sequential=False), resume=state)[2]
+    )
