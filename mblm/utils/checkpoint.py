@@ -21,7 +21,6 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 File: TypeAlias = str | os.PathLike[str]
 
 _COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module that it wraps
-_LISTED = 8  # names that an error message lists of each kind
 
 
 def save_model_state(
@@ -72,6 +71,20 @@ def save_tensors(file: File, content: Any) -> None:
         if cause is None:
             raise
         raise OSError(cause.errno, cause.strerror, cause.filename or str(file)) from error
+
+
+def load_tensors(file: File, what: str, map_location: "MAP_LOCATION | None" = "cpu") -> Any:
+    """Do as ``torch.load`` with a file that is to be something of tensors and plain values."""
+    try:
+        return torch.load(file, map_location, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ValueError(
+            f"{file} cannot be read as {what} of tensors and plain values "
+            f"(nothing else in it was run): {reason}"
+        ) from error
 
 
 def load_model_state(
@@ -159,16 +172,7 @@ def _uncompiled(name: str) -> str:
 def _read(file: File, map_location: "MAP_LOCATION | None") -> tuple[StateDict, float]:
     if isinstance(map_location, str):
         torch.device(map_location)  # whose own words are clear
-    try:
-        content = torch.load(file, map_location, weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ValueError(
-            f"{file} cannot be read as a checkpoint of tensors and plain values "
-            f"(nothing else in it was run): {reason}"
-        ) from error
+    content = load_tensors(file, "a checkpoint", map_location)
     if not isinstance(content, dict) or not {"MODEL", "LOSS"} <= content.keys():
         raise ValueError(f'{file} is no checkpoint: it needs the entries "MODEL" and "LOSS"')
     state, loss = content["MODEL"], content["LOSS"]
@@ -237,7 +241,7 @@ def _check_fit(file: File, state: StateDict, expected: StateDict, model_name: st
         "unexpected": [key for key in state if key not in expected],
         "mismatched": mismatches,
     }
-    found = [f"{kind}: {_listing(names, '; ')}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{file} does not fit {model_name}: {' | '.join(found)}")
 
@@ -251,7 +255,7 @@ def _check_finite(file: File, state: StateDict, model: torch.nn.Module) -> None:
         and not torch.isfinite(state[key].to(weight.dtype)).all()
     ]
     if bad:
-        raise ValueError(f"{file} holds NaN or infinite values in {_listing(bad, ', ')}")
+        raise ValueError(f"{file} holds NaN or infinite values in {listing(bad, ', ')}")
 
 
 def _check_tied(file: File, state: StateDict, model: torch.nn.Module) -> None:
@@ -270,7 +274,7 @@ def _is_dense(value: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def _listing(names: list[str], separator: str) -> str:
-    more = len(names) - _LISTED
-    listed = separator.join(names[:_LISTED])
-    return f"{listed} and {more} more" if more > 0 else listed
+def listing(names: list[str], separator: str = "; ") -> str:
+    """The first eight of some names, and how many more there are."""
+    more = len(names) - 8
+    return separator.join(names[:8]) + f" and {more} more" * (more > 0)

@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 from mblm.data.datasets import DistributedDataset
 from mblm.train.core.config import DataLineage, GenericEntryConfig, Lineage
 from mblm.train.core.parallel import Workers
+from mblm.utils.checkpoint import listing
 
 Facts: TypeAlias = dict[str, Any]
 """Plain values by dotted names, such as ``train.batch_size``."""
 
 _LISTED_FILES = 100
-_LISTED_CHANGES = 4
 
 # What the place in the data, the steps of the schedule and the random numbers of a state mean.
 _FIXED = (
@@ -66,7 +66,7 @@ def check_same_on_all(facts: Facts, workers: Workers) -> None:
     for rank, of_rank in enumerate(of_all):
         if changes := _changes(of_all[0], of_rank):
             raise ValueError(
-                f"rank 0 and rank {rank} do not train the same: {_listing(list(changes.values()))}"
+                f"rank 0 and rank {rank} do not train the same: {listing(list(changes.values()))}"
             )
 
 
@@ -84,7 +84,7 @@ def check_same_as_before(before: Facts, now: Facts, state: object, *, exact: boo
     if refused:
         raise ValueError(
             f"{state} cannot be gone on from, since these have changed: "
-            f"{_listing([changes[name] for name in refused])}. Change them back, or begin a new "
+            f"{listing([changes[name] for name in refused])}. Change them back, or begin a new "
             "run with the weights of a .pth file"
         )
     return list(changes.values())
@@ -107,9 +107,3 @@ def _changes(before: Facts, now: Facts) -> dict[str, str]:
     names = [*before, *(name for name in now if name not in before)]
     pairs = {name: (before.get(name), now.get(name)) for name in names}
     return {n: f"{n}: {old} -> {new}" for n, (old, new) in pairs.items() if old != new}
-
-
-def _listing(changes: list[str]) -> str:
-    more = len(changes) - _LISTED_CHANGES
-    listed = "; ".join(changes[:_LISTED_CHANGES])
-    return f"{listed} and {more} more" if more > 0 else listed

@@ -28,7 +28,7 @@ import torch
 from mblm.train.core.config import ResumeConfig
 from mblm.train.core.parallel import Workers, to_local
 from mblm.utils.atomic import atomic_write, sync_directory
-from mblm.utils.checkpoint import save_tensors
+from mblm.utils.checkpoint import load_tensors, save_tensors
 
 FORMAT = 2
 KEPT = 2
@@ -191,11 +191,9 @@ def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
 def read_manifest(state_dir: Path) -> State:
     """What a state says of itself: ``facts``, what its run depends on, among other things."""
     try:
-        manifest = json.loads((state_dir / _MANIFEST).read_bytes())
+        manifest: State = json.loads((state_dir / _MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{state_dir} is not a whole training state: {error}") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{state_dir} is not a whole training state: {_MANIFEST} was changed")
     return manifest
 
 
@@ -219,8 +217,9 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
     for name in referred_models([state_dir]):
         if not (model := run_dir_of(state_dir) / STATES / BEST / name).exists():
             raise ValueError(f"{state_dir} cannot be gone on from: its best model {model} is gone")
-    own = state_dir / f"rank_{workers.rank if is_exact else 0}.pt"
-    return SavedState(state_dir, manifest, _read(state_dir / "common.pt"), _read(own), is_exact)
+    shared, own = state_dir / "common.pt", state_dir / f"rank_{workers.rank * is_exact}.pt"
+    common, mine = (load_tensors(file, "a training state") for file in (shared, own))
+    return SavedState(state_dir, manifest, common, mine, is_exact)
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -240,12 +239,3 @@ def _plain(value: Any, name: str) -> Any:
         f"{name}: expected a tensor or a plain value, got {type(value).__name__}, which could not "
         "be loaded again from a training state"
     )
-
-
-def _read(path: Path) -> State:
-    try:
-        content: State = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ValueError(f"{path} cannot be read as a training state: {reason}") from error
-    return content
