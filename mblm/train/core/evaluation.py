@@ -63,12 +63,6 @@ class Sources:
         self._loaders = {name: make_loader(part) for name, part in parts.items()}
         self.generators = [loader.generator for loader in self._loaders.values()]
 
-    def begin(self, epoch: int) -> None:
-        """Let the order of an epoch come next, of loaders whose sampler knows epochs."""
-        for loader in self._loaders.values():
-            if isinstance(loader.batch_sampler, EpochBatches):
-                loader.batch_sampler.begin(epoch)
-
     def evaluate(
         self,
         forward: Callable[[Any], torch.Tensor],
@@ -106,6 +100,7 @@ def evaluate(
     *,
     max_batches: int | None,
     in_step: bool,
+    epoch: int = 0,
     show: Callable[[range], Any] = iter,
     check: Check = lambda: None,
 ) -> Evaluation:
@@ -116,9 +111,10 @@ def evaluate(
     the numbers of a worker's batches, as a progress bar does; ``check``, which may raise to stop,
     is called by all workers after each but the last. ``max_batches`` are all workers' together.
     """
-    sampler: Any = loader.batch_sampler
-    is_sharded = isinstance(sampler, EpochBatches) and sampler.world_size > 1
-    total = sampler.total if is_sharded else len(loader)
+    sampler, total, is_sharded = loader.batch_sampler, len(loader), False
+    if isinstance(sampler, EpochBatches):
+        sampler.begin(epoch)  # another order, if it is shuffled
+        total, is_sharded = sampler.total, sampler.world_size > 1
     total = min(total, max_batches or total)
     if total == 0:
         raise ValueError("no batch to evaluate on: the dataset is empty")

@@ -332,7 +332,6 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
     ) -> Evaluation:
         """The mean loss over the sources' batches, unless a check between them raises."""
         options = self.options
-        sources.begin(position.step)  # another order, if it is shuffled
         show: Callable[[range], Any] = partial(
             tqdm,
             desc="Evaluating",
@@ -348,6 +347,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 self._workers,
                 max_batches=self.config.train.max_eval_steps,
                 in_step=self._parallel.is_sharded,
+                epoch=position.step,
                 show=show,
                 check=check,
             )
