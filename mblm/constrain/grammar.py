@@ -165,15 +165,13 @@ class _RowGuide:
             return tokens
         where = self._matcher.compute_bitmask(), self._end
         most, ends = self._ways.get(where, (0, {}))
-        if most < left:
+        if most < left or any(end is not None and len(end) >= left for end in ends.values()):
             found: dict[bytes, bytes | None] = {}
             ends = {token: self._end_after(token, left - 1, found) for token in tokens}
             if len(self._ways) > _MAX_WAYS:
                 self._ways.clear()
             self._ways[where] = left, ends
-        self._end_by_token = {
-            t: end for t, end in ends.items() if end is not None and len(end) < left
-        }
+        self._end_by_token = {token: end for token, end in ends.items() if end is not None}
         return list(self._end_by_token)
 
     def _end_after(self, token: int, limit: int, found: dict[bytes, bytes | None]) -> bytes | None:

@@ -137,6 +137,14 @@ def test_what_takes_many_bytes_is_begun_only_where_they_are_left() -> None:
         assert state.accepts(), string
 
 
+def test_what_others_found_with_more_bytes_left_does_not_do() -> None:
+    """Rows share ends, some of which are too long for those that have fewer bytes left."""
+    grammar = Grammar(r'start: (("A" | "B") ": " /[A-Z][a-z ]{3,40}[.!?]/ "\n")+')
+    for seed in range(40):
+        string, state = walk(grammar, 20 + seed % 60, seed)
+        assert state.accepts(), string
+
+
 def test_with_too_few_bytes_it_goes_on_unfinished() -> None:
     string, state = walk(JsonSchema(PERSON), 20, 0)
     assert len(string) == 20 and not state.accepts()
