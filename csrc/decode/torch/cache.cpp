@@ -71,7 +71,7 @@ std::shared_ptr<const Parts> Cache::parts(int64_t most_bytes) const {
     std::shared_ptr<const Hierarchy> hierarchy;
     std::shared_ptr<const Parts> parts;
   };
-  const auto held = std::make_shared<Held>(hierarchy());
+  const auto held = std::make_shared<Held>(Held{hierarchy(), nullptr});
   held->parts = held->hierarchy->parts(most_bytes);
   return {held, held->parts.get()};
 }
