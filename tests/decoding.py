@@ -6,7 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mblm import MBLM
-from mblm.inference import continuation, session
+from mblm.inference import batch, continuation, session
 from mblm.inference.torch_cache import TorchCache
 from tests.models import mamba, model, transformer
 
@@ -25,9 +25,15 @@ STAGES: dict[str, Any] = {
 def in_pytorch() -> Iterator[None]:
     """What begins here takes PyTorch's way, as do forks of its sessions."""
     with ExitStack() as stack:
-        for module in (session, continuation):
+        for module in (session, continuation, batch):
             stack.enter_context(patch.object(module, "cache_for", lambda m, *_: TorchCache(m)))
         yield
+
+
+def alone(m: MBLM, prompt: bytes, count: int, **wishes: Any) -> list[int]:
+    """What `MBLM.generate` gives after a prompt."""
+    ids = m.generate(prompt, num_tokens_to_generate=count, enable_progress=False, **wishes)
+    return ids[len(prompt) :].tolist()
 
 
 def wide(*names: str, seq_lens: list[int] | None = None, width: int = 40) -> MBLM:

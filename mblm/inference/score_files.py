@@ -62,7 +62,7 @@ def score_files(
         One for each file.
 
     Raises:
-        OSError: A file cannot be read; found before any is scored.
+        OSError: A file cannot be read; one that is missing is told before any is scored.
         TypeError, ValueError: No files, or as of `mblm.MBLM.score`; a byte outside the
             vocabulary is found when it is read.
     """
@@ -73,7 +73,8 @@ def score_files(
     scorer = Scorer(model, length, stride, batch_bytes)
     paths = [Path(file) for file in files]
     for path in paths:
-        _check_readable(path)
+        if path != STANDARD_INPUT:
+            path.stat()
     return [_score_file(scorer, model, path, on_progress) for path in paths]
 
 
@@ -97,11 +98,3 @@ def _read(stream: BinaryIO, name: str, num_tokens: int, count: int) -> Tensor:
     while len(data) < count and (part := stream.read(min(count - len(data), _READ_BYTES))):
         data += part
     return prompt_ids(name, data, num_tokens)
-
-
-def _check_readable(file: Path) -> None:
-    if file == STANDARD_INPUT or file.is_file() or file.is_dir():
-        with open_binary(file):
-            pass
-    else:  # a pipe would lose its writer
-        file.stat()

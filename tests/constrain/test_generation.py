@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mblm import MBLM, constrain
+from mblm import MBLM
 from mblm.constrain import AllowedBytes, Grammar, JsonSchema, Prefix, Regex, Utf8
 from mblm.inference.continuation import Continuation, Course
 from mblm.inference.request import request
@@ -199,7 +199,3 @@ def test_an_end_that_is_no_byte_comes_where_the_constraint_accepts(m: MBLM, kind
         assert (course.reason == "stop") == (257 in ids)
         assert re.fullmatch(b"(ab)*", bytes(ids[:-1] if 257 in ids else ids))
     assert {1, 3, 5} <= lengths, "at the beginning, too"
-
-
-def test_constraints_are_found_in_the_package() -> None:
-    assert constrain.Regex is Regex

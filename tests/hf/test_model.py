@@ -16,6 +16,7 @@ from transformers.generation import MaxLengthCriteria  # noqa: E402
 
 from mblm import MBLM, MBLMReturnType  # noqa: E402
 from mblm.hf import MBLMConfig, MBLMForCausalLM, MBLMTokenizer  # noqa: E402
+from tests.decoding import alone  # noqa: E402
 from tests.models import LSTMBlock, encoder, mamba, model, transformer  # noqa: E402
 
 BLOCKS: dict[str, Callable[[], Any]] = {
@@ -166,10 +167,6 @@ class TestWrapping:
 class TestGenerate:
     """What comes is what `MBLM.generate` gives, whoever chooses the bytes."""
 
-    def alone(self, m: MBLM, prompt: bytes, count: int, **wishes: Any) -> list[int]:
-        ids = m.generate(prompt, num_tokens_to_generate=count, enable_progress=False, **wishes)
-        return ids.tolist()[len(prompt) :]
-
     def test_the_likeliest_bytes_without_drawing_numbers(self, kind: str) -> None:
         m, prompts = build(kind), [b"some text", b"", b"more"]
         batch = MBLMTokenizer()(prompts, padding=True, return_tensors="pt")
@@ -177,7 +174,7 @@ class TestGenerate:
         found = MBLMForCausalLM.from_mblm(m).generate(**batch, max_new_tokens=20)
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(found[:, :9], batch["input_ids"])
-        assert found[:, 9:].tolist() == [self.alone(m, prompt, 20) for prompt in prompts]
+        assert found[:, 9:].tolist() == [alone(m, prompt, 20) for prompt in prompts]
 
     @pytest.mark.parametrize(
         ("options", "wishes"),
@@ -195,7 +192,7 @@ class TestGenerate:
     ) -> None:
         m = build(kind)
         torch.manual_seed(5)
-        expected = self.alone(m, b"some", 20, **wishes)
+        expected = alone(m, b"some", 20, **wishes)
         if by_the_library:
             options = {**options, "stopping_criteria": [lambda ids, scores, **_: False]}
         torch.manual_seed(5)

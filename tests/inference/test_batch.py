@@ -1,7 +1,6 @@
 """Many prompts in one call: each as if alone, whatever else runs."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -15,8 +14,8 @@ from mblm import MBLM
 from mblm.inference import batch
 from mblm.inference.cache import Ran
 from mblm.inference.generation import Generation
-from mblm.inference.torch_cache import TorchCache
 from tests.decoding import CLOSE, in_pytorch
+from tests.decoding import alone as after
 from tests.inference.caches import after as joined
 from tests.inference.caches import build, whole_logits
 from tests.inference.test_continuation import Follows, InTheEngine, words
@@ -34,19 +33,13 @@ KINDS = {
 WARM = {"temperature": 1.5, "top_p": 0.95}
 
 
-@contextmanager
-def every_session_in_pytorch() -> Iterator[None]:
-    with in_pytorch(), patch.object(batch, "cache_for", lambda model, *_: TorchCache(model)):
-        yield
-
-
 @pytest.fixture(params=["native", "torch"])
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each engine."""
     if request.param == "native":
         yield
     else:
-        with every_session_in_pytorch():
+        with in_pytorch():
             yield
 
 
@@ -61,11 +54,7 @@ def m() -> MBLM:
 
 def alone(m: MBLM, prompt: bytes, seed: int, **wishes: Any) -> list[int]:
     """What `generate` gives after a prompt."""
-    ids = torch.tensor(list(prompt), dtype=torch.long)
-    if "max_bytes" in wishes:
-        wishes["num_tokens_to_generate"] = wishes.pop("max_bytes")
-    generated = m.generate(ids, seed=seed, enable_progress=False, **wishes)
-    return generated[len(prompt) :].tolist()
+    return after(m, prompt, wishes.pop("max_bytes"), seed=seed, **wishes)
 
 
 def together(m: MBLM, prompts: Any, **wishes: Any) -> list[Generation]:
@@ -140,7 +129,7 @@ def test_any_schedule(weights: str, data: st.DataObject) -> None:
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_any_schedule_in_pytorch(data: st.DataObject) -> None:
-    with every_session_in_pytorch():
+    with in_pytorch():
         check_any_schedule(data)
 
 
@@ -151,7 +140,7 @@ def test_hundreds_of_schedules(data: st.DataObject, native: bool) -> None:
     if native:
         check_any_schedule(data, data.draw(st.sampled_from(["float32", "bfloat16", "int8"])))
     else:
-        with every_session_in_pytorch():
+        with in_pytorch():
             check_any_schedule(data)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mblm import MBLM, Session
+from tests.decoding import alone
 from tests.inference.test_continuation import InTheEngine, words
 from tests.inference.test_request import without_address
 from tests.models import mamba, model, transformer
@@ -20,12 +21,6 @@ WISHES: dict[str, Any] = {"temperature": 2.0, "filter_thres": 0.0}
 def m() -> MBLM:
     torch.manual_seed(0)
     return model(transformer(), mamba(), seq_lens=[12, 4])
-
-
-def alone(m: MBLM, prompt: bytes, count: int, **wishes: Any) -> list[int]:
-    """What `MBLM.generate` gives after a prompt."""
-    ids = m.generate(prompt, num_tokens_to_generate=count, enable_progress=False, **wishes)
-    return ids[len(prompt) :].tolist()
 
 
 @pytest.fixture
@@ -186,14 +181,6 @@ class TestAskedAgain:
             session.generate(True)
         with pytest.raises(TypeError, match=r"num_tokens: expected an integer, got 1\.0"):
             session.generate(1.0)  # type: ignore[arg-type]
-
-    def test_names_of_other_calls_are_unknown_however_often_it_is_asked(self, m: MBLM) -> None:
-        session = m.session()
-        session.generate(2)
-        for wishes in ({"max_bytes": 1}, {"max_bytes": 2, "end_token_id": 1}):
-            with pytest.raises(TypeError, match="multiple values for keyword argument 'max_bytes'"):
-                session.generate(2, **wishes)  # type: ignore[call-overload]
-        assert session.length == 2
 
     def test_what_may_change_is_looked_at_again(self, m: MBLM) -> None:
         session, stop, cold = m.session(), [b"\x01"], torch.tensor(1.0)

@@ -17,7 +17,7 @@ from mblm import MBLM
 from mblm.inference.continuation import Continuation
 from mblm.inference.stream import Stream
 from mblm.utils.stream import ByteStreamer
-from tests.decoding import in_pytorch
+from tests.decoding import alone, in_pytorch
 from tests.inference.test_continuation import Follows, words
 from tests.models import mamba, model, transformer
 
@@ -57,9 +57,7 @@ def written(data: bytes) -> str:
 
 def generated(m: MBLM, prompt: Any = b"abc") -> list[int]:
     wishes = dict(WISHES)
-    count = wishes.pop("max_bytes")
-    ids = m.generate(prompt, num_tokens_to_generate=count, enable_progress=False, **wishes)
-    return ids[len(prompt) :].tolist()
+    return alone(m, prompt, wishes.pop("max_bytes"), **wishes)
 
 
 @pytest.mark.parametrize("engine", [contextlib.nullcontext, in_pytorch])
