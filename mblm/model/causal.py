@@ -59,7 +59,7 @@ class CausalHierarchy(Hierarchy):
     ) -> torch.Tensor:
         """See `Hierarchy.attend`; the output begins with the start position, S is 1 + P_n."""
         context = self.project_context(stage - 1, above[None])
-        return self._run_stage(stage, self._tile_tokens(stage, ids), context)
+        return self._run_stage(stage, self._tokens(stage, ids), context)
 
     def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
         """See `Hierarchy.below_positions`: ``a_j`` has seen what is before patch j."""
@@ -84,7 +84,5 @@ class CausalHierarchy(Hierarchy):
 
     def embed_tokens(self, stage: int, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of whole patches of a stage, ids ``(B, S * R_n)`` -> ``(B, S, D_n)``."""
-        if stage + 1 == self.num_stages:
-            table, ids_or_none = self.local_tokens(ids)
-            return table if ids_or_none is None else nn.functional.embedding(ids, table)
-        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage])
+        embeddings, of_table = self._tokens(stage, ids)
+        return embeddings if of_table is None else nn.functional.embedding(of_table, embeddings)

@@ -85,7 +85,8 @@ class PatchTokenEmbedding(TokenEmbedding):
 
         ``project`` stands in for the linear layer, where nothing else is hooked or replaced.
         """
-        if not self._is_fused():
+        is_built = are_plain(islice(self.parts(), 4))  # up to the norm before the linear layer
+        if not (is_built and self.embedding.padding_idx == self.pad_token_id):
             missing = num_patches * self.patch_size - ids.shape[1]
             padded = nn.functional.pad(ids, (0, missing), value=self.pad_token_id)
             return self.from_embeddings(
@@ -107,11 +108,6 @@ class PatchTokenEmbedding(TokenEmbedding):
         for layer in rest:
             out = layer(out)
         return out
-
-    def _is_fused(self) -> bool:
-        """Whether what comes before the linear layer is computed by `embed_patches`."""
-        is_built = are_plain(islice(self.parts(), 4))
-        return is_built and self.embedding.padding_idx == self.pad_token_id
 
     def parts(self) -> Iterator[Part]:
         """What is in it, as built."""

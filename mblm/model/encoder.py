@@ -199,7 +199,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         """See `Hierarchy.attend`; the mask is needed."""
         assert mask is not None
         context = self.project_context(stage - 1, above[None])
-        return self._run_stage(stage, self._tile_tokens(stage, ids), context, mask)
+        return self._run_stage(stage, self._tokens(stage, ids), context, mask)
 
     def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
         """See `Hierarchy.below_positions`: all."""

@@ -57,7 +57,10 @@ class GradientSums:
     def adding(self) -> Iterator[None]:
         """While the outermost sum over tiles is computed."""
         # Before the tiles' memory, not between; half precision would lose the small additions.
-        self._sums = [_wide_zeros(p) for p in self.parameters]
+        self._sums = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p in self.parameters
+        ]
         self._used = [False] * len(self._sums)
         self.is_adding = True
         try:
@@ -204,7 +207,3 @@ def with_weights_of_now(model: nn.Module, function: Callable[..., Any]) -> Calla
 
 def _is_managed(model: nn.Module) -> bool:
     return any(getattr(m, "_is_fsdp_managed_module", False) for m in model.modules())
-
-
-def _wide_zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -33,7 +33,7 @@ StageTokens = tuple[torch.Tensor, torch.Tensor | None]
 # What may stand in for a linear layer.
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
-_POSITIONS = {"fixed": nn.Embedding, "rope": RoPE, None: nn.Identity}
+_POSITIONS: dict[str | None, Any] = {"fixed": nn.Embedding, "rope": RoPE, None: nn.Identity}
 
 
 class Hierarchy(nn.Module):
@@ -75,7 +75,8 @@ class Hierarchy(nn.Module):
         self._position_kinds = [block.pos_emb_type for block in blocks]
         self.pos_embs = nn.ModuleList()
         for block, dim, seq_len in zip(blocks, self.hidden_dims, self.seq_lens, strict=True):
-            self.pos_embs.append(_positions(block.pos_emb_type, dim, seq_len))
+            sizes = (dim, seq_len) if block.pos_emb_type == "rope" else (seq_len, dim)
+            self.pos_embs.append(_POSITIONS[block.pos_emb_type](*sizes))  # Identity takes any
         self.token_embs_rev = build_token_embeddings(
             self.hidden_dims, self.seq_lens, config.num_tokens, config.pad_token_id
         )
@@ -219,19 +220,16 @@ class Hierarchy(nn.Module):
         projection: Any = self.to_next_stage_proj[stage]
         return embedding.embedding, flat_norm, project, norm, projection[1]
 
-    def parts_between(self, stage: int) -> Iterator[Part]:
-        """What embeds an upper stage's patches and what projects its context, as built."""
-        yield from parts_of(self.token_embs_rev[self.num_stages - 1 - stage], PatchTokenEmbedding)
-        projection: Any = self.to_next_stage_proj[stage]
-        yield projection, nn.Sequential
-        yield from parts_in(projection, nn.Identity, nn.Linear, nn.Unflatten)
-
     def parts_beside(self, stage: int) -> Iterator[Part]:
         """What embeds a stage's tokens, and gives the context or the logits, as built."""
+        embedding = self.token_embs_rev[self.num_stages - 1 - stage]
         if stage + 1 < self.num_stages:
-            yield from self.parts_between(stage)
+            yield from parts_of(embedding, PatchTokenEmbedding)
+            projection: Any = self.to_next_stage_proj[stage]
+            yield projection, nn.Sequential
+            yield from parts_in(projection, nn.Identity, nn.Linear, nn.Unflatten)
         else:
-            yield from parts_of(self.token_embs_rev[0], LocalTokenEmbedding)
+            yield from parts_of(embedding, LocalTokenEmbedding)
             yield self.to_logits, nn.Linear
         yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
 
@@ -299,17 +297,17 @@ class Hierarchy(nn.Module):
         """The mean of so many losses from their sum; 0, with a gradient, if there are none."""
         return (total / count.clamp(min=1)).to(self.dtype)
 
-    def _tile_tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
-        """Token embeddings of rows of a stage, ids ``(rows, P_n * R_n)``."""
+    def _tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
+        """Token embeddings of a stage's rows of whole patches, ids ``(rows, S * R_n)``."""
         if stage + 1 == self.num_stages:
             return self.local_tokens(ids)
-        return self.embed_patches(stage, ids, self.seq_lens[stage]), None
+        return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage]), None
 
     def _pad(self, per_byte: torch.Tensor, value: float) -> torch.Tensor:
         """Pad ``(B, L)`` on the right to whole patches of stage 1."""
-        return nn.functional.pad(
-            per_byte, (0, -per_byte.shape[1] % self.patch_sizes[0]), value=value
-        )
+        length, patch_size = per_byte.shape[1], self.patch_sizes[0]
+        missing = (length + patch_size - 1) // patch_size * patch_size - length
+        return nn.functional.pad(per_byte, (0, missing), value=value)
 
     # -- Inputs ------------------------------------------------------------------------------------
 
@@ -320,19 +318,13 @@ class Hierarchy(nn.Module):
 
     def _tokens_of_ids(self, ids: torch.Tensor) -> Callable[[int], StageTokens]:
         """Token embeddings per stage of flat ids ``(B, L)``, padded to whole patches of stage 1."""
-        batch_size, length = ids.shape
-        num_bytes = (length + self.patch_sizes[0] - 1) // self.patch_sizes[0] * self.patch_sizes[0]
+        padded = self._pad(ids, self.pad_token_id)
 
         def tokens(stage: int) -> StageTokens:
-            if stage + 1 == self.num_stages:
-                padded = nn.functional.pad(ids, (0, num_bytes - length), value=self.pad_token_id)
-                seq_len = num_bytes if stage == 0 else self.seq_lens[stage]
-                rows = batch_size * (num_bytes // seq_len)
-                return self.local_tokens(padded.reshape(rows, seq_len))
-            embedded = self.embed_patches(stage, ids, num_bytes // self.patch_sizes[stage])
-            if stage > 0:  # (B, patches, D_n) to the stage's rows (rows, P_n, D_n)
-                embedded = embedded.reshape(-1, self.seq_lens[stage], embedded.shape[-1])
-            return embedded, None
+            if stage == 0:
+                return self._tokens(0, padded)
+            row = self.seq_lens[stage] * self.patch_sizes[stage]
+            return self._tokens(stage, padded.reshape(len(ids) * (padded.shape[1] // row), row))
 
         return tokens
 
@@ -390,9 +382,3 @@ def parts_of(module: Any, kind: type[nn.Module]) -> Iterator[Part]:
     """A module that lists what is in it, and that, as built."""
     yield module, kind  # first: another module has no parts of its own
     yield from module.parts()
-
-
-def _positions(kind: str | None, dim: int, seq_len: int) -> nn.Module:
-    if kind == "fixed":
-        return nn.Embedding(seq_len, dim)
-    return RoPE(dim, max_seq_len=seq_len) if kind == "rope" else nn.Identity()

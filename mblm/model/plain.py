@@ -55,16 +55,15 @@ def is_bare(module: nn.Module) -> bool:
         or "forward" in own
         or _global_forward_hooks
         or _global_forward_pre_hooks
-        or (torch.is_grad_enabled() and _has_hooks_on_gradients(own))
-    )
-
-
-def _has_hooks_on_gradients(own: dict[str, Any]) -> bool:
-    return bool(
-        own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
+        or (
+            torch.is_grad_enabled()
+            and (
+                own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or torch_module._global_backward_hooks
+                or torch_module._global_backward_pre_hooks
+            )
+        )
     )
 
 

@@ -23,7 +23,7 @@ from mblm.model.gradients import (
 )
 from mblm.model.plain import is_bare
 from mblm.utils.modes import autocast_of
-from mblm.utils.transforms import is_traced, not_compiled
+from mblm.utils.transforms import is_traced
 
 
 def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) -> Tensor:
@@ -64,7 +64,9 @@ def run_layers_recomputed(
     """A model's layers one after the other on ``(B, S, D)``, of which the inputs are kept."""
     layers = [with_weights_of_now(model, layer) for layer in layers]
     if _suits(model, x):
-        return _run_in_layers(layers, GradientSums(model.parameters()), x)
+        sums = GradientSums(model.parameters())
+        out: Tensor = _InLayers.apply(layers, sums, x, *sums.parameters)
+        return out
     for layer in layers:
         x = checkpoint(layer, x, use_reentrant=False)
     return x
@@ -87,7 +89,6 @@ def _gather_for_segments(model: nn.Module) -> None:
             register_fsdp_forward_method(model, "forward_with_state")
 
 
-@not_compiled
 def run_in_segments(
     run: Callable[..., Any],
     sums: GradientSums,
@@ -107,14 +108,6 @@ def run_in_segments(
         is_random: Whether ``run`` may draw random numbers.
     """
     out: Tensor = _InSegments.apply(run, segment, is_random, sums, x, *sums.parameters)
-    return out
-
-
-@not_compiled
-def _run_in_layers(
-    layers: Sequence[Callable[[Tensor], Tensor]], sums: GradientSums, x: Tensor
-) -> Tensor:
-    out: Tensor = _InLayers.apply(layers, sums, x, *sums.parameters)
     return out
 
 
