@@ -87,9 +87,6 @@ MBLM_DEVICE void finish(const Product& in, const Column& column, int64_t row, fl
   if (!is_left_out) out[row * column.outputs + column.index] = value;
 }
 
-// Whether tensor cores can take a product: its weights are rounded, and rows lie so that packs of
-// them and of inputs can be loaded.
-bool is_for_tensor_cores(const Product& product);
 Error multiply_on_tensor_cores(const Product& product, Stream stream);
 
 }  // namespace mblm::cuda

@@ -68,9 +68,13 @@ struct Product {
   Ahead ahead;
 };
 
-// Tensor cores multiply rounded weights, up to so many rows at a time, or 32 where there are more.
-// Adders multiply float32, and what does not lie in whole packs.
+// Tensor cores multiply rounded weights, up to so many rows at a time, or 32 where there are more;
+// adders multiply float32.
 constexpr int kFewRows = 8;
+
+// A matrix has whole packs of so many inputs, and all that is read begins at a multiple of 16
+// bytes.
+constexpr int kPack = 8;
 
 // A row is summed in the same order however many rows there are, if it is up to kFewRows or more
 // than that on both sides; by adders always.

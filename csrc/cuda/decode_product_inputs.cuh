@@ -9,8 +9,7 @@ namespace mblm::cuda {
 
 constexpr int kWidth = 8, kHeight = 16;   // columns and rows of a product of pieces
 constexpr int kSharers = 4;               // lanes that share a column
-constexpr int kPack = 8;                  // weights of a lane next to each other
-constexpr int kSlice = kSharers * kPack;  // inputs
+constexpr int kSlice = kSharers * kPack;  // inputs, of which a lane has a pack
 constexpr int kSteps = kPack / kQuad;     // products of pieces in a slice
 constexpr int kGroups = 4;                // of packs, that are on their way
 constexpr int kPacksOfGroup = 4;          // of a lane

@@ -178,25 +178,13 @@ Error launch_rows(const Product& in, Stream stream) {
 
 }  // namespace
 
-bool is_for_tensor_cores(const Product& in) {
-  constexpr int64_t kMost = 1 << 30;  // is counted in 32 bits
-  const size_t pack = kPack * cpu::size_of(in.matrix.type);
-  const auto has_packs = [&](const cpu::Matrix& matrix) {
-    return matrix.outputs == 0 || reinterpret_cast<uintptr_t>(matrix.weight) % pack == 0;
-  };
-  return in.matrix.type != WeightType::kFloat32 && in.matrix.inputs % kPack == 0 &&
-         in.matrix.inputs <= kMost && in.rows * (in.matrix.outputs + in.second.outputs) <= kMost &&
-         in.x_stride % kQuad == 0 && has_packs(in.matrix) && has_packs(in.second) &&
-         is_aligned(in.x) && is_aligned(in.delayed) && is_aligned(in.norm.weight);
-}
-
 bool attends(const Product& in, const CachedAttention& attention) {
 #ifdef __CUDACC__
   if (!has_compute_90()) return false;
 #endif
   // Each warp of a cluster takes one head at most. Two blocks then still fit a multiprocessor.
   return in.rows <= kMostAttending && in.rows * attention.heads <= kMostInCluster * kWarps &&
-         is_for_tensor_cores(in) && attention.limit <= kShortCache &&
+         in.matrix.type != WeightType::kFloat32 && attention.limit <= kShortCache &&
          attention.head_dim <= kNarrowHead;
 }
 

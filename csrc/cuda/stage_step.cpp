@@ -124,9 +124,9 @@ Error step(const cpu::TransformerStage& stage, const TransformerRow& state, cons
 Error step(const cpu::Mamba1Stage& stage, const MambaRow& state, const StageStep& in,
            Stream stream) {
   const int64_t projected = stage.rank + 2 * stage.states;
-  float* both = in.workspace;                            // (rows, 2 inner): convolved and the gate
-  float* parameters = both + in.rows * 2 * stage.inner;  // (rows, rank + 2 states): dt, B and C
-  float* scanned = parameters + in.rows * projected;     // (rows, inner)
+  float* both = in.workspace;                           // (rows, 2 inner): convolved and the gate
+  float* scanned = both + in.rows * 2 * stage.inner;    // (rows, inner)
+  float* parameters = scanned + in.rows * stage.inner;  // (rows, rank + 2 states): dt, B and C
   Launches launches(stream);
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::Mamba1Layer& layer = stage.layers[index];
@@ -171,8 +171,8 @@ Error step(const cpu::Mamba2Stage& stage, const MambaRow& state, const StageStep
            Stream stream) {
   const int64_t inner = stage.inner, channels = inner + 2 * stage.states;
   const int64_t projected = projected_width(stage);
-  float* both = in.workspace;                   // (rows, projected): gate, convolved x B C, dt
-  float* scanned = both + in.rows * projected;  // (rows, inner)
+  float* scanned = in.workspace;            // (rows, inner)
+  float* both = scanned + in.rows * inner;  // (rows, projected): gate, convolved x B C, dt
   Launches launches(stream);
   for (size_t index = 0; index < stage.layers.size(); ++index) {
     const cpu::Mamba2Layer& layer = stage.layers[index];

@@ -175,7 +175,7 @@ void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const tes
 
 template <class Stage>
 void steps() {
-  const test::Sizes sizes = {24, 72, 3, 8, 20, 3, 2, 2}, odd = {13, 21, 3, 6, 7, 1, 3, 1},
+  const test::Sizes sizes = {24, 72, 3, 8, 20, 3, 2, 2}, odd = {24, 40, 4, 6, 7, 1, 3, 1},
                     wide = {32, 96, 1, 96, 40, 4, 35, 1};
   for (const auto type : test::kWeightTypes) {
     steps_equal_those_of_the_cpu<Stage>(type, 1, sizes);

@@ -151,7 +151,9 @@ def _pack(model: Any, weights: str) -> Weights | None:
         refused = frozenset(n for n in native if packed[n] is None)
         others = [n for n in range(count) if packed.get(n) is None]
         on_gpu = is_on_gpu(model.local_table)
-        if count - 1 in refused or (others and on_gpu):
+        # A GPU multiplies by packs of eight weights.
+        is_odd = any(model.start_token(n, 1).shape[-1] % 8 for n in native)
+        if count - 1 in refused or (on_gpu and (others or is_odd)):
             return None
         hosts = {n: _host(model, n) for n in others}
         for n, host in hosts.items():

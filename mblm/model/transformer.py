@@ -243,7 +243,8 @@ class TransformerDecoder(_Transformer):
 
     def pack(self, weights: str, memory: HugePages) -> Any:
         """Its weights as compiled decoding reads them, or None; see `mblm.model.stage.Stage`."""
-        if is_on_gpu(self.norm.g) and self.head_dim > _WIDEST_HEAD_ON_GPU:
+        fits_gpu = self.head_dim <= _WIDEST_HEAD_ON_GPU and self.num_heads * self.head_dim % 8 == 0
+        if is_on_gpu(self.norm.g) and not fits_gpu:
             return None
         frequencies = NONE if self.rotary_emb is None else self.rotary_emb.inv_freq
         tensors: list[torch.Tensor] = [self.norm.g, frequencies]

@@ -11,6 +11,7 @@ import torch
 
 from mblm import MBLM
 from mblm.inference.automaton import Automaton
+from mblm.inference.engine import cache_for
 from mblm.inference.native_cache import NativeCache
 from mblm.inference.plan import Draws, Plan
 from mblm.inference.torch_cache import TorchCache
@@ -167,6 +168,12 @@ def test_stages_without_positions_never_grow() -> None:
     cache.begin(rows, [Plan(1)])
     run_out(cache, rows)
     assert cache._engine.graphs >= graphs
+
+
+@pytest.mark.parametrize("dims", [[8, 4], [12, 8]])
+def test_widths_that_are_no_packs_go_through_pytorch(dims: list[int]) -> None:
+    m = on_device("mamba1", "transformer", seq_lens=(5, 3), hidden_dims=dims)
+    assert isinstance(cache_for(m, "float32"), TorchCache)
 
 
 @torch.inference_mode()
