@@ -130,6 +130,11 @@ class _InSegments(torch.autograd.Function):
             positions = slice(start, start + segment)
             result, state = run(x[:, positions], state)
             tensors, nest = tree_flatten(state)
+            if not all(isinstance(tensor, Tensor) for tensor in tensors):
+                raise TypeError(
+                    "checkpoint_global: the state of a stage that is_recurrent is to be a nest of "
+                    f"tensors, got a {type(state).__name__} of {set(map(type, tensors))}"
+                )
             if index == 0:
                 out = result.new_empty(*x.shape[:2], *result.shape[2:])
                 states = [t.new_empty(len(starts) - 1, *t.shape) for t in tensors]

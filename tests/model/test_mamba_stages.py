@@ -45,13 +45,6 @@ def test_a_sequence_may_be_cut_anywhere(
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole, **CLOSE)
 
 
-def test_the_future_does_not_reach_the_past(model: Model) -> None:
-    x = torch.randn(2, 9, 32)
-    changed = torch.cat([x[:, :5], torch.randn(2, 4, 32)], dim=1)
-    torch.testing.assert_close(model(changed)[:, :5], model(x)[:, :5], **CLOSE)
-    assert not torch.allclose(model(changed)[:, 5:], model(x)[:, 5:], **CLOSE)
-
-
 def test_a_step_uses_the_weights_of_the_moment(model: Model) -> None:
     x = torch.randn(1, 2, 32)
 

@@ -22,11 +22,14 @@ BLOCKS: dict[str, StageBlock] = {
     "mamba2, dropout": mamba("mamba2", dropout=0.5),
     "lstm": LSTMBlock(),
     "lstm with hook": LSTMBlock(with_hook=True),
+    "lstm, recurrent": LSTMBlock(with_hook=True),
 }
 
 
 def stage_and_input(name: str) -> tuple[Any, Tensor]:
     stage = BLOCKS[name].to_model(8, 2).double().train()
+    if name.endswith("recurrent"):
+        stage.is_recurrent = True  # type: ignore[assignment]
     return stage, torch.randn(2, 11, 8).double().requires_grad_()
 
 
@@ -184,6 +187,14 @@ def test_a_hook_on_a_gradient_is_called_once(stage: Any) -> None:
     recomputed(stage, x).square().sum().backward()
     assert len(calls) == 1
     torch.testing.assert_close(calls[0], weight.grad)
+
+
+def test_a_state_that_is_no_nest_of_tensors_is_refused() -> None:
+    stage: Any = LSTMBlock(with_hook=True).to_model(8, 1)
+    stage.is_recurrent, run = True, stage.forward_with_state
+    stage.forward_with_state = lambda x, _: (run(x, None)[0], [None])
+    with pytest.raises(TypeError, match="a stage that is_recurrent is to be a nest of tensors"):
+        run_recomputed(stage, torch.randn(1, 8, 8, requires_grad=True), segment=4)
 
 
 @pytest.mark.gpu

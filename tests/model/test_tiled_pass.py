@@ -210,13 +210,6 @@ class TestPrecision:
         )
 
 
-def test_offloaded_activations_are_copies_in_host_memory(three: MBLM) -> None:
-    """Which are then on no GPU; weights are not copied."""
-    other = tiled(three, offload=True)
-    ids = draw_ids(2, 50)
-    assert_same_gradients(three, other, [three(ids), other(ids)], rtol=0, atol=1e-9)
-
-
 @pytest.mark.parametrize("fields", [{"tile": 4}, {"checkpoint_global": True}], ids=str)
 @pytest.mark.parametrize("block", [transformer(), mamba("mamba2")], ids=["transformer", "mamba2"])
 def test_a_model_may_be_checkpointed_as_a_whole(block: StageBlock, fields: dict[str, Any]) -> None:
