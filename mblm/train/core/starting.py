@@ -212,7 +212,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def _begin_writing(self) -> None:
         """Make the run's folder, or go on in that of the state; called while it is to be held."""
-        is_new, is_main, io = self._path is None, self._workers.is_main, self.config.io
+        is_main, io = self._workers.is_main, self.config.io
         if self._path is None:
             if self._resumed is not None:
                 self._path = run_dir_of(self._resumed.path)
@@ -224,7 +224,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         if is_main and self._held is not None and not self._is_held:
             self._held.enter_context(hold_run(self._path))
             self._is_held = True
-        if is_new:
+        if not hasattr(self, "_folder"):  # as after one that could not be opened
             self._log = self.configure_logger(self._path, is_main)
             self._folder = RunFolder(
                 self.config, self.options, self._workers, self._path, self._log, self._resumed

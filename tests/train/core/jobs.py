@@ -264,12 +264,18 @@ def _work(rank: int, workers: int, port: int, function: Any, args: tuple[Any, ..
 def train(
     cfg: Config,
     trainer: type[Trainer] = Trainer,
-    samples: int = SAMPLES,
     dataset: Any = Ids,
+    validation: Any = 10,
 ) -> None:
     """Train as one worker of several."""
     with process_group(backend="gloo") as run_vars:
         worker, workers = run_vars.rank or 0, run_vars.world_size
         made = trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
-        training = dataset(samples, worker_id=worker, num_workers=workers)
-        made.train(training, dataset(10))
+        training = dataset(SAMPLES, worker_id=worker, num_workers=workers)
+        made.train(training, dataset(validation))
+
+
+def train_by(workers: int, cfg: Config, *what: Any, function: Any = train) -> Path:
+    """Train as so many workers to the end; returns the run folder."""
+    assert join(start(function, workers, cfg, *what)) == [0] * workers
+    return run_of(Path(cfg.io.output_dir))

@@ -72,11 +72,9 @@ def rows_written(folder):
 def kill_until_done(folder, kills, workers, seed, dataset=jobs.Ids):
     """Kill all workers at random moments, resume, and compare with a run that went through."""
     everything = {**EVERYTHING, "workers": workers, "validate_amount": 17}
-    what = jobs.Trainer, jobs.SAMPLES, dataset
-    cfg = jobs.config(folder / "whole", **everything)
-    processes = jobs.start(jobs.train, workers, cfg, *what)
-    assert jobs.join(processes) == [0] * workers
-    whole, cut = jobs.run_of(folder / "whole"), folder / "cut"
+    what = jobs.Trainer, dataset
+    whole = jobs.train_by(workers, jobs.config(folder / "whole", **everything), *what)
+    cut = folder / "cut"
     generator = random.Random(seed)
     moments = sorted(generator.sample(range(3, rows_written(folder / "whole") - 3), kills))
     state = None

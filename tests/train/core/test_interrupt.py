@@ -121,14 +121,9 @@ class HastyOnRankOne(jobs.Trainer):
         super()._save(run)
 
 
-def train_with_a_hasty_worker(cfg):
-    jobs.train(cfg, HastyOnRankOne)
-
-
 def test_workers_save_together_whose_clock_ever_it_is(tmp_path):
     cfg = jobs.config(tmp_path, workers=2, batches=5, validate_amount=1, batch_size=2)
-    assert jobs.join(jobs.start(train_with_a_hasty_worker, 2, cfg)) == [0, 0]
-    run = jobs.run_of(tmp_path)
+    run = jobs.train_by(2, cfg, HastyOnRankOne)
     saved = (run / "0.txt").read_text()
     assert saved == (run / "1.txt").read_text()
     assert {"2", "5"} <= set(saved.split())

@@ -224,14 +224,9 @@ def test_metrics_are_of_all_that_a_step_took(tmp_path):
     assert len(valid) == 4 and valid[0]["lr"] == ""
 
 
-def train_two(cfg):
-    jobs.train(cfg, Writes)
-
-
 def test_losses_of_a_step_are_those_of_all_workers(tmp_path):
     fields = {"batches": 4, "workers": 2, "batch_size": 2, "enabled_loss_log_for_gpus": [0, 1]}
-    assert jobs.join(jobs.start(train_two, 2, jobs.config(tmp_path, **fields, **SAMPLES))) == [0, 0]
-    run = jobs.run_of(tmp_path)
+    run = jobs.train_by(2, jobs.config(tmp_path, **fields, **SAMPLES), Writes)
     rows = [row for row in jobs.losses(run)[1:] if row[2] == "train" and row[5] == "3"]
     with (run / "metrics.csv").open(newline="") as file:
         last = [row for row in csv.DictReader(file) if row["kind"] == "train"][-1]
@@ -250,17 +245,11 @@ class WritesItsWeights(Writes):
         return [str(sum(map(float, map(torch.sum, model.state_dict().values())))).encode()]
 
 
-def train_two_that_write(cfg, trainer):
-    jobs.train(cfg, trainer)
-
-
 def test_a_sharded_model_writes_with_the_weights_that_are_saved_and_trains_the_same(tmp_path):
     fields = {"workers": 2, "batch_size": 2, "strategy": "fsdp", "dropout": 0.3}
     plain = jobs.config(tmp_path / "plain", **fields, num_models_to_save=4)
     writes = jobs.config(tmp_path / "writes", **fields, num_models_to_save=4, sample_amount=2)
-    for cfg in (plain, writes):
-        assert jobs.join(jobs.start(train_two_that_write, 2, cfg, WritesItsWeights)) == [0, 0]
-    run, whole = jobs.run_of(tmp_path / "writes"), jobs.run_of(tmp_path / "plain")
+    run, whole = (jobs.train_by(2, cfg, WritesItsWeights) for cfg in (writes, plain))
     assert jobs.losses(run) == jobs.losses(whole)
     assert jobs.same(jobs.final_state(run)[1:], jobs.final_state(whole)[1:])
     for step in ("step_00000001", "step_00000012"):

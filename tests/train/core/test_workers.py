@@ -37,8 +37,7 @@ def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, strategy, r
         "gradient_clipping": 0.2,
         "batch_size": 2,
     }
-    whole_cfg = jobs.config(tmp_path / "whole", **fields)
-    assert jobs.join(jobs.start(jobs.train, workers, whole_cfg, jobs.ByRecipe)) == [0] * workers
+    whole = jobs.train_by(workers, jobs.config(tmp_path / "whole", **fields), jobs.ByRecipe)
     processes = jobs.start(
         jobs.train, workers, jobs.config(tmp_path / "cut", **fields), jobs.ByRecipe
     )
@@ -48,10 +47,8 @@ def test_stopped_by_a_signal_to_one_and_resumed_to_the_bit(tmp_path, strategy, r
     assert jobs.join(processes) == [EXIT_INTERRUPTED] * workers
     run = jobs.run_of(tmp_path / "cut")
     cfg = jobs.config(tmp_path / "cut", **fields, resume=find_latest_state(run))
-    assert jobs.join(jobs.start(jobs.train, workers, cfg, jobs.ByRecipe)) == [0] * workers
-    whole = jobs.run_of(tmp_path / "whole")
-    assert jobs.losses(run) == jobs.losses(whole)
-    assert jobs.same(jobs.final_state(run), jobs.final_state(whole))
+    assert jobs.train_by(workers, cfg, jobs.ByRecipe) == run
+    jobs.assert_same_runs(run, whole)
 
 
 class StopsRankOneInValidation(jobs.Trainer):
@@ -62,29 +59,19 @@ class StopsRankOneInValidation(jobs.Trainer):
         return super().model_forward(model, batch, device)
 
 
-def train_and_validate_long(cfg, trainer):
-    with process_group(backend="gloo") as run_vars:
-        made = trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
-        made.train(jobs.Ids(worker_id=run_vars.rank, num_workers=2), jobs.Ids(36))
-
-
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_validation_is_stopped_on_all_workers(tmp_path, strategy):
     fields = {"workers": 2, "strategy": strategy, "validate_amount": 2}  # of 9 batches
     whole, cut = (jobs.config(tmp_path / name, **fields) for name in ("whole", "cut"))
-    assert jobs.join(jobs.start(train_and_validate_long, 2, whole, jobs.Trainer)) == [0, 0]
-    codes = jobs.join(jobs.start(train_and_validate_long, 2, cut, StopsRankOneInValidation))
-    assert codes == [EXIT_INTERRUPTED] * 2
+    what = jobs.Ids, 36
+    whole_run = jobs.train_by(2, whole, jobs.Trainer, *what)
+    processes = jobs.start(jobs.train, 2, cut, StopsRankOneInValidation, *what)
+    assert jobs.join(processes) == [EXIT_INTERRUPTED] * 2
     run = jobs.run_of(tmp_path / "cut")
     assert "valid" not in (run / "loss.csv").read_text()
     cut = jobs.config(tmp_path / "cut", **fields, resume=find_latest_state(run))
-    assert jobs.join(jobs.start(train_and_validate_long, 2, cut, StopsRankOneInValidation)) == [
-        0,
-        0,
-    ]
-    whole_run = jobs.run_of(tmp_path / "whole")
-    assert jobs.losses(run) == jobs.losses(whole_run)
-    assert jobs.same(jobs.final_state(run), jobs.final_state(whole_run))
+    assert jobs.train_by(2, cut, StopsRankOneInValidation, *what) == run
+    jobs.assert_same_runs(run, whole_run)
 
 
 class NanOnRankOne(jobs.Trainer):

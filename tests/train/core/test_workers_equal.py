@@ -57,8 +57,7 @@ def global_run(folder, workers, strategy="ddp", every=2, resume=None, **fields):
         resume=resume,
         **fields,
     )
-    assert jobs.join(jobs.start(train_global, workers, cfg)) == [0] * workers
-    run = jobs.run_of(folder)
+    run = jobs.train_by(workers, cfg, function=train_global)
     model, _ = load_model_state(run / "tiny_top1.pth", jobs.Model(0.0))
     return [float(row[6]) for row in jobs.losses(run)[1:] if row[2] != "train"], model, run
 
@@ -143,7 +142,7 @@ def weights_after_steps_of_8(folder, trainer, batch_size, every, workers=1, **fi
         dataset = GlobalBatches(batch_size, 0, 1)
         jobs.alone(trainer, cfg).train(dataset, dataset)
     else:
-        assert jobs.join(jobs.start(train_same_steps, workers, cfg, trainer)) == [0] * workers
+        jobs.train_by(workers, cfg, trainer, function=train_same_steps)
     return jobs.final_state(jobs.run_of(folder))[0]["model"]
 
 
@@ -194,7 +193,7 @@ def train_as_two_nodes(cfg, folder):
 
 def test_what_two_nodes_of_two_workers_see_is_disjoint_and_complete(tmp_path):
     cfg = jobs.config(tmp_path, batches=3, workers=4, shuffle_train=True)
-    assert jobs.join(jobs.start(train_as_two_nodes, 4, cfg, tmp_path)) == [0] * 4
+    jobs.train_by(4, cfg, tmp_path, function=train_as_two_nodes)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     together = sorted(start for of_worker in seen for start in of_worker)
     assert together == list(range(0, jobs.SAMPLES * jobs.SEQ_LEN, jobs.SEQ_LEN))
