@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 # With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
 _MARGIN = 512
-# Where these bytes may come and those complete it: with how many bytes left at most, and what
-# completes it after each byte, if that was found.
-_Ways = dict[tuple[bytes, bytes], tuple[int, dict[int, bytes | None]]]
+# Where these bytes may come and those complete it: per byte what completes it after that, or with
+# how many bytes left none was found.
+_Ways = dict[tuple[bytes, bytes], dict[int, bytes | int]]
 _MAX_WAYS = 1000
 # How many bytes to try for an end: before anything runs, now and then, and for each byte near it.
 _FIRST_TRIES, _TRIES, _TRIES_EACH = 20_000, 4000, 1000
@@ -163,15 +163,19 @@ class _RowGuide:
             # An end is a byte nearer with each byte, and may go as far away.
             self._look_at = left - spare // 2 - 1
             return tokens
-        where = self._matcher.compute_bitmask(), self._end
-        most, ends = self._ways.get(where, (0, {}))
-        if most < left or any(end is not None and len(end) >= left for end in ends.values()):
-            found: dict[bytes, bytes | None] = {}
-            ends = {token: self._end_after(token, left - 1, found) for token in tokens}
-            if len(self._ways) > _MAX_WAYS:
-                self._ways.clear()
-            self._ways[where] = left, ends
-        self._end_by_token = {token: end for token, end in ends.items() if end is not None}
+        if len(self._ways) > _MAX_WAYS:
+            self._ways.clear()
+        ends = self._ways.setdefault((self._matcher.compute_bitmask(), self._end), {})
+        found: dict[bytes, bytes | None] = {}
+        for token in tokens:
+            end = ends.get(token, 0)
+            if len(end) >= left if isinstance(end, bytes) else end < left:
+                new = self._end_after(token, left - 1, found)
+                end = left if new is None else new
+                if new is not None or len(found) < _SEARCHES:
+                    ends[token] = end
+            if isinstance(end, bytes):
+                self._end_by_token[token] = end
         return list(self._end_by_token)
 
     def _end_after(self, token: int, limit: int, found: dict[bytes, bytes | None]) -> bytes | None:
@@ -181,7 +185,7 @@ class _RowGuide:
         """
         assert self._end is not None
         byte = bytes([token])
-        for end in (self._end, self._end[1:], *found.values()):
+        for end in (self._end[1:], self._end, *found.values()):
             if end is not None and len(end) <= limit and completes(self._matcher, byte, end):
                 return end
         after = self._matcher.deep_copy()
