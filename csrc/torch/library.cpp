@@ -42,7 +42,6 @@ void add_kernels(torch::Library& library) {
 TORCH_LIBRARY_IMPL(mblm, CPU, library) {
   add_kernels(library);
   library.impl("linear", mblm::linear);
-  library.impl("linear_rows", mblm::linear_rows);
 }
 
 #ifdef MBLM_CUDA

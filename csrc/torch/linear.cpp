@@ -1,12 +1,13 @@
-// Glue of linear: large float32 products on a CPU by oneDNN, all others as PyTorch has them.
-#include "linear.h"
-
+// Glue of linear: few rows on a CPU by a kernel, large float32 products there by oneDNN, all others
+// as PyTorch has them.
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
 
 #include <string_view>
 
+#include "common.h"
+#include "cpu/linear_rows.h"
 #include "cpu/transpose.h"
 #include "operators.h"
 
@@ -50,6 +51,28 @@ Tensor without_gaps(const Tensor& matrix) {
   return matrix.stride(0) == 1 ? matrix.t().contiguous().t() : matrix.contiguous();
 }
 
+void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  check_floating("x", x);
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must have two dimensions, got ", x.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must have two dimensions, got ", weight.sizes());
+  check_like("weight", weight, {weight.size(0), x.size(1)}, "x", x);
+  if (bias) check_like("bias", *bias, {weight.size(0)}, "x", x);
+}
+
+Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor rows = x.contiguous();
+  Tensor out = make::empty({x.size(0), weight.size(0)}, rows.options());
+  dispatch(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::LinearRowsInput<T> input{x.size(0),     x.size(1),       weight.size(0),
+                                        data<T>(rows), data<T>(weight), data<T>(bias)};
+    T* to = mutable_data<T>(out);
+    parallel(weight.size(0), x.size(1),
+             [&](int64_t begin, int64_t end) { cpu::linear_rows(input, to, begin, end); });
+  });
+  return out;
+}
+
 }  // namespace
 
 // Whether MKL, PyTorch's choice, leaves half of this machine unused: it computes with 64 bytes at
@@ -64,13 +87,14 @@ bool onednn_is_faster() {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  check_linear(x, weight, bias);
+  check(x, weight, bias);
   const bool is_empty = x.numel() == 0 || weight.numel() == 0;
-  if (!x.is_cpu() || x.scalar_type() != at::kFloat || is_empty || !onednn_linear()) {
-    return at::linear(x, weight, bias);
-  }
+  if (!x.is_cpu() || is_empty || x.scalar_type() == at::kHalf) return at::linear(x, weight, bias);
   OptionalTensor offset;
   if (bias) offset = bias->contiguous();
+  constexpr int64_t kFewRows = 8;  // mblm.ops.linear's MAX_ROWS
+  if (x.size(0) <= kFewRows && weight.is_contiguous()) return linear_rows(x, weight, offset);
+  if (x.scalar_type() != at::kFloat || !onednn_linear()) return at::linear(x, weight, bias);
   return onednn_linear()->call(contiguous(x), without_gaps(weight), offset, "none", Scalars(), "");
 }
 

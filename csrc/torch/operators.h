@@ -15,7 +15,6 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 // On a CPU only.
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
-Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 bool onednn_is_faster();
 
 Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,

@@ -1,8 +1,4 @@
-"""Linear maps, each by the library or kernel that is fastest at its size.
-
-``mblm::linear`` is one by oneDNN; ``mblm::linear_rows`` is one of a few rows, which reads the
-weights once, and which decoding is made of.
-"""
+"""``linear``: a linear map, each by the library or kernel that is fastest at its size."""
 
 import functools
 
@@ -24,9 +20,9 @@ _ADDED_ROWS = 256
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, by a native kernel, by oneDNN or as PyTorch chooses.
 
-    On a CPU, few rows without gradients take the kernel `linear_rows`, if the weight is contiguous
-    as that reads it; a large product of float32 matrices takes oneDNN where the CPU has AVX-512
-    and PyTorch's choice does not use it.
+    On a CPU, few rows without gradients take a kernel, if the weight is contiguous as that reads
+    it; a large product of float32 matrices takes oneDNN where the CPU has AVX-512 and PyTorch's
+    choice does not use it.
 
     Args:
         x: ``(..., K)``.
@@ -37,11 +33,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ``(..., N)``. A row's result does not depend on how many rows there are, up to `MAX_ROWS`.
     """
     if _is_plain(x, weight):
-        few = 0 < x.numel() <= MAX_ROWS * x.shape[-1]
-        if few and not torch.is_grad_enabled() and weight.is_contiguous():
-            rows: Tensor = torch.ops.mblm.linear_rows(x.reshape(-1, x.shape[-1]), weight, bias)
-            return rows.view(*x.shape[:-1], weight.shape[0])
-        if not few and _suits_onednn(x, weight):
+        if 0 < x.numel() <= MAX_ROWS * x.shape[-1]:
+            takes_ours = not torch.is_grad_enabled() and weight.is_contiguous()
+        else:
+            takes_ours = _suits_onednn(x, weight)
+        if takes_ours:
             out: Tensor = torch.ops.mblm.linear(x.reshape(-1, x.shape[-1]), weight, bias)
             return out.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
@@ -112,4 +108,3 @@ def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
 register_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_reference, backward=_backward
 )
-register_operator("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_reference)

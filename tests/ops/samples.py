@@ -66,9 +66,8 @@ SAMPLES: dict[str, list[Sample]] = {
     ],
     "linear": [
         Sample((normal(2, 3), normal(4, 3), normal(4)), (0, 1, 2)),
-        Sample((normal(2, 3), normal(4, 3), None), (0, 1)),
+        Sample((normal(9, 3), normal(4, 3), None), (0, 1)),  # more than few
     ],
-    "linear_rows": [Sample((normal(2, 3), normal(4, 3), normal(4)), (0, 1, 2))],
     "selective_scan": [
         Sample((*SCAN, normal(2, 3, 2) + 1, normal(2), None, 2), (0, 1, 2, 3, 4, 5), 2),
         Sample((*SCAN, normal(2, 3, 2) + 1, normal(2), normal(2, 2, 2), 2), tuple(range(7)), 2),
@@ -99,7 +98,7 @@ SAMPLES: dict[str, list[Sample]] = {
     ],
 }
 # Gradients by name of their operator.
-GRADIENTS = {f"{name}_backward" for name in SAMPLES} - {"linear_backward", "linear_rows_backward"}
+GRADIENTS = {f"{name}_backward" for name in SAMPLES} - {"linear_backward"}
 ALL = pytest.mark.parametrize(
     ("name", "sample"),
     [

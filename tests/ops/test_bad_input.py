@@ -79,7 +79,6 @@ GOOD: dict[str, dict[str, Any]] = {
         "eps": 1.0,
     },
     "linear": {"x": zeros(1, 5), "weight": zeros(4, 5), "bias": zeros(4)},
-    "linear_rows": {"x": zeros(1, 5), "weight": zeros(4, 5), "bias": zeros(4)},
     "selective_scan": {
         "x": zeros(2, 5, 3),
         "delta": zeros(2, 5, 3),
@@ -257,7 +256,6 @@ BAD: dict[str, list[tuple[str, Any, str]]] = {
         ("initial_state", zeros(1, 3, 2, 2), "initial_state must have shape (2, 3, 2, 2)"),
     ],
 }
-BAD["linear_rows"] = BAD["linear"]
 for _name in ("gated_rms_norm_backward", "shift_rms_norm_backward"):
     BAD[_name] = [
         ("grad", zeros(2, 2, 4), "grad must have shape [2, 3, 4]"),

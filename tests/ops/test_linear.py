@@ -1,4 +1,4 @@
-"""``linear`` and ``linear_rows`` against their reference, and which way a product takes."""
+"""``linear``: the operator against the reference, and which way a product takes."""
 
 import contextlib
 from collections.abc import Callable
@@ -37,8 +37,7 @@ def native(require_native: Callable[[str], None]) -> None:
     require_native("linear")
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_rows"])
-class TestBothOperators:
+class TestOperator:
     @given(
         rows=st.integers(0, 40),
         inputs=st.integers(0, 70),
@@ -50,7 +49,6 @@ class TestBothOperators:
     @settings(max_examples=150, deadline=None)
     def test_equals_the_reference(
         self,
-        name: str,
         rows: int,
         inputs: int,
         outputs: int,
@@ -64,26 +62,23 @@ class TestBothOperators:
         exact = linear_reference(
             x.double(), weight.double(), None if bias is None else bias.double()
         )
-        actual = getattr(torch.ops.mblm, name)(x, weight, bias)
+        actual = torch.ops.mblm.linear(x, weight, bias)
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), exact, **TOLERANCE[dtype])
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_one_of_few_rows_has_the_same_bits_alone_and_among_others(
+        self, native: None, dtype: torch.dtype
+    ) -> None:
+        x, weight = torch.randn(MAX_ROWS, 333).to(dtype), torch.randn(77, 333).to(dtype)
+        together = torch.ops.mblm.linear(x, weight, None)
+        for threads in (1, 2, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            alone = torch.cat([torch.ops.mblm.linear(row[None], weight, None) for row in x])
+            torch.set_num_threads(before)
+            assert torch.equal(together, alone)
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_few_rows_have_the_same_bits_alone_and_among_others(
-    native: None, dtype: torch.dtype
-) -> None:
-    x, weight = torch.randn(MAX_ROWS, 333).to(dtype), torch.randn(77, 333).to(dtype)
-    together = torch.ops.mblm.linear_rows(x, weight, None)
-    for threads in (1, 2, 3):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        alone = torch.cat([torch.ops.mblm.linear_rows(row[None], weight, None) for row in x])
-        torch.set_num_threads(before)
-        assert torch.equal(together, alone)
-
-
-class TestOperator:
     @pytest.mark.parametrize("expanded", ["x", "weight"])
     @pytest.mark.parametrize("shape", [(1, 20), (30, 1)])
     def test_repeated_without_memory(self, expanded: str, shape: tuple[int, int]) -> None:
@@ -126,19 +121,14 @@ class TestOperator:
 
 
 class _Recorder:
-    """Stands for ``torch.ops.mblm``: names of the operators called, with their rows."""
+    """Stands for ``torch.ops.mblm``: the rows of each call of the operator."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, int]] = []
+        self.calls: list[int] = []
         self._operators = torch.ops.mblm
 
-    def linear_rows(self, x: Tensor, *rest: Tensor) -> Tensor:
-        self.calls.append(("linear_rows", x.shape[0]))
-        out: Tensor = self._operators.linear_rows(x, *rest)
-        return out
-
     def linear(self, x: Tensor, *rest: Tensor) -> Tensor:
-        self.calls.append(("linear", x.shape[0]))
+        self.calls.append(x.shape[0])
         out: Tensor = self._operators.linear(x, *rest)
         return out
 
@@ -147,7 +137,7 @@ class TestChoice:
     """A layer equals ``torch.nn.Linear`` whatever way it takes."""
 
     @pytest.fixture
-    def calls(self, native: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    def calls(self, native: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         recorder = _Recorder()
         monkeypatch.setattr(module.torch.ops, "mblm", recorder)
         return recorder.calls
@@ -160,13 +150,13 @@ class TestChoice:
 
     @pytest.mark.parametrize("shape", [(1, 6), (2, 4, 6), (6,), (1, 1, 6)])
     @torch.inference_mode()
-    def test_few_rows(self, calls: list[tuple[str, int]], shape: tuple[int, ...]) -> None:
+    def test_few_rows(self, calls: list[int], shape: tuple[int, ...]) -> None:
         layer, x = nn.Linear(6, 5), torch.randn(shape)
         torch.testing.assert_close(apply(layer, x), F.linear(x, layer.weight, layer.bias))
-        assert calls == [("linear_rows", x.numel() // 6)]
+        assert calls == [x.numel() // 6]
 
     @torch.inference_mode()
-    def test_few_rows_of_a_transposed_weight(self, calls: list[tuple[str, int]]) -> None:
+    def test_few_rows_of_a_transposed_weight(self, calls: list[int]) -> None:
         x, weight = torch.randn(2, 6), torch.randn(6, 5).T
         torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
         assert calls == []  # the kernel would copy the weight
@@ -175,7 +165,7 @@ class TestChoice:
     @pytest.mark.parametrize("shape", [(9, 6), (3, 4, 6)])
     def test_a_large_product(
         self,
-        calls: list[tuple[str, int]],
+        calls: list[int],
         any_is_large: None,
         shape: tuple[int, ...],
         gradients: bool,
@@ -184,7 +174,7 @@ class TestChoice:
         with torch.set_grad_enabled(gradients):
             actual = apply(layer, x)
         torch.testing.assert_close(actual, F.linear(x, layer.weight, layer.bias))
-        assert calls == [("linear", x.numel() // 6)]
+        assert calls == [x.numel() // 6]
         assert actual.requires_grad == gradients
 
     @pytest.mark.filterwarnings("ignore:TF32")  # of a switch that flags() sets too
@@ -193,7 +183,7 @@ class TestChoice:
     )
     def test_pytorch_has_the_rest(
         self,
-        calls: list[tuple[str, int]],
+        calls: list[int],
         any_is_large: None,
         monkeypatch: pytest.MonkeyPatch,
         why_not: str,
@@ -220,7 +210,7 @@ class TestChoice:
         assert calls == []
 
     def test_a_tensor_that_is_more_than_one_keeps_its_own_way(
-        self, calls: list[tuple[str, int]], any_is_large: None
+        self, calls: list[int], any_is_large: None
     ) -> None:
         class Special(Tensor):
             pass
@@ -233,7 +223,7 @@ class TestChoice:
     @pytest.mark.parametrize("x", [torch.zeros(9, 7), torch.zeros(1, 7), torch.zeros(())])
     @pytest.mark.parametrize("gradients", [False, True])
     def test_what_does_not_fit_is_refused_as_torch_does(
-        self, calls: list[tuple[str, int]], any_is_large: None, x: Tensor, gradients: bool
+        self, calls: list[int], any_is_large: None, x: Tensor, gradients: bool
     ) -> None:
         layer = nn.Linear(6, 5)
         with torch.set_grad_enabled(gradients):
@@ -246,7 +236,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("large", [False, True])
     def test_added_outer_products(
-        self, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, large: bool
+        self, calls: list[int], monkeypatch: pytest.MonkeyPatch, large: bool
     ) -> None:
         monkeypatch.setattr(module, "_LARGE", 1 if large else 2**40)
         monkeypatch.setattr(module, "_onednn_is_faster", lambda: True)
@@ -254,7 +244,7 @@ class TestChoice:
         expected = to + a.T @ b
         add_outer_products(to, a, b)
         torch.testing.assert_close(to, expected)
-        assert calls == ([("linear", 5)] if large else [])
+        assert calls == ([5] if large else [])
 
     def test_outer_products_are_added_in_parts(self, native: None, any_is_large: None) -> None:
         to, a, b = torch.zeros(1000, 50), torch.randn(9, 1000), torch.randn(9, 50)
