@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs decoding under sanitizers: thread for the C++ tests of decoding, address and undefined
-# behavior for all C++ tests and the Python tests of decoding.
+# Runs compiled code under sanitizers: thread for the C++ tests of decoding, address and undefined
+# behavior for all C++ tests and the Python tests of decoding and of operators.
 #
-#   bash scripts/sanitize.sh [arguments of pytest instead of the tests of decoding]
+#   bash scripts/sanitize.sh [arguments of pytest instead of those tests]
 #
 # PYTHON is the interpreter that has torch and pytest, python by default; MAX_JOBS is how many
 # files are compiled at a time. All is built in build/sanitize: what is installed stays as it is.
@@ -42,8 +42,7 @@ compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$out/address/CMakeCache.tx
 runtimes="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)"
 if [ $# -eq 0 ]; then
   set -- tests/inference tests/model/test_golden.py \
-    tests/ops/test_linear.py \
-    --deselect tests/model/test_golden.py::test_all_of_this_without_native_kernels
+    tests/ops --deselect tests/model/test_golden.py::test_all_of_this_without_native_kernels
 fi
 cd "$out/package"
 LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 MBLM_NATIVE=require "$python" -m pytest "$@"
