@@ -54,6 +54,12 @@ struct Compute<double> {
 template <class T>
 using compute_t = typename Compute<T>::type;
 
+// Values of any type that are computed with at once, at most, and whole lanes of them.
+constexpr int64_t kMostLanes = 8;
+inline int64_t padded(int64_t size) {
+  return (size + kMostLanes - 1) / kMostLanes * kMostLanes;
+}
+
 // term(0) + ... + term(n - 1), in sixteen interleaved sums that the compiler keeps in registers.
 template <class Term>
 MBLM_INLINE double sum_in_lanes(int64_t n, Term term) {

@@ -18,6 +18,7 @@ template <class C>
 using Lanes = std::conditional_t<std::is_same_v<C, double>, DoubleLanes, FloatLanes>;
 template <class C>
 constexpr int64_t kLaneCount = int64_t(32 / sizeof(C));
+static_assert(kLaneCount<float> == kMostLanes);
 
 template <class V, class C>
 MBLM_INLINE V load(const C* values) {
@@ -41,12 +42,6 @@ MBLM_INLINE void store(C* values, const V& lanes) {
 template <class To, class From>
 MBLM_INLINE void convert(const From* __restrict from, int64_t count, To* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = To(from[i]);
-}
-
-// Whole lanes of any type that hold so many values.
-MBLM_INLINE int64_t padded(int64_t size) {
-  constexpr int64_t kMost = kLaneCount<float>;
-  return (size + kMost - 1) / kMost * kMost;
 }
 
 MBLM_INLINE float sum(const FloatLanes& v) {

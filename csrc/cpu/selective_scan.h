@@ -10,8 +10,6 @@
 
 namespace mblm::cpu {
 
-// The number of states per channel is padded with zeros to a multiple of this.
-constexpr int64_t kScanStatesMultiple = 8;
 // Channels are worked on in tiles of this many.
 constexpr int64_t kScanTile = 16;
 
@@ -20,7 +18,7 @@ template <class T>
 struct SelectiveScanInput {
   using C = compute_t<T>;
   int64_t rows, length, channels;
-  int64_t states, padded_states;  // N, and N rounded up
+  int64_t states, padded_states;  // N, and N padded with zeros
   int64_t chunk_size;
   const T* x;
   const C* delta;

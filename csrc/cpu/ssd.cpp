@@ -66,10 +66,10 @@ struct HeadBuffers {
     for (int64_t i = 0; i < positions; ++i) {
       C* pair = pairs.data() + i * span;
       const double sum_i = sums[i];
-      for (int64_t j = 0; j <= i; j += kSsdLanes) {
+      for (int64_t j = 0; j <= i; j += kMostLanes) {
         const double* const sums_j = sums.data() + j;
-        for (int64_t lane = 0; lane < kSsdLanes; ++lane) pair[j + lane] = C(sum_i - sums_j[lane]);
-        for (int64_t lane = 0; lane < kSsdLanes; lane += kLaneCount<C>) {
+        for (int64_t lane = 0; lane < kMostLanes; ++lane) pair[j + lane] = C(sum_i - sums_j[lane]);
+        for (int64_t lane = 0; lane < kMostLanes; lane += kLaneCount<C>) {
           store(pair + j + lane, exp(load(pair + j + lane)));
         }
       }

@@ -10,15 +10,12 @@
 
 namespace mblm::cpu {
 
-// The number of states N is a multiple of this: pad with zeros.
-constexpr int64_t kSsdLanes = 8;
-
 template <class T>
 struct SsdInput {
   using C = compute_t<T>;
-  int64_t rows, length, heads, head_dim, states;
-  int64_t start, positions;  // the chunk
-  const T* x;                // (rows, L, H, P), heads and channels contiguous
+  int64_t rows, length, heads, head_dim, states;  // N padded with zeros
+  int64_t start, positions;                       // the chunk
+  const T* x;                                     // (rows, L, H, P), heads and channels contiguous
   int64_t x_row_stride, x_position_stride;
   const C* dt;          // (rows, L, H)
   const C* rates;       // A: (H)
@@ -28,7 +25,7 @@ struct SsdInput {
   const C* scores;      // (rows, positions, padded positions): C_i B_j of the chunk
 
   // The number of positions rounded up to whole lanes.
-  int64_t padded_positions() const { return (positions + kSsdLanes - 1) / kSsdLanes * kSsdLanes; }
+  int64_t padded_positions() const { return padded(positions); }
 };
 
 // The scores of rows [begin, end); in.scores is not looked at.

@@ -1,9 +1,8 @@
 // RMSNorm of the activations on a GPU, gated or not, or with a causal shift: the mathematics and
-// the inputs are those of cpu/gated_rms_norm.h and cpu/shift_rms_norm.h, sums are in compute_t<T>.
+// the inputs are those of cpu/rms_norms.h, sums are in compute_t<T>.
 #pragma once
 
-#include "cpu/gated_rms_norm.h"
-#include "cpu/shift_rms_norm.h"
+#include "cpu/rms_norms.h"
 #include "cuda/stream.h"
 
 namespace mblm::cuda {

@@ -45,8 +45,8 @@ void gated(int64_t positions, int64_t width, bool has_gate, int64_t gap) {
       width, x.data(), stride, has_gate ? gate.data() : nullptr, stride, weight.data(), 1e-5};
   equals_cpu<T>(
       in, positions, has_gate ? positions * width : 0,
-      [](auto... all) { cpu::gated_rms_norm(all...); },
-      [](auto... all) { cpu::gated_rms_norm_backward(all...); });
+      [](auto... all) { cpu::rms_norm(all...); },
+      [](auto... all) { cpu::rms_norm_backward(all...); });
 }
 
 template <class T>
@@ -70,8 +70,8 @@ struct Shifted {
   void check() const {
     // Without a position, nothing is written of what is shifted in.
     equals_cpu<T>(
-        in, positions, positions > 0 ? other : 0, [](auto... all) { cpu::shift_rms_norm(all...); },
-        [](auto... all) { cpu::shift_rms_norm_backward(all...); });
+        in, positions, positions > 0 ? other : 0, [](auto... all) { cpu::rms_norm(all...); },
+        [](auto... all) { cpu::rms_norm_backward(all...); });
   }
 };
 

@@ -1,10 +1,9 @@
 // Glue of gated_rms_norm and shift_rms_norm: checks, allocation, calls of the kernels.
-#include "cuda/rms_norms.h"
+#include "cpu/rms_norms.h"
 
 #include "common.h"
-#include "cpu/gated_rms_norm.h"
-#include "cpu/shift_rms_norm.h"
 #include "cpu/sum_rows.h"
+#include "cuda/rms_norms.h"
 #include "operators.h"
 
 namespace mblm {
@@ -69,9 +68,6 @@ struct Gated : NormInputs {
             data<cpu::compute_t<T>>(weight),
             eps};
   }
-
-  static void run(auto... all) { cpu::gated_rms_norm(all...); }
-  static void run_backward(auto... all) { cpu::gated_rms_norm_backward(all...); }
 };
 
 struct Shifted : NormInputs {
@@ -109,9 +105,6 @@ struct Shifted : NormInputs {
             data<T>(other), other ? other->stride(0) : 0,
             shift,          eps};
   }
-
-  static void run(auto... all) { cpu::shift_rms_norm(all...); }
-  static void run_backward(auto... all) { cpu::shift_rms_norm_backward(all...); }
 };
 
 // The norm, and the inverse of what each position was divided by.
@@ -127,7 +120,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Norm& in) {
     run(
         x, [&](auto stream) { return cuda::rms_norm(input, in.positions, to, inverse, stream); },
         in.positions, in.width,
-        [&](int64_t begin, int64_t end) { in.run(input, to, inverse, begin, end); });
+        [&](int64_t begin, int64_t end) { cpu::rms_norm(input, to, inverse, begin, end); });
   });
   return {out.to(in.out_type), inverse_norm};
 }
@@ -174,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     C* sums = mutable_data<C>(partial);
     parallel(blocks, kBlock * in.width, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        in.run_backward(input, from, inverse, to_x, to_other, sums + block * in.width,
-                        block * kBlock, std::min((block + 1) * kBlock, in.positions));
+        cpu::rms_norm_backward(input, from, inverse, to_x, to_other, sums + block * in.width,
+                               block * kBlock, std::min((block + 1) * kBlock, in.positions));
       }
     });
     C* to_weight = mutable_data<C>(grad_weight);

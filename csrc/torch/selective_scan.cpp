@@ -1,71 +1,18 @@
 // Glue of selective_scan: checks, allocation, calls of the kernels.
 #include "cpu/selective_scan.h"
 
-#include "common.h"
 #include "cuda/selective_scan.h"
-#include "operators.h"
+#include "scans.h"
 
 namespace mblm {
 namespace {
 
-c10::Device check(const Tensor& x, const Tensor& delta, const Tensor& rates,
-                  const Tensor& weight_in, const Tensor& weight_out, const Tensor& direct,
-                  const OptionalTensor& initial_state, int64_t chunk_size) {
-  check_floating("x", x);
-  TORCH_CHECK_VALUE(x.dim() == 3, "x must be (B, L, D), got shape ", x.sizes());
-  TORCH_CHECK_VALUE(rates.dim() == 2 && rates.size(0) == x.size(2), "A must be (", x.size(2),
-                    ", N) to go with x, got shape ", rates.sizes());
-  const at::ScalarType compute = rates.scalar_type();
-  TORCH_CHECK_TYPE(compute == at::kFloat || compute == at::kDouble,
-                   "A must be float32 or float64, got ", compute);
-  TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
-  const int64_t rows = x.size(0), length = x.size(1), channels = x.size(2), states = rates.size(1);
-  check_device("A", rates, "x", x);
-  TORCH_CHECK_VALUE(!on_gpu(x) || states <= cuda::kScanMaxStates, "A must have at most ",
-                    cuda::kScanMaxStates, " states per channel on a GPU, got ", states);
-  check_tensor("delta", delta, x.sizes(), compute, "x", x);
-  check_tensor("B", weight_in, {rows, length, states}, x.scalar_type(), "x", x);
-  check_tensor("C", weight_out, {rows, length, states}, x.scalar_type(), "x", x);
-  check_tensor("D", direct, {channels}, compute, "x", x);
-  if (initial_state) {
-    check_tensor("initial_state", *initial_state, {rows, channels, states}, compute, "x", x);
-  }
-  return x.device();
-}
-
-// The tensors as the kernels want them; a chunk is no longer than the sequences.
-struct Inputs {
-  const c10::DeviceGuard device;
-  at::ScalarType compute, type;
-  int64_t rows, length, channels, states, padded_states, chunk_size, chunks;
-  Tensor x, delta, rates, weight_in, weight_out, direct;
-
-  Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& rates_, const Tensor& weight_in_,
-         const Tensor& weight_out_, const Tensor& direct_, const OptionalTensor& state,
-         int64_t largest_chunk)
-      : device(check(x_, delta_, rates_, weight_in_, weight_out_, direct_, state, largest_chunk)),
-        compute(rates_.scalar_type()),
-        type(compute == at::kFloat && x_.scalar_type() == at::kBFloat16 ? at::kBFloat16 : compute),
-        rows(x_.size(0)),
-        length(x_.size(1)),
-        channels(x_.size(2)),
-        states(rates_.size(1)),
-        padded_states(divide_up(states, cpu::kScanStatesMultiple) * cpu::kScanStatesMultiple),
-        chunk_size(std::clamp<int64_t>(length, 1, largest_chunk)),
-        chunks(divide_up(length, chunk_size)),
-        x(x_.to(type).contiguous()),
-        delta(delta_.contiguous()),
-        rates(padded(rates_)),
-        weight_in(padded(weight_in_)),
-        weight_out(padded(weight_out_)),
-        direct(direct_.contiguous()) {}
-
-  Tensor padded(const Tensor& tensor) const {
-    const Tensor whole = tensor.to(compute).contiguous();
-    if (padded_states > states) return make::padded(whole, {0, padded_states - states});
-    // A GPU's kernels load 16 bytes at once, which a new tensor's address allows for.
-    const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
-    return on_gpu(x) && !aligned ? whole.clone() : whole;
+struct Inputs : ScanInputs {
+  explicit Inputs(const auto&... given) : ScanInputs("delta", 3, given...) {
+    TORCH_CHECK_VALUE(!on_gpu(x) || states <= cuda::kScanMaxStates, "A must have at most ",
+                      cuda::kScanMaxStates, " states per channel on a GPU, got ", states);
+    x = x.contiguous();
+    rates = padded(rates);
   }
 
   template <class T>
@@ -73,12 +20,12 @@ struct Inputs {
     using C = cpu::compute_t<T>;
     return {rows,
             length,
-            channels,
+            width,
             states,
             padded_states,
             chunk_size,
             data<T>(x),
-            data<C>(delta),
+            data<C>(steps),
             data<C>(rates),
             data<C>(weight_in),
             data<C>(weight_out),
@@ -91,11 +38,11 @@ struct Inputs {
 Gradients backward_on_device(const Inputs& in, const Tensor& from_y, const Tensor& before,
                              Tensor grad_state, at::ScalarType x_type, at::ScalarType weight_type) {
   const auto options = in.rates.options();
-  const int64_t parts = cuda::selective_scan_parts(in.channels, in.padded_states);
+  const int64_t parts = cuda::selective_scan_parts(in.width, in.padded_states);
   Tensor grad_x = make::empty(in.x.sizes(), in.x.options());
   Tensor grad_delta = make::empty(in.x.sizes(), options);
-  Tensor rates_parts = make::empty({in.rows, in.chunks, in.channels, in.padded_states}, options);
-  Tensor direct_parts = make::empty({in.rows, in.chunks, in.channels}, options);
+  Tensor rates_parts = make::empty({in.rows, in.chunks, in.width, in.padded_states}, options);
+  Tensor direct_parts = make::empty({in.rows, in.chunks, in.width}, options);
   Tensor in_parts = make::empty({parts, in.rows, in.length, in.padded_states}, options);
   Tensor out_parts = make::empty_like(in_parts);
   dispatch(in.type, [&](auto zero) {
@@ -140,7 +87,7 @@ struct Cut {
     constexpr int64_t kItems = 32;
     row_blocks = std::clamp<int64_t>(in.rows, 1, kItems);
     rows_each = divide_up(in.rows, row_blocks);
-    const int64_t tiles = std::max<int64_t>(divide_up(in.channels, cpu::kScanTile), 1);
+    const int64_t tiles = std::max<int64_t>(divide_up(in.width, cpu::kScanTile), 1);
     groups = std::min(divide_up(kItems, row_blocks), tiles);
     channels_each = divide_up(tiles, groups) * cpu::kScanTile;
   }
@@ -155,10 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& x, const Tensor&
                                                   int64_t chunk_size) {
   const Inputs in(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
   Tensor y = make::empty(x.sizes(), in.x.options());
-  Tensor state = make::zeros({in.rows, in.channels, in.states}, in.rates.options());
-  if (initial_state) state.copy_(*initial_state);
-  Tensor chunk_states =
-      make::empty({in.rows, in.chunks, in.channels, in.states}, in.rates.options());
+  Tensor state = in.first_states(initial_state), chunk_states = in.new_states(in.chunks);
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
@@ -168,14 +112,14 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& x, const Tensor&
     C* to_chunk_states = mutable_data<C>(chunk_states);
     if constexpr (kCuda) {
       if (on_gpu(x)) {
-        Tensor sums = make::empty({in.rows, in.chunks, in.channels}, in.rates.options());
+        Tensor sums = make::empty({in.rows, in.chunks, in.width}, in.rates.options());
         return launch(x.device(), [&](cuda::Stream stream) {
           return cuda::selective_scan(input, to_y, to_state, to_chunk_states, mutable_data<C>(sums),
                                       stream);
         });
       }
     }
-    parallel(in.rows * divide_up(in.channels, cpu::kScanTile),
+    parallel(in.rows * divide_up(in.width, cpu::kScanTile),
              cpu::kScanTile * in.length * in.padded_states, [&](int64_t begin, int64_t end) {
                cpu::selective_scan(input, to_y, to_state, to_chunk_states, begin, end);
              });
@@ -189,15 +133,11 @@ Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final
                                   const Tensor& direct, const Tensor& chunk_states,
                                   int64_t chunk_size) {
   const Inputs in(x, delta, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
-  check_like("grad_y", grad_y, x.sizes(), "x", x);
-  check_like("chunk_states", chunk_states, {in.rows, in.chunks, in.channels, in.states}, "A",
-             rates);
-
+  in.check_gradients(grad_y, x, chunk_states);
   const Cut cut(in);
   const auto options = in.rates.options();
   const Tensor from_y = grad_y.to(in.type).contiguous(), before = chunk_states.contiguous();
-  Tensor grad_state = make::empty({in.rows, in.channels, in.states}, options);
-  grad_state.copy_(grad_final_state);
+  Tensor grad_state = in.first_states(grad_final_state);
 #ifdef MBLM_CUDA
   if (on_gpu(x)) {
     return backward_on_device(in, from_y, before, grad_state, x.scalar_type(),
@@ -208,8 +148,8 @@ Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final
   Tensor grad_delta = make::empty(x.sizes(), options);
   Tensor grad_weight_in = make::empty(weight_in.sizes(), weight_in.options());
   Tensor grad_weight_out = make::empty(weight_in.sizes(), weight_in.options());
-  Tensor rates_parts = make::zeros({cut.row_blocks, in.channels, in.padded_states}, options);
-  Tensor direct_parts = make::zeros({cut.row_blocks, in.channels}, options);
+  Tensor rates_parts = make::zeros({cut.row_blocks, in.width, in.padded_states}, options);
+  Tensor direct_parts = make::zeros({cut.row_blocks, in.width}, options);
   for (int64_t chunk = in.chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * in.chunk_size;
     const int64_t positions = std::min(in.chunk_size, in.length - start);
@@ -240,7 +180,7 @@ Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final
                    grad.weight_out += group * parts.stride(1);
                    cpu::selective_scan_backward(input, data<C>(before), chunk, grad, row,
                                                 std::min(row + cut.rows_each, in.rows), channel,
-                                                std::min(channel + cut.channels_each, in.channels));
+                                                std::min(channel + cut.channels_each, in.width));
                  }
                });
     });

@@ -6,75 +6,17 @@
 #include <array>
 #include <limits>
 
-#include "common.h"
 #include "cuda/ssd.h"
-#include "operators.h"
+#include "scans.h"
 
 namespace mblm {
 namespace {
 
-c10::Device check(const Tensor& x, const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
-                  const Tensor& weight_out, const Tensor& direct,
-                  const OptionalTensor& initial_state, int64_t chunk_size) {
-  check_floating("x", x);
-  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (B, L, H, P), got shape ", x.sizes());
-  const at::ScalarType compute = rates.scalar_type();
-  TORCH_CHECK_TYPE(compute == at::kFloat || compute == at::kDouble,
-                   "A must be float32 or float64, got ", compute);
-  const int64_t rows = x.size(0), length = x.size(1), heads = x.size(2), head_dim = x.size(3);
-  TORCH_CHECK_VALUE(weight_in.dim() == 3, "B must be (", rows, ", ", length, ", N), got shape ",
-                    weight_in.sizes());
-  TORCH_CHECK_VALUE(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
-  const int64_t states = weight_in.size(2);
-  check_device("A", rates, "x", x);
-  check_tensor("dt", dt, {rows, length, heads}, compute, "x", x);
-  check_tensor("A", rates, {heads}, compute, "x", x);
-  check_tensor("B", weight_in, {rows, length, states}, x.scalar_type(), "x", x);
-  check_tensor("C", weight_out, {rows, length, states}, x.scalar_type(), "x", x);
-  check_tensor("D", direct, {heads}, compute, "x", x);
-  if (initial_state) {
-    check_tensor("initial_state", *initial_state, {rows, heads, head_dim, states}, compute, "x", x);
-  }
-  return x.device();
-}
+struct Inputs : ScanInputs {
+  const int64_t heads = width, head_dim = x.size(3);
 
-// x as it is, copied only if its heads and channels are not contiguous.
-Tensor with_contiguous_heads(const Tensor& x) {
-  const bool fits = x.stride(3) == 1 && x.stride(2) == x.size(3);
-  return fits ? x : x.contiguous();
-}
-
-// The tensors as the kernels want them; a chunk is no longer than the sequences.
-struct Inputs {
-  const c10::DeviceGuard device;
-  at::ScalarType compute, type;
-  int64_t rows, length, heads, head_dim, states, padded_states, chunk_size, chunks;
-  Tensor x, dt, rates, weight_in, weight_out, direct;  // N padded
-
-  Inputs(const Tensor& x_, const Tensor& dt_, const Tensor& rates_, const Tensor& weight_in_,
-         const Tensor& weight_out_, const Tensor& direct_, const OptionalTensor& state,
-         int64_t largest_chunk)
-      : device(check(x_, dt_, rates_, weight_in_, weight_out_, direct_, state, largest_chunk)),
-        compute(rates_.scalar_type()),
-        type(compute == at::kFloat && x_.scalar_type() == at::kBFloat16 ? at::kBFloat16 : compute),
-        rows(x_.size(0)),
-        length(x_.size(1)),
-        heads(x_.size(2)),
-        head_dim(x_.size(3)),
-        states(weight_in_.size(2)),
-        padded_states(divide_up(states, cpu::kSsdLanes) * cpu::kSsdLanes),
-        chunk_size(std::clamp<int64_t>(length, 1, largest_chunk)),
-        chunks(divide_up(length, chunk_size)),
-        x(with_contiguous_heads(x_.to(type))),
-        dt(dt_.contiguous()),
-        rates(rates_.contiguous()),
-        weight_in(padded(weight_in_)),
-        weight_out(padded(weight_out_)),
-        direct(direct_.contiguous()) {}
-
-  Tensor padded(const Tensor& tensor) const {
-    const Tensor whole = tensor.to(compute).contiguous();
-    return padded_states == states ? whole : make::padded(whole, {0, padded_states - states});
+  explicit Inputs(const auto&... given) : ScanInputs("dt", 4, given...) {
+    if (x.stride(3) != 1 || x.stride(2) != head_dim) x = x.contiguous();
   }
 
   Tensor unpadded(const Tensor& tensor) const {
@@ -84,8 +26,7 @@ struct Inputs {
   // For the scores of any one chunk, and for so many times what is as large.
   Tensor zero_scores(int64_t times) const {
     const int64_t span = std::min(chunk_size, length);
-    return make::zeros({times, span, divide_up(span, cpu::kSsdLanes) * cpu::kSsdLanes},
-                       rates.options());
+    return make::zeros({times, span, cpu::padded(span)}, rates.options());
   }
 };
 
@@ -129,7 +70,7 @@ struct DeviceInputs {
             data<T>(in.x),
             in.x.stride(0),
             in.x.stride(1),
-            data<C>(in.dt),
+            data<C>(in.steps),
             data<C>(in.rates),
             data<C>(in.weight_in),
             data<C>(in.weight_out),
@@ -145,10 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_on_device(const Inputs& in,
                                                      at::ScalarType type) {
   const auto options = in.rates.options();
   Tensor y = make::empty(in.x.sizes(), in.x.options());
-  Tensor state = make::zeros({in.rows, in.heads, in.head_dim, in.states}, options);
-  if (initial_state) state.copy_(*initial_state);
-  Tensor chunk_states =
-      make::empty({in.rows, in.chunks, in.heads, in.head_dim, in.states}, options);
+  Tensor state = in.first_states(initial_state), chunk_states = in.new_states(in.chunks);
   DeviceInputs own(in);
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
@@ -165,11 +103,10 @@ Gradients backward_on_device(const Inputs& in, const Tensor& grad_y, const Tenso
                              const Tensor& chunk_states, at::ScalarType type) {
   const auto options = in.rates.options();
   const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
-  Tensor grad_state = make::empty(grad_final_state.sizes(), options);
-  grad_state.copy_(grad_final_state);
+  Tensor grad_state = in.first_states(grad_final_state);
   DeviceInputs own(in);
   Tensor grad_x = make::empty(in.x.sizes(), in.x.options());
-  Tensor grad_dt = make::empty_like(in.dt);
+  Tensor grad_dt = make::empty_like(in.steps);
   Tensor grad_in = make::empty({in.rows, in.length, in.states}, options);
   Tensor grad_out = make::empty_like(grad_in);
   Tensor rates = make::empty({in.rows, in.chunks, in.heads}, options);
@@ -210,7 +147,7 @@ cpu::SsdInput<T> chunk_input(const Inputs& in, int64_t index, Tensor& scores) {
                          data<T>(in.x),
                          in.x.stride(0),
                          in.x.stride(1),
-                         data<C>(in.dt),
+                         data<C>(in.steps),
                          data<C>(in.rates),
                          data<C>(in.weight_in),
                          data<C>(in.weight_out),
@@ -265,10 +202,7 @@ Gradients ssd_backward(const Tensor& grad_y, const Tensor& grad_final_state, con
                        const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
                        int64_t chunk_size) {
   const Inputs in(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
-  check_like("grad_y", grad_y, x.sizes(), "x", x);
-  check_like("chunk_states", chunk_states, {in.rows, in.chunks, in.heads, in.head_dim, in.states},
-             "A", rates);
-
+  in.check_gradients(grad_y, x, chunk_states);
 #ifdef MBLM_CUDA
   if (on_gpu(x)) {
     return backward_on_device(in, grad_y, grad_final_state, chunk_states, x.scalar_type());

@@ -49,7 +49,7 @@ def short_attention_reference(
     with without_autocast(q.device.type):
         queries, keys, values = (x.transpose(1, 2).to(compute_dtype(q.dtype)) for x in (q, k, v))
         queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
-        scores = queries @ keys.mT * q.shape[-1] ** -0.5  # (B, H, S, T)
+        scores = queries @ keys.mT * max(q.shape[-1], 1) ** -0.5  # (B, H, S, T)
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
         later = later.triu_(k.shape[1] - q.shape[1] + 1)
         out = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
