@@ -16,9 +16,10 @@ struct Sampling {
 // What sample() works with, for so many tokens or fewer.
 struct SampleMemory {
   explicit SampleMemory(int64_t num_tokens)
-      : order(num_tokens), logits(num_tokens), probabilities(num_tokens) {}
+      : ranks(num_tokens), order(num_tokens), logits(num_tokens), probabilities(num_tokens) {}
 
-  std::vector<int64_t> order;
+  std::vector<uint32_t> ranks;
+  std::vector<uint64_t> order;
   std::vector<float> logits, probabilities;
 };
 

@@ -19,8 +19,7 @@ struct ScanCase {
   ScanCase(int64_t rows, int64_t length, int64_t channels, int64_t states, int64_t chunk_size)
       : rows(rows), length(length), channels(channels), states(states), chunk_size(chunk_size) {
     test::Numbers numbers;
-    padded = (states + cpu::kScanStatesMultiple - 1) / cpu::kScanStatesMultiple *
-             cpu::kScanStatesMultiple;
+    padded = cpu::padded(states);
     chunks = (length + chunk_size - 1) / chunk_size;
     x = numbers.vector<T>(rows * length * channels);
     grad_y = numbers.vector<T>(rows * length * channels);

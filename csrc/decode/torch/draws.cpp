@@ -10,11 +10,44 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/kernel.h"
 #include "cuda/decode_slots.h"
 #include "cuda/philox.h"
 #include "torch/common.h"
 
 namespace mblm::decode {
+namespace {
+
+// Numbers of a generator's next bits, which are those of its state mixed.
+MBLM_CLONES void mix_bits(const uint32_t* state, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits = state[i];
+    bits ^= bits >> 11;
+    bits ^= (bits << 7) & 0x9d2c5680;
+    bits ^= (bits << 15) & 0xefc60000;
+    bits ^= bits >> 18;
+    to[i] = float(int32_t(bits & 0xffffff)) * (1.f / float(1 << 24));
+  }
+}
+
+// As uniform_ draws: up to the end of the generator's state at a time, then one that renews it.
+void draw_uniform(at::mt19937& engine, float* to, int64_t count) {
+  while (count > 0) {
+    at::mt19937_data_pod state = engine.data();
+    const int64_t ready = std::min<int64_t>(state.left_ - 1, count);
+    mix_bits(state.state_.data() + state.next_, ready, to);
+    state.left_ -= int(ready);
+    state.next_ += uint32_t(ready);
+    engine.set_data(state);
+    to += ready;
+    count -= ready;
+    if (count == 0) return;
+    *to++ = float(engine() & 0xffffff) * (1.f / float(1 << 24));
+    --count;
+  }
+}
+
+}  // namespace
 
 GeneratorDraws::GeneratorDraws(std::optional<at::Generator> generator, int64_t lanes,
                                int64_t num_tokens, const c10::Device& device)
@@ -111,9 +144,9 @@ void GeneratorDraws::draw(Kept& kept) {
   }
   auto* const generator = generator_.get<at::CPUGeneratorImpl>();
   const std::lock_guard lock(generator->mutex_);
-  for (int64_t i = 0; i < lanes() * num_tokens_; ++i) {
-    kept.values[i] = float(generator->random() & 0xffffff) * (1.f / float(1 << 24));
-  }
+  at::mt19937 engine = generator->engine();
+  draw_uniform(engine, kept.values.get(), lanes() * num_tokens_);
+  generator->set_engine(engine);
 }
 
 // The numbers that a GPU would draw.
