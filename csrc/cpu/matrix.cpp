@@ -9,6 +9,7 @@
 #include "cpu/bfloat16.h"
 #include "cpu/dot.h"
 #include "cpu/kernel.h"
+#include "cpu/lanes.h"
 #include "cpu/matrix_kernels.h"
 #include "cpu/vector_math.h"
 
@@ -17,7 +18,6 @@ namespace {
 
 // At least so many columns, so that threads do not write to one cache line.
 constexpr int64_t kFewestColumns = 16;
-static_assert(kFewestColumns % kTileOutputs == 0);
 // Bytes of weights that stay in the first cache while all rows are multiplied with them.
 constexpr int64_t kBlockBytes = 1 << 14;
 constexpr int64_t kMaxBlock = 64;
@@ -46,9 +46,7 @@ void dots_of_int8(const void* weights, int64_t, const float* prepared, int64_t n
     for (int64_t begin = 0; begin < n; begin += kTileInputs) {
       const int16_t* x = int16_values(prepared) + begin;
       for (int64_t k = 0; k < kTileOutputs; ++k, weight += kTileInputs) {
-        int32_t part = 0;
-        for (int64_t i = 0; i < kTileInputs; ++i) part += int32_t(x[i]) * weight[i];
-        totals[k] += part;
+        for (int64_t i = 0; i < kTileInputs; ++i) totals[k] += int32_t(x[i]) * weight[i];
       }
     }
     for (int64_t k = 0; k < kTileOutputs; ++k) sums[output + k] = float(totals[k]) * prepared[0];
@@ -64,17 +62,28 @@ struct Columns {
   int64_t first, count, streams, apart;
 };
 
-// out[begin + i] = values[i], scaled, with bias and residual (outputs) added, for i < count.
+// out[begin + i] = values[i], scaled, with bias and residual (outputs) added, for i < count. What
+// is added may be `out` itself.
 MBLM_INLINE void finish_values(const Matrix& matrix, int64_t begin, int64_t count, float* values,
                                float* out, const float* residual) {
-  const auto each = [&](const float* given, auto combine) MBLM_INLINE_LAMBDA {
-    for (int64_t i = 0; given && i < count; ++i) values[i] = combine(values[i], given[begin + i]);
-  };
-  const auto add = [](float value, float given) MBLM_INLINE_LAMBDA { return value + given; };
-  each(matrix.scale, [](float value, float by) MBLM_INLINE_LAMBDA { return value * by; });
-  each(matrix.bias, add);
-  each(residual, add);
-  std::copy_n(values, count, out + begin);
+  // In a loop of its own: no sum is rounded together with its product.
+  for (int64_t i = 0; matrix.scale && i < count; ++i) values[i] *= matrix.scale[begin + i];
+  const float* const bias = matrix.bias ? matrix.bias + begin : nullptr;
+  if (residual) residual += begin;
+  constexpr int64_t kWidth = kLaneCount<float>;
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    FloatLanes value = load(values + i);
+    if (bias) value += load(bias + i);
+    if (residual) value += load(residual + i);
+    store(out + begin + i, value);
+  }
+  for (; i < count; ++i) {
+    float value = values[i];
+    if (bias) value += bias[i];
+    if (residual) value += residual[i];
+    out[begin + i] = value;
+  }
 }
 
 // The same for the sums of streams: output columns.first + k * apart + i has sums[i * stride + k].
@@ -106,9 +115,9 @@ const Kernel& kernel_of(WeightType type) {
 
 // How many columns are a thread's own. With one part for each thread, streams are long, and every
 // thread finds what there is in its own cache at the next byte.
-int64_t columns_of_part(int64_t threads, int64_t outputs) {
-  const int64_t columns = (outputs + threads - 1) / threads;
-  return round_up(columns, kFewestColumns);
+int64_t columns_of_part(int64_t threads, const Matrix& matrix) {
+  const int64_t columns = (matrix.outputs + threads - 1) / threads;
+  return round_up(columns, matrix.type == WeightType::kInt8 ? kTileOutputs : kFewestColumns);
 }
 
 // Bytes from an output's weights to the next one's, of tiles on average: these fill inputs up.
@@ -145,10 +154,10 @@ void multiply_panels(const Matrix& matrix, const Prepared& prepared, int64_t row
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
   const int64_t most = (rows + panels - 1) / panels;
   for (int64_t first = 0; first < rows; first += most) {
-    for (int64_t column = begin; column < end; column += kPanelOutputs) {
+    for (int64_t column = begin; column < end; column += kernel.panel_outputs) {
       Panel panel;
       panel.weight = static_cast<const char*>(matrix.weight) + column * bytes;
-      panel.outputs = std::min(kPanelOutputs, end - column);
+      panel.outputs = std::min(kernel.panel_outputs, end - column);
       panel.n = matrix.inputs;
       panel.x = prepared.x + first * prepared.row_stride;
       panel.row_stride = prepared.row_stride;
@@ -204,7 +213,7 @@ void multiply_columns(const Matrix& matrix, const Prepared& prepared, int64_t ro
 
 void share_columns(const Worker& worker, const Matrix& matrix, const Prepared& prepared,
                    int64_t rows, float* out, Then then, const float* residual) {
-  worker.share(matrix.outputs, columns_of_part(worker.team.threads(), matrix.outputs),
+  worker.share(matrix.outputs, columns_of_part(worker.team.threads(), matrix),
                [&](int64_t begin, int64_t end) {
                  multiply_columns(matrix, prepared, rows, begin, end, out, then, residual);
                });
@@ -242,7 +251,7 @@ const std::vector<MatrixKernels>& matrix_kernels() {
     std::vector<MatrixKernels> list = {{"baseline",
                                         {nullptr, dots<float>},
                                         {nullptr, dots<BFloat16>},
-                                        {round_to_int16, dots_of_int8, nullptr, 1}}};
+                                        {round_to_int16, dots_of_int8, nullptr, kTileOutputs, 1}}};
     add_avx2_kernels(list);
     add_avx512_kernels(list);
     return list;
@@ -265,7 +274,7 @@ void wait_for(const Worker& worker, const Matrix* next) {
   // What a core's second cache has room for, and what a turn takes.
   constexpr int64_t kMostBytes = 1 << 17, kLine = 64, kTurn = 4 * kLine;
   if (!next || kernel_of(next->type).streams > 1) return worker.wait();
-  const int64_t columns = columns_of_part(worker.team.threads(), next->outputs);
+  const int64_t columns = columns_of_part(worker.team.threads(), *next);
   const int64_t begin = std::min(worker.index * columns, next->outputs);
   const int64_t bytes = bytes_of_output(*next);
   const char* at = static_cast<const char*>(next->weight) + begin * bytes;
@@ -287,8 +296,8 @@ Matrix outputs_of(const Matrix& matrix, int64_t begin, int64_t count) {
   return part;
 }
 
-bool has_even_parts(int64_t threads, int64_t outputs) {
-  return threads * columns_of_part(threads, outputs) == outputs;
+bool has_even_parts(int64_t threads, const Matrix& matrix) {
+  return threads * columns_of_part(threads, matrix) == matrix.outputs;
 }
 
 void multiply(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows, float* out,

@@ -15,9 +15,9 @@ inline int64_t size_of(WeightType type) {
   return type == WeightType::kFloat32 ? 4 : type == WeightType::kBFloat16 ? 2 : 1;
 }
 
-// On a CPU, int8 weights lie in tiles of so many outputs and inputs, filled up with zeros: what
-// four outputs are multiplied with is loaded once, while the weights are read in order.
-constexpr int64_t kTileOutputs = 4, kTileInputs = 64;
+// On a CPU, int8 weights lie in tiles of so many outputs and inputs, filled up with zeros: the
+// lanes of a vector are outputs, whose sums need no adding up, while the weights are read in order.
+constexpr int64_t kTileOutputs = 32, kTileInputs = 4;
 
 struct Matrix {
   int64_t outputs = 0, inputs = 0;
@@ -80,8 +80,8 @@ void multiply(const Worker& worker, std::span<const Product> products, const flo
 void multiply_alone(const Worker& worker, std::span<const Product> products, const float* x,
                     int64_t rows, Then then = Then::kStore);
 
-// Whether so many threads have equal parts of so many outputs, one behind the other.
-bool has_even_parts(int64_t threads, int64_t outputs);
+// Whether so many threads have equal parts of its outputs, one behind the other.
+bool has_even_parts(int64_t threads, const Matrix& matrix);
 
 // Asks for values of which other threads have computed a part: one after the other, they would come
 // from other cores' caches as slowly as memory does.

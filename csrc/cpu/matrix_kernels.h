@@ -32,14 +32,14 @@ using Dots = void (*)(const void* weight, int64_t apart, const float* x, int64_t
                       int64_t count);
 
 // Some outputs and rows of a product, small enough that working memory is on the stack.
-constexpr int64_t kPanelOutputs = 24, kPanelRows = 64;
+constexpr int64_t kPanelOutputs = 24, kPanelRows = 64;  // outputs of tiles: one tile's
 // From a row's sums to the next one's; up to three behind those asked for are overwritten.
 constexpr int64_t kPanelStride = 32;
-static_assert(kPanelOutputs % kTileOutputs == 0 && kPanelOutputs + 3 <= kPanelStride);
+static_assert(kPanelOutputs + 3 <= kPanelStride && kTileOutputs <= kPanelStride);
 
 struct Panel {
   const void* weight;        // (outputs, n), or tiles
-  int64_t outputs, n;        // at most kPanelOutputs
+  int64_t outputs, n;        // at most the kernel's panel_outputs
   const float* x;            // (rows, n), or as many prepared rows
   int64_t row_stride, rows;  // at most kPanelRows
   float* sums;               // (rows, kPanelStride)
@@ -56,6 +56,7 @@ struct Kernel {
   // sums[r][o] = x[r] . weight[o], with the bits of `dots`: for several rows, whose weights stay in
   // the first cache or in registers; null to call `dots` for each row.
   void (*panel)(const Panel& panel) = nullptr;
+  int64_t panel_outputs = kPanelOutputs;
   int64_t streams = kStreams;  // or 1, for tiles, which are read in order
 };
 

@@ -1,7 +1,7 @@
 // Products with float32 and bfloat16 weights in lanes along the inputs, for the file of each
 // instruction set. Before it includes this, that file defines MBLM_TILE, its functions' target, and
 //   Vector, of kLanes floats; zeros(); load(const float*); load(const BFloat16*); store(float*, v);
-//   multiply_add(a, b, sum) = a * b + sum, rounded once; fold(v), four sums of v's lanes;
+//   multiply_add(a, b, sum) = a * b + sum, rounded once; sums_of(a, b, c, d), of each one's lanes;
 //   kFewOutputs by kFewRows and kManyOutputs by kManyRows: tiles whose sums stay in registers. Few
 //   rows are one tile, for weights that come from memory; tiles of many rows have theirs in a
 //   cache.
@@ -10,6 +10,8 @@
 // keeps to it, so that a row has the same bits whatever other rows are computed beside it.
 #pragma once
 
+#include <emmintrin.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -17,7 +19,6 @@
 
 #include "cpu/bfloat16.h"
 #include "cpu/matrix_kernels.h"
-#include "cpu/stream_sums.h"
 
 #define MBLM_TILE_INLINE MBLM_TILE inline __attribute__((always_inline))
 
@@ -64,8 +65,8 @@ MBLM_TILE void multiply_row(const void* weights, int64_t apart, const float* x, 
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) add_lanes(weight + i, apart * n, x + i, 0, of);
     if (i < n) add_rest(weight + i, apart * n, x + i, 0, n - i, of);
-    store_sums(fold(of[0][0]), fold(of[1][0]), fold(of[2][0]), fold(of[3][0]),
-               sums + row * kStreams);
+    static_assert(kStreams == 4);
+    _mm_storeu_ps(sums + row * kStreams, sums_of(of[0][0], of[1][0], of[2][0], of[3][0]));
   }
 }
 
@@ -112,10 +113,10 @@ MBLM_TILE void multiply_tile(const Tile& tile) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; o += 4) {
-      __m128 of[4];
-#pragma GCC unroll 8
-      for (int i = 0; i < 4; ++i) of[i] = fold(sums[std::min(o + i, kOutputs - 1)][r]);
-      store_sums(of[0], of[1], of[2], of[3], tile.sums + r * kPanelStride + o);
+      constexpr int kLast = kOutputs - 1;
+      const __m128 of = sums_of(sums[o][r], sums[std::min(o + 1, kLast)][r],
+                                sums[std::min(o + 2, kLast)][r], sums[std::min(o + 3, kLast)][r]);
+      _mm_storeu_ps(tile.sums + r * kPanelStride + o, of);
     }
   }
 }

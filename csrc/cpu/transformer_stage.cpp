@@ -113,7 +113,8 @@ MBLM_CLONES void attend(const Head& head) {
 // Whether each thread attends without waiting, for the heads whose queries, keys and values it has
 // computed.
 bool has_own_heads(const TransformerStage& stage, int64_t threads) {
-  return stage.heads % threads == 0 && has_even_parts(threads, stage.heads * stage.head_dim);
+  return !stage.layers.empty() && stage.heads % threads == 0 &&
+         has_even_parts(threads, stage.layers[0].q);
 }
 
 // Working memory of a call, cut from one block: all threads' parts, then each thread's own.
@@ -151,7 +152,7 @@ struct Scratch {
       if (own_heads) cut_projections(threads);
       cut(normed, dim);
       cut(queries, kQueries * stage.head_dim);
-      cut(scores, std::min(positions, kQueries) * end);
+      cut(scores, std::min(positions, kQueries) * padded_scores(end));
     }
     floats = at;
   }
@@ -245,7 +246,7 @@ void TransformerStage::prefill(const Worker& worker, std::span<const Row> given,
               .offset = index * of.layer_stride + head * of.head_stride,
               .queries = s.queries,
               .scores = s.scores,
-              .score_stride = end,
+              .score_stride = padded_scores(end),
               .out = s.attended + at * width + head * head_dim,
               .out_stride = width});
     }

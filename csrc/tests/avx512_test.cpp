@@ -12,6 +12,7 @@
 #include <simde/x86/avx2.h>
 #include <simde/x86/avx512/add.h>
 #include <simde/x86/avx512/cast.h>
+#include <simde/x86/avx512/compress.h>
 #include <simde/x86/avx512/cvt.h>
 #include <simde/x86/avx512/dpbusd.h>
 #include <simde/x86/avx512/extract.h>
@@ -19,10 +20,10 @@
 #include <simde/x86/avx512/loadu.h>
 #include <simde/x86/avx512/set1.h>
 #include <simde/x86/avx512/setzero.h>
+#include <simde/x86/avx512/shuffle.h>
 #include <simde/x86/avx512/slli.h>
 #include <simde/x86/avx512/storeu.h>
-#include <simde/x86/avx512/unpackhi.h>
-#include <simde/x86/avx512/unpacklo.h>
+#include <simde/x86/avx512/sub.h>
 #include <simde/x86/avx512/xor.h>
 
 // What SIMDe lacks: values of one type converted to another.
@@ -44,9 +45,9 @@ inline __m512i _mm512_cvtepu16_epi32(__m256i values) {
 inline __m512i _mm512_cvtepi32_epi64(__m256i values) {
   return convert<int32_t, int64_t, __m512i>(values);
 }
-inline __m128 _mm256_cvtepi64_ps(__m256i values) {
-  return convert<int64_t, float, __m128>(values);
-}
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 simde_mm512_shuffle_f32x4
+#define _mm512_cvtepi64_ps convert<int64_t, float, __m256, __m512i>
 
 #define MBLM_EMULATED
 #include "cpu/matrix_avx512.cpp"

@@ -53,37 +53,38 @@ void check_dots(const cpu::Kernel& kernel, cpu::Dots dots, const char* name) {
 // However many rows a panel has, each gets the bits of its sums alone.
 template <class W>
 void check_panels(const cpu::Kernel& kernel, const char* name) {
-  constexpr int64_t kOutputs = cpu::kPanelOutputs, kRows = cpu::kPanelRows;
+  constexpr int64_t kRows = cpu::kPanelRows;
+  const int64_t all = kernel.panel_outputs;
   Numbers numbers;
   for (const int64_t n : {0, 1, 16, 100, 2100}) {
     const auto x = numbers.vector<float>(kRows * n);
-    std::vector<W> weight(kOutputs * n);
+    std::vector<W> weight(all * n);
     for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
-    const auto packed = pack(weight, kOutputs, n);
+    const auto packed = pack(weight, all, n);
     const int64_t stride = kernel.prepare ? cpu::prepared_size(n) : n;
     std::vector<float> prepared(x);
     if (kernel.prepare) prepared.assign(kRows * stride, NAN);
-    std::vector<float> alone(kRows * kOutputs);  // (rows, outputs)
+    std::vector<float> alone(kRows * all);  // (rows, outputs)
     for (int64_t row = 0; row < kRows; ++row) {
       float* const values = prepared.data() + row * stride;
       if (kernel.prepare) kernel.prepare(x.data() + row * n, n, values);
-      float* const sums = alone.data() + row * kOutputs;
-      const int64_t apart = kOutputs / kernel.streams;
-      std::vector<float> of(kOutputs);
+      float* const sums = alone.data() + row * all;
+      const int64_t apart = all / kernel.streams;
+      std::vector<float> of(all);
       kernel.dots(packed.data(), apart, values, n, of.data(), apart);
-      for (int64_t i = 0; i < kOutputs; ++i) {
+      for (int64_t i = 0; i < all; ++i) {
         sums[i % kernel.streams * apart + i / kernel.streams] = of[i];
       }
     }
     bool is_equal = true;
     for (int64_t rows = 1; rows <= kRows; rows += n > 100 ? 21 : 1) {
-      for (const int64_t outputs : {int64_t(1), int64_t(11), kOutputs}) {
+      for (const int64_t outputs : {int64_t(1), int64_t(11), all}) {
         std::vector<float> sums(kRows * cpu::kPanelStride, NAN);
         kernel.panel({packed.data(), outputs, n, prepared.data(), stride, rows, sums.data()});
         for (int64_t i = 0; i < rows * outputs; ++i) {
           const int64_t row = i / outputs, output = i % outputs;
           is_equal =
-              is_equal && sums[row * cpu::kPanelStride + output] == alone[row * kOutputs + output];
+              is_equal && sums[row * cpu::kPanelStride + output] == alone[row * all + output];
         }
       }
     }
@@ -104,7 +105,7 @@ inline void check_extremes_of_int8(const cpu::Kernel& kernel) {
   const auto weight = pack(std::vector<int8_t>(n, -127), 1, n);
   std::vector<float> prepared(cpu::prepared_size(n));
   const auto dot = [&](const std::vector<float>& x) {
-    float sums[cpu::kStreams] = {};
+    float sums[cpu::kTileOutputs] = {};
     kernel.prepare(x.data(), n, prepared.data());
     kernel.dots(weight.data(), 0, prepared.data(), n, sums, 1);
     return sums[0];

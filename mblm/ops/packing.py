@@ -12,7 +12,7 @@ WEIGHT_TYPES = ("float32", "bfloat16", "int8")
 NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 # Rows and columns of a tile, which csrc/cpu/matrix.h calls outputs and inputs.
-_TILE = (4, 64)
+_TILE = (32, 4)
 
 
 def round_weight(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def pack_linear(linear: nn.Linear, weights: str, memory: HugePages) -> list[Tens
 
     What there is not is `NONE`. A float32 weight is the layer's own, others are kept in ``memory``.
     A weight is ``(N, K)``; int8 on a CPU is cut into tiles, which are filled up with zeros:
-    ``(ceil(N / 4), ceil(K / 64), 4, 64)``. What int8 weights are multiplied with is rounded to
+    ``(ceil(N / 32), ceil(K / 4), 32, 4)``. What int8 weights are multiplied with is rounded to
     16 bits, one scale per row, so that sums of integers are exact.
     """
     weight, scale = round_weight(linear.weight.detach(), weights)

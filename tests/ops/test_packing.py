@@ -20,12 +20,12 @@ def as_rows(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
     return filled[:n, :k]
 
 
-@pytest.mark.parametrize(("n", "k"), [(4, 64), (1, 1), (5, 65), (257, 128), (8, 200)])
-def test_int8_weights_lie_in_tiles_of_4_rows_and_64_columns(n: int, k: int) -> None:
+@pytest.mark.parametrize(("n", "k"), [(32, 4), (1, 1), (33, 65), (257, 128), (8, 200)])
+def test_int8_weights_lie_in_tiles_of_32_rows_and_4_columns(n: int, k: int) -> None:
     linear, (tiles, scale, bias) = as_packed(n, k)
     rows, same_scale = round_weight(linear.weight.detach(), "int8")
     assert torch.equal(scale, same_scale) and torch.equal(bias, linear.bias)
-    assert tiles.shape == (-(-n // 4), -(-k // 64), 4, 64)
+    assert tiles.shape == (-(-n // 32), -(-k // 4), 32, 4)
     assert torch.equal(as_rows(tiles, n, k), rows)
 
 
