@@ -34,7 +34,9 @@ MBLM_CLONES void mix_bits(const uint32_t* state, int64_t count, float* to) {
 void draw_uniform(at::mt19937& engine, float* to, int64_t count) {
   while (count > 0) {
     at::mt19937_data_pod state = engine.data();
-    const int64_t ready = std::min<int64_t>(state.left_ - 1, count);
+    // Also of a state that was made by hand.
+    const int64_t ready = std::clamp<int64_t>(
+        std::min<int64_t>(state.left_ - 1, int64_t(state.state_.size()) - state.next_), 0, count);
     mix_bits(state.state_.data() + state.next_, ready, to);
     state.left_ -= int(ready);
     state.next_ += uint32_t(ready);
