@@ -44,8 +44,7 @@ void gated(int64_t positions, int64_t width, bool has_gate, int64_t gap) {
   const cpu::GatedRmsNormInput<T> in{
       width, x.data(), stride, has_gate ? gate.data() : nullptr, stride, weight.data(), 1e-5};
   equals_cpu<T>(
-      in, positions, has_gate ? positions * width : 0,
-      [](auto... all) { cpu::rms_norm(all...); },
+      in, positions, has_gate ? positions * width : 0, [](auto... all) { cpu::rms_norm(all...); },
       [](auto... all) { cpu::rms_norm_backward(all...); });
 }
 

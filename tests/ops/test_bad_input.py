@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tests.ops.samples  # noqa: F401  # for it imports all operators
+
 IDS = torch.zeros(3, 4, dtype=torch.int64)
 
 
