@@ -56,6 +56,8 @@ def native_library(cuda: bool, kernel_folder: Path) -> Extension:
 def sources(*patterns: str) -> list[str]:
     """The files, the longest first: compiled side by side, they then end together."""
     found = [path for pattern in patterns for path in Path("csrc").glob(pattern)]
+    if not found:
+        raise NotCompiledError(f"csrc holds no {' or '.join(patterns)}: the sources are not whole")
     return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_size)]
 
 

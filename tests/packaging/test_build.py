@@ -149,6 +149,12 @@ def test_falls_back_loudly_unless_it_must_not(
         assert "MBLM_BUILD=cpu, but " in process.stderr and reason in process.stderr
 
 
+def test_sources_that_are_missing_are_named(clone: Path, tmp_path: Path) -> None:
+    shutil.rmtree(clone / "csrc" / "cpu")
+    said = build(clone, tmp_path)
+    assert LOUD in said and "csrc holds no cpu/*.cpp or decode/*.cpp" in said
+
+
 def test_another_demand_is_refused(clone: Path) -> None:
     process = start(clone, "build_ext", MBLM_BUILD="gpu").wait()
     assert process.returncode != 0
