@@ -16,7 +16,8 @@ _MAX_STATES = 2**31 - 1
 class Automaton:
     """A deterministic automaton; immutable.
 
-    Transitions to states from which none that accepts is reached are made forbidden.
+    Transitions by classes without tokens are made forbidden, and those to states from which none
+    that accepts is reached.
 
     Args:
         classes: The class of each token id, ``(V,)`` of any integer dtype.
@@ -54,7 +55,10 @@ class Automaton:
         if not 0 <= start < num_states:
             raise ValueError(f"start: expected a state in [0, {num_states}), got {start}")
         self.start = start
-        self.distance = _distances(table, self.classes, accepting.cpu())
+        has_tokens = torch.zeros(num_classes, dtype=torch.bool, device="cpu")
+        has_tokens[self.classes.long()] = True
+        table = torch.where(has_tokens, table, -1)
+        self.distance = _distances(table, accepting.cpu())
         leads_on = (table >= 0) & (self.distance[table.clamp(min=0)] >= 0)
         self.next = torch.where(leads_on, table, -1).int()
 
@@ -111,7 +115,7 @@ class Automaton:
         states, num_classes = self.next.shape
         classes = self.classes.clone()
         classes[token] = num_classes
-        goes_on = (self.next[:, self.classes.unique().long()] >= 0).any(1)
+        goes_on = (self.next >= 0).any(1)
         ends = torch.where(goes_on & (self.distance == 0), states, -1)
         table = torch.full((states + 1, num_classes + 1), -1, device="cpu")
         table[:-1, :-1], table[:-1, -1] = self.next, ends
@@ -149,12 +153,11 @@ class Automaton:
         return allowed[self.classes]
 
 
-def _distances(table: Tensor, classes: Tensor, accepting: Tensor) -> Tensor:
+def _distances(table: Tensor, accepting: Tensor) -> Tensor:
     """Fewest tokens to a state that accepts, -1 where none is reached, breadth first."""
     num_states = len(table)
-    used = table[:, classes.unique().long()]  # a class without tokens leads nowhere
-    sources = torch.arange(num_states, device="cpu")[:, None].expand_as(used)[used >= 0]
-    edges = (used[used >= 0] * num_states + sources).unique()  # by the state they lead to
+    sources, _ = (table >= 0).nonzero(as_tuple=True)
+    edges = (table[table >= 0] * num_states + sources).unique()  # by the state they lead to
     ends = torch.searchsorted(edges, torch.arange(num_states + 1, device="cpu") * num_states)
     offsets, before = ends.tolist(), (edges % num_states).tolist()
     distance = torch.where(accepting, 0, -1).tolist()

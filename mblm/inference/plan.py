@@ -47,22 +47,23 @@ class Draws:
         self._serving: list[Lane | None] = [None] * lanes
         self._waited_for = set(range(lanes))
 
-    def check_free(self, lane: int, instead_of: "Lane | None" = None) -> None:
-        """Refuse a lane that serves another row, or has missed numbers that are kept no longer."""
-        if self._serving[lane] not in (None, instead_of):
-            raise ValueError(f"lane: {lane} of these draws serves another row")
-        if self._next[lane] < self._kept[0]:
-            raise ValueError(
-                f"lane: {lane} of these draws has ended after {self._next[lane]} bytes, and the "
-                f"others have gone on to {self._kept[0]}"
-            )
-
     def enter(self, lane: int, instead_of: "Lane | None" = None) -> "Lane":
-        """Have a lane serve a row, maybe instead of another."""
+        """Have a lane serve a row, maybe instead of another.
+
+        Raises:
+            ValueError: It serves another row, or has missed numbers that are kept no longer.
+        """
         with self._lock:
-            self.check_free(lane, instead_of)
+            begin, first = self._next[lane], self._kept[0]
+            if self._serving[lane] not in (None, instead_of):
+                raise ValueError(f"lane: {lane} of these draws serves another row")
+            if begin < first:
+                raise ValueError(
+                    f"lane: {lane} of these draws has ended after {begin} bytes, and the others "
+                    f"have gone on to {first}"
+                )
             self._waited_for.add(lane)
-            entered = self._serving[lane] = Lane(self, lane, self._next[lane])
+            entered = self._serving[lane] = Lane(self, lane, begin)
             return entered
 
     def give_back(self) -> None:

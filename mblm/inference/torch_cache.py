@@ -344,11 +344,10 @@ def _giving_back(slots: Sequence[_Slot]) -> Iterator[None]:
 def _enter(progress: Progress | None, plan: Plan) -> Lane:
     """The lane of a plan that takes the place of another."""
     draws = Draws() if plan.draws is None else plan.draws
-    before = None
-    if progress is not None and progress.lane.draws is draws:
-        progress.lane.pass_on(progress.drawn)
-        before = progress.lane
-    return draws.enter(plan.lane, before)
+    if progress is None:
+        return draws.enter(plan.lane)
+    progress.lane.pass_on(progress.drawn)
+    return draws.enter(plan.lane, instead_of=progress.lane)
 
 
 def _leave(progress: Progress | None) -> None:

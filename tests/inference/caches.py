@@ -221,8 +221,3 @@ def interrupted_at(m: nn.Module, call: int) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def plain_rows(cache: Cache) -> list[Row]:
-    """The only row that a cache has had."""
-    return [0]

@@ -1,9 +1,5 @@
 """What every engine's cache does, against whole forward passes over each row alone."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from random import Random
 from typing import Any
 
 import pytest
@@ -27,7 +23,6 @@ from tests.inference.caches import (
     interrupted_at,
     numbers_of,
     on_every_engine,
-    plain_rows,
     run_out,
     seeded,
     whole_logits,
@@ -221,9 +216,9 @@ class TestDrafts:
         prompt, count = ids_of(7), 9
         generator = torch.Generator().manual_seed(2)
         plain = make(m)
-        rows = fed(plain, prompt)
-        plain.begin(rows, [Plan(count, top_k=6, draws=Draws(generator), log_probs=True)])
-        (want,) = run_out(plain, rows)
+        first = fed(plain, prompt)
+        plain.begin(first, [Plan(count, top_k=6, draws=Draws(generator), log_probs=True)])
+        (want,) = run_out(plain, first)
         state = generator.get_state()
         for offset in range(count + 1):
             draft = torch.cat((want.ids, ids_of(3)))  # and it may be longer than the plan
@@ -237,7 +232,7 @@ class TestDrafts:
             assert torch.equal(ran.ids, want.ids) and ran.reason == "length"
             torch.testing.assert_close(ran.log_probs, want.log_probs, **CLOSE)
             assert torch.equal(generator.get_state(), state)
-            torch.testing.assert_close(cache.logits(rows), plain.logits(plain_rows(plain)), **CLOSE)
+            torch.testing.assert_close(cache.logits(rows), plain.logits(first), **CLOSE)
 
     def test_of_several_rows_that_differ(self, make: MakeCache) -> None:
         m = build("mamba1", "transformer", seq_lens=(8, 6))
@@ -305,63 +300,6 @@ class TestExceptions:
                     a.tolist() + b.ids.tolist() for a, b in zip(last, rest, strict=True)
                 ] == want
         assert call > 20
-
-    def test_by_signals(self, make: MakeCache, alarms: Any) -> None:
-        """At any instruction, most of them in a run."""
-        m = build("transformer", "mamba1")
-        prompts = [ids_of(3), ids_of(8)]
-        numbers = numbers_of(7, 2)
-        plans = [Plan(9, top_k=9, draws=seeded(7, 2), lane=lane) for lane in range(2)]
-        want = [follow(m, p, plan, numbers)[0] for p, plan in zip(prompts, plans, strict=True)]
-        cache, interrupts, longest = make(m), 0, 0.01
-        while interrupts < 100:
-            rows = fed(cache, *prompts)
-            draws = seeded(7, 2)
-            cache.begin(rows, [Plan(9, top_k=9, draws=draws, lane=lane) for lane in range(2)])
-            got: list[list[int]] = [[], []]
-            reasons = ["time"]
-            while "time" in reasons:
-                before = cache.lengths(rows)
-                try:
-                    with alarms(longest):
-                        ran = cache.run(rows, 60.0)
-                    longest *= 0.9  # until every second run or so is interrupted
-                except KeyboardInterrupt:
-                    interrupts, longest = interrupts + 1, longest * 1.1
-                    ran = cache.last(rows)
-                    if cache.lengths(rows) == before:  # the run had not begun, maybe
-                        continue
-                for ids, row in zip(got, ran, strict=True):
-                    ids += row.ids.tolist()
-                assert cache.lengths(rows) == [3 + len(got[0]), 8 + len(got[1])]
-                reasons = [row.reason for row in ran]
-            assert got == want
-            cache.drop(rows)
-
-    @pytest.fixture
-    def alarms(self) -> Iterator[Any]:
-        """KeyboardInterrupt after up to so many seconds."""
-        if not hasattr(signal, "setitimer"):
-            pytest.skip("no timers")
-        random, armed = Random(0), [False]
-
-        def interrupt(*_: Any) -> None:
-            if armed[0]:  # another thread may take a signal late, when the test is elsewhere
-                raise KeyboardInterrupt
-
-        @contextmanager
-        def alarm(longest: float) -> Iterator[None]:
-            try:
-                armed[0] = True
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(longest / 50, longest))
-                yield
-            finally:
-                armed[0] = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
-
-        before = signal.signal(signal.SIGALRM, interrupt)
-        yield alarm
-        signal.signal(signal.SIGALRM, before)
 
     @pytest.mark.parametrize("kinds", [("transformer", "mamba1"), ("lstm with a state", "lstm")])
     def test_in_what_takes_in_bytes(self, make: MakeCache, kinds: tuple[str, ...]) -> None:

@@ -19,26 +19,6 @@ from tests.native import needs_native
 
 
 @needs_native
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("local", STAGES)
-@pytest.mark.parametrize("upper", STAGES)
-def test_every_stage_above_every_other(upper: str, local: str, batch: int) -> None:
-    torch.manual_seed(0)
-    m = wide(upper, local, seq_lens=[5, 4])
-    prompt = torch.randint(0, 66, (batch, 6))
-    arguments = {"num_tokens": 13, "filter_thres": 0.5, "temperature": 0.8}
-    native = Session(m, batch).feed(prompt)
-    with in_pytorch():
-        plain = Session(m, batch).feed(prompt)
-    got, want = (
-        session.generate(**arguments, generator=torch.Generator().manual_seed(1))
-        for session in (native, plain)
-    )
-    assert torch.equal(got, want)
-    torch.testing.assert_close(native.logits(), plain.logits(), **CLOSE)
-
-
-@needs_native
 @pytest.mark.parametrize("stage", STAGES)
 @torch.inference_mode()
 def test_more_threads_or_rows_change_no_bit(stage: str) -> None:

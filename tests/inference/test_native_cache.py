@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mblm import MBLM
-from mblm.inference import native_cache
 from mblm.inference.cache import Row
 from mblm.inference.native_cache import NativeCache
 from mblm.inference.plan import Plan
@@ -20,7 +18,6 @@ from mblm.inference.torch_cache import TorchCache
 from mblm.inference.weights import weights_of
 from mblm.ops import _native
 from tests.inference.caches import build, fed, ids_of, run_out, seeded
-from tests.interrupts import raised_at
 
 pytestmark = pytest.mark.skipif(not _native.is_loaded(), reason="compiled code is tested")
 
@@ -244,44 +241,6 @@ def test_what_a_long_piece_comes_after_stays_with_who_is_told(
     assert len(ids) == 999
     assert before.length == 5
     assert torch.equal(before.tensors["tail"], ids_of(5))
-
-
-@pytest.mark.parametrize("kinds", [("lstm with a state", "transformer"), ("lstm", "mamba2")])
-def test_an_interrupt_before_any_line_leaves_rows_whole(kinds: tuple[str, ...]) -> None:
-    cache = NativeCache(small(*kinds))
-    begun = fed(cache, ids_of(5), ids_of(6))
-    after = cache.copy(begun)
-    cache.feed(after, pieces := [ids_of(9), ids_of(70)])
-    logits, lengths = cache.logits(after), cache.lengths(after)
-    expected = {tuple(cache.lengths(begun)): cache.logits(begun), tuple(lengths): logits}
-    cache.begin(after, [Plan(9), Plan(9)])
-    whole = [ran.ids for ran in run_out(cache, after)]
-    line, done = 0, False
-    while not done:
-        line += 1
-        rows = cache.copy(begun)
-        with suppress(KeyboardInterrupt), raised_at(line, native_cache):
-            cache.feed(rows, pieces)
-            done = True
-        torch.testing.assert_close(cache.logits(rows), expected[tuple(cache.lengths(rows))])
-        cache.drop(rows)
-    fresh = cache.copy(begun)
-    cache.feed(fresh, pieces)
-    line, done = 0, False
-    while not done:
-        line += 1
-        rows = cache.copy(fresh)
-        cache.begin(rows, [Plan(9), Plan(9)])
-        with suppress(KeyboardInterrupt), raised_at(line, native_cache):
-            cache.run(rows, seconds=10)
-            done = True
-        chosen = [ran.ids for ran in cache.last(rows)]
-        assert cache.lengths(rows) == [n + len(c) for n, c in zip(lengths, chosen, strict=True)]
-        rest = [ran.ids for ran in run_out(cache, rows)]
-        assert [torch.cat(pair).tolist() for pair in zip(chosen, rest, strict=True)] == [
-            ids.tolist() for ids in whole
-        ]
-        cache.drop(rows)
 
 
 def test_what_is_no_model_for_it() -> None:

@@ -72,23 +72,6 @@ class TestCalls:
         assert local[:3] == [(3, 1), (2, 1), (1, 1)], "until the ends of their patches"
         assert local[3:] == [(4, 1)] * 11
 
-    def test_nothing_is_stacked_for_the_same_rows_within_a_patch(self) -> None:
-        m = build("transformer", "mamba2", seq_lens=(8, 8))
-        cache = TorchCache(m)
-        rows = fed(cache, *(ids_of(8, seed) for seed in range(3)))
-        stacked = [0, 0]
-        for n, stage in enumerate(m.stage_models):
-            original = stage.stack_states
-
-            def stack(states: Any, n: int = n, original: Any = original) -> Any:
-                stacked[n] += 1
-                return original(states)
-
-            stage.stack_states = stack
-        cache.begin(rows, [Plan(24) for _ in rows])
-        run_out(cache, rows)
-        assert stacked == [1, 3], "where sequences begin"
-
     @pytest.mark.parametrize("limits", [(3, 1 << 22), (1024, 100)], ids=["positions", "values"])
     def test_long_pieces_are_taken_in_by_bounded_ones(
         self, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch

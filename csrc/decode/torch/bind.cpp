@@ -98,11 +98,6 @@ std::shared_ptr<Automaton> automaton(const Tensor& classes, const Tensor& next,
                     start < states && all(made->next, -1, states) &&
                     all(made->class_of, 0, made->classes);
   if (!fits) throw py::value_error("an automaton's tables do not fit each other");
-  std::vector<bool> is_used(made->classes);
-  for (const int32_t of : made->class_of) is_used[of] = true;
-  for (size_t i = 0; i < made->next.size(); ++i) {
-    if (!is_used[i % made->classes]) made->next[i] = -1;
-  }
   return made;
 }
 

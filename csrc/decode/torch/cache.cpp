@@ -4,7 +4,8 @@
 #include <c10/util/ScopeExit.h>
 
 #include <algorithm>
-#include <string>
+#include <map>
+#include <utility>
 
 #include "torch/common.h"
 #include "torch/decoding_team.h"
@@ -248,15 +249,12 @@ bool Cache::advance(const Parts& parts, Run::Kind kind, std::vector<Member>& mem
 }
 
 void Cache::step_hosted(const Parts& parts, std::vector<Member>& members, Host& host) {
-  for (int64_t n = 0; n + 1 < parts.schedule.stages(); ++n) {
-    std::vector<Row*> due;
-    for (Member& member : members) {
-      if (!member.wants_host || parts.schedule.due(member.row->taken) != n) continue;
-      due.push_back(member.row);
-    }
-    if (!due.empty()) step_hosted(parts, n, due, host);
+  std::map<int64_t, std::vector<Row*>> due;
+  for (Member& member : members) {
+    if (!std::exchange(member.wants_host, false)) continue;
+    due[parts.schedule.due(member.row->taken)].push_back(member.row);
   }
-  for (Member& member : members) member.wants_host = false;
+  for (const auto& [n, rows] : due) step_hosted(parts, n, rows, host);
 }
 
 void Cache::step_hosted(const Parts& parts, int64_t n, const std::vector<Row*>& rows, Host& host) {
