@@ -19,26 +19,14 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 
 def cut_clone(target: Path) -> Path:
     """Copy what a build needs to ``target``, with one kernel and one file of glue."""
-    for name in (
-        "setup.py",
-        "find_torch.py",
-        "compile_library.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "MANIFEST.in",
-    ):
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target)
-    for name in ("csrc/cpu/ids.cpp", "csrc/cpu/ids.h", "mblm/__init__.py", "mblm/py.typed"):
+    names = "setup.py find_torch.py compile_library.py pyproject.toml README.md LICENSE MANIFEST.in"
+    names += " csrc/cpu/ids.cpp csrc/cpu/ids.h mblm/__init__.py mblm/py.typed"
+    for name in f"{names} mblm/ops/_native.py mblm/ops/_reinstall.py".split():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target / name)
+    (target / "mblm" / "ops" / "__init__.py").touch()
     (target / "csrc" / "torch").mkdir()
     (target / "csrc" / "torch" / "bind.cpp").write_text(MODULE)
-    (target / "mblm" / "ops").mkdir()
-    for name in ("_native.py", "_reinstall.py"):
-        shutil.copy(ROOT / "mblm" / "ops" / name, target / "mblm" / "ops")
-    (target / "mblm" / "ops" / "__init__.py").touch()
     return target
 
 

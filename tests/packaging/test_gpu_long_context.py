@@ -36,22 +36,21 @@ def test_finds_what_fits_to_a_sixteenth(room: int) -> None:
     assert ended == "the next length tried does not fit"
 
 
-def test_ends_where_nothing_fits() -> None:
-    results, ended = longest(Step(0), 8, None, 60)
-    assert [result["bytes"] for result in results] == [8, 4, 2, 1]
-    assert ended == "nothing fits"
-
-
-def test_tries_none_beyond_the_most() -> None:
-    results, ended = longest(Step(10**9), 10, 35, 60)
-    assert [result["bytes"] for result in results] == [10, 20, 35]
-    assert "35 bytes" in ended
-
-
-def test_begins_no_step_that_would_last_too_long() -> None:
-    results, ended = longest(Step(10**9, per_byte=1), 10, None, 35)
-    assert [result["bytes"] for result in results] == [10, 20]
-    assert "no time" in ended
+@pytest.mark.parametrize(
+    ("step", "first", "most", "tried", "ended"),
+    [
+        (Step(0), 8, None, [8, 4, 2, 1], "nothing fits"),
+        (Step(10**9), 10, 35, [10, 20, 35], "35 bytes"),
+        (Step(10**9, per_byte=1), 10, None, [10, 20], "no time"),
+    ],
+    ids=["nothing-fits", "the-most", "no-time"],
+)
+def test_says_why_it_ends(
+    step: Step, first: int, most: int | None, tried: list[int], ended: str
+) -> None:
+    results, why = longest(step, first, most, 35)
+    assert [result["bytes"] for result in results] == tried
+    assert ended in why
 
 
 def test_a_tiny_run_writes_its_figures(tmp_path: Path) -> None:
