@@ -46,8 +46,8 @@ class _Guided:
         Raises:
             ValueError: No byte may begin what satisfies it.
         """
-        matcher, end, ways = _start(self._grammar, check_integer("num_tokens", num_tokens))
-        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens, ways)
+        matcher, end = _start(self._grammar, check_integer("num_tokens", num_tokens))
+        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens)
 
 
 class JsonSchema(_Guided):
@@ -115,17 +115,14 @@ class _RowGuide:
         matcher: At the row's beginning; its own.
         end: Bytes that complete it; None if not found.
         num_tokens: V.
-        ways: What was found for all rows; checked when it is used.
     """
 
-    def __init__(
-        self, matcher: "LLMatcher", end: bytes | None, num_tokens: int, ways: _Ways
-    ) -> None:
+    def __init__(self, matcher: "LLMatcher", end: bytes | None, num_tokens: int) -> None:
         self._matcher, self._end, self._num_tokens = matcher, end, num_tokens
         self._look_at = sys.maxsize  # with so many bytes left or fewer
         # What completes it after each token that may come, since the end is near.
         self._end_by_token: dict[int, bytes] = {}
-        self._ways = ways
+        self._ways: _Ways = {}  # the row's own, so that other rows do not decide what may come
 
     def allowed(self, left: int) -> Tensor:
         tokens = may_follow(self._matcher, self._num_tokens)
@@ -209,8 +206,8 @@ def _matcher() -> "type[LLMatcher]":
 
 
 @lru_cache(maxsize=64)
-def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None, _Ways]":
-    """A matcher at a grammar's beginning, bytes that complete it if they are found, and no ways."""
+def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None]":
+    """A matcher at a grammar's beginning, and bytes that complete it if they are found."""
     matcher_type = _matcher()
     matcher = matcher_type(tokenizer(), grammar, log_level=0)
     if matcher.is_error():
@@ -224,7 +221,7 @@ def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None, _Wa
         trials = [matcher.deep_copy() for _ in may_follow(matcher, num_tokens)]
         if not any(map(matcher_type.consume_token, trials, may_follow(matcher, num_tokens))):
             raise ValueError(f"constraint: {_first_line(trials[0])}")
-    return matcher, end, {}
+    return matcher, end
 
 
 def _first_line(matcher: "LLMatcher") -> str:

@@ -137,12 +137,19 @@ def test_what_takes_many_bytes_is_begun_only_where_they_are_left() -> None:
         assert state.accepts(), string
 
 
-def test_what_others_found_with_more_bytes_left_does_not_do() -> None:
-    """Rows share ends, some of which are too long for those that have fewer bytes left."""
+def test_what_was_found_with_more_bytes_left_does_not_do() -> None:
     grammar = Grammar(r'start: (("A" | "B") ": " /[A-Z][a-z ]{3,40}[.!?]/ "\n")+')
     for seed in range(40):
         string, state = walk(grammar, 20 + seed % 60, seed)
         assert state.accepts(), string
+
+
+def test_what_may_come_does_not_depend_on_other_rows() -> None:
+    grammar = r'start: /[ab]{1,9}/ "x" | "c" start "y" | "d" start "zzz"'
+    after_others = [walk(Grammar(grammar), 10 + 7 * seed, seed)[0] for seed in range(8)]
+    for seed, string in enumerate(after_others):
+        _start.cache_clear()
+        assert walk(Grammar(grammar), 10 + 7 * seed, seed)[0] == string
 
 
 def test_with_too_few_bytes_it_goes_on_unfinished() -> None:
@@ -244,7 +251,7 @@ def test_refuses_by_name(make: Any, error: type[Exception], words: str) -> None:
 
 def test_what_is_forced_is_not_looked_at_byte_by_byte() -> None:
     text = "word " * 100
-    matcher, _, _ = _start(Grammar(f'start: ("x" | "y") "{text}" /[0-9]{{2}}/')._grammar, 257)
+    matcher, _ = _start(Grammar(f'start: ("x" | "y") "{text}" /[0-9]{{2}}/')._grammar, 257)
     found = completion(matcher, 510, 257, max_tries=200)
     assert found is not None and found[1:-2] == text.encode()
 
