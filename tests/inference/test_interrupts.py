@@ -2,11 +2,12 @@
 
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ import torch
 
 from mblm import MBLM, Session
 from mblm.inference import continuation
-from tests.interrupts import raised_at
 from tests.models import LSTMBlock, mamba, model, transformer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
@@ -47,6 +47,29 @@ def interrupted(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def raised_at(number: int, module: ModuleType) -> Iterator[None]:
+    """Raise KeyboardInterrupt before the number-th line of a module that the block goes through."""
+    counted = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal counted
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        counted += event == "line"
+        if event == "line" and counted == number:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    watching = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(watching)
 
 
 def timed(function: Any) -> tuple[Any, float]:
