@@ -232,7 +232,7 @@ def mutate_content(content: Content, chance: random.Random) -> Content:
     elif kind == 5:
         tensors[name] = tensor.transpose(0, -1).contiguous()
     elif kind == 6:
-        chosen = chance.choice([-1, 0, 1, 2**31, 2**62])
+        chosen = torch.tensor(chance.choice([-1, 0, 1, 2**31, 2**62])).to(tensor.dtype)
         tensor.view(-1)[chance.randrange(max(1, tensor.numel())) :][:1] = chosen
     else:
         rows = json.loads(header["rows"])
