@@ -33,44 +33,41 @@ MBLM_INLINE float multiply_rest(const float* query, const float* key, int64_t di
   return rest;
 }
 
-// Scores are kept in groups of so many, of which the last are none's.
-constexpr int64_t kScores = 16;
-
-inline int64_t padded_scores(int64_t count) {
-  return (count + kScores - 1) / kScores * kScores;
-}
-
-// scores[i] = scale * query . keys[i], for keys (count, dim); up to padded_scores are overwritten.
+// scores[i] = scale * query . keys[i], for keys (count, dim).
 MBLM_INLINE void multiply_keys(const float* query, const float* keys, int64_t count, int64_t dim,
                                float scale, float* scores) {
   constexpr int64_t kWidth = kLaneCount<float>;
+  int64_t i = 0;
   // Eight sums over lanes at once take fewer instructions than the products they are of.
-  for (int64_t i = 0; i < count; i += kWidth) {
+  for (; i + kWidth <= count; i += kWidth) {
     FloatLanes products[kWidth], rest{};
     for (int64_t k = 0; k < kWidth; ++k) {
-      const float* key = keys + std::min(i + k, count - 1) * dim;
-      products[k] = multiply_key(query, key, dim);
-      rest[k] = multiply_rest(query, key, dim);
+      products[k] = multiply_key(query, keys + (i + k) * dim, dim);
+      rest[k] = multiply_rest(query, keys + (i + k) * dim, dim);
     }
     store(scores + i, FloatLanes((sums(products) + rest) * scale));
   }
+  for (; i < count; ++i) {
+    const float* key = keys + i * dim;
+    scores[i] = (sum(multiply_key(query, key, dim)) + multiply_rest(query, key, dim)) * scale;
+  }
 }
 
-// scores = exp(scores - their highest), 0 up to padded_scores; returns one over their sum.
+// scores = exp(scores - their highest); returns one over their sum.
 MBLM_INLINE float exponentials(float* scores, int64_t count) {
   constexpr int64_t kWidth = kLaneCount<float>;
-  const int64_t all = padded_scores(count);
-  std::fill(scores + count, scores + all, -INFINITY);
   FloatLanes lanes = FloatLanes{} - INFINITY;
-  for (int64_t i = 0; i < all; i += kWidth) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
     const FloatLanes here = load(scores + i);
     lanes = here > lanes ? here : lanes;
   }
   float highest = -INFINITY;
+  for (; i < count; ++i) highest = std::max(highest, scores[i]);
   for (int64_t lane = 0; lane < kWidth; ++lane) highest = std::max(highest, lanes[lane]);
-  for (int64_t i = 0; i < all; i += kWidth) store(scores + i, exp(load(scores + i) - highest));
+  for (i = 0; i < count; ++i) scores[i] = vector_exp(scores[i] - highest);
   return float(
-      1 / sum_in_lanes(all, [&](int64_t at) MBLM_INLINE_LAMBDA { return double(scores[at]); }));
+      1 / sum_in_lanes(count, [&](int64_t at) MBLM_INLINE_LAMBDA { return double(scores[at]); }));
 }
 
 // add_values for 8 kParts columns, which begin at the pointers.

@@ -152,7 +152,7 @@ struct Scratch {
       if (own_heads) cut_projections(threads);
       cut(normed, dim);
       cut(queries, kQueries * stage.head_dim);
-      cut(scores, std::min(positions, kQueries) * padded_scores(end));
+      cut(scores, std::min(positions, kQueries) * end);
     }
     floats = at;
   }
@@ -246,7 +246,7 @@ void TransformerStage::prefill(const Worker& worker, std::span<const Row> given,
               .offset = index * of.layer_stride + head * of.head_stride,
               .queries = s.queries,
               .scores = s.scores,
-              .score_stride = padded_scores(end),
+              .score_stride = end,
               .out = s.attended + at * width + head * head_dim,
               .out_stride = width});
     }
