@@ -25,6 +25,9 @@ from mblm.model.plain import is_bare
 from mblm.utils.modes import autocast_of
 from mblm.utils.transforms import is_traced
 
+# What a state that is kept between segments may consist of.
+_OF_STATE = (Tensor, int, float, str, type(None))
+
 
 def run_recomputed(model: Any, x: Tensor, *inputs: Tensor | None, segment: int) -> Tensor:
     """Run a stage model on ``(B, S, D)``, to be computed again piece by piece in the backward pass.
@@ -101,7 +104,7 @@ def run_in_segments(
 
     Args:
         run: Maps a part ``(B, s, ..)`` and the state before it, None at first, to ``(B, s, ..)``
-            and the state after it, a nest of tensors that do not grow.
+            and the state after it, a nest of tensors that do not grow, numbers and None.
         sums: Knows the parameters that ``run`` computes with.
         x: ``(B, S, ..)``.
         segment: Positions that are computed at once, at least 1.
@@ -124,17 +127,12 @@ class _InSegments(torch.autograd.Function):
     ) -> Tensor:
         starts = range(0, x.shape[1], segment)
         circumstances = _Circumstances(len(starts) if is_random else 0, x.device.type)
-        out, states, state, nest = x, [], None, None
+        out, states, state, nests = x, [], None, []
         for index, start in enumerate(starts):
             circumstances.keep(index)
             positions = slice(start, start + segment)
             result, state = run(x[:, positions], state)
-            tensors, nest = tree_flatten(state)
-            if not all(isinstance(tensor, Tensor) for tensor in tensors):
-                raise TypeError(
-                    "checkpoint_global: the state of a stage that is_recurrent is to be a nest of "
-                    f"tensors, got a {type(state).__name__} of {set(map(type, tensors))}"
-                )
+            tensors, with_tensors = _split_state(state)
             if index == 0:
                 out = result.new_empty(*x.shape[:2], *result.shape[2:])
                 states = [t.new_empty(len(starts) - 1, *t.shape) for t in tensors]
@@ -142,8 +140,9 @@ class _InSegments(torch.autograd.Function):
             if index + 1 < len(starts):
                 for kept, tensor in zip(states, tensors, strict=True):
                     kept[index] = tensor
-                state = tree_unflatten([kept[index] for kept in states], nest)
-        ctx.computation = run, starts, sums, circumstances, nest
+                nests.append(with_tensors)
+                state = with_tensors([kept[index] for kept in states])
+        ctx.computation = run, starts, sums, circumstances, nests
         ctx.save_for_backward(x, *states)
         return out
 
@@ -151,7 +150,7 @@ class _InSegments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *states = ctx.saved_tensors
-        run, starts, sums, circumstances, nest = ctx.computation
+        run, starts, sums, circumstances, nests = ctx.computation
         of_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
         of_state = [kept.new_zeros(kept.shape[1:]) for kept in states]  # after the segment
         with sums.adding():
@@ -160,12 +159,11 @@ class _InSegments(torch.autograd.Function):
                 part = x[:, positions].detach().requires_grad_(of_x is not None)
                 before = [kept[index - 1].detach().requires_grad_() for kept in states if index]
                 with circumstances.of(index):
-                    out, after = run(
-                        part.view_as(part), tree_unflatten(before, nest) if index else None
-                    )
+                    state = nests[index - 1](before) if index else None
+                    out, after = run(part.view_as(part), state)
                 results = [(out, grad[:, positions])]
                 if index + 1 < len(starts):
-                    results += zip(tree_flatten(after)[0], of_state, strict=True)
+                    results += zip(_split_state(after)[0], of_state, strict=True)
                 outs, gradients = zip(*(r for r in results if r[0].requires_grad), strict=True)
                 inputs = [part, *before] if part.requires_grad else before
                 found = list(sums.add_gradients(outs, gradients, inputs))
@@ -174,6 +172,32 @@ class _InSegments(torch.autograd.Function):
                 for kept, gradient in zip(of_state, found, strict=False):
                     kept.zero_() if gradient is None else kept.copy_(gradient)
             return None, None, None, None, of_x, *sums.in_types_of_parameters()
+
+
+def _split_state(state: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors of a state that may have gradients, and the state as a function of such.
+
+    An object of the stage's own may hold tensors whose gradients would be lost.
+    """
+    leaves, nest = tree_flatten(state)
+    if other := {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _OF_STATE)}:
+        raise TypeError(
+            "checkpoint_global: the state of a stage that is_recurrent is to be a nest of "
+            f"tensors, numbers and None, got {', '.join(sorted(other))}"
+        )
+    tensors: list[Tensor] = []
+    places: list[int] = []
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            tensors.append(leaf)
+            places.append(place)
+            leaves[place] = None
+
+    def with_tensors(tensors: Sequence[Tensor]) -> Any:
+        own = dict(zip(places, tensors, strict=True))
+        return tree_unflatten([own.get(place, leaf) for place, leaf in enumerate(leaves)], nest)
+
+    return tensors, with_tensors
 
 
 class _InLayers(torch.autograd.Function):
@@ -244,7 +268,7 @@ def saved_on_host() -> contextlib.AbstractContextManager[Any]:
     """
 
     def pack(tensor: Tensor) -> Any:
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) or tensor.is_meta:
             return tensor
         pinned = tensor.device.type == "cuda"
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)

@@ -73,8 +73,8 @@ class Stage(Protocol):
     def is_recurrent(self) -> bool:
         """Whether the state does not grow with the positions, so that there may be any number.
 
-        Then training can recompute the stage in segments of positions, too, if the state is a nest
-        of tensors.
+        Then training recomputes the stage in segments of positions, too: the state is to be a nest
+        of tensors, numbers and None.
         """
         ...
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from mblm.utils.modes import without_autocast
 from mblm.utils.transforms import is_transformed
 
 LIBRARY = torch.library.Library("mblm", "DEF")
@@ -217,7 +218,8 @@ def derived_gradients(
     create_graph: bool = True,
 ) -> list[Tensor | None]:
     """The gradients of the inputs as PyTorch computes them from ``derive``, differentiable too."""
-    with torch.enable_grad():
+    device_type = next(grad for grad in grads if grad is not None).device.type
+    with torch.enable_grad(), without_autocast(device_type):
         # Views: a tensor that is given twice has two gradients.
         own = [
             _zeros(value) if isinstance(value, Like) else value.view_as(value) if of_it else value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mblm import TransformerEncoderBlock
 from mblm.model.block import StageBlock
 from mblm.model.recomputation import run_recomputed, saved_on_host
-from tests.models import LSTMBlock, mamba, transformer
+from tests.models import LSTMBlock, LSTMWithHook, mamba, transformer
 
 BLOCKS: dict[str, StageBlock] = {
     "transformer": transformer(),
@@ -189,12 +189,43 @@ def test_a_hook_on_a_gradient_is_called_once(stage: Any) -> None:
     torch.testing.assert_close(calls[0], weight.grad)
 
 
-def test_a_state_that_is_no_nest_of_tensors_is_refused() -> None:
+class CountingLSTM(LSTMWithHook):
+    """Its state is of more than tensors with gradients."""
+
+    is_recurrent = True
+
+    def forward_with_state(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        before = None if state is None else state["lstm"]
+        seen = torch.zeros((), dtype=torch.int64) if state is None else state["seen"]
+        y, after = self.lstm(x + seen, before)
+        state = {"lstm": after, "seen": seen + x.shape[1], "count": int(seen), "none": None}
+        return y, state
+
+
+def test_a_state_may_hold_integers_and_none() -> None:
+    stage = CountingLSTM(8, 1)
+    x = torch.randn(2, 11, 8, requires_grad=True)
+    seen = torch.arange(11)[:, None] // 4 * 4
+    expected, actual = stage(x + seen), run_recomputed(stage, x, segment=4)
+    torch.testing.assert_close(actual, expected)
+    inputs = [x, *stage.parameters()]
+    torch.testing.assert_close(gradients(actual, *inputs), gradients(expected, *inputs))
+
+
+def test_a_state_that_may_hide_gradients_is_refused() -> None:
     stage: Any = LSTMBlock(with_hook=True).to_model(8, 1)
     stage.is_recurrent, run = True, stage.forward_with_state
-    stage.forward_with_state = lambda x, _: (run(x, None)[0], [None])
-    with pytest.raises(TypeError, match="a stage that is_recurrent is to be a nest of tensors"):
+    stage.forward_with_state = lambda x, _: (run(x, None)[0], [object()])
+    with pytest.raises(TypeError, match="to be a nest of tensors, numbers and None, got object"):
         run_recomputed(stage, torch.randn(1, 8, 8, requires_grad=True), segment=4)
+
+
+def test_what_has_no_values_is_not_offloaded() -> None:
+    stage = BLOCKS["transformer"].to_model(8, 1).to("meta")
+    with saved_on_host():
+        out = stage(torch.randn(1, 5, 8, device="meta"))
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in stage.parameters())
 
 
 @pytest.mark.gpu
