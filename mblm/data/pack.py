@@ -149,7 +149,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
                 error.filename = str(out)  # such as of a full disk
             raise
         finally:
-            lock.unlink()
+            lock.unlink(missing_ok=True)  # another that ended just now may have removed it
     sync_directory(out.absolute().parent)
 
 

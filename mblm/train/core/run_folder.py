@@ -120,10 +120,10 @@ class RunFolder:
         if self._workers.is_main:
             step, sizes = saved.own["position"]["step"], saved.manifest.get("sizes", {})
             self.loggers.rewind(step)
+            prune_states(self.path, after=step)  # first: they need the rows that are dropped
             for log in self._logs():
                 log.begin()
                 log.cut(sizes.get(log.file.name, log.file.stat().st_size))
-            prune_states(self.path, after=step)
         self.best.restore(saved.manifest["best"])
         self._resume = ResumeConfig.model_validate(saved.manifest["resume"])
         self._workers.barrier()
@@ -268,12 +268,15 @@ class CsvLog(Generic[Row]):
             self._append(row)
 
     def cut(self, size: int) -> None:
-        """Drop all that follows so many bytes."""
-        os.truncate(self.file, min(size, self.file.stat().st_size))
+        """Drop all that follows so many bytes, and a row that is cut then or was by a crash."""
+        os.truncate(self.file, self.file.read_bytes().rfind(b"\n", 0, size) + 1)
 
     def _append(self, row: Iterable[Any]) -> None:
-        with self.file.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerow(row)
+        try:
+            with self.file.open("a", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerow(row)
+        except OSError as error:  # such as of a full disk, which does not say where
+            raise OSError(error.errno, error.strerror, str(self.file)) from error
 
 
 class Ranked(NamedTuple):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -258,7 +258,11 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def _load_best(self) -> TModel:
         """The best model on every worker."""
         if file := self._workers.from_main(self._folder.best.best_file()):
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            content: Any = None
+            if self._workers.is_main or file.exists():
+                content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            if None in self._workers.gather(content and content["LOSS"]):  # a disk of its own
+                content = self._workers.from_main(content)
             self._log.info(f"The best model's validation loss: {content['LOSS']}")
             self._parallel.load_state(content["MODEL"], is_whole=True)
         return cast(TModel, self._parallel.base)

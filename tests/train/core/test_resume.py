@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from mblm.train.core import run_folder
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, TrainingInterrupted
 from mblm.train.core.training_state import find_latest_state, is_training_state, list_states
 
@@ -250,6 +251,28 @@ def test_the_last_two_states_are_kept_and_an_older_one_drops_what_came_after(tmp
     assert jobs.losses(ended) == whole
     names = ("next_epoch_index", "next_batch_index", "resumed_from")
     assert [how_to_go_on(ended)[name] for name in names] == [resume[name] for name in names]
+
+
+@pytest.mark.parametrize("end", [0, 57, -3], ids=["none", "in a row", "a little less"])
+def test_rows_that_are_gone_cut_none_of_those_that_follow(tmp_path, ended, end):
+    rows = (ended / "loss.csv").read_bytes()
+    if end:
+        (ended / "loss.csv").write_bytes(rows[: rows.index(b"\n") + end] if end > 0 else rows[:end])
+    else:
+        (ended / "loss.csv").unlink()
+    train_alone(jobs.Trainer, jobs.config(tmp_path, batches=14, resume=list_states(ended)[-1]))
+    after = jobs.losses(ended)
+    assert after[0][0] == "gpu_rank" and len({len(row) for row in after}) == 1
+    assert [row[5] for row in after if row[2] == "train"][-2:] == ["12", "13"]
+
+
+def test_a_crash_while_it_goes_back_loses_no_row(tmp_path, ended, finished, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "prune_states", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(ended)[0]))
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(ended)))
+    jobs.assert_same_runs(ended, finished)
 
 
 def test_the_folder_of_states_may_be_a_link(tmp_path, ended, finished):

@@ -191,6 +191,23 @@ def test_a_worker_that_fails_while_starting_ends_all_with_its_message(tmp_path):
 # -- Failing -------------------------------------------------------------------------------------
 
 
+def train_on_an_own_disk(cfg):
+    with process_group(backend="gloo") as run_vars:
+        folder = os.path.join(cfg.io.output_dir, str(run_vars.rank))
+        os.mkdir(folder)
+        os.chdir(folder)
+        cfg.io.output_dir = "runs"
+        made = jobs.Trainer(cfg, run_vars, CoreTrainerOptions(display_progress=False))
+        best = made.train(jobs.Ids(), jobs.Ids(10)).state_dict()
+        written = torch.load(os.path.join("..", "0", made._folder.path, "tiny_top1.pth"))
+        assert jobs.same(dict(best), written["MODEL"])
+
+
+def test_workers_of_another_machine_get_the_best_model_without_a_common_disk(tmp_path):
+    cfg = jobs.config(tmp_path, workers=2, batches=4, batch_size=2)
+    assert jobs.join(jobs.start(train_on_an_own_disk, 2, cfg)) == [0, 0]
+
+
 def train_with_a_full_disk_on_rank_one(cfg):
     write = training_state.save_tensors
 
