@@ -27,6 +27,8 @@ _OTHER = bytes(byte for byte in range(256) if byte not in _CLOSING + _OPENING)
 _ORDER = _CLOSING + _OTHER + _OPENING
 # How many bytes are tried where many may come: of digits, letters and the rest few stand for all.
 _MANY, _FEW = 16, 2
+# How many bytes lead to an end that is known.
+_BRIDGE = 3
 # The end is looked for so far away, then further.
 _REACHES = (32, 128, 512, 2048)
 
@@ -60,9 +62,30 @@ def completion(matcher: "LLMatcher", limit: int, num_tokens: int, max_tries: int
         max_tries: How many bytes are tried at most.
     """
     for reach in _REACHES:
-        found = _within(matcher, min(reach, limit), num_tokens, max_tries // len(_REACHES))
-        if found is not None or reach >= limit:
+        reach = limit if limit < 2 * reach else reach
+        found = _within(matcher, reach, num_tokens, max_tries // len(_REACHES))
+        if found is not None or reach == limit:
             return found
+    return None
+
+
+def rejoined(matcher: "LLMatcher", end: bytes, limit: int, num_tokens: int) -> bytes | None:
+    """A few bytes that lead to an end that is known, or to what is left of it; arguments and what
+    is returned are those of `completion`, which takes longer.
+
+    It closes a string after an escape, and completes a character of several bytes.
+    """
+    bridge = b""
+    for _ in range(_BRIDGE):
+        step = next(filter(None, _steps(matcher, num_tokens)), None)
+        if step is None:
+            return None
+        byte, matcher = step
+        bridge += bytes([byte])
+        for left_out in range(_BRIDGE):
+            rest = end[left_out:]
+            if len(bridge) + len(rest) <= limit and completes(matcher, rest):
+                return bridge + rest
     return None
 
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mblm.constrain.completion import BYTES, completes, completion, may_follow, tokenizer
+from mblm.constrain.completion import (
+    BYTES,
+    completes,
+    completion,
+    may_follow,
+    rejoined,
+    tokenizer,
+)
 from mblm.inference.guide import Guide
 from mblm.utils.checks import check_integer
 
@@ -28,7 +35,7 @@ _MARGIN = 512
 _Ways = dict[tuple[bytes, bytes], dict[int, bytes | int]]
 _MAX_WAYS = 1000
 # How many bytes to try for an end: before anything runs, now and then, and for each byte near it.
-_FIRST_TRIES, _TRIES, _TRIES_EACH = 20_000, 4000, 1000
+_FIRST_TRIES, _TRIES, _TRIES_EACH = 20_000, 4000, 500
 # For so many bytes one is looked for at a time; others without do not come, and wait for the next.
 _SEARCHES = 10
 
@@ -191,7 +198,8 @@ class _RowGuide:
         mask = after.compute_bitmask()
         if mask in found:
             return None
-        found[mask] = completion(after, limit, self._num_tokens, _TRIES_EACH)
+        new = rejoined(after, self._end, limit, self._num_tokens)
+        found[mask] = new or completion(after, limit, self._num_tokens, _TRIES_EACH)
         return found[mask]
 
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from mblm.constrain import Grammar, JsonSchema
-from mblm.constrain.completion import completion
+from mblm.constrain.completion import completion, rejoined
 from mblm.constrain.grammar import _start
 from mblm.inference.guide import Guide
 
@@ -254,6 +254,20 @@ def test_what_is_forced_is_not_looked_at_byte_by_byte() -> None:
     matcher, _ = _start(Grammar(f'start: ("x" | "y") "{text}" /[0-9]{{2}}/')._grammar, 257)
     found = completion(matcher, 510, 257, max_tries=200)
     assert found is not None and found[1:-2] == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("begun", "bridge"), [(b"\\", b'"'), (b"\xc3", b"\x80"), (b"\xf0\x9f", b"\x80\x80")]
+)
+def test_few_bytes_lead_back_to_an_end_that_is_known(begun: bytes, bridge: bytes) -> None:
+    """So that what is begun within a string costs no search."""
+    matcher, _ = _start(JsonSchema({"type": "array", "items": {"type": "string"}})._grammar, 257)
+    matcher = matcher.deep_copy()
+    assert matcher.consume_tokens([*b'["', *begun])
+    end = bridge + b'"]'
+    assert rejoined(matcher, b'"]', 9, 257) == rejoined(matcher, b'"]', len(end), 257) == end
+    assert rejoined(matcher, b'"]', len(end) - 1, 257) is None
+    assert rejoined(matcher, b"x}", 9, 257) is None
 
 
 def test_a_byte_that_may_not_come_is_refused() -> None:
