@@ -16,7 +16,15 @@ from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.generation import FinishReason, Generation, nothing_generated
 from mblm.inference.prompt import Prompt, to_bytes
-from mblm.inference.request import Request, lists_of, naming, request, wishes_of
+from mblm.inference.request import (
+    Request,
+    Wishes,
+    check_names,
+    lists_of,
+    naming,
+    request,
+    wishes_of,
+)
 from mblm.utils.checks import check_integer
 
 OnBytes = Callable[[int, bytes], object]
@@ -39,6 +47,7 @@ def generate_batch(
     **wishes: Any,
 ) -> list[Generation]:
     """Generate after each of many prompts; see `mblm.MBLM.generate_batch`."""
+    check_names("generate_batch", wishes, Wishes.__optional_keys__ - {"seed", "generator"})
     if (max_rows := check_integer("max_rows", max_rows)) < 1:
         raise ValueError(f"max_rows: expected a number >= 1, got {max_rows}")
     for name, function in (("on_bytes", on_bytes), ("on_result", on_result)):

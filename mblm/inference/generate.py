@@ -1,6 +1,7 @@
 """The generation loop behind `MBLM.generate`: a prompt in, bytes out, streamed as they come."""
 
 import io
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from mblm.inference.continuation import Continuation, Course, begun
 from mblm.inference.prompt import Prompt
-from mblm.inference.request import naming, request
+from mblm.inference.request import Filters, check_names, naming, request
 from mblm.utils.stream import ByteStreamer
 
 # What `MBLM.generate` calls them.
@@ -22,12 +23,13 @@ _NAMES = {
 
 def generate(
     model: Any,
-    prime: Prompt | None = None,
-    stream: ByteStreamer | None = None,
+    prime: Prompt | None,
+    stream: ByteStreamer | None,
+    wishes: Mapping[str, Any],
     *,
-    weights: str = "float32",
-    enable_progress: bool = True,
-    **wishes: Any,
+    weights: str,
+    enable_progress: bool,
+    **own: Any,
 ) -> torch.Tensor:
     """Generate bytes after a prompt, under ``torch.inference_mode``; see `mblm.MBLM.generate`."""
     if isinstance(stream, io.IOBase) or not (stream is None or hasattr(stream, "write")):
@@ -35,8 +37,9 @@ def generate(
             f"stream: expected a ByteStreamer, got {type(stream).__name__}; wrap a file or a "
             "terminal, ByteStreamer(stream)"
         )
+    check_names("generate", wishes, Filters.__optional_keys__)
     with naming(**_NAMES):
-        asked = request(model, b"" if prime is None else prime, log_probs=False, **wishes)
+        asked = request(model, b"" if prime is None else prime, **own, **wishes)
     continuation: Continuation | None = None
     course: Course | None = None
     try:

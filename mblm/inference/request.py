@@ -1,7 +1,7 @@
 """One prompt and all that is wished for it, checked whole before anything runs."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -244,6 +244,13 @@ def wishes_of(wishes: Mapping[str, Any], index: int, of: str) -> dict[str, Any]:
     return own
 
 
+def check_names(function: str, wishes: Iterable[str], known: Collection[str]) -> None:
+    """Refuse what a function does not take, as Python would if it listed all its arguments."""
+    for name in wishes:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
 @contextmanager
 def naming(prefix: str = "", **names: str) -> Iterator[None]:
     """Have errors begin so, and call arguments what the caller calls them."""
@@ -251,7 +258,7 @@ def naming(prefix: str = "", **names: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         told = str(error)
-        if (match := re.match(r"\w+", told)) and match[0] in names:
+        if (match := re.match(r"(\w+)(?=[:\[])", told)) and match[0] in names:
             told = names[match[0]] + told[match.end() :]
         if (told := prefix + told) == str(error):
             raise

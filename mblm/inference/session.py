@@ -16,7 +16,7 @@ from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
-from mblm.inference.request import Request, naming, requests_of_rows
+from mblm.inference.request import Filters, Request, check_names, naming, requests_of_rows
 from mblm.ops import _native
 from mblm.utils.checks import check_integer, check_token_ids
 from mblm.utils.transforms import decoding
@@ -24,6 +24,7 @@ from mblm.utils.transforms import decoding
 _T = TypeVar("_T")
 
 _MOST_ROWS = 1 << 24
+_WISHES = Filters.__optional_keys__ | {"temperature", "filter_thres"}
 _NUMBERS = frozenset((int, float, bool, type(None)))
 
 
@@ -158,6 +159,7 @@ class Session:
             BaseException: Ctrl-C or an error on the way has what was generated and taken in before
                 it as its attribute ``ids``, a list of ``(n,)`` for each sequence.
         """
+        check_names("generate", wishes, _WISHES)
         asked = dict(
             max_bytes=num_tokens,
             end_token_id=end_of_gen_token_id,

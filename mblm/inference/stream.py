@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from mblm.inference.continuation import Continuation, Course, begun
 from mblm.inference.generation import Generation, nothing_generated
 from mblm.inference.prompt import Prompt, to_bytes
-from mblm.inference.request import Wishes, request
+from mblm.inference.request import Wishes, check_names, request
 from mblm.utils.transforms import decoding
 
 Chunk = bytes | str
@@ -47,6 +47,7 @@ class Stream(
     def __init__(
         self, model: Any, prompt: Prompt, text: bool, weights: str, **wishes: Unpack[Wishes]
     ) -> None:
+        check_names("stream", wishes, Wishes.__optional_keys__)
         self._model, self._weights = model, weights
         asked = request(model, prompt, **wishes)
         # It is read later, when the caller's tensor may have changed.

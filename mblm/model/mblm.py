@@ -157,13 +157,13 @@ class MBLM(CausalHierarchy, PretrainedMixin):
                 self,
                 prime,
                 stream,
+                wishes,
                 max_bytes=num_tokens_to_generate,
                 end_token_id=end_of_gen_token_id,
                 temperature=temperature,
                 filter_thres=filter_thres,
                 enable_progress=enable_progress,
                 weights=weights,
-                **wishes,
             )
 
     @decoding

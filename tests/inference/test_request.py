@@ -221,6 +221,8 @@ def test_errors_use_the_callers_names(m: MBLM) -> None:
             naming("of x: ", prompt="prime", max_bytes="count"),
         ):
             request(m, prompt, **wishes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^prompt of mine"), naming(prompt="prime"):
+        raise ValueError("prompt of mine")
 
 
 @pytest.mark.parametrize(
