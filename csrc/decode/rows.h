@@ -55,6 +55,8 @@ class Draws {
   virtual void give_back() noexcept {}
   virtual bool can_give_back() const { return false; }
   virtual const void* generator() const = 0;
+  // The lane is as it was before it was entered.
+  virtual void put_back(int64_t lane) noexcept = 0;
 };
 
 // A lane of draws that serves a row.
@@ -84,6 +86,11 @@ class Lane {
   bool is(const Draws* draws, int64_t lane) const { return draws_.get() == draws && lane_ == lane; }
   void leave() noexcept {
     if (draws_) draws_->leave(lane_, next_);
+    draws_.reset();
+  }
+  // As if it had not been entered.
+  void put_back() noexcept {
+    if (draws_) draws_->put_back(lane_);
     draws_.reset();
   }
 

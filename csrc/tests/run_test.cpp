@@ -81,6 +81,7 @@ class FixedDraws : public Draws {
   Numbers ahead(int64_t, int64_t) override { return {}; }
   void pass_on(int64_t, int64_t) noexcept override {}
   void leave(int64_t, int64_t) noexcept override {}
+  void put_back(int64_t) noexcept override {}
   const void* generator() const override { return nullptr; }
 
  private:

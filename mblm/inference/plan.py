@@ -62,8 +62,8 @@ class Draws:
                     f"lane: {lane} of these draws has ended after {begin} bytes, and the others "
                     f"have gone on to {first}"
                 )
-            self._waited_for.add(lane)
-            entered = self._serving[lane] = Lane(self, lane, begin)
+            before = self._serving[lane]
+            entered = self._serving[lane] = Lane(self, lane, begin, before)
             return entered
 
     def give_back(self) -> None:
@@ -77,7 +77,9 @@ class Draws:
 
     def _forget(self) -> None:
         """Let go of numbers that no lane will ask for."""
-        begin = min((self._next[lane] for lane in self._waited_for), default=max(self._next))
+        serving = (lane for lane, of in enumerate(self._serving) if of is not None)
+        waited_for = self._waited_for.union(serving)
+        begin = min((self._next[lane] for lane in waited_for), default=max(self._next))
         first, kept = self._kept
         if begin > first:
             self._kept = begin, kept[begin - first :]
@@ -90,9 +92,9 @@ class Lane:
         begin: Which numbers come first.
     """
 
-    def __init__(self, draws: Draws, lane: int, begin: int) -> None:
+    def __init__(self, draws: Draws, lane: int, begin: int, before: "Lane | None") -> None:
         self.draws, self.begin = draws, begin
-        self._lane = lane
+        self._lane, self._before = lane, before
 
     def numbers(self, n: int, like: Tensor) -> Tensor:
         """The n-th numbers, ``(V,)``, for logits ``like (.., V)``."""
@@ -119,11 +121,18 @@ class Lane:
         """The lane serves the row no longer, and would go on with the n-th numbers."""
         draws, lane = self.draws, self._lane
         with draws._lock:
+            self._before = None
             if draws._serving[lane] is self:
                 draws._next[lane] = n
                 draws._serving[lane] = None
                 draws._waited_for.discard(lane)
                 draws._forget()
+
+    def put_back(self) -> None:
+        """As if it had not been entered."""
+        with self.draws._lock:
+            if self.draws._serving[self._lane] is self:
+                self.draws._serving[self._lane] = self._before
 
 
 def generator_of(draws: Draws, device: torch.device) -> torch.Generator:

@@ -206,8 +206,8 @@ class TorchCache(Cache):
                 for progress, plan in zip(before, plans, strict=True):
                     entered.append(_enter(progress, plan))
             except BaseException:
-                for lane in entered:
-                    lane.leave(lane.begin)
+                for lane in reversed(entered):
+                    lane.put_back()
                 raise
             begun = map(Progress.of, plans, entered)
             _assign(slots, map(_Now, [slot.now.bytes for slot in slots], begun))

@@ -305,3 +305,18 @@ class TestRuns:
             assert ran.ids.tolist() == follow(m, ids_of(n), plan, numbers)[0]
         with pytest.raises(ValueError, match="1 of these draws has ended after 2 bytes"):
             cache.begin(rows[1:2], [Plan(1, draws=draws, lane=1)])
+
+    def test_lanes_that_are_refused_together_stay_as_they_were(self, make: MakeCache) -> None:
+        m = build("transformer", "mamba2")
+        cache = make(m)
+        rows = fed(cache, *(ids_of(n) for n in (1, 2, 3)))
+        draws, numbers = seeded(6, 2), numbers_of(6, 2)
+        plans = [Plan(5, top_k=9, draws=draws, lane=lane) for lane in (0, 1)]
+        cache.begin(rows[1:2], plans[1:])
+        with pytest.raises(ValueError, match="1 of these draws serves another row"):
+            cache.begin([rows[0], rows[2]], plans)
+        (second,) = run_out(cache, rows[1:2])
+        cache.begin(rows[:1], plans[:1])  # its numbers were kept
+        (first,) = run_out(cache, rows[:1])
+        for n, plan, ran in zip((1, 2), plans, (first, second), strict=True):
+            assert ran.ids.tolist() == follow(m, ids_of(n), plan, numbers)[0]

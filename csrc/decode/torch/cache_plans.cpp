@@ -62,9 +62,14 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
     if (plans[i].draft > 0 && !plans[i].pauses) proposers[i] = std::make_unique<Proposer>();
   }
   std::vector<int64_t> lengths = this->lengths(rows);
-  for (int64_t i = 0; i < rows.size(); ++i) {  // the last that may throw
-    const NewPlan& wishes = plans[i];
-    if (!serves(rows[i], wishes)) lanes[i] = GeneratorDraws::enter(wishes.draws, wishes.lane);
+  try {  // the last that may throw
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      const NewPlan& wishes = plans[i];
+      if (!serves(rows[i], wishes)) lanes[i] = GeneratorDraws::enter(wishes.draws, wishes.lane);
+    }
+  } catch (...) {
+    for (Lane& lane : lanes) lane.put_back();
+    throw;
   }
   for (int64_t i = 0; i < rows.size(); ++i) {
     const NewPlan& wishes = plans[i];

@@ -83,7 +83,7 @@ Lane GeneratorDraws::enter(std::shared_ptr<GeneratorDraws> draws, int64_t lane) 
                                 " bytes, and the others have gone on to " +
                                 std::to_string(draws->first_));
   }
-  of.is_in_use = of.is_waited_for = true;
+  of.is_in_use = true;
   return Lane(std::move(draws), lane, of.next);
 }
 
@@ -91,6 +91,11 @@ void GeneratorDraws::leave(int64_t lane, int64_t n) noexcept {
   const std::lock_guard lock(draws_mutex());
   lanes_[lane] = {n, false, false};
   forget();
+}
+
+void GeneratorDraws::put_back(int64_t lane) noexcept {
+  const std::lock_guard lock(draws_mutex());
+  lanes_[lane].is_in_use = false;
 }
 
 const float* GeneratorDraws::of(int64_t lane, int64_t n) noexcept {
@@ -180,7 +185,7 @@ void GeneratorDraws::give_back() noexcept {
 void GeneratorDraws::forget() noexcept {
   int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
   for (const LaneState& lane : lanes_) {
-    if (lane.is_waited_for) first = std::min(first, lane.next);
+    if (lane.is_in_use || lane.is_waited_for) first = std::min(first, lane.next);
     last = std::max(last, lane.next);
   }
   first = std::min(first, last);

@@ -31,6 +31,7 @@ class GeneratorDraws : public Draws {
   Numbers ahead(int64_t lane, int64_t n) override;
   void pass_on(int64_t lane, int64_t n) noexcept override;
   void leave(int64_t lane, int64_t n) noexcept override;
+  void put_back(int64_t lane) noexcept override;
   void give_back() noexcept override;
   bool can_give_back() const override { return drawn_at_once_ > 0; }
   const void* generator() const override { return generator_.unsafeGetGeneratorImpl(); }
@@ -44,7 +45,7 @@ class GeneratorDraws : public Draws {
   struct LaneState {
     int64_t next = 0;  // which numbers come next
     bool is_in_use = false;
-    bool is_waited_for = true;  // numbers are kept for it
+    bool is_waited_for = true;  // numbers are kept for it, too
   };
 
   void draw_to(int64_t n);
