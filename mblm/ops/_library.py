@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from mblm.ops._shapes import check_shapes
 from mblm.utils.modes import without_autocast
 from mblm.utils.transforms import is_transformed
 
@@ -56,6 +57,7 @@ def register_operator(
     gradient_schema: str | None = None,
     gradient: Callable[..., Any] | None = None,
     *,
+    shapes: str,
     fakes: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     backward: Callable[..., Sequence[Tensor | None]] | None = None,
     intermediates: int = 0,
@@ -70,6 +72,8 @@ def register_operator(
         gradient_schema: That of the gradient, ``name_backward(..) -> ..``; see `_by_operator`.
         gradient: Its reference. Default: what PyTorch derives from ``reference``, see
             `_by_reference`. Asked for derivatives of its own, it raises.
+        shapes: Of the arguments, which the reference refuses if they do not fit; see
+            `check_shapes`.
         fakes: Shapes and dtypes of the results of both, from those of the arguments. Default: the
             references, which then look at no values of tensors that have none.
         backward: Calls the gradient, ``backward(call, *grads) -> gradients of the first
@@ -81,7 +85,7 @@ def register_operator(
             the gradient needs no values of theirs: they are not kept.
     """
     name = schema.split("(", 1)[0]
-    operator = _define(name, schema, reference, fakes and fakes[0])
+    operator = _define(name, schema, reference, fakes and fakes[0], shapes)
     LIBRARY.impl(name, reference, TRANSFORMED)
     if gradient_schema:
         gradient = gradient or _by_reference(operator, gradient_schema, reference)
@@ -92,12 +96,24 @@ def register_operator(
 
 
 def _define(
-    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    shapes: str | None = None,
 ) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _said_on_cuda(name, reference), "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.mblm, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def checked(*args: Any) -> Any:
+        if shapes is not None:
+            check_shapes(shapes, names, args)
+        return reference(*args)
+
+    LIBRARY.impl(name, _said_on_cuda(name, checked), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mblm::{name}", fake or reference, lib=LIBRARY)
-    return getattr(torch.ops.mblm, name).default
+    return operator
 
 
 def _register_autograd(

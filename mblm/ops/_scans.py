@@ -18,12 +18,13 @@ from mblm.utils.modes import without_autocast
 Chunk = Callable[..., tuple[Tensor, Tensor]]
 
 
-def register_scan(name: str, steps: str, chunk: Chunk) -> None:
+def register_scan(name: str, steps: str, shapes: str, chunk: Chunk) -> None:
     """Register a scan and its gradient.
 
     Args:
         name: Its name.
         steps: What its step sizes are called.
+        shapes: Of the arguments; see `register_operator`.
         chunk: See above.
     """
     tensors = f"Tensor x, Tensor {steps}, Tensor A, Tensor B, Tensor C, Tensor D"
@@ -35,6 +36,7 @@ def register_scan(name: str, steps: str, chunk: Chunk) -> None:
         f"{name}_backward(Tensor grad_y, Tensor grad_final_state, {tensors}, Tensor chunk_states, "
         f"int chunk_size) -> ({gradients})",
         backward_reference(chunk),
+        shapes=shapes,
         fakes=(_fake, _backward_fake),
         intermediates=1,
     )

@@ -134,6 +134,8 @@ register_operator(
     "SymInt num_embeddings, SymInt num_positions, int padding_idx) "
     "-> (Tensor grad_start, Tensor grad_embeddings, Tensor grad_positions)",
     assemble_stage_backward_reference,
+    shapes="embeddings: V D | B P D, ids: B P, start_token: D, positions: >=P D, "
+    "rotation: >=P D/2 2, context: B P D",
     backward=_backward,
     linear_in=(0, 1, 3, 5),
 )

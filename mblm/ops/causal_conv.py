@@ -67,4 +67,5 @@ register_operator(
     "Tensor bias, Tensor? window) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_window)",
     causal_conv_backward_reference,
+    shapes="x: B L D, weight: D 1 K, bias: D, window: B K-1 D",
 )

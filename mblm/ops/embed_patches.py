@@ -89,9 +89,13 @@ def _gather(
     ids: Tensor, table: Tensor, num_patches: int, patch_size: int, pad_token_id: int
 ) -> Tensor:
     """The flattened embeddings of each patch, ``(B, num_patches, R * D)``."""
-    padded = nn.functional.pad(
-        ids, (0, num_patches * patch_size - ids.shape[1]), value=pad_token_id
-    )
+    missing = num_patches * patch_size - ids.shape[1]
+    if missing < 0:  # which would cut ids off
+        raise ValueError(
+            f"num_patches * patch_size must be at least {ids.shape[1]}, the length of ids, "
+            f"got {num_patches} * {patch_size}"
+        )
+    padded = nn.functional.pad(ids, (0, missing), value=pad_token_id)
     vectors = nn.functional.embedding(padded, table, pad_token_id)
     return vectors.reshape(ids.shape[0], num_patches, patch_size * table.shape[1])
 
@@ -105,5 +109,6 @@ register_operator(
     "Tensor inverse_std, SymInt patch_size, int pad_token_id) "
     "-> (Tensor grad_table, Tensor grad_weight, Tensor grad_bias)",
     embed_patches_backward_reference,
+    shapes="ids: B L, table: V D, weight: R, bias: R",
     intermediates=2,
 )

@@ -51,5 +51,6 @@ register_operator(
     "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? gate, "
     "Tensor inverse_norm, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_gate)",
+    shapes="x: .. D, weight: D, gate: .. D",
     intermediates=1,
 )

@@ -106,5 +106,8 @@ def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register_operator(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_reference, backward=_backward
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    linear_reference,
+    shapes="x: M K, weight: N K, bias: N",
+    backward=_backward,
 )

@@ -65,4 +65,5 @@ def _chunk(
     return y.to(x.dtype), state
 
 
-register_scan("selective_scan", "delta", _chunk)
+_SHAPES = "x: B L D, delta: B L D, A: D N, B: B L N, C: B L N, D: D, initial_state: B D N"
+register_scan("selective_scan", "delta", _SHAPES, _chunk)

@@ -71,5 +71,6 @@ register_operator(
     "shift_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? previous, "
     "Tensor inverse_norm, bool shift, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_previous)",
+    shapes="x: .. S D, weight: D, previous: .. D/2",
     intermediates=1,
 )

@@ -61,4 +61,5 @@ register_operator(
     short_attention_reference,
     "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, "
     "Tensor? sin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    shapes="k: B T H d, v: B T H d, q: B <=T H d, cos: T d/2, sin: T d/2",
 )

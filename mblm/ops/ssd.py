@@ -76,4 +76,5 @@ def _chunk(
     return y.addcmul(inputs, D.unsqueeze(-1)).to(x.dtype), after
 
 
-register_scan("ssd", "dt", _chunk)
+_SHAPES = "x: B L H P, dt: B L H, A: H, B: B L N, C: B L N, D: H, initial_state: B H P N"
+register_scan("ssd", "dt", _SHAPES, _chunk)

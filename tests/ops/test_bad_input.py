@@ -1,4 +1,4 @@
-"""Native kernels refuse bad input before they read it: by the name of the argument."""
+"""Bad input is refused by the name of the argument: by native kernels, shapes by references too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import tests.ops.samples  # noqa: F401  # for it imports all operators
+from tests.ops.samples import reference_of
 
 IDS = torch.zeros(3, 4, dtype=torch.int64)
 
@@ -299,6 +299,88 @@ def test_bad_input_is_refused(
     if "scan" in name or name == "ssd":
         said = said.replace("[", "(").replace("]", ")")
     assert words in said
+
+
+# By operator: what PyTorch would stretch or cut to fit.
+STRETCHED: dict[str, list[tuple[str, Tensor]]] = {
+    "assemble_stage": [
+        ("start_token", zeros(1)),
+        ("positions", zeros(1, 6)),
+        ("positions", zeros(5, 1)),
+        ("rotation", zeros(1, 3, 2)),
+        ("context", zeros(1, 4, 6)),
+        ("context", zeros(3, 1, 6)),
+    ],
+    "causal_conv": [
+        ("weight", zeros(1, 1, 4)),
+        ("bias", zeros(1)),
+        ("window", zeros(2, 9, 5)),
+    ],
+    "embed_patches": [("bias", zeros(1))],
+    "gated_rms_norm": [("weight", zeros(1)), ("weight", zeros(3, 4)), ("gate", zeros(2, 1, 4))],
+    "linear": [("bias", zeros(1))],
+    "selective_scan": [
+        ("delta", zeros(2, 5, 1)),
+        ("delta", zeros(2, 9, 3)),
+        ("A", zeros(1, 2)),
+        ("B", zeros(1, 5, 2)),
+        ("C", zeros(1, 5, 2)),
+        ("D", zeros(1)),
+        ("initial_state", zeros(1, 3, 2)),
+    ],
+    "shift_rms_norm": [("weight", zeros(1)), ("weight", zeros(3, 4)), ("previous", zeros(1, 2))],
+    "short_attention": [
+        ("v", zeros(2, 6, 1, 4)),
+        ("cos", zeros(1, 2)),
+        ("sin", zeros(6, 1)),
+    ],
+    "ssd": [
+        ("dt", zeros(2, 5, 1)),
+        ("dt", zeros(2, 9, 3)),
+        ("A", zeros(1)),
+        ("C", zeros(1, 5, 2)),
+        ("D", zeros(1)),
+        ("initial_state", zeros(2, 1, 2, 2)),
+    ],
+}
+
+
+@pytest.mark.parametrize("by", ["kernel", "reference"])
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        pytest.param(name, *case, id=f"{name}-{case[0]}-{number}")
+        for name, cases in STRETCHED.items()
+        for number, case in enumerate(cases)
+    ],
+)
+def test_no_shape_is_stretched(
+    require_native: Callable[[str], None], name: str, argument: str, value: Tensor, by: str
+) -> None:
+    if by == "kernel":
+        require_native(name)
+    function = getattr(torch.ops.mblm, name) if by == "kernel" else reference_of(name)
+    with pytest.raises(ValueError, match=rf"{argument} must (have shape|be \()"):
+        function(*{**GOOD[name], argument: value}.values())
+
+
+def test_a_reference_says_what_shape_it_expects() -> None:
+    conv, attend = reference_of("causal_conv"), reference_of("short_attention")
+    with pytest.raises(ValueError, match=r"weight must have shape \[5, 1, K\], got \[5, 4\]"):
+        conv(*{**GOOD["causal_conv"], "weight": zeros(5, 4)}.values())
+    with pytest.raises(
+        ValueError, match=r"q must have shape \[2, <= 6, 3, 4\], got \[2, 7, 3, 4\]"
+    ):
+        attend(*{**GOOD["short_attention"], "q": zeros(2, 7, 3, 4)}.values())
+
+
+@pytest.mark.parametrize("by", ["kernel", "reference"])
+def test_no_ids_are_cut_off(require_native: Callable[[str], None], by: str) -> None:
+    if by == "kernel":
+        require_native("embed_patches")
+    run = torch.ops.mblm.embed_patches if by == "kernel" else reference_of("embed_patches")
+    with pytest.raises(ValueError, match=r"at least 4, the length of ids, got 1 \* 2"):
+        run(*{**GOOD["embed_patches"], "num_patches": 1}.values())
 
 
 def test_an_odd_width_cannot_be_rotated(require_native: Callable[[str], None]) -> None:
