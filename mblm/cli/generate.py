@@ -139,7 +139,8 @@ def stream(
         f"seed {seed}",
     ]
     if len(generated) == model.max_length:
-        facts.insert(1, f"which fill the context of {model.max_length}")
+        what = "which fill" if len(generated) > len(prompt) else "as the prompt fills"
+        facts.insert(1, f"{what} the context of {model.max_length}")
     typer.echo(("\n" if to_terminal else "") + ", ".join(facts), err=True)
     return 0
 

@@ -15,6 +15,8 @@ def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
 
     By default the higher half.
     """
+    if math.isnan(thres):
+        raise ValueError("thres: expected a number, got nan")
     return keep_highest(logits, count_kept(thres, logits.shape[-1]))
 
 
@@ -75,6 +77,8 @@ def gumbel_sample(
     Returns:
         Ids ``(B,)`` int64.
     """
+    if math.isnan(temperature):
+        raise ValueError("temperature: expected a number, got nan")
     logits = logits.to(sampling_dtype(logits.dtype))
     if uniform is None:
         uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)

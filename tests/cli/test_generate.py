@@ -267,7 +267,8 @@ def test_writes_what_the_context_holds(run: Run, narrow: Path, prompt: str) -> N
     count = 16 - len(prompt)
     assert len(result.out) == count
     assert result.err.startswith(f"{count} bytes in ")
-    assert ", which fill the context of 16, " in result.err
+    filled = "which fill" if count else "as the prompt fills"
+    assert f", {filled} the context of 16, " in result.err
 
 
 def test_tells_how_many_bytes_were_written(run: Run, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Choosing a byte from logits: what is kept, and which random numbers are drawn."""
 
+import math
 from typing import Any
 
 import pytest
@@ -180,3 +181,9 @@ def test_a_temperature_that_is_all_but_0_is_greedy(
 def test_the_hottest_takes_nothing_that_was_filtered_out() -> None:
     logits = torch.arange(10.0).expand(500, 10)
     assert set(sampled(logits, temperature=1e300, top_k=2).tolist()) == {8, 9}
+
+
+@pytest.mark.parametrize(("function", "name"), [(top_k, "thres"), (gumbel_sample, "temperature")])
+def test_nan_is_refused_by_name(function: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected a number, got nan"):
+        function(torch.zeros(1, 3), math.nan)
