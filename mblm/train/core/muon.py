@@ -1,5 +1,6 @@
 """Muon for the matrices of a model and AdamW for the rest, as one optimizer."""
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -82,7 +83,7 @@ class Muon(AdamW):
                     self._step_muon(matrices, group)
         self.param_groups = [group for group in groups if not group["orthogonalize"]]
         try:
-            super().step()
+            inspect.unwrap(AdamW.step)(self)  # without hooks: those of this step are called once
         finally:
             self.param_groups = groups
         return loss

@@ -151,3 +151,13 @@ def test_what_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match=r"params: expected matrices to orthogonalize, got \(3,\)"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "orthogonalize": True})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_hook_of_a_step_is_called_once_whatever_other_optimizers_there_are():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    torch.optim.AdamW([parameter])
+    optimizer, calls = Muon([parameter]), []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert calls == [1] and optimizer.state[parameter]["step"] == 1
