@@ -112,7 +112,7 @@ class Reader {
       expected.push_back(size.learned ? -1 : size.value);
       fits = fits && tensor.size(d) > 0 && (size.learned || tensor.size(d) == size.value);
     }
-    TORCH_CHECK_VALUE(fits, "weights[", next_ - 1, "] must have shape ", expected,
+    TORCH_CHECK_VALUE(fits, "weights[", next_ - 1, "] must have shape ", at::IntArrayRef(expected),
                       ", where -1 is any, got ", tensor.sizes());
     int64_t d = 0;
     for (const Size& size : shape) {
