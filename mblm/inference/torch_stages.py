@@ -24,6 +24,8 @@ from mblm.utils.modes import own_copy
 # At most this many positions, and this many embedding values, are taken in at a time.
 _CHUNK_POSITIONS = 1024
 _CHUNK_VALUES = 1 << 22
+# A row has at most so many bytes where nothing else limits it; sums of them are 64-bit integers.
+_MOST_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,8 +251,8 @@ def parts_of_state(
         tail = check_token_ids("tail", tail, model.num_tokens)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state: {error}") from error
-    limit = model.max_length
-    if length < 0 or (limit is not None and length > limit):
+    limit = _MOST_BYTES if model.max_length is None else model.max_length
+    if not 0 <= length <= limit:
         raise ValueError(f"state: length {length} exceeds the context of {limit} bytes")
     if taken not in (length, max(length - 1, 0)):
         raise ValueError(f"state: taken is {taken} with a length of {length}")

@@ -230,8 +230,12 @@ def _check_fit(file: File, state: StateDict, expected: StateDict, model_name: st
         if key not in state or not isinstance(want, torch.Tensor):
             continue  # the latter: extra state, which only its module can judge
         got = state[key]
-        if not _is_dense(got):
-            mismatches.append(f"{key}: expected a dense tensor, got {type(got).__name__}")
+        if want.is_meta:
+            mismatches.append(f"{key}: the model's is on the meta device, which holds no values")
+        elif not _is_dense(got):
+            is_meta = isinstance(got, torch.Tensor) and got.is_meta
+            kind = "a tensor without values" if is_meta else type(got).__name__
+            mismatches.append(f"{key}: expected a dense tensor, got {kind}")
         elif got.shape != want.shape:
             mismatches.append(f"{key}: expected {tuple(want.shape)}, got {tuple(got.shape)}")
         elif not torch.can_cast(got.dtype, want.dtype):

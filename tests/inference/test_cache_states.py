@@ -123,6 +123,7 @@ class TestStates:
             ({"taken": 5}, "state: taken is 5 with a length of 7"),
             ({"taken": True}, "state: taken: expected an integer"),
             ({"length": -1, "taken": -1}, "state: length"),
+            ({"length": 2**63, "taken": 2**63}, "state: length 9223372036854775808 exceeds"),
             ({"tail": torch.tensor([1, 19, 3])}, "state: tail: token id 19"),
             (
                 {"tail": torch.tensor([1])},

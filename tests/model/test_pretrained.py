@@ -183,7 +183,7 @@ class TestRoundTrip:
         ):
             assert all(weight.is_meta for weight in loaded.parameters())
             assert [w.shape for w in loaded.parameters()] == [w.shape for w in m.parameters()]
-        with pytest.raises(ValueError, match="got Tensor without values"):
+        with pytest.raises(ValueError, match="got a tensor without values"):
             load_model_state(file, m, map_location="meta")
         with pytest.raises(ValueError, match="the model's is on the meta device"):
             load_model_state(file, loaded)
