@@ -193,7 +193,7 @@ class TestMisfits:
         [
             ([1.0] * 4, "dense tensor, got list"),
             (torch.zeros(4).to_sparse(), "dense tensor, got Tensor"),
-            (torch.zeros(4, device="meta"), "dense tensor, got Tensor"),
+            (torch.zeros(4, device="meta"), "dense tensor, got a tensor without values"),
             (torch.zeros(4, dtype=torch.complex64), "torch.float32, got torch.complex64"),
         ],
     )
