@@ -1,7 +1,10 @@
 """What references refuse: shapes that do not fit, some of which PyTorch would stretch silently."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 
 def check_shapes(shapes: str, names: Sequence[str], arguments: Sequence[Any]) -> None:
@@ -16,12 +19,19 @@ def check_shapes(shapes: str, names: Sequence[str], arguments: Sequence[Any]) ->
     Raises:
         ValueError: One does not fit.
     """
-    given = dict(zip(names, arguments, strict=True))
+    _check(shapes, tuple(names), tuple(getattr(value, "shape", None) for value in arguments))
+
+
+@lru_cache(maxsize=1024)  # those of decoding come again with every byte
+def _check(
+    shapes: str, names: tuple[str, ...], of_arguments: tuple[torch.Size | None, ...]
+) -> None:
+    given = dict(zip(names, of_arguments, strict=True))
     sizes: dict[str, Any] = {}
-    for name, ways in (shape.strip().split(": ") for shape in shapes.split(",")):
-        if given[name] is None:
+    for name, ways in (named.strip().split(": ") for named in shapes.split(",")):
+        if (shape := given[name]) is None:
             continue
-        got: list[Any] = list(given[name].shape)
+        got: list[Any] = list(shape)
         several = [way.split() for way in ways.split("|")]
         dims = next((way for way in several if len(way) == len(got)), several[0])
         if dims[0] == ".." and len(dims) <= len(got) + 1:
@@ -33,7 +43,7 @@ def check_shapes(shapes: str, names: Sequence[str], arguments: Sequence[Any]) ->
         wanted = [_size(dim, sizes) for dim in dims]
         if not fits or not all(map(_fits, dims, got, wanted)):
             words = ", ".join(map(_words, dims, wanted))
-            raise ValueError(f"{name} must have shape [{words}], got {list(given[name].shape)}")
+            raise ValueError(f"{name} must have shape [{words}], got {list(shape)}")
 
 
 def _size(dim: str, sizes: dict[str, Any]) -> Any:
