@@ -32,8 +32,17 @@ def hold(path: Path, refusal: str) -> Iterator[None]:
             raise ValueError(refusal) from None
         except OSError:
             pass  # a file system without locks
+        if not _is_there(path, file.fileno()):  # it was removed, and a third may hold a new one
+            raise ValueError(refusal)
         try:
             _held.add(name)
             yield
         finally:
             _held.discard(name)
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

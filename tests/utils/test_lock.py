@@ -34,3 +34,16 @@ def test_it_is_let_go_of(tmp_path: Path) -> None:
     for _ in range(2):
         with suppress(KeyboardInterrupt), hold(tmp_path / "lock", "taken"):
             raise KeyboardInterrupt
+
+
+def test_a_file_that_its_holder_removed_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened while another had it: a third may hold a new one by the same name."""
+    file = tmp_path / "lock"
+    monkeypatch.setattr(lock.fcntl, "lockf", lambda *_: file.unlink())
+    with pytest.raises(ValueError, match="taken"), hold(file, "taken"):
+        pass
+    monkeypatch.undo()
+    with hold(file, "taken"):
+        pass
