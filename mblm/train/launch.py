@@ -34,10 +34,13 @@ def launch(
 ) -> None:
     """Train an experiment in this process, or with torchrun's launcher in several.
 
+    What torchrun has started, here or by itself, is one of several already, and trains.
+
     Args:
         file, settings, resume: As for `load_experiment`.
         imports: Modules that register blocks and datasets of the user's, imported by every worker.
-        nproc: Processes on this machine. Default: the number of GPUs, or 1.
+        nproc: Processes on this machine. Default: the number of GPUs, or 1; of a process that
+            torchrun has started, 1.
         nnodes: Machines, each of which runs this with the same arguments. Default 1.
         node_rank: Number of this machine, from 0. Default: given out as the machines arrive.
         rdzv_endpoint: ``HOST:PORT`` on one of the machines, where they meet.
@@ -48,7 +51,9 @@ def launch(
         ValueError: An argument or the experiment is not valid.
         SystemExit: A worker failed or the run was interrupted; with its exit status.
     """
-    nproc = (torch.cuda.device_count() or 1) if nproc is None else nproc
+    is_worker = "LOCAL_RANK" in os.environ
+    if nproc is None:
+        nproc = 1 if is_worker else torch.cuda.device_count() or 1
     if nproc < 1 or nnodes < 1:
         raise ValueError(f"nproc and nnodes must be at least 1, got {nproc} and {nnodes}")
     if nnodes > 1 and not rdzv_endpoint:
@@ -57,10 +62,15 @@ def launch(
         raise ValueError(f"node_rank: expected 0 to {nnodes - 1}, got {node_rank}")
 
     import_modules(imports)
-    config = load_experiment(file, settings, resume)  # refuses before anything is started
     if nproc == nnodes == 1:
-        train_experiment(config, profile=profile)
+        train = _train
+        if is_worker:
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            train = record(_train)  # leaves an error where the launcher finds it
+        train(file, settings, resume, profile)
         return
+    config = load_experiment(file, settings, resume)  # refuses before anything is started
     arguments = [str(file), "--profile", str(profile)]
     for setting in settings:
         arguments += ["--set", setting]
@@ -74,6 +84,10 @@ def launch(
     _run_workers(arguments, nproc, nnodes, node_rank, rdzv_endpoint)
 
 
+def _train(file: Path, settings: Sequence[str], resume: str | None, profile: int) -> None:
+    train_experiment(load_experiment(file, settings, resume), profile=profile)
+
+
 def _run_workers(
     arguments: list[str],
     nproc: int,
@@ -81,7 +95,7 @@ def _run_workers(
     node_rank: int | None,
     rdzv_endpoint: str | None,
 ) -> None:
-    """Run ``python -m mblm.train ARGUMENTS`` in every process and wait for all of them."""
+    """Run ``python -m mblm train ARGUMENTS`` in every process and wait for all of them."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -108,7 +122,7 @@ def _run_workers(
         os.environ[STOPPED_MARK] = str(mark)
         try:
             _let_signals_raise(SignalException)
-            elastic_launch(config, sys.executable)("-m", "mblm.train", *arguments)
+            elastic_launch(config, sys.executable)("-m", "mblm", "train", *arguments)
         except SignalException as stopped:
             raise SystemExit(EXIT_INTERRUPTED if mark.exists() else 128 + stopped.sigval) from None
         except ChildFailedError as failed:

@@ -62,7 +62,8 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_torchrun_starts_the_workers_too(experiment: Path) -> None:
-    done = start(*TORCHRUN, "-m", "mblm.train", experiment, "--set", "train.gradient_clipping=0.5")
+    setting = "train.gradient_clipping=0.5"
+    done = start(*TORCHRUN, "-m", "mblm", "train", experiment, "--set", setting)
     assert done.returncode == 0, done.stderr
     folder = run_of(experiment.parent)
     assert summary_of(folder)["num_workers"] == 2
