@@ -6,75 +6,44 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mblm.train.core.config import CoreIoConfig
 from mblm.train.core.telling import tell
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-_SAMPLE = "sample"
-
-
-class Logger(Protocol):
-    """One of the places."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take values by their names, of a batch."""
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Take a text."""
-
-    def close(self) -> None:
-        """Write what is left."""
+_BOARD, _SAMPLE = "tensorboard", "sample"
 
 
 class TensorBoard:
-    """Event files in the run's folder; its points from a batch on replace those before."""
+    """Event files in the run's folder; points from a batch on replace those before."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "tensorboard"
-        self._purge: int | None = None
-        self._writer: Any = None
-
-    def rewind(self, step: int) -> None:
-        """Expect the points from a batch on."""
-        self.close()
-        self._writer, self._purge = None, step or None
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        module = importlib.import_module(_MODULES[_BOARD])
+        self._board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._board().add_scalar(name, value, step)
-        self._board().flush()
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        self._board().add_text(name, f"<pre>{html.escape(text)}</pre>", step)
-        self._board().flush()
+        self._board.add_text(name, f"<pre>{html.escape(text)}</pre>", step)
+        self._board.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def _board(self) -> Any:
-        if self._writer is None:
-            module = importlib.import_module(_MODULES["tensorboard"])
-            self._writer = module.SummaryWriter(str(self._folder), purge_step=self._purge)
-        return self._writer
+        self._board.close()
 
 
 class Tracker:
     """Weights & Biases or Trackio, whose calls are the same. A run that goes on stays one there."""
 
     def __init__(
-        self,
-        library: str,
-        folder: Path,
-        project: str,
-        config: dict[str, Any],
-        log: logging.Logger,
+        self, library: str, folder: Path, project: str, config: dict[str, Any], log: logging.Logger
     ) -> None:
         self._library = importlib.import_module(_MODULES[library])
         id_file = folder / "state" / f"{library}_id"
@@ -124,6 +93,7 @@ class Loggers:
         config: dict[str, Any],
         log: logging.Logger,
     ) -> None:
+        self._folder = folder
         self._log = log
         self._note = folder / "state" / "sent.json"
         self._last = 0
@@ -132,16 +102,14 @@ class Loggers:
             with suppress(ValueError):  # which a crash has cut
                 self._sent = json.loads(self._note.read_bytes())
         self._before = deepcopy(self._sent)
-        self._loggers: dict[str, Logger] = {}
+        self._loggers: dict[str, TensorBoard | Tracker] = {}
         for name in names:
-            try:
+            with self._leaves_out(name):
                 self._loggers[name] = (
                     TensorBoard(folder)
-                    if name == "tensorboard"
+                    if name == _BOARD
                     else Tracker(name, folder, project, config, log)
                 )
-            except Exception as error:
-                self._leave_out(name, error)
 
     def __bool__(self) -> bool:
         return bool(self._loggers)
@@ -150,8 +118,10 @@ class Loggers:
         """Expect the points from a batch on, some of which may have been sent."""
         self._last = max(step - 1, 0)
         self._before = deepcopy(self._sent)
-        if isinstance(board := self._loggers.get("tensorboard"), TensorBoard):
-            board.rewind(step)
+        if board := self._loggers.get(_BOARD):
+            with self._leaves_out(_BOARD):
+                board.close()
+                self._loggers[_BOARD] = TensorBoard(self._folder, step)
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
         """Send values by their names, of a batch, all of a kind; -1 is the last one of the run."""
@@ -164,16 +134,18 @@ class Loggers:
 
     def close(self) -> None:
         """End the run there."""
-        for name in list(self._loggers):
-            self._call(name, lambda logger: logger.close())
+        for name, logger in list(self._loggers.items()):
+            with self._leaves_out(name):
+                logger.close()
         self._loggers = {}
 
-    def _each(self, kind: str, step: int, call: Callable[[Logger], None]) -> None:
+    def _each(self, kind: str, step: int, call: Callable[[TensorBoard | Tracker], None]) -> None:
         """Call all that have not been sent it before; TensorBoard replaces all but texts."""
         for name, logger in list(self._loggers.items()):
-            replaces = isinstance(logger, TensorBoard) and kind != _SAMPLE
+            replaces = name == _BOARD and kind != _SAMPLE
             if replaces or step > self._before.get(name, {}).get(kind, -1):
-                self._call(name, call)
+                with self._leaves_out(name):
+                    call(logger)
                 sent = self._sent.setdefault(name, {})
                 sent[kind] = max(step, sent.get(kind, -1))
         if self._loggers:
@@ -182,17 +154,17 @@ class Loggers:
                 new.write_text(json.dumps(self._sent))
                 new.replace(self._note)
 
-    def _call(self, name: str, call: Callable[[Logger], None]) -> None:
+    @contextmanager
+    def _leaves_out(self, name: str) -> Iterator[None]:
         try:
-            call(self._loggers[name])
+            yield
         except Exception as error:
-            del self._loggers[name]
-            self._leave_out(name, error)
-
-    def _leave_out(self, name: str, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {error}"
-        message = f"{name} has failed and gets nothing more of this run, which goes on: {reason}"
-        tell(self._log, message)
+            self._loggers.pop(name, None)
+            reason = f"{type(error).__name__}: {error}"
+            message = (
+                f"{name} has failed and gets nothing more of this run, which goes on: {reason}"
+            )
+            tell(self._log, message)
 
 
 def logger_names(io: CoreIoConfig) -> list[str]:
