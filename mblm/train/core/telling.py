@@ -74,7 +74,7 @@ class Progress:
         facts = format_loss(self._loss, self._unit)
         if self._done > self._first:
             seconds = max(now - self._start, 1e-9) / (self._done - self._first)
-            left = _duration(seconds * (self._total - self._done))
+            left = tqdm.format_interval(math.ceil(seconds * (self._total - self._done)))
             facts += f", {self._elements / seconds:,.0f} {self._unit}s/s, {left} left"
         share = f"{self._done / self._total:4.0%}"
         if self._bar is None:
@@ -89,12 +89,3 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _duration(seconds: float) -> str:
-    seconds = math.ceil(seconds)
-    if seconds < 120:
-        return f"{seconds} s"
-    if seconds < 7200:
-        return f"{math.ceil(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"

@@ -25,8 +25,8 @@ def test_lines_now_and_then_and_in_the_end(clock):
             shown.update(torch.tensor(2 * math.log(2)))
     assert lines == [
         " 25% 2.000 bits per byte",
-        " 75% 2.000 bits per byte, 2 bytes/s, 40 s left",
-        "100% 2.000 bits per byte, 2 bytes/s, 0 s left",
+        " 75% 2.000 bits per byte, 2 bytes/s, 00:40 left",
+        "100% 2.000 bits per byte, 2 bytes/s, 00:00 left",
     ]
 
 
@@ -38,8 +38,8 @@ def test_a_run_that_goes_on_begins_where_it_was(clock):
             shown.update(torch.tensor(math.log(2)))
     assert lines == [
         " 80% 1.000 bits per byte",
-        " 90% 1.000 bits per byte, 1 bytes/s, 60 s left",
-        "100% 1.000 bits per byte, 1 bytes/s, 0 s left",
+        " 90% 1.000 bits per byte, 1 bytes/s, 01:00 left",
+        "100% 1.000 bits per byte, 1 bytes/s, 00:00 left",
     ]
 
 
@@ -49,7 +49,7 @@ def test_other_elements_have_a_loss(clock):
         for _ in range(2):
             clock[0] += 2
             shown.update(torch.tensor(1.5))
-    assert lines == [" 50% loss 1.5000", "100% loss 1.5000, 4 elements/s, 0 s left"]
+    assert lines == [" 50% loss 1.5000", "100% loss 1.5000, 4 elements/s, 00:00 left"]
 
 
 def test_a_bar(clock, capsys):
@@ -58,7 +58,7 @@ def test_a_bar(clock, capsys):
             clock[0] += 3600
             shown.update(torch.tensor(math.log(2)))
     assert "50% |" in (shown_text := capsys.readouterr().err)
-    assert "1.000 bits per byte, 0 bytes/s, 2.0 h left" in shown_text
+    assert "1.000 bits per byte, 0 bytes/s, 2:00:00 left" in shown_text
 
 
 def test_a_loss_that_is_not_finite_is_forgotten(clock):
