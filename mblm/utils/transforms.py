@@ -33,7 +33,7 @@ def decoding(function: _F) -> _F:
     Raises:
         NotImplementedError: Called within a transform.
     """
-    left_to_python = torch._disable_dynamo(function)
+    plain = not_compiled(function)
 
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
@@ -42,8 +42,7 @@ def decoding(function: _F) -> _F:
                 f"{function.__qualname__}: no decoding within torch.func's transforms (vmap, grad, "
                 "jvp); decode outside of them, or call the model, which has them"
             )
-        compiler_is_there = "torch._dynamo" in sys.modules
-        return (left_to_python if compiler_is_there else function)(*arguments, **options)
+        return plain(*arguments, **options)
 
     return cast(_F, run)
 
