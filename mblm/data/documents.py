@@ -161,6 +161,8 @@ def _rows(stream: Any, suffix: str, field: str) -> Iterator[Any]:
         csv.field_size_limit(2**31 - 1)  # the most there is on every system
         text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
         table = csv.DictReader(text, delimiter="," if suffix == ".csv" else "\t", strict=True)
+        if list(table.fieldnames or ()).count(field) > 1:
+            raise ValueError(f"there are two columns {field!r}")
         for row in table:
             if None in row:
                 raise ValueError("it has more values than there are columns")

@@ -144,6 +144,7 @@ def test_a_row_that_lacks_the_field_is_named(tmp_path: Path, name: str, message:
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', r"row 2: 'text' is no text but int"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl: cannot be read: 'utf-8' codec can't decode"),
         ("a.csv", b'text\n"x"\n"y', r"a.csv, row 2: cannot be read: unexpected end of data"),
+        ("a.csv", b"text,text\nx,y\n", r"a.csv: cannot be read: there are two columns 'text'"),
         ("a.csv", b"id,text\n1,x\n2,y, and z\n", r"a.csv, row 2: .* more values than there"),
         ("a.parquet", b"no parquet", r"a.parquet: cannot be read: Parquet"),
         ("a.gz", b"no archive", r"a.gz: cannot be read: Not a gzipped file"),
