@@ -73,10 +73,12 @@ def save_tensors(file: File, content: Any) -> None:
         raise OSError(cause.errno, cause.strerror, cause.filename or str(file)) from error
 
 
-def load_tensors(file: File, what: str, map_location: "MAP_LOCATION | None" = "cpu") -> Any:
+def load_tensors(
+    file: File, what: str, map_location: "MAP_LOCATION | None" = "cpu", *, mmap: bool = False
+) -> Any:
     """Do as ``torch.load`` with a file that is to be something of tensors and plain values."""
     try:
-        return torch.load(file, map_location, weights_only=True)
+        return torch.load(file, map_location, weights_only=True, mmap=mmap)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise

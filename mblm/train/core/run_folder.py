@@ -7,7 +7,7 @@
     samples/                what the model wrote at validations, if configured
     train.log               what the main worker tells
     <name_model>_top<i>.pth the best models, best first
-    state/                  training states, and the best models that they refer to
+    state/                  training states
     tensorboard/, wandb/    if configured
 """
 
@@ -15,7 +15,6 @@ import csv
 import glob
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
@@ -40,23 +39,15 @@ from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.loggers import Loggers, logger_names
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
-from mblm.train.core.training_state import (
-    BEST,
-    STATES,
-    SavedState,
-    prune_states,
-    referred_models,
-)
+from mblm.train.core.training_state import STATES, SavedState, prune_states
 from mblm.utils.atomic import atomic_write
-from mblm.utils.checkpoint import save_model_state
+from mblm.utils.checkpoint import load_tensors, save_model_state
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
 from mblm.utils.lock import hold
 
 Config = GenericEntryConfig[Any, Any, Any]
 Row = TypeVar("Row", bound=NamedTuple)
-
-_BEST = Path(STATES, BEST)
 
 
 class RunFolder:
@@ -84,7 +75,7 @@ class RunFolder:
         self._config_file = path / options.config_file_name
         self._workers = workers
         self._log = log
-        self.best = BestModels(path, io.name_model, io.num_models_to_save, writes=is_main)
+        self.best = BestModels(path, io.name_model, io.num_models_to_save, workers)
         self.summary = SummaryStats(
             training_start="",
             training_end="",
@@ -117,6 +108,7 @@ class RunFolder:
 
     def rewind(self, saved: SavedState) -> None:
         """Go back to a training state: drop what was written after it."""
+        self.best.restore(saved.manifest["best"])  # first: one that cannot be read is refused
         if self._workers.is_main:
             step, sizes = saved.own["position"]["step"], saved.manifest.get("sizes", {})
             self.loggers.rewind(step)
@@ -124,7 +116,6 @@ class RunFolder:
             for log in self._logs():
                 log.begin()
                 log.cut(sizes.get(log.file.name, log.file.stat().st_size))
-        self.best.restore(saved.manifest["best"])
         self._resume = ResumeConfig.model_validate(saved.manifest["resume"])
         self._workers.barrier()
 
@@ -211,18 +202,12 @@ class RunFolder:
 
         Its validation loss leaves so many batches out; the main worker's state dict counts.
         """
-        name = f"step_{position.step:08d}.pth" if position.done else "resumed.pth"
-        self.best.add(Ranked(loss, name, left_out), state)
+        self.best.add(Ranked(left_out, loss), state)
         if position.done:
             self._resume.next_epoch_index = position.epoch
             self._resume.next_batch_index = position.batch
             self._resume.checkpoint_file = str(self.best.best_file() or "")
             self.dump_config()
-
-    def clean_up(self) -> None:
-        """Remove old training states, and models that nothing refers to."""
-        if self._workers.is_main:
-            self.best.prune(referred_models(prune_states(self.path)))
 
 
 def new_run_dir(wanted: Path) -> Path:
@@ -280,86 +265,72 @@ class CsvLog(Generic[Row]):
 
 
 class Ranked(NamedTuple):
-    """A model's validation loss, its file, and how many batches the loss does not count."""
+    """How good a model is: how many batches its validation loss does not count, and the loss."""
 
+    left_out: int
     loss: float
-    file: str
-    left_out: int = 0
 
 
 class BestModels:
     """The best models of a run, on the disk: ``<name>_top<i>.pth``, the best first.
 
-    Each is written once, to ``state/best``, and stays there while the run or one of its training
-    states refers to it; the ``.pth`` files are links to them (copies where there are no links), so
-    that a training state keeps its best models without a copy. Of the workers one ``writes``.
+    A run that goes back to a training state keeps those that were found after it: as it goes on it
+    finds them again. All workers call this, the main one writes.
 
     Attributes:
-        entries: The models, best first. A loss that leaves batches out ranks only while there is
-            none that is whole: they cannot be compared.
+        entries: How good they are, best first. A loss that leaves batches out ranks only while
+            there is none that is whole: they cannot be compared. Equal ones count once.
     """
 
-    def __init__(self, run_dir: Path, name: str, count: int, *, writes: bool) -> None:
-        self._writes = writes
+    def __init__(self, run_dir: Path, name: str, count: int, workers: Workers) -> None:
+        self._prefix = f"{name}_top"
         self._run_dir = run_dir
-        self._name = name
         self._count = count
+        self._workers = workers
+        self._new = run_dir / STATES / "new.pth"
         self.entries: list[Ranked] = []
 
     def add(self, model: Ranked, state: dict[str, Any]) -> None:
-        """Save a model, if it is among the best, and publish the best in their order."""
-        candidates = [*self.entries, model]
-        whole = [entry for entry in candidates if not entry.left_out]
-        best = sorted(whole or candidates, key=lambda entry: (entry.left_out, entry.loss))
-        best = best[: self._count]
-        if best != self.entries:
-            if self._writes and model in best:
-                save_model_state(self._run_dir / _BEST, model.file, state, model.loss)
-            self.entries = best
-            self._publish()
+        """Save a model, if it is among the best; one that is found again replaces itself."""
+        before, candidates = self.entries, sorted({*self.entries, model})
+        entries = [entry for entry in candidates if not entry.left_out] or candidates
+        entries = entries[: self._count]
+        if model not in entries:
+            return
+        at = entries.index(model)
+        if self._workers.is_main:
+            save_model_state(self._new.parent, self._new.name, state, model.loss)
+            if model not in before:
+                for index in range(len(entries) - 1, at, -1):
+                    self._file(index - 1).replace(self._file(index))
+            self._new.replace(self._file(at))
+            for index in range(len(entries), len(before)):
+                self._file(index).unlink()
+        self.entries = entries
 
-    def restore(self, entries: Iterable[Iterable[Any]]) -> None:
-        """Take over what `entries` were, the best of them, and publish it."""
-        self.entries = [Ranked(*entry) for entry in entries][: self._count]
-        self._publish()
+    def restore(self, told: Iterable[Iterable[Any]]) -> None:
+        """Take over those there are, of which `entries` told some when a state was saved."""
+        found: dict[int, Path] = {}
+        if self._workers.is_main:
+            for file in self._run_dir.glob(f"{glob.escape(self._prefix)}*.pth"):
+                if (number := file.stem.removeprefix(self._prefix)).isdecimal():
+                    found[int(number)] = file
+        files = [file for _, file in sorted(found.items())]
+        losses = [load_tensors(file, "a checkpoint", mmap=True)["LOSS"] for file in files]
+        self._new.unlink(missing_ok=True)
+        # A crash may have left a gap, and a run before may have kept more.
+        for index, file in enumerate(files):
+            if index < self._count:
+                file.replace(self._file(index))
+            else:
+                file.unlink()
+        known = {loss: left_out for left_out, loss in told}
+        losses = self._workers.from_main(losses[: self._count])
+        self.entries = [Ranked(known.get(loss, 0), loss) for loss in losses]
 
     def best_file(self) -> Path | None:
         """The best model's file, if there is one."""
-        return self._published(1) if self.entries else None
+        return self._file(0) if self.entries else None
 
-    def _publish(self) -> None:
-        """Let ``<name>_top<i>.pth`` be the best models, and no others."""
-        if not self._writes:
-            return
-        published = {self._published(n) for n in range(1, len(self.entries) + 1)}
-        for file in self._run_dir.glob(f"{glob.escape(self._name)}_top*.pth"):
-            if file not in published:  # such as of a run that was to keep more
-                file.unlink()
-        for index, entry in enumerate(self.entries, start=1):
-            source, target = self._run_dir / _BEST / entry.file, self._published(index)
-            if not (target.exists() and target.samefile(source)):
-                _link(source, target)
-
-    def prune(self, referred: Iterable[str]) -> None:
-        """Remove the models that neither the run nor those who refer to them by name need."""
-        kept = {entry.file for entry in self.entries} | set(referred)
-        for file in (self._run_dir / _BEST).glob("*"):
-            if file.name not in kept:
-                file.unlink()
-
-    def _published(self, index: int) -> Path:
-        return self._run_dir / f"{self._name}_top{index}.pth"
-
-
-def _link(source: Path, target: Path) -> None:
-    """Replace a file by a link to another, or by a copy where the system has no such links."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)  # a crash may have left it
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def _file(self, index: int) -> Path:
+        return self._run_dir / f"{self._prefix}{index + 1}.pth"

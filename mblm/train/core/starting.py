@@ -38,12 +38,13 @@ from mblm.train.core.telling import format_loss, tell
 from mblm.train.core.training_state import (
     SavedState,
     load_training_state,
+    prune_states,
     run_dir_of,
     save_training_state,
     state_to_resume,
 )
 from mblm.utils import cuda
-from mblm.utils.checkpoint import load_model_state
+from mblm.utils.checkpoint import load_model_state, load_tensors
 from mblm.utils.distributed import ElasticRunVars
 from mblm.utils.seed import seed_everything
 
@@ -252,7 +253,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             run.own_state(),
             self._workers,
         )
-        self._folder.clean_up()
+        if self._workers.is_main:
+            prune_states(self._folder.path)
         self._log.debug(f"Saved the training state after {run.position.step} batches")
 
     def _load_best(self) -> TModel:
@@ -260,7 +262,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         if file := self._workers.from_main(self._folder.best.best_file()):
             content: Any = None
             if self._workers.is_main or file.exists():
-                content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                content = load_tensors(file, "a checkpoint", mmap=True)
             if None in self._workers.gather(content and content["LOSS"]):  # a disk of its own
                 content = self._workers.from_main(content)
             self._log.info(f"The best model's validation loss: {content['LOSS']}")
@@ -324,7 +326,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def tell_result(self) -> None:
         """Say what came out, where it is, and what to type next; called when all is done."""
         best, folder = self._folder.best.entries, self._folder.path
-        measured = {"Best validation": best[0][0] if best else None, "test": self._test_loss}
+        measured = {"Best validation": best[0].loss if best else None, "test": self._test_loss}
         losses = [
             f"{name}: {format_loss(loss, self.progress_unit)}"
             for name, loss in measured.items()

@@ -5,8 +5,8 @@ A training state is a folder ``<run>/state/step_<n>``, n being the batches train
     common.pt      what all workers share: scaler, seed, and the weights and the optimizer's state
                    if every worker holds them
     rank_<r>.pt    what is one worker's: position, random numbers, pending gradients, its shard
-    COMPLETE       JSON: format, workers, strategy, what the run depends on, the best models'
-                   losses and files, and how ``config.yaml`` says to go on
+    COMPLETE       JSON: format, workers, strategy, what the run depends on, and what `RunFolder`
+                   has to tell
 
 It is written as ``.step_<n>.tmp`` and renamed when all files are on the disk, so that a folder with
 that name is whole. All workers must see the same folder. Nothing but tensors and plain values is
@@ -30,10 +30,9 @@ from mblm.train.core.parallel import Workers, to_local
 from mblm.utils.atomic import atomic_write, sync_directory
 from mblm.utils.checkpoint import load_tensors, save_tensors
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
 STATES = "state"
-BEST = "best"
 _PREFIX = "step_"
 _MANIFEST = "COMPLETE"
 _SCALARS = (bool, int, float, complex, str, torch.dtype)
@@ -168,24 +167,14 @@ def _first_error(part: Callable[[], None], workers: Workers) -> OSError | None:
     return next((failed for failed in workers.gather(error) if failed is not None), None)
 
 
-def referred_models(states: list[Path]) -> list[str]:
-    """Names of the best models' files that states refer to."""
-    manifests = [json.loads((state / _MANIFEST).read_bytes()) for state in states]
-    return [model[1] for manifest in manifests for model in manifest["best"]]
-
-
-def prune_states(run_dir: Path, *, after: int | None = None) -> list[Path]:
-    """Remove all but the latest states, those after a step, and what a crash left; called by one.
-
-    Returns those there are then, also what the system does not let be removed.
-    """
+def prune_states(run_dir: Path, *, after: int | None = None) -> None:
+    """Remove all but the latest states, those after a step, and what a crash left."""
     latest = [s for s in list_states(run_dir) if after is None or step_of(s) <= after][-KEPT:]
     for state in [*_state_dirs(run_dir), *Path(run_dir, STATES).glob(f".{_PREFIX}*.tmp")]:
         if state not in latest:
             with suppress(OSError):
                 (state / _MANIFEST).unlink(missing_ok=True)  # first: it must not look whole
                 shutil.rmtree(state, ignore_errors=True)
-    return list_states(run_dir)
 
 
 def read_manifest(state_dir: Path) -> State:
@@ -201,7 +190,7 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
     """Load a state, what all share and what is this worker's; nothing is changed.
 
     Raises:
-        ValueError: It does not fit or is damaged, or one of the best models is gone.
+        ValueError: It does not fit or is damaged.
     """
     manifest = read_manifest(state_dir)
     is_exact = manifest.get("workers") == workers.world_size
@@ -214,9 +203,6 @@ def load_training_state(state_dir: Path, workers: Workers, strategy: str) -> Sav
                 f"{state_dir} was saved with {field} {manifest.get(field)}, this run has {value}. "
                 f"Resume with the same {field}, or from a checkpoint .pth, the weights only"
             )
-    for name in referred_models([state_dir]):
-        if not (model := run_dir_of(state_dir) / STATES / BEST / name).exists():
-            raise ValueError(f"{state_dir} cannot be gone on from: its best model {model} is gone")
     shared, own = state_dir / "common.pt", state_dir / f"rank_{workers.rank * is_exact}.pt"
     common, mine = (load_tensors(file, "a training state") for file in (shared, own))
     return SavedState(state_dir, manifest, common, mine, is_exact)

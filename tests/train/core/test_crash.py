@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mblm.train.core import run_folder, training_state
+from mblm.train.core.parallel import Workers
 from mblm.train.core.training_state import find_latest_state, list_states
+from mblm.utils.distributed import ElasticRunVars
 
 from . import jobs
 from .jobs import EVERYTHING, train_alone
@@ -39,9 +41,10 @@ def test_a_full_disk_leaves_the_last_state_and_says_so(tmp_path, monkeypatch, fi
 
 
 def test_a_full_disk_leaves_the_best_models_and_says_so(tmp_path, monkeypatch):
-    models = run_folder.BestModels(tmp_path, "tiny", 2, writes=True)
+    alone = Workers(ElasticRunVars(local_rank=0, world_size=1, is_cuda=False))
+    models = run_folder.BestModels(tmp_path, "tiny", 2, alone)
     weights = {"w": torch.zeros(4)}
-    models.add(run_folder.Ranked(0.5, "a.pth"), weights)
+    models.add(run_folder.Ranked(0, 0.5), weights)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -49,9 +52,9 @@ def test_a_full_disk_leaves_the_best_models_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "save_model_state", full)
     before = (tmp_path / "tiny_top1.pth").read_bytes()
     with pytest.raises(OSError, match="No space left on device"):
-        models.add(run_folder.Ranked(0.1, "b.pth"), weights)
+        models.add(run_folder.Ranked(0, 0.1), weights)
     assert (tmp_path / "tiny_top1.pth").read_bytes() == before
-    assert models.entries == [(0.5, "a.pth", 0)]
+    assert models.entries == [(0, 0.5)]
 
 
 def test_a_state_that_cannot_be_removed_is_not_in_the_way(tmp_path, ended, finished, monkeypatch):
@@ -61,7 +64,7 @@ def test_a_state_that_cannot_be_removed_is_not_in_the_way(tmp_path, ended, finis
     monkeypatch.undo()
     train_alone(jobs.Trainer, jobs.config(tmp_path, resume=find_latest_state(ended)))
     names = {file.name for file in (ended / "state").iterdir()}
-    assert names == {"best", "lock", "step_00000008", "step_00000012"}
+    assert names == {"lock", "step_00000008", "step_00000012"}
 
 
 def rows_written(folder):
@@ -120,8 +123,6 @@ def train_and_die_in(module, function, call, cfg):
         if calls == call:
             if function == "save_tensors":
                 args[0].write_bytes(b"half a file")
-            if function == "_link":
-                args[1].with_name(f".{args[1].name}.tmp").write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
         return replaced(*args, **kwargs)
 
@@ -134,7 +135,7 @@ def dies_writing(call, cfg):
 
 
 def dies_publishing(call, cfg):
-    train_and_die_in(run_folder, "_link", call, cfg)
+    train_and_die_in(run_folder.Path, "replace", call, cfg)
 
 
 def dies_pruning(call, cfg):
@@ -143,7 +144,7 @@ def dies_pruning(call, cfg):
 
 @pytest.mark.parametrize(
     ("die", "call"),
-    [(dies_writing, 5), (dies_writing, 6), (dies_publishing, 4), (dies_pruning, 1)],
+    [(dies_writing, 5), (dies_writing, 6), (dies_publishing, 5), (dies_pruning, 1)],
 )
 def test_killed_while_saving(tmp_path, finished, die, call):
     assert jobs.join(jobs.start(die, 1, call, jobs.config(tmp_path))) == [-signal.SIGKILL]

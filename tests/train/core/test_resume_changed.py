@@ -241,16 +241,20 @@ def test_a_state_of_another_strategy_or_a_damaged_one_is_refused(tmp_path, ended
     with pytest.raises(ValueError, match="strategy fsdp, this run has ddp"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
     manifest.write_text(text)
-    best = (ended / "state" / "best").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"its best model .*/best/step_.*\.pth is gone"):
-        jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
-    best.rename(ended / "state" / "best")
     (state / "common.pt").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match=r"common\.pt cannot be read"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
     manifest.unlink()
     with pytest.raises(ValueError, match="neither a checkpoint nor"):
         jobs.alone(jobs.Trainer, jobs.config(tmp_path, resume=state))
+
+
+def test_a_damaged_best_model_is_refused_before_anything_is_dropped(tmp_path, ended):
+    states, rows = list_states(ended), jobs.losses(ended)
+    (ended / "tiny_top2.pth").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=r"tiny_top2\.pth cannot be read"):
+        train_alone(jobs.Trainer, jobs.config(tmp_path, resume=states[0]))
+    assert (list_states(ended), jobs.losses(ended)) == (states, rows)
 
 
 def test_a_checkpoint_of_the_reference_gives_the_weights_and_says_so(tmp_path, ended):

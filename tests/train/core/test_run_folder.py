@@ -1,37 +1,47 @@
 """A run's folder: the best models, in their order, and the rows of its files."""
 
-import errno
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from mblm.train.core.parallel import Workers
 from mblm.train.core.run_folder import BestModels, Ranked, new_run_dir
+from mblm.utils.distributed import ElasticRunVars
 
-WEIGHTS = {"w": torch.zeros(1)}
+ALONE = Workers(ElasticRunVars(local_rank=0, world_size=1, is_cuda=False))
 
 
 def rank(tmp_path, *models, count=2):
-    best = BestModels(tmp_path, "tiny", count, writes=True)
-    for number, (loss, left_out) in enumerate(models):
-        best.add(Ranked(loss, f"{number}.pth", left_out), WEIGHTS)
-    published = [torch.load(tmp_path / f"tiny_top{i}.pth")["LOSS"] for i in range(1, count + 1)
-                 if (tmp_path / f"tiny_top{i}.pth").exists()]  # fmt: skip
+    best = BestModels(tmp_path, "tiny", count, ALONE)
+    for loss, left_out in models:
+        best.add(Ranked(left_out, loss), {"w": torch.tensor(loss)})
+    published = losses(tmp_path)
     assert published == [entry.loss for entry in best.entries]
     return published
 
 
+def losses(folder):
+    models = [torch.load(file) for file in sorted(folder.glob("*_top?.pth"))]
+    assert all(model["MODEL"]["w"] == model["LOSS"] for model in models)
+    return [model["LOSS"] for model in models]
+
+
 def test_the_lowest_losses_are_kept_best_first(tmp_path):
     assert rank(tmp_path, (3.0, 0), (1.0, 0), (2.0, 0)) == [1.0, 2.0]
+    assert rank(tmp_path, (3.0, 0), (2.0, 0), (4.0, 0), (1.0, 0), count=3) == [1.0, 2.0, 3.0]
 
 
-def test_they_are_copied_where_the_system_has_no_links(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", fail)
-    assert rank(tmp_path, (3.0, 0), (1.0, 0), (2.0, 0)) == [1.0, 2.0]
-    assert sorted(os.listdir(tmp_path)) == ["state", "tiny_top1.pth", "tiny_top2.pth"]
+def test_those_found_before_are_found_again_and_a_gap_is_closed(tmp_path):
+    rank(tmp_path, (3.0, 0), (1.0, 2), (2.0, 0), (4.0, 0), count=3)
+    (tmp_path / "tiny_top2.pth").rename(tmp_path / "tiny_top5.pth")
+    (tmp_path / "tiny_top1_of_mine.pth").write_bytes((tmp_path / "tiny_top1.pth").read_bytes())
+    best = BestModels(tmp_path, "tiny", 2, ALONE)
+    best.restore([(0, 2.0)])
+    assert losses(tmp_path) == [2.0, 4.0]
+    for loss in (2.0, 3.0):
+        best.add(Ranked(0, loss), {"w": torch.tensor(loss)})
+    assert losses(tmp_path) == [2.0, 3.0]
+    assert (tmp_path / "tiny_top1_of_mine.pth").exists()
 
 
 def test_a_loss_that_leaves_batches_out_gives_way_to_any_that_is_whole(tmp_path):
