@@ -1,5 +1,6 @@
 """Muon: its update beside PyTorch's and the exact one, sharded matrices, what is refused."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from mblm.utils.distributed import process_group
 
 from . import jobs
 
-SHAPES = [(24, 16), (16, 24), (24, 16), (12, 12), (1, 7)]
+SHAPES = [(24, 16), (16, 24), (24, 16), (12, 12), (1, 7), (40, 8)]
 
 
 def matrices(dtype=torch.float32, seed=0):
@@ -41,6 +42,22 @@ def test_singular_values_become_about_one_and_vectors_stay(shape):
     values = u.mT @ y @ vh.mT
     assert values.diagonal(dim1=-2, dim2=-1).sub(0.95).abs().max() < 0.3
     torch.testing.assert_close(values - values.diagonal(dim1=-2, dim2=-1).diag_embed(), 0 * values)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 16), (2, 8, 40), (2, 40, 8)], ids=str)
+@pytest.mark.parametrize("smallest", [1.0, 1e-6])
+def test_the_singular_values_are_those_of_the_iteration(shape, smallest):
+    """Also where a wide matrix is multiplied by small factors, and in few digits."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, values, vh = torch.linalg.svd(x, full_matrices=False)
+    values = values * torch.logspace(0, math.log10(smallest), values.shape[-1])
+    x = u * values.unsqueeze(-2) @ vh
+    values = values / values.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(
+        orthogonalized(x.float()).double(), u * values.unsqueeze(-2) @ vh, rtol=0, atol=1e-3
+    )
 
 
 def test_a_matrix_of_zeros_stays_one():
