@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import mblm
 from mblm.cli.generate import check_out, load, stream
@@ -16,6 +18,7 @@ from mblm.cli.options import Device, Imports, Model, RunConfig, shown_name
 from mblm.model.find import find_model, find_run
 from mblm.utils import interrupt
 from mblm.utils.atomic import atomic_write
+from mblm.utils.naming import naming
 
 # Typer's own usage errors; their class is in click or in typer's copy of it.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -26,6 +29,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 100},
 )
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose errors call arguments as its options are called."""
+
+    def invoke(self, context: Any) -> Any:
+        names = dict(prime="--prompt", num_tokens_to_generate="--bytes", seeds="--seed")
+        options = {p.name: p.opts[0] for p in self.params if p.opts[0].startswith("--")}
+        with naming(**names, **options):
+            return super().invoke(context)
+
+
+command = partial(app.command, cls=_Command)
 
 
 def run() -> int:
@@ -51,7 +67,7 @@ def _fail(message: str, status: int = 1) -> int:
     return status
 
 
-app.command()(generate)
+command()(generate)
 
 
 @app.callback(invoke_without_command=True)
@@ -79,7 +95,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-@app.command()
+@command()
 def train(
     config: Annotated[Path, typer.Argument(help="The experiment's YAML file.")],
     settings: Annotated[
@@ -143,7 +159,7 @@ def train(
     )
 
 
-@app.command("eval")
+@command("eval")
 def evaluate(
     model: Model,
     files: Annotated[
@@ -192,7 +208,7 @@ def evaluate(
         typer.echo(f"{scores['bytes_per_second']:,.0f} bytes/s", err=True)
 
 
-@app.command()
+@command()
 def show(
     model: Model,
     file: Annotated[Path, typer.Argument(help="The text, any bytes; - is standard input.")],
@@ -227,7 +243,7 @@ def show(
     typer.echo(f"Wrote {out}: {surprise}")
 
 
-@app.command()
+@command()
 def pack(
     sources: Annotated[
         list[str],
@@ -266,7 +282,7 @@ def pack(
         typer.echo(pack_sources(sources, out, field, valid, whole))
 
 
-@app.command()
+@command()
 def plot(
     runs: Annotated[
         list[str],
@@ -288,7 +304,7 @@ def plot(
     typer.echo("\n".join([f"Wrote {out}", *map(str, curves)]))
 
 
-@app.command()
+@command()
 def overview(
     configs: Annotated[list[Path], typer.Argument(help="YAML files of experiments or models.")],
     imports: Imports = None,
@@ -304,7 +320,7 @@ def overview(
     typer.echo("\n\n".join(format_overview(file, load_model(file)) for file in configs))
 
 
-@app.command()
+@command()
 def config(imports: Imports = None) -> None:
     """Print the JSON schema of an experiment's YAML file, for editors and other programs.
 
@@ -317,7 +333,7 @@ def config(imports: Imports = None) -> None:
     typer.echo(json.dumps(experiment_schema(), indent=2))
 
 
-@app.command()
+@command()
 def models() -> None:
     """List the trained models that come with this package, each with its card's first words.
 
@@ -328,7 +344,7 @@ def models() -> None:
     typer.echo("\n\n".join(describe_models()))
 
 
-@app.command()
+@command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -337,7 +353,7 @@ def info(
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(format_facts(facts)))
 
 
-@app.command()
+@command()
 def demo(
     minutes: Annotated[
         float, typer.Option(min=0.01, help="How long to train, by the clock.")

@@ -14,6 +14,7 @@ import typer
 
 from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE
 from mblm.utils import interrupt
+from mblm.utils.naming import naming, naming_file
 from mblm.utils.stream import ByteStreamer, Writable
 
 if TYPE_CHECKING:
@@ -36,9 +37,8 @@ def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | N
     """What the options say that is to be written."""
     if regex is not None:
         from mblm.constrain import Regex
-        from mblm.inference.request import naming
 
-        with naming("--regex: "):
+        with naming(pattern="--regex"):
             return Regex(os.fsencode(regex).decode(errors="surrogateescape"))  # in any locale
     if json_schema is not None:
         from mblm.constrain import JsonSchema
@@ -103,7 +103,8 @@ class LateFile:
 
     def write(self, data: bytes) -> int:
         self.flush()
-        return self._file.write(data)
+        with naming_file(self._path):
+            return self._file.write(data)
 
     def flush(self) -> None:
         if self._file is None:
@@ -119,14 +120,12 @@ def stream(
     **arguments: Any,
 ) -> int:
     """Generate to a file or standard output, then tell the speed; returns the exit status."""
-    from mblm.inference.request import naming
-
     to_terminal = file is None and sys.stdout.isatty()
     streamer = ByteStreamer(
         file or (sys.stdout if to_terminal else sys.stdout.buffer), decode_utf8=to_terminal
     )
     start = time.perf_counter()
-    with interrupt.raises(), naming(prime="--prompt", num_tokens_to_generate="--bytes"):
+    with interrupt.raises():
         generated = model.generate(prompt, streamer, seed=seed, **arguments)
     if streamer.reader_left:  # what is still buffered must not fail when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

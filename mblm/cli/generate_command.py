@@ -20,6 +20,7 @@ from mblm.cli.generate import (
 )
 from mblm.cli.options import Device, Imports, Model, RunConfig
 from mblm.model.find import find_model
+from mblm.utils.naming import naming
 
 
 def generate(
@@ -141,7 +142,9 @@ def generate(
         "stop": [os.fsencode(text) for text in stop or ()],
         "weights": weights,
     }
-    if file is not None and prompts is not None:
-        return generate_all(loaded, primes, file, num_bytes, **wishes)
-    count = how_many(num_bytes, len(prime), loaded.max_length)
-    return stream(loaded, prime, file, num_tokens_to_generate=count, **wishes)
+    names = {"constraint": "--json-schema" if regex is None else "--regex"}
+    with naming(**names, **({} if prompt_file is None else {"prime": "--prompt-file"})):
+        if file is not None and prompts is not None:
+            return generate_all(loaded, primes, file, num_bytes, **wishes)
+        count = how_many(num_bytes, len(prime), loaded.max_length)
+        return stream(loaded, prime, file, num_tokens_to_generate=count, **wishes)

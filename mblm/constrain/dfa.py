@@ -38,7 +38,7 @@ def determinize(nfa: Nfa, num_tokens: int) -> Automaton:
                 for index in classes:
                     after.setdefault(index, set()).update(to)
         if num_steps > _MAX_STEPS:
-            raise ValueError(f"constraint: finding its states takes over {_MAX_STEPS} steps")
+            raise ValueError(f"finding its states takes over {_MAX_STEPS} steps")
         return {index: frozenset(to) for index, to in after.items()}
 
     num_classes = int(class_of.max()) + 2  # the last for ids that are no bytes
@@ -78,7 +78,7 @@ def _explore(
         table += row
         if len(found) > MAX_STATES or len(found) * num_classes > _MAX_TRANSITIONS:
             raise ValueError(
-                f"constraint: it needs more than {MAX_STATES} states, or {_MAX_TRANSITIONS} "
+                f"it needs more than {MAX_STATES} states, or {_MAX_TRANSITIONS} "
                 "transitions; repeat less often, or smaller sets of characters"
             )
     return found, torch.frombuffer(table, dtype=torch.int32).view(-1, num_classes)

@@ -23,6 +23,7 @@ from mblm.constrain.completion import (
 )
 from mblm.inference.guide import Guide
 from mblm.utils.checks import check_integer
+from mblm.utils.naming import naming
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -41,11 +42,12 @@ _SEARCHES = 10
 
 
 class _Guided:
-    """A grammar in llguidance's own form."""
+    """A grammar in llguidance's own form, made of an argument."""
 
-    def __init__(self, grammar: str) -> None:
+    def __init__(self, argument: str, grammar: str) -> None:
         self._grammar = grammar
-        _start(grammar, 256)
+        with naming(f"{argument}: "):
+            _start(grammar, 256)
 
     def compile(self, num_tokens: int) -> Callable[[], Guide]:
         """What makes a row's guide, for a model of so many tokens; ids from 256 on are forbidden.
@@ -95,7 +97,7 @@ class JsonSchema(_Guided):
             grammar = _matcher().grammar_from_json_schema(text, overrides=options)
         except ValueError as error:
             raise ValueError(f"schema: {error}") from error
-        super().__init__(grammar)
+        super().__init__("schema", grammar)
 
 
 class Grammar(_Guided):
@@ -112,7 +114,7 @@ class Grammar(_Guided):
     def __init__(self, lark: str) -> None:
         if not isinstance(lark, str):
             raise TypeError(f"lark: expected str, got {lark!r}")
-        super().__init__(_matcher().grammar_from_lark(lark))
+        super().__init__("lark", _matcher().grammar_from_lark(lark))
 
 
 class _RowGuide:
@@ -219,16 +221,16 @@ def _start(grammar: str, num_tokens: int) -> "tuple[LLMatcher, bytes | None]":
     matcher_type = _matcher()
     matcher = matcher_type(tokenizer(), grammar, log_level=0)
     if matcher.is_error():
-        raise ValueError(f"constraint: {_first_line(matcher)}")
+        raise ValueError(_first_line(matcher))
     if not may_follow(matcher, num_tokens):
         if matcher.is_accepting():
-            raise ValueError("constraint: only the empty string satisfies it")
-        raise ValueError("constraint: nothing satisfies it")
+            raise ValueError("only the empty string satisfies it")
+        raise ValueError("nothing satisfies it")
     end = completion(matcher, sys.maxsize, num_tokens, _FIRST_TRIES)
     if end is None:  # maybe since llguidance itself comes to no end
         trials = [matcher.deep_copy() for _ in may_follow(matcher, num_tokens)]
         if not any(map(matcher_type.consume_token, trials, may_follow(matcher, num_tokens))):
-            raise ValueError(f"constraint: {_first_line(trials[0])}")
+            raise ValueError(_first_line(trials[0]))
     return matcher, end
 
 

@@ -135,7 +135,7 @@ def _both(a: Regular, b: Regular, num_tokens: int) -> Automaton:
 
 def _satisfiable(automaton: Automaton, what: object) -> Automaton:
     if automaton.distance[automaton.start] < 0:
-        raise ValueError(f"constraint: nothing satisfies {what}")
+        raise ValueError(f"nothing satisfies {what}")
     if automaton.is_complete(automaton.start):
-        raise ValueError(f"constraint: only the empty string satisfies {what}")
+        raise ValueError(f"only the empty string satisfies {what}")
     return automaton

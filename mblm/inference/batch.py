@@ -21,11 +21,11 @@ from mblm.inference.request import (
     Wishes,
     check_names,
     lists_of,
-    naming,
     request,
     wishes_of,
 )
 from mblm.utils.checks import check_integer
+from mblm.utils.naming import naming
 
 OnBytes = Callable[[int, bytes], object]
 OnResult = Callable[[int, Generation], object]

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from mblm.inference.continuation import Continuation, Course, begun
 from mblm.inference.prompt import Prompt
-from mblm.inference.request import Filters, check_names, naming, request
+from mblm.inference.request import Filters, check_names, request
+from mblm.utils.naming import naming
 from mblm.utils.stream import ByteStreamer
 
 # What `MBLM.generate` calls them.

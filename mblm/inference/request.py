@@ -1,8 +1,6 @@
 """One prompt and all that is wished for it, checked whole before anything runs."""
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
@@ -18,6 +16,7 @@ from mblm.inference.plan import MOST_DRAFTED, Draws, Plan
 from mblm.inference.prompt import Prompt, prompt_ids, utf8
 from mblm.model.sampling import count_kept
 from mblm.utils.checks import check_integer, check_number
+from mblm.utils.naming import naming
 
 # Of the ids so far ``(n,)`` int64, the prompt's first, and the next one's logits ``(V,)``: other
 # logits.
@@ -158,7 +157,7 @@ def request(
     kept = count_kept(thres, num_tokens)
     if not (top_k is None and top_p is None and min_p is None):
         kept = num_tokens if top_k is None else top_k
-    if top_p is not None and not check_number("top_p", top_p):  # to a plan, 0 is none
+    if top_p is not None and not 0 < check_number("top_p", top_p) <= 1:  # to a plan, 0 is none
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     end = None if end_token_id is None else check_integer("end_token_id", end_token_id)
     end = end if end is not None and 0 <= end < num_tokens else None
@@ -251,21 +250,6 @@ def check_names(function: str, wishes: Iterable[str], known: Collection[str]) ->
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
-@contextmanager
-def naming(prefix: str = "", **names: str) -> Iterator[None]:
-    """Have errors begin so, and call arguments what the caller calls them."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        told = str(error)
-        if (match := re.match(r"(\w+)(?=[:\[])", told)) and match[0] in names:
-            told = names[match[0]] + told[match.end() :]
-        if (told := prefix + told) == str(error):
-            raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(told) from (error if prefix else None)
-
-
 def draws_of(
     model: Any, seed: int | None, generator: torch.Generator | None, lanes: int = 1
 ) -> Draws | None:
@@ -299,9 +283,10 @@ def _check_count(model: Any, length: int, fed: int, count: int | None) -> int:
     if count < 0:
         raise ValueError(f"max_bytes: expected a number >= 0, got {count}")
     if limit is not None and before + count > limit:
+        after = f" after {'a prompt of ' if fed else ''}{before}" if before else ""
         raise ValueError(
-            f"max_bytes: {count} bytes after {'a prompt of ' if fed else ''}{before} exceed the "
-            f"context of {limit} bytes, which fixed positions of stage 1 limit"
+            f"max_bytes: {count} bytes{after} exceed the context of {limit} bytes, which fixed "
+            "positions of stage 1 limit"
         )
     return count
 
@@ -315,7 +300,8 @@ def _compiled(
     """
     if isinstance(constraint, type) or not callable(getattr(constraint, "compile", None)):
         raise TypeError(f"constraint: expected one of mblm.constrain, got {constraint!r}")
-    compiled = constraint.compile(num_tokens)
+    with naming("constraint: "):
+        compiled = constraint.compile(num_tokens)
     if isinstance(compiled, Automaton):
         return compiled if end is None or end < 256 else _ending_by(compiled, end), None
     if not callable(compiled):

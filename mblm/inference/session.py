@@ -16,9 +16,10 @@ from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
-from mblm.inference.request import Filters, Request, check_names, naming, requests_of_rows
+from mblm.inference.request import Filters, Request, check_names, requests_of_rows
 from mblm.ops import _native
 from mblm.utils.checks import check_integer, check_token_ids
+from mblm.utils.naming import naming
 from mblm.utils.transforms import decoding
 
 _T = TypeVar("_T")

@@ -5,8 +5,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ from pydantic_core import PydanticSerializationError
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import StateDict, load_model_state, save_model_state
 from mblm.utils.errors import with_title
+from mblm.utils.naming import naming_file
 
 __all__ = [
     "CSVWriter",
@@ -38,13 +39,14 @@ STANDARD_INPUT = Path("-")
 _OTHER_SUFFIX = {".yaml": ".yml", ".yml": ".yaml"}
 
 
-def open_binary(file: Path) -> AbstractContextManager[BinaryIO]:
+@contextmanager
+def open_binary(file: Path) -> Iterator[BinaryIO]:
     """Open a file for reading bytes; ``-`` is standard input, which stays open."""
-    if file != STANDARD_INPUT:
-        return file.open("rb")
-    if sys.stdin is None:
+    if file == STANDARD_INPUT and sys.stdin is None:
         raise OSError("standard input is closed")
-    return nullcontext(sys.stdin.buffer)
+    opened = nullcontext(sys.stdin.buffer) if file == STANDARD_INPUT else file.open("rb")
+    with naming_file(file), opened as stream:
+        yield stream
 
 
 def load_yml(path: str | Path, parse_to: type[Model], try_yaml_suffixes: bool = False) -> Model:

@@ -88,9 +88,12 @@ def test_eval_of_no_bytes(run: Run, saved: Path, tmp_path: Path) -> None:
     [
         (["eval", "SAVED", "absent.txt"], "absent.txt: No such file"),
         (["eval", "absent", "absent.txt"], "neither a folder nor a model id"),
-        (["eval", "SAVED", "FILE", "--length", -1], "length: expected a number from 1, got -1"),
+        (["eval", "SAVED", "FILE", "--length", -1], "--length: expected a number from 1, got -1"),
         (["eval", "SAVED", "FILE", "absent.pth"], "absent.pth is a model and no text"),
         (["eval", "SAVED", "."], ".: Is a directory"),
+        (["eval", "SAVED", "FILE", "/proc/self/mem"], "/proc/self/mem: Input/output error"),
+        (["generate", "SAVED", "--out", "/dev/full"], "/dev/full: No space left on device"),
+        (["generate", "SAVED", "--prompts", "JSON", "--out", "/dev/full"], "/dev/full: No space"),
         (["plot", "absent.csv"], "absent.csv: No such file"),
         (["plot", "FILE"], "not a run's losses"),
         (["overview", "FILE"], "not a YAML file"),
@@ -102,7 +105,8 @@ def test_bad_files_are_one_line(
     run: Run, saved: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_bytes(b"abc")
-    given = {"SAVED": saved, "FILE": tmp_path / "file"}
+    (tmp_path / "prompts").write_text('{"prompt": "a"}')
+    given = {"SAVED": saved, "FILE": tmp_path / "file", "JSON": tmp_path / "prompts"}
     result = run(*(given.get(word, word) for word in arguments))
     assert result.status == 1 and message in result.error
 

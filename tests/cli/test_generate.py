@@ -202,14 +202,16 @@ def test_an_interrupt_ends_quietly(saved: Path) -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--temperature", "-1"], "temperature"),
-        (["--top-k", "0"], "top_k: expected a number >= 1, got 0"),
-        (["--draft", "x"], "draft: expected 'ngram', an mblm.MBLM or None, got 'x'"),
-        (["--regex", "("], "--regex: "),
+        (["--temperature", "-1"], "--temperature: expected"),
+        (["--top-k", "0"], "--top-k: expected a number >= 1, got 0"),
+        (["--draft", "x"], "--draft: expected 'ngram', an mblm.MBLM or None, got 'x'"),
+        (["--regex", "("], "--regex: no regular expression: "),
+        (["--regex", ""], "--regex: only the empty string satisfies ''"),
         (["--json-schema", "nowhere.json"], "nowhere.json: No such file"),
-        (["--top-p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
-        (["--stop", ""], "stop"),
-        (["--weights", "int4"], "weights: expected one of float32, bfloat16, int8, got 'int4'"),
+        (["--top-p", "3"], "--top-p: expected a number in (0, 1], got 3.0"),
+        (["--stop", ""], "--stop: expected"),
+        (["--seed", str(2**64)], "--seed: expected an integer"),
+        (["--weights", "int4"], "--weights: expected one of float32, bfloat16, int8, got 'int4'"),
         (["--device", "abacus"], "--device: abacus cannot be used"),
         (["--device", "meta"], "--device: meta cannot be used"),
         (["--prompt-file", "absent.txt"], "absent.txt: No such file"),
@@ -257,6 +259,8 @@ def test_ids_outside_the_vocabulary_and_beyond_the_context(run: Run, narrow: Pat
     arguments = ["generate", narrow]
     assert "token id 122 at position (1,)" in run(*arguments, "--prompt", "az").error
     assert "17 bytes exceed the context of 16 bytes" in run(*arguments, "--prompt", "a" * 17).error
+    (narrow / "prompt").write_bytes(b"a" * 17)
+    assert "--prompt-file: 17 bytes" in run(*arguments, "--prompt-file", narrow / "prompt").error
     error = run(*arguments, "--bytes", 14, "--prompt", "abc").error
     assert "--bytes: 14 bytes after a prompt of 3 exceed the context of 16 bytes" in error
 

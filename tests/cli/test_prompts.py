@@ -60,5 +60,5 @@ def test_a_prompt_over_the_context_is_named(run: Run, tmp_path: Path) -> None:
     asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
     asked.write_text(json.dumps({"prompt": "a" * 33}))
     error = run("generate", tmp_path / "fixed", "--prompts", asked, "--out", out).error
-    assert "prompts[0]: prompt: 33 bytes exceed the context of 32" in error
+    assert "--prompts[0]: prompt: 33 bytes exceed the context of 32" in error
     assert not out.exists()

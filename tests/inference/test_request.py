@@ -10,7 +10,8 @@ import torch
 
 from mblm import MBLM, Session
 from mblm.inference.automaton import Automaton
-from mblm.inference.request import Filters, Wishes, draws_of, naming, request
+from mblm.inference.request import Filters, Wishes, draws_of, request
+from mblm.utils.naming import naming
 from tests.models import mamba, model, transformer
 
 V = 257
@@ -166,7 +167,7 @@ def test_log_probabilities(m: MBLM) -> None:
         ({"prompt": None}, TypeError, "prompt: expected bytes, text or token ids"),
         ({"prompt": [300]}, ValueError, r"prompt: token id 300 at position \(0,\)"),
         ({"prompt": b"a" * 31}, ValueError, "prompt: 31 bytes exceed the context of 30"),
-        ({"max_bytes": 31}, ValueError, "max_bytes: 31 bytes after 0 exceed the context of 30"),
+        ({"max_bytes": 31}, ValueError, "max_bytes: 31 bytes exceed the context of 30"),
         ({"max_bytes": -1}, ValueError, "max_bytes: expected a number >= 0, got -1"),
         ({"max_bytes": 2.0}, TypeError, "max_bytes: expected an integer, got 2.0"),
         ({"end_token_id": "a"}, TypeError, "end_token_id: expected an integer, got 'a'"),
@@ -179,6 +180,8 @@ def test_log_probabilities(m: MBLM) -> None:
         ({"top_k": 0}, ValueError, "top_k: expected a number >= 1, got 0"),
         ({"top_k": 3, "top_p": 0.5}, ValueError, "at most one of top_k and top_p"),
         ({"top_p": 0}, ValueError, r"top_p: expected a number in \(0, 1\], got 0"),
+        ({"top_p": 3}, ValueError, r"top_p: expected a number in \(0, 1\], got 3"),
+        ({"top_p": math.nan}, ValueError, r"top_p: expected a number in \(0, 1\], got nan"),
         ({"min_p": -0.1}, ValueError, r"min_p: expected a number in \[0, 1\], got -0.1"),
         ({"stop": b"abc"}, ValueError, "stop: expected a list of byte strings or texts, got b'"),
         ({"stop": [b"a", b""]}, ValueError, "stop: expected .* none empty, got b''"),
@@ -192,7 +195,7 @@ def test_log_probabilities(m: MBLM) -> None:
         ({"length": 5}, TypeError, "'length'"),
         ({"constraint": "a+"}, TypeError, r"constraint: expected one of mblm.constrain, got 'a\+'"),
         ({"constraint": Compiles(3)}, TypeError, "constraint: expected compile to give .* got int"),
-        ({"constraint": Compiles(ValueError("nothing"))}, ValueError, "nothing"),
+        ({"constraint": Compiles(ValueError("no"))}, ValueError, "^constraint: no$"),
         ({"logits_processor": 3}, TypeError, "logits_processor: expected a function, got int"),
         ({"log_probs": 1}, TypeError, "log_probs: expected a bool, got 1"),
     ],
@@ -215,6 +218,7 @@ def test_errors_use_the_callers_names(m: MBLM) -> None:
         (b"a" * 31, {}, "of x: prime: 31 bytes"),
         (b"", {"max_bytes": -1}, "of x: count: expected"),
         (b"", {"top_k": 1, "top_p": 0.5}, "of x: pass at most one"),
+        (b"", {"constraint": Compiles(ValueError("prompt: no"))}, "of x: constraint: prompt: no"),
     ):
         with (
             pytest.raises((TypeError, ValueError), match=f"^{words}"),
