@@ -9,18 +9,18 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from mblm.cli.generate import load
+from mblm.inference.prompt import utf8
 from mblm.inference.score import Score
 from mblm.inference.scorer import BATCH_BYTES, sequence_length
 from mblm.model.find import find_model
 from mblm.model.mblm import MBLM
-from mblm.model.pretrained import load_checkpoint
 from mblm.utils.checks import check_integer
 
 # Requests that are scored between two steps of the progress bar.
@@ -61,9 +61,7 @@ class MBLMForHarness(LM):
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, MBLM):
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            pretrained = load_checkpoint(MBLM, find_model(str(pretrained)), map_location=place)
-            pretrained = pretrained.float()  # the fast way to generate
+            pretrained = load(find_model(str(pretrained)), None, device)
         self.model: MBLM = pretrained.eval()
         self._device = self.model.device
         self._of_scores: dict[str, Any] = {
@@ -76,7 +74,7 @@ class MBLMForHarness(LM):
             "weights": weights,
             "max_rows": max_rows,
         }
-        self._max_gen_toks = check_integer("max_gen_toks", max_gen_toks)
+        self._max_gen_toks = check_integer("max_gen_toks", max_gen_toks, 0)
         self.model.score(b"", **self._of_scores)  # which refuse what is wrong
         self.model.generate_batch([], **self._of_generations, enable_progress=False)
 
@@ -138,7 +136,8 @@ class MBLMForHarness(LM):
     def _wishes(self, context: str, options: dict[str, Any]) -> dict[str, Any]:
         """What `MBLM.generate_batch` takes for one prompt."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(options, self._max_gen_toks))
-        prompt, count = context.encode(), given.pop("max_gen_toks")
+        prompt = utf8("context", context)
+        count = check_integer("max_gen_toks", given.pop("max_gen_toks"), 0)
         if (limit := sequence_length(self.model)) is not None:
             if count >= limit:
                 raise ValueError(
@@ -148,8 +147,8 @@ class MBLMForHarness(LM):
             prompt = prompt[count - limit :]
         stops = tuple(stop.encode() for stop in given.pop("until") if stop)
         sampling = {name: given.pop(name, None) for name in _SAMPLING}
-        if not given.pop("do_sample"):
-            sampling["temperature"] = 0.0
+        if not given.pop("do_sample"):  # to the likeliest byte, filters mean nothing
+            sampling = {**dict.fromkeys(_SAMPLING), "temperature": 0.0}
         if given:
             logging.getLogger(__name__).warning("generation ignores %s", ", ".join(given))
         return {"prompts": prompt, "max_bytes": count, "stop": stops, **sampling}

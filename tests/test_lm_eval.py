@@ -136,11 +136,28 @@ def test_texts_are_sampled_where_a_task_says_so(net: MBLM) -> None:
     assert len(set(texts)) > 1 and not any("\n" in text for text in texts)
 
 
+def test_filters_mean_nothing_to_the_likeliest_bytes(net: MBLM) -> None:
+    """Tasks that do not sample give them all the same, several of them, too."""
+    greedy = {"until": [], "max_gen_toks": 9, "do_sample": False}
+    filtered = {**greedy, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1}
+    asked = requests("generate_until", ("a", greedy), ("a", filtered))
+    plain, same = MBLMForHarness(net).generate_until(asked, True)
+    assert same == plain
+
+
 def test_bad_arguments_are_refused(net: MBLM) -> None:
     with pytest.raises(ValueError, match="stride: expected a number from 1 to 32"):
         MBLMForHarness(net, stride=33)
     with pytest.raises(ValueError, match="max_rows: expected a number >= 1"):
         MBLMForHarness(net, max_rows=0)
+    with pytest.raises(ValueError, match="max_gen_toks: expected a number >= 0, got -1"):
+        MBLMForHarness(net, max_gen_toks=-1)
+    for context, options, words in (
+        ("a", {"max_gen_toks": -1}, "max_gen_toks: expected a number >= 0"),
+        ("\ud800", {"max_gen_toks": 1}, "context: expected text that UTF-8 can encode"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            MBLMForHarness(net).generate_until(requests("generate_until", (context, options)), True)
     with pytest.raises(ValueError, match="weights: expected one of float32, bfloat16, int8"):
         MBLMForHarness(net, weights="int4")
     with pytest.raises(TypeError, match="unexpected keyword argument 'parallelize'"):

@@ -192,7 +192,7 @@ def read_prompts(file: Path) -> list[bytes]:
                 prompts.append(base64.b64decode(value, validate=True))
             else:
                 raise ValueError
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, RecursionError):
             shown = repr(line[:60])[1:]
             raise ValueError(
                 f'{file}, line {number}: expected {{"prompt": "text"}} or '

@@ -77,15 +77,13 @@ class JsonSchema(_Guided):
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"schema: no JSON: {error}") from error
         if isinstance(schema, bool):
             schema = {} if schema else {"enum": []}
         if not isinstance(schema, Mapping):
             raise TypeError(f"schema: expected a dict or a JSON text, got {schema!r}")
-        max_spaces = check_integer("max_spaces", max_spaces)
-        if max_spaces < 0:
-            raise ValueError(f"max_spaces: expected a number >= 0, got {max_spaces}")
+        max_spaces = check_integer("max_spaces", max_spaces, 0)
         try:
             text = json.dumps(dict(schema), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:

@@ -152,6 +152,8 @@ class StopBytes(StoppingCriteria):
     """
 
     def __init__(self, strings: list[str]) -> None:
+        if not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(f"stop_strings: expected texts, none empty, got {strings!r}")
         self.strings = [string.encode() for string in strings]
         self.begin = 0
 

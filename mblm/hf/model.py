@@ -14,9 +14,10 @@ from mblm.model.hub import model_card, push_folder
 from mblm.model.mblm import MBLM
 from mblm.model.pretrained import untied
 from mblm.model.tiles import INFERENCE_TILE
-from mblm.utils.checks import check_token_ids
+from mblm.utils.checks import check_id_dtype, check_token_ids
 
 _NO_LABEL = -100  # the library's
+_UNSET = None, False
 
 
 class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
@@ -127,8 +128,10 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
         Raises:
             TypeError, ValueError: As `mblm.MBLM.forward`; or an argument of other models.
         """
-        if unknown := [name for name, value in others.items() if value not in (None, False)]:
-            raise TypeError(f"{', '.join(unknown)}: not known to {type(self).__name__}")
+        # Not `in`, which would compare tensors with them.
+        given = [name for name, value in others.items() if not any(value is x for x in _UNSET)]
+        if given:
+            raise TypeError(f"{', '.join(given)}: not known to {type(self).__name__}")
         ids, shift = align_left(input_ids, attention_mask)
         logits = self.model(ids, return_type=MBLMReturnType.LOGITS)
         logits = align_right(logits, shift)
@@ -193,7 +196,7 @@ def _loss(
             f"labels: expected the shape of input_ids, {tuple(logits.shape[:2])}, got "
             f"{tuple(labels.shape)}"
         )
-    targets = labels[:, 1:].long().to(logits.device)
+    targets = check_id_dtype("labels", labels)[:, 1:].to(logits.device)
     if mask is not None:  # the byte after padding is the first of its row
         targets = targets.masked_fill(mask[:, :-1].to(logits.device) == 0, _NO_LABEL)
     counted = targets != _NO_LABEL

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
 from mblm.hf.config import MBLMConfig
+from mblm.utils.checks import check_integer
 
 _BYTES = 256
 
@@ -34,8 +35,7 @@ class MBLMTokenizer(PreTrainedTokenizer):
     def __init__(
         self, num_tokens: int = 257, pad_token: str | AddedToken | None = None, **kwargs: Any
     ) -> None:
-        if num_tokens < _BYTES:
-            raise ValueError(f"num_tokens: expected 256 bytes at least, got {num_tokens}")
+        check_integer("num_tokens", num_tokens, _BYTES)
         specials = {
             i: AddedToken(special_token(i), special=True) for i in range(_BYTES, num_tokens)
         }

@@ -48,8 +48,7 @@ def generate_batch(
 ) -> list[Generation]:
     """Generate after each of many prompts; see `mblm.MBLM.generate_batch`."""
     check_names("generate_batch", wishes, Wishes.__optional_keys__ - {"seed", "generator"})
-    if (max_rows := check_integer("max_rows", max_rows)) < 1:
-        raise ValueError(f"max_rows: expected a number >= 1, got {max_rows}")
+    max_rows = check_integer("max_rows", max_rows, 1)
     for name, function in (("on_bytes", on_bytes), ("on_result", on_result)):
         if not (function is None or callable(function)):
             raise TypeError(f"{name}: expected a function, got {type(function).__name__}")

@@ -34,11 +34,8 @@ class Draws:
     def __init__(self, generator: torch.Generator | None = None, lanes: int = 1) -> None:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {generator!r}")
-        lanes = check_integer("lanes", lanes)
-        if lanes < 1:
-            raise ValueError(f"lanes: expected a number >= 1, got {lanes}")
         self.generator = generator
-        self.lanes = lanes
+        self.lanes = lanes = check_integer("lanes", lanes, 1)
         self._lock = threading.Lock()
         # Which numbers are kept first, and those from there on, each with the generator's state
         # before it: changed by one assignment or one call, so that a signal finds it whole.
@@ -206,10 +203,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, lowest in (("max_tokens", 0), ("top_k", 1), ("lane", 0), ("draft", 0)):
-            value = check_integer(name, getattr(self, name))
-            if value < lowest:
-                raise ValueError(f"{name}: expected a number >= {lowest}, got {value}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), lowest))
         temperature = check_number("temperature", self.temperature)
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")

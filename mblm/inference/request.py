@@ -279,9 +279,7 @@ def _check_count(model: Any, length: int, fed: int, count: int | None) -> int:
         raise ValueError(f"prompt: {before} bytes exceed the context of {limit} bytes")
     if count is None:
         return max(0, model.context_size - before)
-    count = check_integer("max_bytes", count)
-    if count < 0:
-        raise ValueError(f"max_bytes: expected a number >= 0, got {count}")
+    count = check_integer("max_bytes", count, 0)
     if limit is not None and before + count > limit:
         after = f" after {'a prompt of ' if fed else ''}{before}" if before else ""
         raise ValueError(

@@ -80,9 +80,7 @@ class Scorer:
         check_model(model)
         self._model = model
         self._length, self._stride = _check_window(model, length, stride)
-        self._batch_bytes = check_integer("batch_bytes", batch_bytes)
-        if self._batch_bytes < 1:
-            raise ValueError(f"batch_bytes: expected a number >= 1, got {batch_bytes}")
+        self._batch_bytes = check_integer("batch_bytes", batch_bytes, 1)
         self._alternatives = alternatives
         patch = model.patch_sizes[0]
         self._piece_bytes = max(self._batch_bytes // patch, 1) * patch

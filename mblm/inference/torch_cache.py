@@ -78,8 +78,7 @@ class TorchCache(Cache):
     # -- Rows --------------------------------------------------------------------------------------
 
     def add(self, count: int = 1) -> list[Row]:
-        if check_integer("count", count) < 0:
-            raise ValueError(f"count: expected a number >= 0, got {count}")
+        check_integer("count", count, 0)
         return self._add([self._stages.empty_row()] * count)
 
     def _add(self, rows: Sequence[RowState]) -> list[Row]:

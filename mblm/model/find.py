@@ -32,7 +32,7 @@ def find_model(name: str | os.PathLike[str]) -> Path:
         TypeError: The name is neither a text nor a path.
         FileNotFoundError: The name is empty, there is no such run, or it has no model yet.
     """
-    path = _as_path(name)
+    path = as_path(name)
     if _is_latest(path):
         return _best_of(_newest_run(path, holds=_BEST))
     if (path / CONFIG_FILE).exists():
@@ -60,7 +60,7 @@ def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:
     Raises:
         TypeError, FileNotFoundError: As for `find_model`.
     """
-    path = _as_path(name)
+    path = as_path(name)
     if _is_latest(path):
         return _newest_run(path, holds=holds)
     if path.suffix == ".pth" or path.name == RUN_CONFIG_FILE:
@@ -70,12 +70,13 @@ def find_run(name: str | os.PathLike[str], *, holds: str) -> Path:
     return path
 
 
-def _as_path(name: object) -> Path:
+def as_path(name: object, argument: str = "name") -> Path:
+    """Refuse what is no name; ``argument`` is what errors call it."""
     if not isinstance(name, (str, os.PathLike)):
-        raise TypeError(f"name: expected a folder, a file or a model's name, got {name!r}")
+        raise TypeError(f"{argument}: expected a folder, a file or a model's name, got {name!r}")
     if name == "":  # which a path would take for the folder one is in
-        raise FileNotFoundError("name: expected that of a model or a run, got an empty text")
-    return Path(name).expanduser()
+        raise FileNotFoundError(f"{argument}: expected that of a model or a run, got an empty text")
+    return Path(os.path.expanduser(name))  # which leaves a user that there is not
 
 
 def _refuse_runs(path: Path) -> None:

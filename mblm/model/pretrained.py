@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from pydantic import BaseModel, ValidationError
 
-from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, find_model
+from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, as_path, find_model
 from mblm.model.hub import model_card, push_folder
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import load_checked_state, load_model_state, uncompiled
@@ -47,12 +47,13 @@ class PretrainedMixin:
 
         Raises:
             TypeError: A weight is no plain tensor, such as a quantized one.
+            OSError: The folder cannot be written.
         """
         from safetensors.torch import save
 
         assert isinstance(self, torch.nn.Module)
         weights = _separate(uncompiled(self.state_dict()))
-        folder = Path(save_directory).expanduser()
+        folder = as_path(save_directory, "save_directory")
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": _model_type(type(self))}
         config |= self.pretrained_config.model_dump(mode="json")
@@ -272,7 +273,7 @@ def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str
     """The configuration, and the id that weights saved with it bear."""
     try:
         data = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON file ({error})") from error
     model_type = data.get("model_type") if isinstance(data, dict) else None
     if model_type not in (_model_type(cls), cls.__name__):

@@ -54,6 +54,7 @@ def write_picture(surprise: Surprise, name: str, file: BinaryIO, suffix: str = "
 
     shown = sum(cell.num_bytes for cell in cells)
     part = f", of which the first {shown:,} are shown" if shown < len(surprise.data) else ""
+    name = name.encode(errors="replace").decode()  # a file's name may be no text
     title = f"{name}\n{surprise}{part}\nbits that a byte takes:"
     at = (0.2 / whole[0], 1 - 0.1 / whole[1])
     figure.text(*at, title, va="top", fontsize=SIZE, parse_math=False)

@@ -12,14 +12,17 @@ _ID_DTYPES = frozenset(
 )
 
 
-def check_integer(name: str, value: Any) -> int:
-    """Refuse what is not an integer; a bool is none."""
+def check_integer(name: str, value: Any, least: int | None = None) -> int:
+    """Refuse what is not an integer, a bool being none, or is below the least that may be."""
     try:
-        if not isinstance(value, bool):
-            return operator.index(value)
+        integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        pass
-    raise TypeError(f"{name}: expected an integer, got {value!r}")
+        integer = None
+    if integer is None:
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if least is not None and integer < least:
+        raise ValueError(f"{name}: expected a number >= {least}, got {integer}")
+    return integer
 
 
 def check_sizes(**sizes: Any) -> None:

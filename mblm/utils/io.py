@@ -242,6 +242,8 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise json.JSONDecodeError(f"{where}: {error.msg}", error.doc, error.pos) from None
+    except RecursionError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value

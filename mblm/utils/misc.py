@@ -28,8 +28,7 @@ def retry(
         TypeError: `num_retries` is no integer.
         ValueError: `num_retries` is negative.
     """
-    if check_integer("num_retries", num_retries) < 0:
-        raise ValueError(f"num_retries must be at least 0, got {num_retries}")
+    check_integer("num_retries", num_retries, 0)
 
     def decorate(function: Callable[P, T]) -> Callable[P, T | None]:
         @functools.wraps(function)

@@ -34,8 +34,7 @@ class TopN(Generic[T]):
     """
 
     def __init__(self, n: int, *, deep_copy: bool = False, top_largest: bool = False) -> None:
-        if check_integer("n", n) < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
+        check_integer("n", n, 0)
         self._capacity = n
         self._deep_copy = deep_copy
         self._top_largest = top_largest

@@ -43,7 +43,7 @@ def test_no_prompts_of_a_file(run: Run, saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     ["x", "3", "[]", "{}", '{"prompt": 3}', '{"text": ""}', '{"prompt_base64": "?"}',
-     '{"prompt": "", "n": 1}', '{"prompt": "\\ud800"}', "\xff"],
+     '{"prompt": "", "n": 1}', '{"prompt": "\\ud800"}', "\xff", "[" * 9999],
 )  # fmt: skip
 def test_a_line_that_is_no_prompt_is_named(
     run: Run, tmp_path: Path, saved: Path, line: str

@@ -232,6 +232,7 @@ def test_a_schema_that_nothing_satisfies_is_refused(schema: Any) -> None:
         (lambda: JsonSchema({"type": "nothing"}), ValueError, "schema: Invalid type: nothing"),
         (lambda: JsonSchema({"pattern": "a(?=b)"}), ValueError, "schema: .*"),
         (lambda: JsonSchema("{"), ValueError, "schema: no JSON: Expecting property name"),
+        (lambda: JsonSchema("[" * 9999), ValueError, "schema: no JSON: maximum recursion"),
         (lambda: JsonSchema({"enum": [{1}]}), ValueError, "schema: no JSON: .* not JSON serial"),
         (lambda: JsonSchema(nested(200)), ValueError, "schema: recursion limit exceeded"),
         (lambda: JsonSchema(nested(5000)), ValueError, "schema: no JSON: maximum recursion"),

@@ -319,6 +319,8 @@ class TestGenerateOptions:
             ({"attention_mask": torch.tensor([[1, 0, 1] * 3])}, "gaps"),
             ({"inputs_embeds": torch.ones(1, 2, 8)}, "inputs_embeds"),
             ({"max_new_token": 3}, "max_new_token"),
+            ({"stop_strings": [""]}, r"stop_strings: expected texts, none empty, got \[''\]"),
+            ({"stop_strings": [3]}, "stop_strings: expected texts"),
         ],
     )
     def test_what_is_not_there_is_refused(
@@ -458,7 +460,9 @@ class TestForward:
             ({"attention_mask": torch.tensor([[1, 0, 1] * 4 + [1]] * 2)}, ValueError, "gaps"),
             ({"labels": IDS[:, 1:]}, ValueError, "labels: expected the shape"),
             ({"labels": IDS + 100}, ValueError, "labels"),
+            ({"labels": IDS.float()}, TypeError, "labels: expected integer token ids"),
             ({"inputs_embeds": torch.ones(1)}, TypeError, "inputs_embeds: not known"),
+            ({"position_ids": IDS}, TypeError, "position_ids: not known"),
         ],
     )
     def test_bad_input_is_named(

@@ -72,7 +72,7 @@ class TestSpecialIds:
 
     @pytest.mark.parametrize("num_tokens", [0, 255])
     def test_of_too_few_ids_are_refused(self, num_tokens: int) -> None:
-        with pytest.raises(ValueError, match="256 bytes at least"):
+        with pytest.raises(ValueError, match="num_tokens: expected a number >= 256"):
             MBLMTokenizer(num_tokens)
 
     def test_that_there_are_not_are_refused(self) -> None:

@@ -125,7 +125,18 @@ class TestDtypes:
         assert torch.equal(cache.run(rows)[0].ids, want)
 
     @pytest.mark.parametrize(
-        "kinds", [("transformer", "mamba1"), ("mamba2", "transformer"), ("lstm", "lstm")]
+        "kinds",
+        [
+            ("transformer", "mamba1"),
+            ("mamba2", "transformer"),
+            pytest.param(
+                ("lstm", "lstm"),
+                marks=pytest.mark.skipif(
+                    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+                    reason="PyTorch's LSTM in bfloat16 needs AVX-512",
+                ),
+            ),
+        ],
     )
     def test_autocast_may_begin_and_end(self, kinds: tuple[str, ...]) -> None:
         m = build(*kinds)

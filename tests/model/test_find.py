@@ -45,7 +45,15 @@ def test_a_run_stands_for_its_best_model(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["owner/name", "absent", "data/output/b_1/b_top1.pth", "x.pth", "data/output/b_1/x"]
+    "name",
+    [
+        "owner/name",
+        "absent",
+        "data/output/b_1/b_top1.pth",
+        "x.pth",
+        "data/output/b_1/x",
+        "~no user/x",
+    ],
 )
 def test_another_name_is_left_as_it_is(runs: Path, name: str) -> None:
     assert find_model(name) == Path(name)

@@ -140,6 +140,14 @@ class TestRoundTrip:
         assert type(Own.from_pretrained(tmp_path / "own")) is Own
         assert type(Own.from_pretrained(tmp_path / "base")) is Own
 
+    def test_of_a_folder_without_a_name_is_refused(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"save_directory: .* got an empty text"):
+            build().save_pretrained("")
+        with pytest.raises(TypeError, match=r"save_directory: expected a folder, .* got None"):
+            build().save_pretrained(None)  # type: ignore[arg-type]
+        assert not any(tmp_path.iterdir())
+
     @pytest.mark.parametrize("compiled_again", [False, True])
     def test_of_compiled_stages(self, tmp_path: Path, compiled_again: bool) -> None:
         m, fresh = build(), build()
@@ -349,7 +357,7 @@ class TestBadFolder:
         change_config(folder, num_tokens=20)
         self.fails(folder, r"to_logits.weight: expected \(20, 8\), got \(19, 8\)")
 
-    @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"MBLM"', "\xff"])
+    @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"MBLM"', "\xff", "[" * 9999])
     def test_config_is_no_json_object(self, folder: Path, text: str) -> None:
         (folder / CONFIG_FILE).write_bytes(text.encode("latin-1"))
         self.fails(folder, "not a JSON file|not the configuration of a MBLM")

@@ -23,7 +23,7 @@ def test_any_bytes_make_a_picture(data: bytes, suffix: str, begins: bytes) -> No
 
 def test_a_picture_names_text_and_bits() -> None:
     file = io.BytesIO()
-    write_picture(surprise_of(b"abc\n" * 100), "a text", file, ".svg")
+    write_picture(surprise_of(b"abc\n" * 100), "a text\udcff", file, ".svg")
     drawn = file.getvalue().decode()
     for words in ("a text", "400 bytes", "of which the first 240 are shown"):
         assert f"<!-- {words}" in drawn or words in drawn

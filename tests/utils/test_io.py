@@ -214,7 +214,11 @@ class TestJSONLines:
 
     @pytest.mark.parametrize(
         "text, error",
-        [('{"a": 1}\n{"a": \n', json.JSONDecodeError), ("{}\n[1]\n", ValueError)],
+        [
+            ('{"a": 1}\n{"a": \n', json.JSONDecodeError),
+            ("{}\n[1]\n", ValueError),
+            ("{}\n" + "[" * 9999, ValueError),
+        ],
     )
     def test_a_bad_line_is_named(self, tmp_path, text, error):
         path = tmp_path / "a.jsonl"

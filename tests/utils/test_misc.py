@@ -42,5 +42,5 @@ def test_an_interrupt_is_not_retried():
 def test_what_is_no_number_of_retries_is_refused():
     with pytest.raises(TypeError, match="num_retries: expected an integer, got '3'"):
         retry("3")
-    with pytest.raises(ValueError, match="num_retries must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="num_retries: expected a number >= 0, got -1"):
         retry(-1)

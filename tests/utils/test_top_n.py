@@ -63,5 +63,5 @@ def test_copies_only_if_asked_to():
 def test_what_is_no_size_is_refused():
     with pytest.raises(TypeError, match="n: expected an integer, got '3'"):
         TopN("3")
-    with pytest.raises(ValueError, match="n must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="n: expected a number >= 0, got -1"):
         TopN(-1)

@@ -128,7 +128,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         mode, args = ModelMode(mode), optional_args or ByteFilesArgs()
         if args.sources is not None:
             raise ValueError("sources: expected none, make a Mixture of several datasets")
-        root = Path(data_dir).expanduser()
+        root = Path(os.path.expanduser(data_dir))
         if is_packed(root):
             if given := args.model_fields_set & _PARTS_OF_FILES:
                 raise ValueError(f"{min(given)}: {str(root)!r} is packed and has its own parts")
@@ -180,12 +180,12 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
                 f"separator_id: expected one in [0, {num_tokens}), the vocabulary of num_tokens, "
                 f"got {args.separator_id}"
             )
-        root = Path(config.io.dataset_dir).expanduser()
+        root = Path(os.path.expanduser(config.io.dataset_dir))
         if args.sources is None:
             return _open_configured(config, root, mode, args, worker_id, num_workers)
         parts: dict[str, DistributedDataset[BatchWithLossMask]] = {}
         for name in args.sources:
-            path = root / Path(name).expanduser()
+            path = root / os.path.expanduser(name)
             unfit = {"sources"} | (_PARTS_OF_FILES if is_packed(path) else set())
             of_source = ByteFilesArgs(**args.model_dump(exclude_unset=True, exclude=unfit))
             try:

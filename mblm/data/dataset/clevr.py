@@ -148,7 +148,7 @@ class Clevr(DistributedDataset[BatchWithLossMask]):
                 som_image_token_id=optional_args.som_image_token_id,
             )
         ).pipeline
-        part, data_dir = _PARTS[mode], Path(data_dir).expanduser()
+        part, data_dir = _PARTS[mode], Path(os.path.expanduser(data_dir))
         self.images_root = data_dir / "images" / part
         self._questions = data_dir / "questions" / f"CLEVR_{part}_questions.json"
         self.entries = _read_questions(self._questions)

@@ -45,7 +45,7 @@ class PG19Books(DistributedDataset[_T]):
     ) -> None:
         mode = ModelMode(mode)
         part = "validation" if mode is ModelMode.VALID else mode.value
-        folder = Path(data_dir).expanduser() / part
+        folder = Path(os.path.expanduser(data_dir)) / part
         if not folder.is_dir():
             raise FileNotFoundError(f"data_dir: no folder {str(folder)!r}")
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
