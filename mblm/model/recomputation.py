@@ -65,14 +65,20 @@ def run_layers_recomputed(
     model: nn.Module, layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor
 ) -> Tensor:
     """A model's layers one after the other on ``(B, S, D)``, of which the inputs are kept."""
-    layers = [with_weights_of_now(model, layer) for layer in layers]
-    if _suits(model, x):
-        sums = GradientSums(model.parameters())
-        out: Tensor = _InLayers.apply(layers, sums, x, *sums.parameters)
-        return out
-    for layer in layers:
-        x = checkpoint(layer, x, use_reentrant=False)
-    return x
+    layers, last = [with_weights_of_now(model, layer) for layer in layers], len(layers) - 1
+    if not (layers and _suits(model, x)):
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    def run(index: int, first: Tensor, later: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = layers[index](first if later is None else later)
+        return (y, None) if index == last else (y[:, :0].detach(), y)
+
+    takes = [slice(None), *[slice(0)] * last]  # the first takes all, and the last gives all
+    sums = GradientSums(model.parameters())
+    out: Tensor = _InPieces.apply(run, takes, takes[::-1], True, sums, x, *sums.parameters)
+    return out
 
 
 def _suits(model: nn.Module, x: Tensor) -> bool:
@@ -110,39 +116,47 @@ def run_in_segments(
         segment: Positions that are computed at once, at least 1.
         is_random: Whether ``run`` may draw random numbers.
     """
-    out: Tensor = _InSegments.apply(run, segment, is_random, sums, x, *sums.parameters)
+    spans = [slice(start, start + segment) for start in range(0, x.shape[1], segment)]
+    out: Tensor = _InPieces.apply(
+        lambda _, *given: run(*given), spans, spans, is_random, sums, x, *sums.parameters
+    )
     return out
 
 
-class _InSegments(torch.autograd.Function):
+class _InPieces(torch.autograd.Function):
+    """``run(index, part, state)`` of each piece gives an output and the next piece's state.
+
+    A piece takes these positions of x, and gives those of the output.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         run: Callable[..., Any],
-        segment: int,
+        takes: Sequence[slice],
+        gives: Sequence[slice],
         is_random: bool,
         sums: GradientSums,
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        starts = range(0, x.shape[1], segment)
-        circumstances = _Circumstances(len(starts) if is_random else 0, x.device.type)
+        count = len(takes)
+        circumstances = _Circumstances(count if is_random else 0, x.device.type)
         out, states, state, nests = x, [], None, []
-        for index, start in enumerate(starts):
+        for index in range(count):
             circumstances.keep(index)
-            positions = slice(start, start + segment)
-            result, state = run(x[:, positions], state)
+            result, state = run(index, x[:, takes[index]], state)
             tensors, with_tensors = _split_state(state)
             if index == 0:
                 out = result.new_empty(*x.shape[:2], *result.shape[2:])
-                states = [t.new_empty(len(starts) - 1, *t.shape) for t in tensors]
-            out[:, positions] = result
-            if index + 1 < len(starts):
+                states = [t.new_empty(count - 1, *t.shape) for t in tensors]
+            out[:, gives[index]] = result
+            if index + 1 < count:
                 for kept, tensor in zip(states, tensors, strict=True):
                     kept[index] = tensor
                 nests.append(with_tensors)
                 state = with_tensors([kept[index] for kept in states])
-        ctx.computation = run, starts, sums, circumstances, nests
+        ctx.computation = run, takes, gives, sums, circumstances, nests
         ctx.save_for_backward(x, *states)
         return out
 
@@ -150,28 +164,30 @@ class _InSegments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *states = ctx.saved_tensors
-        run, starts, sums, circumstances, nests = ctx.computation
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
-        of_state = [kept.new_zeros(kept.shape[1:]) for kept in states]  # after the segment
+        run, takes, gives, sums, circumstances, nests = ctx.computation
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[5] else None
+        of_state = [kept.new_zeros(kept.shape[1:]) for kept in states]  # after the piece
         with sums.adding():
-            for index, start in reversed(list(enumerate(starts))):
-                positions = slice(start, start + starts.step)
-                part = x[:, positions].detach().requires_grad_(of_x is not None)
+            for index in reversed(range(len(takes))):
+                part = x[:, takes[index]].detach()
+                part.requires_grad_(of_x is not None and part.numel() > 0)
                 before = [kept[index - 1].detach().requires_grad_() for kept in states if index]
                 with circumstances.of(index):
                     state = nests[index - 1](before) if index else None
-                    out, after = run(part.view_as(part), state)
-                results = [(out, grad[:, positions])]
-                if index + 1 < len(starts):
+                    out, after = run(index, part.view_as(part), state)
+                results = [(out, grad[:, gives[index]])]
+                if index + 1 < len(takes):
                     results += zip(_split_state(after)[0], of_state, strict=True)
-                outs, gradients = zip(*(r for r in results if r[0].requires_grad), strict=True)
+                results = [result for result in results if result[0].requires_grad]
+                if not results:  # the first layer is frozen
+                    continue
                 inputs = [part, *before] if part.requires_grad else before
-                found = list(sums.add_gradients(outs, gradients, inputs))
-                if of_x is not None:
-                    of_x[:, positions] = found.pop(0)
+                found = list(sums.add_gradients(*zip(*results, strict=True), inputs))
+                if of_x is not None and part.requires_grad:
+                    of_x[:, takes[index]] = found.pop(0)
                 for kept, gradient in zip(of_state, found, strict=False):
                     kept.zero_() if gradient is None else kept.copy_(gradient)
-            return None, None, None, None, of_x, *sums.in_types_of_parameters()
+            return None, None, None, None, None, of_x, *sums.in_types_of_parameters()
 
 
 def _split_state(state: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
@@ -198,43 +214,6 @@ def _split_state(state: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]],
         return tree_unflatten([own.get(place, leaf) for place, leaf in enumerate(leaves)], nest)
 
     return tensors, with_tensors
-
-
-class _InLayers(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        layers: Sequence[Callable[[Tensor], Tensor]],
-        sums: GradientSums,
-        x: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        circumstances = _Circumstances(len(layers), x.device.type)
-        kept = [x, *(torch.empty_like(x) for _ in layers)]
-        for index, layer in enumerate(layers):
-            circumstances.keep(index)
-            kept[index + 1].copy_(layer(kept[index]))
-        ctx.computation = layers, sums, circumstances
-        ctx.save_for_backward(*kept[:-1])
-        return kept[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layers, sums, circumstances = ctx.computation
-        inputs = ctx.saved_tensors  # at once: activation checkpointing gives them one time only
-        grad = grad.clone()
-        with sums.adding():
-            for index in reversed(range(len(layers))):
-                is_needed = index > 0 or ctx.needs_input_grad[2]
-                x = inputs[index].detach().requires_grad_(is_needed)
-                with circumstances.of(index):
-                    out = layers[index](x.view_as(x))
-                found = sums.add_gradients(out, grad, [x] if is_needed else [])
-                for gradient in found:
-                    grad.copy_(gradient)
-            of_x = grad if ctx.needs_input_grad[2] else None
-            return None, None, of_x, *sums.in_types_of_parameters()
 
 
 class _Circumstances:

@@ -138,6 +138,14 @@ def test_a_frozen_parameter_gets_none(stage: Any) -> None:
     assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
 
 
+def test_nothing_reaches_a_frozen_first_layer() -> None:
+    stage = BLOCKS["transformer"].to_model(8, 2)
+    stage.layers[0].requires_grad_(False)  # type: ignore[index,union-attr]
+    x, own = torch.randn(2, 9, 8), list(stage.layers[1].parameters())  # type: ignore[index,union-attr]
+    found = gradients(recomputed(stage, x), *own)
+    torch.testing.assert_close(found, gradients(stage(x), *own))
+
+
 def test_a_graph_that_is_kept_gives_its_gradients_again(stage: Any) -> None:
     x = torch.randn(2, 10, 8, requires_grad=True)
     loss = recomputed(stage, x).square().sum()
