@@ -5,34 +5,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from mambapy.mamba import MambaBlock, MambaConfig, RMSNorm
+from mambapy.mamba import MambaBlock, MambaConfig
 from torch import Tensor, nn
 
 from mblm.model.linear import apply
-from mblm.model.mamba_layers import Carried, MambaStage, call_mixer, convolve
+from mblm.model.mamba_layers import Carried, MambaLayer, MambaStage, convolve
 from mblm.model.mamba_scans import mamba1_scan
-from mblm.model.plain import Part, is_plain
+from mblm.model.plain import Part
 from mblm.ops import _native
 from mblm.ops.packing import pack_linear
 from mblm.utils.huge_pages import HugePages
-
-
-class Mamba1Layer(nn.Module):
-    """A residual layer; the parameters are those of mambapy's ``ResidualBlock``."""
-
-    def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.mixer = Mamba1Mixer(config)
-        self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D), after a state where one is carried."""
-        norm = self.norm
-        if is_plain(norm, RMSNorm):
-            normed = F.rms_norm(x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.eps)
-        else:
-            normed = norm(x)
-        return call_mixer(self.mixer, normed, carried) + x
 
 
 class Mamba1Mixer(MambaBlock):
@@ -79,7 +61,7 @@ class Mamba1(MambaStage):
         ValueError: A size is below 1.
     """
 
-    kinds = (Mamba1Layer, Mamba1Mixer)
+    mixer_class = Mamba1Mixer
     linears = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
     def __init__(
@@ -90,12 +72,14 @@ class Mamba1(MambaStage):
         )
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand_factor": expand}
         config = MambaConfig(model_dim, num_layers, **sizes)
-        self.layers = nn.ModuleList(Mamba1Layer(config) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            MambaLayer(Mamba1Mixer(config), model_dim) for _ in range(num_layers)
+        )
 
     def parts(self) -> Iterator[Part]:
         """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
         yield self, Mamba1
-        yield from self.parts_of_layers(RMSNorm)
+        yield from self.parts_of_layers()
 
     def pack(self, weights: str, memory: HugePages) -> Any:
         """Its weights as compiled decoding reads them; see `mblm.model.stage.Stage`."""

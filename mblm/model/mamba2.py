@@ -9,46 +9,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mblm.model.linear import apply
-from mblm.model.mamba_layers import Carried, MambaStage, call_mixer, convolve
+from mblm.model.mamba_layers import (
+    NORM_EPS,
+    Carried,
+    MambaLayer,
+    MambaStage,
+    convolve,
+    rms_norm,
+)
 from mblm.model.mamba_scans import mamba2_scan
-from mblm.model.plain import Part, is_plain
+from mblm.model.plain import Part
 from mblm.ops import _native
-from mblm.ops.gated_rms_norm import gated_rms_norm
 from mblm.ops.packing import pack_linear
 from mblm.utils.huge_pages import HugePages
-
-_NORM_EPS = 1e-5
-
-
-def rms_norm(norm: nn.Module, x: Tensor, gate: Tensor | None = None) -> Tensor:
-    """``norm`` of x (.., D), times the SiLU of the gate where there is one."""
-    if is_plain(norm, nn.RMSNorm):
-        return gated_rms_norm(x, norm.weight, gate, eps=norm.eps)  # type: ignore[arg-type]
-    out: Tensor = norm(x if gate is None else x * F.silu(gate))
-    return out
-
-
-class Mamba2Layer(nn.Module):
-    """A residual layer, with dropout of what the mixer gives."""
-
-    def __init__(
-        self,
-        model_dim: int,
-        d_state: int,
-        d_conv: int,
-        inner_dim: int,
-        headdim: int,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.mixer = Mamba2Mixer(model_dim, d_state, d_conv, inner_dim, headdim)
-        self.norm = nn.RMSNorm(model_dim, eps=_NORM_EPS)
-
-    def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D), after a state where one is carried."""
-        out = call_mixer(self.mixer, rms_norm(self.norm, x), carried)
-        return F.dropout(out, self.dropout, self.training) + x
 
 
 class Mamba2Mixer(nn.Module):
@@ -70,7 +43,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.log(torch.empty(self.num_heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.num_heads))
-        self.norm = nn.RMSNorm(inner_dim, eps=_NORM_EPS)
+        self.norm = nn.RMSNorm(inner_dim, eps=NORM_EPS)
         self.out_proj = nn.Linear(inner_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
@@ -120,7 +93,7 @@ class Mamba2(MambaStage):
             is not a probability.
     """
 
-    kinds = (Mamba2Layer, Mamba2Mixer)
+    mixer_class = Mamba2Mixer
     linears = ("in_proj", "out_proj")
 
     def __init__(
@@ -145,13 +118,17 @@ class Mamba2(MambaStage):
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         dropouts = [0.0] * (num_layers - 1) + [dropout]
         self.layers = nn.ModuleList(
-            Mamba2Layer(model_dim, d_state, d_conv, expand * model_dim, headdim, dropout)
+            MambaLayer(
+                Mamba2Mixer(model_dim, d_state, d_conv, expand * model_dim, headdim),
+                model_dim,
+                dropout,
+            )
             for dropout in dropouts
         )
-        self.norm_f = nn.RMSNorm(model_dim, eps=_NORM_EPS)
+        self.norm_f = nn.RMSNorm(model_dim, eps=NORM_EPS)
         for layer in self.layers:
             # GPT-2's scaling of what enters the residual path, by the number of layers.
-            weight = cast(Mamba2Layer, layer).mixer.out_proj.weight
+            weight = cast(Any, layer).mixer.out_proj.weight
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             with torch.no_grad():
                 weight /= math.sqrt(num_layers)
@@ -164,7 +141,7 @@ class Mamba2(MambaStage):
         """The modules that it computes with, as built; see `mblm.model.plain.are_plain`."""
         yield self, Mamba2
         yield self.norm_f, nn.RMSNorm
-        yield from self.parts_of_layers(nn.RMSNorm)
+        yield from self.parts_of_layers()
         yield from ((layer.mixer.norm, nn.RMSNorm) for layer in self.layers)  # type: ignore[misc]
 
     def pack(self, weights: str, memory: HugePages) -> Any:

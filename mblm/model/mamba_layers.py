@@ -10,17 +10,14 @@ from torch import Tensor, nn
 from mblm.model.plain import Part, is_plain, keeps_forward
 from mblm.model.stage import Carried, tensor_of
 from mblm.ops.causal_conv import causal_conv
+from mblm.ops.gated_rms_norm import gated_rms_norm
 from mblm.utils.checks import check_sizes
 
 # SSM state, (B, D_inner, N) or (B, H, P, N), and conv window (B, K - 1, D_conv).
 LayerState = tuple[Tensor, Tensor]
 State = tuple[LayerState, ...]
 
-
-def call_mixer(mixer: nn.Module, x: Tensor, carried: Carried | None) -> Tensor:
-    """A mixer on (B, S, D); one of the user's may know nothing of a state."""
-    out: Tensor = mixer(x) if carried is None else mixer(x, carried)
-    return out
+NORM_EPS = 1e-5  # of mambapy and mamba_ssm alike
 
 
 def convolve(conv: nn.Module, taps: int, x: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -39,19 +36,44 @@ def convolve(conv: nn.Module, taps: int, x: Tensor, window: Tensor | None) -> tu
     return F.silu(convolved), extended[:, count:]
 
 
+def rms_norm(norm: nn.Module, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """``norm`` of x (.., D), times the SiLU of the gate where there is one."""
+    if is_plain(norm, nn.RMSNorm):
+        return gated_rms_norm(x, norm.weight, gate, eps=norm.eps)  # type: ignore[arg-type]
+    out: Tensor = norm(x if gate is None else x * F.silu(gate))
+    return out
+
+
+class MambaLayer(nn.Module):
+    """A residual layer, with dropout of what the mixer gives, which carries a state."""
+
+    def __init__(self, mixer: nn.Module, model_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.mixer = mixer
+        self.norm = nn.RMSNorm(model_dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D), after a state where one is carried."""
+        normed = rms_norm(self.norm, x)
+        # A mixer of the user's may know nothing of a state.
+        out = self.mixer(normed) if carried is None else self.mixer(normed, carried)
+        return F.dropout(out, self.dropout, self.training) + x
+
+
 class MambaStage(nn.Module):
     """A stage of residual layers that carry a state.
 
     Attributes:
         model_dim: Width D of the stage.
         layers: Each maps ``(x, carried)`` to the same shape as x, as does its ``mixer``.
-        kinds: The classes of a layer and of its mixer, which carry a state.
+        mixer_class: The class of a layer's mixer.
         linears: The names of a mixer's linear layers.
     """
 
     is_recurrent = True
     layers: nn.ModuleList
-    kinds: tuple[type[nn.Module], type[nn.Module]]
+    mixer_class: type[nn.Module]
     linears: tuple[str, ...]
 
     def __init__(self, model_dim: int, **sizes: int) -> None:
@@ -96,13 +118,13 @@ class MambaStage(nn.Module):
         """What comes after the layers."""
         return x
 
-    def parts_of_layers(self, norm: type[nn.Module]) -> Iterator[Part]:
+    def parts_of_layers(self) -> Iterator[Part]:
         """What its layers compute with, as built."""
         layer: Any
         for layer in self.layers:
-            yield layer, self.kinds[0]
-            yield layer.norm, norm
-            yield layer.mixer, self.kinds[1]
+            yield layer, MambaLayer
+            yield layer.norm, nn.RMSNorm
+            yield layer.mixer, self.mixer_class
             yield layer.mixer.conv1d, nn.Conv1d
             yield from ((getattr(layer.mixer, name), nn.Linear) for name in self.linears)
 
@@ -112,7 +134,7 @@ class MambaStage(nn.Module):
     def takes_carried(self) -> bool:
         """Whether it, its layers and their mixers are called as built, hooked or not."""
         return keeps_forward(self, MambaStage) and all(
-            keeps_forward(layer, self.kinds[0]) and keeps_forward(layer.mixer, self.kinds[1])  # type: ignore[arg-type]
+            keeps_forward(layer, MambaLayer) and keeps_forward(layer.mixer, self.mixer_class)  # type: ignore[arg-type]
             for layer in self.layers
         )
 
