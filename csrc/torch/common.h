@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cpu/bfloat16.h"
@@ -23,6 +24,9 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void
 #endif
 
 namespace mblm {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 #ifdef MBLM_CUDA
 constexpr bool kCuda = true;

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/searchsorted.h>
+
+#include <tuple>
 
 #include "cuda/groups.h"
 #include "tensors.h"
@@ -11,7 +15,14 @@ namespace mblm {
 // Ids outside [0, num_ids) are in no group.
 class GroupsOnDevice {
  public:
-  GroupsOnDevice(const at::Tensor& ids, int64_t num_ids);
+  GroupsOnDevice(const at::Tensor& ids, int64_t num_ids) : num_ids_(num_ids) {
+    at::Tensor sorted;
+    std::tie(sorted, order_) = ids.flatten().sort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
+    offsets_ = at::searchsorted(sorted, at::arange(num_ids + 1, ids.options()));
+    const at::Tensor pieces =
+        offsets_.diff().add(cuda::kPiecePositions - 1).floor_divide(cuda::kPiecePositions);
+    pieces_ = make::padded(pieces.cumsum(0), {1, 0});
+  }
 
   cuda::Groups groups() const {
     return {order_.numel(), num_ids_, order_.const_data_ptr<int64_t>(),

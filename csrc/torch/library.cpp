@@ -1,8 +1,15 @@
-// Registers the operators' kernels with PyTorch.
+// Registers the operators' kernels with PyTorch, and compiles their glue: together, since torch's
+// headers cost more than all of it.
 #include <torch/library.h>
 
-#include "common.h"
-#include "operators.h"
+#include "assemble_stage.h"
+#include "causal_conv.h"
+#include "embed_patches.h"
+#include "linear.h"
+#include "rms_norms.h"
+#include "selective_scan.h"
+#include "short_attention.h"
+#include "ssd.h"
 
 namespace mblm {
 

@@ -4,9 +4,11 @@
 
 #include "common.h"
 #include "cpu/kernel.h"
-#include "operators.h"
 
 namespace mblm {
+
+// The gradients of x, steps, A, B, C, D and the initial state.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct ScanInputs {
   const c10::DeviceGuard device;

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from mblm.model.config import MBLMReturnType
 
@@ -47,11 +47,11 @@ def check_inputs(input_ids: object, inputs_embeds: object, return_type: object) 
         raise ValueError(f"return_type: inputs_embeds gives HIDDEN_STATE only, got {return_type!r}")
 
 
-def check_like_ids(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) -> None:
+def check_like_ids(name: str, tensor: Tensor | None, ids: Tensor) -> None:
     """Refuse a mask or labels whose shape or device is not that of the token ids."""
     if tensor is None:
         return
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
     if tensor.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
@@ -66,7 +66,7 @@ def check_like_ids(name: str, tensor: torch.Tensor | None, ids: torch.Tensor) ->
 
 
 def check_embeddings(
-    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    embeddings: Tensor | Sequence[Tensor],
     hidden_dims: Sequence[int],
     seq_lens: Sequence[int],
     *,
@@ -74,7 +74,7 @@ def check_embeddings(
 ) -> None:
     """Refuse ``inputs_embeds`` that is neither nested embeddings of bytes nor one per stage."""
     stages = len(seq_lens)
-    if isinstance(embeddings, torch.Tensor):
+    if isinstance(embeddings, Tensor):
         given = {"inputs_embeds": (embeddings, stages, hidden_dims[-1])}
     else:
         if len(embeddings) != stages:
@@ -87,7 +87,7 @@ def check_embeddings(
         }
     leading = None
     for name, (tensor, depth, dim) in given.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating point tensor, got {_kind(tensor)}")
         inner = (*seq_lens[1:depth], dim)
         expected = ", ".join(("B", "P_1'", *map(str, inner)))
@@ -106,4 +106,4 @@ def check_embeddings(
 
 
 def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mblm.model.linear import apply, apply_in_order
 from mblm.model.plain import Part, are_plain, parts_in
@@ -50,12 +49,12 @@ class LocalTokenEmbedding(TokenEmbedding):
         """What is in it, as built."""
         yield self.embedding, nn.Embedding
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """Embed bytes: ids ``(..)`` -> ``(.., D_N)``."""
-        out: torch.Tensor = self.embedding(ids)
+        out: Tensor = self.embedding(ids)
         return out
 
-    def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Embeddings of bytes are what this stage takes: ``(..., D_N) -> (..., D_N)``."""
         return embeddings
 
@@ -76,11 +75,8 @@ class PatchTokenEmbedding(TokenEmbedding):
         )
 
     def forward(
-        self,
-        ids: torch.Tensor,
-        num_patches: int,
-        project: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        self, ids: Tensor, num_patches: int, project: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Embed patches: ids ``(B, L)``, padded to ``num_patches`` -> ``(B, num_patches, D_n)``.
 
         ``project`` stands in for the linear layer, where nothing else is hooked or replaced.
@@ -115,7 +111,7 @@ class PatchTokenEmbedding(TokenEmbedding):
         yield self._post, nn.Sequential
         yield from parts_in(self._post, nn.Flatten, nn.LayerNorm, nn.Linear, nn.LayerNorm)
 
-    def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Embeddings of bytes to those of patches: ``(..., R_n, D_N) -> (..., D_n)``."""
         return apply_in_order(self._post, embeddings)
 
@@ -133,9 +129,7 @@ def build_token_embeddings(
     return embeddings
 
 
-def migrate_embedding_keys(
-    state_dict: Mapping[str, torch.Tensor], prefix: str = ""
-) -> dict[str, torch.Tensor]:
+def migrate_embedding_keys(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Rename the embedding entries of release 0.4.0 to the current layout; others stay.
 
     Only entries below ``prefix + "token_embs_rev."`` are looked at.

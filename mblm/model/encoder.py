@@ -1,10 +1,10 @@
 """MBLMEncoder, the bidirectional hierarchy for masked language modeling."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mblm.model.checks import check_config, check_inputs, check_like_ids
 from mblm.model.config import MaskReduceStrat, MBLMEncoderModelConfig, MBLMReturnType
@@ -42,13 +42,13 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        loss_mask: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         return_type: MBLMReturnType = MBLMReturnType.LOSS_LOGITS,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """One pass over whole sequences.
 
         Args:
@@ -104,7 +104,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         tile = self.tile_for(ids.numel())
         if tile is not None:
             return self._forward_in_tiles(tile, nested_ids, mask, targets, weights, return_type)
-        attended = self._attend(self._tokens_of_ids(ids), mask)
+        attended = self._attend(self._tokens_of_ids(ids), self._pad(mask, False))
         hidden = attended.reshape(ids.shape[0], -1, attended.shape[-1])[:, : ids.shape[1]]
         if return_type == MBLMReturnType.HIDDEN_STATE:
             return hidden.reshape(*nested_ids.shape, -1)
@@ -119,17 +119,17 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
     def _forward_in_tiles(
         self,
         tile: int,
-        nested_ids: torch.Tensor,
-        mask: torch.Tensor,
-        targets: torch.Tensor | None,
-        weights: torch.Tensor | None,
+        nested_ids: Tensor,
+        mask: Tensor,
+        targets: Tensor | None,
+        weights: Tensor | None,
         return_type: MBLMReturnType,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """`forward` of checked ids; ``mask``, ``targets`` and ``weights`` are flat."""
         ids = nested_ids.flatten(1)
         padded, mask = self._pad(ids, self.pad_token_id), self._pad(mask, False)
         tiles = TiledPass(self, tile, IGNORED_LABEL)
-        attended = self._run_stage(0, tiles.global_tokens(padded), None, mask)
+        attended = self._run_on_tokens(0, tiles.global_tokens(padded), None, mask)
         if targets is not None:
             targets = self._pad(targets, IGNORED_LABEL)
             weights = None if weights is None else self._pad(weights, 0)
@@ -145,7 +145,7 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
             return nested
         return self.mean_loss(*tiles.loss_of_logits(outputs, targets, weights)), nested
 
-    def _targets(self, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _targets(self, labels: Tensor, mask: Tensor) -> Tensor:
         """Labels of the bytes that count, of the others one that does not."""
         labels = check_id_dtype("labels", labels)
         uncounted = ~mask | (labels == IGNORED_LABEL)
@@ -153,12 +153,10 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
         return labels.masked_fill(uncounted, IGNORED_LABEL)
 
     def _hidden_of_embeddings(
-        self,
-        inputs_embeds: torch.Tensor | Sequence[torch.Tensor],
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, inputs_embeds: Tensor | Sequence[Tensor], attention_mask: Tensor | None
+    ) -> Tensor:
         tokens = self._tokens_of_embeddings(inputs_embeds)
-        local = inputs_embeds if isinstance(inputs_embeds, torch.Tensor) else inputs_embeds[0]
+        local = inputs_embeds if isinstance(inputs_embeds, Tensor) else inputs_embeds[0]
         if attention_mask is None:
             attention_mask = torch.ones(local.shape[:-1], dtype=torch.bool, device=local.device)
         elif attention_mask.shape != local.shape[:-1]:
@@ -166,22 +164,14 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
                 f"attention_mask: expected shape {tuple(local.shape[:-1])}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        return self._attend(tokens, attention_mask.flatten(1)).reshape(local.shape)
+        mask = self._pad(attention_mask.flatten(1), False)
+        return self._attend(tokens, mask).reshape(local.shape)
 
-    def _attend(self, tokens: Callable[[int], StageTokens], mask: torch.Tensor) -> torch.Tensor:
-        """Run all stages; ``mask (B, L)``. Returns the local stage's output (rows, P_N, D_N)."""
-        mask = self._pad(mask, False)
-        context, attended = None, torch.empty(0)
-        for stage in range(self.num_stages):
-            attended = self._run_stage(stage, tokens(stage), context, mask)
-            if stage + 1 < self.num_stages:
-                context = self.project_context(stage, attended)
-        return attended
-
-    def _run_stage(
-        self, stage: int, tokens: StageTokens, context: torch.Tensor | None, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Output of a stage ``(rows, P_n, D_n)``; ``mask`` is that of the rows' bytes."""
+    def _run_on_tokens(
+        self, stage: int, tokens: StageTokens, context: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Output of a stage ``(rows, P_n, D_n)``; the mask is needed."""
+        assert mask is not None
         embeddings, ids = tokens
         x = (
             embeddings
@@ -193,19 +183,11 @@ class MBLMEncoder(Hierarchy, PretrainedMixin):
             x = x + context
         return self.run_stage(stage, x, self._mask_at(stage, mask, x.shape[1]))
 
-    def attend(
-        self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See `Hierarchy.attend`; the mask is needed."""
-        assert mask is not None
-        context = self.project_context(stage - 1, above[None])
-        return self._run_stage(stage, self._tokens(stage, ids), context, mask)
-
-    def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+    def below_positions(self, stage: int, attended: Tensor) -> Tensor:
         """See `Hierarchy.below_positions`: all."""
         return attended
 
-    def _mask_at(self, stage: int, mask: torch.Tensor, seq_len: int) -> torch.Tensor:
+    def _mask_at(self, stage: int, mask: Tensor, seq_len: int) -> Tensor:
         """The mask of a stage's rows ``(rows, seq_len)``, from that of all of their bytes."""
         of_bytes = mask.reshape(-1, seq_len, self.patch_sizes[stage])
         if self.reduce_strat == MaskReduceStrat.ANY:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mblm.model.checks import check_embeddings, check_hierarchy_shape
@@ -29,9 +29,9 @@ from mblm.utils.checks import check_token_ids
 from mblm.utils.transforms import is_transformed
 
 # A stage's token embeddings: (rows, P_n, D_n) and None, or a table (V, D_n) and ids (rows, P_n).
-StageTokens = tuple[torch.Tensor, torch.Tensor | None]
+StageTokens = tuple[Tensor, Tensor | None]
 # What may stand in for a linear layer.
-Projection = Callable[[torch.Tensor], torch.Tensor]
+Projection = Callable[[Tensor], Tensor]
 
 _POSITIONS: dict[str | None, Any] = {"fixed": nn.Embedding, "rope": RoPE, None: nn.Identity}
 
@@ -118,7 +118,7 @@ class Hierarchy(nn.Module):
     def dtype(self) -> torch.dtype:
         """Type of the parameters; of the logits' layer, should they differ and it have one."""
         weight = getattr(self.to_logits, "weight", None)
-        return (weight if isinstance(weight, torch.Tensor) else next(self.parameters())).dtype
+        return (weight if isinstance(weight, Tensor) else next(self.parameters())).dtype
 
     @property
     def context_size(self) -> int:
@@ -142,9 +142,7 @@ class Hierarchy(nn.Module):
         """Whether a stage's rotary positions are a module to call: not as built, or hooked."""
         return self._position_kind(stage) == "rope" and not is_plain(self.pos_embs[stage], RoPE)
 
-    def positions(
-        self, stage: int, first: int, count: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def positions(self, stage: int, first: int, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Fixed positions ``(count, D_n)`` or rotation ``(count, D_n / 2, 2)`` of a stage."""
         kind = self._position_kind(stage)
         if kind is None:
@@ -156,9 +154,7 @@ class Hierarchy(nn.Module):
             return module(torch.arange(first, first + count, device=self.device)), None
         return None, module.rotation(first, count)
 
-    def add_positions(
-        self, stage: int, x: torch.Tensor, first: int | torch.Tensor = 0
-    ) -> torch.Tensor:
+    def add_positions(self, stage: int, x: Tensor, first: int | Tensor = 0) -> Tensor:
         """Add a stage's positions, from ``first`` on, to its token embeddings ``(B, S, D_n)``.
 
         ``first`` is one for all rows, or that of each, ``(B,)`` int64.
@@ -166,7 +162,7 @@ class Hierarchy(nn.Module):
         kind = self._position_kind(stage)
         if kind is None:
             return x
-        if isinstance(first, torch.Tensor) or self.rotates_itself(stage):
+        if isinstance(first, Tensor) or self.rotates_itself(stage):
             firsts = torch.as_tensor(first, device=x.device).reshape(-1, 1)
             indices = (firsts + torch.arange(x.shape[1], device=x.device)).expand(x.shape[:2])
             module: Any = self.pos_embs[stage]
@@ -178,7 +174,7 @@ class Hierarchy(nn.Module):
             return x + positions
         return x if rotation is None else rotate_pairs(x, rotation)
 
-    def local_tokens(self, ids: torch.Tensor) -> StageTokens:
+    def local_tokens(self, ids: Tensor) -> StageTokens:
         """The local stage's token embeddings, ids ``(rows, P_N)``: its table, where that is one."""
         local: Any = self.token_embs_rev[0]
         if is_plain(local, LocalTokenEmbedding):
@@ -188,8 +184,8 @@ class Hierarchy(nn.Module):
         return local(ids), None
 
     def embed_patches(
-        self, stage: int, ids: torch.Tensor, num_patches: int, project: Projection | None = None
-    ) -> torch.Tensor:
+        self, stage: int, ids: Tensor, num_patches: int, project: Projection | None = None
+    ) -> Tensor:
         """Token embeddings of an upper stage, ids ``(B, L)`` -> ``(B, num_patches, D_n)``.
 
         ``project`` stands in for the embedding's linear layer.
@@ -197,17 +193,17 @@ class Hierarchy(nn.Module):
         return self.token_embs_rev[self.num_stages - 1 - stage](ids, num_patches, project)
 
     @property
-    def local_table(self) -> torch.Tensor:
+    def local_table(self) -> Tensor:
         """The local stage's embedding table ``(V, D_N)``."""
-        table: torch.Tensor = self.token_embs_rev[0].embedding.weight  # type: ignore[union-attr,assignment]
+        table: Tensor = self.token_embs_rev[0].embedding.weight  # type: ignore[union-attr,assignment]
         return table
 
-    def project_context(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+    def project_context(self, stage: int, attended: Tensor) -> Tensor:
         """Context for stage n + 1, ``(rows, S, D_n) -> (rows * S, P_{n+1}, D_{n+1})``."""
         projection: Any = self.to_next_stage_proj[stage]
         return apply_in_order(projection, attended).flatten(0, 1)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the local stage's output, ``(.., D_N) -> (.., V)``."""
         return apply(self.to_logits, hidden)
 
@@ -233,7 +229,7 @@ class Hierarchy(nn.Module):
             yield self.to_logits, nn.Linear
         yield self.pos_embs[stage], _POSITIONS[self._position_kind(stage)]
 
-    def run_stage(self, stage: int, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    def run_stage(self, stage: int, x: Tensor, *inputs: Tensor | None) -> Tensor:
         """Run a stage model on ``(rows, S, D_n)``, in recomputed chunks where configured."""
         model: Any = self.stage_models[stage]
         chunks, config = self.checkpoint_chunks[stage], self.config
@@ -251,7 +247,22 @@ class Hierarchy(nn.Module):
         parts = [t.chunk(chunks) if t is not None else [None] * chunks for t in (x, *inputs)]
         return torch.cat([run(*part) for part in zip(*parts, strict=True)])
 
-    def _run_global_stage(self, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    def _run_on_tokens(
+        self, stage: int, tokens: StageTokens, context: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Output of a stage ``(rows, S, D_n)``; ``mask`` is that of the rows' bytes."""
+        raise NotImplementedError
+
+    def _attend(self, tokens: Callable[[int], StageTokens], mask: Tensor | None = None) -> Tensor:
+        """Run all stages; returns the local stage's output."""
+        context, attended = None, torch.empty(0)
+        for stage in range(self.num_stages):
+            attended = self._run_on_tokens(stage, tokens(stage), context, mask)
+            if stage + 1 < self.num_stages:
+                context = self.project_context(stage, self.below_positions(stage, attended))
+        return attended
+
+    def _run_global_stage(self, x: Tensor, *inputs: Tensor | None) -> Tensor:
         """Run the most global stage's model, and keep its activations as configured."""
         model: Any = self.stage_models[0]
         if not torch.is_grad_enabled():
@@ -264,9 +275,7 @@ class Hierarchy(nn.Module):
 
     # -- Long sequences ----------------------------------------------------------------------------
 
-    def attend(
-        self, stage: int, above: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(self, stage: int, above: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Run a stage, not 0, below positions of the stage above it: ``(rows, S, D_n)``.
 
         Args:
@@ -275,9 +284,10 @@ class Hierarchy(nn.Module):
             ids: The ids of the positions' bytes, ``(rows, P_n * R_n)``.
             mask: Which of these bytes are attended to, for stages that take a mask.
         """
-        raise NotImplementedError
+        context = self.project_context(stage - 1, above[None])
+        return self._run_on_tokens(stage, self._tokens(stage, ids), context, mask)
 
-    def below_positions(self, stage: int, attended: torch.Tensor) -> torch.Tensor:
+    def below_positions(self, stage: int, attended: Tensor) -> Tensor:
         """What lies below a stage's output ``(rows, S, D_n)``: ``(rows, positions, D_n)``.
 
         It is the context of the stage below, or the bytes whose logits the last stage gives.
@@ -293,17 +303,17 @@ class Hierarchy(nn.Module):
             tile = INFERENCE_TILE
         return None if tile is None or num_bytes <= tile else tile
 
-    def mean_loss(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    def mean_loss(self, total: Tensor, count: Tensor) -> Tensor:
         """The mean of so many losses from their sum; 0, with a gradient, if there are none."""
         return (total / count.clamp(min=1)).to(self.dtype)
 
-    def _tokens(self, stage: int, ids: torch.Tensor) -> StageTokens:
+    def _tokens(self, stage: int, ids: Tensor) -> StageTokens:
         """Token embeddings of a stage's rows of whole patches, ids ``(rows, S * R_n)``."""
         if stage + 1 == self.num_stages:
             return self.local_tokens(ids)
         return self.embed_patches(stage, ids, ids.shape[1] // self.patch_sizes[stage]), None
 
-    def _pad(self, per_byte: torch.Tensor, value: float) -> torch.Tensor:
+    def _pad(self, per_byte: Tensor, value: float) -> Tensor:
         """Pad ``(B, L)`` on the right to whole patches of stage 1."""
         length, patch_size = per_byte.shape[1], self.patch_sizes[0]
         missing = (length + patch_size - 1) // patch_size * patch_size - length
@@ -311,12 +321,12 @@ class Hierarchy(nn.Module):
 
     # -- Inputs ------------------------------------------------------------------------------------
 
-    def _check_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+    def _check_ids(self, input_ids: Tensor | None) -> Tensor:
         ids = check_token_ids("input_ids", input_ids, self.num_tokens)
         check_hierarchy_shape("input_ids", ids.shape, self.seq_lens, fixed_first=self._fixed_first)
         return ids
 
-    def _tokens_of_ids(self, ids: torch.Tensor) -> Callable[[int], StageTokens]:
+    def _tokens_of_ids(self, ids: Tensor) -> Callable[[int], StageTokens]:
         """Token embeddings per stage of flat ids ``(B, L)``, padded to whole patches of stage 1."""
         padded = self._pad(ids, self.pad_token_id)
 
@@ -329,11 +339,11 @@ class Hierarchy(nn.Module):
         return tokens
 
     def _tokens_of_embeddings(
-        self, embeddings: torch.Tensor | Sequence[torch.Tensor]
+        self, embeddings: Tensor | Sequence[Tensor]
     ) -> Callable[[int], StageTokens]:
         """Token embeddings per stage, from those of the bytes or from one tensor per stage."""
         check_embeddings(embeddings, self.hidden_dims, self.seq_lens, fixed_first=self._fixed_first)
-        if isinstance(embeddings, torch.Tensor) and self.num_stages > 1:
+        if isinstance(embeddings, Tensor) and self.num_stages > 1:
             warnings.warn(
                 "one tensor as inputs_embeds replaces the embedding tables of all stages; to "
                 "repeat what input_ids gives, pass one tensor per stage",
@@ -343,7 +353,7 @@ class Hierarchy(nn.Module):
 
         def tokens(stage: int) -> StageTokens:
             reverse = self.num_stages - 1 - stage
-            if not isinstance(embeddings, torch.Tensor):
+            if not isinstance(embeddings, Tensor):
                 embedded = embeddings[reverse]
             else:
                 of_bytes = embeddings
@@ -358,13 +368,13 @@ class Hierarchy(nn.Module):
     # -- Checkpoints -------------------------------------------------------------------------------
 
     @staticmethod
-    def migrate_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def migrate_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same weights under the current names, from those of any release since 0.4.0."""
         return migrate_embedding_keys(state_dict)
 
 
 def _migrate_before_load(
-    module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
     migrated = migrate_embedding_keys(state_dict, prefix)
     state_dict.clear()

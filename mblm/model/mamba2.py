@@ -9,14 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mblm.model.linear import apply
-from mblm.model.mamba_layers import (
-    NORM_EPS,
-    Carried,
-    MambaLayer,
-    MambaStage,
-    convolve,
-    rms_norm,
-)
+from mblm.model.mamba_layers import NORM_EPS, Carried, MambaLayer, MambaStage, convolve, rms_norm
 from mblm.model.mamba_scans import mamba2_scan
 from mblm.model.plain import Part
 from mblm.ops import _native

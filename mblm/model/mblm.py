@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mblm.model.causal import CausalHierarchy
 from mblm.model.checks import check_config, check_inputs, check_like_ids
@@ -50,11 +50,11 @@ class MBLM(CausalHierarchy, PretrainedMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | Sequence[Tensor] | None = None,
         return_type: MBLMReturnType = MBLMReturnType.LOSS,
-        loss_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        loss_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """One pass over whole sequences.
 
         Args:
@@ -80,7 +80,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         check_inputs(input_ids, inputs_embeds, return_type)
         if inputs_embeds is not None:
             attended = self._attend(self._tokens_of_embeddings(inputs_embeds))
-            local = inputs_embeds if isinstance(inputs_embeds, torch.Tensor) else inputs_embeds[0]
+            local = inputs_embeds if isinstance(inputs_embeds, Tensor) else inputs_embeds[0]
             return attended[:, 1:].reshape(local.shape)
 
         nested_ids = self._check_ids(input_ids)
@@ -116,7 +116,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         *,
         weights: str = "float32",
         **wishes: "Unpack[Filters]",
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Generate bytes after a prompt, as the model's mode says: call ``model.eval()`` first.
 
         Args:
@@ -309,12 +309,8 @@ class MBLM(CausalHierarchy, PretrainedMixin):
 
     @not_compiled
     def _forward_in_tiles(
-        self,
-        tile: int,
-        nested_ids: torch.Tensor,
-        return_type: MBLMReturnType,
-        loss_mask: torch.Tensor | None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, tile: int, nested_ids: Tensor, return_type: MBLMReturnType, loss_mask: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """`forward` of checked ids, at least one."""
         ids = nested_ids.flatten(1)
         if return_type == MBLMReturnType.LOSS:
@@ -331,13 +327,11 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         total, count = tiles.loss_of_logits(logits, *self._targets(ids, loss_mask, logits))
         return self.mean_loss(total, count), self._logits_like(logits, nested_ids)
 
-    def _loss_sum(
-        self, tile: int, ids: torch.Tensor, loss_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss_sum(self, tile: int, ids: Tensor, loss_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum and count of the losses of checked ids ``(B, L)`` that are not zero."""
         weights = None if loss_mask is None else loss_mask.flatten(1)
 
-        def shift(per_byte: torch.Tensor, fill: float) -> torch.Tensor:
+        def shift(per_byte: Tensor, fill: float) -> Tensor:
             """What the logits of each byte predict, ``(B, L) -> (B, S * R_1)``."""
             return self._pad(nn.functional.pad(per_byte[:, 1:], (0, 1), value=fill), fill)
 
@@ -349,7 +343,7 @@ class MBLM(CausalHierarchy, PretrainedMixin):
         first_total, first_count = sum_and_count(self._losses_of_first(ids, weights))
         return first_total + total, first_count + count
 
-    def _losses_of_first(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _losses_of_first(self, ids: Tensor, weights: Tensor | None) -> Tensor:
         """Losses of the first bytes of ``ids (B, L)``, which the local start token predicts."""
         start = self.start_token(self.num_stages - 1, len(ids))[:, None]
         logits = self.compute_logits(self.stage_models[-1](start))  # (B, 1, V)
@@ -358,30 +352,28 @@ class MBLM(CausalHierarchy, PretrainedMixin):
 
     # -- Between the rows of the local stage and the bytes of a sequence ---------------------------
 
-    def _unpatch(self, local: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def _unpatch(self, local: Tensor, ids: Tensor) -> Tensor:
         """Local rows ``(rows, P_N, X)`` to one row per byte of ``ids``."""
         if ids.ndim > 2:
             return local.reshape(*ids.shape, -1)
         return local.reshape(ids.shape[0], -1, local.shape[-1])[:, : ids.shape[1]]
 
-    def _logits_like(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def _logits_like(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Logits ``(rows, 1 + P_N, V)`` per byte of flat ids, or nested with the start rows."""
         if ids.ndim > 2:
             return logits.reshape(*ids.shape[:-1], *logits.shape[-2:])
         return self._unpatch(logits[:, 1:], ids)
 
     def _targets(
-        self, ids: torch.Tensor, loss_mask: torch.Tensor | None, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, ids: Tensor, loss_mask: Tensor | None, logits: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """What each row of logits ``(rows, 1 + P_N, V)`` predicts, and its weight."""
         targets = self._arrange(ids, logits.shape[:2], fill=self.pad_token_id)
         if loss_mask is None:
             return targets, None
         return targets, self._arrange(loss_mask.flatten(1), logits.shape[:2], fill=0)
 
-    def _arrange(
-        self, per_byte: torch.Tensor, local_shape: torch.Size, fill: float
-    ) -> torch.Tensor:
+    def _arrange(self, per_byte: Tensor, local_shape: torch.Size, fill: float) -> Tensor:
         """Put values per byte ``(B, L)`` where the byte is predicted, ``(rows, 1 + P_N)``.
 
         Row i of a patch predicts its byte i + 1, counted from 1; the last row predicts the first

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, as_path, find_model
 from mblm.model.hub import model_card, push_folder
@@ -240,10 +241,10 @@ def _config_id(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config).encode()).hexdigest()
 
 
-def _separate(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors, no two of which share memory, as the format wants them."""
     for name, tensor in state.items():
-        if type(tensor) is not torch.Tensor or tensor.is_meta or tensor.is_quantized:
+        if type(tensor) is not Tensor or tensor.is_meta or tensor.is_quantized:
             raise TypeError(
                 f"weights: {name} is {_kind(tensor)}, of which a folder cannot hold the values; "
                 "save the model before it is quantized, or by torch.save"
@@ -251,12 +252,12 @@ def _separate(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return untied({name: tensor.contiguous() for name, tensor in state.items()})
 
 
-def untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with copies of plain tensors that share memory with one before them."""
     seen: set[int] = set()
     separate = dict(state)
     for name, tensor in state.items():
-        if type(tensor) is torch.Tensor:
+        if type(tensor) is Tensor:
             storage = tensor.untyped_storage().data_ptr()
             if storage in seen:
                 separate[name] = tensor.clone()
@@ -265,7 +266,7 @@ def untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _kind(value: object) -> str:
-    is_meta = isinstance(value, torch.Tensor) and value.is_meta
+    is_meta = isinstance(value, Tensor) and value.is_meta
     return "without values (meta)" if is_meta else f"a {type(value).__name__}"
 
 
@@ -288,7 +289,7 @@ def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str
         raise with_title(error, str(file)) from None
 
 
-def _read_weights(file: Path, config_id: str) -> dict[str, torch.Tensor]:
+def _read_weights(file: Path, config_id: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     file.open("rb").close()  # safetensors calls one that may not be read missing

@@ -99,12 +99,7 @@ def _gather_for_segments(model: nn.Module) -> None:
 
 
 def run_in_segments(
-    run: Callable[..., Any],
-    sums: GradientSums,
-    x: Tensor,
-    segment: int,
-    *,
-    is_random: bool = True,
+    run: Callable[..., Any], sums: GradientSums, x: Tensor, segment: int, *, is_random: bool = True
 ) -> Tensor:
     """The outputs of ``run(part, state)``, of which the parts and the states between are kept.
 

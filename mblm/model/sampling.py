@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 # Below, a temperature is as good as 0: noise decides nothing, but quotients may become infinite.
 COLDEST = 1e-30
@@ -10,7 +11,7 @@ COLDEST = 1e-30
 HOTTEST = torch.finfo(torch.float32).max
 
 
-def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
+def top_k(logits: Tensor, thres: float = 0.5) -> Tensor:
     """Keep the highest ``max(int((1 - thres) * V), 1)`` logits ``(B, V)``, the rest ``-inf``.
 
     By default the higher half.
@@ -20,7 +21,7 @@ def top_k(logits: torch.Tensor, thres: float = 0.5) -> torch.Tensor:
     return keep_highest(logits, count_kept(thres, logits.shape[-1]))
 
 
-def keep_highest(logits: torch.Tensor, k: int) -> torch.Tensor:
+def keep_highest(logits: Tensor, k: int) -> Tensor:
     """Keep the k highest logits ``(B, V)``, the rest ``-inf``."""
     values, indices = torch.topk(logits, min(k, logits.shape[-1]))
     return torch.full_like(logits, float("-inf")).scatter_(-1, indices, values)
@@ -31,7 +32,7 @@ def count_kept(thres: float, num_tokens: int) -> int:
     return max(int((1 - thres) * num_tokens), 1)
 
 
-def keep_top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
+def keep_top_p(logits: Tensor, p: float, temperature: float = 1.0) -> Tensor:
     """Keep the fewest likeliest tokens whose probability reaches ``p``, the rest ``-inf``.
 
     Computed in float32 at least. Source: Holtzman et al., https://arxiv.org/abs/1904.09751,
@@ -46,7 +47,7 @@ def keep_top_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torc
     return logits.masked_fill(drop, float("-inf"))
 
 
-def keep_min_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torch.Tensor:
+def keep_min_p(logits: Tensor, p: float, temperature: float = 1.0) -> Tensor:
     """Keep tokens at least ``p`` times as likely as the likeliest ``(B, V)``, the rest ``-inf``.
 
     Computed in float32 at least. Source: Nguyen et al., https://arxiv.org/abs/2407.01082,
@@ -58,12 +59,12 @@ def keep_min_p(logits: torch.Tensor, p: float, temperature: float = 1.0) -> torc
 
 
 def gumbel_sample(
-    logits: torch.Tensor,
+    logits: Tensor,
     temperature: float = 1.0,
     dim: int = -1,
     generator: torch.Generator | None = None,
-    uniform: torch.Tensor | None = None,
-) -> torch.Tensor:
+    uniform: Tensor | None = None,
+) -> Tensor:
     """Sample ``argmax(logits / temperature + gumbel)``, ``gumbel = -log(-log(u))``, logs >= 1e-20.
 
     Args:
@@ -88,13 +89,8 @@ def gumbel_sample(
 
 
 def sample(
-    logits: torch.Tensor,
-    uniform: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-) -> torch.Tensor:
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
     """Sample ids ``(B,)`` from logits ``(B, V)`` as a plan says, with numbers ``(B, V)``."""
     if temperature < COLDEST:
         return logits.argmax(-1)
@@ -110,5 +106,5 @@ def sampling_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _log(x: torch.Tensor) -> torch.Tensor:
+def _log(x: Tensor) -> Tensor:
     return x.clamp(min=1e-20).log()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from mblm.model.block import StageBlock
 from mblm.model.linear import apply
@@ -150,11 +150,11 @@ class _Transformer(nn.Module):
             yield from feed_forward.parts()
 
     def _run_layers(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, recompute: bool = False
-    ) -> torch.Tensor:
+        self, x: Tensor, mask: Tensor | None = None, *, recompute: bool = False
+    ) -> Tensor:
         rotary = self.rotary(0, x.shape[-2])
 
-        def run(attention: Attention, feed_forward: FeedForward, x: torch.Tensor) -> torch.Tensor:
+        def run(attention: Attention, feed_forward: FeedForward, x: Tensor) -> Tensor:
             x = x + attention(x, rotary, mask)
             return x + feed_forward(x)
 
@@ -191,12 +191,12 @@ class TransformerDecoder(_Transformer):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         *,
         shared_start: bool = False,
         recompute_layers: bool = False,
         carried: Carried | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Map embeddings ``(B, S, D)`` to ``(B, S, D)``, causally.
 
         Args:
@@ -222,11 +222,11 @@ class TransformerDecoder(_Transformer):
             for m in self.modules()
         )
 
-    def _run_after_shared_start(self, start: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _run_after_shared_start(self, start: Tensor, x: Tensor) -> Tensor:
         """Run rows ``x (B, P, D)`` that all come after ``start (1, 1, D)``: ``(B, 1 + P, D)``."""
         rows, half = x.shape[0], x.shape[-1] // 2
 
-        def delayed() -> torch.Tensor:  # what the shift takes from the start token, (B, D // 2)
+        def delayed() -> Tensor:  # what the shift takes from the start token, (B, D // 2)
             return start[:, 0, start.shape[-1] - half :].expand(rows, -1)
 
         rotary = self.rotary(0, 1 + x.shape[1])
@@ -247,7 +247,7 @@ class TransformerDecoder(_Transformer):
         if is_on_gpu(self.norm.g) and not fits_gpu:
             return None
         frequencies = NONE if self.rotary_emb is None else self.rotary_emb.inv_freq
-        tensors: list[torch.Tensor] = [self.norm.g, frequencies]
+        tensors: list[Tensor] = [self.norm.g, frequencies]
         for attention, feed_forward in self.layer_pairs():
             tensors.append(attention.norm.g)
             for linear in (attention.to_q, attention.to_kv, attention.to_out):
@@ -272,13 +272,13 @@ class TransformerDecoder(_Transformer):
         return all(keeps_forward(*part) for part in [(self, TransformerDecoder), *layers])
 
     def forward_with_state(
-        self, x: torch.Tensor, state: TransformerState | None
-    ) -> tuple[torch.Tensor, TransformerState]:
+        self, x: Tensor, state: TransformerState | None
+    ) -> tuple[Tensor, TransformerState]:
         """Continue ``x (B, S, D)``, S >= 1, after the positions that ``state`` has seen."""
         carried = Carried(state)
         return self._continue(x, carried), carried.after
 
-    def _continue(self, x: torch.Tensor, carried: Carried) -> torch.Tensor:
+    def _continue(self, x: Tensor, carried: Carried) -> Tensor:
         """`forward_with_state` of a state that is carried."""
         new = Continuation(carried.before, x)
         rotary = self.rotary(new.first, new.end - new.first)
@@ -305,10 +305,10 @@ class TransformerDecoder(_Transformer):
         """The rows of a state."""
         return split(state)
 
-    def state_tensors(self, state: TransformerState) -> dict[str, torch.Tensor]:
+    def state_tensors(self, state: TransformerState) -> dict[str, Tensor]:
         """``keys`` and ``values (layers, H, positions, d)``, ``delayed (layers, 2, D // 2)``."""
         ((end,), shapes) = state.positions, self._shapes_of_state(*state.positions)
-        parts: dict[str, list[torch.Tensor]] = {
+        parts: dict[str, list[Tensor]] = {
             "keys": [keys[0, :, :end] for keys in state.keys],
             "values": [values[0, :, :end] for values in state.values],
             "delayed": [torch.cat(halves) for halves in state.delayed],
@@ -318,7 +318,7 @@ class TransformerDecoder(_Transformer):
             for name, layers in parts.items()
         }
 
-    def state_of(self, tensors: Mapping[str, torch.Tensor], positions: int) -> TransformerState:
+    def state_of(self, tensors: Mapping[str, Tensor], positions: int) -> TransformerState:
         """The state of one row after so many positions; see `state_tensors`."""
         shapes = self._shapes_of_state(positions)
         keys, values, delayed = (
@@ -340,11 +340,11 @@ class TransformerEncoder(_Transformer):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         recompute_layers: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Map embeddings ``(B, S, D)`` to ``(B, S, D)``.
 
         Args:

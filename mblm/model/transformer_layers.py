@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
+from torch import Tensor, nn
 
 from mblm.model.linear import apply
 from mblm.model.plain import Part, is_plain, parts_in
@@ -24,11 +24,9 @@ from mblm.utils.transforms import is_transformed
 SHORT = MAX_POSITIONS
 
 # Cosines and sines, (S, head width / 2) float32; (B, 1, S, head width / 2) where rows differ.
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Rotary = tuple[Tensor, Tensor]
 # Puts keys and values (B, H, S, d) after those so far, and gives all and what is attended to.
-Extend = Callable[
-    [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-]
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class RMSNorm(nn.Module):
@@ -38,21 +36,19 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.g = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(..., S, dim)``."""
         return shift_rms_norm(x, self.g, shift=False)
 
 
-def shift_and_norm(
-    norm: nn.Module, x: torch.Tensor, previous: torch.Tensor | None = None
-) -> torch.Tensor:
+def shift_and_norm(norm: nn.Module, x: Tensor, previous: Tensor | None = None) -> Tensor:
     """``norm`` of ``x (..., S, D)`` after the causal shift of half the channels.
 
     ``previous (..., D // 2)`` is the delayed half of the position before the first.
     """
     if is_plain(norm, RMSNorm):
         return shift_rms_norm(x, norm.g, previous)  # type: ignore[arg-type]
-    out: torch.Tensor = norm(shifted(x, previous, True))
+    out: Tensor = norm(shifted(x, previous, True))
     return out
 
 
@@ -62,7 +58,7 @@ class RotaryEmbedding(nn.Module):
     Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.
     """
 
-    inv_freq: torch.Tensor
+    inv_freq: Tensor
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -82,7 +78,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Apply rotary positions to queries or keys ``(B, H, S, d)``; those of each row where given."""
     cos, sin = rotary
     x1, x2 = x.chunk(2, dim=-1)
@@ -110,9 +106,7 @@ class Attention(nn.Module):
         yield self.norm, RMSNorm
         yield from ((layer, nn.Linear) for layer in (self.to_q, self.to_kv, self.to_out))
 
-    def heads(
-        self, x: torch.Tensor, previous: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``(B, S, H, d)`` of ``x (B, S, D)``, not rotated yet."""
         x = shift_and_norm(self.norm, x, previous) if self.causal else self.norm(x)
         if is_plain(self.to_kv, nn.Linear) and self.to_kv.bias is None:
@@ -127,17 +121,15 @@ class Attention(nn.Module):
         return q, k, v
 
     def project(
-        self, x: torch.Tensor, rotary: Rotary | None, previous: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: Tensor, rotary: Rotary | None, previous: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``(B, H, S, d)`` of ``x (B, S, D)``, rotated."""
         q, k, v = (heads.transpose(1, 2) for heads in self.heads(x, previous))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
 
-    def attend_short(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None
-    ) -> torch.Tensor:
+    def attend_short(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> Tensor:
         """Causal attention of what `heads` gave, without dropout, and the output projection.
 
         ``q (B, S, H, d)`` are the queries of the last S of the T positions of ``k`` and ``v``; T is
@@ -153,13 +145,8 @@ class Attention(nn.Module):
         return self.attend(q, k, v, is_causal=True)
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """Softmax attention, scale ``d**-0.5``, and the output projection: ``(B, S, D)``.
 
         ``mask``, True = attend, is broadcast to ``(B, H, S, T)``. With ``is_causal`` the
@@ -184,13 +171,13 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         rotary: Rotary | None,
-        mask: torch.Tensor | None = None,
+        mask: Tensor | None = None,
         *,
-        previous: torch.Tensor | None = None,
+        previous: Tensor | None = None,
         extend: Extend | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attend within ``x (B, S, D)`` and, where decoding, to the positions before.
 
         Args:
@@ -232,7 +219,7 @@ class FeedForward(nn.Sequential):
         """What is in it, as built."""
         yield from parts_in(self, RMSNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
 
-    def forward(self, x: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """Map ``(B, S, D)`` to ``(B, S, D)``; ``previous`` as in `shift_and_norm`."""
         norm, *layers = self
         x = shift_and_norm(norm, x, previous) if self.shift else norm(x)

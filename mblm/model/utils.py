@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mblm.model.sampling import gumbel_sample, top_k
 from mblm.utils.checks import check_sizes
@@ -27,7 +27,7 @@ class RoPE(nn.Module):
         base: Base of the geometric progression of angles. Default 10000.
     """
 
-    theta: torch.Tensor
+    theta: Tensor
 
     def __init__(self, dim: int, max_seq_len: int, base: int = 10_000) -> None:
         super().__init__()
@@ -45,15 +45,15 @@ class RoPE(nn.Module):
         self.theta = frequencies(self.dim, self.base, self.theta.device)
         return self
 
-    def rotation(self, first: int, count: int) -> torch.Tensor:
+    def rotation(self, first: int, count: int) -> Tensor:
         """Cosines and sines of positions ``first .. first + count - 1``: (count, dim / 2, 2)."""
         return self._rotation_of(torch.arange(first, first + count, device=self.theta.device))
 
-    def _rotation_of(self, positions: torch.Tensor) -> torch.Tensor:
+    def _rotation_of(self, positions: Tensor) -> Tensor:
         angles = positions.float().unsqueeze(-1) * self.theta
         return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
-    def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
         """Rotate ``x``.
 
         Args:
@@ -69,14 +69,14 @@ class RoPE(nn.Module):
         return rotate_pairs(x, rotation.unsqueeze(-3))
 
 
-def frequencies(width: int, base: int, device: torch.device | None = None) -> torch.Tensor:
+def frequencies(width: int, base: int, device: torch.device | None = None) -> Tensor:
     """By what angle each pair of ``width`` channels turns from one position to the next."""
     with lasting_tensors():
         steps = torch.arange(0, width, 2, device=device).float() / width
         return 1.0 / base**steps
 
 
-def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate pairs of ``x (.., D)`` by cosines and sines ``(.., D / 2, 2)``, in float32."""
     cos, sin = rotation.unbind(-1)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mblm.ops._library import compute_dtype, gradients_of, register_operator
+from mblm.ops._library import compute_dtype, register_operator
 
 
 def causal_conv(
@@ -44,21 +44,6 @@ def causal_conv_reference(
     return F.silu(y).to(x.dtype).contiguous(), extended[:, length:].clone()
 
 
-def causal_conv_backward_reference(
-    grad_y: Tensor,
-    grad_next_window: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    window: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, bias and the window."""
-    if window is None:
-        window = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2])
-    inputs = (x, weight, bias, window)
-    return gradients_of(4, causal_conv_reference, inputs, grad_y, grad_next_window)
-
-
 register_operator(
     "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor? window) "
     "-> (Tensor y, Tensor next_window)",
@@ -66,6 +51,5 @@ register_operator(
     "causal_conv_backward(Tensor grad_y, Tensor? grad_next_window, Tensor x, Tensor weight, "
     "Tensor bias, Tensor? window) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_window)",
-    causal_conv_backward_reference,
     shapes="x: B L D, weight: D 1 K, bias: D, window: B K-1 D",
 )

@@ -1,9 +1,9 @@
 // Glue of causal_conv: checks, allocation, calls of the kernels.
-#include "cpu/causal_conv.h"
+#pragma once
 
 #include "common.h"
+#include "cpu/causal_conv.h"
 #include "cuda/causal_conv.h"
-#include "operators.h"
 
 namespace mblm {
 namespace {
@@ -26,14 +26,15 @@ c10::Device check(const Tensor& x, const Tensor& weight, const Tensor& bias,
 }
 
 // The tensors as the kernels want them.
-struct Inputs {
+struct ConvInputs {
   const c10::DeviceGuard device;
   at::ScalarType type;
   int64_t rows, length, channels, taps;
   Tensor x, weight_bias;
   OptionalTensor window;
 
-  Inputs(const Tensor& x_, const Tensor& weight, const Tensor& bias, const OptionalTensor& window_)
+  ConvInputs(const Tensor& x_, const Tensor& weight, const Tensor& bias,
+             const OptionalTensor& window_)
       : device(check(x_, weight, bias, window_)),
         type(kernel_type(x_.scalar_type())),
         rows(x_.size(0)),
@@ -69,7 +70,7 @@ Tensor next_window(const Tensor& x, const OptionalTensor& window, int64_t positi
 
 std::tuple<Tensor, Tensor> causal_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                        const OptionalTensor& window) {
-  const Inputs in(x, weight, bias, window);
+  const ConvInputs in(x, weight, bias, window);
   Tensor y = make::empty(x.sizes(), in.x.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor> causal_conv(const Tensor& x, const Tensor& weight, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
     const Tensor& grad_y, const OptionalTensor& grad_next_window, const Tensor& x,
     const Tensor& weight, const Tensor& bias, const OptionalTensor& window) {
-  const Inputs in(x, weight, bias, window);
+  const ConvInputs in(x, weight, bias, window);
   check_like("grad_y", grad_y, x.sizes(), "x", x);
   const Tensor from_y = grad_y.to(in.type).contiguous();
   OptionalTensor from_window;
@@ -103,47 +104,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
     using T = decltype(zero);
     using C = cpu::compute_t<T>;
     const auto input = in.kernel_input<T>();
-    if constexpr (kCuda) {
-      if (on_gpu(x)) {
-        Tensor parts = make::empty({cuda::causal_conv_parts(input), in.taps + 1, in.channels},
-                                   in.weight_bias.options());
-        const cpu::CausalConvGradients<T> grad{
-            data<T>(from_y), data<T>(from_window), mutable_data<T>(grad_x),
-            mutable_data<T>(grad_window), mutable_data<C>(parts)};
-        launch(x.device(), [&](cuda::Stream stream) {
-          return cuda::causal_conv_backward(input, grad, stream);
-        });
-        sums = parts.sum(0);
-        return;
-      }
-    }
     // The gradients of weight and bias are summed over groups of blocks, then over the groups, so
     // that they are the same for any number of threads.
     constexpr int64_t kGroups = 32;
     const int64_t blocks = in.rows * input.blocks(), tiles = input.tiles();
     const int64_t each = divide_up(blocks, kGroups);
-    const int64_t groups = each > 0 ? divide_up(blocks, each) : 0;
+    int64_t groups = each > 0 ? divide_up(blocks, each) : 0;
+    if constexpr (kCuda) {
+      if (on_gpu(x)) groups = cuda::causal_conv_parts(input);
+    }
     Tensor parts = make::empty({groups, in.taps + 1, in.channels}, in.weight_bias.options());
     const cpu::CausalConvGradients<T> first{data<T>(from_y), data<T>(from_window),
                                             mutable_data<T>(grad_x), mutable_data<T>(grad_window),
                                             mutable_data<C>(parts)};
-    parallel(groups * tiles,
-             each * std::min(in.length, cpu::kConvPositions) * cpu::kConvTile * in.taps,
-             [&](int64_t begin, int64_t end) {
-               for (int64_t item = begin; item < end; ++item) {
-                 const int64_t group = item / tiles;
-                 auto grad = first;
-                 grad.weight_bias += group * parts.stride(0);
-                 cpu::causal_conv_backward(input, grad, item % tiles, group * each,
-                                           std::min((group + 1) * each, blocks));
-               }
-             });
+    run(
+        x, [&](auto stream) { return cuda::causal_conv_backward(input, first, stream); },
+        groups * tiles, each * std::min(in.length, cpu::kConvPositions) * cpu::kConvTile * in.taps,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t group = item / tiles;
+            auto grad = first;
+            grad.weight_bias += group * parts.stride(0);
+            cpu::causal_conv_backward(input, grad, item % tiles, group * each,
+                                      std::min((group + 1) * each, blocks));
+          }
+        });
     sums = parts.sum(0);  // (K + 1, D)
   });
   const Tensor grad_weight = sums.narrow(0, 0, in.taps).t().unsqueeze(1);
   return {grad_x.to(x.scalar_type()), grad_weight.to(weight.scalar_type()).contiguous(),
           sums[in.taps].to(bias.scalar_type(), /*non_blocking=*/false, /*copy=*/true),
-          grad_window.to(x.scalar_type())};
+          window ? grad_window.to(x.scalar_type()) : make::empty({0}, x.options())};
 }
 
 }  // namespace mblm

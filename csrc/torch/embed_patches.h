@@ -1,10 +1,10 @@
 // Glue of embed_patches: checks, allocation, calls of the kernels.
-#include "cpu/embed_patches.h"
+#pragma once
 
 #include "common.h"
+#include "cpu/embed_patches.h"
 #include "cuda/embed_patches.h"
 #include "groups.h"
-#include "operators.h"
 
 namespace mblm {
 namespace {
@@ -32,13 +32,13 @@ void check_sizes(const Tensor& ids, const Tensor& table, const Tensor& weight, i
 }
 
 // The tensors as the kernel wants them: contiguous and in its dtype.
-struct Inputs {
+struct PatchInputs {
   at::ScalarType type;
   int64_t batch, length, num_patches, patch_size, width, num_embeddings, pad_token_id;
   Tensor ids, table, weight;
 
-  Inputs(const Tensor& ids_, const Tensor& table_, const Tensor& weight_, int64_t num_patches,
-         int64_t patch_size, int64_t pad_token_id)
+  PatchInputs(const Tensor& ids_, const Tensor& table_, const Tensor& weight_, int64_t num_patches,
+              int64_t patch_size, int64_t pad_token_id)
       : type(kernel_type(table_.scalar_type())),
         batch(ids_.size(0)),
         length(ids_.size(1)),
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_patches(const Tensor& ids, const Tensor
   check_like("bias", bias, {patch_size * table.size(1)}, "table", table);
   TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
   const c10::DeviceGuard device(table.device());
-  const Inputs in(ids, table, weight, num_patches, patch_size, pad_token_id);
+  const PatchInputs in(ids, table, weight, num_patches, patch_size, pad_token_id);
   const Tensor bias_in = bias.to(in.type).contiguous();
 
   const int64_t patches = in.all_patches(), patch_width = patch_size * in.width;
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_patches_backward(
   check_tensor("inverse_std", inverse_std, mean.sizes(), compute, "table", table);
   check_like("grad", grad, {mean.size(0), mean.size(1), patch_width}, "table", table);
   const c10::DeviceGuard device(table.device());
-  const Inputs in(ids, table, weight, mean.size(1), patch_size, pad_token_id);
+  const PatchInputs in(ids, table, weight, mean.size(1), patch_size, pad_token_id);
   const Tensor grad_in = grad.to(in.type).contiguous();
   const Tensor mean_in = mean.contiguous(), inverse_in = inverse_std.contiguous();
   const int64_t patches = in.all_patches();

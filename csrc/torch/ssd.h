@@ -1,21 +1,22 @@
 // Glue of ssd: checks, allocation, calls of the kernels.
-#include "cpu/ssd.h"
+#pragma once
 
 #include <ATen/Context.h>
 
 #include <array>
 #include <limits>
 
+#include "cpu/ssd.h"
 #include "cuda/ssd.h"
 #include "scans.h"
 
 namespace mblm {
 namespace {
 
-struct Inputs : ScanInputs {
+struct SsdInputs : ScanInputs {
   const int64_t heads = width, head_dim = x.size(3);
 
-  explicit Inputs(const auto&... given) : ScanInputs("dt", 4, given...) {
+  explicit SsdInputs(const auto&... given) : ScanInputs("dt", 4, given...) {
     if (x.stride(3) != 1 || x.stride(2) != head_dim) x = x.contiguous();
   }
 
@@ -42,10 +43,10 @@ bool may_round_products() {
 
 // The inputs of a GPU's kernels, with their scratch.
 struct DeviceInputs {
-  const Inputs& in;
+  const SsdInputs& in;
   Tensor sums, scores;
 
-  explicit DeviceInputs(const Inputs& in)
+  explicit DeviceInputs(const SsdInputs& in)
       : in(in),
         sums(make::empty({in.rows, in.length, in.heads}, in.rates.options().dtype(at::kDouble))),
         scores(
@@ -81,10 +82,9 @@ struct DeviceInputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward_on_device(const Inputs& in,
+std::tuple<Tensor, Tensor, Tensor> forward_on_device(const SsdInputs& in,
                                                      const OptionalTensor& initial_state,
                                                      at::ScalarType type) {
-  const auto options = in.rates.options();
   Tensor y = make::empty(in.x.sizes(), in.x.options());
   Tensor state = in.first_states(initial_state), chunk_states = in.new_states(in.chunks);
   DeviceInputs own(in);
@@ -99,8 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_on_device(const Inputs& in,
   return {y.to(type), state, chunk_states};
 }
 
-Gradients backward_on_device(const Inputs& in, const Tensor& grad_y, const Tensor& grad_final_state,
-                             const Tensor& chunk_states, at::ScalarType type) {
+Gradients backward_on_device(const SsdInputs& in, const Tensor& grad_y,
+                             const Tensor& grad_final_state, const Tensor& chunk_states,
+                             at::ScalarType type) {
   const auto options = in.rates.options();
   const Tensor from_y = grad_y.to(in.type).contiguous(), states_before = chunk_states.contiguous();
   Tensor grad_state = in.first_states(grad_final_state);
@@ -134,7 +135,7 @@ Gradients backward_on_device(const Inputs& in, const Tensor& grad_y, const Tenso
 
 // One chunk of positions, whose scores it makes.
 template <class T>
-cpu::SsdInput<T> chunk_input(const Inputs& in, int64_t index, Tensor& scores) {
+cpu::SsdInput<T> chunk_input(const SsdInputs& in, int64_t index, Tensor& scores) {
   using C = cpu::compute_t<T>;
   const int64_t start = index * in.chunk_size;
   cpu::SsdInput<T> input{in.rows,
@@ -166,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const 
                                        const Tensor& weight_in, const Tensor& weight_out,
                                        const Tensor& direct, const OptionalTensor& initial_state,
                                        int64_t chunk_size) {
-  const Inputs in(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
+  const SsdInputs in(x, dt, rates, weight_in, weight_out, direct, initial_state, chunk_size);
 #ifdef MBLM_CUDA
   if (on_gpu(x)) return forward_on_device(in, initial_state, x.scalar_type());
 #endif
@@ -201,7 +202,7 @@ Gradients ssd_backward(const Tensor& grad_y, const Tensor& grad_final_state, con
                        const Tensor& dt, const Tensor& rates, const Tensor& weight_in,
                        const Tensor& weight_out, const Tensor& direct, const Tensor& chunk_states,
                        int64_t chunk_size) {
-  const Inputs in(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
+  const SsdInputs in(x, dt, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
   in.check_gradients(grad_y, x, chunk_states);
 #ifdef MBLM_CUDA
   if (on_gpu(x)) {

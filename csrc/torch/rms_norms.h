@@ -1,10 +1,10 @@
 // Glue of gated_rms_norm and shift_rms_norm: checks, allocation, calls of the kernels.
-#include "cpu/rms_norms.h"
+#pragma once
 
 #include "common.h"
+#include "cpu/rms_norms.h"
 #include "cpu/sum_rows.h"
 #include "cuda/rms_norms.h"
-#include "operators.h"
 
 namespace mblm {
 namespace {
@@ -147,30 +147,32 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     const C* inverse = data<C>(inverse_in);
     T* to_x = mutable_data<T>(grad_x);
     T* to_other = other ? mutable_data<T>(grad_other) : nullptr;
-    if constexpr (kCuda) {
-      if (on_gpu(x)) {
-        Tensor parts =
-            make::empty({cuda::rms_norm_parts(in.positions), in.width}, in.weight.options());
-        launch(x.device(), [&](cuda::Stream stream) {
-          return cuda::rms_norm_backward(input, in.positions, from, inverse, to_x, to_other,
-                                         mutable_data<C>(parts), stream);
-        });
-        grad_weight = parts.sum(0);
-        return;
-      }
-    }
     // The weight's gradient is summed over blocks of positions, then over the blocks, so that it is
     // the same for any number of threads.
     constexpr int64_t kBlock = 64;
-    const int64_t blocks = divide_up(in.positions, kBlock);
+    int64_t blocks = divide_up(in.positions, kBlock);
+    if constexpr (kCuda) {
+      if (on_gpu(x)) blocks = cuda::rms_norm_parts(in.positions);
+    }
     Tensor partial = make::empty({blocks, in.width}, in.weight.options());
     C* sums = mutable_data<C>(partial);
-    parallel(blocks, kBlock * in.width, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        cpu::rms_norm_backward(input, from, inverse, to_x, to_other, sums + block * in.width,
-                               block * kBlock, std::min((block + 1) * kBlock, in.positions));
-      }
-    });
+    run(
+        x,
+        [&](auto stream) {
+          return cuda::rms_norm_backward(input, in.positions, from, inverse, to_x, to_other, sums,
+                                         stream);
+        },
+        blocks, kBlock * in.width,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t block = begin; block < end; ++block) {
+            cpu::rms_norm_backward(input, from, inverse, to_x, to_other, sums + block * in.width,
+                                   block * kBlock, std::min((block + 1) * kBlock, in.positions));
+          }
+        });
+    if (on_gpu(x)) {
+      grad_weight = partial.sum(0);
+      return;
+    }
     C* to_weight = mutable_data<C>(grad_weight);
     parallel_columns(in.width, blocks, [&](int64_t begin, int64_t end) {
       cpu::sum_rows<C>(sums, blocks, in.width, to_weight, begin, end);

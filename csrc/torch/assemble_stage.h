@@ -1,11 +1,11 @@
 // Glue of assemble_stage: checks, allocation, calls of the kernels.
-#include "cpu/assemble_stage.h"
+#pragma once
 
 #include "common.h"
+#include "cpu/assemble_stage.h"
 #include "cpu/sum_rows.h"
 #include "cuda/assemble_stage.h"
 #include "groups.h"
-#include "operators.h"
 
 namespace mblm {
 namespace {

@@ -1,14 +1,15 @@
 // Glue of selective_scan: checks, allocation, calls of the kernels.
-#include "cpu/selective_scan.h"
+#pragma once
 
+#include "cpu/selective_scan.h"
 #include "cuda/selective_scan.h"
 #include "scans.h"
 
 namespace mblm {
 namespace {
 
-struct Inputs : ScanInputs {
-  explicit Inputs(const auto&... given) : ScanInputs("delta", 3, given...) {
+struct SelectiveScanInputs : ScanInputs {
+  explicit SelectiveScanInputs(const auto&... given) : ScanInputs("delta", 3, given...) {
     TORCH_CHECK_VALUE(!on_gpu(x) || states <= cuda::kScanMaxStates, "A must have at most ",
                       cuda::kScanMaxStates, " states per channel on a GPU, got ", states);
     x = x.contiguous();
@@ -35,8 +36,9 @@ struct Inputs : ScanInputs {
 
 #ifdef MBLM_CUDA
 // The gradients on a GPU, of all chunks at once.
-Gradients backward_on_device(const Inputs& in, const Tensor& from_y, const Tensor& before,
-                             Tensor grad_state, at::ScalarType x_type, at::ScalarType weight_type) {
+Gradients backward_on_device(const SelectiveScanInputs& in, const Tensor& from_y,
+                             const Tensor& before, Tensor grad_state, at::ScalarType x_type,
+                             at::ScalarType weight_type) {
   const auto options = in.rates.options();
   const int64_t parts = cuda::selective_scan_parts(in.width, in.padded_states);
   Tensor grad_x = make::empty(in.x.sizes(), in.x.options());
@@ -83,7 +85,7 @@ Gradients backward_on_device(const Inputs& in, const Tensor& from_y, const Tenso
 struct Cut {
   int64_t row_blocks, rows_each, groups, channels_each;
 
-  explicit Cut(const Inputs& in) {
+  explicit Cut(const SelectiveScanInputs& in) {
     constexpr int64_t kItems = 32;
     row_blocks = std::clamp<int64_t>(in.rows, 1, kItems);
     rows_each = divide_up(in.rows, row_blocks);
@@ -100,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& x, const Tensor&
                                                   const Tensor& weight_out, const Tensor& direct,
                                                   const OptionalTensor& initial_state,
                                                   int64_t chunk_size) {
-  const Inputs in(x, delta, rates, weight_in, weight_out, direct, initial_state, chunk_size);
+  const SelectiveScanInputs in(x, delta, rates, weight_in, weight_out, direct, initial_state,
+                               chunk_size);
   Tensor y = make::empty(x.sizes(), in.x.options());
   Tensor state = in.first_states(initial_state), chunk_states = in.new_states(in.chunks);
   dispatch(in.type, [&](auto zero) {
@@ -132,7 +135,8 @@ Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final
                                   const Tensor& weight_in, const Tensor& weight_out,
                                   const Tensor& direct, const Tensor& chunk_states,
                                   int64_t chunk_size) {
-  const Inputs in(x, delta, rates, weight_in, weight_out, direct, grad_final_state, chunk_size);
+  const SelectiveScanInputs in(x, delta, rates, weight_in, weight_out, direct, grad_final_state,
+                               chunk_size);
   in.check_gradients(grad_y, x, chunk_states);
   const Cut cut(in);
   const auto options = in.rates.options();

@@ -1,5 +1,7 @@
 // Glue of linear: few rows on a CPU by a kernel, large float32 products there by oneDNN, all others
 // as PyTorch has them.
+#pragma once
+
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
@@ -9,7 +11,6 @@
 #include "common.h"
 #include "cpu/linear_rows.h"
 #include "cpu/transpose.h"
-#include "operators.h"
 
 namespace mblm {
 namespace {

@@ -1,9 +1,9 @@
 // Glue of short_attention: checks, allocation, calls of the kernels.
-#include "cpu/short_attention.h"
+#pragma once
 
 #include "common.h"
+#include "cpu/short_attention.h"
 #include "cuda/short_attention.h"
-#include "operators.h"
 
 namespace mblm {
 namespace {
@@ -32,14 +32,14 @@ c10::Device check(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
 }
 
 // The tensors as the kernels want them.
-struct Inputs {
+struct AttentionInputs {
   const c10::DeviceGuard device;
   at::ScalarType type;
   Tensor q, k, v;
   OptionalTensor cos, sin;
 
-  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptionalTensor& cos_,
-         const OptionalTensor& sin_)
+  AttentionInputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptionalTensor& cos_,
+                  const OptionalTensor& sin_)
       : device(check(q_, k_, v_, cos_, sin_)),
         type(kernel_type(q_.scalar_type())),
         q(with_unit_stride(q_.to(type))),
@@ -70,7 +70,7 @@ struct Inputs {
 
 Tensor short_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
                        const OptionalTensor& sin) {
-  const Inputs in(q, k, v, cos, sin);
+  const AttentionInputs in(q, k, v, cos, sin);
   Tensor out = make::empty(q.sizes(), in.q.options());
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, 
                                                             const Tensor& k, const Tensor& v,
                                                             const OptionalTensor& cos,
                                                             const OptionalTensor& sin) {
-  const Inputs in(q, k, v, cos, sin);
+  const AttentionInputs in(q, k, v, cos, sin);
   check_like("grad", grad, q.sizes(), "q", q);
   const Tensor grad_out = with_unit_stride(grad.to(in.type));
   Tensor grad_q = make::empty(q.sizes(), in.q.options());
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, 
   dispatch(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto input = in.kernel_input<T>();
-    const auto from = Inputs::view<T>(grad_out);
+    const auto from = AttentionInputs::view<T>(grad_out);
     T *to_q = mutable_data<T>(grad_q), *to_k = mutable_data<T>(grad_k),
       *to_v = mutable_data<T>(grad_v);
     run(
