@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from mblm.ops._shapes import check_shapes
+from mblm.ops._arguments import check_arguments
 from mblm.utils.modes import without_autocast
 from mblm.utils.transforms import is_transformed
 
@@ -57,7 +57,8 @@ def register_operator(
     gradient_schema: str | None = None,
     gradient: Callable[..., Any] | None = None,
     *,
-    shapes: str,
+    arguments: str,
+    gradient_arguments: str | None = None,
     fakes: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     backward: Callable[..., Sequence[Tensor | None]] | None = None,
     intermediates: int = 0,
@@ -72,8 +73,8 @@ def register_operator(
         gradient_schema: That of the gradient, ``name_backward(..) -> ..``; see `_by_operator`.
         gradient: Its reference. Default: what PyTorch derives from ``reference``, see
             `_by_reference`. Asked for derivatives of its own, it raises.
-        shapes: Of the arguments, which the reference refuses if they do not fit; see
-            `check_shapes`.
+        arguments, gradient_arguments: What the references refuse arguments by that do not fit; see
+            `check_arguments`.
         fakes: Shapes and dtypes of the results of both, from those of the arguments. Default: the
             references, which then look at no values of tensors that have none.
         backward: Calls the gradient, ``backward(call, *grads) -> gradients of the first
@@ -85,11 +86,14 @@ def register_operator(
             the gradient needs no values of theirs: they are not kept.
     """
     name = schema.split("(", 1)[0]
-    operator = _define(name, schema, reference, fakes and fakes[0], shapes)
+    operator = _define(name, schema, reference, fakes and fakes[0], arguments)
     LIBRARY.impl(name, reference, TRANSFORMED)
     if gradient_schema:
         gradient = gradient or _by_reference(operator, gradient_schema, reference)
-        of_gradient = _define(f"{name}_backward", gradient_schema, gradient, fakes and fakes[1])
+        fake = fakes and fakes[1]
+        of_gradient = _define(
+            f"{name}_backward", gradient_schema, gradient, fake, gradient_arguments
+        )
         _register_autograd(of_gradient, functools.partial(_refuse, name))
         backward = backward or _by_operator(operator, of_gradient)
     _register_autograd(operator, reference, backward, intermediates, linear_in)
@@ -100,15 +104,15 @@ def _define(
     schema: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None,
-    shapes: str | None = None,
+    arguments: str | None,
 ) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.mblm, name).default
     names = [argument.name for argument in operator._schema.arguments]
 
     def checked(*args: Any) -> Any:
-        if shapes is not None:
-            check_shapes(shapes, names, args)
+        if arguments is not None:
+            check_arguments(arguments, names, args)
         return reference(*args)
 
     LIBRARY.impl(name, _said_on_cuda(name, checked), "CompositeExplicitAutograd")

@@ -18,13 +18,14 @@ from mblm.utils.modes import without_autocast
 Chunk = Callable[..., tuple[Tensor, Tensor]]
 
 
-def register_scan(name: str, steps: str, shapes: str, chunk: Chunk) -> None:
+def register_scan(name: str, steps: str, arguments: str, grads: str, chunk: Chunk) -> None:
     """Register a scan and its gradient.
 
     Args:
         name: Its name.
         steps: What its step sizes are called.
-        shapes: Of the arguments; see `register_operator`.
+        arguments: What they are to be, the last of them the state; see `register_operator`.
+        grads: What else the arguments of the gradient are to be.
         chunk: See above.
     """
     tensors = f"Tensor x, Tensor {steps}, Tensor A, Tensor B, Tensor C, Tensor D"
@@ -36,7 +37,8 @@ def register_scan(name: str, steps: str, shapes: str, chunk: Chunk) -> None:
         f"{name}_backward(Tensor grad_y, Tensor grad_final_state, {tensors}, Tensor chunk_states, "
         f"int chunk_size) -> ({gradients})",
         backward_reference(chunk),
-        shapes=shapes,
+        arguments=f"{arguments}, chunk_size: >= 1",
+        gradient_arguments=f"{arguments.rpartition(',')[0]}, {grads}, chunk_size: >= 1",
         fakes=(_fake, _backward_fake),
         intermediates=1,
     )

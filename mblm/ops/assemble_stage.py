@@ -134,8 +134,10 @@ register_operator(
     "SymInt num_embeddings, SymInt num_positions, int padding_idx) "
     "-> (Tensor grad_start, Tensor grad_embeddings, Tensor grad_positions)",
     assemble_stage_backward_reference,
-    shapes="embeddings: V D | B P D, ids: B P, start_token: D, positions: >=P D, "
-    "rotation: >=P D/2 2, context: B P D",
+    arguments="embeddings: V D | B P D float, ids: B P int64, start_token: D embeddings, "
+    "positions: >=P D embeddings, rotation: >=P D/2 2 float, context: B P D embeddings",
+    gradient_arguments="grad: B S D float, grad: B >=1 D float, ids: B S-1 int64, "
+    "rotation: >=S-1 D/2 2 float, num_positions: >= 0",
     backward=_backward,
     linear_in=(0, 1, 3, 5),
 )

@@ -44,6 +44,7 @@ def causal_conv_reference(
     return F.silu(y).to(x.dtype).contiguous(), extended[:, length:].clone()
 
 
+_ARGUMENTS = "x: B L D float, weight: D 1 K float, bias: D weight, window: B K-1 D x"
 register_operator(
     "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor? window) "
     "-> (Tensor y, Tensor next_window)",
@@ -51,5 +52,6 @@ register_operator(
     "causal_conv_backward(Tensor grad_y, Tensor? grad_next_window, Tensor x, Tensor weight, "
     "Tensor bias, Tensor? window) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_window)",
-    shapes="x: B L D, weight: D 1 K, bias: D, window: B K-1 D",
+    arguments=_ARGUMENTS,
+    gradient_arguments=f"{_ARGUMENTS}, grad_y: B L D x, grad_next_window: B K-1 D x",
 )

@@ -100,6 +100,7 @@ def _gather(
     return vectors.reshape(ids.shape[0], num_patches, patch_size * table.shape[1])
 
 
+_ARGUMENTS = "patch_size: >= 1, ids: B L int64, table: V D float, weight: patch_size*D table"
 register_operator(
     "embed_patches(Tensor ids, Tensor table, Tensor weight, Tensor bias, SymInt num_patches, "
     "SymInt patch_size, int pad_token_id, float eps) "
@@ -109,6 +110,8 @@ register_operator(
     "Tensor inverse_std, SymInt patch_size, int pad_token_id) "
     "-> (Tensor grad_table, Tensor grad_weight, Tensor grad_bias)",
     embed_patches_backward_reference,
-    shapes="ids: B L, table: V D, weight: R, bias: R",
+    arguments=f"{_ARGUMENTS}, bias: patch_size*D table, eps: >= 0",
+    gradient_arguments=f"{_ARGUMENTS}, mean: B n computed, inverse_std: B n mean, "
+    "grad: B n patch_size*D table",
     intermediates=2,
 )

@@ -44,6 +44,7 @@ def gated_rms_norm_reference(
     return out.to(weight.dtype).contiguous(), inverse_norm.contiguous()
 
 
+_ARGUMENTS = "x: .. D float, weight: D float, gate: .. D x, eps: > 0"
 register_operator(
     "gated_rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
@@ -51,6 +52,7 @@ register_operator(
     "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? gate, "
     "Tensor inverse_norm, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_gate)",
-    shapes="x: .. D, weight: D, gate: .. D",
+    arguments=_ARGUMENTS,
+    gradient_arguments=f"{_ARGUMENTS}, grad: .. D weight, inverse_norm: .. computed",
     intermediates=1,
 )

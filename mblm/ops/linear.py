@@ -108,6 +108,6 @@ def _backward(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
 register_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     linear_reference,
-    shapes="x: M K, weight: N K, bias: N",
+    arguments="x: M K float, weight: N K x, bias: N x",
     backward=_backward,
 )

@@ -65,5 +65,11 @@ def _chunk(
     return y.to(x.dtype), state
 
 
-_SHAPES = "x: B L D, delta: B L D, A: D N, B: B L N, C: B L N, D: D, initial_state: B D N"
-register_scan("selective_scan", "delta", _SHAPES, _chunk)
+register_scan(
+    "selective_scan",
+    "delta",
+    "x: B L D float, A: D N wide, delta: B L D A, B: B L N x, C: B L N x, D: D A, "
+    "initial_state: B D N A",
+    "grad_y: B L D x, grad_final_state: B D N A, chunk_states: B c D N A",
+    _chunk,
+)

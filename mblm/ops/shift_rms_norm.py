@@ -64,6 +64,7 @@ def shifted(x: Tensor, previous: Tensor | None, shift: bool) -> Tensor:
     return torch.cat((kept, delayed), dim=-1)
 
 
+_ARGUMENTS = "x: .. S D float, weight: D float, previous: .. D/2 x, eps: > 0"
 register_operator(
     "shift_rms_norm(Tensor x, Tensor weight, Tensor? previous, bool shift, float eps) "
     "-> (Tensor out, Tensor inverse_norm)",
@@ -71,6 +72,7 @@ register_operator(
     "shift_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? previous, "
     "Tensor inverse_norm, bool shift, float eps) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_previous)",
-    shapes="x: .. S D, weight: D, previous: .. D/2",
+    arguments=_ARGUMENTS,
+    gradient_arguments=f"{_ARGUMENTS}, grad: .. S D float, inverse_norm: .. S computed",
     intermediates=1,
 )

@@ -56,10 +56,15 @@ def short_attention_reference(
         return out.transpose(1, 2).to(q.dtype).contiguous()
 
 
+_ARGUMENTS = (
+    "q: B S H d float, k: B T H d q, v: B T H d q, q: B <=T H d float, cos: T d/2 float32, "
+    "sin: T d/2 float32"
+)
 register_operator(
     "short_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin) -> Tensor",
     short_attention_reference,
     "short_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, "
     "Tensor? sin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-    shapes="k: B T H d, v: B T H d, q: B <=T H d, cos: T d/2, sin: T d/2",
+    arguments=_ARGUMENTS,
+    gradient_arguments=f"{_ARGUMENTS}, grad: B S H d q",
 )

@@ -76,5 +76,11 @@ def _chunk(
     return y.addcmul(inputs, D.unsqueeze(-1)).to(x.dtype), after
 
 
-_SHAPES = "x: B L H P, dt: B L H, A: H, B: B L N, C: B L N, D: H, initial_state: B H P N"
-register_scan("ssd", "dt", _SHAPES, _chunk)
+register_scan(
+    "ssd",
+    "dt",
+    "x: B L H P float, A: H wide, dt: B L H A, B: B L N x, C: B L N x, D: H A, "
+    "initial_state: B H P N A",
+    "grad_y: B L H P x, grad_final_state: B H P N A, chunk_states: B c H P N A",
+    _chunk,
+)

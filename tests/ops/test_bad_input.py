@@ -1,5 +1,6 @@
-"""Bad input is refused by the name of the argument: by native kernels, shapes by references too."""
+"""Bad input is refused by the name of the argument: by native kernels and by references."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -278,25 +279,43 @@ for _name in ("selective_scan", "ssd"):
 @pytest.mark.parametrize("name", GOOD)
 def test_what_is_right_is_taken(name: str) -> None:
     getattr(torch.ops.mblm, name)(*GOOD[name].values())
+    reference_of(name)(*GOOD[name].values())
+
+
+# What references refuse in their own words: shapes, dtypes, numbers that are too small.
+BY_REFERENCES = re.compile(
+    r"\S+ must (have (shape|the dtype|two)|be ?(float|int64|pos|at least 1|\(|$))"
+)
 
 
 @pytest.mark.parametrize(
-    ("name", "argument", "value", "words"),
+    ("by", "name", "argument", "value", "words"),
     [
-        pytest.param(name, *case, id=f"{name}-{case[0]}-{number}")
+        pytest.param(by, name, *case, id=f"{by}-{name}-{case[0]}-{number}")
         for name, cases in BAD.items()
         for number, case in enumerate(cases)
+        for by in ("kernel", "reference")
+        if by == "kernel" or (case[1] is not None and BY_REFERENCES.match(case[2]))
     ],
 )
 def test_bad_input_is_refused(
-    require_native: Callable[[str], None], name: str, argument: str, value: Any, words: str
+    require_native: Callable[[str], None],
+    by: str,
+    name: str,
+    argument: str,
+    value: Any,
+    words: str,
 ) -> None:
-    require_native(name)
     arguments = {**GOOD[name], argument: value}
+    if by == "kernel":
+        require_native(name)
+    function = getattr(torch.ops.mblm, name) if by == "kernel" else reference_of(name)
     with pytest.raises((TypeError, ValueError)) as raised:
-        getattr(torch.ops.mblm, name)(*arguments.values())
+        function(*arguments.values())
     said = str(raised.value)
-    if "scan" in name or name == "ssd":
+    if by == "reference":
+        words = words.partition(" must")[0] + " must"
+    elif "scan" in name or name == "ssd":
         said = said.replace("[", "(").replace("]", ")")
     assert words in said
 
