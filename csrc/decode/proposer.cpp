@@ -32,16 +32,20 @@ void Proposer::follow(const Bytes& bytes) noexcept {
 }
 
 std::span<const int64_t> Proposer::propose(const Bytes& bytes, int64_t most,
-                                           double price) noexcept {
-  most = std::min(most, kMost);
-  double expected = 1;
+                                           const Price& price) noexcept {
+  most = at_ < 0 ? 0 : std::min(most, kMost);
+  double expected = 1, gain = -price.any, best = 0;
   int64_t count = 0;
-  for (; at_ >= 0 && count < most; ++count) {
-    expected *= right_[std::min(match_ + count, kLongest)];
-    if (expected <= price) break;
+  for (int64_t i = 0; i < most; ++i) {
+    expected *= right_[std::min(match_ + i, kLongest)];
+    if (expected <= price.each) break;
     // A match that overlaps the end goes on periodically.
-    const int64_t from = at_ + count - known_;
-    proposed_[count] = from < 0 ? bytes[at_ + count] : proposed_[from];
+    const int64_t from = at_ + i - known_;
+    proposed_[i] = from < 0 ? bytes[at_ + i] : proposed_[from];
+    gain += expected - price.each;
+    if (gain <= best) continue;
+    best = gain;
+    count = i + 1;
   }
   return {proposed_.data(), size_t(count)};
 }
@@ -90,31 +94,34 @@ void Proposer::search(const Bytes& bytes) noexcept {
   }
 }
 
-void Pace::note(int64_t positions, double seconds) noexcept {
-  constexpr double kAtFirst = 0.4;
-  const double rate = 1. / double(std::min<int64_t>(8 + count_++, 32));
-  if (seconds_ == 0) {
-    positions_ = double(positions);
-    seconds_ = seconds;
-    common_ = kAtFirst * seconds / double(positions);
-    return;
+void Pace::note(int64_t rows, int64_t drafted, double seconds) noexcept {
+  // Another program may have had the core: no round counts for more than twice what is usual.
+  if (drafted == 0) {
+    plain_ += (std::min(seconds, rounds_ > 0 ? 2 * plain_ : seconds) - plain_) /
+              double(std::min<int64_t>(++rounds_, 32));
+    // What once was too costly is tried again later.
+    constexpr double kForgotten = 1. / 1024;
+    cost_ += kForgotten * (kExpected.any + kExpected.each * drafted_ - cost_);
+    common_ += kForgotten * (kExpected.each * spread_ - common_);
+  } else if (rounds_ > 0) {
+    constexpr double kRate = 1. / 16;
+    const double along = double(drafted) - drafted_;
+    const double usual = cost_ + common_ / spread_ * along;
+    const double cost = (seconds / plain_ - 1) * double(rows);
+    const double above = std::min(cost, 2 * std::max(usual, 0.) + double(rows)) - cost_;
+    drafted_ += kRate * along;
+    cost_ += kRate * above;
+    // Drafts that all have one length say nothing of the slope.
+    spread_ = std::max(spread_ + kRate * (along * along - spread_), 1.);
+    common_ += kRate * (along * above - common_);
   }
-  // Another program may have had the core.
-  const double along = double(positions) - positions_;
-  const double usual = seconds_ + common_ / spread_ * along;
-  const double above = std::min(seconds, 2 * std::max(usual, seconds_ / 2)) - seconds_;
-  positions_ += rate * along;
-  seconds_ += rate * above;
-  if (along * along < 0.01) return;  // it says nothing of the slope
-  spread_ += rate * (along * along - spread_);
-  common_ += rate * (along * above - common_);
 }
 
-double Pace::price(int64_t rows) const noexcept {
-  if (seconds_ == 0) return 1;
-  const double slope = std::max(common_ / spread_, 0.);
-  const double pass = std::max(seconds_ + slope * (double(rows) - positions_), seconds_ / 16);
-  return slope * double(rows) / pass;
+Price Pace::price() const noexcept {
+  if (rounds_ == 0) return {.any = double(Proposer::kMost)};
+  constexpr double kMargin = 1.2;  // for a gain that is seen
+  const double each = std::max(common_ / spread_, 0.);
+  return {kMargin * std::max(cost_ - each * drafted_, 0.), kMargin * each};
 }
 
 }  // namespace mblm::decode

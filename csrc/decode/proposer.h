@@ -1,5 +1,4 @@
 // Proposes a row's next bytes: those that came after the longest earlier match of its last ones.
-// The twin of mblm/inference/draft.py's Proposer, which says how.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +11,11 @@
 
 namespace mblm::decode {
 
+// What it costs to check drafts, in bytes that would be chosen meanwhile: any at all, and each.
+struct Price {
+  double any = 0, each = 0;
+};
+
 class Proposer {
  public:
   static constexpr int64_t kMost = 24;  // bytes that are proposed at a time
@@ -22,9 +26,9 @@ class Proposer {
   void reserve(const Bytes& bytes, int64_t end);
   // Takes note of bytes that the row has got, for which there must be room.
   void follow(const Bytes& bytes) noexcept;
-  // Some of the next bytes, at most so many or kMost, where each must be right with a probability
-  // above `price`. They stay until the next call.
-  std::span<const int64_t> propose(const Bytes& bytes, int64_t most, double price) noexcept;
+  // Some of the next bytes, at most so many or kMost: as many as are worth most more than their
+  // price, if any are. They stay until the next call.
+  std::span<const int64_t> propose(const Bytes& bytes, int64_t most, const Price& price) noexcept;
 
  private:
   static constexpr int64_t kShortest = 3, kLongest = 12;  // bytes of a match
@@ -43,17 +47,22 @@ class Proposer {
   std::array<int64_t, kMost> proposed_;
 };
 
-// What a pass costs: a line through the seconds of those before by their positions.
+// What drafts cost: a line through what rounds with drafts took longer than those without.
 class Pace {
  public:
-  void note(int64_t positions, double seconds) noexcept;
-  // Of one position more in a pass of so many rows, in bytes that they choose in that time.
-  double price(int64_t rows) const noexcept;
+  // A round of so many rows took so long.
+  void note(int64_t rows, int64_t drafted, double seconds) noexcept;
+  // Too high for any drafts before it knows a round without.
+  Price price() const noexcept;
 
  private:
-  int64_t count_ = 0;
-  double positions_ = 0, seconds_ = 0;  // means
-  double spread_ = 1, common_ = 0;      // variance of positions; covariance with seconds
+  static constexpr Price kExpected{0.25, 0.25};
+
+  int64_t rounds_ = 0;  // without drafts
+  double plain_ = 0;    // mean seconds of these
+  // Means of bytes drafted and of their cost in bytes; the former's variance, and the covariance.
+  double drafted_ = 4, cost_ = kExpected.any + 4 * kExpected.each;
+  double spread_ = 16, common_ = 16 * kExpected.each;
 };
 
 }  // namespace mblm::decode

@@ -85,11 +85,11 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
       if (worker.is_first()) embed_bytes();
       worker.wait();
     }
-    const bool is_shared = active_.size() > 1 && (draws_apart_ || !round_.has_drafts);
-    if (worker.is_last() && chooses() && !round_.has_drafts) draw();
+    const bool is_shared = active_.size() > 1 && (draws_apart_ || round_.drafted == 0);
+    if (worker.is_last() && chooses() && round_.drafted == 0) draw();
     if (round_.positions > 0) {
       rows_.prefill(worker, space.x.data(), space.scratch.data(),
-                    round_.has_drafts ? space.trail.data() : nullptr);
+                    round_.drafted > 0 ? space.trail.data() : nullptr);
       cpu::ask_for(worker, space.x.data(), round_.positions * parts.local().dim);
     }
     for (const Active& active : active_) read_outputs(active, outputs);
@@ -109,7 +109,8 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
       }
       const auto end = Team::Clock::now();
       if (chooses() && !round_.catches_up && round_.positions > 0) {
-        space.pace.note(round_.positions, std::chrono::duration<double>(end - begin).count());
+        space.pace.note(round_.positions - round_.drafted, round_.drafted,
+                        std::chrono::duration<double>(end - begin).count());
       }
       begin_round();
       if (chooses() && (worker.team.is_crowded() || end >= until)) round_.is_over = true;
@@ -182,14 +183,13 @@ void Run::plan_step() {
       const int64_t room = local() > 0 ? schedule.seq_len(local()) - position - 1 : kMost;
       const int64_t most = std::min({kMost, room, row.plan->left() - 1, member.to - row.taken - 1});
       if (member.draft.empty() && proposes(row)) {
-        const double price = space.pace.price(int64_t(active_.size()));
         row.plan->proposer->follow(row.bytes);
-        member.draft =
-            row.plan->proposer->propose(row.bytes, std::min(most, row.plan->draft), price);
+        member.draft = row.plan->proposer->propose(row.bytes, std::min(most, row.plan->draft),
+                                                   space.pace.price());
       }
       const int64_t drafted = std::min(int64_t(member.draft.size()), most);
       active.count += drafted;
-      round_.has_drafts = round_.has_drafts || drafted > 0;
+      round_.drafted += drafted;
     }
     active.first = round_.positions;
     active.output = round_.outputs;

@@ -73,8 +73,8 @@ class Run : Call {
 
   // In a line that is written to in every round: others read what is beside it.
   struct alignas(cpu::cache_lines::kBytesApart) Round {
-    bool is_over = false, catches_up = false, has_drafts = false;
-    int64_t positions = 0, outputs = 0;
+    bool is_over = false, catches_up = false;
+    int64_t positions = 0, outputs = 0, drafted = 0;
   };
   Round round_;
   bool needs_memory_ = false;

@@ -24,7 +24,7 @@ struct Text {
       proposer.follow(bytes);
     }
   }
-  std::string proposed(int64_t most = 6, double price = 0) {
+  std::string proposed(int64_t most = 6, const Price& price = {}) {
     std::string text;
     for (const int64_t id : proposer.propose(bytes, most, price)) text += char(id);
     return text;
@@ -54,10 +54,11 @@ void little_is_proposed_where_it_is_seldom_right() {
   Text text;
   for (int64_t i = 0; i < 40; ++i) text.write("the " + std::string(1, char('0' + i)));
   text.write("the ");
-  CHECK(text.proposed(6, 0.3).empty());
+  CHECK(text.proposed(6, {.each = 0.3}).empty() && text.proposed(6, {.any = 0.3}).empty());
   for (int64_t i = 0; i < 60; ++i) text.write("the same ");
-  CHECK(text.proposed(6, 0.3).size() == 6);
-  CHECK(text.proposed(4, 0.3).size() == 4);
+  CHECK(text.proposed(6, {.each = 0.3}).size() == 6);
+  CHECK(text.proposed(4, {.any = 1, .each = 0.3}).size() == 4);
+  CHECK(text.proposed(4, {.any = 3, .each = 0.3}).empty());
 }
 
 void copies_of_bytes_write_to_pages_of_their_own() {
@@ -98,16 +99,38 @@ void many_bytes_are_found_again() {
         text.bytes[5000] == '6');
 }
 
-void a_price_follows_what_passes_cost() {
-  Pace pace;
-  CHECK(pace.price(1) == 1);
-  for (int64_t i = 0; i < 1000; ++i) {
-    const int64_t positions = 1 + i % 5;
-    const bool is_disturbed = i % 50 == 7;
-    pace.note(positions, (8 + 2 * double(positions)) * (is_disturbed ? 20 : 1));
+bool is_near(const Price& price, double any, double each) {
+  return std::abs(price.any - any) < 0.1 && std::abs(price.each - each) < 0.05;
+}
+
+void a_price_follows_what_rounds_cost() {
+  for (const int64_t rows : {1, 4}) {
+    Pace pace;
+    Text text;
+    text.write("-----");
+    CHECK(text.proposed(6, pace.price()).empty());
+    for (int64_t i = 0; i < 1000; ++i) {
+      const int64_t drafted = i % 7;
+      const double seconds = drafted ? 13 + double(drafted) : 10;
+      pace.note(rows, drafted, i % 50 == 7 ? 20 * seconds : seconds);
+    }
+    // A margin above 0.3 and 0.1 of a round, in which each row chooses a byte.
+    const auto [any, each] = pace.price();
+    CHECK(is_near({any / double(rows), each / double(rows)}, 0.36, 0.12));
   }
-  CHECK(std::abs(pace.price(1) - 0.2) < 0.05);
-  CHECK(std::abs(pace.price(4) - 0.5) < 0.1);
+}
+
+// The first round of all finds nothing in the caches.
+void a_slow_beginning_makes_no_drafts_costly_and_what_was_costly_is_tried_again() {
+  Pace pace;
+  pace.note(1, 0, 50);
+  for (int64_t i = 0; i < 100; ++i) pace.note(1, 0, 10);
+  const Price expected = pace.price();
+  CHECK(expected.any < 0.5 && expected.each < 0.5);
+  for (int64_t i = 0; i < 100; ++i) pace.note(1, 1 + i % 3, 10 + 15 * double(1 + i % 3));
+  CHECK(pace.price().each > 1);
+  for (int64_t i = 0; i < 5000; ++i) pace.note(1, 0, 10);
+  CHECK(is_near(pace.price(), expected.any, expected.each));
 }
 
 int main() {
@@ -116,6 +139,7 @@ int main() {
   little_is_proposed_where_it_is_seldom_right();
   copies_of_bytes_write_to_pages_of_their_own();
   many_bytes_are_found_again();
-  a_price_follows_what_passes_cost();
+  a_price_follows_what_rounds_cost();
+  a_slow_beginning_makes_no_drafts_costly_and_what_was_costly_is_tried_again();
   return test::result();
 }
