@@ -46,7 +46,10 @@ class Course:
 
     @cached_property
     def _guide(self) -> Guide | None:
-        return self.request.guide and self.request.guide()
+        guide = self.request.guide and self.request.guide()
+        if self.request.guide and not hasattr(guide, "allowed"):
+            raise TypeError(f"constraint: expected what makes a guide, it made {guide!r}")
+        return guide
 
     def ids(self) -> Tensor:
         """The bytes chosen so far, ``(n,)`` int64 on the CPU: the caller's own."""
@@ -101,6 +104,9 @@ class Course:
         if self._guide is None:
             return None
         mask = self._guide.allowed(self.begin + self.request.plan.max_tokens - length)
+        shape = (self.request.num_tokens,)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+            raise TypeError(f"constraint: expected allowed to give bools {shape}, got {mask!r:.80}")
         if not mask.any() and not self._guide.accepts():
             raise ValueError("constraint: nothing may follow, and what there is does not match")
         return mask

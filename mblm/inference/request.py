@@ -84,6 +84,7 @@ class Request:
 
     Attributes:
         prompt: Its token ids, ``(L,)`` int64 on the CPU.
+        num_tokens: V.
         plan: How a row that has taken it in goes on.
         guide: Makes the guide of a constraint that is no automaton; the plan pauses for it.
         logits_processor: Changes each byte's logits; the plan pauses for it.
@@ -91,6 +92,7 @@ class Request:
     """
 
     prompt: Tensor
+    num_tokens: int
     plan: Plan
     guide: Callable[[], Guide] | None = None
     logits_processor: LogitsProcessor | None = None
@@ -184,7 +186,7 @@ def request(
         pause=pauses,
         draft=most,
     )
-    return Request(ids, plan, guide, logits_processor, None if pauses else drafter)
+    return Request(ids, num_tokens, plan, guide, logits_processor, None if pauses else drafter)
 
 
 def requests_of_rows(
@@ -301,6 +303,10 @@ def _compiled(
     with naming("constraint: "):
         compiled = constraint.compile(num_tokens)
     if isinstance(compiled, Automaton):
+        if (got := len(compiled.classes)) != num_tokens:
+            raise ValueError(
+                f"constraint: expected an automaton of {num_tokens} tokens, got one of {got}"
+            )
         return compiled if end is None or end < 256 else _ending_by(compiled, end), None
     if not callable(compiled):
         raise TypeError(

@@ -161,6 +161,29 @@ class TestGuide:
         with pytest.raises(ValueError, match="constraint: nothing may follow"):
             finished(m, make, asked)
 
+    @on_every_engine
+    @pytest.mark.parametrize("processor", [None, same], ids=["", "processor"])
+    @pytest.mark.parametrize(
+        "given",
+        [None, [True] * V, torch.ones(V), torch.ones(V - 1).bool(), torch.ones(1, V).bool()],
+    )
+    def test_that_allows_what_is_no_mask(
+        self, m: MBLM, make: MakeCache, given: Any, processor: Any
+    ) -> None:
+        stuck = type("G", (Follower,), {"allowed": lambda *_: given})
+        maker = type("C", (), {"compile": lambda *_: lambda: stuck(words(4))})
+        asked = one(m, constraint=maker(), logits_processor=processor)
+        with pytest.raises(TypeError, match="constraint: expected allowed to give bools"):
+            finished(m, make, asked)
+
+    @on_every_engine
+    def test_that_is_none(self, m: MBLM, make: MakeCache) -> None:
+        asked = one(m, constraint=type("C", (), {"compile": lambda *_: lambda: None})())
+        with pytest.raises(
+            TypeError, match="constraint: expected what makes a guide, it made None"
+        ):
+            finished(m, make, asked)
+
 
 class TestProcessor:
     @on_every_engine

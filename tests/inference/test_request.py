@@ -22,6 +22,11 @@ def without_address(value: object) -> str:
     return re.sub(" at 0x[0-9a-f]+", "", str(value))
 
 
+def narrow() -> Automaton:
+    """An automaton of a vocabulary of 2."""
+    return Automaton(torch.zeros(2).long(), torch.tensor([[0]]), torch.tensor([True]))
+
+
 @pytest.fixture(scope="module")
 def m() -> MBLM:
     """A context of 30 bytes, which fixed positions limit."""
@@ -195,6 +200,11 @@ def test_log_probabilities(m: MBLM) -> None:
         ({"length": 5}, TypeError, "'length'"),
         ({"constraint": "a+"}, TypeError, r"constraint: expected one of mblm.constrain, got 'a\+'"),
         ({"constraint": Compiles(3)}, TypeError, "constraint: expected compile to give .* got int"),
+        (
+            {"constraint": Compiles(narrow())},
+            ValueError,
+            "constraint: expected an automaton of 257",
+        ),
         ({"constraint": Compiles(ValueError("no"))}, ValueError, "^constraint: no$"),
         ({"logits_processor": 3}, TypeError, "logits_processor: expected a function, got int"),
         ({"log_probs": 1}, TypeError, "log_probs: expected a bool, got 1"),
