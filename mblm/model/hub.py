@@ -1,5 +1,6 @@
 """Publish models on the Hugging Face hub: a folder, and a card that says what is in it."""
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def model_card(
     lines += ["", f"{parameters:,} parameters; a context of {model.context_size:,} bytes."]
     if bits_per_byte is not None:
         bits_per_byte = check_number("bits_per_byte", bits_per_byte)
-        if not bits_per_byte > 0:
+        if not 0 < bits_per_byte < math.inf:
             raise ValueError(f"bits_per_byte: expected a number above 0, got {bits_per_byte}")
         lines += [
             "",

@@ -393,8 +393,9 @@ class TestHub:
         assert "README.md" not in hub["files"] and "model.safetensors" in hub["files"]
 
     def test_is_not_told_what_is_no_number(self, hub: dict[str, Any], m: MBLM) -> None:
-        with pytest.raises(ValueError, match="bits_per_byte"):
-            m.push_to_hub("me/small", bits_per_byte=-1)
+        for bits in (-1, 0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="bits_per_byte"):
+                m.push_to_hub("me/small", bits_per_byte=bits)
         assert "repository" not in hub
 
 
