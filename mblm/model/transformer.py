@@ -1,7 +1,7 @@
 """Transformer stages: their blocks, the causal decoder and the bidirectional encoder."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -297,13 +297,7 @@ class TransformerDecoder(_Transformer):
         carried.after = new.state()
         return self.norm(x)
 
-    def stack_states(self, states: Sequence[TransformerState]) -> TransformerState:
-        """The rows of states in one; they may be at different positions."""
-        return stack(states)
-
-    def split_state(self, state: TransformerState) -> list[TransformerState]:
-        """The rows of a state."""
-        return split(state)
+    stack_states, split_state = staticmethod(stack), staticmethod(split)
 
     def state_tensors(self, state: TransformerState) -> dict[str, Tensor]:
         """``keys`` and ``values (layers, H, positions, d)``, ``delayed (layers, 2, D // 2)``."""

@@ -11,16 +11,17 @@ from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KINDS = {"float": _FLOATS, "wide": _FLOATS[2:], "float32": _FLOATS[2:3], "int64": (torch.int64,)}
+_of = operator.attrgetter("shape", "dtype")
 
 
-def check_arguments(wanted: str, names: Sequence[str], arguments: Sequence[Any]) -> None:
+def check_arguments(wanted: str, names: tuple[str, ...], arguments: Sequence[Any]) -> None:
     """Refuse arguments that do not fit one another.
 
     Args:
         wanted: Such as ``size: > 0, x: .. L D float, window: D-1 D/2 x, table: >=L size*D float``:
             sizes of a tensor, then its kind or the argument whose dtype it has; a number's least.
             The first of a name tells its size; ``..`` are any sizes, and ``V D | B L D`` goes by
-            the dimensions. All tensors are on the device of the first.
+            the dimensions.
         names: Of the arguments.
         arguments: Tensors among them may be None.
 
@@ -28,8 +29,7 @@ def check_arguments(wanted: str, names: Sequence[str], arguments: Sequence[Any])
         TypeError: A dtype does not fit.
         ValueError: Anything else does not.
     """
-    given = ((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments)
-    _check(wanted, tuple(names), tuple(given))
+    _check(wanted, names, tuple([_of(a) if isinstance(a, Tensor) else a for a in arguments]))
 
 
 @lru_cache(maxsize=1024)  # those of decoding come again with every byte
@@ -37,7 +37,6 @@ def _check(wanted: str, names: tuple[str, ...], arguments: tuple[Any, ...]) -> N
     given = dict(zip(names, arguments, strict=True))
     sizes: dict[str, Any] = {}
     dtypes: list[torch.dtype] = []
-    first = ""
     for name, text in (named.strip().split(": ") for named in wanted.split(",")):
         *dims, kind = text.split()
         if (value := given[name]) is None:
@@ -48,7 +47,8 @@ def _check(wanted: str, names: tuple[str, ...], arguments: tuple[Any, ...]) -> N
                 raise ValueError(f"{name} must be {text}, got {value}")
             sizes[name] = value
             continue
-        shape, dtype, device = value
+        shape, dtype = value
+        fitting: tuple[Any, ...]
         if kind == "computed":  # what results are computed in
             fitting = (torch.float64 if torch.float64 in dtypes else torch.float32,)
         else:
@@ -58,10 +58,6 @@ def _check(wanted: str, names: tuple[str, ...], arguments: tuple[Any, ...]) -> N
             of = f", the dtype of {kind}" if kind in given else ""
             raise TypeError(f"{name} must be {kinds}{of}, got {dtype}")
         dtypes.append(dtype)
-        first = first or name
-        if device != given[first][2]:
-            there = given[first][2]
-            raise ValueError(f"{name} must be on the device of {first}, {there}, got {device}")
         _check_shape(name, shape, " ".join(dims).split("|"), sizes)
 
 

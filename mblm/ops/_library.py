@@ -108,7 +108,7 @@ def _define(
 ) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.mblm, name).default
-    names = [argument.name for argument in operator._schema.arguments]
+    names = tuple(argument.name for argument in operator._schema.arguments)
 
     def checked(*args: Any) -> Any:
         if arguments is not None:
