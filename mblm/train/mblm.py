@@ -47,11 +47,24 @@ from mblm.utils.logging import create_logger, shutdown_log_handlers
 SAMPLE_BYTES = 256
 
 
-class TrainMBLMParams(MBLMModelConfig, CoreModelParams):
+class _Params(CoreModelParams):
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        config: Any = getattr(self, "mblm_config", self)
+        context = math.prod(config.seq_lens)
+        if self.input_seq_len > context and config.stage_blocks()[0].pos_emb_type == "fixed":
+            raise ValueError(
+                f"input_seq_len: expected at most the context of {context} bytes, which fixed "
+                f"positions of stage 1 limit, got {self.input_seq_len}"
+            )
+        return self
+
+
+class TrainMBLMParams(MBLMModelConfig, _Params):
     """An MBLM, and the length of the sequences it is trained on."""
 
 
-class TrainMaskedMBLMParams(MBLMEncoderModelConfig, CoreModelParams):
+class TrainMaskedMBLMParams(MBLMEncoderModelConfig, _Params):
     """An MBLM encoder, and the length of the sequences it is trained on."""
 
 
@@ -279,7 +292,7 @@ def train_encoder_mblm(
 def _train(
     trainer_class: Any, registry: DatasetRegistry, config: Any, options: CoreTrainerOptions | None
 ) -> None:
-    log = create_logger(__name__, log_dir=config.io.output_dir)
+    log = create_logger(__name__, log_dir=config.io.output_dir, alone=True)
     try:
         with process_group() as run_vars:
             dataset = registry.retrieve(config.io.dataset_id)

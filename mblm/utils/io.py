@@ -114,6 +114,15 @@ class _Loader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return node
 
+    def construct_scalar(self, node: Any) -> Any:
+        """Join the halves of a character that is escaped as in JSON; one alone is no text."""
+        try:
+            text = super().construct_scalar(node)
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            problem = "half of a character"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
 
 class _Dumper(yaml.SafeDumper):
     """PyYAML's, which quotes a text that reads like a number to `_Loader`."""

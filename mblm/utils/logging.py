@@ -9,6 +9,7 @@ def create_logger(
     *,
     log_dir: str | Path | None = None,
     noop: bool = False,
+    alone: bool = False,
 ) -> logging.Logger:
     """Return the logger `name` with a handler that writes to one destination.
 
@@ -21,6 +22,7 @@ def create_logger(
         log_dir: Write to the file ``<name>.log`` in this folder, which is created if missing.
             By default the logger writes to stderr.
         noop: Write nowhere, whatever `log_dir` is.
+        alone: Replace the handlers of other destinations, too, such as those of a run before.
     """
     handler: logging.Handler
     if noop:
@@ -37,7 +39,7 @@ def create_logger(
 
     logger = logging.getLogger(name)
     handler_name = f"{name} to {destination}"
-    for earlier in [h for h in logger.handlers if h.name == handler_name]:
+    for earlier in [h for h in logger.handlers if alone or h.name == handler_name]:
         logger.removeHandler(earlier)
         earlier.close()
     handler.name = handler_name

@@ -1,6 +1,7 @@
 """train_mblm and train_encoder_mblm: from a configuration to models, tests and errors."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mblm.train.mblm import (
     DatasetRegistry,
     MegabyteTrainer,
     TrainEntryConfig,
+    TrainMaskedEntryConfig,
     dataset_registry,
     masked_dataset_registry,
     train_mblm,
@@ -23,7 +25,7 @@ from mblm.utils.io import load_model_state
 from tests import fresh
 
 from .core import jobs
-from .experiments import experiment_fields, run_of
+from .experiments import as_encoder, experiment_fields, run_of
 
 
 @pytest.fixture
@@ -90,8 +92,33 @@ def test_an_error_is_logged_and_raised(tmp_path, fields):
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequences_beyond_fixed_positions_are_refused_before_anything_is_written(fields, masked):
+    fields["params"]["input_seq_len"] = 17
+    fields = as_encoder(fields) if masked else fields
+    entry = TrainMaskedEntryConfig if masked else TrainEntryConfig
+    with pytest.raises(
+        ValidationError, match=r"input_seq_len: expected at most .* 16 bytes, .* 17"
+    ):
+        entry.model_validate(fields)
+    params = fields["params"].get("mblm_config", fields["params"])
+    params["block"]["pos_emb_type"] = "rope"
+    assert entry.model_validate(fields).params.input_seq_len == 17
+
+
+def test_the_log_of_an_earlier_run_takes_no_part_in_a_later_one(tmp_path, fields):
+    fields["io"]["dataset_id"] = "nothing"
+    for folder in ("first", "second"):
+        fields["io"]["output_dir"] = str(tmp_path / folder)
+        with pytest.raises(KeyError, match="registered as 'nothing'"):
+            train_mblm(TrainEntryConfig.model_validate(fields))
+        if folder == "first":
+            shutil.rmtree(tmp_path / folder)
+    assert not (tmp_path / "first").exists()
+
+
 def test_a_part_of_the_data_that_is_too_small_is_named(fields):
-    fields["params"]["input_seq_len"] = 20
+    fields["params"]["input_seq_len"] = 14
     fields["io"]["dataset_args"] = {"valid_fraction": 0.005}
     with pytest.raises(ValueError, match=r"the valid part of .*'bytes': .*: data_size: 12 is too"):
         train_mblm(TrainEntryConfig.model_validate(fields))

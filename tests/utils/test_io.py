@@ -59,6 +59,7 @@ class TestYAML:
             (b"[" * 1500, "invalid YAML"),
             (b"width: 1\nrate: 2\nwidth: 3", "line 3, column 1: .* the key 'width' comes twice"),
             (b"{rate: {a: 1, b: 2, a: 1}}", "line 1, column 21: .* the key 'a' comes twice"),
+            (b'width: "\\uD83D"', "line 1, column 8: invalid YAML: half of a character"),
             (b"", "expected a mapping .* got nothing"),
             (b"- width: 1", "expected a mapping .* got list"),
         ],
@@ -68,6 +69,11 @@ class TestYAML:
         path.write_bytes(text)
         with pytest.raises(ValueError, match=f"a.yaml.*{message}"):
             load_yml(path, Stage)
+
+    def test_a_character_may_be_escaped_as_in_json(self, tmp_path):
+        path = tmp_path / "config.yaml"
+        path.write_text(r'{"name": "\ud83d\ude00 \u00e4", "stages": []}')
+        assert load_yml(path, Config).name == "\N{GRINNING FACE} \u00e4"
 
     def test_a_number_needs_no_point(self, tmp_path):
         path = tmp_path / "a.yaml"

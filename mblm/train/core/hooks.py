@@ -143,10 +143,7 @@ class TrainerHooks(ABC, Generic[TModel, TBatch, TModelParams, TTrainConfig, TIoC
 
     def configure_logger(self, output_dir: Path, is_main_worker: bool) -> logging.Logger:
         """Make the logger. Default: ``train.log`` in the run folder, by the main worker only."""
-        for handler in list(logging.getLogger("train").handlers):  # of a run before this one
-            logging.getLogger("train").removeHandler(handler)
-            handler.close()
-        return create_logger("train", log_dir=output_dir, noop=not is_main_worker)
+        return create_logger("train", log_dir=output_dir, noop=not is_main_worker, alone=True)
 
     def configure_count_parameters(self, model: TModel) -> tuple[int, dict[str, int]]:
         """Count the parameters: in all, and of parts by name. Default: no parts."""
