@@ -98,7 +98,7 @@ def test_sequences_beyond_fixed_positions_are_refused_before_anything_is_written
     fields = as_encoder(fields) if masked else fields
     entry = TrainMaskedEntryConfig if masked else TrainEntryConfig
     with pytest.raises(
-        ValidationError, match=r"input_seq_len: expected at most .* 16 bytes, .* 17"
+        ValidationError, match=r"input_seq_len: expected .* 16 bytes, .* 17"
     ):
         entry.model_validate(fields)
     params = fields["params"].get("mblm_config", fields["params"])
