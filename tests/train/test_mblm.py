@@ -97,9 +97,7 @@ def test_sequences_beyond_fixed_positions_are_refused_before_anything_is_written
     fields["params"]["input_seq_len"] = 17
     fields = as_encoder(fields) if masked else fields
     entry = TrainMaskedEntryConfig if masked else TrainEntryConfig
-    with pytest.raises(
-        ValidationError, match=r"input_seq_len: expected .* 16 bytes, .* 17"
-    ):
+    with pytest.raises(ValidationError, match=r"input_seq_len: expected .* 16 bytes, .* 17"):
         entry.model_validate(fields)
     params = fields["params"].get("mblm_config", fields["params"])
     params["block"]["pos_emb_type"] = "rope"
