@@ -97,8 +97,9 @@ void Proposer::search(const Bytes& bytes) noexcept {
 void Pace::note(int64_t rows, int64_t drafted, double seconds) noexcept {
   // Another program may have had the core: no round counts for more than twice what is usual.
   if (drafted == 0) {
-    plain_ += (std::min(seconds, rounds_ > 0 ? 2 * plain_ : seconds) - plain_) /
-              double(std::min<int64_t>(++rounds_, 32));
+    const double most = rounds_ > 0 ? 2 * plain_ : seconds;
+    ++rounds_;
+    plain_ += (std::min(seconds, most) - plain_) / double(std::min<int64_t>(rounds_, 32));
     // What once was too costly is tried again later.
     constexpr double kForgotten = 1. / 1024;
     cost_ += kForgotten * (kExpected.any + kExpected.each * drafted_ - cost_);
