@@ -17,7 +17,6 @@ from mblm.model.tiles import INFERENCE_TILE
 from mblm.utils.checks import check_id_dtype, check_token_ids
 
 _NO_LABEL = -100  # the library's
-_UNSET = None, False
 
 
 class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
@@ -128,8 +127,7 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
         Raises:
             TypeError, ValueError: As `mblm.MBLM.forward`; or an argument of other models.
         """
-        # Not `in`, which would compare tensors with them.
-        given = [name for name, value in others.items() if not any(value is x for x in _UNSET)]
+        given = [n for n, v in others.items() if isinstance(v, Tensor) or v not in (None, False)]
         if given:
             raise TypeError(f"{', '.join(given)}: not known to {type(self).__name__}")
         ids, shift = align_left(input_ids, attention_mask)
