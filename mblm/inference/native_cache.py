@@ -143,7 +143,9 @@ class NativeCache(Cache):
             automata.append(None if automaton is None else _automata[automaton])
         draws = None if plan.draws is None else _draws.get(plan.draws)
         if plan.draws is not None and draws is None:
-            draws = library.Draws(plan.draws.generator, plan.draws.lanes, *self._kind)
+            draws = library.Draws(
+                plan.draws.generator_on(self._kind[1]), plan.draws.lanes, *self._kind
+            )
             draws = _draws.setdefault(plan.draws, draws)
         filters = (plan.temperature, min(plan.top_k, _MOST), plan.top_p, plan.min_p)
         flags = (plan.log_probs, plan.pause)

@@ -29,12 +29,15 @@ class Draws:
     Args:
         generator: Where they come from. Default: torch's default generator of the device.
         lanes: How many rows. Default 1.
+        seed: They come from a generator with this seed instead, made when it is asked for.
     """
 
-    def __init__(self, generator: torch.Generator | None = None, lanes: int = 1) -> None:
+    def __init__(
+        self, generator: torch.Generator | None = None, lanes: int = 1, seed: int | None = None
+    ) -> None:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {generator!r}")
-        self.generator = generator
+        self.generator, self.seed = generator, seed
         self.lanes = lanes = check_integer("lanes", lanes, 1)
         self._lock = threading.Lock()
         # Which numbers are kept first, and those from there on, each with the generator's state
@@ -69,8 +72,17 @@ class Draws:
             first, kept = self._kept
             if unused := kept[max(self._next) - first :]:
                 numbers, before = unused[0]
-                generator_of(self, numbers.device).set_state(before)
+                self.generator_on(numbers.device).set_state(before)
                 del kept[-len(unused) :]
+
+    def generator_on(self, device: torch.device) -> torch.Generator:
+        """Where they come from on a device."""
+        if self.generator is None and self.seed is not None:
+            self.generator = torch.Generator(device).manual_seed(self.seed)
+        if self.generator is not None:
+            return self.generator
+        is_cuda = device.type == "cuda"
+        return torch.cuda.default_generators[device.index] if is_cuda else torch.default_generator
 
     def _forget(self) -> None:
         """Let go of numbers that no lane will ask for."""
@@ -101,7 +113,7 @@ class Lane:
             while n >= first + len(kept):
                 draws._forget()
                 first, kept = draws._kept
-                generator = generator_of(draws, like.device)
+                generator = draws.generator_on(like.device)
                 draw = partial(Tensor.uniform_, generator=generator)
                 zeros, before = like.new_zeros(draws.lanes, like.shape[-1]), generator.get_state()
                 # One call draws and keeps: no signal comes between the two.
@@ -130,14 +142,6 @@ class Lane:
         with self.draws._lock:
             if self.draws._serving[self._lane] is self:
                 self.draws._serving[self._lane] = self._before
-
-
-def generator_of(draws: Draws, device: torch.device) -> torch.Generator:
-    """What draws come from on a device."""
-    if draws.generator is not None:
-        return draws.generator
-    is_cuda = device.type == "cuda"
-    return torch.cuda.default_generators[device.index] if is_cuda else torch.default_generator
 
 
 @dataclass(frozen=True, eq=False)

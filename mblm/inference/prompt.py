@@ -72,9 +72,7 @@ def as_ids(name: str, given: Any) -> Tensor:
 
 def _ids_of(data: bytes | bytearray | memoryview) -> Tensor:
     """Bytes as ids ``(L,)`` int64."""
-    own = bytearray(data)
-    # Of no bytes, frombuffer makes no tensor.
-    return torch.frombuffer(own or bytearray(1), dtype=torch.uint8)[: len(own)].long()
+    return torch.from_numpy(np.frombuffer(bytes(data), np.uint8).astype(np.int64))
 
 
 def utf8(name: str, text: str) -> bytes:
