@@ -148,7 +148,7 @@ class Batch:
         """
         try:
             while self._admit():
-                self._continuation.run(_SECONDS)
+                self._run_bytes = self._continuation.run(_SECONDS)
                 self._note()
             if self._error is not None:
                 raise self._error
@@ -229,15 +229,14 @@ class Batch:
         """Pass on what a run has given the rows, and let go of those that have ended."""
         lacking: list[Row] = []
         rows = list(self._going)
-        self._run_bytes = 0
         for row in rows:
             course = self._continuation[row]
-            error, reason, ids = course.error, course.reason, course.fresh()
-            self._run_bytes = max(self._run_bytes, len(ids))
-            try:
-                self._show(self._going[row], ids)
-            except Exception as raised:
-                error = raised
+            error, reason = course.error, course.reason
+            if self._on_bytes is not None:
+                try:
+                    self._show(self._going[row], course.fresh(), self._on_bytes)
+                except Exception as raised:
+                    error = raised
             if error is not None:
                 self._end(row, "error", error)
             elif reason == "memory":
@@ -255,15 +254,15 @@ class Batch:
             else:
                 self._put_back([self._let_go(youngest)], error)
 
-    def _show(self, asked: _Asked, ids: Tensor) -> None:
+    def _show(self, asked: _Asked, ids: Tensor, on_bytes: OnBytes) -> None:
         """Give the callback the bytes that it has not had."""
         asked.count += len(ids)
-        if self._on_bytes is None or asked.count <= asked.shown:
+        if asked.count <= asked.shown:
             return
         data = to_bytes(ids[asked.shown - asked.count :])
         asked.shown = asked.count
         if data:
-            self._on_bytes(asked.index, data)
+            on_bytes(asked.index, data)
 
     def _end(self, row: Row, reason: FinishReason, error: Exception | None = None) -> None:
         asked = self._going[row]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from mblm.inference.engine import cache_for
 from mblm.inference.generation import FinishReason, Generation
 from mblm.inference.guide import Guide
 from mblm.inference.plan import Plan
-from mblm.inference.request import Request
+from mblm.inference.request import LogitsProcessor, Request
 from mblm.utils.modes import lasting_tensors
 
 _NO_BYTES = torch.empty(0, dtype=torch.long, device="cpu")
@@ -99,7 +99,7 @@ class Course:
 
     # -- The answer to a pause ---------------------------------------------------------------------
 
-    def mask(self, length: int) -> Tensor | None:
+    def _mask(self, length: int) -> Tensor | None:
         """Where the guide leaves a choice, ``(V,)`` bool, at that length of the row, or None."""
         if self._guide is None:
             return None
@@ -111,11 +111,18 @@ class Course:
             raise ValueError("constraint: nothing may follow, and what there is does not match")
         return mask
 
-    def processed(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """What the logits processor makes of the model's logits ``(V,)``, masked."""
-        assert self.request.logits_processor is not None
-        so_far = self._so_far.to(logits.device, copy=True)  # the processor's own, as the logits
-        result = self.request.logits_processor(so_far, logits)
+    def answer(self, length: int, logits: Tensor) -> Tensor | None:
+        """What the next byte of a row of that length is chosen by: its logits ``(V,)``, which are
+        the processor's own, as that and the guide leave them. None where nothing may follow."""
+        mask = self._mask(length)
+        if mask is not None and not mask.any():
+            return None
+        if self.request.logits_processor is not None:
+            logits = self._processed(self.request.logits_processor, logits)
+        return logits if mask is None else logits.masked_fill(~mask.to(logits.device), -math.inf)
+
+    def _processed(self, processor: LogitsProcessor, logits: Tensor) -> Tensor:
+        result = processor(self._so_far.to(logits.device, copy=True), logits)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
             raise TypeError(
@@ -129,7 +136,7 @@ class Course:
         result = result.detach().to(logits)
         if result.isnan().any():
             raise ValueError("logits_processor: it returned logits that are NaN")
-        return result if mask is None else result.masked_fill(~mask.to(result.device), -math.inf)
+        return result
 
     def take(self, ids: Tensor) -> None:
         """Go on by a byte ``(1,)`` that was chosen at a pause."""
@@ -192,8 +199,8 @@ class Continuation:
         courses = map(self._courses.get, rows)
         return [_NO_BYTES.clone() if course is None else course.ids() for course in courses]
 
-    def run(self, seconds: float = 0.02) -> None:
-        """Let all rows go on that have not ended.
+    def run(self, seconds: float = 0.02) -> int:
+        """Let all rows go on that have not ended; returns how many bytes one got, at most.
 
         A row goes on by another run as long as the reason is ``"time"``. Rows that pause are
         answered: by what their guide and their logits processor say.
@@ -202,18 +209,19 @@ class Continuation:
             MemoryError: There is no memory for the bytes to come, unless the rows are isolated.
         """
         if self._stops:
-            self._run_and_answer(seconds)
-        else:
-            rows = list(self.going)
-            self._note(rows, self._cache.run(rows, seconds))
+            return self._run_and_answer(seconds)
+        rows = list(self.going)
+        return self._note(rows, self._cache.run(rows, seconds))
 
-    def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> None:
-        """Go on by what a run gave the rows."""
-        lacks_memory = False
+    def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> int:
+        """Go on by what a run gave the rows; returns how many bytes, at most."""
+        lacks_memory, most = False, 0
         for row, ran in zip(rows, results, strict=True):
             course = self._courses[row]
             course.ran.append(ran)
             course.reason = ran.reason
+            if (count := ran.ids.numel()) > most:
+                most = count
             if course.drafter is not None:
                 course.untold = torch.cat((course.untold, ran.ids))
             if ran.reason not in ("time", "logits"):
@@ -221,6 +229,7 @@ class Continuation:
                 lacks_memory |= ran.reason == "memory"
         if lacks_memory and not self._isolates:
             raise MemoryError("no memory for the bytes to come")
+        return most
 
     def settle(self) -> None:
         """After an exception, note all that was chosen."""
@@ -233,45 +242,55 @@ class Continuation:
 
     # -- Pauses ------------------------------------------------------------------------------------
 
-    def _run_and_answer(self, seconds: float) -> None:
+    def _run_and_answer(self, seconds: float) -> int:
         """`run` of rows of which some pause or are drafted for, a byte or a draft at a time."""
-        end = time.monotonic() + seconds
+        end, most = time.monotonic() + seconds, 0
         while going := list(self.going):
             if any(self._courses[row].drafter is not None for row in going):
                 drafts = [self._courses[row].draft() for row in going]
                 results = self._cache.run(going, 0.0, drafts)
             else:
                 results = self._cache.run(going, max(0.0, end - time.monotonic()))
-            self._note(going, results)
-            for row in going:
-                if self._courses[row].reason == "logits":
-                    self._answer(row)
+            most += self._note(going, results)
+            if paused := [row for row in going if self._courses[row].reason == "logits"]:
+                most += self._answer(paused)
             if time.monotonic() >= end:
                 break
+        return most
 
-    def _answer(self, row: Row) -> None:
-        """Choose a byte for a row that pauses."""
-        course, cache = self._courses[row], self._cache
-        with self._own_errors(row):
-            mask = course.mask(*cache.lengths([row]))
-            if mask is not None and not mask.any():
-                self._end(row, "matched")
-                return
-            if course.request.logits_processor is None:
-                assert mask is not None
-                results = cache.choose([row], mask=mask[None])
-            else:
-                logits = course.processed(cache.logits([row])[0], mask)
-                try:
-                    results = cache.choose([row], logits=logits[None])
-                except ValueError as error:
-                    raise ValueError(
-                        "logits_processor: it leaves nothing to choose from"
-                    ) from error
-            self._note([row], results)
-            course.take(results[0].ids)
-            if course.is_complete():
-                self._end(row, "matched")
+    def _answer(self, rows: Sequence[Row]) -> int:
+        """Choose a byte for each of rows that pause; returns how many, at most."""
+        answers: dict[Row, Tensor] = {}
+        lengths, logits = self._cache.lengths(rows), self._cache.logits(rows)
+        for index, row in enumerate(rows):
+            with self._own_errors(row):
+                answer = self._courses[row].answer(lengths[index], logits[index])
+                if answer is None:
+                    self._end(row, "matched")
+                else:
+                    answers[row] = answer
+        return self._choose(answers)
+
+    def _choose(self, answers: Mapping[Row, Tensor]) -> int:
+        """Choose by logits: for each row by itself where one is left nothing to choose from."""
+        if not answers:
+            return 0
+        rows = list(answers)
+        try:
+            results = self._cache.choose(rows, logits=torch.stack([*answers.values()]))
+        except ValueError as error:
+            if len(rows) > 1:
+                return max(self._choose({row: answer}) for row, answer in answers.items())
+            with self._own_errors(rows[0]):
+                raise ValueError("logits_processor: it leaves nothing to choose from") from error
+            return 0
+        most = self._note(rows, results)
+        for row, ran in zip(rows, results, strict=True):
+            with self._own_errors(row):
+                self._courses[row].take(ran.ids)
+                if self._courses[row].is_complete():
+                    self._end(row, "matched")
+        return most
 
     def _end(self, row: Row, reason: Reason) -> None:
         """End a row whose plan would go on, so that nothing waits for its numbers."""

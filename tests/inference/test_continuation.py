@@ -259,6 +259,33 @@ class TestProcessor:
                 finished(m, make, asked)
 
 
+class TestAnswers:
+    @on_every_engine
+    def test_of_rows_that_pause_are_one_choice(self, m: MBLM, make: MakeCache) -> None:
+        """Whatever each pauses for, and whatever one of them is left."""
+        nothing = torch.full((V,), -torch.inf)
+        wishes: list[dict[str, Any]] = [
+            {"logits_processor": lambda ids, logits: logits.roll(1)},
+            {"constraint": Follows(words(5, 8))},
+            {"constraint": Follows(words(4)), "logits_processor": lambda ids, logits: -logits},
+        ]
+        cache = make(m)
+        stuck = one(m, logits_processor=lambda ids, own: own if len(ids) < 8 else nothing)
+        requests = [one(m, **own) for own in wishes] + [stuck]
+        continuation, rows = begun(m, cache, requests, isolates=True)
+        with patch.object(cache, "choose", wraps=cache.choose) as choices:
+            continuation.run(seconds=0)
+        assert [call.args[0] for call in choices.call_args_list] == [rows]
+        while continuation.going:
+            continuation.run()
+        for row, own in zip(rows, wishes, strict=False):
+            want = finished(m, make, one(m, **own))
+            assert torch.equal(continuation[row].ids(), want.ids())
+            assert continuation[row].reason == want.reason
+        course = continuation[rows[3]]
+        assert len(course.ids()) == 3 and "leaves nothing" in str(course.error)
+
+
 def fails_after(count: int, error: BaseException) -> Any:
     calls = []
 
