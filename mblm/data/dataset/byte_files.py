@@ -184,8 +184,11 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
         if args.sources is None:
             return _open_configured(config, root, mode, args, worker_id, num_workers)
         parts: dict[str, DistributedDataset[BatchWithLossMask]] = {}
+        names: dict[str, str] = {}
         for name in args.sources:
             path = root / os.path.expanduser(name)
+            if (other := names.setdefault(os.path.realpath(path), name)) != name:
+                raise ValueError(f"sources: {other!r} and {name!r} are the same")
             unfit = {"sources"} | (_PARTS_OF_FILES if is_packed(path) else set())
             of_source = ByteFilesArgs(**args.model_dump(exclude_unset=True, exclude=unfit))
             try:

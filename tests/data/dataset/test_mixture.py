@@ -117,6 +117,7 @@ def test_sources_may_start_at_documents(folder: Path) -> None:
         ({"sources": ["letters"]}, "sources\n.*valid dictionary"),
         ({"files": ["letters"]}, "give sources or files, not both"),
         ({"sources": {"lettres": 1.0}}, "sources: 'lettres': data_dir .*: no file or folder"),
+        ({"sources": {"letters": 0.5, "./letters": 0.5}}, "'letters' and './letters' are the same"),
         ({"sources": {"nothing": 1.0}}, "sources: 'nothing': files: no file in"),
         ({"sources": {"empty": 1.0}}, r"sources: 'empty': .*data_size: 0 is too small"),
         ({"sources": {"output": 1.0}}, "sources: 'output': io.output_dir: expected another"),
