@@ -101,8 +101,11 @@ MBLM_CLONES void finish_panel(const Matrix& matrix, const Panel& panel, int64_t 
                               const float* residual) {
   for (int64_t row = 0; row < panel.rows; ++row) {
     const int64_t to = row * matrix.outputs;
-    finish_values(matrix, column, panel.outputs, panel.sums + row * kPanelStride, out + to,
-                  residual ? residual + to : nullptr);
+    for (int64_t k = 0; k < panel.streams; ++k) {
+      finish_values(matrix, column + k * panel.apart, panel.outputs,
+                    panel.sums + row * kPanelStride + k * kStreamOutputs, out + to,
+                    residual ? residual + to : nullptr);
+    }
   }
 }
 
@@ -126,6 +129,9 @@ int64_t bytes_of_output(const Matrix& matrix) {
   return (has_tiles ? round_up(matrix.inputs, kTileInputs) : matrix.inputs) * size_of(matrix.type);
 }
 
+// Floats of a cache line, which prepared rows begin with.
+constexpr int64_t kLineFloats = 16;
+
 // Rows as a kernel wants them.
 struct Prepared {
   const float* x;
@@ -135,14 +141,18 @@ struct Prepared {
 // Every thread has its own, which is quicker than to wait.
 Prepared prepare_rows(const Worker& worker, const Matrix& matrix, const float* x, int64_t rows) {
   const Kernel& kernel = kernel_of(matrix.type);
-  if (!kernel.prepare) return {x, matrix.inputs};
+  const bool packs = kernel.pack && rows > 1;
+  if (!kernel.prepare && !packs) return {x, matrix.inputs};
   const int64_t stride = prepared_size(matrix.inputs);
   // Changes nothing where with_team was told how many floats that takes.
-  worker.prepared.resize(std::max<size_t>(worker.prepared.size(), rows * stride));
-  for (int64_t row = 0; row < rows; ++row) {
-    kernel.prepare(x + row * matrix.inputs, matrix.inputs, worker.prepared.data() + row * stride);
+  worker.prepared.resize(std::max<size_t>(worker.prepared.size(), prepared_floats(matrix, rows)));
+  float* to = worker.prepared.data();
+  to += -(reinterpret_cast<uintptr_t>(to) / sizeof(float)) % kLineFloats;
+  if (packs) kernel.pack(x, rows, matrix.inputs, stride, to);
+  for (int64_t row = 0; !packs && row < rows; ++row) {
+    kernel.prepare(x + row * matrix.inputs, matrix.inputs, to + row * stride);
   }
-  return {worker.prepared.data(), stride};
+  return {to, stride};
 }
 
 // Columns [begin, end) of several rows' product, a panel at a time.
@@ -152,21 +162,28 @@ void multiply_panels(const Matrix& matrix, const Prepared& prepared, int64_t row
   const int64_t outputs = matrix.outputs, bytes = bytes_of_output(matrix);
   alignas(64) float sums[kPanelRows * kPanelStride];
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
-  const int64_t most = (rows + panels - 1) / panels;
-  for (int64_t first = 0; first < rows; first += most) {
-    for (int64_t column = begin; column < end; column += kernel.panel_outputs) {
-      Panel panel;
-      panel.weight = static_cast<const char*>(matrix.weight) + column * bytes;
-      panel.outputs = std::min(kernel.panel_outputs, end - column);
-      panel.n = matrix.inputs;
-      panel.x = prepared.x + first * prepared.row_stride;
-      panel.row_stride = prepared.row_stride;
-      panel.rows = std::min(most, rows - first);
-      panel.sums = sums;
+  const int64_t most = round_up((rows + panels - 1) / panels, kPackedRows);
+  const auto multiply_streams = [&](int64_t first, int64_t column, int64_t streams, int64_t apart) {
+    for (int64_t i = 0; i < apart; i += kernel.panel_outputs) {
+      const Panel panel = {static_cast<const char*>(matrix.weight) + (column + i) * bytes,
+                           std::min(kernel.panel_outputs, apart - i),
+                           matrix.inputs,
+                           prepared.x + first * prepared.row_stride,
+                           prepared.row_stride,
+                           std::min(most, rows - first),
+                           sums,
+                           streams,
+                           apart};
       kernel.panel(panel);
-      finish_panel(matrix, panel, column, out + first * outputs,
+      finish_panel(matrix, panel, column + i, out + first * outputs,
                    residual ? residual + first * outputs : nullptr);
     }
+  };
+  const int64_t apart = (end - begin) / kernel.panel_streams;
+  const int64_t rest = begin + kernel.panel_streams * apart;
+  for (int64_t first = 0; first < rows; first += most) {
+    multiply_streams(first, begin, kernel.panel_streams, apart);
+    multiply_streams(first, rest, 1, end - rest);
   }
 }
 
@@ -260,7 +277,9 @@ const std::vector<MatrixKernels>& matrix_kernels() {
 }
 
 int64_t prepared_floats(const Matrix& matrix, int64_t rows) {
-  return kernel_of(matrix.type).prepare ? rows * prepared_size(matrix.inputs) : 0;
+  const Kernel& kernel = kernel_of(matrix.type);
+  if (!kernel.prepare && !kernel.pack) return 0;
+  return rows * prepared_size(matrix.inputs) + kLineFloats;
 }
 
 void ask_for(const Worker& worker, const float* values, int64_t count) {

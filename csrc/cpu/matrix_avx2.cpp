@@ -17,7 +17,6 @@ namespace {
 
 using Vector = __m256;
 constexpr int64_t kLanes = 8;
-constexpr int kFewOutputs = 3, kFewRows = 4, kManyOutputs = 3, kManyRows = 4;
 
 MBLM_AVX2 inline Vector zeros() {
   return _mm256_setzero_ps();
@@ -149,15 +148,17 @@ MBLM_AVX2 void multiply_panel_of_int8(const Panel& panel) {
   }
 }
 
+template <class W>
+constexpr Kernel kFloats = {nullptr,  multiply_row<W>, multiply_streams<W>, kStreamOutputs,
+                            kStreams, pack_rows,       kPanelStreams};
+constexpr Kernel kInt8 = {round_to_int16, multiply_row_of_int8, multiply_panel_of_int8,
+                          kTileOutputs, 1};
+
 }  // namespace
 
 void add_avx2_kernels(std::vector<MatrixKernels>& kernels) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    kernels.insert(kernels.begin(), {"AVX2",
-                                     {nullptr, multiply_row<float>, multiply_panel<float>},
-                                     {nullptr, multiply_row<BFloat16>, multiply_panel<BFloat16>},
-                                     {round_to_int16, multiply_row_of_int8, multiply_panel_of_int8,
-                                      kTileOutputs, 1}});
+    kernels.insert(kernels.begin(), {"AVX2", kFloats<float>, kFloats<BFloat16>, kInt8});
   }
 }
 

@@ -30,7 +30,6 @@ namespace {
 
 using Vector = __m512;
 constexpr int64_t kLanes = 16;
-constexpr int kFewOutputs = 3, kFewRows = 8, kManyOutputs = 6, kManyRows = 4;
 
 MBLM_AVX512 inline Vector zeros() {
   return _mm512_setzero_ps();
@@ -75,6 +74,18 @@ MBLM_AVX512 inline __m128 sums_of(Vector a, Vector b, Vector c, Vector d) {
 
 namespace mblm::cpu {
 namespace {
+
+// Tiles whose sums stay in registers. Few rows are one tile, for weights that come from memory;
+// tiles of many rows have theirs in a cache.
+template <class W>
+MBLM_AVX512 void multiply_panel(const Panel& panel) {
+  constexpr int kFewRows = 8;
+  if (panel.rows <= kFewRows) {
+    multiply_in_tiles<W, W, 3, kFewRows>(panel);
+  } else {
+    multiply_in_tiles<W, float, 6, 4>(panel);
+  }
+}
 
 // sum += each four products of bytes, those of `bytes` without sign. GCC would copy sums from
 // register to register.

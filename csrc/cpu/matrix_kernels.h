@@ -37,12 +37,20 @@ constexpr int64_t kPanelOutputs = 24, kPanelRows = 64;  // outputs of tiles: one
 constexpr int64_t kPanelStride = 32;
 static_assert(kPanelOutputs + 3 <= kPanelStride && kTileOutputs <= kPanelStride);
 
+// Outputs may be of some streams, each of consecutive ones that lie far from the others'. Where
+// those are read to their ends, the machine reads ahead by itself.
+constexpr int64_t kPanelStreams = 3, kStreamOutputs = kPanelOutputs / kPanelStreams;
+// Rows that are packed together: of each, as many values as a vector has, in turns.
+constexpr int64_t kPackedRows = 4;
+static_assert(kPanelRows % kPackedRows == 0);
+
 struct Panel {
-  const void* weight;        // (outputs, n), or tiles
-  int64_t outputs, n;        // at most the kernel's panel_outputs
-  const float* x;            // (rows, n), or as many prepared rows
-  int64_t row_stride, rows;  // at most kPanelRows
-  float* sums;               // (rows, kPanelStride)
+  const void* weight;              // (outputs, n), or tiles
+  int64_t outputs, n;              // of each stream, at most the kernel's panel_outputs
+  const float* x;                  // (rows, n), or as many prepared or packed rows
+  int64_t row_stride, rows;        // at most kPanelRows
+  float* sums;                     // (rows, kPanelStride): a stream's begin every kStreamOutputs
+  int64_t streams = 1, apart = 0;  // outputs from a stream's first to the next one's
 };
 
 // How a kernel multiplies weights of one type.
@@ -58,6 +66,9 @@ struct Kernel {
   void (*panel)(const Panel& panel) = nullptr;
   int64_t panel_outputs = kPanelOutputs;
   int64_t streams = kStreams;  // or 1, for tiles, which are read in order
+  // Packs x (rows, n) for `panel`, each row `stride` behind the one before; null if it wants x.
+  void (*pack)(const float* x, int64_t rows, int64_t n, int64_t stride, float* packed) = nullptr;
+  int64_t panel_streams = 1;
 };
 
 struct MatrixKernels {

@@ -1,10 +1,7 @@
 // Products with float32 and bfloat16 weights in lanes along the inputs, for the file of each
 // instruction set. Before it includes this, that file defines MBLM_TILE, its functions' target, and
 //   Vector, of kLanes floats; zeros(); load(const float*); load(const BFloat16*); store(float*, v);
-//   multiply_add(a, b, sum) = a * b + sum, rounded once; sums_of(a, b, c, d), of each one's lanes;
-//   kFewOutputs by kFewRows and kManyOutputs by kManyRows: tiles whose sums stay in registers. Few
-//   rows are one tile, for weights that come from memory; tiles of many rows have theirs in a
-//   cache.
+//   multiply_add(a, b, sum) = a * b + sum, rounded once; sums_of(a, b, c, d), of each one's lanes.
 //
 // Products are summed in one order: in kLanes interleaved sums, then these. Every function here
 // keeps to it, so that a row has the same bits whatever other rows are computed beside it.
@@ -186,12 +183,68 @@ MBLM_TILE void multiply_in_tiles(const Panel& panel) {
   }
 }
 
+// See Kernel: kPackedRows by kPanelStreams sums fill sixteen registers.
+MBLM_TILE inline void pack_rows(const float* x, int64_t rows, int64_t n, int64_t stride,
+                                float* packed) {
+  for (int64_t row = 0; row < rows; row += kPackedRows, x += kPackedRows * n) {
+    const int64_t count = std::min(kPackedRows, rows - row);
+    float* to = packed + row * stride;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t r = 0; r < count; ++r, to += kLanes) store(to, load(x + r * n + i));
+    }
+    for (int64_t r = 0; r < count; ++r, to += kLanes) std::copy(x + r * n + i, x + r * n + n, to);
+  }
+}
+
+// sums[r * kPanelStride + k * kStreamOutputs] = x[r] . weight[k * apart], of packed rows x. Each
+// row of weights has a pointer of its own, so that the loop is hardly more than its products.
+template <class W, int kOutputs, int kRows>
+MBLM_TILE void multiply_packed(const W* weight, int64_t apart, const float* x, int64_t n,
+                               float* sums) {
+  Vector of[kOutputs][kRows];
+#pragma GCC unroll 32
+  for (int i = 0; i < kOutputs * kRows; ++i) of[i / kRows][i % kRows] = zeros();
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes, x += 2 * kLanes * kRows) {
+    add_lanes(weight + i, apart, x, kLanes, of);
+    add_lanes(weight + i + kLanes, apart, x + kLanes * kRows, kLanes, of);
+  }
+  for (; i + kLanes <= n; i += kLanes, x += kLanes * kRows) {
+    add_lanes(weight + i, apart, x, kLanes, of);
+  }
+  if (i < n) add_rest(weight + i, apart, x, kLanes, n - i, of);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r, sums += kPanelStride) {
+    constexpr int kLast = kOutputs - 1;
+    const __m128 all = sums_of(of[0][r], of[std::min(1, kLast)][r], of[kLast][r], of[kLast][r]);
+#pragma GCC unroll 8
+    for (int k = 0; k < kOutputs; ++k) sums[k * kStreamOutputs] = all[k];
+  }
+}
+
 template <class W>
-MBLM_TILE void multiply_panel(const Panel& panel) {
-  if (panel.rows <= kFewRows) {
-    multiply_in_tiles<W, W, kFewOutputs, kFewRows>(panel);
-  } else {
-    multiply_in_tiles<W, float, kManyOutputs, kManyRows>(panel);
+using MultiplyPacked = void (*)(const W*, int64_t, const float*, int64_t, float*);
+
+template <class W, int kOutputs, int... kRows>
+MultiplyPacked<W> packed_of_rows(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr MultiplyPacked<W> kTiles[] = {multiply_packed<W, kOutputs, kRows + 1>...};
+  return kTiles[rows - 1];
+}
+
+// See Kernel, for packed rows: all weights of a panel with one group of them, then with the next.
+template <class W>
+MBLM_TILE void multiply_streams(const Panel& panel) {
+  using Rows = std::make_integer_sequence<int, kPackedRows>;
+  const W* const weights = static_cast<const W*>(panel.weight);
+  for (int64_t row = 0; row < panel.rows; row += kPackedRows) {
+    const int64_t rows = std::min(kPackedRows, panel.rows - row);
+    const auto multiply = panel.streams == 1 ? packed_of_rows<W, 1>(rows, Rows{})
+                                             : packed_of_rows<W, kPanelStreams>(rows, Rows{});
+    for (int64_t o = 0; o < panel.outputs; ++o) {
+      multiply(weights + o * panel.n, panel.apart * panel.n, panel.x + row * panel.row_stride,
+               panel.n, panel.sums + row * kPanelStride + o);
+    }
   }
 }
 

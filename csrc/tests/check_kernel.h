@@ -54,20 +54,23 @@ void check_dots(const cpu::Kernel& kernel, cpu::Dots dots, const char* name) {
 template <class W>
 void check_panels(const cpu::Kernel& kernel, const char* name) {
   constexpr int64_t kRows = cpu::kPanelRows;
-  const int64_t all = kernel.panel_outputs;
+  const int64_t far = kernel.panel_outputs, all = kernel.panel_streams * far;
   Numbers numbers;
   for (const int64_t n : {0, 1, 16, 100, 2100}) {
     const auto x = numbers.vector<float>(kRows * n);
     std::vector<W> weight(all * n);
     for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
     const auto packed = pack(weight, all, n);
-    const int64_t stride = kernel.prepare ? cpu::prepared_size(n) : n;
-    std::vector<float> prepared(x);
-    if (kernel.prepare) prepared.assign(kRows * stride, NAN);
+    const int64_t stride = kernel.prepare || kernel.pack ? cpu::prepared_size(n) : n;
+    std::vector<float> prepared(kRows * stride, NAN);
     std::vector<float> alone(kRows * all);  // (rows, outputs)
     for (int64_t row = 0; row < kRows; ++row) {
-      float* const values = prepared.data() + row * stride;
-      if (kernel.prepare) kernel.prepare(x.data() + row * n, n, values);
+      const float* values = x.data() + row * n;
+      if (kernel.prepare) {
+        float* const to = prepared.data() + row * stride;
+        kernel.prepare(values, n, to);
+        values = to;
+      }
       float* const sums = alone.data() + row * all;
       const int64_t apart = all / kernel.streams;
       std::vector<float> of(all);
@@ -78,13 +81,19 @@ void check_panels(const cpu::Kernel& kernel, const char* name) {
     }
     bool is_equal = true;
     for (int64_t rows = 1; rows <= kRows; rows += n > 100 ? 21 : 1) {
-      for (const int64_t outputs : {int64_t(1), int64_t(11), all}) {
-        std::vector<float> sums(kRows * cpu::kPanelStride, NAN);
-        kernel.panel({packed.data(), outputs, n, prepared.data(), stride, rows, sums.data()});
-        for (int64_t i = 0; i < rows * outputs; ++i) {
-          const int64_t row = i / outputs, output = i % outputs;
-          is_equal =
-              is_equal && sums[row * cpu::kPanelStride + output] == alone[row * all + output];
+      if (kernel.pack) kernel.pack(x.data(), rows, n, stride, prepared.data());
+      const float* const values = kernel.prepare || kernel.pack ? prepared.data() : x.data();
+      for (const int64_t streams : {int64_t(1), kernel.panel_streams}) {
+        for (const int64_t outputs : {int64_t(1), far / 2 - 1, far}) {
+          std::vector<float> sums(kRows * cpu::kPanelStride, NAN);
+          kernel.panel(
+              {packed.data(), outputs, n, values, stride, rows, sums.data(), streams, far});
+          for (int64_t i = 0; i < rows * streams * outputs; ++i) {
+            const int64_t row = i / (streams * outputs), stream = i / outputs % streams;
+            const float* const sum = sums.data() + row * cpu::kPanelStride + i % outputs;
+            is_equal = is_equal && sum[stream * cpu::kStreamOutputs] ==
+                                       alone[row * all + stream * far + i % outputs];
+          }
         }
       }
     }
