@@ -73,7 +73,7 @@ def run_layers_recomputed(
 
     def run(index: int, first: Tensor, later: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = layers[index](first if later is None else later)
-        return (y, None) if index == last else (y[:, :0].detach(), y)
+        return (y, None) if index == last else (y.new_empty(len(y), 0, y.shape[2]), y)
 
     takes = [slice(None), *[slice(0)] * last]  # the first takes all, and the last gives all
     sums = GradientSums(model.parameters())
@@ -147,8 +147,8 @@ class _InPieces(torch.autograd.Function):
                 states = [t.new_empty(count - 1, *t.shape) for t in tensors]
             out[:, gives[index]] = result
             if index + 1 < count:
-                for kept, tensor in zip(states, tensors, strict=True):
-                    kept[index] = tensor
+                for kept in states:
+                    kept[index] = tensors.pop(0)  # let go before the next piece
                 nests.append(with_tensors)
                 state = with_tensors([kept[index] for kept in states])
         ctx.computation = run, takes, gives, sums, circumstances, nests
