@@ -118,11 +118,12 @@ void Pace::note(int64_t rows, int64_t drafted, double seconds) noexcept {
   }
 }
 
-Price Pace::price() const noexcept {
+Price Pace::price(int64_t rows) const noexcept {
   if (rounds_ == 0) return {.any = double(Proposer::kMost)};
-  constexpr double kMargin = 1.2;  // for a gain that is seen
+  // For a gain that is seen. One of several rows that gets ahead may wait at its patch's end.
+  const double margin = rows > 1 ? 2 : 1.2;
   const double each = std::max(common_ / spread_, 0.);
-  return {kMargin * std::max(cost_ - each * drafted_, 0.), kMargin * each};
+  return {margin * std::max(cost_ - each * drafted_, 0.), margin * each};
 }
 
 }  // namespace mblm::decode

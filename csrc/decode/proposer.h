@@ -52,8 +52,8 @@ class Pace {
  public:
   // A round of so many rows took so long.
   void note(int64_t rows, int64_t drafted, double seconds) noexcept;
-  // Too high for any drafts before it knows a round without.
-  Price price() const noexcept;
+  // For each of so many rows. Too high for any drafts before it knows a round without.
+  Price price(int64_t rows) const noexcept;
 
  private:
   static constexpr Price kExpected{0.25, 0.25};

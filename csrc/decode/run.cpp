@@ -185,7 +185,7 @@ void Run::plan_step() {
       if (member.draft.empty() && proposes(row)) {
         row.plan->proposer->follow(row.bytes);
         member.draft = row.plan->proposer->propose(row.bytes, std::min(most, row.plan->draft),
-                                                   space.pace.price());
+                                                   space.pace.price(int64_t(active_.size())));
       }
       const int64_t drafted = std::min(int64_t(member.draft.size()), most);
       active.count += drafted;

@@ -108,15 +108,16 @@ void a_price_follows_what_rounds_cost() {
     Pace pace;
     Text text;
     text.write("-----");
-    CHECK(text.proposed(6, pace.price()).empty());
+    CHECK(text.proposed(6, pace.price(1)).empty());
     for (int64_t i = 0; i < 1000; ++i) {
       const int64_t drafted = i % 7;
       const double seconds = drafted ? 13 + double(drafted) : 10;
       pace.note(rows, drafted, i % 50 == 7 ? 20 * seconds : seconds);
     }
     // A margin above 0.3 and 0.1 of a round, in which each row chooses a byte.
-    const auto [any, each] = pace.price();
+    const auto [any, each] = pace.price(1);
     CHECK(is_near({any / double(rows), each / double(rows)}, 0.36, 0.12));
+    CHECK(pace.price(2).each > 1.5 * each);
   }
 }
 
@@ -125,12 +126,12 @@ void a_slow_beginning_makes_no_drafts_costly_and_what_was_costly_is_tried_again(
   Pace pace;
   pace.note(1, 0, 50);
   for (int64_t i = 0; i < 100; ++i) pace.note(1, 0, 10);
-  const Price expected = pace.price();
+  const Price expected = pace.price(1);
   CHECK(expected.any < 0.5 && expected.each < 0.5);
   for (int64_t i = 0; i < 100; ++i) pace.note(1, 1 + i % 3, 10 + 15 * double(1 + i % 3));
-  CHECK(pace.price().each > 1);
+  CHECK(pace.price(1).each > 1);
   for (int64_t i = 0; i < 5000; ++i) pace.note(1, 0, 10);
-  CHECK(is_near(pace.price(), expected.any, expected.each));
+  CHECK(is_near(pace.price(1), expected.any, expected.each));
 }
 
 int main() {
