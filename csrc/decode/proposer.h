@@ -1,4 +1,5 @@
 // Proposes a row's next bytes: those that came after the longest earlier match of its last ones.
+// The twin of mblm/inference/proposer.py, which says how.
 #pragma once
 
 #include <algorithm>

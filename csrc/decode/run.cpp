@@ -37,6 +37,9 @@ Run::Run(const Parts& parts, const Memory& memory, Kind kind, std::vector<Member
   active_.reserve(members.size());
   left_.reserve(members.size());
   rows_.reserve(int64_t(members.size()));
+  for (Member& member : members) {
+    if (!draws_apart_) member.draft = {};
+  }
 }
 
 int64_t Run::most_positions_at_once(int64_t member) const {
@@ -85,7 +88,7 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
       if (worker.is_first()) embed_bytes();
       worker.wait();
     }
-    const bool is_shared = active_.size() > 1 && (draws_apart_ || round_.drafted == 0);
+    const bool is_shared = active_.size() > 1;
     if (worker.is_last() && chooses() && round_.drafted == 0) draw();
     if (round_.positions > 0) {
       rows_.prefill(worker, space.x.data(), space.scratch.data(),

@@ -68,7 +68,8 @@ class Run : Call {
   int64_t choose_bytes(const Active& active, Chooser& chooser);
   const float* logits_of(const Active& active, int64_t i) const;
 
-  // Whether rows may choose several bytes at a time in any order, drawing the same numbers.
+  // Whether rows may choose several bytes at a time in any order, drawing the same numbers: if not,
+  // nothing is drafted.
   const bool draws_apart_;
 
   // In a line that is written to in every round: others read what is beside it.

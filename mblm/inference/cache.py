@@ -58,14 +58,10 @@ class ChangedModelError(RuntimeError):
 class Cache(Protocol):
     """Decoding states of any number of rows of one model on one device.
 
-    ``uses_drafts`` tells whether drafts make bytes come sooner.
-
     Every method that takes rows raises ValueError, and changes nothing, if a row was never added or
     is dropped, comes twice in the call, or is in another call at this time. Only `drop` does not.
     Lists and tensors of what belongs to rows are in the order of the rows.
     """
-
-    uses_drafts: bool
 
     def add(self, count: int = 1) -> list[Row]:
         """New rows without bytes."""
@@ -116,9 +112,9 @@ class Cache(Protocol):
             rows: Rows with plans.
             seconds: How long, seen between bytes. Default 0.02.
             drafts: Per row, bytes that may come next, ``(n,)`` int64 on the CPU, or None. Those
-                that the plan would choose anyway are chosen sooner where the cache
-                ``uses_drafts`` and the plan does not pause. No other byte is chosen for them, and
-                no random number is drawn.
+                that the plan would choose anyway come sooner. No other byte is chosen for them,
+                and no random number is drawn. They are not used where the plan pauses, where rows
+                draw from one generator by turns, in 16-bit types, and by compiled code on a GPU.
 
         Raises:
             ValueError: A row has no plan, or a draft is not of token ids.

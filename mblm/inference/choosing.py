@@ -3,13 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from mblm.inference.cache import Ran, Reason
-from mblm.inference.plan import Lane, Plan
+from mblm.inference.plan import MOST_DRAFTED, Lane, Plan
+from mblm.inference.proposer import Proposer
 from mblm.model.sampling import sample, sampling_dtype
+
+# A byte is proposed if it is right, with all before it, in more than half of the cases: where it is
+# wrong, a pass takes in again what was right.
+_PRICE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +29,8 @@ class Progress:
         allow, stop: States of the automata.
         first: How many were chosen before the last run, and ``chosen`` what since: the first
             ``count - first`` of the list, with their log-probabilities.
+        draft: Bytes ``(n,)`` that may come in this run, if some were given.
+        proposer: What proposes others, where the plan drafts.
     """
 
     plan: Plan
@@ -33,6 +41,8 @@ class Progress:
     stop: int = -1
     first: int = 0
     chosen: list[tuple[int, float]] = field(default_factory=list)
+    draft: Tensor | None = None
+    proposer: Proposer = field(default_factory=Proposer)
 
     @classmethod
     def of(cls, plan: Plan, lane: Lane) -> "Progress":
@@ -40,9 +50,25 @@ class Progress:
         allow, stop = (-1 if a is None else a.start for a in (plan.allow, plan.stop))
         return cls(plan, lane, lane.begin, allow=allow, stop=stop)
 
-    def restarted(self) -> "Progress":
+    def restarted(self, draft: Tensor | None = None) -> "Progress":
         """At the beginning of a run."""
-        return replace(self, first=self.count, chosen=[])
+        return replace(self, first=self.count, chosen=[], draft=draft)
+
+    def drafted(self, ids: Tensor, most: int) -> Tensor:
+        """At most so many bytes that may come after a row's, of which ``ids (n,)`` are known.
+
+        They are those of the run's draft as long as it was right, or else the proposer's.
+        """
+        most = 0 if self.plan.pause else min(most, MOST_DRAFTED)
+        if self.draft is not None:
+            run = self.count - self.first
+            right, rest = self.draft[:run], self.draft[run : run + most]
+            if len(rest) and torch.equal(right, ids[len(ids) - run :]):
+                return rest
+        if self.plan.draft:
+            for end in range(max(self.proposer.known, len(ids) - MOST_DRAFTED), len(ids)):
+                self.proposer.follow(ids[: end + 1])
+        return self.proposer.propose(ids, min(most, self.plan.draft), _PRICE)
 
     def allowed(self, room: float) -> Tensor | None:
         """Where ``allow`` leaves a choice, ``(V,)`` bool, in a row with room for so many bytes."""
@@ -73,7 +99,7 @@ class Progress:
         allow = -1 if plan.allow is None else plan.allow.step(self.allow, token)
         stop = -1 if plan.stop is None else plan.stop.step(self.stop, token)
         count, drawn = self.count + 1, self.drawn + drew
-        return Progress(plan, self.lane, drawn, count, allow, stop, self.first, self.chosen)
+        return replace(self, drawn=drawn, count=count, allow=allow, stop=stop)
 
     def ran(self, reason: Reason) -> Ran:
         """What the last run gave."""
@@ -124,6 +150,39 @@ def sampled(
     if may_come is not None:  # of logits that are all -inf, the first that is allowed
         ids = torch.where(is_nothing, may_come.int().argmax(-1), ids)
     return _with_bytes(progress, ids, own, drew=True)
+
+
+def sampled_ahead(
+    progress: Sequence[Progress],
+    rooms: Sequence[float],
+    own: Tensor,
+    drafts: Sequence[Tensor],
+) -> list[Progress]:
+    """`sampled` where plans do not pause, and again as long as what came is what a draft has.
+
+    ``own (sum of n + 1, V)`` are, row by row, logits of each byte of its draft ``(n,)`` and of the
+    one after it.
+    """
+    begins = [0, *accumulate(len(draft) + 1 for draft in drafts)]
+    after, n = list(progress), 0
+    going = [i for i, now in enumerate(progress) if not now.plan.pause]
+    while going:
+        chosen = sampled(
+            [after[i] for i in going],
+            [rooms[i] - n for i in going],
+            own[[begins[i] + n for i in going]],
+        )
+        for i, now in zip(going, chosen, strict=True):
+            after[i] = now
+        going = [
+            i
+            for i in going
+            if n < len(drafts[i])
+            and after[i].chosen[-1][0] == drafts[i][n]
+            and after[i].reason(rooms[i] - n - 1) is None
+        ]
+        n += 1
+    return after
 
 
 def given(

@@ -37,11 +37,11 @@ class Course:
     reason: Reason = "time"
     error: Exception | None = None
 
-    def __init__(self, request: Request, begin: int, uses_drafts: bool) -> None:
+    def __init__(self, request: Request, begin: int) -> None:
         self.request, self.begin = request, begin
         self.ran: list[Ran] = []
         self._told = 0  # of how many of these `fresh` has told
-        self.drafter = request.drafter() if request.drafter and uses_drafts else None
+        self.drafter = request.drafter() if request.drafter else None
         self.untold = self._so_far = request.prompt
 
     @cached_property
@@ -177,7 +177,7 @@ class Continuation:
         """Have rows go on that have taken in their prompts."""
         lengths = self._cache.begin(rows, [request.plan for request in requests])
         for row, request, length in zip(rows, requests, lengths, strict=True):
-            course = self._courses[row] = Course(request, length, self._cache.uses_drafts)
+            course = self._courses[row] = Course(request, length)
             if course.drafter is not None and length > len(request.prompt):
                 course.untold = self._cache.state_so_far(row)["tail"]
             self._stops += request.stops

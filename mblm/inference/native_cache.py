@@ -72,7 +72,6 @@ class NativeCache(Cache):
         self._model, self._type, self._packed = model, weights, packed
         self._kind = model.num_tokens, model.device  # which takes time to ask for
         self._is_on_gpu = packed.is_on_gpu
-        self.uses_drafts = not packed.is_on_gpu
         library = _native.library()
         self._engine: Any = (
             library.DeviceCache(packed.hierarchy, max_rows)

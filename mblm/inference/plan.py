@@ -168,9 +168,8 @@ class Plan:
         log_probs: Also return the log-probability of each chosen byte, of the model's own logits.
         pause: Leave each byte to the caller.
         draft: How many bytes may be proposed at a time, those that came after the longest earlier
-            match of the row's last ones (see csrc/decode/proposer.h). The bytes that are chosen are
-            the same. Not used with ``pause``, on a GPU, or in plain PyTorch. Default 0, none; of
-            more than 24, 24 are proposed.
+            match of the row's last ones, where `Cache.run` uses drafts. Default 0, none; of more
+            than 24, 24 are proposed.
     """
 
     max_tokens: int

@@ -328,7 +328,8 @@ def _drafting(draft: Any, model: Any) -> tuple[int, Callable[[], Drafter] | None
         raise ValueError(
             f"draft: expected a model of {model.num_tokens} tokens, got one of {draft.num_tokens}"
         )
-    return 0, partial(Drafter, draft)
+    is_used = model.device.type != "cuda" and model.dtype.itemsize > 2  # see `Cache.run`
+    return 0, partial(Drafter, draft) if is_used else None
 
 
 def _stop(stop: Any, end: int | None, num_tokens: int) -> Automaton | None:

@@ -64,8 +64,6 @@ class TorchCache(Cache):
             dtype or device.
     """
 
-    uses_drafts = False
-
     @torch.inference_mode()
     def __init__(self, model: CausalHierarchy) -> None:
         self._model = model
@@ -123,8 +121,10 @@ class TorchCache(Cache):
         self._follow()
         with (call := Lock()):
             slots = self._take(rows, call)
-            self._take_in(slots)
-            return own_copy(self._stages.logits([slot.now.bytes for slot in slots]))
+            nothing = [_NO_IDS] * len(slots)
+            after, logits = self._stages.try_out([slot.now.bytes for slot in slots], nothing)
+            _assign(slots, map(_Now, after, [slot.now.progress for slot in slots]))
+            return own_copy(logits)
 
     @torch.inference_mode()
     def state(self, row: Row) -> State:
@@ -226,11 +226,12 @@ class TorchCache(Cache):
         with (call := Lock()):
             slots = self._take_planned(rows, call)
             if drafts is not None:
-                check_drafts(drafts, rows, self._model.num_tokens)
-            self._restart(slots)
+                drafts = check_drafts(drafts, rows, self._model.num_tokens)
+            self._restart(slots, drafts)
+            may_draft = self._stages.may_draft() and _draw_apart(slots, self._model.device)
             with _giving_back(slots):
                 while going := [slot for slot in slots if self._reason(slot) == "time"]:
-                    self._step(self._ready(going))
+                    self._step(self._ready(going), may_draft)
                     paused = any(self._reason(slot) == "logits" for slot in going)
                     if paused or time.monotonic() >= end:
                         break
@@ -261,13 +262,13 @@ class TorchCache(Cache):
                 if (reason := self._reason(slot)) not in ("time", "logits"):
                     raise ValueError(f"row {row}: its plan has ended ({reason})")
             if slots:
-                self._take_in(slots)
                 self._restart(slots)
                 with _giving_back(slots):
                     if ids is not None:
-                        self._append(slots, partial(choosing.given, ids=ids))
+                        choose = partial(choosing.given, ids=ids)
                     else:
-                        self._append(slots, partial(choosing.sampled, instead=logits, mask=mask))
+                        choose = partial(choosing.sampled, instead=logits, mask=mask)
+                    self._append(slots, [_NO_IDS] * len(slots), choose)
             return self._returned(slots)
 
     def _take_planned(self, rows: Sequence[Row], call: Lock) -> list[_Slot]:
@@ -283,10 +284,15 @@ class TorchCache(Cache):
         pauses = progress.plan.pause and row.taken == row.length
         return progress.reason(self._room(slot)) or ("logits" if pauses else "time")
 
-    def _restart(self, slots: Sequence[_Slot]) -> None:
+    def _restart(
+        self, slots: Sequence[_Slot], drafts: Sequence[Tensor | None] | None = None
+    ) -> None:
         """A run or a choice begins."""
         rows = [slot.now.bytes for slot in slots]
-        _assign(slots, map(_Now, rows, [slot.progress.restarted() for slot in slots]))
+        begun = map(
+            Progress.restarted, [slot.progress for slot in slots], drafts or itertools.repeat(None)
+        )
+        _assign(slots, map(_Now, rows, begun))
 
     def _returned(self, slots: Sequence[_Slot]) -> list[Ran]:
         reasons = [self._reason(slot) for slot in slots]
@@ -306,26 +312,51 @@ class TorchCache(Cache):
             return slots
         return [slot for slot, steps in zip(slots, left, strict=True) if steps]
 
-    def _step(self, slots: Sequence[_Slot]) -> None:
-        """Take in what is pending, and choose one byte for each row that does not pause."""
-        self._take_in(slots)
-        if going := [slot for slot in slots if not slot.progress.plan.pause]:
-            self._append(going, choosing.sampled)
+    def _draft(self, slot: _Slot) -> Tensor:
+        """Bytes that may come in this patch."""
+        row, progress = slot.now.bytes, slot.progress
+        left = schedule.left_in_patch(self._model.patch_sizes, row.length)
+        most = min(progress.plan.max_tokens - progress.count - 1, self._room(slot) - 1)
+        return progress.drafted(row.tail, int(most if left is None else min(most, left)))
 
-    def _append(self, slots: Sequence[_Slot], choose: Callable[..., list[Progress]]) -> None:
-        """Choose bytes for rows that have nothing pending, and append them."""
-        rows = [slot.now.bytes for slot in slots]
-        rooms = [self._room(slot) for slot in slots]
-        chosen = choose([slot.progress for slot in slots], rooms, self._stages.logits(rows))
-        after = [row.with_byte(now.chosen[-1][0]) for row, now in zip(rows, chosen, strict=True)]
+    def _step(self, slots: Sequence[_Slot], may_draft: bool) -> None:
+        """Take in what is pending, and choose a byte for each row that does not pause, or more."""
+        drafts = [self._draft(slot) if may_draft else _NO_IDS for slot in slots]
+        self._append(slots, drafts, partial(choosing.sampled_ahead, drafts=drafts))
+
+    def _append(
+        self,
+        slots: Sequence[_Slot],
+        drafts: Sequence[Tensor],
+        choose: Callable[..., list[Progress]],
+    ) -> None:
+        """Take in what is pending, choose bytes, of which all but the last are of the drafts."""
+        before, progress = [slot.now.bytes for slot in slots], [slot.progress for slot in slots]
+        after, logits = self._stages.try_out(before, drafts)
+        chosen = choose(progress, [self._room(slot) for slot in slots], logits)
+        counts = [now.count - then.count for now, then in zip(chosen, progress, strict=True)]
+        wrong = [i for i, draft in enumerate(drafts) if 0 < counts[i] <= len(draft)]
+        right = [drafts[i][: counts[i] - 1] for i in wrong]
+        again = self._stages.take_in([before[i] for i in wrong], right)
+        for i, row in zip(wrong, again, strict=True):
+            after[i] = row
+        for i, now in enumerate(chosen):
+            if counts[i]:
+                after[i] = after[i].with_byte(now.chosen[-1][0])
         _assign(slots, map(_Now, after, chosen))
-        for progress in chosen:
-            progress.lane.pass_on(progress.drawn)
+        for now in chosen:
+            now.lane.pass_on(now.drawn)
 
 
 def _assign(slots: Sequence[_Slot], nows: Iterable[_Now]) -> None:
     """Change all rows in one call, so that a signal finds none of them changed or all."""
     deque(map(setattr, slots, itertools.repeat("now"), list(nows)), maxlen=0)
+
+
+def _draw_apart(slots: Sequence[_Slot], device: torch.device) -> bool:
+    """Whether no two rows draw by turns from one generator, in whose order a draft would meddle."""
+    draws = {slot.progress.lane.draws for slot in slots}
+    return len(draws) == len({of.generator_on(device) for of in draws})
 
 
 @contextmanager

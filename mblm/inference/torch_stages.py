@@ -4,9 +4,10 @@ A row's state is immutable: what takes in bytes gives another one. Rows that tak
 stage at the same time are one call of the stage.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain, repeat
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class StageState:
 class RowState:
     """A row: how many bytes it has and has taken in, the last of them, and its stages.
 
-    ``tail`` are the bytes from `schedule.tail_begin` on, int64 on the CPU.
+    ``tail`` are the bytes that are known, int64 on the CPU: those from `schedule.tail_begin` on,
+    which are still to be taken in, and before them what drafts are proposed from.
     """
 
     length: int
@@ -59,25 +61,25 @@ class _Work:
     """A row while its stages take in bytes up to ``end``, one stage after the other.
 
     ``begin`` is the byte that the sequence of the stage at work began at; ``position`` and ``goal``
-    tell how many positions it has and will have taken in.
+    tell how many positions it has and will have taken in; ``trail``, if it is one, gets the local
+    stage's outputs.
     """
 
-    def __init__(self, row: RowState, ids: Tensor) -> None:
+    def __init__(self, row: RowState, ids: Tensor, trail: list[Tensor] | None) -> None:
         self.taken, self.end = row.taken, row.length + len(ids)
-        self.stages = list(row.stages)
+        self.stages, self.trail = list(row.stages), trail
         self.begin = self.position = self.goal = 0
         self._first = row.length - len(row.tail)
-        self._ids = torch.cat((row.tail, ids))
+        self._ids = torch.cat((row.tail, ids)) if len(ids) else row.tail
 
     def ids(self, count: int, patch_size: int) -> Tensor:
         """The bytes of the next positions of the stage at work, ``(count * patch_size,)``."""
         first = self.begin + self.position * patch_size - self._first
         return self._ids[first : first + count * patch_size]
 
-    def done(self, tail_begin: int) -> RowState:
+    def done(self) -> RowState:
         """The row when all stages have taken in their part."""
-        tail = self._ids[tail_begin - self._first :].clone()
-        return RowState(self.end, self.end, tail, tuple(self.stages))
+        return RowState(self.end, self.end, self._ids, tuple(self.stages))
 
 
 class TorchStages:
@@ -113,31 +115,50 @@ class TorchStages:
         """A row without bytes."""
         return RowState(0, 0, torch.empty(0, dtype=torch.long, device="cpu"), self._starts)
 
-    def take_in(self, rows: Sequence[RowState], ids: Sequence[Tensor]) -> list[RowState]:
+    def take_in(
+        self,
+        rows: Sequence[RowState],
+        ids: Sequence[Tensor],
+        trails: Iterable[list[Tensor] | None] = repeat(None),
+    ) -> list[RowState]:
         """Rows after what is pending in them, and bytes ``(L,)`` on the CPU after it, maybe none.
 
-        Memory beyond the rows' does not grow with the bytes.
+        Memory beyond the rows' does not grow with the bytes, but for ``trails``: per row, what the
+        outputs ``(S, D_N)`` of the local stage are appended to.
         """
         after, works = list(rows), {}
-        for index, (row, new) in enumerate(zip(rows, ids, strict=True)):
+        for index, (row, new, trail) in enumerate(zip(rows, ids, trails, strict=False)):
             if row.length + len(new) > row.taken:
-                works[index] = _Work(row, new)
+                works[index] = _Work(row, new, trail)
         for n in range(len(self._stages)):
             self._begin_patch([*works.values()], n)
             self._catch_up([*works.values()], n)
         for index, work in works.items():
-            after[index] = work.done(schedule.tail_begin(self._sizes, work.end))
+            after[index] = work.done()
         return after
 
-    def logits(self, rows: Sequence[RowState]) -> Tensor:
-        """Logits of the next bytes of rows that have nothing pending, ``(rows, V)``."""
-        if not rows:
-            return self.model.empty_logits(1)[:0, 0]
-        logits = self.model.compute_logits(torch.stack([row.stages[-1].output for row in rows]))
-        is_empty = [row.taken == 0 for row in rows]
-        if any(is_empty):
-            logits[is_empty] = self.model.empty_logits(sum(is_empty))[:, 0].to(logits)
-        return logits
+    def try_out(
+        self, rows: Sequence[RowState], drafts: Sequence[Tensor]
+    ) -> tuple[list[RowState], Tensor]:
+        """`take_in` of drafts ``(n,)``, none of which may begin a patch.
+
+        Also returns logits ``(sum of n + 1, V)``: row by row those of each byte of its draft and of
+        the one after it.
+        """
+        trails = [[r.stages[-1].output[None]] if r.taken == r.length else [] for r in rows]
+        after = self.take_in(rows, drafts, trails)
+        logits = self.model.compute_logits(
+            torch.cat([self._starts[-1].output[None][:0], *chain(*trails)])
+        )
+        begins = [0, *accumulate(len(draft) + 1 for draft in drafts)]
+        if empty := [begin for row, begin in zip(rows, begins, strict=False) if row.length == 0]:
+            logits[empty] = self.model.empty_logits(len(empty))[:, 0].to(logits)
+        return after, logits
+
+    def may_draft(self) -> bool:
+        """Whether an output is the same beside others: 16 bits are rounded otherwise there."""
+        is_cast = torch.is_autocast_enabled(self.model.device.type)
+        return self.model.dtype.itemsize > 2 and not is_cast
 
     def _begin_patch(self, works: Sequence[_Work], n: int) -> None:
         """Begin stage n anew wherever the last byte is in another patch of the stage above."""
@@ -173,10 +194,13 @@ class TorchStages:
                 None if n == 0 else [state.context for state in states],  # type: ignore[misc]
             )
             y, after = self._stages[n].advance([state.state for state in states], x)
-            outputs = self._lasting(y[:, -1]).clone()
-            for work, before, state, output in zip(going, states, after, outputs, strict=True):
+            y = self._lasting(y)
+            last = zip(going, states, after, y[:, -1].clone(), y, strict=True)
+            for work, before, state, output, outputs in last:
                 work.stages[n] = StageState(state, output, before.context)
                 work.position += count
+                if work.trail is not None and n + 1 == len(self._stages):
+                    work.trail.append(outputs)
 
     def _lasting(self, tensor: Tensor) -> Tensor:
         """In the model's own dtype: when what is kept is read, autocast may have ended."""
@@ -207,7 +231,6 @@ class TorchStages:
         """
         length, taken, tail, parts = parts_of_state(state, self.model)
         stages = [self._loaded_stage(n, own, taken) for n, own in enumerate(parts)]
-        tail = tail[schedule.tail_begin(self._sizes, taken) - (length - len(tail)) :]
         return RowState(length, taken, tail.clone(), tuple(stages) or self._starts)
 
     def _loaded_stage(self, n: int, own: dict[str, Any], taken: int) -> StageState:

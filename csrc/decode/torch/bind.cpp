@@ -249,6 +249,22 @@ auto of_rows(Result (Cache::*method)(const Lease&, Host&, Arguments...)) {
   };
 }
 
+// What is proposed after bytes that come in pieces, for tests.
+std::vector<int64_t> proposed(const std::vector<std::vector<int32_t>>& pieces, int64_t most,
+                              double price) {
+  Pool pool(Bytes::kPage);
+  Bytes bytes;
+  Proposer proposer;
+  for (const std::vector<int32_t>& piece : pieces) {
+    bytes.reserve(pool, int64_t(piece.size()));
+    for (const int32_t id : piece) bytes.push_back(id);
+    proposer.reserve(bytes, bytes.size());
+    proposer.follow(bytes);
+  }
+  const auto found = proposer.propose(bytes, most, Price{.any = 0, .each = price});
+  return {found.begin(), found.end()};
+}
+
 void bind_cache(py::module_& module) {
   using Release = py::call_guard<WithoutGil>;
 
@@ -325,6 +341,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = kCompiler;
   module.attr("openmp") = kOpenMP;
   module.def("is_forked", &mblm::cpu::is_forked);
+  module.def("proposed", &proposed, py::arg("pieces"), py::arg("most"), py::arg("price"));
   module.def("stacked", &stacked, py::arg("rows"));
   py::register_local_exception_translator(translate);
   bind_guard(module);
