@@ -65,9 +65,10 @@ class Progress:
             right, rest = self.draft[:run], self.draft[run : run + most]
             if len(rest) and torch.equal(right, ids[len(ids) - run :]):
                 return rest
-        if self.plan.draft:
-            for end in range(max(self.proposer.known, len(ids) - MOST_DRAFTED), len(ids)):
-                self.proposer.follow(ids[: end + 1])
+        if not self.plan.draft:
+            return ids[:0]
+        for end in range(max(self.proposer.known, len(ids) - MOST_DRAFTED), len(ids)):
+            self.proposer.follow(ids[: end + 1])
         return self.proposer.propose(ids, min(most, self.plan.draft), _PRICE)
 
     def allowed(self, room: float) -> Tensor | None:
@@ -99,7 +100,8 @@ class Progress:
         allow = -1 if plan.allow is None else plan.allow.step(self.allow, token)
         stop = -1 if plan.stop is None else plan.stop.step(self.stop, token)
         count, drawn = self.count + 1, self.drawn + drew
-        return replace(self, drawn=drawn, count=count, allow=allow, stop=stop)
+        mine = self.first, self.chosen, self.draft, self.proposer
+        return Progress(plan, self.lane, drawn, count, allow, stop, *mine)
 
     def ran(self, reason: Reason) -> Ran:
         """What the last run gave."""
