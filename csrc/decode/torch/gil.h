@@ -15,8 +15,15 @@
 
 namespace mblm::decode {
 
+// What unwinds is made by the C library, without the type that a sanitizer looks for.
+#ifdef __GNUC__
+#define MBLM_NO_VPTR __attribute__((no_sanitize("vptr")))
+#else
+#define MBLM_NO_VPTR
+#endif
+
 template <class Function>
-void or_wait_for_the_end(Function function) {
+MBLM_NO_VPTR void or_wait_for_the_end(Function function) {
 #ifdef __GLIBCXX__
   try {
     function();
