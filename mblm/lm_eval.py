@@ -15,13 +15,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from mblm.cli.generate import load
 from mblm.inference.prompt import utf8
 from mblm.inference.score import Score
 from mblm.inference.scorer import BATCH_BYTES, sequence_length
-from mblm.model.find import find_model
 from mblm.model.mblm import MBLM
+from mblm.model.pretrained import load_checkpoint
 from mblm.utils.checks import check_integer
+from mblm.utils.cuda import find_device
 
 # Requests that are scored between two steps of the progress bar.
 _AT_ONCE = 256
@@ -61,7 +61,8 @@ class MBLMForHarness(LM):
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, MBLM):
-            pretrained = load(find_model(str(pretrained)), None, device)
+            place = find_device(device)
+            pretrained = load_checkpoint(MBLM, str(pretrained), map_location=place).float()
         self.model: MBLM = pretrained.eval()
         self._device = self.model.device
         self._of_scores: dict[str, Any] = {

@@ -18,8 +18,6 @@ from mblm.utils.naming import naming, naming_file
 from mblm.utils.stream import ByteStreamer, Writable
 
 if TYPE_CHECKING:
-    import torch
-
     from mblm import MBLM, Generation
     from mblm.inference.guide import Constraint
 
@@ -62,6 +60,7 @@ def load(checkpoint: Path, config: Path | None, device: str | None) -> MBLM:
     """The model of a folder or a ``.pth`` file, in float32, on a device that works."""
     from mblm import MBLM
     from mblm.model.pretrained import load_checkpoint
+    from mblm.utils.cuda import find_device
 
     place = find_device(device)
     model = load_checkpoint(MBLM, checkpoint, config_file=config, map_location=place)
@@ -76,20 +75,6 @@ def check_out(out: Path, checkpoint: Path, *inputs: Path | None) -> None:
     for file in (*of_model, checkpoint.with_name(RUN_CONFIG_FILE), *inputs):
         if out.exists() and file is not None and file.exists() and out.samefile(file):
             raise ValueError(f"--out: {out} is read by this command and would be lost")
-
-
-def find_device(name: str | None) -> torch.device:
-    """A device that works, by its name."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name} cannot be used: {error}") from error
-    return device
 
 
 class LateFile:

@@ -1,4 +1,4 @@
-"""What CUDA devices there are and how much of their memory is used.
+"""What devices there are and how much of a GPU's memory is used.
 
 ``IS_CUDA_AVAILABLE`` and ``IS_BF16_AVAILABLE`` are found out when they are first asked for:
 importing this module does not touch a device.
@@ -81,3 +81,15 @@ def cuda_memory_snapshot(
         reserved_max=gigabytes(torch.cuda.max_memory_reserved(device)),
         total=gigabytes(torch.cuda.get_device_properties(device).total_memory),
     )
+
+
+def find_device(name: str | None) -> torch.device:
+    """A device that works, by its name."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name} cannot be used: {error}") from error
+    return device
