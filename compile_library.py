@@ -43,8 +43,8 @@ def native_library(cuda: bool, kernel_folder: Path) -> Extension:
         kernels = sources("cuda/*.cu", "cuda/*.cpp") + kernels
         glue_flags.append("-DMBLM_CUDA")
         extension = cpp_extension.CUDAExtension
-    glue = sources("torch/library.cpp")  # takes the longest
-    glue += sources("torch/tensors.cpp", "decode/torch/*.cpp")
+    glue = sources("torch/*.cpp", "decode/torch/*.cpp")
+    glue.sort(key=lambda path: not path.endswith("library.cpp"))  # which takes the longest
     library = extension("mblm._C", glue, include_dirs=[CSRC], extra_compile_args=glue_flags)
     library.kernels = {
         "sources": kernels,
