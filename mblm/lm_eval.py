@@ -146,7 +146,7 @@ class MBLMForHarness(LM):
                     f"{limit}; pass fewer, such as --gen_kwargs max_gen_toks={limit // 2}"
                 )
             prompt = prompt[count - limit :]
-        stops = tuple(stop.encode() for stop in given.pop("until") if stop)
+        stops = tuple(utf8("until", stop) for stop in given.pop("until") if stop)
         sampling = {name: given.pop(name, None) for name in _SAMPLING}
         if not given.pop("do_sample"):  # to the likeliest byte, filters mean nothing
             sampling = {**dict.fromkeys(_SAMPLING), "temperature": 0.0}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +16,12 @@ from mblm import (
     TransformerEncoderBlock,
 )
 from mblm.model.block import StageBlock
+
+# As a mark of what runs `LSTM` under autocast.
+needs_bfloat16_lstm = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="PyTorch's LSTM in bfloat16 needs AVX-512",
+)
 
 
 class LSTM(nn.Module):

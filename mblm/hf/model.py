@@ -189,12 +189,13 @@ def _loss(
     logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None
 ) -> Tensor:
     """Cross entropy of ``logits (B, L, V)`` and the labels ``(B, L)`` one position later."""
+    labels = check_id_dtype("labels", labels)
     if labels.shape != logits.shape[:2]:
         raise ValueError(
             f"labels: expected the shape of input_ids, {tuple(logits.shape[:2])}, got "
             f"{tuple(labels.shape)}"
         )
-    targets = check_id_dtype("labels", labels)[:, 1:].to(logits.device)
+    targets = labels[:, 1:].to(logits.device)
     if mask is not None:  # the byte after padding is the first of its row
         targets = targets.masked_fill(mask[:, :-1].to(logits.device) == 0, _NO_LABEL)
     counted = targets != _NO_LABEL

@@ -169,11 +169,9 @@ def sampled_ahead(
     after, n = list(progress), 0
     going = [i for i, now in enumerate(progress) if not now.plan.pause]
     while going:
-        chosen = sampled(
-            [after[i] for i in going],
-            [rooms[i] - n for i in going],
-            own[[begins[i] + n for i in going]],
-        )
+        at = [begins[i] + n for i in going]
+        logits = own if len(at) == len(own) else own[at]
+        chosen = sampled([after[i] for i in going], [rooms[i] - n for i in going], logits)
         for i, now in zip(going, chosen, strict=True):
             after[i] = now
         going = [

@@ -40,7 +40,7 @@ class Course:
     def __init__(self, request: Request, begin: int) -> None:
         self.request, self.begin = request, begin
         self.ran: list[Ran] = []
-        self._told = 0  # of how many of these `fresh` has told
+        self._told = self._taken = 0  # of how many of these `fresh` has told, and `take` taken
         self.drafter = request.drafter() if request.drafter else None
         self.untold = self._so_far = request.prompt
 
@@ -72,6 +72,7 @@ class Course:
     def is_matched(self) -> bool | None:
         """Whether the constraint accepts the bytes so far; None without one."""
         if self._guide is not None:
+            self.take()
             return self._guide.accepts()
         allow = self.request.plan.allow
         return None if allow is None else allow.accepts(allow.walk(self.ids()))
@@ -138,12 +139,15 @@ class Course:
             raise ValueError("logits_processor: it returned logits that are NaN")
         return result
 
-    def take(self, ids: Tensor) -> None:
-        """Go on by a byte ``(1,)`` that was chosen at a pause."""
+    def take(self) -> None:
+        """Have what answers go on by the bytes that were chosen, also in a run that was left."""
+        taken, self._taken = self._taken, len(self.ran)
+        ids = _joined([ran.ids for ran in self.ran[taken:]], _NO_BYTES)
         if self.request.logits_processor is not None:
             self._so_far = torch.cat((self._so_far, ids))
         if self._guide is not None:
-            self._guide.take(int(ids))
+            for token in ids.tolist():
+                self._guide.take(token)
 
     def is_complete(self) -> bool:
         """Whether the guide ends the row here, where nothing else has that comes before."""
@@ -281,13 +285,15 @@ class Continuation:
         except ValueError as error:
             if len(rows) > 1:
                 return max(self._choose({row: answer}) for row, answer in answers.items())
+            processes = self._courses[rows[0]].request.logits_processor is not None
+            name = "logits_processor" if processes else "constraint"
             with self._own_errors(rows[0]):
-                raise ValueError("logits_processor: it leaves nothing to choose from") from error
+                raise ValueError(f"{name}: it leaves nothing to choose from") from error
             return 0
         most = self._note(rows, results)
-        for row, ran in zip(rows, results, strict=True):
+        for row in rows:
             with self._own_errors(row):
-                self._courses[row].take(ran.ids)
+                self._courses[row].take()
                 if self._courses[row].is_complete():
                     self._end(row, "matched")
         return most

@@ -38,6 +38,7 @@ class Draws:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {generator!r}")
         self.generator, self.seed = generator, seed
+        self._seeded: dict[torch.device, torch.Generator] = {}
         self.lanes = lanes = check_integer("lanes", lanes, 1)
         self._lock = threading.Lock()
         # Which numbers are kept first, and those from there on, each with the generator's state
@@ -77,10 +78,11 @@ class Draws:
 
     def generator_on(self, device: torch.device) -> torch.Generator:
         """Where they come from on a device."""
-        if self.generator is None and self.seed is not None:
-            self.generator = torch.Generator(device).manual_seed(self.seed)
         if self.generator is not None:
             return self.generator
+        if self.seed is not None:
+            made = self._seeded.get(device) or torch.Generator(device).manual_seed(self.seed)
+            return self._seeded.setdefault(device, made)  # of threads that come at once, one's
         is_cuda = device.type == "cuda"
         return torch.cuda.default_generators[device.index] if is_cuda else torch.default_generator
 

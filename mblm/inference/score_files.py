@@ -72,6 +72,8 @@ def score_files(
         raise ValueError("files: expected at least one file, got none")
     scorer = Scorer(model, length, stride, batch_bytes)
     paths = [Path(file) for file in files]
+    if paths.count(STANDARD_INPUT) > 1:
+        raise ValueError("files: standard input, -, can be read once")
     for path in paths:
         if path != STANDARD_INPUT:
             path.stat()

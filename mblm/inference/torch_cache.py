@@ -317,7 +317,7 @@ class TorchCache(Cache):
         row, progress = slot.now.bytes, slot.progress
         left = schedule.left_in_patch(self._model.patch_sizes, row.length)
         most = min(progress.plan.max_tokens - progress.count - 1, self._room(slot) - 1)
-        return progress.drafted(row.tail, int(most if left is None else min(most, left)))
+        return progress.drafted(row.tail.ids, int(most if left is None else min(most, left)))
 
     def _step(self, slots: Sequence[_Slot], may_draft: bool) -> None:
         """Take in what is pending, and choose a byte for each row that does not pause, or more."""
@@ -337,7 +337,7 @@ class TorchCache(Cache):
         counts = [now.count - then.count for now, then in zip(chosen, progress, strict=True)]
         wrong = [i for i, draft in enumerate(drafts) if 0 < counts[i] <= len(draft)]
         right = [drafts[i][: counts[i] - 1] for i in wrong]
-        again = self._stages.take_in([before[i] for i in wrong], right)
+        again = self._stages.take_in([before[i] for i in wrong], right) if wrong else ()
         for i, row in zip(wrong, again, strict=True):
             after[i] = row
         for i, now in enumerate(chosen):

@@ -38,22 +38,47 @@ class StageState:
     context: Tensor | None = None  # of the most global stage
 
 
+class Tail:
+    """The last bytes of a row, ``ids (n,)`` int64 on the CPU, which stay as they are.
+
+    Others that come after them are written behind them, where nothing is yet, as after those of a
+    copied row there may be: so one more takes no longer where there are many.
+    """
+
+    def __init__(
+        self, ids: Tensor, memory: Tensor | None = None, ends: dict[int, bool] | None = None
+    ) -> None:
+        self.ids, self._memory = ids, ids if memory is None else memory
+        self._ends = {len(ids): True} if ends is None else ends  # of what the memory holds, one
+
+    def with_ids(self, ids: Tensor) -> "Tail":
+        """With more at its end."""
+        memory, ends, begin, end = self._memory, self._ends, len(self.ids), len(self.ids) + len(ids)
+        # Of threads that come at once, one gets the end.
+        if end > len(memory) or not ends.pop(begin, False):
+            room = self.ids.new_empty(len(ids) + end // 4 + 64)
+            memory, ends = torch.cat((self.ids, room)), {}
+        memory[begin:end] = ids
+        ends[end] = True
+        return Tail(memory[:end], memory, ends)
+
+
 @dataclass(frozen=True, eq=False)
 class RowState:
     """A row: how many bytes it has and has taken in, the last of them, and its stages.
 
-    ``tail`` are the bytes that are known, int64 on the CPU: those from `schedule.tail_begin` on,
-    which are still to be taken in, and before them what drafts are proposed from.
+    ``tail`` are the bytes that are known: those from `schedule.tail_begin` on, which are still to
+    be taken in, and before them what drafts are proposed from.
     """
 
     length: int
     taken: int
-    tail: Tensor
+    tail: Tail
     stages: tuple[StageState, ...]
 
     def with_byte(self, token: int) -> "RowState":
         """With one more byte, which is pending."""
-        tail = torch.cat((self.tail, self.tail.new_tensor([token])))
+        tail = self.tail.with_ids(torch.tensor([token], device="cpu"))
         return RowState(self.length + 1, self.taken, tail, self.stages)
 
 
@@ -69,17 +94,17 @@ class _Work:
         self.taken, self.end = row.taken, row.length + len(ids)
         self.stages, self.trail = list(row.stages), trail
         self.begin = self.position = self.goal = 0
-        self._first = row.length - len(row.tail)
-        self._ids = torch.cat((row.tail, ids)) if len(ids) else row.tail
+        self._first = row.length - len(row.tail.ids)
+        self._tail = row.tail.with_ids(ids) if len(ids) else row.tail
 
     def ids(self, count: int, patch_size: int) -> Tensor:
         """The bytes of the next positions of the stage at work, ``(count * patch_size,)``."""
         first = self.begin + self.position * patch_size - self._first
-        return self._ids[first : first + count * patch_size]
+        return self._tail.ids[first : first + count * patch_size]
 
     def done(self) -> RowState:
         """The row when all stages have taken in their part."""
-        return RowState(self.end, self.end, self._ids, tuple(self.stages))
+        return RowState(self.end, self.end, self._tail, tuple(self.stages))
 
 
 class TorchStages:
@@ -113,7 +138,7 @@ class TorchStages:
 
     def empty_row(self) -> RowState:
         """A row without bytes."""
-        return RowState(0, 0, torch.empty(0, dtype=torch.long, device="cpu"), self._starts)
+        return RowState(0, 0, Tail(torch.empty(0, dtype=torch.long, device="cpu")), self._starts)
 
     def take_in(
         self,
@@ -212,7 +237,7 @@ class TorchStages:
 
     def saved(self, row: RowState) -> State:
         """A row as `mblm.inference.cache.State` says."""
-        state: State = {"length": row.length, "taken": row.taken, "tail": own_copy(row.tail)}
+        state: State = {"length": row.length, "taken": row.taken, "tail": own_copy(row.tail.ids)}
         if row.taken == 0:
             return state
         for n, (stage, host) in enumerate(zip(row.stages, self._stages, strict=True)):
@@ -231,7 +256,7 @@ class TorchStages:
         """
         length, taken, tail, parts = parts_of_state(state, self.model)
         stages = [self._loaded_stage(n, own, taken) for n, own in enumerate(parts)]
-        return RowState(length, taken, tail.clone(), tuple(stages) or self._starts)
+        return RowState(length, taken, Tail(tail.clone()), tuple(stages) or self._starts)
 
     def _loaded_stage(self, n: int, own: dict[str, Any], taken: int) -> StageState:
         shapes: dict[str, tuple[int, ...]] = {"output": (self.model.hidden_dims[n],)}

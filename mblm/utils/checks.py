@@ -65,10 +65,10 @@ def check_token_ids(name: str, ids: torch.Tensor | None, num_tokens: int) -> tor
         lowest, highest = (int(bound) for bound in torch.aminmax(values))
         if lowest < 0 or highest >= num_tokens:
             position = tuple(((values < 0) | (values >= num_tokens)).nonzero()[0].tolist())
-            raise ValueError(
-                f"{name}: token id {values_of(given)[position].item()} at position {position} is "
-                f"outside [0, {num_tokens}), the vocabulary of num_tokens = {num_tokens}"
-            )
+            token = values_of(given)[position].item()
+            bounds = f"outside [0, {num_tokens}), the vocabulary of num_tokens = {num_tokens}"
+            wrong = "negative" if token < 0 else bounds
+            raise ValueError(f"{name}: token id {token} at position {position} is {wrong}")
     return ids
 
 

@@ -15,10 +15,11 @@ def naming(prefix: str = "", **names: str) -> Iterator[None]:
         told = str(error)
         if (match := re.match(r"(\w+)(?=[:\[])", told)) and match[0] in names:
             told = names[match[0]] + told[match.end() :]
-        if (told := prefix + told) == str(error):
+            error.args = (told, *error.args[1:])  # the same error, from where it comes
+        if not prefix:
             raise
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(told) from (error if prefix else None)
+        raise kind(prefix + told) from error
 
 
 @contextmanager

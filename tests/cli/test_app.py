@@ -55,6 +55,12 @@ def test_eval_of_standard_input(
     assert facts["bytes"] == 54 and bits[0] == bits[1]
 
 
+def test_standard_input_is_one_file(run: Run, saved: Path) -> None:
+    result = run("eval", saved, "-", "-")
+    told = "mblm: error: files: standard input, -, can be read once\n"
+    assert (result.status, result.error) == (1, told)
+
+
 @pytest.mark.parametrize(
     "command", [["eval", "SAVED", "-"], ["generate", "SAVED", "--prompt-file", "-"]]
 )

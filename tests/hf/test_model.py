@@ -461,6 +461,7 @@ class TestForward:
             ({"attention_mask": torch.tensor([[1, 0, 1] * 4 + [1]] * 2)}, ValueError, "gaps"),
             ({"labels": IDS[:, 1:]}, ValueError, "labels: expected the shape"),
             ({"labels": IDS + 100}, ValueError, "labels"),
+            ({"labels": IDS.tolist()}, TypeError, "labels: expected a tensor of token ids"),
             ({"labels": IDS.float()}, TypeError, "labels: expected integer token ids"),
             ({"inputs_embeds": torch.ones(1)}, TypeError, "inputs_embeds: not known"),
             ({"position_ids": IDS}, TypeError, "position_ids: not known"),

@@ -13,6 +13,7 @@ from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, Ran
 from mblm.inference.continuation import Continuation
 from mblm.inference.request import Request, request
+from mblm.inference.torch_cache import TorchCache
 from tests.inference.caches import MakeCache, build, ids_of, on_every_engine
 
 V = 19
@@ -184,6 +185,12 @@ class TestGuide:
         ):
             finished(m, make, asked)
 
+    def test_that_the_logits_leave_nothing_of(self, m: MBLM) -> None:
+        with torch.no_grad():
+            m.to_logits.bias[::2] = -torch.inf
+        with pytest.raises(ValueError, match=r"^constraint: it leaves nothing to choose from"):
+            finished(m, TorchCache, one(m, constraint=Follows(words(4))))
+
 
 class TestProcessor:
     @on_every_engine
@@ -342,6 +349,31 @@ class TestErrors:
             continuation.settle()
             course = continuation[row]
             assert torch.equal(course.ids(), want[:2]) and len(course.log_probs()) == 2
+
+    @on_every_engine
+    @pytest.mark.parametrize("call", ["choose", "take"])
+    def test_after_a_choice_leave_no_guide_behind(
+        self, m: MBLM, make: MakeCache, call: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither that of the row whose turn it was nor those of others."""
+        cache = make(m)
+        requests = [one(m, constraint=Follows(words(2, 5))) for _ in range(3)]
+        continuation, rows = begun(m, cache, requests)
+        continuation.run(seconds=0)
+        of, name = (cache, call) if call == "choose" else (Follower, call)
+        original = getattr(of, name)
+
+        def interrupted(*args: Any, **given: Any) -> None:
+            monkeypatch.setattr(of, name, original)
+            original(*args, **given)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(of, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            continuation.run(seconds=0)
+        continuation.settle()
+        assert [len(continuation[row].ids()) for row in rows] == [2] * 3
+        assert all(continuation[row].is_matched() for row in rows)
 
     @on_every_engine
     def test_of_memory(self, m: MBLM, make: MakeCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,20 @@ class TestDraws:
             first.pass_on(n + 1)
         assert torch.equal(draws.enter(1).numbers(0, LIKE), drawn(1, 2, 1)[0, 1])
 
+    def test_threads_that_ask_at_once_share_the_generator_of_a_seed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        draws, cpu, made = Draws(seed=3), torch.device("cpu"), torch.Generator
+        others: list[torch.Generator] = []
+
+        def make(device: torch.device) -> torch.Generator:
+            monkeypatch.setattr(torch, "Generator", made)
+            others.append(draws.generator_on(device))  # by another thread, meanwhile
+            return made(device)
+
+        monkeypatch.setattr(torch, "Generator", make)
+        assert draws.generator_on(cpu) is others[0] is draws.generator_on(cpu)
+
     def test_the_default_generator_and_the_dtype_of_the_logits(self) -> None:
         torch.manual_seed(3)
         numbers = Draws().enter(0).numbers(0, LIKE.double())

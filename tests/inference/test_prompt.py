@@ -111,5 +111,5 @@ class TestBack:
     def test_refuses_several_sequences_and_what_is_negative(self) -> None:
         with pytest.raises(ValueError, match=r"ids: expected shape \(L,\), got \(2, 3\)"):
             mblm.to_bytes(torch.zeros(2, 3).long())
-        with pytest.raises(ValueError, match="ids: token id -1"):
+        with pytest.raises(ValueError, match=r"ids: token id -1 at position \(0,\) is negative$"):
             mblm.to_bytes([-1])

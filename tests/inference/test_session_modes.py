@@ -15,7 +15,7 @@ import torch
 
 from mblm import MBLM, MBLMReturnType, Session
 from tests.decoding import in_pytorch
-from tests.models import LSTMBlock, mamba, model, transformer
+from tests.models import LSTMBlock, mamba, model, needs_bfloat16_lstm, transformer
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 on_every_engine = pytest.mark.parametrize("engine", [contextlib.nullcontext, in_pytorch])
@@ -127,7 +127,9 @@ def test_other_default_dtypes_and_devices_change_nothing(
     [
         pytest.param([transformer(), mamba("mamba1")], id="transformer above mamba1"),
         pytest.param([mamba("mamba2"), transformer()], id="mamba2 above transformer"),
-        pytest.param([LSTMBlock(), transformer(), LSTMBlock()], id="custom"),
+        pytest.param(
+            [LSTMBlock(), transformer(), LSTMBlock()], id="custom", marks=needs_bfloat16_lstm
+        ),
     ],
 )
 def test_autocast_may_begin_and_end_in_a_session(blocks: list[Any]) -> None:

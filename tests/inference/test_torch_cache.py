@@ -16,6 +16,7 @@ from mblm.inference.plan import Draws, Plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.model.sampling import gumbel_sample, keep_highest
 from tests.inference.caches import CLOSE, build, fed, ids_of, run_out, seeded, whole_logits
+from tests.models import needs_bfloat16_lstm
 
 
 class Calls:
@@ -129,13 +130,7 @@ class TestDtypes:
         [
             ("transformer", "mamba1"),
             ("mamba2", "transformer"),
-            pytest.param(
-                ("lstm", "lstm"),
-                marks=pytest.mark.skipif(
-                    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-                    reason="PyTorch's LSTM in bfloat16 needs AVX-512",
-                ),
-            ),
+            pytest.param(("lstm", "lstm"), marks=needs_bfloat16_lstm),
         ],
     )
     def test_autocast_may_begin_and_end(self, kinds: tuple[str, ...]) -> None:
@@ -196,6 +191,32 @@ def test_a_copy_shares_what_the_row_has() -> None:
     copied = cache.copy(rows)
     own, other = (cache._slots[row].now.bytes for row in (*rows, *copied))
     assert own is other
+
+
+class TestTails:
+    """The bytes that rows keep."""
+
+    def test_grow_without_being_copied(self) -> None:
+        cache = TorchCache(build("mamba1"))
+        (row,) = fed(cache, ids_of(1000))
+        places = set()
+        for token in ids_of(200):
+            cache.feed([row], [token[None]])
+            places.add(cache._slots[row].now.bytes.tail.ids.data_ptr())
+        assert len(places) == 1
+        assert cache.state(row)["tail"].tolist() == [*ids_of(1000), *ids_of(200)]
+
+    def test_of_copies_that_go_on_differently(self) -> None:
+        cache = TorchCache(build("mamba1", "transformer", seq_lens=(40, 4)))
+        rows = fed(cache, ids_of(7))
+        rows += cache.copy(rows) + cache.copy(rows)
+        for length in (1, 3, 90):
+            more = [ids_of(length, seed) for seed in range(3)]
+            cache.feed(rows, more)
+            rows += cache.copy(rows[-1:])
+            cache.drop([rows.pop(0)])
+            tails = [cache.state(row)["tail"][-length:] for row in rows]
+            assert all(map(torch.equal, tails, [more[1], more[2], more[2]]))
 
 
 class TestChangedModels:

@@ -1,8 +1,8 @@
-"""Errors of the system name the file that they are about; for arguments see test_request."""
+"""Errors call files and arguments what the caller does; for those of requests see test_request."""
 
 import pytest
 
-from mblm.utils.naming import naming_file
+from mblm.utils.naming import naming, naming_file
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,16 @@ def test_an_error_names_a_file(error: OSError, told: str) -> None:
     with pytest.raises(OSError) as caught, naming_file("a"):
         raise error
     assert str(caught.value) == told
+
+
+def test_an_argument_is_renamed_in_the_error_itself() -> None:
+    class OwnError(ValueError):
+        place = 3
+
+    def refuse() -> None:
+        raise OwnError("prompt: no")
+
+    with pytest.raises(OwnError) as caught, naming(prompt="--prompt"):
+        refuse()
+    assert str(caught.value) == "--prompt: no"
+    assert caught.traceback[-1].name == "refuse"
