@@ -140,7 +140,7 @@ class _InPieces(torch.autograd.Function):
         out, states, state, nests = x, [], None, []
         for index in range(count):
             circumstances.keep(index)
-            result, state = run(index, x[:, takes[index]], state)
+            result, state = run(index, x.detach()[:, takes[index]], state)
             tensors, with_tensors = _split_state(state)
             if index == 0:
                 out = result.new_empty(*x.shape[:2], *result.shape[2:])
@@ -162,26 +162,35 @@ class _InPieces(torch.autograd.Function):
         run, takes, gives, sums, circumstances, nests = ctx.computation
         of_x = torch.empty_like(x) if ctx.needs_input_grad[5] else None
         of_state = [kept.new_zeros(kept.shape[1:]) for kept in states]  # after the piece
+        own = {tensor.untyped_storage().data_ptr() for tensor in of_state}
+
+        def differentiate(index: int) -> None:  # what it computes is let go before the next piece
+            part = x[:, takes[index]].detach().requires_grad_(of_x is not None)
+            before = [kept[index - 1].detach().requires_grad_() for kept in states if index]
+            with circumstances.of(index):
+                state = nests[index - 1]([t.view_as(t) for t in before]) if index else None
+                out, after = run(index, part.view_as(part), state)
+            results = [(out, grad[:, gives[index]])]
+            if index + 1 < len(takes):
+                results += zip(_split_state(after)[0], of_state, strict=True)
+            results = [result for result in results if result[0].requires_grad]
+            inputs, targets = before, of_state
+            if of_x is not None:
+                inputs, targets = [part, *before], [of_x[:, takes[index]], *of_state]
+            found: Sequence[Tensor | None] = [None] * len(inputs)
+            if results:  # not so where the first layer is frozen, or a piece lets no gradient pass
+                found = sums.add_gradients(*zip(*results, strict=True), inputs)
+            # A part of the state that is handed on as another one gets that one's gradient itself.
+            found = [
+                g.clone() if g is not None and g.untyped_storage().data_ptr() in own else g
+                for g in found
+            ]
+            for target, gradient in zip(targets, found, strict=False):
+                target.zero_() if gradient is None else target.copy_(gradient)
+
         with sums.adding():
             for index in reversed(range(len(takes))):
-                part = x[:, takes[index]].detach()
-                part.requires_grad_(of_x is not None and part.numel() > 0)
-                before = [kept[index - 1].detach().requires_grad_() for kept in states if index]
-                with circumstances.of(index):
-                    state = nests[index - 1](before) if index else None
-                    out, after = run(index, part.view_as(part), state)
-                results = [(out, grad[:, gives[index]])]
-                if index + 1 < len(takes):
-                    results += zip(_split_state(after)[0], of_state, strict=True)
-                results = [result for result in results if result[0].requires_grad]
-                if not results:  # the first layer is frozen
-                    continue
-                inputs = [part, *before] if part.requires_grad else before
-                found = list(sums.add_gradients(*zip(*results, strict=True), inputs))
-                if of_x is not None and part.requires_grad:
-                    of_x[:, takes[index]] = found.pop(0)
-                for kept, gradient in zip(of_state, found, strict=False):
-                    kept.zero_() if gradient is None else kept.copy_(gradient)
+                differentiate(index)
             return None, None, None, None, None, of_x, *sums.in_types_of_parameters()
 
 

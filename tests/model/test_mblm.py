@@ -354,9 +354,10 @@ def test_a_model_made_on_meta_and_filled_later_is_the_same(assign: bool) -> None
 
 
 @pytest.mark.parametrize("how", [{}, {"tile": 4}, {"checkpoint_global": True}, {"offload": True}])
-def test_a_training_step_is_tried_without_values(how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("upper", [mamba("mamba1"), transformer()], ids=["mamba1", "transformer"])
+def test_a_training_step_is_tried_without_values(upper: Any, how: dict[str, Any]) -> None:
     """As tools do that estimate memory, and those that count operations."""
-    blocks = mamba("mamba1"), transformer()
+    blocks, how = (upper, transformer()), {"num_layers": [2, 1], **how}
     with FakeTensorMode():
         m = model(*blocks, seq_lens=[5, 4], **how).train()
         m(torch.randint(0, 18, (2, 20))).backward()
