@@ -123,7 +123,7 @@ def load_model_state(
             missing, unexpected or mismatched tensors, all of them named; or a weight is NaN or
             infinite.
     """
-    state, loss = _read(checkpoint_file, map_location)
+    state, loss = read_checkpoint(checkpoint_file, map_location)
     messages: list[str] = []
     if map_rename_modules is not None:
         state = _rename(checkpoint_file, state, list(map_rename_modules), messages)
@@ -171,10 +171,13 @@ def _uncompiled(name: str) -> str:
     return name.replace(_COMPILED, "")
 
 
-def _read(file: File, map_location: "MAP_LOCATION | None") -> tuple[StateDict, float]:
+def read_checkpoint(
+    file: File, map_location: "MAP_LOCATION | None" = "cpu", *, mmap: bool = False
+) -> tuple[StateDict, float]:
+    """A checkpoint's state dict and loss; raises as `load_model_state` does of a file alone."""
     if isinstance(map_location, str):
         torch.device(map_location)  # whose own words are clear
-    content = load_tensors(file, "a checkpoint", map_location)
+    content = load_tensors(file, "a checkpoint", map_location, mmap=mmap)
     if not isinstance(content, dict) or not {"MODEL", "LOSS"} <= content.keys():
         raise ValueError(f'{file} is no checkpoint: it needs the entries "MODEL" and "LOSS"')
     state, loss = content["MODEL"], content["LOSS"]

@@ -41,7 +41,7 @@ from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
 from mblm.train.core.training_state import STATES, SavedState, prune_states
 from mblm.utils.atomic import atomic_write
-from mblm.utils.checkpoint import load_tensors, save_model_state
+from mblm.utils.checkpoint import read_checkpoint, save_model_state
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
 from mblm.utils.lock import hold
@@ -315,18 +315,22 @@ class BestModels:
             for file in self._run_dir.glob(f"{glob.escape(self._prefix)}*.pth"):
                 if (number := file.stem.removeprefix(self._prefix)).isdecimal():
                     found[int(number)] = file
+        known = {loss: left_out for left_out, loss in told}
         files = [file for _, file in sorted(found.items())]
-        losses = [load_tensors(file, "a checkpoint", mmap=True)["LOSS"] for file in files]
-        self._new.unlink(missing_ok=True)
-        # A crash may have left a gap, and a run before may have kept more.
-        for index, file in enumerate(files):
-            if index < self._count:
-                file.replace(self._file(index))
+        losses = [read_checkpoint(file, mmap=True)[1] for file in files]
+        if self._workers.is_main:
+            self._new.unlink(missing_ok=True)
+        entries: list[Ranked] = []
+        for file, loss in zip(files, losses, strict=True):
+            entry = Ranked(known.get(loss, 0), loss)
+            # A crash may have left a gap, and a run before may have kept more. Out of order are
+            # losses that leave batches out, found after the state: they are found again.
+            if len(entries) < self._count and (not entries or entry > entries[-1]):
+                file.replace(self._file(len(entries)))
+                entries.append(entry)
             else:
                 file.unlink()
-        known = {loss: left_out for left_out, loss in told}
-        losses = self._workers.from_main(losses[: self._count])
-        self.entries = [Ranked(known.get(loss, 0), loss) for loss in losses]
+        self.entries = self._workers.from_main(entries)
 
     def best_file(self) -> Path | None:
         """The best model's file, if there is one."""

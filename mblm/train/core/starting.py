@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -44,7 +44,7 @@ from mblm.train.core.training_state import (
     state_to_resume,
 )
 from mblm.utils import cuda
-from mblm.utils.checkpoint import load_model_state, load_tensors
+from mblm.utils.checkpoint import load_model_state, read_checkpoint
 from mblm.utils.distributed import ElasticRunVars
 from mblm.utils.seed import seed_everything
 
@@ -260,13 +260,13 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
     def _load_best(self) -> TModel:
         """The best model on every worker."""
         if file := self._workers.from_main(self._folder.best.best_file()):
-            content: Any = None
-            if self._workers.is_main or file.exists():
-                content = load_tensors(file, "a checkpoint", mmap=True)
-            if None in self._workers.gather(content and content["LOSS"]):  # a disk of its own
+            there = self._workers.is_main or file.exists()
+            content = read_checkpoint(file, mmap=True) if there else None
+            if None in self._workers.gather(content and content[1]):  # a disk of its own
                 content = self._workers.from_main(content)
-            self._log.info(f"The best model's validation loss: {content['LOSS']}")
-            self._parallel.load_state(content["MODEL"], is_whole=True)
+            assert content is not None
+            self._log.info(f"The best model's validation loss: {content[1]}")
+            self._parallel.load_state(content[0], is_whole=True)
         return cast(TModel, self._parallel.base)
 
     def _load_checkpoint(self, model: TModel) -> None:

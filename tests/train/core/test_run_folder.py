@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from mblm.train.core.parallel import Workers
@@ -48,6 +49,23 @@ def test_a_loss_that_leaves_batches_out_gives_way_to_any_that_is_whole(tmp_path)
     assert rank(tmp_path, (1.0, 1), (2.0, 3)) == [1.0, 2.0]
     assert rank(tmp_path, (1.0, 1), (2.0, 3), (9.0, 0)) == [9.0]
     assert rank(tmp_path, (9.0, 0), (1.0, 1)) == [9.0]
+
+
+def test_losses_found_out_of_order_are_to_be_found_again(tmp_path):
+    """They leave batches out, of which the state that is gone back to tells nothing."""
+    rank(tmp_path, (3.0, 1), (1.0, 2), (1.5, 3), count=3)
+    best = BestModels(tmp_path, "tiny", 3, ALONE)
+    best.restore([])
+    best.add(Ranked(0, 2.0), {"w": torch.tensor(2.0)})
+    assert losses(tmp_path) == [entry.loss for entry in best.entries] == [2.0, 3.0]
+
+
+def test_what_is_no_checkpoint_is_refused_before_anything_is_removed(tmp_path):
+    rank(tmp_path, (3.0, 0), (1.0, 0), (2.0, 0), count=3)
+    torch.save({"w": torch.zeros(1)}, tmp_path / "tiny_top2.pth")
+    with pytest.raises(ValueError, match=r"tiny_top2\.pth is no checkpoint"):
+        BestModels(tmp_path, "tiny", 1, ALONE).restore([])
+    assert len(list(tmp_path.glob("*.pth"))) == 3
 
 
 def test_runs_that_start_at_once_have_a_folder_each(tmp_path):
