@@ -51,7 +51,12 @@ def launch(
         ValueError: An argument or the experiment is not valid.
         SystemExit: A worker failed or the run was interrupted; with its exit status.
     """
-    is_worker = "LOCAL_RANK" in os.environ
+    is_worker = bool(os.environ.get("LOCAL_RANK"))
+    if is_worker and (nproc or 1, nnodes) != (1, 1):
+        raise ValueError(
+            "nproc, nnodes: expected neither, since torchrun has started this process and says how "
+            f"many there are (LOCAL_RANK is set), got {nproc} and {nnodes}"
+        )
     if nproc is None:
         nproc = 1 if is_worker else torch.cuda.device_count() or 1
     if nproc < 1 or nnodes < 1:

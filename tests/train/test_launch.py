@@ -5,6 +5,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,16 @@ def test_refuses_before_anything_is_written(experiment: Path) -> None:
         with pytest.raises(ValueError, match=message):
             launch(experiment, **arguments)  # type: ignore[arg-type]
     assert not (experiment.parent / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"nproc": 2}, {"nnodes": 2, "rdzv_endpoint": "a:1"}])
+def test_what_torchrun_has_started_starts_no_processes_in_turn(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("mblm.train.launch._run_workers", lambda *_: pytest.fail("started"))
+    with pytest.raises(ValueError, match="nproc, nnodes: expected neither, since torchrun"):
+        launch(experiment, **arguments)
 
 
 def test_a_masked_experiment_trains_an_encoder(experiment: Path) -> None:
