@@ -118,13 +118,15 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         return orthogonalized(matrices.mT).mT
     a, b, c = _COEFFICIENTS
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if x.dtype == torch.bfloat16 or x.shape[-1] < 2 * x.shape[-2]:
+    has_all_digits = x.dtype != torch.bfloat16 and torch.get_float32_matmul_precision() == "highest"
+    if not has_all_digits or x.shape[-1] < 2 * x.shape[-2]:
         for _ in range(_ITERATIONS):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     # An iteration multiplies x by a polynomial of its Gram matrix, and that by its square: for a
-    # wide matrix, the small factors are multiplied first. bfloat16 has too few digits for that.
+    # wide matrix, the small factors are multiplied first. Products in bfloat16 or TF32 have too few
+    # digits for that.
     gram, identity = x @ x.mT, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     factors = factor = identity
     for _ in range(_ITERATIONS):

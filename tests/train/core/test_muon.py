@@ -60,6 +60,14 @@ def test_the_singular_values_are_those_of_the_iteration(shape, smallest):
     )
 
 
+def test_small_factors_are_multiplied_only_where_products_have_all_digits(monkeypatch):
+    x = torch.randn(1, 8, 40, generator=torch.Generator().manual_seed(0))
+    precise = orthogonalized(x)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    monkeypatch.setattr(torch, "eye", lambda *_, **__: pytest.fail("by factors"))
+    torch.testing.assert_close(orthogonalized(x), precise, atol=1e-3, rtol=0)
+
+
 def test_a_matrix_of_zeros_stays_one():
     assert torch.equal(orthogonalized(torch.zeros(2, 4, 3)), torch.zeros(2, 4, 3))
 
