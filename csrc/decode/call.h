@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -40,8 +42,13 @@ struct Workspace {
   Floats trail;                     // to roll back with, of the local stage
   Floats scratch;                   // of the stages' kernels
   std::vector<Chooser> choosers;    // per thread
-  Pace pace;                        // of choosing
+  std::array<Pace, 8> paces;        // of choosing, by the number of rows
   std::unique_ptr<Workspace> next;  // of those that no run uses
+
+  // Half as many rows, or twice, take another time.
+  Pace& pace(int64_t rows) {
+    return paces[std::min<size_t>(std::bit_width(uint64_t(rows)), paces.size()) - 1];
+  }
 };
 
 // Whether a hosted stage is to take in a patch before a row's next byte is taken in.

@@ -43,7 +43,7 @@ std::span<const int64_t> Proposer::propose(const Bytes& bytes, int64_t most,
     const int64_t from = at_ + i - known_;
     proposed_[i] = from < 0 ? bytes[at_ + i] : proposed_[from];
     gain += expected - price.each;
-    if (gain <= best) continue;
+    if (gain < best) continue;
     best = gain;
     count = i + 1;
   }
@@ -95,6 +95,7 @@ void Proposer::search(const Bytes& bytes) noexcept {
 }
 
 void Pace::note(int64_t rows, int64_t drafted, double seconds) noexcept {
+  seconds = std::max(seconds, 1e-9);  // a clock may stand still
   // Another program may have had the core: no round counts for more than twice what is usual.
   if (drafted == 0) {
     const double most = rounds_ > 0 ? 2 * plain_ : seconds;

@@ -112,8 +112,9 @@ void Run::work(const Worker& worker, Team::Clock::time_point until) noexcept {
       }
       const auto end = Team::Clock::now();
       if (chooses() && !round_.catches_up && round_.positions > 0) {
-        space.pace.note(round_.positions - round_.drafted, round_.drafted,
-                        std::chrono::duration<double>(end - begin).count());
+        const int64_t rows = round_.positions - round_.drafted;
+        space.pace(rows).note(rows, round_.drafted,
+                              std::chrono::duration<double>(end - begin).count());
       }
       begin_round();
       if (chooses() && (worker.team.is_crowded() || end >= until)) round_.is_over = true;
@@ -187,8 +188,9 @@ void Run::plan_step() {
       const int64_t most = std::min({kMost, room, row.plan->left() - 1, member.to - row.taken - 1});
       if (member.draft.empty() && proposes(row)) {
         row.plan->proposer->follow(row.bytes);
+        const auto rows = int64_t(active_.size());
         member.draft = row.plan->proposer->propose(row.bytes, std::min(most, row.plan->draft),
-                                                   space.pace.price(int64_t(active_.size())));
+                                                   space.pace(rows).price(rows));
       }
       const int64_t drafted = std::min(int64_t(member.draft.size()), most);
       active.count += drafted;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "check.h"
+#include "decode/call.h"
 
 using namespace mblm;
 using namespace mblm::decode;
@@ -17,12 +18,13 @@ struct Text {
   Proposer proposer;
 
   void write(const std::string& text) {
-    for (const char letter : text) {
-      bytes.reserve(pool, 1);
-      bytes.push_back(letter);
-      proposer.reserve(bytes, bytes.size());
-      proposer.follow(bytes);
-    }
+    for (const char letter : text) add(letter);
+  }
+  void add(int32_t id) {
+    bytes.reserve(pool, 1);
+    bytes.push_back(id);
+    proposer.reserve(bytes, bytes.size());
+    proposer.follow(bytes);
   }
   std::string proposed(int64_t most = 6, const Price& price = {}) {
     std::string text;
@@ -59,6 +61,17 @@ void little_is_proposed_where_it_is_seldom_right() {
   CHECK(text.proposed(6, {.each = 0.3}).size() == 6);
   CHECK(text.proposed(4, {.any = 1, .each = 0.3}).size() == 4);
   CHECK(text.proposed(4, {.any = 3, .each = 0.3}).empty());
+}
+
+// Those that are hardly ever right cost nothing, and are as many as the other language proposes.
+void all_are_proposed_where_none_costs_anything() {
+  Text text;
+  for (int32_t i = 0; i < 700; ++i) {
+    text.write("the ");
+    text.add(1000 + i);
+  }
+  text.write("abcdefghi, abc");
+  CHECK(text.proposed() == "defghi");
 }
 
 void copies_of_bytes_write_to_pages_of_their_own() {
@@ -134,13 +147,34 @@ void a_slow_beginning_makes_no_drafts_costly_and_what_was_costly_is_tried_again(
   CHECK(is_near(pace.price(1), expected.any, expected.each));
 }
 
+// Eight rows take longer than one, which says nothing of drafts.
+void every_number_of_rows_has_a_pace_of_its_own() {
+  Workspace space;
+  for (int64_t i = 0; i < 200; ++i) {
+    space.pace(8).note(8, i % 2 * 20, 50 + 2. * double(i % 2 * 20));
+    space.pace(1).note(1, i % 2 * 5, 10 + 2. * double(i % 2 * 5));
+  }
+  const auto [any, each] = space.pace(1).price(1);
+  CHECK(std::abs(any + 5 * each - 1.2) < 0.1);
+  CHECK(&space.pace(8) == &space.pace(15) && &space.pace(1000) == &space.pace(5000));
+}
+
+void a_clock_that_stands_still_is_no_rate() {
+  Pace pace;
+  for (const int64_t drafted : {0, 3, 0, 3}) pace.note(1, drafted, 0);
+  CHECK(std::isfinite(pace.price(1).any) && std::isfinite(pace.price(1).each));
+}
+
 int main() {
   what_followed_the_longest_match_is_proposed();
   a_match_that_overlaps_the_end_goes_on_periodically();
   little_is_proposed_where_it_is_seldom_right();
+  all_are_proposed_where_none_costs_anything();
   copies_of_bytes_write_to_pages_of_their_own();
   many_bytes_are_found_again();
   a_price_follows_what_rounds_cost();
   a_slow_beginning_makes_no_drafts_costly_and_what_was_costly_is_tried_again();
+  every_number_of_rows_has_a_pace_of_its_own();
+  a_clock_that_stands_still_is_no_rate();
   return test::result();
 }
