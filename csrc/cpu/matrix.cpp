@@ -129,9 +129,6 @@ int64_t bytes_of_output(const Matrix& matrix) {
   return (has_tiles ? round_up(matrix.inputs, kTileInputs) : matrix.inputs) * size_of(matrix.type);
 }
 
-// Floats of a cache line, which prepared rows begin with.
-constexpr int64_t kLineFloats = 16;
-
 // Rows as a kernel wants them.
 struct Prepared {
   const float* x;
@@ -146,8 +143,7 @@ Prepared prepare_rows(const Worker& worker, const Matrix& matrix, const float* x
   const int64_t stride = prepared_size(matrix.inputs);
   // Changes nothing where with_team was told how many floats that takes.
   worker.prepared.resize(std::max<size_t>(worker.prepared.size(), prepared_floats(matrix, rows)));
-  float* to = worker.prepared.data();
-  to += -(reinterpret_cast<uintptr_t>(to) / sizeof(float)) % kLineFloats;
+  float* const to = worker.prepared.data();
   if (packs) kernel.pack(x, rows, matrix.inputs, stride, to);
   for (int64_t row = 0; !packs && row < rows; ++row) {
     kernel.prepare(x + row * matrix.inputs, matrix.inputs, to + row * stride);
@@ -278,8 +274,7 @@ const std::vector<MatrixKernels>& matrix_kernels() {
 
 int64_t prepared_floats(const Matrix& matrix, int64_t rows) {
   const Kernel& kernel = kernel_of(matrix.type);
-  if (!kernel.prepare && !kernel.pack) return 0;
-  return rows * prepared_size(matrix.inputs) + kLineFloats;
+  return kernel.prepare || kernel.pack ? rows * prepared_size(matrix.inputs) : 0;
 }
 
 void ask_for(const Worker& worker, const float* values, int64_t count) {

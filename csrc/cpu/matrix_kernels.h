@@ -37,8 +37,8 @@ constexpr int64_t kPanelOutputs = 24, kPanelRows = 64;  // outputs of tiles: one
 constexpr int64_t kPanelStride = 32;
 static_assert(kPanelOutputs + 3 <= kPanelStride && kTileOutputs <= kPanelStride);
 
-// Outputs may be of some streams, each of consecutive ones that lie far from the others'. Where
-// those are read to their ends, the machine reads ahead by itself.
+// A panel's outputs may be of several streams, far from each other: of each it has consecutive
+// outputs, and the next panel has those behind them, so that the machine reads ahead by itself.
 constexpr int64_t kPanelStreams = 3, kStreamOutputs = kPanelOutputs / kPanelStreams;
 // Rows that are packed together: of each, as many values as a vector has, in turns.
 constexpr int64_t kPackedRows = 4;
@@ -61,8 +61,9 @@ struct Kernel {
   // weight (.., n) is of the kernel's type. Of tiles: sums[i] for all outputs of as many tiles as
   // count takes.
   Dots dots;
-  // sums[r][o] = x[r] . weight[o], with the bits of `dots`: for several rows, whose weights stay in
-  // the first cache or in registers; null to call `dots` for each row.
+  // sums[r][k * kStreamOutputs + o] = x[r] . weight[k * apart + o] for each stream k, with the bits
+  // of `dots`: for several rows, whose weights stay in the first cache or in registers; null to
+  // call `dots` for each row.
   void (*panel)(const Panel& panel) = nullptr;
   int64_t panel_outputs = kPanelOutputs;
   int64_t streams = kStreams;  // or 1, for tiles, which are read in order

@@ -128,7 +128,8 @@ class Team {
 struct Worker {
   Team& team;
   int64_t index;
-  mutable std::vector<float> prepared = {};  // what products keep of their inputs; see matrix.cpp
+  // What products keep of their inputs; see matrix.cpp.
+  mutable cache_lines::Vector<float> prepared = {};
 
   mutable uint32_t phase = 0;  // how often it has waited
 
