@@ -15,15 +15,15 @@
 
 namespace mblm::decode {
 
-// What unwinds is made by the C library, without the type that a sanitizer looks for.
+// What unwinds comes from the C library: the reference that catches it refers to nothing.
 #ifdef __GNUC__
-#define MBLM_NO_VPTR __attribute__((no_sanitize("vptr")))
+#define MBLM_MAY_BE_NULL __attribute__((no_sanitize("null")))
 #else
-#define MBLM_NO_VPTR
+#define MBLM_MAY_BE_NULL
 #endif
 
 template <class Function>
-MBLM_NO_VPTR void or_wait_for_the_end(Function function) {
+MBLM_MAY_BE_NULL void or_wait_for_the_end(Function function) {
 #ifdef __GLIBCXX__
   try {
     function();
