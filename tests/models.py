@@ -19,7 +19,7 @@ from mblm.model.block import StageBlock
 
 # As a mark of what runs `LSTM` under autocast.
 needs_bfloat16_lstm = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     reason="PyTorch's LSTM in bfloat16 needs AVX-512",
 )
 
