@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mblm.utils.atomic import atomic_write
+
 LOSS_FILE = "loss.csv"
 METRICS_FILE = "metrics.csv"
 COLUMNS = {"elements_seen", "kind", "loss", "lr", "timestamp"}
@@ -141,7 +143,8 @@ def plot(runs: Sequence[Path], out: Path) -> list[Curves]:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     losses.legend()
-    figure.savefig(out, dpi=120)
+    with atomic_write(out) as stream:
+        figure.savefig(stream, format=out.suffix[1:] or None, dpi=120)
     return all_curves
 
 

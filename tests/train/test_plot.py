@@ -91,6 +91,24 @@ def test_draws_one_picture_of_several_runs(tmp_path: Path, suffix: str) -> None:
     assert (tmp_path / f"out{suffix}").read_bytes().startswith(starts[suffix])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import resource
+
+    out = tmp_path / "out.png"
+    out.write_bytes(b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match=r"out\.png"):
+            plot([run(tmp_path / "a", row("train", 1, 1))], out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert out.read_bytes() == b"before"
+    assert not list(tmp_path.glob(".out*"))
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
