@@ -27,8 +27,8 @@ DEFAULT_BYTES = 256
 def read_file(file: Path) -> bytes:
     from mblm.utils.io import open_binary  # brings pydantic, which takes time
 
-    with open_binary(file) as stream:
-        return stream.read()
+    with open_binary(file) as read:
+        return read(-1)
 
 
 def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | None:

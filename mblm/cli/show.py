@@ -28,8 +28,8 @@ def writer_for(out: Path) -> Callable[[Surprise, str, BinaryIO], None]:
 
 def read_text(file: Path) -> bytes:
     """A file's bytes."""
-    with open_binary(file) as stream:
-        data = stream.read(MOST_BYTES + 1)
+    with open_binary(file) as read:
+        data = read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(
             f"{file}: more than {MOST_BYTES:,} bytes; pass a part, such as by head -c 1000000"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -84,8 +84,8 @@ def _score_file(
     scorer: Scorer, model: "MBLM", file: Path, on_progress: Callable[[int], object] | None
 ) -> FileScore:
     count, nats = 0, 0.0
-    with open_binary(file) as stream:
-        read = partial(_read, stream, str(file), model.num_tokens)
+    with open_binary(file) as read_some:
+        read = partial(_read, read_some, str(file), model.num_tokens)
         for piece, found in scorer.run(scorer.pieces(Source(read(0), read))):
             counts = piece.ids[piece.first :] != model.pad_token_id
             nats -= float(found[counts, 0].double().sum())
@@ -95,8 +95,8 @@ def _score_file(
     return FileScore(count, nats / math.log(2))
 
 
-def _read(stream: BinaryIO, name: str, num_tokens: int, count: int) -> Tensor:
+def _read(read_some: Callable[[int], bytes], name: str, num_tokens: int, count: int) -> Tensor:
     data = bytearray()
-    while len(data) < count and (part := stream.read(min(count - len(data), _READ_BYTES))):
+    while len(data) < count and (part := read_some(min(count - len(data), _READ_BYTES))):
         data += part
     return prompt_ids(name, data, num_tokens)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, RootModel, ValidationError
@@ -40,13 +40,21 @@ _OTHER_SUFFIX = {".yaml": ".yml", ".yml": ".yaml"}
 
 
 @contextmanager
-def open_binary(file: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes; ``-`` is standard input, which stays open."""
+def open_binary(file: Path) -> Iterator[Callable[[int], bytes]]:
+    """Open a file and read so many bytes of it; ``-`` is standard input, which stays open.
+
+    Errors of reading, and no others of the block, name the file.
+    """
     if file == STANDARD_INPUT and sys.stdin is None:
         raise OSError("standard input is closed")
     opened = nullcontext(sys.stdin.buffer) if file == STANDARD_INPUT else file.open("rb")
-    with naming_file(file), opened as stream:
-        yield stream
+    with opened as stream:
+
+        def read(count: int) -> bytes:
+            with naming_file(file):
+                return stream.read(count)
+
+        yield read
 
 
 def load_yml(path: str | Path, parse_to: type[Model], try_yaml_suffixes: bool = False) -> Model:

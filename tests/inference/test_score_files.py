@@ -120,6 +120,15 @@ def test_a_file_larger_than_memory_is_not_read_as_a_whole(tmp_path: Path) -> Non
         score_files(bytes_model(), [tmp_path / "f"], on_progress=stop)
 
 
+def test_an_error_names_a_file_only_if_it_is_the_file_s(tmp_path: Path) -> None:
+    def fail(_: int) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError) as caught:
+        score_files(bytes_model(), [write(tmp_path / "f", 100)], on_progress=fail)
+    assert caught.value.filename is None
+
+
 @pytest.mark.parametrize("length", [None, 5 * INFERENCE_TILE], ids=["endless", "one window"])
 def test_a_long_file_is_looked_at_in_tiles(tmp_path: Path, length: int | None) -> None:
     net = model(mamba(), transformer(pos_emb_type=None), seq_lens=[64, 64], num_tokens=257).eval()
