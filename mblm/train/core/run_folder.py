@@ -106,9 +106,13 @@ class RunFolder:
                 file.begin()
         workers.barrier()
 
-    def rewind(self, saved: SavedState) -> None:
-        """Go back to a training state: drop what was written after it."""
-        self.best.restore(saved.manifest["best"])  # first: one that cannot be read is refused
+    def rewind(self, saved: SavedState, *, goes_same_way: bool) -> None:
+        """Go back to a training state: drop what was written after it.
+
+        Models found after it stay among the best if the run finds them again as it goes on.
+        """
+        # First: one that cannot be read is refused.
+        self.best.restore(saved.manifest["best"], keeps_others=goes_same_way)
         if self._workers.is_main:
             step, sizes = saved.own["position"]["step"], saved.manifest.get("sizes", {})
             self.loggers.rewind(step)
@@ -117,6 +121,7 @@ class RunFolder:
                 log.begin()
                 log.cut(sizes.get(log.file.name, log.file.stat().st_size))
         self._resume = ResumeConfig.model_validate(saved.manifest["resume"])
+        self._resume.checkpoint_file = str(self.best.best_file() or "")
         self._workers.barrier()
 
     def manifest(self) -> dict[str, Any]:
@@ -274,8 +279,8 @@ class Ranked(NamedTuple):
 class BestModels:
     """The best models of a run, on the disk: ``<name>_top<i>.pth``, the best first.
 
-    A run that goes back to a training state keeps those that were found after it: as it goes on it
-    finds them again. All workers call this, the main one writes.
+    A run that goes back to a training state keeps those that were found after it if it finds them
+    again as it goes on. All workers call this, the main one writes.
 
     Attributes:
         entries: How good they are, best first. A loss that leaves batches out ranks only while
@@ -308,8 +313,11 @@ class BestModels:
                 self._file(index).unlink()
         self.entries = entries
 
-    def restore(self, told: Iterable[Iterable[Any]]) -> None:
-        """Take over those there are, of which `entries` told some when a state was saved."""
+    def restore(self, told: Iterable[Iterable[Any]], *, keeps_others: bool = True) -> None:
+        """Take over those there are, of which `entries` told some when a state was saved.
+
+        The others are set aside as ``<name>_left_<loss>.pth``, unless they are kept.
+        """
         found: dict[int, Path] = {}
         if self._workers.is_main:
             for file in self._run_dir.glob(f"{glob.escape(self._prefix)}*.pth"):
@@ -323,9 +331,11 @@ class BestModels:
         entries: list[Ranked] = []
         for file, loss in zip(files, losses, strict=True):
             entry = Ranked(known.get(loss, 0), loss)
+            if not (keeps_others or loss in known):  # a user may want it all the same
+                file.replace(self._run_dir / f"{self._prefix.removesuffix('top')}left_{loss}.pth")
             # A crash may have left a gap, and a run before may have kept more. Out of order are
             # losses that leave batches out, found after the state: they are found again.
-            if len(entries) < self._count and (not entries or entry > entries[-1]):
+            elif len(entries) < self._count and (not entries or entry > entries[-1]):
                 file.replace(self._file(len(entries)))
                 entries.append(entry)
             else:

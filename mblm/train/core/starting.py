@@ -79,6 +79,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         self._is_held = False
         self._test_loss: float | None = None
         self._resumed: SavedState | None = None
+        self._goes_same_way = True
         if (state_dir := state_to_resume(config.resume)) is not None:
             self._resumed = load_training_state(state_dir, self._workers, config.train.strategy)
 
@@ -141,6 +142,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             then = resumed.manifest["facts"]
             changes = check_same_as_before(then, facts, resumed.path, exact=resumed.is_exact)
             self._notes += [f"The configuration has changed: {change}" for change in changes]
+            is_of_io = all(change.startswith("io.") for change in changes)
+            self._goes_same_way = resumed.is_exact and is_of_io
         train_dataset.offset_to(0)  # the epoch that has most batches
         batches = TrainBatches(self.get_train_dataloader(train_dataset))
         if len(batches) == 0:

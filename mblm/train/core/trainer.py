@@ -137,7 +137,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         while True:
             if self._resumed is not None:
                 self._log.info(f"Resuming exactly from {self._resumed.path}")
-                self._folder.rewind(self._resumed)
+                self._folder.rewind(self._resumed, goes_same_way=self._goes_same_way)
                 self._resumed = None
             for note in self._notes:
                 self._log.info(note)

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mblm import __version__
 from mblm.train.core.run import Position
@@ -158,6 +159,23 @@ def test_a_changed_learning_rate_takes_effect_and_is_told(tmp_path, trainer):
     train_alone(trainer, cfg)
     assert rates(run, 8) == [str(2 * float(rate)) for rate in before]
     assert "train.learning_rate: 0.02 -> 0.04" in (run / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "stays"),
+    [({"learning_rate": 1e-9}, False), ({}, True), ({"batches": 16}, False)],
+    ids=["rate", "nothing", "target"],
+)
+def test_no_model_of_a_way_that_was_left_stays_among_the_best(tmp_path, ended, change, stays):
+    before = {torch.load(file)["LOSS"] for file in ended.glob("*.pth")}
+    train_alone(jobs.Trainer, jobs.config(tmp_path, resume=list_states(ended)[0], **change))
+    after = {torch.load(file)["LOSS"] for file in ended.glob("*_top?.pth")}
+    assert after <= {float(row[6]) for row in jobs.losses(ended)[1:] if row[2] == "valid"}
+    assert (after == before) == stays
+    aside = {torch.load(file)["LOSS"] for file in ended.glob("*_left_*.pth")}
+    assert before <= after | aside
+    resume = yaml.safe_load((ended / "config.yaml").read_text())["resume"]
+    assert resume["checkpoint_file"] == str(ended / "tiny_top1.pth")
 
 
 def test_another_version_of_the_package_is_told(tmp_path, ended):

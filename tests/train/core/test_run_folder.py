@@ -45,6 +45,16 @@ def test_those_found_before_are_found_again_and_a_gap_is_closed(tmp_path):
     assert (tmp_path / "tiny_top1_of_mine.pth").exists()
 
 
+def test_those_of_a_way_that_was_left_are_set_aside(tmp_path):
+    rank(tmp_path, (3.0, 0), (1.0, 0), (2.0, 0), count=3)
+    best = BestModels(tmp_path, "tiny", 3, ALONE)
+    best.restore([(0, 3.0)], keeps_others=False)
+    best.add(Ranked(0, 4.0), {"w": torch.tensor(4.0)})
+    assert losses(tmp_path) == [entry.loss for entry in best.entries] == [3.0, 4.0]
+    left = {file.name: torch.load(file)["LOSS"] for file in tmp_path.glob("*_left_*")}
+    assert left == {"tiny_left_1.0.pth": 1.0, "tiny_left_2.0.pth": 2.0}
+
+
 def test_a_loss_that_leaves_batches_out_gives_way_to_any_that_is_whole(tmp_path):
     assert rank(tmp_path, (1.0, 1), (2.0, 3)) == [1.0, 2.0]
     assert rank(tmp_path, (1.0, 1), (2.0, 3), (9.0, 0)) == [9.0]
