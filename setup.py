@@ -22,7 +22,7 @@ sys.path.append(str(ROOT))
 from find_torch import NotCompiledError, import_torch  # noqa: E402
 
 REQUIRED = ["numpy", "pydantic>=2.9", "pyyaml", "mambapy", "tqdm", "safetensors", "typer"]
-REQUIRED += ["typing_extensions"]
+REQUIRED += ["typing_extensions", "filelock"]
 COMPILE = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
 RECORD = "mblm/_build.json"  # what was compiled, or why nothing: mblm/ops/_native.py reads it
 NOTHING = Extension("mblm._C", [])  # a library without sources

@@ -17,7 +17,6 @@ OPTIONAL_PACKAGES = (
     "lm_eval",
     "datasets",
     "Pillow",
-    "filelock",
     "matplotlib",
     "tensorboard",
     "wandb",
