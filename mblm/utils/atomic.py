@@ -41,6 +41,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     sync_directory(target.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `atomic_write` had begun in a folder when its process was killed."""
+    for file in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
+        if file.is_file():
+            file.unlink(missing_ok=True)
+
+
 def sync_directory(directory: Path) -> None:
     """Make the rename itself durable, where the system can open and sync a directory."""
     with contextlib.suppress(OSError):

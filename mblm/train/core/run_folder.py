@@ -40,7 +40,7 @@ from mblm.train.core.loggers import Loggers, logger_names
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
 from mblm.train.core.training_state import STATES, SavedState, prune_states
-from mblm.utils.atomic import atomic_write
+from mblm.utils.atomic import atomic_write, remove_leftovers
 from mblm.utils.checkpoint import read_checkpoint, save_model_state
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
@@ -117,6 +117,8 @@ class RunFolder:
             step, sizes = saved.own["position"]["step"], saved.manifest.get("sizes", {})
             self.loggers.rewind(step)
             prune_states(self.path, after=step)  # first: they need the rows that are dropped
+            for folder in ("", STATES, "samples"):
+                remove_leftovers(self.path / folder)
             for log in self._logs():
                 log.begin()
                 log.cut(sizes.get(log.file.name, log.file.stat().st_size))

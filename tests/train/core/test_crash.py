@@ -12,6 +12,7 @@ import torch
 from mblm.train.core import run_folder, training_state
 from mblm.train.core.parallel import Workers
 from mblm.train.core.training_state import find_latest_state, list_states
+from mblm.utils import atomic
 from mblm.utils.distributed import ElasticRunVars
 
 from . import jobs
@@ -138,13 +139,20 @@ def dies_publishing(call, cfg):
     train_and_die_in(run_folder.Path, "replace", call, cfg)
 
 
+def dies_renaming(call, cfg):
+    train_and_die_in(atomic.os, "replace", call, cfg)
+
+
 def dies_pruning(call, cfg):
     train_and_die_in(training_state.shutil, "rmtree", call, cfg)
 
 
 @pytest.mark.parametrize(
     ("die", "call"),
-    [(dies_writing, 5), (dies_writing, 6), (dies_publishing, 5), (dies_pruning, 1)],
+    [
+        *((dies_writing, 5), (dies_writing, 6), (dies_publishing, 5), (dies_pruning, 1)),
+        *((dies_renaming, 9), (dies_renaming, 12)),
+    ],
 )
 def test_killed_while_saving(tmp_path, finished, die, call):
     assert jobs.join(jobs.start(die, 1, call, jobs.config(tmp_path))) == [-signal.SIGKILL]
