@@ -18,6 +18,7 @@ from mblm.inference.prompt import to_text
 from mblm.model.find import PACKAGED_MODELS
 from mblm.model.mblm import MBLM
 from mblm.train.core.interrupt import TrainingInterrupted
+from mblm.train.core.telling import say
 from mblm.train.core.trainer import CoreTrainerOptions
 from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
 from mblm.train.plot import Curves, read_curves
@@ -80,7 +81,7 @@ def show_packaged() -> None:
     model = MBLM.from_pretrained(PACKAGED_MODELS / "python").float()
     how: Any = {"num_tokens_to_generate": 160, "temperature": 0.7, "top_p": 0.95, "seed": 6}
     ids = model.generate("class ", enable_progress=False, **how)
-    _say(f"What the model `python` writes, which comes with this package:\n\n{to_text(ids)}\n")
+    say(f"What the model `python` writes, which comes with this package:\n\n{to_text(ids)}\n")
 
 
 def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
@@ -104,12 +105,12 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
     # A validation batch takes about a third of a step.
     left = seconds - (time.monotonic() - begin) - VALIDATIONS * VALIDATION_BATCHES * step / 3
     steps = max(int(left / step), 1)
-    _say(
+    say(
         f"Training on Python's standard library for {seconds / 60:g} minutes: {steps:,} steps, "
         f"{torch.get_num_threads()} threads"
     )
     model, curves = _train(root, steps, seed)
-    _say(f"Bits per byte of files it has not seen: {min(bits for _, bits in curves.valid):.3f}")
+    say(f"Bits per byte of files it has not seen: {min(bits for _, bits in curves.valid):.3f}")
     model.save_pretrained(out)
     return model.eval()
 
@@ -162,7 +163,3 @@ def _train(
         assert model is not None  # as the type allows for trainers that make none
         (run,) = Path(folder).glob("demo_*")
         return model, read_curves(run)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

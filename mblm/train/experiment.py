@@ -2,7 +2,6 @@
 
 import glob
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 
 from mblm.model.find import RUN_CONFIG_FILE
 from mblm.train.core.interrupt import TrainingInterrupted
+from mblm.train.core.telling import say
 from mblm.train.core.training_state import find_latest_state, is_training_state, read_manifest
 from mblm.utils.errors import with_title
 from mblm.utils.io import load_fields, parse_yml
@@ -90,7 +90,7 @@ def train_experiment(
         if mark := os.environ.get(STOPPED_MARK):
             Path(mark).touch()
         if os.environ.get("RANK", "0") == "0":
-            print("mblm: to go on with it, add --resume latest", file=sys.stderr)
+            say("mblm: to go on with it, add --resume latest")
         raise
 
 

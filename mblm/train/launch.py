@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, STOPS
+from mblm.train.core.telling import say
 from mblm.train.experiment import STOPPED_MARK, load_experiment, train_experiment
 from mblm.utils.imports import import_modules
 
@@ -136,7 +137,7 @@ def _run_workers(
             if status != EXIT_INTERRUPTED:
                 said = failure.message
                 said = said["message"] if isinstance(said, dict) else said
-                print(f"mblm: error: rank {rank}: {said}", file=sys.stderr)
+                say(f"mblm: error: rank {rank}: {said}")
             raise SystemExit(128 - status if status < 0 else status) from None
         finally:
             del os.environ[STOPPED_MARK]

@@ -3,7 +3,6 @@
 Everything is read, made and checked first, and only then written.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder, hold_run, new_run_dir
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import check_start, plan_run
-from mblm.train.core.telling import format_loss, tell
+from mblm.train.core.telling import format_loss, say, tell
 from mblm.train.core.training_state import (
     SavedState,
     load_training_state,
@@ -349,7 +348,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         """Say something that who watches wants to know."""
         self._log.info(message)
         if self._workers.is_main and self.options.announce:
-            print(message, file=sys.stderr, flush=True)
+            say(message)
 
     def _tell(self, message: str) -> None:
         """Say something once that must not be missed."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +15,18 @@ SECONDS_PER_LINE = 60
 _SMOOTHING = 0.95
 
 
+def say(message: str) -> None:
+    """Print on standard error. One whose reader has gone, as a pipe's, ends no run."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # Python would fail with it again when it exits, with another status
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def tell(log: logging.Logger, message: str) -> None:
     """Say something that must not be missed, on the main worker."""
     log.error(message)
-    print(message, file=sys.stderr, flush=True)
+    say(message)
 
 
 def format_loss(loss: float, unit: str) -> str:

@@ -1,12 +1,17 @@
 """Progress: lines without a terminal, a bar on one, and bits per byte of bytes."""
 
+import io
 import math
+import sys
 
 import pytest
 import torch
 
 from mblm.train.core import telling
+from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.telling import Progress
+
+from . import jobs
 
 
 @pytest.fixture
@@ -69,3 +74,20 @@ def test_a_loss_that_is_not_finite_is_forgotten(clock):
             shown.update(torch.tensor(loss))
     assert "loss nan" in lines[0]
     assert "loss 1.0000" in lines[1]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_reader_that_leaves_ends_no_run(tmp_path, monkeypatch, stops):
+    """As `tee` does that Ctrl-C ends, too: the run still saves and says so by its status."""
+
+    class Left(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Left())
+    if stops:
+        monkeypatch.setattr(jobs.StopsItself, "stop_in", 5)
+        with pytest.raises(TrainingInterrupted):
+            jobs.train_alone(jobs.StopsItself, jobs.config(tmp_path))
+    else:
+        jobs.train_alone(jobs.Trainer, jobs.config(tmp_path))
