@@ -65,9 +65,11 @@ class Schedule {
     return position(n, to) - (begins_anew(n, from, to) ? 0 : position(n, from));
   }
 
-  // Whether a stage takes in more than `most` positions with them.
-  bool is_long(int64_t from, int64_t to, int64_t most) const {
-    for (int64_t n = 0; n < stages(); ++n) {
+  // Whether a stage takes in more than `most` positions where `count` bytes are fed after `length`.
+  // The last one before counts, pending or not: to look at a row changes no bits.
+  bool is_long(int64_t length, int64_t count, int64_t most) const {
+    const int64_t from = std::max<int64_t>(length - 1, 0), to = length + count - 1;
+    for (int64_t n = 0; count > 0 && n < stages(); ++n) {
       if (new_positions(n, from, to) > most) return true;
     }
     return false;

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mblm.model.stage import has_values
 from mblm.utils.checks import check_number, check_token_ids
+
+MOST_ROWS = 1 << 24  # that a cache may have
 
 
 def check_model(model: Any) -> None:
     """Refuse what does not decode."""
-    if not hasattr(model, "empty_logits"):
+    if isinstance(model, type) or not hasattr(model, "empty_logits"):
         raise TypeError(f"model: expected an mblm.MBLM, got {type(model).__name__}")
     if model.device.type == "meta":
         raise ValueError("model: it is on the device meta, where weights have no values")
@@ -39,11 +42,23 @@ def check_drafts(
     check_count("drafts", drafts, rows)
     checked: list[Tensor | None] = []
     for index, draft in enumerate(drafts):
-        ids = None if draft is None else check_token_ids(f"drafts[{index}]", draft, num_tokens)
-        if ids is not None and ids.ndim != 1:
-            raise ValueError(f"drafts[{index}]: expected shape (n,), got {tuple(ids.shape)}")
-        checked.append(None if ids is None else ids.cpu())
+        name = f"drafts[{index}]"
+        checked.append(None if draft is None else _row_of_ids(name, draft, num_tokens).cpu())
     return checked
+
+
+def check_fed(ids: Sequence[bytes | Tensor], rows: Sequence[Any], num_tokens: int) -> list[Tensor]:
+    """Refuse what are no bytes ``(n,)`` to be fed to rows; returns them as int64."""
+    check_count("ids", ids, rows)
+    given = (torch.tensor([*part]).long() if isinstance(part, bytes) else part for part in ids)
+    return [_row_of_ids(f"ids[{n}]", part, num_tokens) for n, part in enumerate(given)]
+
+
+def _row_of_ids(name: str, given: Any, num_tokens: int) -> Tensor:
+    ids = check_token_ids(name, has_values(name, given), num_tokens)
+    if ids.ndim != 1:
+        raise ValueError(f"{name}: expected shape (n,), got {tuple(ids.shape)}")
+    return ids
 
 
 def check_choice(
@@ -59,6 +74,7 @@ def check_choice(
     if not isinstance(tensor, Tensor) or _kind(tensor) != expected:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name}: expected a tensor of {expected}, got {got}")
+    has_values(name, tensor)
     if tensor.shape != (shape := shape[:1] if name == "ids" else shape):
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 

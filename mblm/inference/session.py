@@ -10,7 +10,7 @@ from typing import Any, NoReturn, SupportsIndex, TypeVar
 import torch
 
 from mblm.inference import session_file
-from mblm.inference.arguments import check_model
+from mblm.inference.arguments import MOST_ROWS, check_model
 from mblm.inference.cache import Cache, ChangedModelError, Row
 from mblm.inference.continuation import Continuation
 from mblm.inference.engine import cache_for
@@ -24,7 +24,6 @@ from mblm.utils.transforms import decoding
 
 _T = TypeVar("_T")
 
-_MOST_ROWS = 1 << 24
 _WISHES = Filters.__optional_keys__ | {"temperature", "filter_thres"}
 _NUMBERS = frozenset((int, float, bool, type(None)))
 
@@ -53,8 +52,8 @@ class Session:
     @decoding
     def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
         batch_size = check_integer("batch_size", batch_size)
-        if not 1 <= batch_size <= _MOST_ROWS:
-            raise ValueError(f"batch_size: expected 1 to {_MOST_ROWS}, got {batch_size}")
+        if not 1 <= batch_size <= MOST_ROWS:
+            raise ValueError(f"batch_size: expected 1 to {MOST_ROWS}, got {batch_size}")
         cache = cache_for(model, weights)
         self._in_use = threading.RLock()  # a logits processor may ask the session that calls it
         self._hold(model, model.device, weights, cache, cache.add(batch_size))

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mblm.inference import choosing, schedule
 from mblm.inference.arguments import (
+    MOST_ROWS,
     check_choice,
     check_count,
     check_drafts,
+    check_fed,
     check_model,
     check_seconds,
 )
@@ -76,7 +78,8 @@ class TorchCache(Cache):
     # -- Rows --------------------------------------------------------------------------------------
 
     def add(self, count: int = 1) -> list[Row]:
-        check_integer("count", count, 0)
+        if check_integer("count", count, 0) > MOST_ROWS - len(self._slots):
+            raise ValueError(f"count: expected at most {MOST_ROWS} rows, got {count}")
         return self._add([self._stages.empty_row()] * count)
 
     def _add(self, rows: Sequence[RowState]) -> list[Row]:
@@ -103,18 +106,15 @@ class TorchCache(Cache):
         self._follow()
         with (call := Lock()):
             slots = self._take(rows, call)
-            check_count("ids", ids, rows)
-            for slot, part in zip(slots, ids, strict=True):
+            parts = check_fed(ids, rows, self._model.num_tokens)
+            for slot, part in zip(slots, parts, strict=True):
                 if len(part) > self._room(slot):
                     raise ValueError(
                         f"ids: {slot.now.bytes.length} bytes and {len(part)} more exceed the "
                         f"context of {self._limit} bytes, which fixed positions of stage 1 limit"
                     )
-            given = [(s, part) for s, part in zip(slots, ids, strict=True) if len(part)]
-            self._take_in(
-                [slot for slot, _ in given],
-                [torch.tensor(list(p)) if isinstance(p, bytes) else p for _, p in given],
-            )
+            given = [(s, part) for s, part in zip(slots, parts, strict=True) if len(part)]
+            self._take_in([slot for slot, _ in given], [part for _, part in given])
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Tensor:

@@ -256,6 +256,8 @@ class TestRows:
             cache.add(-1)
         with pytest.raises(TypeError, match="count: expected an integer"):
             cache.add(1.5)
+        with pytest.raises(ValueError, match="count: expected at most 16777216 rows, got"):
+            cache.add(1 << 40)
 
     def test_dropping_never_raises(self, cache: Cache) -> None:
         row, other = cache.add(2)
@@ -301,6 +303,29 @@ class TestRows:
             call(cache, rows)
         assert cache.lengths(rows) == [3]
 
+    @pytest.mark.parametrize(
+        "ids",
+        [
+            torch.tensor([3, 19]),
+            torch.tensor([-1]),
+            torch.tensor([1.0]),
+            torch.tensor([[1]]),
+            torch.tensor(1),
+            torch.tensor([1]).to_sparse(),
+            torch.zeros(1, device="meta").long(),
+            b"\x13",
+            bytearray(1),
+            "a",
+            [1],
+            None,
+        ],
+    )
+    def test_what_is_fed_is_token_ids(self, cache: Cache, ids: Any) -> None:
+        rows = fed(cache, ids_of(3), ids_of(2))
+        with pytest.raises((ValueError, TypeError), match="ids"):
+            cache.feed(rows, [ids_of(4), ids])
+        assert cache.lengths(rows) == [3, 2]
+
     def test_plans_are_all_begun_or_none(self, cache: Cache) -> None:
         rows = cache.add(2)
         draws = seeded(1, 2)
@@ -325,6 +350,7 @@ class TestRows:
             (torch.tensor([[1]]), r"drafts\[0\]: expected shape \(n,\), got \(1, 1\)"),
             (torch.tensor([1.0]), r"drafts\[0\]: expected integer"),
             ([1], r"drafts\[0\]: expected a tensor"),
+            (torch.ones(1, device="meta").long(), r"drafts\[0\]: expected a dense tensor with"),
         ],
     )
     def test_drafts_are_of_token_ids(self, cache: Cache, draft: Any, words: str) -> None:

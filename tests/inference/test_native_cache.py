@@ -12,7 +12,7 @@ from torch import nn
 
 from mblm import MBLM
 from mblm.inference.cache import Row
-from mblm.inference.native_cache import NativeCache
+from mblm.inference.native_cache import NATIVE_POSITIONS, NativeCache
 from mblm.inference.plan import Plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.inference.weights import weights_of
@@ -241,6 +241,19 @@ def test_what_a_long_piece_comes_after_stays_with_who_is_told(
     assert len(ids) == 999
     assert before.length == 5
     assert torch.equal(before.tensors["tail"], ids_of(5))
+
+
+@pytest.mark.parametrize("look", ["logits", "state"])
+def test_who_looks_at_a_row_changes_no_bits_of_what_it_is_fed(look: str) -> None:
+    cache = NativeCache(build("mamba2"), "bfloat16")
+    rows = cache.copy(fed(cache, ids_of(3))) + cache.copy(fed(cache, ids_of(3)))
+    getattr(cache, look)(rows[0] if look == "state" else rows[:1])
+    for count in (NATIVE_POSITIONS, NATIVE_POSITIONS + 1):
+        cache.feed(rows, [ids_of(count)] * 2)
+        one, other = cache.logits(rows)
+        assert torch.equal(one, other)
+        cache.feed(rows, [ids_of(1)] * 2)
+        getattr(cache, look)(rows[0] if look == "state" else rows[:1])
 
 
 def test_what_is_no_model_for_it() -> None:

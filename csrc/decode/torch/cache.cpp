@@ -139,8 +139,7 @@ void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Lease one(rows_, std::span(&copies[i], 1));
     Row& row = one[0];
-    const auto count = int64_t(ids[i].size());
-    if (count > 0 && parts->schedule.is_long(row.taken, row.length + count - 1, most)) {
+    if (parts->schedule.is_long(row.length, int64_t(ids[i].size()), most)) {
       std::optional<SavedState> before;
       if (row.length > 0) before = state(one, host);
       RowState after = load_above(row, host.feed(std::move(before), tensor_of(ids[i])), most);
@@ -172,11 +171,12 @@ bool Cache::feed_short(const Lease& rows, const std::vector<Ids>& ids, int64_t m
   const std::shared_ptr<const Parts> parts = parts_for(rows, longest);
   std::vector<Member> members;
   for (int64_t i = 0; i < rows.size(); ++i) {
-    if (ids[i].empty()) continue;
-    const int64_t to = rows[i].length + int64_t(ids[i].size()) - 1;
+    const auto count = int64_t(ids[i].size());
+    if (count == 0) continue;
+    const int64_t to = rows[i].length + count - 1;
     const bool wants_host = to > rows[i].taken &&
                             (is_host_due(*parts, rows[i]) || before_host(*parts, rows[i], to) < to);
-    if (wants_host || parts->schedule.is_long(rows[i].taken, to, most)) return false;
+    if (wants_host || parts->schedule.is_long(rows[i].length, count, most)) return false;
     members.push_back({.row = &rows[i], .to = to});
   }
   // All that may fail comes before the first change.

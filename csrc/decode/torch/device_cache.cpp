@@ -66,8 +66,7 @@ void DeviceCache::feed_long(const Lease& rows, Host& host, const std::vector<Ids
   std::vector<std::optional<SavedState>> fed(rows.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
-    const auto count = int64_t(ids[i].size());
-    if (count == 0 || !schedule.is_long(row.taken, row.length + count - 1, most)) continue;
+    if (!schedule.is_long(row.length, int64_t(ids[i].size()), most)) continue;
     std::optional<SavedState> before;
     if (row.length > 0) before = save(row);
     fed[i] = host.feed(std::move(before), tensor_of(ids[i]));
