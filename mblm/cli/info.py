@@ -1,9 +1,12 @@
-"""What `mblm info` and `mblm models` tell: what is installed, compiled and missing."""
+"""`mblm info` and `mblm models`: what is installed, compiled and missing, and what comes along."""
 
 import importlib.metadata
+import json
 import os
 import platform
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import mblm
 from mblm.model.find import packaged_models
@@ -71,11 +74,24 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-def describe_models() -> list[str]:
-    """Of each model that comes along: its name, the first words of its card, its folder."""
+def models() -> None:
+    """List the trained models that come with this package, each with its card's first words.
+
+    \b
+    Example:
+      mblm generate python --prompt "class "
+    """
     described = []
     for folder in packaged_models():
         card = (folder / "README.md").read_text(encoding="utf-8")
         about = card.partition("\n# ")[2].split("\n\n")[1]
         described.append("\n  ".join([folder.name, *about.splitlines(), str(folder)]))
-    return described
+    typer.echo("\n\n".join(described))
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what is installed, compiled and missing, and how to get it."""
+    facts = collect_facts()
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(format_facts(facts)))

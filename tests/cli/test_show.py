@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import mblm.cli.show
+import mblm.show.surprise
 from mblm import MBLM
 from mblm.show.surprise import measure
 from tests.cli.program import Run
@@ -90,12 +91,12 @@ def test_bad_input_is_one_line(
 def test_a_page_is_kept_where_none_takes_its_place(
     run: Run, saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     out = tmp_path / "page.html"
     out.write_bytes(b"old")
-    monkeypatch.setattr(mblm.cli.show, "measure_file", interrupted)
+    monkeypatch.setattr(mblm.show.surprise, "measure", interrupted)
     before = sorted(tmp_path.iterdir())
     assert run("show", saved, text, "--out", out).status == 130
     assert out.read_bytes() == b"old" and sorted(tmp_path.iterdir()) == before
