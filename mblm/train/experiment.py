@@ -1,31 +1,27 @@
 """An experiment: its YAML file, settings that replace fields of it, and what it resumes from."""
 
 import glob
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from mblm.model.find import RUN_CONFIG_FILE
-from mblm.train.core.interrupt import TrainingInterrupted
-from mblm.train.core.telling import say
 from mblm.train.core.training_state import find_latest_state, is_training_state, read_manifest
+from mblm.train.mblm import (
+    TrainEntryConfig,
+    TrainMaskedEntryConfig,
+    dataset_registry,
+    masked_dataset_registry,
+)
 from mblm.utils.errors import with_title
 from mblm.utils.io import load_fields, parse_yml
-
-if TYPE_CHECKING:
-    from mblm.train.mblm import TrainEntryConfig, TrainMaskedEntryConfig
-
-
-STOPPED_MARK = "MBLM_STOPPED_MARK"
-"""Environment variable: a file that a process makes when it was stopped and its state is saved."""
 
 
 def load_experiment(
     file: Path, settings: Sequence[str] = (), resume: str | None = None
-) -> "TrainEntryConfig | TrainMaskedEntryConfig":
+) -> TrainEntryConfig | TrainMaskedEntryConfig:
     """Read an experiment.
 
     Args:
@@ -37,13 +33,6 @@ def load_experiment(
         OSError: The file does not exist or cannot be read.
         ValueError: The file or a setting is not valid, or there is nothing to resume from.
     """
-    from mblm.train.mblm import (
-        TrainEntryConfig,
-        TrainMaskedEntryConfig,
-        dataset_registry,
-        masked_dataset_registry,
-    )
-
     fields = load_fields(file)
     for setting in settings:
         apply_setting(fields, setting)
@@ -67,31 +56,6 @@ def load_experiment(
             return load_experiment(file, settings)
         config.resume = config.resume.model_copy(update=found)
     return config
-
-
-def train_experiment(
-    config: "TrainEntryConfig | TrainMaskedEntryConfig", *, profile: int = 0
-) -> None:
-    """Train what the configuration describes, a decoder or an encoder; profile so many steps.
-
-    Raises:
-        TrainingInterrupted: A signal stopped the run; the first worker says how to go on.
-    """
-    from mblm.train.core.hooks import CoreTrainerOptions
-    from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
-
-    options = CoreTrainerOptions(profile_steps=profile)
-    try:
-        if isinstance(config, TrainMaskedEntryConfig):
-            train_encoder_mblm(config, options)
-        else:
-            train_mblm(config, options)
-    except TrainingInterrupted:
-        if mark := os.environ.get(STOPPED_MARK):
-            Path(mark).touch()
-        if os.environ.get("RANK", "0") == "0":
-            say("mblm: to go on with it, add --resume latest")
-        raise
 
 
 def apply_setting(fields: dict[str, Any], setting: str) -> None:

@@ -12,13 +12,18 @@ from pathlib import Path
 
 import torch
 
-from mblm.train.core.interrupt import EXIT_INTERRUPTED, STOPS
+from mblm.train.core.hooks import CoreTrainerOptions
+from mblm.train.core.interrupt import EXIT_INTERRUPTED, STOPS, TrainingInterrupted
 from mblm.train.core.telling import say
-from mblm.train.experiment import STOPPED_MARK, load_experiment, train_experiment
+from mblm.train.experiment import load_experiment
+from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
 from mblm.utils.imports import import_modules
 
 # Workers finish their step and save when they are told to stop; later they are killed.
 SECONDS_TO_STOP = 300
+
+STOPPED_MARK = "MBLM_STOPPED_MARK"
+"""Environment variable: a file that a process makes when it was stopped and its state is saved."""
 
 
 def launch(
@@ -91,7 +96,20 @@ def launch(
 
 
 def _train(file: Path, settings: Sequence[str], resume: str | None, profile: int) -> None:
-    train_experiment(load_experiment(file, settings, resume), profile=profile)
+    """Train as one worker; of those that a signal stops, the first says how to go on."""
+    config = load_experiment(file, settings, resume)
+    options = CoreTrainerOptions(profile_steps=profile)
+    try:
+        if isinstance(config, TrainMaskedEntryConfig):
+            train_encoder_mblm(config, options)
+        else:
+            train_mblm(config, options)
+    except TrainingInterrupted:
+        if mark := os.environ.get(STOPPED_MARK):
+            Path(mark).touch()
+        if os.environ.get("RANK", "0") == "0":
+            say("mblm: to go on with it, add --resume latest")
+        raise
 
 
 def _run_workers(

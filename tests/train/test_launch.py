@@ -13,7 +13,6 @@ import yaml
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, TrainingInterrupted
-from mblm.train.experiment import load_experiment, train_experiment
 from mblm.train.launch import launch
 from mblm.train.plot import read_curves
 from tests.cli.program import Run
@@ -138,9 +137,9 @@ def test_only_what_was_saved_ends_as_interrupted(
     def launcher(*_: object) -> Callable[..., None]:
         def run(*_: object) -> None:
             if saved:
-                monkeypatch.setattr("mblm.train.mblm.train_mblm", stopped)
+                monkeypatch.setattr("mblm.train.launch.train_mblm", stopped)
                 with pytest.raises(TrainingInterrupted):
-                    train_experiment(load_experiment(experiment))
+                    launch(experiment, nproc=1)
             raise SignalException("as torchrun does when all its workers have ended", number)
 
         return run
