@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 
-from mblm.data.dataset.byte_files import ByteFiles
-from mblm.data.types import ModelMode
 from mblm.inference.prompt import to_text
 from mblm.model.find import PACKAGED_MODELS
 from mblm.model.mblm import MBLM
+from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.interrupt import TrainingInterrupted
 from mblm.train.core.telling import say
-from mblm.train.core.trainer import CoreTrainerOptions
-from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
+from mblm.train.mblm import TrainEntryConfig, train_mblm
 from mblm.train.plot import Curves, read_curves
-from mblm.utils.distributed import ElasticRunVars
 
 # Tests, tables of data, and what others installed: little of it reads like a program.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
@@ -110,6 +107,7 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
         f"{torch.get_num_threads()} threads"
     )
     model, curves = _train(root, steps, seed)
+    assert model is not None
     say(f"Bits per byte of files it has not seen: {min(bits for _, bits in curves.valid):.3f}")
     model.save_pretrained(out)
     return model.eval()
@@ -137,29 +135,24 @@ def find_sources(root: Path) -> tuple[list[str], list[str]]:
 
 def _train(
     root: Path, steps: int, seed: int, *, is_calibration: bool = False
-) -> tuple[MBLM, Curves]:
+) -> tuple[MBLM | None, Curves]:
     """Train so many steps on what is below a folder; returns the best model and what was logged."""
     training, validation = find_sources(root)
     with tempfile.TemporaryDirectory() as folder:
-        files = {"files": training, "valid_files": validation, "separator_id": ord("\n")}
-        io = {"output_dir": folder, "dataset_dir": str(root), "dataset_args": files}
+        files = {"files": training, "valid_files": validation, "test_fraction": 0}
+        data = {"dataset_dir": str(root), "dataset_args": {**files, "separator_id": ord("\n")}}
         length = {"target_elements": steps * BATCH_SIZE * LENGTH, "seed": seed}
-        train, io = EXPERIMENT["train"] | length, EXPERIMENT["io"] | io
+        train = EXPERIMENT["train"] | length
+        io = EXPERIMENT["io"] | data | {"output_dir": folder}
         config = TrainEntryConfig.model_validate({**EXPERIMENT, "train": train, "io": io})
-        data = [
-            ByteFiles.from_train_entry_config(config, mode, worker_id=0, num_workers=1)
-            for mode in (ModelMode.TRAIN, ModelMode.VALID)
-        ]
         options = CoreTrainerOptions(
             display_progress=sys.stderr.isatty() and not is_calibration,
             announce=False,
             skip_validation=is_calibration,
         )
-        run_vars = ElasticRunVars(local_rank=0, world_size=1, is_cuda=torch.cuda.is_available())
         try:
-            model = MegabyteTrainer(config, run_vars, options).train(*data)
+            train_mblm(config, options)
         except TrainingInterrupted:
             raise KeyboardInterrupt from None  # what it has saved goes, too
-        assert model is not None  # as the type allows for trainers that make none
         (run,) = Path(folder).glob("demo_*")
-        return model, read_curves(run)
+        return None if is_calibration else MBLM.from_pretrained(run), read_curves(run)

@@ -44,7 +44,7 @@ def format_overview(name: object, model: MBLM | MBLMEncoder) -> str:
     columns = ("stage", "layers", "width", "positions", "patch", "parameters", "around it")
     rows = [columns, *_stages(model)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    parameters = _count(model)
+    parameters, _ = count_params(model)
     weights = FLOAT * parameters
     return "\n".join(
         [
@@ -67,14 +67,11 @@ def _stages(model: MBLM | MBLMEncoder) -> Iterator[tuple[str, ...]]:
         if isinstance(model, MBLM):
             around.append(model.start_tokens[n])
         shape = (config.num_layers[n], config.hidden_dims[n], config.seq_lens[n])
-        counts = (model.patch_sizes[n], _count(model.stage_models[n]), _count(*around))
-        yield f"{n + 1} {block.block_type}", *(f"{number:,}" for number in (*shape, *counts))
+        _, counts = count_params(model, ("stage", [model.stage_models[n]]), ("around", around))
+        numbers = (*shape, model.patch_sizes[n], *counts.values())
+        yield f"{n + 1} {block.block_type}", *(f"{number:,}" for number in numbers)
 
 
 def _size(count: int) -> str:
     unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
     return f"{count / unit:.1f} {name}"
-
-
-def _count(*modules: ParamType) -> int:
-    return sum(count_params(module)[0] for module in modules)
