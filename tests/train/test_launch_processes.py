@@ -29,7 +29,7 @@ def mblm_train(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "mblm", "train", *map(str, arguments)]
 
 
-def test_the_script_passes_all_on_and_every_worker_imports_a_users_module(experiment: Path) -> None:
+def test_every_worker_imports_a_users_module(experiment: Path) -> None:
     """Registered there: a block, and a dataset, which the workers look up by name."""
     (experiment.parent / "my_parts_for_a_test.py").write_text(
         "from typing import Literal\n"
@@ -44,10 +44,8 @@ def test_the_script_passes_all_on_and_every_worker_imports_a_users_module(experi
         "class MyBytes(ByteFiles): pass\n"
     )
     settings = ["--set", "io.dataset_id=my-bytes", "--set", "params.block.block_type=mine"]
-    command = ["bash", "scripts/train_mblm.sh", "-c", experiment, "--nproc", 2, *settings]
-    done = start(
-        *command, "--import", "my_parts_for_a_test", PYTHONPATH=f"{ROOT}:{experiment.parent}"
-    )
+    command = mblm_train(experiment, "--nproc", 2, *settings, "--import", "my_parts_for_a_test")
+    done = start(*command, PYTHONPATH=f"{ROOT}:{experiment.parent}")
     assert done.returncode == 0, done.stderr
     assert "my-bytes" in (run_of(experiment.parent) / "config.yaml").read_text()
     assert summary_of(run_of(experiment.parent))["num_workers"] == 2
