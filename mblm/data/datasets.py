@@ -76,15 +76,11 @@ class DistributedDataset(ABC, Dataset[_T]):
         self, data_size: int, is_sequential: bool, seq_len: int, worker_id: int, num_workers: int
     ) -> None:
         data_size = check_integer("data_size", data_size)
-        seq_len = check_integer("seq_len", seq_len)
+        seq_len = check_integer("seq_len", seq_len, 1 if is_sequential else None)
         worker_id = check_integer("worker_id", worker_id)
-        num_workers = check_integer("num_workers", num_workers)
-        if num_workers < 1:
-            raise ValueError(f"num_workers: expected at least 1, got {num_workers}")
+        num_workers = check_integer("num_workers", num_workers, 1)
         if not 0 <= worker_id < num_workers:
             raise ValueError(f"worker_id: expected one in [0, {num_workers}), got {worker_id}")
-        if is_sequential and seq_len < 1:
-            raise ValueError(f"seq_len: expected at least 1, got {seq_len}")
         needed = (seq_len if is_sequential else 1) * num_workers
         if data_size < needed:
             raise ValueError(

@@ -100,10 +100,10 @@ def test_an_index_outside_is_refused(index: int) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_workers": 0}, "num_workers: expected at least 1, got 0"),
+        ({"num_workers": 0}, "num_workers: expected a number >= 1, got 0"),
         ({"worker_id": 2}, r"worker_id: expected one in \[0, 2\), got 2"),
         ({"worker_id": -1}, r"worker_id: expected one in \[0, 2\), got -1"),
-        ({"seq_len": 0}, "seq_len: expected at least 1, got 0"),
+        ({"seq_len": 0}, "seq_len: expected a number >= 1, got 0"),
         ({"seq_len": 6}, "data_size: 10 is too small .* at least 12"),
     ],
 )

@@ -19,6 +19,7 @@ from mblm.data.file_bytes import FileBytes
 from mblm.data.find_files import find_files
 from mblm.data.packed import is_packed, lineage_of_part, open_part, refuse_packed
 from mblm.data.types import BatchWithLossMask, ModelMode
+from mblm.utils.checks import check_integer
 from mblm.utils.errors import describe
 from mblm.utils.fields import Fields
 
@@ -152,8 +153,7 @@ class ByteFiles(DistributedDataset[BatchWithLossMask]):
 
     def _cut_documents(self, seq_len: int, is_separated: bool) -> int:
         """Note where documents start and how many samples there are up to the end of each."""
-        if seq_len < 1:
-            raise ValueError(f"seq_len: expected at least 1, got {seq_len}")
+        check_integer("seq_len", seq_len, 1)
         inside = slice(*np.searchsorted(self._data.starts, (self._first + 1, self._stop)))
         starts = np.append(self._first, self._data.starts[inside])
         ends = np.append(starts[1:] - int(is_separated), self._stop)

@@ -1,6 +1,5 @@
 """What a run tells of itself besides its losses: speed, memory, gradients, what it writes."""
 
-import logging
 import math
 import sys
 import time
@@ -32,12 +31,9 @@ class Observer:
     The workers call its methods together; the main one writes. Losses of bytes are logged in bits.
     """
 
-    def __init__(
-        self, workers: Workers, folder: RunFolder, log: logging.Logger, unit: str, elements: int
-    ) -> None:
-        self._workers = workers
+    def __init__(self, folder: RunFolder, unit: str, elements: int) -> None:
         self._folder = folder
-        self._log = log
+        self._workers = folder.workers
         self._unit = unit
         self._elements = elements  # of a batch, all workers together
         self._nats, self._name = (math.log(2), "bits per byte") if unit == "byte" else (1.0, "loss")
@@ -107,7 +103,7 @@ class Observer:
                     self._let_write(hooks, run, model)
             except Exception as error:  # such as a GPU that has no memory left: the run goes on
                 what = f"What the model does after batch {last} is not shown"
-                tell(self._log, f"{what}: {type(error).__name__}: {error}")
+                tell(self._folder.log, f"{what}: {type(error).__name__}: {error}")
         set_rng(rng)
         by_position = {
             f"{self._name} by position/{place:03d}": at / self._nats
@@ -121,7 +117,7 @@ class Observer:
         texts = hooks.generate_samples(model, prompts, run.lineage.seed)
         self._folder.write_samples(step, prompts, texts)
         for prompt, text in zip(prompts, texts, strict=True):
-            self._log.info(f"[{step - 1}] sample: {prompt!r} + {text!r}")
+            self._folder.log.info(f"[{step - 1}] sample: {prompt!r} + {text!r}")
 
     def _write(
         self,

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.optim import Optimizer
@@ -17,6 +17,8 @@ from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import Plan
 from mblm.train.core.training_state import SavedState, State
+
+Tell: TypeAlias = Callable[[str], object]
 
 
 class NonFiniteLossError(ValueError):
@@ -85,6 +87,8 @@ class Run:
         options: Those of the optimizer's groups before the first step.
     """
 
+    config: CoreTrainConfig
+    workers: Workers
     plan: Plan
     lineage: Lineage
     facts: State
@@ -111,13 +115,7 @@ class Run:
         scaled.backward()
         self.losses.append(loss.detach())
 
-    def step(
-        self,
-        *,
-        clip: float | None,
-        measure: Callable[[], float] | None = None,
-        factor: float = 1.0,
-    ) -> float:
+    def step(self, measure: Callable[[], float] | None, factor: float) -> float:
         """Apply the gradients, unless one of them is NaN or infinite on any worker.
 
         Waits for the device once, for the norm of the gradients, which it returns: weights that a
@@ -131,7 +129,7 @@ class Run:
             self.position.avg_grad = measure()
         norm = float(device_norm)
         if math.isfinite(norm):
-            if clip is not None:
+            if (clip := self.config.gradient_clipping) is not None:
                 torch.nn.utils.clip_grads_with_norm_(
                     self.model.base.parameters(), clip, device_norm
                 )
@@ -146,6 +144,47 @@ class Run:
             self.position.avg_grad_clipped = measure()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def judge(self, norm: float, losses: list[torch.Tensor], place: str, tell: Tell) -> None:
+        """Tell of a step that was left out or learned nothing; end a run that has too many of them.
+
+        Called by all workers, each with the losses of its batches, the last of which was at a
+        place.
+        """
+        position, config = self.position, self.config
+        if math.isfinite(norm):
+            position.non_finite = 0
+            if norm == 0:
+                self._judge_no_gradient(tell)
+            return
+        bad = "; ".join(
+            f"loss {loss} on rank {rank}, batch {index}"
+            for rank, of_rank in enumerate(self.workers.gather([float(loss) for loss in losses]))
+            for index, loss in enumerate(of_rank, start=position.step - len(of_rank))
+            if not math.isfinite(loss)
+        )
+        if not bad and self.scaler.is_enabled():
+            return  # The scale was too large for half precision, and is smaller now.
+        position.non_finite += 1
+        what = bad or "the gradient is not finite, though the losses are"
+        message = f"Step left out after {place}: {what} ({position.non_finite} in a row)"
+        tell(message)
+        if config.non_finite_loss == "stop" and position.non_finite >= config.max_non_finite_steps:
+            raise NonFiniteLossError(message)
+
+    def _judge_no_gradient(self, tell: Tell) -> None:
+        position = self.position
+        position.without_gradient += 1
+        steps = position.done // self.config.gradient_accumulate_every
+        message = (
+            f"The gradient was zero in {position.without_gradient} of {steps} steps: do entries of "
+            "their batches have loss, or are all masked out or padding?"
+        )
+        never_learned = position.without_gradient == steps
+        if never_learned and steps in (self.config.max_non_finite_steps, self.plan.gradient_steps):
+            raise ValueError(message)
+        if position.without_gradient == 1:
+            tell(message)
 
     def common_state(self) -> State:
         """What all workers share."""
@@ -223,55 +262,3 @@ class Run:
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
-
-
-def judge_step(
-    run: Run,
-    config: CoreTrainConfig,
-    workers: Workers,
-    norm: float,
-    losses: list[torch.Tensor],
-    place: str,
-    tell: Callable[[str], object],
-) -> None:
-    """Tell of a step that was left out or learned nothing; end a run that has too many of them.
-
-    Called by all workers, each with the losses of its batches, the last of which was at a place.
-    """
-    position = run.position
-    if math.isfinite(norm):
-        position.non_finite = 0
-        if norm == 0:
-            _judge_no_gradient(run, config, tell)
-        return
-    bad = "; ".join(
-        f"loss {loss} on rank {rank}, batch {index}"
-        for rank, of_rank in enumerate(workers.gather([float(loss) for loss in losses]))
-        for index, loss in enumerate(of_rank, start=position.step - len(of_rank))
-        if not math.isfinite(loss)
-    )
-    if not bad and run.scaler.is_enabled():
-        return  # The scale was too large for half precision, and is smaller now.
-    position.non_finite += 1
-    message = (
-        f"Step left out after {place}: {bad or 'the gradient is not finite, though the losses are'}"
-        f" ({position.non_finite} in a row)"
-    )
-    tell(message)
-    if config.non_finite_loss == "stop" and position.non_finite >= config.max_non_finite_steps:
-        raise NonFiniteLossError(message)
-
-
-def _judge_no_gradient(run: Run, config: CoreTrainConfig, tell: Callable[[str], object]) -> None:
-    position = run.position
-    position.without_gradient += 1
-    steps = position.done // config.gradient_accumulate_every
-    message = (
-        f"The gradient was zero in {position.without_gradient} of {steps} steps: do entries of "
-        "their batches have loss, or are all masked out or padding?"
-    )
-    never_learned = position.without_gradient == steps
-    if never_learned and steps in (config.max_non_finite_steps, run.plan.gradient_steps):
-        raise ValueError(message)
-    if position.without_gradient == 1:
-        tell(message)

@@ -57,6 +57,7 @@ class RunFolder:
     state that the run goes on from, it begins with empty files.
 
     Attributes:
+        path, workers, log: As given.
         summary, lineage: What ``config.yaml`` says about the run.
     """
 
@@ -73,8 +74,8 @@ class RunFolder:
         self.path = path
         self._config = config
         self._config_file = path / options.config_file_name
-        self._workers = workers
-        self._log = log
+        self.workers = workers
+        self.log = log
         self.best = BestModels(path, io.name_model, io.num_models_to_save, workers)
         self.summary = SummaryStats(
             training_start="",
@@ -113,7 +114,7 @@ class RunFolder:
         """
         # First: one that cannot be read is refused.
         self.best.restore(saved.manifest["best"], keeps_others=goes_same_way)
-        if self._workers.is_main:
+        if self.workers.is_main:
             step, sizes = saved.own["position"]["step"], saved.manifest.get("sizes", {})
             self.loggers.rewind(step)
             prune_states(self.path, after=step)  # first: they need the rows that are dropped
@@ -124,12 +125,12 @@ class RunFolder:
                 log.cut(sizes.get(log.file.name, log.file.stat().st_size))
         self._resume = ResumeConfig.model_validate(saved.manifest["resume"])
         self._resume.checkpoint_file = str(self.best.best_file() or "")
-        self._workers.barrier()
+        self.workers.barrier()
 
     def manifest(self) -> dict[str, Any]:
         """What a training state holds of the folder, for `rewind`; called by all workers."""
-        self._workers.barrier()  # they have logged their losses
-        logs = self._logs() if self._workers.is_main else ()
+        self.workers.barrier()  # they have logged their losses
+        logs = self._logs() if self.workers.is_main else ()
         sizes = {log.file.name: log.file.stat().st_size for log in logs}
         return {"best": self.best.entries, "resume": self._resume.model_dump(), "sizes": sizes}
 
@@ -138,7 +139,7 @@ class RunFolder:
 
     def dump_config(self) -> None:
         """Write ``config.yaml``."""
-        if self._workers.is_main:
+        if self.workers.is_main:
             output: GenericOutputConfig[Any, Any, Any] = GenericOutputConfig(
                 params=self._config.params,
                 train=self._config.train,
@@ -158,26 +159,22 @@ class RunFolder:
             self.write_loss(f"{kind.value}/{source}", loss, at, epoch, batch)
 
     def write_loss(
-        self,
-        kind: str,
-        loss: float,
-        at: Position,
-        epoch: int,
-        batch: int,
-        *,
-        lr: float = -1,
-        avg_grad: float = -1,
-        avg_grad_clipped: float = -1,
+        self, kind: str, loss: float, at: Position, epoch: int, batch: int, lr: float | None = None
     ) -> None:
-        """Log a loss of the batch before ``at``; in ``loss.csv``, too, if this worker does."""
+        """Log a loss of the batch before ``at``; in ``loss.csv``, too, if this worker does.
+
+        In training it comes with the learning rate and the gradients of ``at``.
+        """
         last = at.step - 1
-        self._log.info(f"[{last}] {kind} loss: {loss}")
-        now, seen = str(datetime.now()), at.elements_seen
-        gradients = avg_grad, avg_grad_clipped
-        place = now, seen, kind, epoch, batch, last
-        self._loss.write_row(CSVLossEntry(self._workers.rank, *place, loss, lr, *gradients))
-        rate = {"learning rate": lr} if kind == ModelMode.TRAIN.value else {}
-        self.loggers.log(kind, {f"loss/{kind}": loss, **rate}, last)
+        self.log.info(f"[{last}] {kind} loss: {loss}")
+        place = self.workers.rank, str(datetime.now()), at.elements_seen, kind, epoch, batch, last
+        step: tuple[float, ...] = (-1, -1, -1)
+        values = {f"loss/{kind}": loss}
+        if lr is not None:
+            step = lr, at.avg_grad, at.avg_grad_clipped
+            values["learning rate"] = lr
+        self._loss.write_row(CSVLossEntry(*place, loss, *step))
+        self.loggers.log(kind, values, last)
 
     def write_metrics(self, row: CSVMetricsEntry, values: Mapping[str, float]) -> None:
         """Append a row to ``metrics.csv``, and log values by the names that people read."""
@@ -198,7 +195,7 @@ class RunFolder:
 
     def write_timemem(self, kind: ModelMode, **columns: Any) -> None:
         """Append a row to ``timemem.csv``: these columns, and the GPU's memory now."""
-        memory = asdict(cuda_memory_snapshot(self._workers.device))
+        memory = asdict(cuda_memory_snapshot(self.workers.device))
         del memory["unit"]
         self._timemem.write_row(CSVTimeAndMemSnapshotEntry(kind=kind.value, **columns, **memory))
 

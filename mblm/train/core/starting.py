@@ -171,6 +171,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             position.epoch, position.batch = position.epoch + 1, 0
         check_start(plan, position.done, position.epoch, position.batch, len(batches))
         run = Run(
+            config,
+            self._workers,
             plan,
             lineage,
             facts,

@@ -22,7 +22,7 @@ from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
 from mblm.train.core.observer import Observer
 from mblm.train.core.profiling import check_profile, profiled
 from mblm.train.core.rng import get_rng, set_rng
-from mblm.train.core.run import NonFiniteLossError, Position, Run, judge_step
+from mblm.train.core.run import NonFiniteLossError, Position, Run
 from mblm.train.core.starting import TrainerStart
 from mblm.train.core.telling import Progress
 from mblm.train.core.training_state import find_latest_state, load_training_state
@@ -178,9 +178,7 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
         )
         run.model.call.train()
         elements = self._elements_per_batch()
-        self._observer = Observer(
-            self._workers, self._folder, self._log, self.progress_unit, elements
-        )
+        self._observer = Observer(self._folder, self.progress_unit, elements)
         requests = Requests(self._workers.group, 60 * self.config.io.save_every_minutes)
         progress = Progress(
             plan.batches,
@@ -207,17 +205,9 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
                 loss = self._forward_backward(run, item.item, completes=completes)
                 position.advance(item.next_epoch, item.next_batch, plan.elements_per_batch)
                 if index in plan.log_points:
-                    # The gradients are those of the last step.
-                    self._folder.write_loss(
-                        ModelMode.TRAIN.value,
-                        float(loss),
-                        position,
-                        item.epoch,
-                        item.batch,
-                        lr=float(run.optimizer.param_groups[0]["lr"]),
-                        avg_grad=position.avg_grad,
-                        avg_grad_clipped=position.avg_grad_clipped,
-                    )
+                    place = position, item.epoch, item.batch
+                    rate = float(run.optimizer.param_groups[0]["lr"])
+                    self._folder.write_loss(ModelMode.TRAIN.value, float(loss), *place, rate)
                 if completes:
                     self._step(run, item)
                     step_done()
@@ -283,19 +273,16 @@ class CoreTrainer(TrainerStart[TModel, TBatch, TModelParams, TTrainConfig, TIoCo
 
     def _step(self, run: Run, item: EpochCyclerYield[TBatch]) -> None:
         """Apply the gradients, or leave them out and judge whether to go on."""
-        config, position = self.config.train, run.position
-        every, now = config.gradient_accumulate_every, position.step
+        every, now = self.config.train.gradient_accumulate_every, run.position.step
         past, upcoming = range(now - every, now), range(now, now + every)
         is_told_next = not run.plan.log_points.isdisjoint(upcoming)  # with the next one's losses
         measure = self.avg_gradient_value if is_told_next else None
         losses, run.losses = run.losses, []
         rates = [float(group["lr"]) for group in run.optimizer.param_groups]
-        factor = self._factor(run)
-        norm = run.step(clip=config.gradient_clipping, measure=measure, factor=factor)
+        norm = run.step(measure, self._factor(run))
         if not run.plan.log_points.isdisjoint(past):
             self._observer.step(run, losses, rates, norm)
-        place = f"batch {item.batch} of epoch {item.epoch}"
-        judge_step(run, config, self._workers, norm, losses, place, self._tell)
+        run.judge(norm, losses, f"batch {item.batch} of epoch {item.epoch}", self._tell)
 
     def _validate(self, run: Run, requests: Requests) -> None:
         """Validate, log the loss, and keep the model if it is among the best.
