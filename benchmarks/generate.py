@@ -7,7 +7,6 @@ is not in it. The reference has no other way to take in a prompt than a forward 
     python benchmarks/generate.py
 """
 
-import json
 import sys
 import time
 from statistics import median
@@ -16,6 +15,7 @@ from typing import Any
 from side_by_side import (
     config_of,
     new_figures,
+    parse,
     reference_python,
     run_worker,
     side_by_side,
@@ -96,10 +96,7 @@ def main() -> None:
     options.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
     options.add_argument("--prompt", type=int, default=PROMPT, help="bytes; 0 leaves it out")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    arguments = options.parse_args()
-    if arguments.worker:
-        print(json.dumps(work(json.loads(arguments.worker))))
-        return
+    arguments = parse(options, work)
     python = reference_python(arguments.reference)
     figures = new_figures(arguments)
 

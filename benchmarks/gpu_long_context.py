@@ -15,7 +15,6 @@ It stops before a step that, at the last fitting one's time per byte, does not e
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from side_by_side import run_worker, write_json
+from side_by_side import parse, run_worker, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 GAP = 1 / 16
@@ -153,10 +152,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="write all figures to this file")
     options.add_argument("--quick", action="store_true", help="tiny sizes, to try this script")
     options.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = options.parse_args()
-    if arguments.worker:
-        print(json.dumps(work(json.loads(arguments.worker))))
-        return
+    arguments = parse(options, work)
     import torch
 
     if not torch.cuda.is_available() and not arguments.quick:

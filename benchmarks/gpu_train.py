@@ -20,7 +20,6 @@ process's largest resident set, less what it was after the imports.
 """
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -31,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from side_by_side import REFERENCE, ROOT, run_worker, spread, write_json
+from side_by_side import REFERENCE, ROOT, parse, run_worker, spread, write_json
 
 CONFIGS = ["pg19_2d_st", "pg19_3d_stt"]
 QUICK_SEQ_LENS = {2: [16, 8], 3: [16, 4, 8]}
@@ -258,11 +257,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="write all figures to this file")
     options.add_argument("--quick", action="store_true", help="tiny models, to try this script")
     options.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = options.parse_args()
-    if arguments.worker:
-        job = json.loads(arguments.worker)
-        print(json.dumps(probe() if "probe" in job else work(job)))
-        return
+    arguments = parse(options, lambda job: probe() if "probe" in job else work(job))
     import torch
 
     if not torch.cuda.is_available() and not arguments.quick:

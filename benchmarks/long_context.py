@@ -19,7 +19,6 @@ than of the tensors.
     python benchmarks/long_context.py longest --bytes 5_000_000 --top t
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 from side_by_side import (
     config_of,
     new_figures,
+    parse,
     reference_python,
     run_worker,
     side_by_side,
@@ -174,10 +174,7 @@ def main() -> None:
     options.add_argument(
         "--chunks", type=int, nargs=2, default=[10, 20], help="the reference's checkpoint chunks"
     )
-    arguments = options.parse_args()
-    if arguments.worker:
-        print(json.dumps(work(json.loads(arguments.worker))))
-        return
+    arguments = parse(options, work)
     figures = new_figures(arguments)
     if arguments.part == "longest":
         figures["longest"] = tiled(arguments, arguments.top, [16, 8])

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,6 +46,17 @@ def side_by_side(description: str | None, *, runs: int = 3) -> argparse.Argument
     )
     options.add_argument("--worker", help=argparse.SUPPRESS)
     return options
+
+
+def parse(
+    options: argparse.ArgumentParser, work: Callable[[dict[str, Any]], Any]
+) -> argparse.Namespace:
+    """The arguments of a benchmark; a process that is a worker does its job and ends here."""
+    arguments = options.parse_args()
+    if arguments.worker:
+        print(json.dumps(work(json.loads(arguments.worker))))
+        sys.exit()
+    return arguments
 
 
 def config_of(

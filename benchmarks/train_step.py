@@ -9,7 +9,6 @@ and peak memory is the process's largest resident set, less what it was after th
     python benchmarks/train_step.py
 """
 
-import json
 import os
 import resource
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from side_by_side import (
     config_of,
     new_figures,
+    parse,
     reference_python,
     run_worker,
     side_by_side,
@@ -93,10 +93,7 @@ def main() -> None:
     options = side_by_side(__doc__, runs=2)
     options.add_argument("--steps", type=int, default=2, help="steps timed in each process")
     options.add_argument("--models", nargs="+", choices=SIDES, default=list(SIDES))
-    arguments = options.parse_args()
-    if arguments.worker:
-        print(json.dumps(work(json.loads(arguments.worker))))
-        return
+    arguments = parse(options, work)
     figures = new_figures(arguments)
     for ours in arguments.models:
         theirs = SIDES[ours]

@@ -4,7 +4,6 @@ import codecs
 import io
 import operator
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Protocol, SupportsIndex
 
 
@@ -132,16 +131,11 @@ class ByteStreamer:
     def __enter__(self) -> "ByteStreamer":
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             self.flush()
         except Exception:
-            if exc_val is None:  # what the block raised matters more
+            if error is None:  # what the block raised matters more
                 raise
 
 

@@ -20,6 +20,12 @@ from mblm.model.config import block_registry
 from tests.cli.program import ENVIRONMENT, Run, command
 from tests.models import model, transformer
 
+LOSSES = """\
+gpu_rank,elements_seen,kind,loss,lr,timestamp
+0,10,train,2,0.1,2026-01-01
+0,10,valid,1,-1,2026-01-01
+"""
+
 # -- eval, plot and overview -----------------------------------------------------------------------
 
 
@@ -119,10 +125,7 @@ def test_bad_files_are_one_line(
 
 def test_plot(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    (tmp_path / "loss.csv").write_text(
-        "gpu_rank,elements_seen,kind,loss,lr,timestamp\n"
-        "0,10,train,2,0.1,2026-01-01\n0,10,valid,1,-1,2026-01-01\n"
-    )
+    (tmp_path / "loss.csv").write_text(LOSSES)
     result = run("plot", tmp_path, "--out", tmp_path / "curves.png")
     told = f"{tmp_path.name}: at best 1.443 bits per byte, 10 bytes in 0.0 minutes"
     assert result == (0, f"Wrote {tmp_path}/curves.png\n{told}\n".encode(), "")
@@ -143,10 +146,7 @@ def test_the_newest_run_is_found_by_every_command(
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_bytes(b"abc")
-    (run_folder / "loss.csv").write_text(
-        "gpu_rank,elements_seen,kind,loss,lr,timestamp\n"
-        "0,10,train,2,0.1,2026-01-01\n0,10,valid,1,-1,2026-01-01\n"
-    )
+    (run_folder / "loss.csv").write_text(LOSSES)
     arguments = ["--seed", 1, "--bytes", 20]
     written = run("generate", saved, *arguments).out
     scored = run("eval", saved, "text").out

@@ -13,9 +13,9 @@ from mblm.data.types import ModelMode
 from mblm.train.core.config import CSVMetricsEntry
 from mblm.train.core.hooks import TrainerHooks
 from mblm.train.core.parallel import Workers
-from mblm.train.core.rng import get_rng, set_rng
 from mblm.train.core.run import Run
 from mblm.train.core.run_folder import RunFolder
+from mblm.train.core.sampling import get_rng, set_rng
 from mblm.train.core.telling import tell
 
 T = TypeVar("T")

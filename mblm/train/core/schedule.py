@@ -19,7 +19,6 @@ class Plan:
             whole steps.
         gradient_steps: Steps of the optimizer.
         added: How many of the batches are there only to make the last step whole.
-        start: Cumulative index of the first batch; not 0 after resuming from a checkpoint.
         log_points, validation_points: Cumulative indices of batches.
         sample_points: Those of the validations at which the model writes.
     """
@@ -28,7 +27,6 @@ class Plan:
     batches: int
     gradient_steps: int
     added: int
-    start: int
     log_points: frozenset[int]
     validation_points: frozenset[int]
     sample_points: frozenset[int]
@@ -56,7 +54,6 @@ def plan_run(config: GenericEntryConfig[Any, Any, Any], world_size: int, start: 
         batches=batches,
         gradient_steps=steps,
         added=batches - wanted,
-        start=start,
         log_points=spread(start, batches, io.log_train_loss_amount),
         validation_points=frozenset(validations),
         sample_points=frozenset(

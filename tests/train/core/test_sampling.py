@@ -8,8 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mblm.data.datasets import DistributedDataset
-from mblm.train.core.rng import get_rng, set_rng
-from mblm.train.core.sampling import EpochBatches, TrainBatches
+from mblm.train.core.sampling import EpochBatches, TrainBatches, get_rng, set_rng
 
 
 def order(size=20, epoch=0, start=0, seed=1, shuffle=True, **kwargs):
