@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mblm.utils.naming import naming_file
+
 
 class FileBytes:
     """Files as one row of bytes that is read where it is asked for, and nowhere else.
@@ -141,10 +143,8 @@ class _OpenFile:
         """The bytes from ``begin`` up to ``end``."""
         pieces = []
         while begin < end:  # a system reads 2 GiB at most at once
-            try:
+            with naming_file(self._path):
                 pieces.append(self._read_at(begin, end - begin))
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._path)) from error
             if not pieces[-1]:
                 now = os.fstat(self._descriptor).st_size
                 raise ValueError(f"{str(self._path)!r} had {self.size} bytes and now has {now}")

@@ -17,6 +17,7 @@ from mblm.data.packed import BYTES, DOCUMENTS, SUMMARY, PackedPart, PackSummary
 from mblm.data.types import ModelMode
 from mblm.utils.atomic import atomic_write, sync_directory
 from mblm.utils.lock import hold
+from mblm.utils.naming import naming_file
 
 
 def pack(
@@ -141,12 +142,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            yield folder
+            with naming_file(out):
+                yield folder
             os.rename(folder, out)
-        except BaseException as error:
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                error.filename = str(out)  # such as of a full disk
             raise
         finally:
             lock.unlink(missing_ok=True)  # another that ended just now may have removed it

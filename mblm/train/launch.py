@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from mblm.train.core.telling import say
 from mblm.train.experiment import load_experiment
 from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
 from mblm.utils.imports import import_modules
+from mblm.utils.interrupt import handled
 
 # Workers finish their step and save when they are told to stop; later they are killed.
 SECONDS_TO_STOP = 300
@@ -138,6 +138,9 @@ def _run_workers(
         max_restarts=0,
     )
 
+    def stop(number: int, _: object) -> None:
+        raise SignalException(f"got signal {number}", signal.Signals(number))
+
     # It tells of a failed worker in pages; here that takes a line.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # The launcher does not tell how the workers ended that a signal was passed on to.
@@ -145,8 +148,9 @@ def _run_workers(
         mark = Path(folder, "saved")
         os.environ[STOPPED_MARK] = str(mark)
         try:
-            _let_signals_raise(SignalException)
-            elastic_launch(config, sys.executable)("-m", "mblm", "train", *arguments)
+            # By itself it stops its workers for three of them, and dies of the others alone.
+            with handled(STOPS, stop):
+                elastic_launch(config, sys.executable)("-m", "mblm", "train", *arguments)
         except SignalException as stopped:
             raise SystemExit(EXIT_INTERRUPTED if mark.exists() else 128 + stopped.sigval) from None
         except ChildFailedError as failed:
@@ -159,18 +163,3 @@ def _run_workers(
             raise SystemExit(128 - status if status < 0 else status) from None
         finally:
             del os.environ[STOPPED_MARK]
-
-
-def _let_signals_raise(error: type[Exception]) -> None:
-    """Let the signals that a run stops for raise what the launcher passes on to the workers.
-
-    By itself it does so for SIGTERM, SIGINT and SIGHUP, and dies of others alone.
-    """
-
-    def handle(number: int, _: object) -> None:
-        raise error(f"got signal {number}", signal.Signals(number))
-
-    if threading.current_thread() is threading.main_thread():  # others cannot take signals
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, handle)

@@ -1,9 +1,10 @@
-"""Ctrl-C in a program that has nothing to save: it ends at once, without a word."""
+"""What signals do while a block runs, such as Ctrl-C in a program that has nothing to save."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -17,28 +18,39 @@ def ends_at_once() -> Iterator[None]:
     A ``KeyboardInterrupt`` would be told by whatever it comes through: in the middle of an import,
     C++ code ends the process with a message of its own.
     """
-    with _handled_by(_end):
+    with handled([signal.SIGINT], _end):
         yield
 
 
 @contextmanager
 def raises() -> Iterator[None]:
     """Let Ctrl-C raise ``KeyboardInterrupt`` while the block runs, for what must be tidied up."""
-    with _handled_by(signal.default_int_handler):
+    with handled([signal.SIGINT], signal.default_int_handler):
         yield
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:  # as a shell's script has it for what it starts beside itself
-        yield
-        return
-    signal.signal(signal.SIGINT, handler)
+def handled(
+    signals: Iterable[signal.Signals],
+    handler: Callable[[int, FrameType | None], object],
+    *,
+    even_ignored: Collection[signal.Signals] = (),
+) -> Iterator[None]:
+    """Let signals call a handler while the block runs, but for those that are ignored.
+
+    They are where a shell's script starts something beside itself, and after ``nohup``. Threads
+    other than the main one cannot take signals: there nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in signals:
+            if number in even_ignored or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from typing_extensions import Self
+
+from mblm.utils.interrupt import handled
 
 T = TypeVar("T")
 
@@ -53,18 +55,14 @@ class Requests:
         self._signal = 0
         self._agreed = torch.zeros(2, dtype=torch.int64, device="cpu")  # signal, whether to save
         self._exchange: dist.Work | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._handled = handled(STOPS, self._note, even_ignored=[signal.SIGTERM])
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # others cannot take signals
-            for number in STOPS:
-                if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
-                    self._handlers[number] = signal.signal(number, self._note)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handled.__exit__(None, None, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._signal = number

@@ -137,8 +137,7 @@ class ParallelModel:
     def gradient_norm(self) -> torch.Tensor:
         """Norm of the gradients of all parameters, on all shards: a scalar on the device."""
         gradients = [p.grad for p in self.base.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return _full(torch.nn.utils.get_total_norm(gradients))
 
     def mean_gradient(self) -> float:
         """Mean over the parameters of the mean entry of their gradients."""

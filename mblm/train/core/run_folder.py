@@ -45,6 +45,7 @@ from mblm.utils.checkpoint import read_checkpoint, save_model_state
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
 from mblm.utils.lock import hold
+from mblm.utils.naming import naming_file
 
 Config = GenericEntryConfig[Any, Any, Any]
 Row = TypeVar("Row", bound=NamedTuple)
@@ -261,11 +262,8 @@ class CsvLog(Generic[Row]):
         os.truncate(self.file, self.file.read_bytes().rfind(b"\n", 0, size) + 1)
 
     def _append(self, row: Iterable[Any]) -> None:
-        try:
-            with self.file.open("a", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerow(row)
-        except OSError as error:  # such as of a full disk, which does not say where
-            raise OSError(error.errno, error.strerror, str(self.file)) from error
+        with naming_file(self.file), self.file.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow(row)
 
 
 class Ranked(NamedTuple):
