@@ -17,6 +17,7 @@ from mblm.train.core.run import Run
 from mblm.train.core.run_folder import RunFolder
 from mblm.train.core.sampling import get_rng, set_rng
 from mblm.train.core.telling import tell
+from mblm.utils.atomic import atomic_write
 
 T = TypeVar("T")
 Hooks: TypeAlias = TrainerHooks[Any, Any, Any, Any, Any]
@@ -113,11 +114,17 @@ class Observer:
         run.model.call.train()
 
     def _let_write(self, hooks: Hooks, run: Run, model: nn.Module) -> None:
+        """Write what the model writes after prompts to ``samples/step_<n>.txt``, and log it."""
         step, prompts = run.position.step, hooks.config.io.sample_prompts
         texts = hooks.generate_samples(model, prompts, run.lineage.seed)
-        self._folder.write_samples(step, prompts, texts)
+        told = []
         for prompt, text in zip(prompts, texts, strict=True):
+            told.append(f"{prompt}{text.decode(errors='replace')}")
             self._folder.log.info(f"[{step - 1}] sample: {prompt!r} + {text!r}")
+            self._folder.loggers.log_text(f"sample {len(told)}", told[-1], step - 1)
+        (self._folder.path / "samples").mkdir(exist_ok=True)
+        with atomic_write(self._folder.path / "samples" / f"step_{step:08d}.txt") as file:
+            file.write("\n\n---\n\n".join([*told, ""]).encode())
 
     def _write(
         self,
@@ -147,7 +154,8 @@ class Observer:
             **more,
         }
         told = {name: v for name, v in values.items() if v is not None and math.isfinite(v)}
-        self._folder.write_metrics(row, told)
+        self._folder.loggers.log(row.kind, told, row.cum_batch)
+        self._folder.metrics.write_row(row)
 
 
 def _peak_memory(workers: Workers) -> float | None:

@@ -15,7 +15,7 @@ import csv
 import glob
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -40,7 +40,7 @@ from mblm.train.core.loggers import Loggers, logger_names
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Position
 from mblm.train.core.training_state import STATES, SavedState, prune_states
-from mblm.utils.atomic import atomic_write, remove_leftovers
+from mblm.utils.atomic import remove_leftovers
 from mblm.utils.checkpoint import read_checkpoint, save_model_state
 from mblm.utils.cuda import cuda_memory_snapshot, cuda_properties
 from mblm.utils.io import dump_yml
@@ -60,6 +60,7 @@ class RunFolder:
     Attributes:
         path, workers, log: As given.
         summary, lineage: What ``config.yaml`` says about the run.
+        metrics: ``metrics.csv``.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class RunFolder:
         self._timemem = CsvLog(
             path / options.timemem_file_name, CSVTimeAndMemSnapshotEntry, enabled=is_main
         )
-        self._metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=is_main)
+        self.metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=is_main)
         names = logger_names(io) if is_main else []
         self.loggers = Loggers(names, path, io.name_model, config.model_dump(mode="json"), log)
         self.lineage: Lineage | None = None
@@ -136,7 +137,7 @@ class RunFolder:
         return {"best": self.best.entries, "resume": self._resume.model_dump(), "sizes": sizes}
 
     def _logs(self) -> "tuple[CsvLog[Any], ...]":
-        return self._loss, self._timemem, self._metrics
+        return self._loss, self._timemem, self.metrics
 
     def dump_config(self) -> None:
         """Write ``config.yaml``."""
@@ -176,23 +177,6 @@ class RunFolder:
             values["learning rate"] = lr
         self._loss.write_row(CSVLossEntry(*place, loss, *step))
         self.loggers.log(kind, values, last)
-
-    def write_metrics(self, row: CSVMetricsEntry, values: Mapping[str, float]) -> None:
-        """Append a row to ``metrics.csv``, and log values by the names that people read."""
-        self.loggers.log(row.kind, values, row.cum_batch)
-        self._metrics.write_row(row)
-
-    def write_samples(self, step: int, prompts: Sequence[str], texts: Sequence[bytes]) -> None:
-        """Write what the model writes after prompts to ``samples/step_<n>.txt``, and log it."""
-        told = [
-            f"{prompt}{text.decode(errors='replace')}"
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        (self.path / "samples").mkdir(exist_ok=True)
-        with atomic_write(self.path / "samples" / f"step_{step:08d}.txt") as file:
-            file.write("\n\n---\n\n".join([*told, ""]).encode())
-        for number, text in enumerate(told, start=1):
-            self.loggers.log_text(f"sample {number}", text, step - 1)
 
     def write_timemem(self, kind: ModelMode, **columns: Any) -> None:
         """Append a row to ``timemem.csv``: these columns, and the GPU's memory now."""
