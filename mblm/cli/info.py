@@ -61,7 +61,6 @@ def format_facts(facts: dict[str, Any], indent: str = "") -> list[str]:
     width = max(map(len, facts)) + 2
     lines = []
     for name, value in facts.items():
-        name = name.replace("_", " ") if not indent else name
         if isinstance(value, dict):
             lines += [name, *format_facts(value, indent + "  ")]
         elif isinstance(value, list):

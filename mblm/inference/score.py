@@ -32,7 +32,7 @@ class Score:
     @property
     def bits(self) -> float:
         """What the text takes if a perfect coder uses the model: the sum of its bytes, in bits."""
-        return -float(self.log_probs.double().sum()) / math.log(2)
+        return float(self.log_probs.double().neg().sum()) / math.log(2)
 
     @property
     def bits_per_byte(self) -> float:

@@ -192,12 +192,13 @@ def test_the_version_says_what_is_compiled(clone: Path, tmp_path: Path) -> None:
 
 def test_a_release_of_sources_is_whole_and_keeps_its_version(clone: Path, tmp_path: Path) -> None:
     """pip refuses a file whose content has another version than its name."""
-    shutil.copytree(ROOT / "configs", clone / "configs")
+    for folder in ("configs", "dev"):
+        shutil.copytree(ROOT / folder, clone / folder)
     said_by(start(clone, "sdist", "--dist-dir", str(tmp_path)))
     (archive,) = tmp_path.glob("mblm-*.tar.gz")
     shutil.unpack_archive(archive, tmp_path)
     source = archive.with_name(archive.name.removesuffix(".tar.gz"))
-    for name in ("configs/first.yaml", "csrc/cpu/ids.cpp", "find_torch.py", "compile_library.py"):
+    for name in ["configs/first.yaml", "dev/LOG.md", "csrc/cpu/ids.cpp", "compile_library.py"]:
         assert (source / name).exists(), name
     text = metadata(source, tmp_path / "metadata", MBLM_BUILD="none")
     assert re.search(r"^Version: [\d.]+$", text, re.MULTILINE)
