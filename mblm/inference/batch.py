@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mblm.inference import schedule
 from mblm.inference.cache import Cache, Row
-from mblm.inference.continuation import Continuation
+from mblm.inference.continuation import Continuation, Course
 from mblm.inference.engine import cache_for
 from mblm.inference.generation import FinishReason, Generation, nothing_generated
 from mblm.inference.prompt import Prompt, to_bytes
@@ -153,7 +153,6 @@ class Batch:
             if self._error is not None:
                 raise self._error
         except BaseException as error:
-            self._continuation.settle()
             for row, asked in self._going.items():
                 if self._results[asked.index] is None:
                     course = self._continuation[row]
@@ -176,7 +175,7 @@ class Batch:
                 self._cache.drop(rows)
                 self._put_back([asked for asked, _ in new], error)
                 continue
-            self._continuation.add(rows, requests)
+            self._continuation.add(rows, list(map(Course, requests)))
             self._going.update(zip(rows, [asked for asked, _ in new], strict=True))
             self._waited = 0
         return bool(self._going)

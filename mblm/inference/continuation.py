@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mblm.inference.cache import Cache, Ran, Reason, Row
+from mblm.inference.drafter import Drafter
 from mblm.inference.engine import cache_for
 from mblm.inference.generation import FinishReason, Generation
 from mblm.inference.guide import Guide
@@ -26,23 +27,26 @@ class Course:
 
     Attributes:
         request: The request.
-        begin: How many bytes its row had before.
+        begin: How many bytes its row had before, once it has one.
         ran: What each run gave the row.
         reason: Why the row came back from the last; it goes on as long as that is ``"time"``.
         error: What a function of the caller's raised, where the reason is ``"error"``.
-        drafter: Another model that proposes bytes, if one does.
         untold: The row's bytes that the drafter has not been told of.
     """
 
     reason: Reason = "time"
     error: Exception | None = None
 
-    def __init__(self, request: Request, begin: int) -> None:
-        self.request, self.begin = request, begin
+    def __init__(self, request: Request) -> None:
+        self.request, self.begin = request, 0
         self.ran: list[Ran] = []
         self._told = self._taken = 0  # of how many of these `fresh` has told, and `take` taken
-        self.drafter = request.drafter() if request.drafter else None
         self.untold = self._so_far = request.prompt
+
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """Another model that proposes bytes, if one does."""
+        return self.request.drafter() if self.request.drafter else None
 
     @cached_property
     def _guide(self) -> Guide | None:
@@ -154,14 +158,14 @@ class Course:
         return self.reason != "stop" and self._guide is not None and self._guide.is_complete()
 
 
-def begun(model: Any, request: Request, weights: str) -> tuple["Continuation", Course]:
+def begun(model: Any, course: Course, weights: str) -> "Continuation":
     """A continuation of one row, in a cache of its own, that has taken in its prompt."""
     cache = cache_for(model, weights)
     rows = cache.add()
-    cache.feed(rows, [request.prompt])
+    cache.feed(rows, [course.request.prompt])
     continuation = Continuation(cache)
-    continuation.add(rows, [request])
-    return continuation, continuation[rows[0]]
+    continuation.add(rows, [course])
+    return continuation
 
 
 class Continuation:
@@ -177,14 +181,14 @@ class Continuation:
         self._stops = 0  # how many of the rows pause, or are to be told what may come
         self.going: list[Row] = []
 
-    def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
-        """Have rows go on that have taken in their prompts."""
-        lengths = self._cache.begin(rows, [request.plan for request in requests])
-        for row, request, length in zip(rows, requests, lengths, strict=True):
-            course = self._courses[row] = Course(request, length)
-            if course.drafter is not None and length > len(request.prompt):
+    def add(self, rows: Sequence[Row], courses: Sequence[Course]) -> None:
+        """Have rows go on that have taken in their prompts, each on a new course."""
+        lengths = self._cache.begin(rows, [course.request.plan for course in courses])
+        for row, course, length in zip(rows, courses, lengths, strict=True):
+            self._courses[row], course.begin = course, length
+            if course.drafter is not None and length > len(course.request.prompt):
                 course.untold = self._cache.state_so_far(row)["tail"]
-            self._stops += request.stops
+            self._stops += course.request.stops
         self.going += rows
 
     def remove(self, row: Row) -> Course:
@@ -198,24 +202,24 @@ class Continuation:
     def __getitem__(self, row: Row) -> Course:
         return self._courses[row]
 
-    def ids(self, rows: Sequence[Row]) -> list[Tensor]:
-        """`Course.ids` of rows; none of one that was not added."""
-        courses = map(self._courses.get, rows)
-        return [_NO_BYTES.clone() if course is None else course.ids() for course in courses]
-
     def run(self, seconds: float = 0.02) -> int:
         """Let all rows go on that have not ended; returns how many bytes one got, at most.
 
         A row goes on by another run as long as the reason is ``"time"``. Rows that pause are
-        answered: by what their guide and their logits processor say.
+        answered: by what their guide and their logits processor say. Whatever is raised, all that
+        was chosen before is noted.
 
         Raises:
             MemoryError: There is no memory for the bytes to come, unless the rows are isolated.
         """
-        if self._stops:
-            return self._run_and_answer(seconds)
-        rows = list(self.going)
-        return self._note(rows, self._cache.run(rows, seconds))
+        try:
+            if self._stops:
+                return self._run_and_answer(seconds)
+            rows = list(self.going)
+            return self._note(rows, self._cache.run(rows, seconds))
+        except BaseException:
+            self._settle()
+            raise
 
     def _note(self, rows: Sequence[Row], results: Sequence[Ran]) -> int:
         """Go on by what a run gave the rows; returns how many bytes, at most."""
@@ -235,8 +239,8 @@ class Continuation:
             raise MemoryError("no memory for the bytes to come")
         return most
 
-    def settle(self) -> None:
-        """After an exception, note all that was chosen."""
+    def _settle(self) -> None:
+        """Note what was chosen in a call that has raised, or whose results nobody saw."""
         lengths = self._cache.lengths(list(self._courses))
         for (row, course), length in zip(self._courses.items(), lengths, strict=True):
             if missed := length - course.begin - course.ids().numel():

@@ -19,14 +19,11 @@ class Drafter:
     Args:
         model: The smaller model, an `mblm.MBLM` with as many token ids as the larger one. Where its
             context ends, it proposes nothing.
-        weights: Type of its weights that compiled code reads. Default ``"float32"``.
-        most: Bytes to propose at a time. Default 8.
     """
 
-    def __init__(self, model: Any, weights: str = "float32", most: int = _MOST) -> None:
-        self._cache = cache_for(model, weights)
+    def __init__(self, model: Any) -> None:
+        self._cache = cache_for(model, "float32")
         self._limit = model.max_length
-        self._most = most
         # A greedy plan draws numbers, too: those of the larger model's generator are not for it.
         self._generator = torch.Generator(model.device)
         (self._row,) = self._cache.add()
@@ -52,11 +49,11 @@ class Drafter:
             if self._proposed == ids[:known].tolist():
                 row, self._row, ids = self._row, row, ids[known:]
             cache.drop([row])
-        if self._limit is not None and self._length + self._most > self._limit:
+        if self._limit is not None and self._length + _MOST > self._limit:
             return None
         cache.feed([self._row], [ids])
         (self._ahead,) = cache.copy([self._row])
-        cache.begin([self._ahead], [Plan(self._most, draws=Draws(self._generator))])
+        cache.begin([self._ahead], [Plan(_MOST, draws=Draws(self._generator))])
         parts = [cache.run([self._ahead])[0]]
         while parts[-1].reason == "time":
             parts += cache.run([self._ahead])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mblm.inference.continuation import Continuation, Course, begun
+from mblm.inference.continuation import Course, begun
 from mblm.inference.prompt import Prompt
 from mblm.inference.request import Filters, check_names, request
 from mblm.utils.naming import naming
@@ -40,13 +40,11 @@ def generate(
         )
     check_names("generate", wishes, Filters.__optional_keys__)
     with naming(**_NAMES):
-        asked = request(model, b"" if prime is None else prime, **own, **wishes)
-    continuation: Continuation | None = None
-    course: Course | None = None
+        course = Course(request(model, b"" if prime is None else prime, **own, **wishes))
     try:
-        continuation, course = begun(model, asked, weights)
+        continuation = begun(model, course, weights)
         is_shown = stream is None and enable_progress
-        total = asked.plan.max_tokens
+        total = course.request.plan.max_tokens
         with tqdm(total=total, unit="B", leave=False) if is_shown else nullcontext() as bar:
             while continuation.going:
                 continuation.run()
@@ -58,17 +56,15 @@ def generate(
             else:
                 if stream is not None:
                     _write(stream, None)
-        return _joined(model, asked.prompt, course)
+        return _joined(model, course)
     except BaseException as error:
-        if continuation is not None:
-            continuation.settle()
-        error.ids = _joined(model, asked.prompt, course)  # type: ignore[attr-defined]
+        error.ids = _joined(model, course)  # type: ignore[attr-defined]
         raise
 
 
-def _joined(model: Any, prompt: torch.Tensor, course: Course | None) -> torch.Tensor:
+def _joined(model: Any, course: Course) -> torch.Tensor:
     with torch.inference_mode(False):  # the caller's own
-        return torch.cat((prompt, *([] if course is None else [course.ids()]))).to(model.device)
+        return torch.cat((course.request.prompt, course.ids())).to(model.device)
 
 
 def _write(stream: ByteStreamer, ids: torch.Tensor | None) -> bool:

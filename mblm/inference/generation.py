@@ -51,13 +51,9 @@ class Generation:
 
 
 def nothing_generated(
-    reason: FinishReason,
-    seed: int | None,
-    error: BaseException | None,
-    prompt: Tensor | None = None,
+    reason: FinishReason, seed: int | None, error: BaseException | None
 ) -> Generation:
     """Of a prompt that had no row."""
     with lasting_tensors():
-        nothing = torch.empty(0, dtype=torch.long, device="cpu")
-        prompt = nothing if prompt is None else prompt
-        return Generation(prompt, nothing, reason, seed=seed, error=error)
+        prompt, ids = (torch.empty(0, dtype=torch.long, device="cpu") for _ in range(2))
+        return Generation(prompt, ids, reason, seed=seed, error=error)

@@ -12,7 +12,7 @@ import torch
 from mblm.inference import session_file
 from mblm.inference.arguments import MOST_ROWS, check_model
 from mblm.inference.cache import Cache, ChangedModelError, Row
-from mblm.inference.continuation import Continuation
+from mblm.inference.continuation import Continuation, Course
 from mblm.inference.engine import cache_for
 from mblm.inference.fingerprint import fingerprint
 from mblm.inference.prompt import Prompt, as_ids, prompt_ids
@@ -171,23 +171,22 @@ class Session:
         return self._on_cache(lambda cache: self._continue(cache, *self._requests(asked)))
 
     def _continue(self, cache: Cache, requests: list[Request], is_ragged: bool) -> Any:
-        continuation: Continuation | None = None
+        courses: list[Course] = []
         try:
+            courses = list(map(Course, requests))
             continuation = Continuation(cache)
-            continuation.add(self._rows, requests)
+            continuation.add(self._rows, courses)
             while continuation.going:
                 continuation.run()
-            ids = continuation.ids(self._rows)
+            ids = [course.ids() for course in courses]
             own = ids if is_ragged else [_stacked(ids)]
             if not self._is_on_cpu:
                 with torch.inference_mode(False):  # the caller's own, as `logits`
                     own = [tensor.to(self._device) for tensor in own]
             return own if is_ragged else own[0]
         except BaseException as error:
-            error.ids = [torch.empty(0, dtype=torch.long) for _ in self._rows]  # type: ignore[attr-defined]
-            if continuation is not None:
-                continuation.settle()
-                error.ids = continuation.ids(self._rows)  # type: ignore[attr-defined]
+            nothing = [torch.empty(0, dtype=torch.long) for _ in requests]
+            error.ids = [course.ids() for course in courses] or nothing  # type: ignore[attr-defined]
             raise
 
     def _requests(self, wishes: dict[str, Any]) -> tuple[list[Request], bool]:

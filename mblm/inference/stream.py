@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Unpack
 
 from mblm.inference.continuation import Continuation, Course, begun
-from mblm.inference.generation import Generation, nothing_generated
+from mblm.inference.generation import Generation
 from mblm.inference.prompt import Prompt, to_bytes
 from mblm.inference.request import Wishes, check_names, request
 from mblm.utils.transforms import decoding
@@ -51,12 +51,11 @@ class Stream(
         self._model, self._weights = model, weights
         asked = request(model, prompt, **wishes)
         # It is read later, when the caller's tensor may have changed.
-        self._request = replace(asked, prompt=asked.prompt.clone())
+        self._course = Course(replace(asked, prompt=asked.prompt.clone()))
         self._seed = wishes.get("seed")
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoder = decoder(errors="replace") if text else None
         self._continuation: Continuation | None = None
-        self._course: Course | None = None
         self._result: Generation | None = None
         self._is_closed = False
         self._lock = threading.RLock()  # held by the thread that generates
@@ -94,7 +93,7 @@ class Stream(
         if self._is_closed:
             return b""
         is_over = self._result is not None
-        data = b"" if self._course is None else to_bytes(self._course.fresh())
+        data = to_bytes(self._course.fresh())
         chunk = data if self._decoder is None else self._decoder.decode(data, final=is_over)
         return chunk if chunk or is_over else None
 
@@ -106,17 +105,15 @@ class Stream(
             continuation = self._continuation
             try:
                 if continuation is None:
-                    continuation, self._course = begun(self._model, self._request, self._weights)
+                    continuation = begun(self._model, self._course, self._weights)
                     self._continuation = continuation
                 if continuation.going and not self._is_closed:
                     continuation.run()
-                if not continuation.going and self._course is not None:
+                if not continuation.going:
                     self._end(self._course.reason)
                     if self._result is not None and self._result.error is not None:
                         raise self._result.error
             except BaseException as error:
-                if continuation is not None:
-                    continuation.settle()
                 self._end("error", error)
                 self._is_closed = True
                 if isinstance(error, StopIteration):  # which would end the iteration
@@ -128,13 +125,9 @@ class Stream(
 
     def _end(self, reason: Any, error: BaseException | None = None) -> None:
         """Keep the result alone."""
-        if self._result is not None:
-            return
-        if self._course is None:
-            self._result = nothing_generated(reason, self._seed, error, self._request.prompt)
-        else:
+        if self._result is None:
             self._result = self._course.result(reason, self._seed, error)
-        self._continuation = None
+            self._continuation = None
 
     def close(self) -> None:
         """End it: no chunk comes any more. A thread that generates ends within 20 ms."""

@@ -183,7 +183,6 @@ class TestAutomata:
         assert ran[2].ids.tolist() == follow(m, ids_of(3), Plan(8), numbers_of(0, 1))[0]
 
     def test_the_context_counts_among_what_is_left(self, make: MakeCache) -> None:
-        m = build("transformer", "mamba1", seq_lens=(2, 4))
         m = with_fixed_positions()
         word = Automaton(
             CLASSES, torch.tensor([[0, -1, 1], [-1, -1, -1]]), torch.tensor([0, 1]) > 0
@@ -318,6 +317,8 @@ class TestRuns:
         cache.begin(rows[1:2], plans[1:])
         with pytest.raises(ValueError, match="1 of these draws serves another row"):
             cache.begin([rows[0], rows[2]], plans)
+        with pytest.raises(ValueError, match="it has no plan"):
+            cache.run(rows[:1])
         (second,) = run_out(cache, rows[1:2])
         cache.begin(rows[:1], plans[:1])  # its numbers were kept
         (first,) = run_out(cache, rows[:1])

@@ -54,19 +54,6 @@ class TestStates:
             assert ran.ids.tolist() == follow(m, ids_of(length), plan, numbers)[0]
 
     @with_every_pair
-    def test_saving_between_logits_makes_no_difference(
-        self, make: MakeCache, kinds: tuple[str, ...]
-    ) -> None:
-        m = build(*kinds)
-        cache = make(m)
-        rows = fed(cache, ids_of(3))
-        cache.logits(rows)
-        cache.feed(rows, [ids_of(2)])
-        cache.state(rows[0])
-        whole = whole_logits(m, torch.cat((ids_of(3), ids_of(2))))
-        torch.testing.assert_close(cache.logits(rows)[0], whole, **CLOSE)
-
-    @with_every_pair
     def test_positions_follow_from_the_bytes(self, make: MakeCache, kinds: tuple[str, ...]) -> None:
         m = build(*kinds)
         cache = make(m)
@@ -273,16 +260,6 @@ class TestRows:
             cache.drop(rows)
         assert len(seen) == 150
 
-    def test_a_copy_goes_its_own_way(self, cache: Cache) -> None:
-        m = MODELS["transformer above mamba1"]
-        (row,) = fed(cache, ids_of(6))
-        (copied,) = cache.copy([row])
-        cache.feed([row], [ids_of(3)])
-        cache.feed([copied], [ids_of(4)])
-        for r, n in ((row, 3), (copied, 4)):
-            whole = whole_logits(m, torch.cat((ids_of(6), ids_of(n))))
-            torch.testing.assert_close(cache.logits([r])[0], whole, **CLOSE)
-
     @pytest.mark.parametrize(
         ("call", "words"),
         [
@@ -325,15 +302,6 @@ class TestRows:
         with pytest.raises((ValueError, TypeError), match="ids"):
             cache.feed(rows, [ids_of(4), ids])
         assert cache.lengths(rows) == [3, 2]
-
-    def test_plans_are_all_begun_or_none(self, cache: Cache) -> None:
-        rows = cache.add(2)
-        draws = seeded(1, 2)
-        with pytest.raises(ValueError, match="lane: 1 of these draws serves another row"):
-            cache.begin(rows, [Plan(3, draws=draws, lane=1)] * 2)
-        cache.begin(rows[1:], [Plan(3, draws=draws, lane=1)])
-        with pytest.raises(ValueError, match="it has no plan"):
-            cache.run(rows)
 
     @pytest.mark.parametrize("seconds", [float("nan"), 10**400, "1", None])
     def test_seconds_are_a_number(self, cache: Cache, seconds: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from mblm import MBLM, MBLMReturnType
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Cache, Ran
-from mblm.inference.continuation import Continuation
+from mblm.inference.continuation import Continuation, Course
 from mblm.inference.request import Request, request
 from mblm.inference.torch_cache import TorchCache
 from tests.inference.caches import MakeCache, build, ids_of, on_every_engine
@@ -78,7 +78,7 @@ def begun(m: MBLM, cache: Cache, requests: list[Request], **how: Any) -> tuple[C
     rows = cache.add(len(requests))
     cache.feed(rows, [asked.prompt for asked in requests])
     continuation = Continuation(cache, **how)
-    continuation.add(rows, requests)
+    continuation.add(rows, list(map(Course, requests)))
     return continuation, rows
 
 
@@ -318,7 +318,6 @@ class TestErrors:
         continuation, (row,) = begun(m, make(m), [one(m, logits_processor=processor, **own)])
         with pytest.raises(type(error)):
             continuation.run(seconds=60)
-        continuation.settle()
         course = continuation[row]
         assert torch.equal(course.ids(), plain.ids()[:4])
         torch.testing.assert_close(course.log_probs(), plain.log_probs()[:4])
@@ -346,7 +345,6 @@ class TestErrors:
             monkeypatch.setattr(cache, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 continuation.run(seconds=0)
-            continuation.settle()
             course = continuation[row]
             assert torch.equal(course.ids(), want[:2]) and len(course.log_probs()) == 2
 
@@ -371,7 +369,6 @@ class TestErrors:
         monkeypatch.setattr(of, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             continuation.run(seconds=0)
-        continuation.settle()
         assert [len(continuation[row].ids()) for row in rows] == [2] * 3
         assert all(continuation[row].is_matched() for row in rows)
 

@@ -17,6 +17,7 @@ from mblm.inference.plan import Draws, Plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.ops import _native
 from mblm.ops.packing import round_weight
+from tests.inference import caches
 from tests.inference.caches import build, ids_of, whole_logits
 
 KIND = torch.ops.mblm.device_kind() if _native.is_loaded() else ""
@@ -38,14 +39,7 @@ def on_device(*kinds: str, **fields: Any) -> MBLM:
 
 def run_out(cache: NativeCache | TorchCache, rows: list[int]) -> list[list[int]]:
     """All bytes that the rows' plans choose."""
-    chosen: list[list[int]] = [[] for _ in rows]
-    for _ in range(100):
-        rans = cache.run(rows)
-        for ids, ran in zip(chosen, rans, strict=True):
-            ids += ran.ids.tolist()
-        if all(ran.reason != "time" for ran in rans):
-            return chosen
-    raise AssertionError("it does not end")
+    return [ran.ids.tolist() for ran in caches.run_out(cache, rows)]
 
 
 def numbers(seed: int) -> Draws:

@@ -194,9 +194,6 @@ class TestStandsAside:
         part.register_forward_hook(lambda _, x, y: y + 0.3)
         self.is_pytorchs(m)
 
-    def test_for_another_dtype(self, m: MBLM) -> None:
-        self.is_pytorchs(m.double())
-
     def test_not_under_autocast(self, m: MBLM) -> None:
         """Which says what PyTorch's products may be computed in."""
         exact = Session(m).feed(b"\x01\x02\x03")
@@ -216,22 +213,6 @@ class TestStandsAside:
         self.is_pytorchs(m, session)
         self.is_pytorchs(m, fork)
         assert calls
-
-
-@needs_native
-def test_a_seed_that_ends_early_has_drawn_for_its_bytes_alone() -> None:
-    """What is drawn afterwards is what the contract says."""
-    m = wide("transformer", "transformer")
-    arguments: dict[str, Any] = {"num_tokens_to_generate": 12, "filter_thres": 0.0}
-    torch.manual_seed(3)
-    everything = m.generate(**arguments)
-    torch.manual_seed(3)
-    some = m.generate(**arguments, end_of_gen_token_id=int(everything[2]))
-    rest = torch.rand(1)
-    torch.manual_seed(3)
-    for _ in some:
-        torch.zeros(1, 67).uniform_()
-    assert torch.equal(rest, torch.rand(1))
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-46, 1e-38])

@@ -131,12 +131,6 @@ class TestEnd:
         assert sampled(m, end_of_gen_token_id=end, stream=stream) == everything[: first + 1]
         assert stream.written == everything[: first + 1] and stream.flushed == 1
 
-    def test_id_in_the_prompt_does_not_end_it(self, m: MBLM) -> None:
-        everything = sampled(m)
-        unseen = next(i for i in range(19) if i not in everything)
-        prime = torch.full((5,), unseen)
-        assert len(generate(m, prime, end_of_gen_token_id=unseen, num_tokens_to_generate=1)) == 6
-
     @pytest.mark.parametrize("length", [1, 2, 5, 9])
     def test_after_a_stop_string_which_is_kept(self, m: MBLM, length: int) -> None:
         everything = sampled(m)
@@ -145,12 +139,6 @@ class TestEnd:
             end for end in range(length, 26) if bytes(everything[end - length : end]) == stop
         )
         assert sampled(m, stop=[stop]) == everything[:ends]
-
-    def test_a_stop_string_is_looked_for_in_what_is_generated_only(self, m: MBLM) -> None:
-        """Not in the prompt, and not across its end."""
-        everything = sampled(m)
-        across = bytes([5, *everything[:2]])
-        assert sampled(m, stop=[bytes(PROMPT.tolist()), across]) == everything
 
 
 class TestSeed:
@@ -241,12 +229,6 @@ class TestModes:
         fed = m.session().feed(PROMPT).generate(7)
         m(fed).backward()
         assert m.to_logits.weight.grad is not None
-
-    def test_half_precision(self) -> None:
-        m = model(mamba("mamba1"), transformer(), seq_lens=[6, 5]).bfloat16()
-        assert len(generate(m)) == 30
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert len(generate(m.float())) == 30
 
 
 class TestBadInput:

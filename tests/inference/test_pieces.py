@@ -11,7 +11,6 @@ from mblm import MBLMReturnType
 from mblm.inference.session import Session
 from mblm.ops.packing import WEIGHT_TYPES
 from tests.decoding import CLOSE, STAGES, wide
-from tests.models import LSTMBlock, mamba, model, transformer
 
 PIECES = st.lists(st.integers(1, 24), min_size=1, max_size=5)  # each taken in by compiled code
 
@@ -65,20 +64,3 @@ def test_pieces_of_any_length_give_the_logits_of_the_forward_pass(stage: str) ->
         for part in ids.split(piece, dim=1):
             session.feed(part)
         torch.testing.assert_close(session.logits(), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("with_hook", [False, True])
-@pytest.mark.parametrize("upper_is_custom", [False, True])
-@pytest.mark.parametrize("weights", WEIGHT_TYPES)
-def test_beside_a_custom_block(with_hook: bool, upper_is_custom: bool, weights: str) -> None:
-    torch.manual_seed(0)
-    custom = LSTMBlock(with_hook=with_hook)
-    blocks = (custom, mamba("mamba2")) if upper_is_custom else (transformer(), custom)
-    m = model(*blocks, seq_lens=[9, 4])
-    ids = torch.randint(0, 18, (2, 27))
-    session = Session(m, 2, weights=weights)
-    for piece in ids.split([3, 9, 4, 11], dim=1):
-        session.feed(piece)
-    expected = m(ids, return_type=MBLMReturnType.LOGITS)[:, -1]
-    tolerance = {"atol": 0.05, "rtol": 0.05} if weights != "float32" else CLOSE
-    torch.testing.assert_close(session.logits(), expected, **tolerance)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mblm.inference.automaton import Automaton
 from mblm.inference.engine import cache_for
 from mblm.inference.plan import Draws, Plan
 from tests.models import model, transformer
@@ -173,10 +172,6 @@ class TestPlan:
     ) -> None:
         with pytest.raises(error, match=words):
             Plan(**{"max_tokens": 1, **arguments})
-
-    def test_takes_automata(self) -> None:
-        stop = Automaton.of_strings([b"a"], 256)
-        assert Plan(1, stop=stop).stop is stop
 
     def test_of_one_that_the_engine_has_read_a_copy_is_made_as_of_any(self) -> None:
         cache = cache_for(model(transformer(), seq_lens=[4, 2]), "float32")

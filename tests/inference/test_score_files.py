@@ -65,14 +65,6 @@ def test_a_file_is_a_path_or_its_text_in_a_list(tmp_path: Path) -> None:
             score_files(net, one)  # type: ignore[arg-type]
 
 
-def test_an_untrained_model_needs_its_whole_vocabulary(tmp_path: Path) -> None:
-    net = bytes_model()
-    torch.nn.init.zeros_(net.to_logits.weight)
-    torch.nn.init.zeros_(net.to_logits.bias)
-    (of_file,) = score_files(net, [write(tmp_path / "f", 100)])
-    assert of_file.bits_per_byte == pytest.approx(math.log2(257))
-
-
 def test_bytes_equal_to_the_padding_do_not_count(tmp_path: Path) -> None:
     net = bytes_model(num_tokens=256, pad_token_id=0)
     data = b"ab\0cd\0\0"

@@ -98,6 +98,7 @@ class TestOneForEachSequence:
             ({"num_tokens": 3, "seed": [1]}, "seed: expected one value or a list of 3"),
             ({"num_tokens": 3, "stop": [[b"a"]]}, "stop: expected one value or a list of 3"),
             ({"num_tokens": 3, "end_of_gen_token_id": [1]}, "end_of_gen_token_id: expected one"),
+            ({"num_tokens": 44}, "num_tokens: 44 bytes after 5 exceed the context of 48"),
             ({"num_tokens": [1, 2, 46]}, "num_tokens: 46 bytes after 5 exceed the context of 48"),
             ({"num_tokens": 3, "top_p": [0.5, 2, None]}, "top_p: expected a number in"),
             (
@@ -266,9 +267,29 @@ class TestFeed:
         assert m.session(2).feed([[], b""]).lengths == [0, 0]
         assert m.session().feed([]).feed("").lengths == [0]
 
-    @pytest.mark.parametrize("ids", [[], [3, 4], [3], np.zeros((3, 1), int)], ids=repr)
-    def test_refuses_what_is_not_one_for_each(self, m: MBLM, ids: Any) -> None:
-        session = m.session(2)
-        with pytest.raises(ValueError, match="ids: expected"):
+    @pytest.mark.parametrize(
+        ("batch_size", "ids", "words"),
+        [
+            (1, torch.tensor([19]), r"ids: token id 19 at position \(0,\) .* num_tokens = 19"),
+            (1, [1.0], r"ids\[0\]: expected an integer, got 1.0"),
+            (1, torch.zeros(2, 1).long(), r"ids: expected shape \(L,\)"),
+            (1, torch.zeros(48).long(), "1 bytes and 48 more exceed the context of 48 bytes"),
+            (2, [], "ids: expected"),
+            (2, [3, 4], "ids: expected"),
+            (2, [3], "ids: expected"),
+            (2, np.zeros((3, 1), int), "ids: expected"),
+            (2, [b"\1"], "ids: expected a list of 2, the session's batch, got 1"),
+            (2, [b"\1", b"\xff"], r"ids\[1\]: .*255"),
+            (2, [b"\1", torch.zeros(2, 1).long()], r"ids\[1\]: expected shape \(L,\), got \(2, 1"),
+            (2, [torch.zeros(1), b""], r"ids\[0\]: expected integer"),
+        ],
+        ids=str,
+    )
+    def test_refuses_what_is_not_one_for_each(
+        self, m: MBLM, batch_size: int, ids: Any, words: str
+    ) -> None:
+        session = m.session(batch_size).feed([b"\1"] * batch_size)
+        before = session.logits()
+        with pytest.raises((ValueError, TypeError), match=words):
             session.feed(ids)
-        assert session.lengths == [0, 0]
+        assert session.lengths == [1] * batch_size and torch.equal(session.logits(), before)

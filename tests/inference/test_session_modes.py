@@ -15,7 +15,7 @@ import torch
 
 from mblm import MBLM, MBLMReturnType, Session
 from tests.decoding import in_pytorch
-from tests.models import LSTMBlock, mamba, model, needs_bfloat16_lstm, transformer
+from tests.models import LSTMBlock, mamba, model, transformer
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 on_every_engine = pytest.mark.parametrize("engine", [contextlib.nullcontext, in_pytorch])
@@ -122,34 +122,6 @@ def test_other_default_dtypes_and_devices_change_nothing(
         assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    "blocks",
-    [
-        pytest.param([transformer(), mamba("mamba1")], id="transformer above mamba1"),
-        pytest.param([mamba("mamba2"), transformer()], id="mamba2 above transformer"),
-        pytest.param(
-            [LSTMBlock(), transformer(), LSTMBlock()], id="custom", marks=needs_bfloat16_lstm
-        ),
-    ],
-)
-def test_autocast_may_begin_and_end_in_a_session(blocks: list[Any]) -> None:
-    m = model(*blocks, seq_lens=[6, 4, 2][: len(blocks)])
-    ids = torch.randint(0, 18, (1, 13))
-    expected = m.session().feed(ids).logits()
-
-    def autocast() -> Any:
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-
-    with autocast():
-        session = m.session().feed(ids[:, :9])
-        rows = m.session(2).feed([ids[0, :9], ids[0, :3]])
-    session.feed(ids[:, 9:10])
-    with autocast():
-        session.feed(ids[:, 10:12])
-    torch.testing.assert_close(session.feed(ids[:, 12:]).logits(), expected, atol=0.1, rtol=0.1)
-    assert session.generate(5).shape == (1, 5) and rows.generate(5).shape == (2, 5)
-
-
 def test_a_session_that_moves_to_another_cache_lets_go_of_the_one_before(m: MBLM) -> None:
     session = m.session(2).feed([b"\1\2", b"\3"])
     before = weakref.ref(session._cache)
@@ -166,18 +138,6 @@ def test_what_is_fed_may_change_afterwards(m: MBLM) -> None:
     session = m.session().feed(buffer)
     buffer.fill_(3)
     torch.testing.assert_close(session.feed(ids[:, 9:]).logits(), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("is_ragged", [False, True])
-def test_half_precision_samples_what_the_logits_say(is_ragged: bool) -> None:
-    m = model(transformer(), seq_lens=[80], num_tokens=257)
-    with torch.no_grad():
-        m.to_logits.weight.zero_()
-        m.to_logits.bias.zero_()
-    session = m.bfloat16().session(8)
-    session.feed([b"a" * (1 + row * is_ragged) for row in range(8)])
-    ids = session.generate(64, filter_thres=0.0)
-    assert abs(ids.double().mean() - 128) < 4 * 257 / (12 * ids.numel()) ** 0.5
 
 
 class TestGenerate:
