@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class ByteFilesArgs(Fields):
         description="Where samples start: one where another ends; or at every document, a long one "
         "being cut, and what follows fills a sample up",
     )
-    sources: dict[str, float] | None = Field(
+    sources: dict[Annotated[str, Field(min_length=1)], float] | None = Field(
         default=None,
         min_length=1,
         description="Files, folders or packed folders to mix, and their shares of the samples",

@@ -113,6 +113,7 @@ def test_sources_may_start_at_documents(folder: Path) -> None:
         ({"sources": {"letters": 1.5, "digits": -0.5}}, "above 0, got -0.5 for 'digits'"),
         ({"sources": {"letters": 1, "digits": 0}}, "above 0, got 0.0 for 'digits'"),
         ({"sources": {"letters": float("nan")}}, "above 0, got nan for 'letters'"),
+        ({"sources": {"": 1}}, "sources(.|\n)*at least 1 character"),
         ({"sources": {"letters": True}}, "expected a number, no truth value"),
         ({"sources": ["letters"]}, "sources\n.*valid dictionary"),
         ({"files": ["letters"]}, "give sources or files, not both"),
