@@ -14,6 +14,7 @@ from typing import Any
 
 from mblm.train.core.config import CoreIoConfig
 from mblm.train.core.telling import tell
+from mblm.utils.errors import describe
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 _BOARD, _SAMPLE = "tensorboard", "sample"
@@ -168,11 +169,14 @@ class Loggers:
 
 
 def logger_names(io: CoreIoConfig) -> list[str]:
-    """Those that are configured; one whose library is missing is refused."""
+    """Those that are configured; one whose library cannot be imported is refused."""
     names = list(dict.fromkeys([*["tensorboard"] * io.tensorboard, *io.loggers]))
     for name in names:
         try:
             importlib.import_module(_MODULES[name])
-        except ImportError as error:
-            raise ValueError(f"io.loggers: {name} needs pip install 'mblm[{name}]'") from error
+        except Exception as error:  # what is broken raises anything
+            reason = describe(error)
+            raise ValueError(
+                f"io.loggers: {name} needs pip install 'mblm[{name}]' ({reason})"
+            ) from error
     return names

@@ -186,9 +186,13 @@ def test_without_a_login_wandb_writes_offline_and_says_so(tmp_path, monkeypatch,
     assert first == second
 
 
-def test_a_missing_library_is_named_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb needs pip install 'mblm\[wandb\]'"):
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_missing_library_is_named_before_anything_is_written(tmp_path, monkeypatch, broken):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wandb.py").write_text("1 / 0" if broken else "raise ImportError")
+    reason = "division by zero" if broken else "ImportError"
+    with pytest.raises(ValueError, match=rf"wandb needs pip install 'mblm\[wandb\]' \({reason}"):
         train(jobs.config(tmp_path / "out", loggers=["wandb"]))
     assert not (tmp_path / "out").exists()
 
