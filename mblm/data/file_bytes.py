@@ -87,16 +87,12 @@ class FileBytes:
         pieces = []
         first = max(bisect_right(self._origins, begin) - 1, 0)
         for file in range(first, bisect_left(self._origins, end)):
-            origin, size = self._origins[file], self.sizes[file]
-            pieces.append(self._read_file(file, max(begin - origin, 0), min(end - origin, size)))
+            path, origin, size = self.files[file], self._origins[file], self.sizes[file]
+            opened = self._open(path)
+            if opened.size != size:
+                raise ValueError(f"{str(path)!r} had {size} bytes and now has {opened.size}")
+            pieces.append(opened.read(max(begin - origin, 0), min(end - origin, size)))
         return np.frombuffer(b"".join(pieces), dtype=np.uint8)  # a single one is not copied
-
-    def _read_file(self, file: int, begin: int, end: int) -> bytes:
-        path, size = self.files[file], self.sizes[file]
-        opened = self._open(path)
-        if opened.size != size:
-            raise ValueError(f"{str(path)!r} had {size} bytes and now has {opened.size}")
-        return opened.read(begin, end)
 
     def _open(self, path: Path) -> "_OpenFile":
         """An open file; the one that was not used for longest is closed for it."""

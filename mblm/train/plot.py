@@ -65,7 +65,7 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
     text = file.read_text(encoding="utf-8", errors="replace")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a row may be half written
     found = set(rows.fieldnames or ())
-    if "seconds" in found:  # metrics, which need no clock
+    if is_timed := "seconds" in found:  # metrics, which need no clock
         found.add("timestamp")
     if missing := COLUMNS - found:
         raise ValueError(f"{file}: not a run's losses, no column {', '.join(sorted(missing))}")
@@ -73,18 +73,21 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
     for row in rows:
         try:
             seen, bits = float(row["elements_seen"]), float(row["loss"]) / math.log(2)
-            rate, clock = float(row["lr"] or -1), _clock(row)
-            speed = float(row.get("elements_per_second") or "nan")
+            rate, speed = float(row["lr"] or -1), float(row.get("elements_per_second") or "nan")
+            if is_timed:
+                clock = float(row["seconds"])
+            else:
+                clock = datetime.fromisoformat(row["timestamp"]).timestamp()
         except (TypeError, ValueError):
             raise ValueError(f"{file}, line {rows.line_num}: not a row of losses") from None
         first_rank = first_rank or row.get("gpu_rank")
         if row.get("gpu_rank") != first_rank or row["kind"] not in ("train", "valid"):
             continue
         if before is None:
-            before = 0.0 if "seconds" in row else clock
+            before = 0.0 if is_timed else clock
         passed = clock - before
         if passed < 0:  # a new process counts from 0; a clock was set back
-            passed = clock if "seconds" in row else 0.0
+            passed = clock if is_timed else 0.0
         before = clock
         last, total = curves.seconds[-1] if curves.seconds else (0.0, 0.0)
         curves.seconds.append((seen, total + passed))
@@ -100,12 +103,6 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
     if not curves.seconds:
         raise ValueError(f"{file}: no losses yet")
     return curves
-
-
-def _clock(row: dict[str, str]) -> float:
-    if "seconds" in row:
-        return float(row["seconds"])
-    return datetime.fromisoformat(row["timestamp"]).timestamp()
 
 
 def plot(runs: Sequence[Path], out: Path) -> list[Curves]:

@@ -5,28 +5,24 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 
 EXIT_STATUS = 130  # what a shell reports of a program that SIGINT ended
 
 
-@contextmanager
-def ends_at_once() -> Iterator[None]:
+def ends_at_once() -> AbstractContextManager[None]:
     """Let Ctrl-C end the process while the block runs.
 
     A ``KeyboardInterrupt`` would be told by whatever it comes through: in the middle of an import,
     C++ code ends the process with a message of its own.
     """
-    with handled([signal.SIGINT], _end):
-        yield
+    return handled([signal.SIGINT], _end)
 
 
-@contextmanager
-def raises() -> Iterator[None]:
+def raises() -> AbstractContextManager[None]:
     """Let Ctrl-C raise ``KeyboardInterrupt`` while the block runs, for what must be tidied up."""
-    with handled([signal.SIGINT], signal.default_int_handler):
-        yield
+    return handled([signal.SIGINT], signal.default_int_handler)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Tiles on several workers: the gradients of a plain pass."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +44,8 @@ def train_in_tiles(strategy: str) -> None:
         workers = Workers(run_vars)
         plain = build()
         m = build(tile=4, checkpoint_global=True)
-        parallel = ParallelModel(m, workers, strategy, m.stage_models)
+        how = jobs.config(Path(), strategy=strategy).train
+        parallel = ParallelModel(m, workers, how, m.stage_models)
         for step in range(2):
             plain.zero_grad()
             m.zero_grad()

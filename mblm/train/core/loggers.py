@@ -44,7 +44,7 @@ class Tracker:
     """Weights & Biases or Trackio, whose calls are the same. A run that goes on stays one there."""
 
     def __init__(
-        self, library: str, folder: Path, project: str, config: dict[str, Any], log: logging.Logger
+        self, library: str, folder: Path, config: dict[str, Any], log: logging.Logger
     ) -> None:
         self._library = importlib.import_module(_MODULES[library])
         id_file = folder / "state" / f"{library}_id"
@@ -58,7 +58,7 @@ class Tracker:
             if "WANDB_MODE" not in os.environ and not self._library.login(prompt=False):
                 own["mode"] = "offline"
                 tell(log, f"wandb: no login; to send it later: wandb sync {folder}/wandb/offline-*")
-        resume = "never" if is_new else "allow"
+        project, resume = config["io"]["name_model"], "never" if is_new else "allow"
         self._run = self._library.init(
             project=project, name=name, config=config, resume=resume, **own
         )
@@ -82,17 +82,12 @@ class Loggers:
     Args:
         names: What is configured.
         folder: The run's.
-        project, config: What the run is one of many of, and its configuration as plain values.
+        config: Its configuration as plain values; the model's name is that of the project.
         log: Is told what goes wrong.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        folder: Path,
-        project: str,
-        config: dict[str, Any],
-        log: logging.Logger,
+        self, names: Sequence[str], folder: Path, config: dict[str, Any], log: logging.Logger
     ) -> None:
         self._folder = folder
         self._log = log
@@ -106,11 +101,9 @@ class Loggers:
         self._loggers: dict[str, TensorBoard | Tracker] = {}
         for name in names:
             with self._leaves_out(name):
-                self._loggers[name] = (
-                    TensorBoard(folder)
-                    if name == _BOARD
-                    else Tracker(name, folder, project, config, log)
-                )
+                is_board = name == _BOARD
+                logger = TensorBoard(folder) if is_board else Tracker(name, folder, config, log)
+                self._loggers[name] = logger
 
     def __bool__(self) -> bool:
         return bool(self._loggers)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
+from mblm.train.core.config import CoreTrainConfig
 from mblm.utils.distributed import ElasticRunVars, cpu_group
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class ParallelModel:
 
     It is given on a CPU, and moved; the main worker's weights and buffers are everyone's. Under
     FSDP, the ``units`` are gathered one at a time and the rest of the model as a whole. It is
-    compiled in place: names in its state stay.
+    compiled in place, if configured: names in its state stay.
 
     Attributes:
         base: The model itself.
@@ -94,18 +95,12 @@ class ParallelModel:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        workers: Workers,
-        strategy: str,
-        units: Iterable[nn.Module],
-        *,
-        compiles: bool = False,
+        self, model: nn.Module, workers: Workers, train: CoreTrainConfig, units: Iterable[nn.Module]
     ) -> None:
         self._workers = workers
-        if compiles:
+        if train.compile:
             model.compile()
-        self.is_sharded = strategy == "fsdp" and workers.world_size > 1
+        self.is_sharded = train.strategy == "fsdp" and workers.world_size > 1
         self._ddp: DistributedDataParallel | None = None
         if self.is_sharded:
             for tensor in (*model.parameters(), *model.buffers()):
@@ -122,7 +117,7 @@ class ParallelModel:
             _settle_buckets(self._ddp)
         else:
             self.base = model.to(workers.device)
-            self.call = _Called(self.base) if compiles else self.base
+            self.call = _Called(self.base) if train.compile else self.base
         self.to_evaluate = self.call if self._ddp is None else self.base
 
     def accumulate(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:

@@ -94,7 +94,7 @@ class RunFolder:
         )
         self.metrics = CsvLog(path / "metrics.csv", CSVMetricsEntry, enabled=is_main)
         names = logger_names(io) if is_main else []
-        self.loggers = Loggers(names, path, io.name_model, config.model_dump(mode="json"), log)
+        self.loggers = Loggers(names, path, config.model_dump(mode="json"), log)
         self.lineage: Lineage | None = None
         self._resume = ResumeConfig(
             checkpoint_file="",

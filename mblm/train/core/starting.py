@@ -112,13 +112,8 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
         if is_new and (seed is not None or self._workers.rank):  # workers draw different numbers
             seed_everything((self._seed + 1 + self._workers.rank) % 2**32)
 
-        self._parallel = ParallelModel(
-            model,
-            self._workers,
-            config.train.strategy,
-            self.configure_fsdp_units(model),
-            compiles=config.train.compile,
-        )
+        units = self.configure_fsdp_units(model)
+        self._parallel = ParallelModel(model, self._workers, config.train, units)
 
     def _start(
         self, train_dataset: DistributedDataset[TBatch], valid_dataset: DistributedDataset[TBatch]
