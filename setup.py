@@ -56,6 +56,8 @@ def run_setup(
     class BuildRecorded(base):
         def run(self) -> None:
             self.extensions = [library] if library.sources else []
+            # Kept: an editable install compiles in a folder that is removed.
+            self.build_temp = str(folder / f"temp-{sys.implementation.cache_tag}")
             super().run()
             file = Path(RECORD) if self.inplace else Path(self.build_lib, RECORD)
             file.parent.mkdir(parents=True, exist_ok=True)
