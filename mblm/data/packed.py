@@ -16,7 +16,7 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from mblm.data.file_bytes import FileBytes
 from mblm.data.types import ModelMode
-from mblm.utils.errors import with_title
+from mblm.utils.errors import describe, with_title
 
 BYTES, DOCUMENTS, SUMMARY = "bytes.bin", "documents.npy", "pack.json"
 
@@ -62,7 +62,8 @@ def read_summary(folder: str | os.PathLike[str]) -> PackSummary:
     try:
         return PackSummary.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise with_title(error, str(file)) from None
+        # No error of fields: whoever asks has arguments of its own, which these would seem to be.
+        raise ValueError(describe(with_title(error, str(file)))) from None
 
 
 def open_part(

@@ -126,6 +126,13 @@ def test_mistakes_in_the_arguments_of_a_dataset_are_a_line_each(fields):
     assert lines[1].startswith("  valid_fraction: expected a number, no truth value")
 
 
+def test_a_damaged_summary_of_packed_data_is_named_as_such(fields, tmp_path):
+    fields["io"]["dataset_dir"] = str(tmp_path)
+    (tmp_path / "pack.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the train part of .*pack\.json: Invalid JSON"):
+        train_mblm(TrainEntryConfig.model_validate(fields))
+
+
 def test_the_registries():
     # Other tests of this process may have registered theirs.
     assert dataset_registry.keys() >= {"bytes", "clevr", "pg19"}
