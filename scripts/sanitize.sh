@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs compiled code under sanitizers: thread for the C++ tests of decoding, address and undefined
-# behavior for all C++ tests and the Python tests of decoding and of operators.
+# behavior for all C++ tests and the Python tests of decoding and of operators, these with a GPU's
+# kernels, emulated, too.
 #
 #   bash scripts/sanitize.sh [arguments of pytest instead of those tests]
 #
@@ -11,9 +12,12 @@ cd "$(dirname "$0")/.."
 python=$("${PYTHON:-python}" -c 'import sys; print(sys.executable)')
 out=$PWD/build/sanitize
 
+memory=address,undefined,float-cast-overflow
+
+options=(-DMBLM_BUILD_TESTS=ON)
 build() { # folder, sanitizers, targets
   # -O1 compiles quickly and optimizes fewer accesses away than what is shipped.
-  cmake -S . -B "$out/$1" -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 -DMBLM_BUILD_TESTS=ON \
+  cmake -S . -B "$out/$1" -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 "${options[@]}" \
     -DMBLM_BUILD_EXTENSION=ON -DMBLM_SANITIZE="$2" -DPython_EXECUTABLE="$python"
   cmake --build "$out/$1" --parallel "${MAX_JOBS:-$(nproc)}" --target "${@:3}"
 }
@@ -21,7 +25,7 @@ build() { # folder, sanitizers, targets
 build thread thread decode_test stages_test run_test
 ctest --test-dir "$out/thread" --output-on-failure --no-tests=error -R '^(decode|stages|run)_test$'
 
-build address address,undefined,float-cast-overflow all
+build address "$memory" all
 ctest --test-dir "$out/address" --output-on-failure --no-tests=error
 
 # A package loads the library beside its own files, so this library gets a copy of the package.
@@ -40,9 +44,16 @@ END
 # keep until the process ends would be taken for leaks.
 compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$out/address/CMakeCache.txt")
 runtimes="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)"
-if [ $# -eq 0 ]; then
-  set -- tests/inference tests/model/test_golden.py \
-    tests/ops --deselect tests/model/test_golden.py::test_all_of_this_without_native_kernels
+run() { # a module and its arguments
+  (cd "$out/package" && LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 "$python" -m "$@")
+}
+if [ $# -gt 0 ]; then
+  MBLM_NATIVE=require run pytest "$@"
+  exit
 fi
-cd "$out/package"
-LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 MBLM_NATIVE=require "$python" -m pytest "$@"
+MBLM_NATIVE=require run pytest tests/inference tests/model/test_golden.py tests/ops \
+  --deselect tests/model/test_golden.py::test_all_of_this_without_native_kernels
+
+options=(-DMBLM_CUDA_EMULATED=ON -DMBLM_KERNEL_OBJECTS="$out/address/CMakeFiles/kernels.dir")
+build emulated "$memory" _C
+MBLM_NATIVE=0 run tests.packaging.emulated "$out/emulated"

@@ -16,23 +16,15 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// Sums over parts that lie one behind the other.
-template <class C>
-std::vector<C> sum_of_parts(const std::vector<C>& parts, int64_t size) {
-  std::vector<C> sums(size);
-  for (size_t i = 0; i < parts.size(); ++i) sums[i % size_t(size)] += parts[i];
-  return sums;
-}
-
 // What run(), which launches kernels and gives a tuple of vectors, gives: the same bits in
 // whichever order the threads run.
 template <class Run>
 auto in_both_orders(Run run) {
-  cuda::emulation::falling_order = false;
+  cuda::emulation::mblm_falling_order = false;
   auto rising = run();
-  cuda::emulation::falling_order = true;
+  cuda::emulation::mblm_falling_order = true;
   const auto falling = run();
-  cuda::emulation::falling_order = false;
+  cuda::emulation::mblm_falling_order = false;
   std::apply(
       [&](const auto&... a) {
         std::apply([&](const auto&... b) { CHECK((same_bits(a, b) && ...)); }, falling);

@@ -44,8 +44,10 @@ struct Index {
   unsigned x = 0;
 };
 
-// In which order a block's threads run between barriers.
-inline bool falling_order = false;
+// In which order a block's threads run between barriers. Python finds it by its name.
+extern "C" {
+[[gnu::visibility("default")]] inline bool mblm_falling_order = false;
+}
 
 // A thread's stack and where it stands on it. Fibers outlive blocks and serve one after the other.
 struct Fiber {
@@ -84,7 +86,7 @@ class Scheduler {
     for (;;) {
       bool progress = false, all_done = true;
       for (int i = 0; i < threads; ++i) {
-        running_ = falling_order ? threads - 1 - i : i;
+        running_ = mblm_falling_order ? threads - 1 - i : i;
         if (current().state != State::kReady) continue;
         thread_index.x = unsigned(running_);
         to_thread(current());

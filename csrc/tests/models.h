@@ -36,7 +36,6 @@ class Store {
     return values.data();
   }
   float* zeros(int64_t size) { return floats_.emplace_back(size, 0.0f).data(); }
-  int64_t* integers(int64_t size) { return integers_.emplace_back(size, 0).data(); }
 
   cpu::Matrix matrix(int64_t outputs, int64_t inputs, bool has_bias = true) {
     cpu::Matrix matrix;
@@ -75,7 +74,6 @@ class Store {
   std::deque<std::vector<float>> floats_;
   std::deque<std::vector<cpu::BFloat16>> halves_;
   std::deque<std::vector<int8_t>> bytes_;
-  std::deque<std::vector<int64_t>> integers_;
 };
 
 inline void fill(Store& store, const Sizes& sizes, cpu::TransformerStage& stage) {

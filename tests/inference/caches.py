@@ -34,6 +34,12 @@ BLOCKS: dict[str, Any] = {
     "transformer without rotary": lambda: transformer(attn_use_rot_embs=False, pos_emb_type=None),
     "mamba1": lambda: mamba("mamba1"),
     "mamba2": lambda: mamba("mamba2"),
+    "odd transformer": lambda: transformer(attn_head_dims=6, attn_num_heads=4),
+    "wide transformer": lambda: transformer(attn_head_dims=96, attn_num_heads=1),
+    "odd mamba1": lambda: mamba("mamba1", d_state=7, d_conv=1),
+    "wide mamba1": lambda: mamba("mamba1", d_state=40, d_conv=4),
+    "odd mamba2": lambda: mamba("mamba2", d_state=7, d_conv=1, headdim=16),
+    "wide mamba2": lambda: mamba("mamba2", d_state=40, d_conv=4, headdim=1),
     "lstm with a state": lambda: LSTMBlock(with_hook=True),
     "lstm": lambda: LSTMBlock(pos_emb_type="rope"),
 }

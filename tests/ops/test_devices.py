@@ -15,6 +15,7 @@ from mblm.ops.selective_scan import selective_scan
 from mblm.ops.shift_rms_norm import shift_rms_norm
 from mblm.ops.short_attention import short_attention
 from mblm.ops.ssd import ssd
+from tests.native import GPU_KERNELS, KIND
 from tests.ops.modes import Calls
 
 ON_GPU = [
@@ -44,6 +45,11 @@ def make_shift_rms_norm() -> Case:
     return Case(shift_rms_norm, [x, normal(96), normal(300, 48)])
 
 
+def make_shift_rms_norm_of_wide_rows() -> Case:
+    """A GPU sums the gradients of the weight in no shared memory."""
+    return Case(shift_rms_norm, [normal(2, 3, 3200), normal(3200), normal(2, 1600)])
+
+
 def make_gated_rms_norm() -> Case:
     return Case(
         lambda x, gate, weight: gated_rms_norm(x, weight, gate),
@@ -54,6 +60,7 @@ def make_gated_rms_norm() -> Case:
 
 def make_assemble_stage() -> Case:
     ids = torch.randint(NUM_IDS, (700, 8))
+    ids[:60] = 5  # more often than a GPU sums up at once
     turns = normal(9, 24)
     rotation = torch.stack((turns.cos(), turns.sin()), dim=-1).float()
     return Case(
@@ -71,6 +78,7 @@ def make_assemble_stage_of_embeddings() -> Case:
 
 def make_embed_patches() -> Case:
     ids = torch.randint(NUM_IDS, (30, 38))
+    ids[:9] = 5  # more often than a GPU sums up at once
     return Case(
         lambda table, weight, bias, ids: embed_patches(
             ids, table, weight, bias, num_patches=10, patch_size=4, pad_token_id=2
@@ -93,38 +101,62 @@ def make_causal_conv() -> Case:
     return Case(causal_conv, [normal(40, 70, 96), normal(96, 1, 4), normal(96), normal(40, 3, 96)])
 
 
-def make_selective_scan() -> Case:
-    x, steps = normal(2, 150, 70), normal(2, 150, 70).abs() / 4
+def make_causal_conv_of_many_rows() -> Case:
+    """As many taps as a GPU takes, and blocks that it sums the gradients of the weight over."""
+    return Case(causal_conv, [normal(600, 2, 3), normal(3, 1, 24), normal(3), normal(600, 23, 3)])
+
+
+def make_selective_scan(channels: int = 70, states: int = 16, chunk_size: int = 64) -> Case:
+    x, steps = normal(2, 150, channels), normal(2, 150, channels).abs() / 4
     return Case(
         lambda x, B, C, delta, A, D, state: selective_scan(  # noqa: N803
-            x, delta, -A.abs(), B, C, D, state
+            x, delta, -A.abs(), B, C, D, state, chunk_size=chunk_size
         ),
-        [x, normal(2, 150, 16), normal(2, 150, 16)],
-        [steps, normal(70, 16), normal(70), normal(2, 70, 16)],
+        [x, normal(2, 150, states), normal(2, 150, states)],
+        [steps, normal(channels, states), normal(channels), normal(2, channels, states)],
     )
 
 
-def make_ssd() -> Case:
-    x, steps = normal(2, 150, 3, 20), normal(2, 150, 3).abs() / 4
+def make_selective_scan_of_long_chunks() -> Case:
+    """As many states as a GPU takes, more of which it keeps than shared memory holds."""
+    return make_selective_scan(3, 128, 140)
+
+
+def make_ssd(
+    shape: Sequence[int] = (2, 150, 3, 20), states: int = 24, chunk_size: int = 64
+) -> Case:
+    rows, length, heads, head_dim = shape
+    x, steps = normal(*shape), normal(rows, length, heads).abs() / 4
     return Case(
-        lambda x, B, C, dt, A, D, state: ssd(x, dt, -A.abs(), B, C, D, state),  # noqa: N803
-        [x, normal(2, 150, 24), normal(2, 150, 24)],
-        [steps, normal(3), normal(3), normal(2, 3, 20, 24)],
+        lambda x, B, C, dt, A, D, state: ssd(  # noqa: N803
+            x, dt, -A.abs(), B, C, D, state, chunk_size=chunk_size
+        ),
+        [x, normal(rows, length, states), normal(rows, length, states)],
+        [steps, normal(heads), normal(heads), normal(rows, heads, head_dim, states)],
     )
+
+
+def make_ssd_of_several_tiles() -> Case:
+    """Of the matrices that a GPU multiplies."""
+    return make_ssd((1, 75, 1, 70), 66, 70)
 
 
 MAKERS = {
     maker.__name__.removeprefix("make_"): maker
     for maker in (
         make_shift_rms_norm,
+        make_shift_rms_norm_of_wide_rows,
         make_gated_rms_norm,
         make_assemble_stage,
         make_assemble_stage_of_embeddings,
         make_embed_patches,
         make_short_attention,
         make_causal_conv,
+        make_causal_conv_of_many_rows,
         make_selective_scan,
+        make_selective_scan_of_long_chunks,
         make_ssd,
+        make_ssd_of_several_tiles,
     )
 }
 CASES = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
@@ -155,16 +187,22 @@ def results(case: Case, inputs: Sequence[Tensor], fixed: Sequence[Any]) -> list[
 def test_equals_float64_on_the_cpu(
     device: str, dtype: torch.dtype, make: Callable[[], Case]
 ) -> None:
-    case = make()
+    check_against_float64(make(), device, dtype, TOLERANCE[dtype])
+
+
+def check_against_float64(
+    case: Case, device: str, dtype: torch.dtype, tolerance: float
+) -> list[Tensor]:
     inputs, fixed = tensors_of(case, device, dtype)
     ours = results(case, inputs, fixed)
     exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
     theirs = results(case, exact, [None if t is None else t.cpu() for t in fixed])
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert one.device.type == device and one.isfinite().all()
-        bound = TOLERANCE[dtype] * max(1.0, other.abs().max().item())
+        bound = tolerance * max(1.0, other.abs().max().item())
         error = (one.cpu().double() - other).abs().max().item()
         assert error <= bound, f"result {index} is off by {error}, {bound} is allowed"
+    return ours
 
 
 @DEVICES
@@ -173,7 +211,7 @@ def test_runs_give_the_same_bits_for_any_number_of_threads(
     require_native: Callable[[str], None], device: str, make: Callable[[], Case]
 ) -> None:
     if device == "cpu":
-        require_native(make.__name__.removeprefix("make_").removesuffix("_of_embeddings"))
+        require_native(make.__name__.removeprefix("make_").partition("_of_")[0])
     case = make()
     inputs, fixed = tensors_of(case, device, torch.float32)
     before, runs = torch.get_num_threads(), []
@@ -200,12 +238,50 @@ def test_operator_contract(device: str, make: Callable[[], Case]) -> None:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+class TestKernelsOfAGpu:
+    """Emulated, too."""
+
+    pytestmark = GPU_KERNELS
+
+    def test_products_may_be_rounded(self) -> None:
+        case, matmul = make_ssd_of_several_tiles(), torch.backends.cuda.matmul
+        exact = check_against_float64(case, KIND, torch.float32, 1e-4)
+        before = matmul.allow_tf32
+        try:
+            matmul.allow_tf32 = True
+            rounded = check_against_float64(case, KIND, torch.float32, 1e-3)
+        finally:
+            matmul.allow_tf32 = before
+        assert not torch.equal(rounded[0], exact[0])
+
+    @pytest.mark.parametrize("outside", [-1, NUM_IDS, 1 << 62])
+    def test_ids_outside_the_table_give_nan(self, outside: int) -> None:
+        ids = torch.zeros(2, 4, dtype=torch.int64, device=KIND)
+        ids[1, 2] = outside
+        table = torch.ones(NUM_IDS, 8, device=KIND, requires_grad=True)
+        out = assemble_stage(torch.ones(8, device=KIND), table, ids)
+        assert out[1, 3].isnan().all() and out.isnan().sum() == 8
+        patches = embed_patches(
+            ids,
+            table,
+            torch.ones(16, device=KIND),
+            torch.ones(16, device=KIND),
+            num_patches=2,
+            patch_size=2,
+            pad_token_id=0,
+        )
+        assert patches[1, 1].isnan().all() and patches.isnan().sum() == 16
+        (out.sum() + patches.sum()).backward()
+        assert table.grad is not None
+        table.grad.cpu()  # waits for the kernels
+
+
 class TestGpu:
     """What makes sense on a GPU only."""
 
     pytestmark = ON_GPU
 
-    @pytest.mark.parametrize("name", sorted(MAKERS.keys() - {"assemble_stage_of_embeddings"}))
+    @pytest.mark.parametrize("name", sorted(name for name in MAKERS if "_of_" not in name))
     def test_kernels_are_compiled(self, name: str) -> None:
         for operator in (name, f"{name}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mblm::{operator}", "CUDA")
@@ -255,26 +331,6 @@ class TestGpu:
         graph.replay()
         expected = results(case, inputs, fixed)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
-
-    @pytest.mark.parametrize("outside", [-1, NUM_IDS, 1 << 62])
-    def test_ids_outside_the_table_give_nan(self, outside: int) -> None:
-        ids = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
-        ids[1, 2] = outside
-        table = torch.ones(NUM_IDS, 8, device="cuda", requires_grad=True)
-        out = assemble_stage(torch.ones(8, device="cuda"), table, ids)
-        assert out[1, 3].isnan().all() and out.isnan().sum() == 8
-        patches = embed_patches(
-            ids,
-            table,
-            torch.ones(16, device="cuda"),
-            torch.ones(16, device="cuda"),
-            num_patches=2,
-            patch_size=2,
-            pad_token_id=0,
-        )
-        assert patches[1, 1].isnan().all() and patches.isnan().sum() == 16
-        (out.sum() + patches.sum()).backward()
-        torch.cuda.synchronize()
 
     def test_tensors_on_two_devices_are_refused(self) -> None:
         with pytest.raises(ValueError, match="weight must be on the device of x, cuda"):

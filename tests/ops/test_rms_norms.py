@@ -175,6 +175,12 @@ def test_native_equals_reference(
         torch.testing.assert_close(one, other, rtol=bound, atol=bound * scale)
 
 
+def test_a_row_has_the_same_bits_wherever_it_lies(norm: Norm) -> None:
+    x, weight, third = norm.sample(2, 3, 640)
+    moved = torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x)
+    assert torch.equal(norm.run(moved, weight, third), norm.run(x, weight, third))
+
+
 @pytest.mark.parametrize(
     "implementation", [torch.ops.mblm.gated_rms_norm, reference_of("gated_rms_norm")]
 )

@@ -1,6 +1,7 @@
 """The CUDA sources on a machine without a GPU: they compile, keep to registers and need no torch.
 
-What they compute is tested by csrc/tests/cuda_*_test.cpp, which run them on the CPU.
+What they compute is tested on the CPU, where they are emulated: by csrc/tests/cuda_*_test.cpp in
+decoding, and by the tests of operators.
 """
 
 import os
@@ -72,15 +73,6 @@ def test_glue_compiles_without_cuda(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-RUN_WITH_LIBRARY = """
-import sys, pytest
-from pathlib import Path
-from mblm.ops import _native
-_native._library = _native.load_library(Path(sys.argv[1]))
-sys.exit(pytest.main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not (CXX and shutil.which("cmake")), reason="no C++ compiler, or no cmake")
 def test_glue_passes_tests_with_emulated_kernels(tmp_path: Path) -> None:
@@ -94,17 +86,17 @@ def test_glue_passes_tests_with_emulated_kernels(tmp_path: Path) -> None:
         "Python_EXECUTABLE": sys.executable,
     }
     defines = [f"-D{name}={value}" for name, value in options.items()]
-    parity = ["tests/ops", "-k", "test_native_equals_reference or float64_on_the_cpu"]
     decoding = ["tests/inference/test_session.py", "tests/inference/test_device_cache.py"]
     # Which rows wait within a patch is not seen where a unit takes a row to its patch's end.
     chosen = "native and not any_schedule and not fewer_rows_wait"
     every_cache = ["tests/inference/test_cache.py", "-k", chosen]
+    run = [sys.executable, "-m", "tests.packaging.emulated", str(tmp_path)]
     commands = [
         ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *defines],
         ["cmake", "--build", str(tmp_path), "--parallel", "2", "--target", "_C"],
-        [sys.executable, "-c", RUN_WITH_LIBRARY, str(tmp_path), "-q", *parity],
-        [sys.executable, "-c", RUN_WITH_LIBRARY, str(tmp_path), "-q", *decoding],
-        [sys.executable, "-c", RUN_WITH_LIBRARY, str(tmp_path), "-q", *every_cache],
+        run,
+        [*run, *decoding],
+        [*run, *every_cache],
     ]
     for command in commands:
         environment = {**os.environ, "MBLM_NATIVE": "0"}

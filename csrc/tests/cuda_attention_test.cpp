@@ -1,5 +1,4 @@
-// Tests of what a run on a GPU is made of, emulated, against the CPU's: steps of every stage,
-// attention.
+// Tests of attention in decoding on a GPU, emulated, against sums in double.
 #include "cuda_check.h"
 // The emulation comes before the sources.
 #include <algorithm>
@@ -8,74 +7,10 @@
 #include "cuda/decode_attention.cu"
 #include "cuda/decode_product.cu"
 #include "cuda/decode_product_mma.cu"
-#include "cuda/decode_scan.cu"
-#include "cuda/decode_slots.cu"
-#include "cuda/stage_step.cpp"
 #include "models.h"
 
 using namespace mblm;
 using test::Store;
-
-const cpu::Worker& worker() {
-  static cpu::Team team(1);
-  static const cpu::Worker one{team, 0};
-  return one;
-}
-
-// States of so many rows, one beside the other, in which numbers stand for what came before: of a
-// Transformer, one position.
-std::vector<cuda::TransformerRow> make_state(Store& store, const cpu::TransformerStage& stage,
-                                             int64_t rows, int64_t capacity) {
-  const int64_t of_row = stage.heads * capacity * stage.head_dim, half = stage.dim / 2;
-  const int64_t layers = int64_t(stage.layers.size());
-  cuda::TransformerRow row;
-  row.capacity = capacity;
-  row.keys = store.vector(layers * rows * of_row);
-  row.values = store.vector(layers * rows * of_row);
-  row.layer_stride = rows * of_row;
-  row.delayed = store.vector(layers * 2 * rows * half);
-  row.part_stride = rows * half;
-  row.angles = capacity;
-  row.cos = store.vector(capacity * (stage.head_dim / 2));
-  row.sin = store.vector(capacity * (stage.head_dim / 2));
-  std::vector<cuda::TransformerRow> state;
-  for (int64_t i = 0; i < rows; ++i) {
-    state.push_back(row);
-    row.keys += of_row;
-    row.values += of_row;
-    row.delayed += half;
-  }
-  return state;
-}
-
-template <class Stage>
-std::vector<cuda::MambaRow> make_mamba_state(Store& store, const Stage& stage, int64_t rows,
-                                             int64_t channels) {
-  const int64_t layers = int64_t(stage.layers.size());
-  const int64_t ssm = stage.inner * stage.states, window = (stage.taps - 1) * channels;
-  cuda::MambaRow row;
-  row.ssm = store.vector(layers * rows * ssm);
-  row.window = store.vector(layers * rows * window);
-  row.ssm_stride = rows * ssm;
-  row.window_stride = rows * window;
-  std::vector<cuda::MambaRow> state;
-  for (int64_t i = 0; i < rows; ++i) {
-    state.push_back(row);
-    row.ssm += ssm;
-    row.window += window;
-  }
-  return state;
-}
-
-std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba1Stage& stage, int64_t rows,
-                                       int64_t) {
-  return make_mamba_state(store, stage, rows, stage.inner);
-}
-
-std::vector<cuda::MambaRow> make_state(Store& store, const cpu::Mamba2Stage& stage, int64_t rows,
-                                       int64_t) {
-  return make_mamba_state(store, stage, rows, stage.inner + 2 * stage.states);
-}
 
 // Largest difference relative to the largest value.
 double relative_error(const float* got, const float* expected, int64_t size) {
@@ -86,104 +21,6 @@ double relative_error(const float* got, const float* expected, int64_t size) {
     largest = std::max(largest, std::fabs(double(expected[i])));
   }
   return error / largest;
-}
-
-// int8 weights are multiplied with numbers of 16 bits on a CPU, with floats on a GPU.
-double tolerance(test::WeightType type) {
-  return type == test::WeightType::kInt8 ? 2e-3 : 1e-4;
-}
-
-// The CPU's rows of such states, each with one position, in a page.
-std::vector<cpu::TransformerRow> cpu_rows(cpu::TransformerStage& stage,
-                                          std::vector<cuda::TransformerRow>& states) {
-  stage.cos = states.front().cos;
-  stage.sin = states.front().sin;
-  std::vector<cpu::TransformerRow> rows;
-  for (cuda::TransformerRow& state : states) {
-    cpu::TransformerRow& row = rows.emplace_back();
-    row.position = 1;
-    row.keys = &state.keys;
-    row.values = &state.values;
-    row.layer_stride = state.layer_stride;
-    row.head_stride = state.capacity * stage.head_dim;
-    row.delayed = state.delayed;
-    row.part_stride = state.part_stride;
-  }
-  return rows;
-}
-
-template <class Stage>
-std::vector<cpu::MambaRow> cpu_rows(const Stage&, const std::vector<cuda::MambaRow>& states) {
-  std::vector<cpu::MambaRow> rows;
-  for (const cuda::MambaRow& state : states) {
-    rows.push_back({1, state.ssm, state.window, state.ssm_stride, state.window_stride});
-  }
-  return rows;
-}
-
-void advance(std::vector<cpu::TransformerRow>& rows) {
-  for (cpu::TransformerRow& row : rows) ++row.position;
-}
-void advance(const std::vector<cpu::MambaRow>&) {}
-
-// Some positions in a row, of a stage on both devices from the same state.
-template <class Stage>
-void steps_equal_those_of_the_cpu(test::WeightType type, int64_t rows, const test::Sizes& sizes) {
-  constexpr int64_t kSteps = 3, kCapacity = 6;
-  Store weights(type), cpu_weights(type, test::Device::kCpu);
-  Stage stage, cpu_stage;
-  test::fill(weights, sizes, stage);
-  test::fill(cpu_weights, sizes, cpu_stage);
-  Store numbers;
-  const float* inputs = numbers.vector(kSteps * rows * sizes.dim);
-  const auto on_cpu = [&] {
-    Store store;
-    auto state = make_state(store, cpu_stage, rows, kCapacity);
-    auto of_cpu = cpu_rows(cpu_stage, state);
-    std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
-    std::vector<float> scratch(cpu_stage.scratch_size(rows, kCapacity, 1));
-    for (int64_t n = 0; n < kSteps; ++n) {
-      float* const x = outputs.data() + n * rows * sizes.dim;
-      cpu_stage.prefill(worker(), of_cpu, x, scratch.data());
-      cpu_stage.normalize(x, rows, x);
-      advance(of_cpu);
-    }
-    return outputs;
-  }();
-  const auto [on_gpu] = test::in_both_orders([&] {
-    Store store;
-    const auto state = make_state(store, stage, rows, kCapacity);
-    std::vector<float> outputs(inputs, inputs + kSteps * rows * sizes.dim);
-    std::vector<float> workspace(cuda::workspace_size(stage, rows, kCapacity), NAN);
-    for (int64_t n = 0; n < kSteps; ++n) {
-      const std::vector<int64_t> positions(rows, 1 + n);
-      CHECK(!cuda::step(stage, state[0],
-                        {rows,
-                         positions.data(),
-                         kCapacity,
-                         outputs.data() + n * rows * sizes.dim,
-                         workspace.data(),
-                         {}},
-                        nullptr));
-    }
-    return std::tuple(outputs);
-  });
-  const double error = relative_error(on_gpu.data(), on_cpu.data(), int64_t(on_cpu.size()));
-  if (!(error < tolerance(type))) std::printf("error %g, %d rows\n", error, int(rows));
-  CHECK(error < tolerance(type));
-}
-
-template <class Stage>
-void steps() {
-  const test::Sizes sizes = {24, 72, 3, 8, 20, 3, 2, 2}, odd = {24, 40, 4, 6, 7, 1, 3, 1},
-                    wide = {32, 96, 1, 96, 40, 4, 35, 1};
-  for (const auto type : test::kWeightTypes) {
-    steps_equal_those_of_the_cpu<Stage>(type, 1, sizes);
-    steps_equal_those_of_the_cpu<Stage>(type, 3, odd);
-  }
-  steps_equal_those_of_the_cpu<Stage>(test::WeightType::kBFloat16, 2, wide);
-  for (const auto type : test::kWeightTypes) steps_equal_those_of_the_cpu<Stage>(type, 17, odd);
-  steps_equal_those_of_the_cpu<Stage>(test::WeightType::kBFloat16, 12, wide);
 }
 
 // Attention to caches of several parts, against sums in double; a row alone has the same bits,
@@ -338,9 +175,6 @@ void no_position_beyond_the_cache_is_written() {
 }
 
 int main() {
-  steps<cpu::TransformerStage>();
-  steps<cpu::Mamba1Stage>();
-  steps<cpu::Mamba2Stage>();
   attends_to_a_long_cache();
   positions_of_infinitely_low_scores_have_no_weight();
   for (const auto type : {test::WeightType::kBFloat16, test::WeightType::kInt8}) {
