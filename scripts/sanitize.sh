@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs compiled code under sanitizers: thread for the C++ tests of decoding, address and undefined
-# behavior for all C++ tests and the Python tests of decoding and of operators, these with a GPU's
-# kernels, emulated, too.
+# behavior for all C++ tests and the Python tests of decoding and of operators, the latter with a
+# GPU's kernels, emulated, too.
 #
 #   bash scripts/sanitize.sh [arguments of pytest instead of those tests]
 #

@@ -1,10 +1,11 @@
 """Runs tests with a library that takes the kernels of a GPU, emulated, for tensors on the CPU.
 
-    python -m tests.packaging.emulated FOLDER [arguments of pytest instead of those of operators]
+    python -m tests.packaging.emulated FOLDER [arguments of pytest]
 
-Each operator is called twice, with the threads of a block in rising and in falling order: a result
-that differs lacks a barrier. The order changes with every call of PyTorch's, so that decoding meets
-both. New memory holds NaNs, so that nothing rests on what was not written.
+Without arguments it runs `TESTS`, and looks closely: each operator is called twice, with the threads
+of a block in rising and in falling order, as a result that differs lacks a barrier. The order changes
+with every call of PyTorch's, so that decoding meets both. New memory holds NaNs, so that nothing rests
+on what was not written.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mblm.ops import _native
 
 CHOSEN = "native_equals or float64_on_the_cpu or KernelsOfAGpu or vanish or wherever_it_lies"
+TESTS = ("tests/ops", "tests/inference/test_device_cache.py", "-k", f"{CHOSEN} or device_cache")
 
 
 class InBothOrders(TorchDispatchMode):
@@ -41,10 +43,12 @@ class InBothOrders(TorchDispatchMode):
 def main(folder: str, *arguments: str) -> int:
     """The exit status of pytest."""
     _native._library = library = _native.load_library(Path(folder))
+    if arguments:
+        return pytest.main(["-q", *arguments])
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills new memory
     assert library.__file__
     with InBothOrders(library.__file__):
-        return pytest.main(["-q", *(arguments or ("tests/ops", "-k", CHOSEN))])
+        return pytest.main(["-q", *TESTS])
 
 
 if __name__ == "__main__":
