@@ -2,10 +2,10 @@
 
     python -m tests.packaging.emulated FOLDER [arguments of pytest]
 
-Without arguments it runs `TESTS`, and looks closely: each operator is called twice, with the threads
-of a block in rising and in falling order, as a result that differs lacks a barrier. The order changes
-with every call of PyTorch's, so that decoding meets both. New memory holds NaNs, so that nothing rests
-on what was not written.
+Without arguments it runs `TESTS`, and looks closely: each operator is called twice, with the
+threads of a block in rising and in falling order, as a result that differs lacks a barrier. The
+order changes with every call of PyTorch's, so that decoding meets both. New memory holds NaNs, so
+that nothing rests on what was not written.
 """
 
 import ctypes
