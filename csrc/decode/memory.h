@@ -85,10 +85,4 @@ class Memory {
   std::unique_ptr<Pool> bytes_ = std::make_unique<Pool>(Bytes::kPage);
 };
 
-// The first byte that a row must know after so many bytes: its stages may still ask for the last
-// patch of the most global one. What it knows before that, drafts are proposed from.
-inline int64_t first_kept(const Schedule& schedule, int64_t taken) {
-  return taken == 0 ? 0 : (taken - 1) / schedule.patch_size(0) * schedule.patch_size(0);
-}
-
 }  // namespace mblm::decode

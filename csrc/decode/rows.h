@@ -138,7 +138,7 @@ struct StageState {
 struct RowState {
   int64_t length = 0;  // bytes it has
   int64_t taken = 0;   // bytes that its stages have taken in: length or length - 1
-  Bytes bytes;         // the last of them: see first_kept
+  Bytes bytes;         // the last of them, from the most global stage's last patch on or earlier
   std::vector<StageState> stages;
   // Whether the stage that is due has taken in its patch, and the context that it gives is there,
   // though the next byte has not been taken in.

@@ -191,13 +191,11 @@ class Continuation:
             self._stops += course.request.stops
         self.going += rows
 
-    def remove(self, row: Row) -> Course:
-        """Forget a row, which the cache keeps; returns what has become of its request."""
-        course = self._courses.pop(row)
+    def remove(self, row: Row) -> None:
+        """Forget a row, which the cache keeps."""
+        self._stops -= self._courses.pop(row).request.stops
         if row in self.going:
             self.going.remove(row)
-        self._stops -= course.request.stops
-        return course
 
     def __getitem__(self, row: Row) -> Course:
         return self._courses[row]

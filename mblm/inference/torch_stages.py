@@ -25,8 +25,8 @@ from mblm.utils.modes import own_copy
 # At most this many positions, and this many embedding values, are taken in at a time.
 _CHUNK_POSITIONS = 1024
 _CHUNK_VALUES = 1 << 22
-# A row has at most so many bytes where nothing else limits it; sums of them are 64-bit integers.
-_MOST_BYTES = 1 << 62
+# A row has at most so many bytes where nothing else limits it, as csrc/decode/torch/weights.h says.
+_MOST_BYTES = 1 << 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +256,7 @@ class TorchStages:
         """
         length, taken, tail, parts = parts_of_state(state, self.model)
         stages = [self._loaded_stage(n, own, taken) for n, own in enumerate(parts)]
-        return RowState(length, taken, Tail(tail.clone()), tuple(stages) or self._starts)
+        return RowState(length, taken, Tail(tail), tuple(stages) or self._starts)
 
     def _loaded_stage(self, n: int, own: dict[str, Any], taken: int) -> StageState:
         shapes: dict[str, tuple[int, ...]] = {"output": (self.model.hidden_dims[n],)}
@@ -295,8 +295,8 @@ def parts_of_state(
     given = dict(state)
     try:
         length, taken = (check_integer(name, given.pop(name)) for name in ("length", "taken"))
-        tail = has_values("tail", given.pop("tail"))
-        tail = check_token_ids("tail", tail, model.num_tokens)
+        tail = has_values("tail", given.pop("tail")).to("cpu", copy=True)  # nobody else's
+        tail = check_token_ids("tail", tail, model.num_tokens).long()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state: {error}") from error
     limit = _MOST_BYTES if model.max_length is None else model.max_length
@@ -316,4 +316,4 @@ def parts_of_state(
             own[key.removeprefix(f"{n}.")] = given.pop(key)
     if given:
         raise ValueError(f"state: expected no {', '.join(given)}")
-    return length, taken, tail.cpu().long(), parts
+    return length, taken, tail, parts

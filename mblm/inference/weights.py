@@ -22,14 +22,10 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from mblm.inference.hosted import HostedStage
 from mblm.model.plain import Part, is_plain
-from mblm.model.transformer_layers import RotaryEmbedding
 from mblm.model.utils import RoPE
 from mblm.ops import _native
 from mblm.ops.packing import NONE, WEIGHT_TYPES, is_on_gpu, pack_linear
 from mblm.utils.huge_pages import HugePages
-
-# What of a module's tensors is packed and is no parameter.
-_BUFFERS: dict[type[nn.Module], str] = {RotaryEmbedding: "inv_freq", RoPE: "theta"}
 
 _lock = threading.RLock()
 
@@ -192,12 +188,7 @@ def _between(
 
 def _guard(parts: list[Part], modules: Iterable[nn.Module] = ()) -> Any:
     """Watches what parts compute, and which modules and parameters others hold."""
-    dicts = [
-        entries
-        for module in modules
-        for entries in (module._modules, module._parameters)
-        if entries
-    ]
-    buffers = [(m._buffers, _BUFFERS[kind]) for m, kind in parts if kind in _BUFFERS]
+    dicts: list[dict[str, Any]] = [part._buffers for part, _ in parts if part._buffers]
+    dicts += [entries for of in modules for entries in (of._modules, of._parameters) if entries]
     hooks = [_global_forward_hooks, _global_forward_pre_hooks]
-    return _native.library().Guard(parts, hooks, dicts, buffers)
+    return _native.library().Guard(parts, hooks, dicts)

@@ -9,6 +9,8 @@
 #include <limits>
 #include <map>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/cores.h"
@@ -25,8 +27,34 @@ template <>
 struct pybind11::detail::type_caster<mblm::decode::Ran> {
   static constexpr auto name = const_name("tuple");
   static handle cast(const mblm::decode::Ran& ran, return_value_policy, handle) {
-    const object log_probs = ran.log_probs.defined() ? pybind11::cast(ran.log_probs) : none();
-    return make_tuple(ran.ids, log_probs, name_of(ran.reason)).release();
+    return make_tuple(ran.ids, ran.log_probs, name_of(ran.reason)).release();
+  }
+};
+
+// The state of a hosted stage is an object, held among what is destroyed without the GIL.
+template <>
+struct pybind11::detail::type_caster<mblm::decode::HostedState> {
+  PYBIND11_TYPE_CASTER(mblm::decode::HostedState, const_name("object"));
+
+  struct Held {
+    object of;
+
+    explicit Held(object given) : of(std::move(given)) {}
+    Held(const Held&) = delete;
+    Held& operator=(const Held&) = delete;
+    ~Held() {
+      const mblm::decode::WithGil gil;
+      of = {};
+    }
+  };
+
+  bool load(handle given, bool) {
+    value = std::make_shared<const Held>(reinterpret_borrow<object>(given));
+    return true;
+  }
+  static handle cast(const mblm::decode::HostedState& state, return_value_policy, handle) {
+    object of = state ? static_cast<const Held*>(state.get())->of : none();
+    return of.release();
   }
 };
 
@@ -115,40 +143,6 @@ NewPlan plan(int64_t max_tokens, double temperature, int64_t top_k, double top_p
           lane};
 }
 
-// An object of Python's among what is destroyed without the GIL.
-struct Held {
-  py::object object;
-
-  explicit Held(py::object of) : object(std::move(of)) {}
-  Held(const Held&) = delete;
-  Held& operator=(const Held&) = delete;
-  ~Held() {
-    const WithGil gil;
-    object = {};
-  }
-};
-
-HostedState hosted_state(py::object object) {
-  return std::make_shared<const Held>(std::move(object));
-}
-
-py::object object_of(const HostedState& state) {
-  return state ? static_cast<const Held*>(state.get())->object : py::none();
-}
-
-SavedState saved_state(int64_t length, int64_t taken, std::map<std::string, Tensor> tensors,
-                       const std::map<int64_t, py::object>& hosted) {
-  SavedState state{length, taken, std::move(tensors)};
-  for (const auto& [n, object] : hosted) state.hosted.emplace(n, hosted_state(object));
-  return state;
-}
-
-std::map<int64_t, py::object> hosted_of(const SavedState& state) {
-  std::map<int64_t, py::object> objects;
-  for (const auto& [n, hosted] : state.hosted) objects.emplace(n, object_of(hosted));
-  return objects;
-}
-
 // What a call leaves to Python goes to methods of its caller, a NativeCache.
 class Caller : public Host {
  public:
@@ -156,17 +150,11 @@ class Caller : public Host {
 
   Supplied step(const Wanted& wanted) override {
     const WithGil gil;
-    py::object contexts = py::none();
-    if (wanted.contexts.defined()) contexts = py::cast(wanted.contexts);
-    py::list states;
-    for (const HostedState& state : wanted.states) states.append(object_of(state));
-    const auto given = py::cast<py::tuple>(
-        cache_.attr("step_hosted")(wanted.stage, wanted.ids, wanted.positions, contexts, states));
-    Supplied supplied{given[0].cast<Tensor>(), given[1].cast<Tensor>(), {}};
-    for (const py::handle state : given[2]) {
-      supplied.states.push_back(hosted_state(py::reinterpret_borrow<py::object>(state)));
-    }
-    return supplied;
+    const py::object given = cache_.attr("step_hosted")(wanted.stage, wanted.ids, wanted.positions,
+                                                        wanted.contexts, wanted.states);
+    auto [outputs, contexts, states] =
+        given.cast<std::tuple<Tensor, Tensor, std::vector<HostedState>>>();
+    return {std::move(outputs), std::move(contexts), std::move(states)};
   }
 
   SavedState feed(std::optional<SavedState> before, const Tensor& ids) override {
@@ -282,9 +270,10 @@ void bind_cache(py::module_& module) {
            py::arg("stop"), py::arg("log_probs"), py::arg("pause"), py::arg("draft"));
 
   py::class_<SavedState>(module, "State")
-      .def(py::init(&saved_state), py::arg("length"), py::arg("taken"), py::arg("tensors"),
-           py::arg("hosted"))
-      .def_property_readonly("hosted", &hosted_of)
+      .def(py::init<int64_t, int64_t, std::map<std::string, Tensor>,
+                    std::map<int64_t, HostedState>>(),
+           py::arg("length"), py::arg("taken"), py::arg("tensors"), py::arg("hosted"))
+      .def_readonly("hosted", &SavedState::hosted)
       .def_readonly("length", &SavedState::length)
       .def_readonly("taken", &SavedState::taken)
       .def_readonly("tensors", &SavedState::tensors);

@@ -151,7 +151,6 @@ void Cache::feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids
   }
   const Lease fed(rows_, copies);
   take_in(fed, host, true);
-  for (int64_t i = 0; i < rows.size(); ++i) copy_memory(fed[i], rows[i]);
   for (int64_t i = 0; i < rows.size(); ++i) {
     static_cast<RowState&>(rows[i]) = std::move(fed[i]);
   }
@@ -214,8 +213,8 @@ void Cache::take_in(const Lease& rows, Host& host, bool keeps_pending) {
 }
 
 // Runs teams of threads until no member goes on, one is paused, or the time is over.
-Cache::Advanced Cache::advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
-                               Team::Clock::time_point until) {
+bool Cache::advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
+                    Team::Clock::time_point until) {
   std::unique_ptr<Workspace> space = take_space();
   Run run(parts, memory_, kind, members, *space);
   const auto is_any = [&](auto is) { return std::any_of(members.begin(), members.end(), is); };
@@ -231,21 +230,19 @@ Cache::Advanced Cache::advance(const Parts& parts, Run::Kind kind, std::vector<M
     if (run.needs_memory() || is_any(pauses) || Team::Clock::now() >= until) break;
   }
   give_space(std::move(space));
-  if (run.needs_memory()) return Advanced::kToMemory;
-  const auto wants = [](const Member& member) { return member.wants_host; };
-  return is_any(wants) ? Advanced::kToHost : Advanced::kFully;
+  return run.needs_memory();
 }
 
 bool Cache::advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members, Host& host,
                     Team::Clock::time_point until) {
-  Advanced advanced = advance(parts, kind, members, until);
-  for (bool may_end = false; advanced == Advanced::kToHost; may_end = true) {
-    if (may_end && Team::Clock::now() >= until) break;
+  const auto wants = [](const Member& member) { return member.wants_host; };
+  for (bool may_end = false;; may_end = true) {
+    if (advance(parts, kind, members, until)) return true;
+    if (std::none_of(members.begin(), members.end(), wants)) return false;
+    if (may_end && Team::Clock::now() >= until) return false;
     step_hosted(parts, members, host);
     std::erase_if(members, [](const Member& member) { return member.reason == Reason::kLogits; });
-    advanced = advance(parts, kind, members, until);
   }
-  return advanced == Advanced::kToMemory;
 }
 
 void Cache::step_hosted(const Parts& parts, std::vector<Member>& members, Host& host) {

@@ -72,22 +72,17 @@ class Cache {
   void set_state(const Lease& rows, Host& host, const SavedState& state);
 
  protected:
-  enum class Advanced { kFully, kToHost, kToMemory };
-
   // Makes memory a row's own for the bytes before number `to`: see Memory.
   virtual void reserve(const Parts& parts, Row& row, int64_t to, bool jumps);
   // Feeds rows of which a piece is long, or for which a hosted stage is due: all or none.
   virtual void feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids, int64_t most);
-  // Goes on until no member does, one is paused, or the time is over.
-  virtual Advanced advance(
-      const Parts& parts, Run::Kind kind, std::vector<Member>& members,
-      cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
+  // Goes on until no member does, one is paused, or the time is over. Returns whether it ended
+  // before, for lack of reserved memory.
+  virtual bool advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
+                       cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
   virtual SavedState save(const Row& row);
   // What a saved row is; it changes nothing of this row but memory that lies outside of it.
   virtual RowState load(const Row& row, const SavedState& state);
-  // The same with the local stage before its sequence, whose bytes it has yet to take in; but as it
-  // was saved, if they are more than `most`.
-  virtual RowState load_above(const Row& row, const SavedState& state, int64_t most);
   // Copies what lies outside of rows.
   virtual void copy_memory(const Row& /* from */, const Row& /* to */) {}
 
@@ -102,9 +97,12 @@ class Cache {
   Rows rows_;
 
  private:
+  // As load, with the local stage before its sequence, whose bytes it has yet to take in; but as it
+  // was saved, if they are more than `most`.
+  RowState load_above(const Row& row, const SavedState& state, int64_t most);
   // Does nothing and returns false where feed_long is needed.
   bool feed_short(const Lease& rows, const std::vector<Ids>& ids, int64_t most);
-  // Goes on also where hosted stages are due. Returns whether it ended for lack of reserved memory.
+  // Goes on also where hosted stages are due.
   bool advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members, Host& host,
                cpu::Team::Clock::time_point until = cpu::Team::Clock::time_point::max());
   // Has hosted stages take in a patch of each member that waits for it.

@@ -50,12 +50,6 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
     TORCH_CHECK_VALUE(wishes.draws->num_tokens() == num_tokens_ && wishes.lane >= 0 &&
                           wishes.lane < wishes.draws->lanes(),
                       "draws must be of the model's ", num_tokens_, " tokens");
-    for (const auto* automaton : {wishes.allow.get(), wishes.stop.get()}) {
-      TORCH_CHECK_VALUE(!automaton || int64_t(automaton->class_of.size()) == num_tokens_,
-                        "an automaton must have a class for each of ", num_tokens_, " tokens");
-    }
-    TORCH_CHECK_VALUE(!wishes.allow || wishes.allow->distance[wishes.allow->start] >= 0,
-                      "allow: an automaton that never accepts");
   }
   std::vector<std::unique_ptr<Proposer>> proposers(rows.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
@@ -149,8 +143,6 @@ std::vector<Ran> Cache::choose(const Lease& rows, Host& host, const std::optiona
                                const std::optional<Tensor>& logits,
                                const std::optional<Tensor>& mask) {
   const int64_t count = rows.size(), vocabulary = num_tokens_;
-  TORCH_CHECK_VALUE(ids.has_value() + logits.has_value() + mask.has_value() == 1,
-                    "expected exactly one of ids, logits and mask");
   for (int64_t i = 0; i < count; ++i) {
     const std::optional<Plan>& plan = rows[i].plan;
     TORCH_CHECK_VALUE(plan, "row ", rows.id(i), ": it has no plan");

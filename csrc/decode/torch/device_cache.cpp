@@ -80,8 +80,8 @@ void DeviceCache::feed_long(const Lease& rows, Host& host, const std::vector<Ids
   take_in(rows, host, true);
 }
 
-Cache::Advanced DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<Member>& members,
-                                     cpu::Team::Clock::time_point until) {
+bool DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<Member>& members,
+                          cpu::Team::Clock::time_point until) {
   int64_t slots = 0, bytes = 0;
   for (const Member& member : members) {
     slots = std::max(slots, member.row->slot + 1);
@@ -91,13 +91,12 @@ Cache::Advanced DeviceCache::advance(const Parts&, Run::Kind kind, std::vector<M
     const std::lock_guard lock(mutex_);
     make_room(slots, bytes);
     const bool goes = run_unit(kind, members), is_paused = pause(kind, members);
-    if (is_paused || cpu::Team::Clock::now() >= until) return Advanced::kFully;
+    if (is_paused || cpu::Team::Clock::now() >= until) return false;
     if (!goes) break;
   }
-  const bool lacks_memory = std::any_of(members.begin(), members.end(), [](const Member& member) {
-    return member.goes() && member.row->plan && !member.row->plan->end;
-  });
-  return kind == Run::Kind::kChoose && lacks_memory ? Advanced::kToMemory : Advanced::kFully;
+  return kind == Run::Kind::kChoose &&
+         std::any_of(members.begin(), members.end(),
+                     [](const Member& member) { return member.goes() && !member.row->plan->end; });
 }
 
 // Returns whether any row went on.

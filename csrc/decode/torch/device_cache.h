@@ -26,14 +26,11 @@ class DeviceCache : public Cache {
  private:
   SavedState save(const Row& row) override;
   RowState load(const Row& row, const SavedState& state) override;
-  RowState load_above(const Row& row, const SavedState& state, int64_t) override {
-    return load(row, state);
-  }
   void copy_memory(const Row& from, const Row& to) override;
   void reserve(const Parts& parts, Row& row, int64_t to, bool jumps) override;
   void feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids, int64_t most) override;
-  Advanced advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
-                   cpu::Team::Clock::time_point until) override;
+  bool advance(const Parts& parts, Run::Kind kind, std::vector<Member>& members,
+               cpu::Team::Clock::time_point until) override;
 
   void make_room(int64_t slots, int64_t bytes);
   bool run_unit(Run::Kind kind, std::vector<Member>& members);

@@ -5,7 +5,9 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <utility>
 
+#include "decode/memory.h"
 #include "torch/common.h"
 
 namespace mblm::decode {
@@ -51,25 +53,19 @@ std::vector<DeviceSlots::Buffer> DeviceSlots::buffers_of(int64_t n, int64_t slot
                                                          int64_t limit) const {
   const StageParts& part = parts_->stages[n];
   std::vector<Buffer> all;
-  const auto add = [&](const char* name, std::vector<int64_t> shape, int64_t slot_dim,
+  const auto add = [&](const std::string& name, std::vector<int64_t> shape, int64_t slot_dim,
                        int64_t position_dim = -1) {
     all.push_back({name, slot_dim, position_dim, make::zeros(shape, floats())});
   };
   add("output", {slots, part.dim}, 0);
   add("context", {n > 0 ? slots : 0, n > 0 ? limit : 0, part.dim}, 0);
-  if (const auto* of = std::get_if<cpu::TransformerStage>(&part.model)) {
-    const auto layers = int64_t(of->layers.size());
-    add("delayed", {layers, 2, slots, of->dim / 2}, 2);
-    add("keys", {layers, slots, of->heads, 1 + limit, of->head_dim}, 1, 3);
-    add("values", {layers, slots, of->heads, 1 + limit, of->head_dim}, 1, 3);
-  } else if (const auto* of = std::get_if<cpu::Mamba1Stage>(&part.model)) {
-    const auto layers = int64_t(of->layers.size());
-    add("ssm", {layers, slots, of->inner, of->states}, 1);
-    add("window", {layers, slots, of->taps - 1, of->inner}, 1);
-  } else if (const auto* of = std::get_if<cpu::Mamba2Stage>(&part.model)) {
-    const auto layers = int64_t(of->layers.size());
-    add("ssm", {layers, slots, of->heads, of->inner / of->heads, of->states}, 1);
-    add("window", {layers, slots, of->taps - 1, of->inner + 2 * of->states}, 1);
+  for (StageLayout::Part of : StageLayout(*parts_, n).saved) {
+    if (of.name == "output" || of.name == "context") continue;
+    // Slots come after the layers, and after the two halves of each.
+    const int64_t slot_dim = of.name == "delayed" ? 2 : 1;
+    if (of.is_paged) of.shape[2] = 1 + limit;
+    of.shape.insert(of.shape.begin() + slot_dim, slots);
+    add(of.name, std::move(of.shape), slot_dim, of.is_paged ? 3 : -1);
   }
   return all;
 }

@@ -60,7 +60,6 @@ GeneratorDraws::GeneratorDraws(std::optional<at::Generator> generator, int64_t l
   TORCH_CHECK_VALUE(lanes > 0 && num_tokens > 0, "lanes and num_tokens must be positive, got ",
                     lanes, " and ", num_tokens);
   lanes_.resize(lanes);
-  spare_.reserve(1);
   if constexpr (kCuda) {
     if (!device.is_cuda()) return;
     const c10::DeviceGuard guard(device);
@@ -129,11 +128,9 @@ void GeneratorDraws::pass_on(int64_t lane, int64_t n) noexcept {
 void GeneratorDraws::draw_to(int64_t n) {
   while (n >= first_ + int64_t(kept_.size())) {
     Kept kept;
-    if (drawn_at_once_ == 0 && !spare_.empty()) {
-      kept.values = std::move(spare_.back());
-      spare_.pop_back();
-    } else if (drawn_at_once_ == 0) {
-      kept.values = std::make_unique_for_overwrite<float[]>(lanes() * num_tokens_);
+    if (drawn_at_once_ == 0) {
+      kept.values = spare_ ? std::move(spare_)
+                           : std::make_unique_for_overwrite<float[]>(lanes() * num_tokens_);
     }
     kept_.push_back(std::move(kept));
     draw(kept_.back());
@@ -191,9 +188,7 @@ void GeneratorDraws::forget() noexcept {
   first = std::min(first, last);
   for (; first_ < first; ++first_) {
     if (kept_.empty()) continue;
-    if (spare_.empty() && kept_.front().values) {
-      spare_.push_back(std::move(kept_.front().values));
-    }
+    if (!spare_) spare_ = std::move(kept_.front().values);
     kept_.pop_front();
   }
 }

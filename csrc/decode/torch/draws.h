@@ -58,7 +58,7 @@ class GeneratorDraws : public Draws {
   std::vector<LaneState> lanes_;
   int64_t first_ = 0;  // which numbers are kept first
   std::deque<Kept> kept_;
-  std::vector<std::unique_ptr<float[]>> spare_;  // one at most
+  std::unique_ptr<float[]> spare_;  // of numbers that are forgotten
   // Of a GPU's generator: by how much its offset grows with a byte, and with how many threads.
   uint64_t drawn_at_once_ = 0;
   uint32_t threads_ = 1;

@@ -31,8 +31,7 @@ bool drops(py::handle module, py::handle dropout_class) {
 
 }  // namespace
 
-Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts,
-             const py::list& buffers) {
+Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts) {
   PyUnicode_InternInPlace(&forward_.ptr());
   PyUnicode_InternInPlace(&training_.ptr());
   const py::object dropout_class = py::module_::import("torch.nn").attr("Dropout");
@@ -58,12 +57,6 @@ Guard::Guard(const py::list& parts, const py::list& hooks, const py::list& dicts
       values_.push_back(watch_entry(value));
     }
     dicts_.push_back({watch_dict(dict, true), first, values_.size() - first});
-  }
-  for (const py::handle pair : buffers) {
-    const auto items = py::cast<py::tuple>(pair);
-    PyObject* const dict = watch_dict(items[0], true);
-    PyObject* const key = own(items[1]);
-    buffers_.push_back({dict, key, watch_entry(py::object(py::handle(dict)[py::handle(key)]))});
   }
 }
 
@@ -121,7 +114,7 @@ bool Guard::holds() const {
                        [this](const auto& item) { return holds(item); });
   };
   return std::all_of(hooks_.begin(), hooks_.end(), is_empty) && all_hold(parts_) &&
-         all_hold(classes_) && all_hold(dicts_) && all_hold(buffers_) && all_hold(tensors_);
+         all_hold(classes_) && all_hold(dicts_) && all_hold(tensors_);
 }
 
 bool Guard::holds(const Part& part) const {
@@ -144,12 +137,6 @@ bool Guard::holds(const Entries& entries) const {
     if (!PyDict_Next(entries.dict, &at, &key, &value) || value != values_[i]) return false;
   }
   return true;
-}
-
-bool Guard::holds(const Buffer& buffer) {
-  PyObject* now = PyDict_GetItemWithError(buffer.dict, buffer.key);
-  if (!now) PyErr_Clear();
-  return now == buffer.value;
 }
 
 bool Guard::holds(const Watched& watched) const {
@@ -206,8 +193,8 @@ void bind_guard(py::module_& module) {
     type->tp_clear = clear;
   });
   py::class_<Guard>(module, "Guard", is_collected)
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&>(),
-           py::arg("parts"), py::arg("hooks"), py::arg("dicts"), py::arg("buffers"))
+      .def(py::init<const py::list&, const py::list&, const py::list&>(), py::arg("parts"),
+           py::arg("hooks"), py::arg("dicts"))
       .def("holds", [](const Guard& guard) { return guard.holds(); });
 }
 

@@ -12,10 +12,9 @@ namespace mblm::decode {
 class Guard {
  public:
   // parts: pairs of a module and the class that it is of. hooks: dictionaries of hooks for all
-  // modules. dicts: dictionaries of modules and parameters whose entries are to stay the same
-  // objects. buffers: pairs of a dictionary and the key of a tensor in it.
-  Guard(const pybind11::list& parts, const pybind11::list& hooks, const pybind11::list& dicts,
-        const pybind11::list& buffers);
+  // modules. dicts: dictionaries of modules, parameters and buffers whose entries are to stay the
+  // same objects.
+  Guard(const pybind11::list& parts, const pybind11::list& hooks, const pybind11::list& dicts);
 
   // Whether calling the modules still computes what it did: they are of their classes, whose
   // `forward` is the same, without hooks, and those that drop anything are not in training; and
@@ -39,9 +38,6 @@ class Guard {
     PyObject* dict;
     size_t first, count;  // of values_
   };
-  struct Buffer {
-    PyObject *dict, *key, *value;
-  };
   struct Watched {
     PyObject *object, *type;
     const c10::StorageImpl* storage;
@@ -57,7 +53,6 @@ class Guard {
   bool holds(const Part& part) const;
   bool holds(const Class& of) const;
   bool holds(const Entries& entries) const;
-  static bool holds(const Buffer& buffer);
   bool holds(const Watched& watched) const;
 
   std::vector<pybind11::object> owned_;  // all that follows points to
@@ -65,8 +60,7 @@ class Guard {
   std::vector<Class> classes_;
   std::vector<PyObject*> hooks_;  // of the parts, too
   std::vector<Entries> dicts_;
-  std::vector<Buffer> buffers_;
-  std::vector<Watched> tensors_;  // of entries and buffers
+  std::vector<Watched> tensors_;  // among the entries
   // What a tensor has. Not the tensor, of which `torch.utils.swap_tensors` wants to be the owner.
   std::vector<c10::Storage> storages_;
   std::vector<PyObject*> values_;

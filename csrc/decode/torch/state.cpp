@@ -52,17 +52,9 @@ Tensor take(const SavedState& state, const Part& part) {
 }
 
 Bytes take_tail(const Parts& parts, const Memory& memory, const SavedState& state) {
-  const auto found = state.tensors.find("tail");
-  TORCH_CHECK_VALUE(found != state.tensors.end(), "state must have tail");
-  const Ids tail = own_ids("tail", found->second, parts.num_tokens());
-  const int64_t count = int64_t(tail.size()), first = state.length - count;
-  TORCH_CHECK_VALUE(first >= 0 && first <= first_kept(parts.schedule, state.taken) &&
-                        first % parts.schedule.patch_size(0) == 0,
-                    "tail must hold the bytes from number ",
-                    first_kept(parts.schedule, state.taken), " on, of ", state.length, ", got ",
-                    count);
+  const Ids tail = own_ids("tail", state.tensors.at("tail"), parts.num_tokens());
   Bytes bytes;
-  bytes.reserve(memory.bytes(), count);
+  bytes.reserve(memory.bytes(), int64_t(tail.size()));
   for (const int64_t id : tail) bytes.push_back(int32_t(id));
   return bytes;
 }
@@ -94,13 +86,6 @@ SavedState save_state(const Parts& parts, const Memory& memory, const Row& row) 
 }
 
 RowState check_state(const Parts& parts, const Memory& memory, const SavedState& state) {
-  const int64_t limit = parts.max_length > 0 ? parts.max_length : kMostBytes;
-  TORCH_CHECK_VALUE(0 <= state.length && state.length <= limit,
-                    "length must be at most the context of ", limit, " bytes, got ", state.length);
-  TORCH_CHECK_VALUE(
-      state.taken >= 0 && (state.taken == state.length || state.taken == state.length - 1),
-      "taken must be length or length - 1 and not negative, got ", state.taken, " of length ",
-      state.length);
   RowState row;
   row.length = state.length;
   row.taken = state.taken;
