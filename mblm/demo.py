@@ -102,9 +102,10 @@ def train_demo(seconds: float, out: Path, seed: int = 0) -> MBLM:
     # A validation batch takes about a third of a step.
     left = seconds - (time.monotonic() - begin) - VALIDATIONS * VALIDATION_BATCHES * step / 3
     steps = max(int(left / step), 1)
+    few = "; too few to learn much, --minutes gives it more" if steps < 100 else ""
     say(
         f"Training on Python's standard library for {seconds / 60:g} minutes: {steps:,} steps, "
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} threads{few}"
     )
     model, curves = _train(root, steps, seed)
     assert model is not None
