@@ -26,9 +26,16 @@ MBLM_AVX2 inline Vector load(const float* values) {
   return _mm256_loadu_ps(values);
 }
 
+// From what bytes of eight bfloat16 values, twice in a vector, their floats come; 0x80 is a zero.
+alignas(32) constexpr uint32_t kWiden[] = {0x01008080, 0x03028080, 0x05048080, 0x07068080,
+                                           0x09088080, 0x0b0a8080, 0x0d0c8080, 0x0f0e8080};
+
+// One instruction beside the load. GCC would keep kWiden in a register and sums in memory.
 MBLM_AVX2 inline Vector load(const BFloat16* values) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  __m256i bits =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  asm("vpshufb %1, %0, %0" : "+x"(bits) : "m"(kWiden));
+  return _mm256_castsi256_ps(bits);
 }
 
 MBLM_AVX2 inline void store(float* values, Vector v) {
@@ -62,28 +69,26 @@ MBLM_AVX2 inline __m128 sums_of(Vector a, Vector b, Vector c, Vector d) {
 namespace mblm::cpu {
 namespace {
 
-// to (8 of 64 bits) += each output's two sums, whose sum fits 32 bits; four outputs in each vector.
-MBLM_AVX2 inline void add_sums(__m256i first, __m256i second, int64_t* to) {
+// to (8) += each output's two sums, whose sum fits 32 bits; four outputs in each vector. Integers
+// of up to 53 bits are exact.
+MBLM_AVX2 inline void add_sums(__m256i first, __m256i second, __m256d (&to)[2]) {
   const __m256i sums =
       _mm256_permute4x64_epi64(_mm256_hadd_epi32(first, second), _MM_SHUFFLE(3, 1, 2, 0));
-  for (int half = 0; half < 2; ++half) {
-    const __m128i of = half ? _mm256_extracti128_si256(sums, 1) : _mm256_castsi256_si128(sums);
-    __m256i* const place = reinterpret_cast<__m256i*>(to + 4 * half);
-    _mm256_storeu_si256(place,
-                        _mm256_add_epi64(_mm256_loadu_si256(place), _mm256_cvtepi32_epi64(of)));
-  }
+  to[0] = _mm256_add_pd(to[0], _mm256_cvtepi32_pd(_mm256_castsi256_si128(sums)));
+  to[1] = _mm256_add_pd(to[1], _mm256_cvtepi32_pd(_mm256_extracti128_si256(sums, 1)));
 }
 
-// sums[r * kPanelStride + k] = the sum of a tile's output k and row r, half of the outputs at a
-// time. The first rows of a tile ask for those behind it.
+// sums[r * kPanelStride + k] = the sum of a tile's output k and row r: of several rows, half of the
+// outputs at a time. The first of them ask for later tiles; a single one reads all in order.
 template <int kRows>
 MBLM_AVX2 inline void multiply_int8(const int8_t* tile, const float* prepared, int64_t row_stride,
                                     int64_t n, bool is_first, float* sums) {
-  constexpr int64_t kOutputs = 16, kVectors = 4, kStep = kTileOutputs * kTileInputs;
+  constexpr int64_t kOutputs = kRows == 1 ? kTileOutputs : 16, kVectors = kOutputs / 4;
+  constexpr int64_t kStep = kTileOutputs * kTileInputs;
   static_assert(kTileInputs == 4 && kTileOutputs % kOutputs == 0);
   for (int64_t output = 0; output < kTileOutputs; output += kOutputs) {
     const int8_t* weight = tile + output * kTileInputs;
-    int64_t totals[kRows][kOutputs] = {};
+    __m256d totals[kRows][kVectors / 2][2] = {};
     for (int64_t i = 0; i < n;) {
       const int64_t end = std::min(i + kColumnsPerInt32, n);
       __m256i products[kRows][kVectors];
@@ -93,7 +98,7 @@ MBLM_AVX2 inline void multiply_int8(const int8_t* tile, const float* prepared, i
         for (__m256i& product : of_outputs) product = _mm256_setzero_si256();
       }
       for (; i < end; i += kTileInputs, weight += kStep) {
-        if (is_first) __builtin_prefetch(weight + kTilesAhead);
+        if (kRows > 1 && is_first) __builtin_prefetch(weight + kTilesAhead);
         __m256i values[kRows];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
@@ -112,15 +117,18 @@ MBLM_AVX2 inline void multiply_int8(const int8_t* tile, const float* prepared, i
         }
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        add_sums(products[r][0], products[r][1], totals[r]);
-        add_sums(products[r][2], products[r][3], totals[r] + 8);
+      for (int64_t k = 0; k < kRows * kVectors; k += 2) {
+        const int64_t r = k / kVectors, first = k % kVectors;
+        if (kRows == 1) asm("" : "+x"(products[r][first]));  // or GCC 12 keeps a sum in memory
+        add_sums(products[r][first], products[r][first + 1], totals[r][first / 2]);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int64_t k = 0; k < kOutputs; ++k) {
-        sums[r * kPanelStride + output + k] = float(totals[r][k]) * prepared[r * row_stride];
-      }
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kRows * kVectors; ++k) {
+      const int64_t r = k / kVectors, four = k % kVectors;
+      _mm_storeu_ps(sums + r * kPanelStride + output + 4 * four,
+                    _mm_mul_ps(_mm256_cvtpd_ps(totals[r][four / 2][four % 2]),
+                               _mm_set1_ps(prepared[r * row_stride])));
     }
   }
 }
