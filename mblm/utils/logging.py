@@ -1,7 +1,21 @@
 """Loggers that write to a file or to stderr in one format."""
 
 import logging
+import sys
+from contextlib import suppress
 from pathlib import Path
+
+
+class _LogFile(logging.FileHandler):
+    """Says nothing where it cannot be written, as on a full disk: what is saved next tells that."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def create_logger(
@@ -31,7 +45,7 @@ def create_logger(
         path = Path(log_dir, f"{name}.log").absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Names of files need not be text.
-        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         destination = str(path)
     else:
         destination, handler = "stderr", logging.StreamHandler()

@@ -33,6 +33,14 @@ def test_writes_what_is_no_text(tmp_path, name, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="is a file on a full disk")
+def test_a_full_disk_ends_nothing_and_fills_no_screen(tmp_path, name, capsys):
+    (tmp_path / f"{name}.log").symlink_to("/dev/full")
+    for _ in range(2):  # the first one is closed then
+        create_logger(name, log_dir=tmp_path).info("hello")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_writes_to_stderr_by_default(name, capsys):
     create_logger(name).info("hello")
     assert capsys.readouterr().err.endswith(f" - {name} - INFO - hello\n")
