@@ -294,10 +294,10 @@ def parts_of_state(
         raise ValueError(f"state: expected a dict by names, got {type(state).__name__}")
     given = dict(state)
     try:
-        length, taken = (check_integer(name, given.pop(name)) for name in ("length", "taken"))
-        tail = has_values("tail", given.pop("tail")).to("cpu", copy=True)  # nobody else's
+        length, taken = (check_integer(name, given.pop(name, None)) for name in ("length", "taken"))
+        tail = has_values("tail", given.pop("tail", None)).to("cpu", copy=True)  # nobody else's
         tail = check_token_ids("tail", tail, model.num_tokens).long()
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"state: {error}") from error
     limit = _MOST_BYTES if model.max_length is None else model.max_length
     if not 0 <= length <= limit:

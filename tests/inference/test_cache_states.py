@@ -146,6 +146,16 @@ class TestStates:
             cache.set_state(other, {**state, **change})
         assert torch.equal(cache.logits([other]), cache.logits([row]))
 
+    @pytest.mark.parametrize("name", ["length", "taken", "tail"])
+    def test_what_is_missing_is_named(self, make: MakeCache, name: str) -> None:
+        cache = make(MODELS["transformer above mamba1"])
+        (row,) = fed(cache, ids_of(7))
+        state = cache.state(row)
+        del state[name]
+        with pytest.raises(ValueError, match=f"state: {name}: expected an? .*, got None"):
+            cache.set_state(row, state)
+        assert cache.lengths([row]) == [7]
+
     def test_a_plan_ends_with_the_row_it_was_for(self, make: MakeCache) -> None:
         cache = make(MODELS["transformer above mamba1"])
         rows = fed(cache, ids_of(7))
