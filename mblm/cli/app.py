@@ -30,7 +30,8 @@ class _Command(typer.core.TyperCommand):
     """A command whose errors call arguments as its options are called."""
 
     def invoke(self, context: Any) -> Any:
-        names = dict(prime="--prompt", num_tokens_to_generate="--bytes", seeds="--seed")
+        names = dict(prime="--prompt", num_tokens_to_generate="--bytes", max_bytes="--bytes")
+        names["seeds"] = "--seed"
         options = {p.name: p.opts[0] for p in self.params if p.opts[0].startswith("--")}
         with naming(**names, **options):
             return super().invoke(context)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE
+from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE
 from mblm.utils.imports import import_modules
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_out(out: Path, checkpoint: Path, *inputs: Path | None) -> None:
     """Refuse to write where nothing can be written, or over what is read."""
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out: {out} is a folder or in a folder that does not exist")
-    of_model = [checkpoint, checkpoint / CONFIG_FILE, checkpoint / WEIGHTS_FILE]
+    of_model = [checkpoint, checkpoint / CONFIG_FILE, *checkpoint.glob("*.safetensors*")]
     for file in (*of_model, checkpoint.with_name(RUN_CONFIG_FILE), *inputs):
         if out.exists() and file is not None and file.exists() and out.samefile(file):
             raise ValueError(f"--out: {out} is read by this command and would be lost")

@@ -47,9 +47,10 @@ def may_follow(matcher: "LLMatcher", num_tokens: int) -> list[int]:
 
 
 def completes(matcher: "LLMatcher", *parts: bytes) -> bool:
-    """Whether some bytes more make it complete; at least one."""
+    """Whether some bytes more make it complete."""
     tokens = [*b"".join(parts), tokenizer().eos_token]
-    return matcher.validate_tokens(tokens) == len(tokens)
+    # One that has found no way on validates anything.
+    return not matcher.is_error() and matcher.validate_tokens(tokens) == len(tokens)
 
 
 def completion(matcher: "LLMatcher", limit: int, num_tokens: int, max_tries: int) -> bytes | None:

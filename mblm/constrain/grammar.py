@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from llguidance._lib import JsonCompileOptions
 
-# With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
+# With so many bytes more than the end needs, one byte hardly ever takes it out of reach. But after
+# `patternProperties` whose names are all among `properties`, a comma may come that nothing follows.
 _MARGIN = 512
 # Where these bytes may come and those complete it: per byte what completes it after that, or with
 # how many bytes left none was found.
@@ -46,7 +47,7 @@ class _Guided:
 
     def __init__(self, argument: str, grammar: str) -> None:
         self._grammar = grammar
-        with naming(f"{argument}: "):
+        with naming(argument):
             _start(grammar, 256)
 
     def compile(self, num_tokens: int) -> Callable[[], Guide]:
@@ -56,7 +57,8 @@ class _Guided:
             ValueError: No byte may begin what satisfies it.
         """
         matcher, end = _start(self._grammar, check_integer("num_tokens", num_tokens))
-        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens)
+        margin = sys.maxsize if "patternProperties" in self._grammar else _MARGIN
+        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens, margin)
 
 
 class JsonSchema(_Guided):
@@ -122,10 +124,14 @@ class _RowGuide:
         matcher: At the row's beginning; its own.
         end: Bytes that complete it; None if not found.
         num_tokens: V.
+        margin: With so many bytes more than the end needs, any that may come leaves it in reach.
     """
 
-    def __init__(self, matcher: "LLMatcher", end: bytes | None, num_tokens: int) -> None:
+    def __init__(
+        self, matcher: "LLMatcher", end: bytes | None, num_tokens: int, margin: int
+    ) -> None:
         self._matcher, self._end, self._num_tokens = matcher, end, num_tokens
+        self._margin = margin
         self._look_at = sys.maxsize  # with so many bytes left or fewer
         # What completes it after each token that may come, since the end is near.
         self._end_by_token: dict[int, bytes] = {}
@@ -162,7 +168,7 @@ class _RowGuide:
         if self._end is None:
             self._look_at = left // 2
             return tokens
-        spare = left - len(self._end) - _MARGIN
+        spare = left - len(self._end) - self._margin
         if spare > 0 and self._num_tokens >= BYTES:
             # An end is a byte nearer with each byte, and may go as far away.
             self._look_at = left - spare // 2 - 1

@@ -1,5 +1,7 @@
 """An `mblm.MBLM` as a causal language model of Hugging Face's."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from mblm.hf.config import MBLMConfig
 from mblm.hf.generation import MBLMGenerationMixin
 from mblm.hf.padding import align_left, align_right
 from mblm.model.config import MBLMReturnType
+from mblm.model.find import SHARDS, WEIGHTS_FILE
 from mblm.model.hub import model_card, push_folder
 from mblm.model.mblm import MBLM
 from mblm.model.pretrained import untied
@@ -73,11 +76,18 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """As ``PreTrainedModel.save_pretrained``; tied weights are written under all names."""
-        weights = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(*args, state_dict=untied(weights), **kwargs)
+        weights = untied(self.state_dict() if state_dict is None else state_dict)
+        super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
+        if is_main_process and any(Path(save_directory).glob(SHARDS)):
+            # The one file of an earlier save, which the library leaves and would read.
+            Path(save_directory, WEIGHTS_FILE).unlink(missing_ok=True)
 
     def push_to_hub(
         self, repo_id: str, *, bits_per_byte: float | None = None, **options: Any

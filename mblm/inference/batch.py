@@ -95,7 +95,7 @@ class _Asked:
 
     def request(self, model: Any) -> Request:
         """Check it."""
-        with naming(f"prompts[{self.index}]: ", seed="seeds"):
+        with naming(f"prompts[{self.index}]", prompt="", seed="seeds"):
             return request(model, self.prompt, **self.wishes)
 
 

@@ -300,7 +300,7 @@ def _compiled(
     """
     if isinstance(constraint, type) or not callable(getattr(constraint, "compile", None)):
         raise TypeError(f"constraint: expected one of mblm.constrain, got {constraint!r}")
-    with naming("constraint: "):
+    with naming("constraint"):
         compiled = constraint.compile(num_tokens)
     if isinstance(compiled, Automaton):
         if (got := len(compiled.classes)) != num_tokens:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+# Of weights in several files, as transformers writes them: their index and names.
+INDEX_FILE, SHARDS = "model.safetensors.index.json", "model-*-of-*.safetensors"
 RUN_CONFIG_FILE = "config.yaml"
 
 DEFAULT_RUNS = Path("data", "output")

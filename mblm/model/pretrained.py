@@ -11,7 +11,15 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mblm.model.find import CONFIG_FILE, RUN_CONFIG_FILE, WEIGHTS_FILE, as_path, find_model
+from mblm.model.find import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    RUN_CONFIG_FILE,
+    SHARDS,
+    WEIGHTS_FILE,
+    as_path,
+    find_model,
+)
 from mblm.model.hub import model_card, push_folder
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import load_checked_state, load_model_state, uncompiled
@@ -118,13 +126,14 @@ class PretrainedMixin:
             local_files_only=local_files_only,
         )
         config, config_id = _read_config(folder / CONFIG_FILE, cls)
-        weights = _read_weights(folder / WEIGHTS_FILE, config_id)
+        file = _weights_file(folder)
+        weights = _read_weights(file, config_id)
         model: Any = cls(config)  # type: ignore[call-arg]
         for name, tensor in model.state_dict(keep_vars=True).items():
             saved = weights.get(name, tensor)
             if tensor.is_floating_point() and saved.is_floating_point():
                 tensor.data = tensor.data.to(saved.dtype)
-        load_checked_state(folder / WEIGHTS_FILE, weights, model)
+        load_checked_state(file, weights, model)
         return model.to(map_location, dtype).eval()
 
     def push_to_hub(
@@ -205,10 +214,10 @@ def _is_checkpoint(path: Path) -> bool:
 def _find_folder(folder: Path, **download: Any) -> Path:
     """The local folder of a model, downloaded from the hub where there is none of that name."""
     if folder.is_dir():
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).is_file():
+        for file in (folder / CONFIG_FILE, _weights_file(folder)):
+            if not file.is_file():
                 raise FileNotFoundError(
-                    f"{folder} holds no {file}; was it made by save_pretrained?"
+                    f"{folder} holds no {file.name}; was it made by save_pretrained?"
                 )
         return folder
     if folder.exists():
@@ -223,7 +232,7 @@ def _find_folder(folder: Path, **download: Any) -> Path:
         raise FileNotFoundError(
             f"{folder} is no folder; to look for it on the hub: pip install 'mblm[hub]'"
         ) from error
-    files = [CONFIG_FILE, WEIGHTS_FILE]
+    files = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, SHARDS]
     try:
         return Path(snapshot_download(folder.as_posix(), allow_patterns=files, **download))
     except OSError as error:
@@ -289,9 +298,21 @@ def _read_config(file: Path, cls: type[PretrainedMixin]) -> tuple[BaseModel, str
         raise with_title(error, str(file)) from None
 
 
+def _weights_file(folder: Path) -> Path:
+    """The file of all weights or else, of a folder that has several, their index."""
+    file, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    return index if index.is_file() and not file.is_file() else file
+
+
 def _read_weights(file: Path, config_id: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
+    if file.name == INDEX_FILE:
+        return {
+            name: weight
+            for part in _files_of(file)
+            for name, weight in _read_weights(part, config_id).items()
+        }
     file.open("rb").close()  # safetensors calls one that may not be read missing
     try:
         with safe_open(file, framework="pt") as weights:
@@ -307,3 +328,17 @@ def _read_weights(file: Path, config_id: str) -> dict[str, Tensor]:
             }
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def _files_of(index: Path) -> list[Path]:
+    """The files that an index names."""
+    try:
+        names = sorted(
+            {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{index}: no index of files of weights ({error!r})") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: expected names of files beside it, got {name!r}")
+    return [index.with_name(name) for name in names]

@@ -5,21 +5,28 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# What an error begins with: an argument, maybe of an item of another one: "prompts[3]: seeds".
+_ARGUMENT = re.compile(r"(?:[\w-]+\[\d+\]: )*[\w-]+(?=[:\[])")
+
 
 @contextmanager
-def naming(prefix: str = "", **names: str) -> Iterator[None]:
-    """Have errors begin so, and call arguments what the caller calls them."""
+def naming(within: str = "", **names: str) -> Iterator[None]:
+    """Have errors call arguments what the caller calls them; "" is ``within``, of which all are."""
     try:
         yield
     except (TypeError, ValueError) as error:
         told = str(error)
-        if (match := re.match(r"(\w+)(?=[:\[])", told)) and match[0] in names:
-            told = names[match[0]] + told[match.end() :]
-            error.args = (told, *error.args[1:])  # the same error, from where it comes
-        if not prefix:
+        if match := _ARGUMENT.match(told):
+            called = re.sub(
+                r"(?<![\w-])[a-z_]+(?=\W|$)", lambda word: names.get(word[0], word[0]), match[0]
+            )
+            if called != match[0]:
+                told = called + told[match.end() :]
+                error.args = (told, *error.args[1:])  # the same error, from where it comes
+        if not within:
             raise
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(prefix + told) from error
+        raise kind(within + ("" if told[:1] in (":", "[") else ": ") + told) from error
 
 
 @contextmanager

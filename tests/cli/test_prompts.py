@@ -60,5 +60,17 @@ def test_a_prompt_over_the_context_is_named(run: Run, tmp_path: Path) -> None:
     asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
     asked.write_text(json.dumps({"prompt": "a" * 33}))
     error = run("generate", tmp_path / "fixed", "--prompts", asked, "--out", out).error
-    assert "--prompts[0]: prompt: 33 bytes exceed the context of 32" in error
+    assert "--prompts[0]: 33 bytes exceed the context of 32" in error
+    assert not out.exists()
+
+
+def test_what_is_wrong_with_one_prompt_names_the_option(run: Run, tmp_path: Path) -> None:
+    fixed = model(transformer(), seq_lens=[8, 4], num_tokens=257, num_layers=[1, 1])
+    fixed.save_pretrained(tmp_path / "fixed")
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    asked.write_text('{"prompt": "a"}\n{"prompt": "aa"}')
+    flags = ["generate", tmp_path / "fixed", "--prompts", asked, "--out", out]
+    for option, value, number in (("--seed", 2**64 - 1, 1), ("--bytes", 31, 1), ("--bytes", 32, 0)):
+        error = run(*flags, option, value).error
+        assert f"--prompts[{number}]: {option}: " in error
     assert not out.exists()

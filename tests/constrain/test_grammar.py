@@ -197,6 +197,19 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
+@pytest.mark.parametrize("left", [40, 10_000])
+@pytest.mark.parametrize("max_spaces", [0, 1, 3])
+def test_a_comma_does_not_come_where_no_name_is_left(max_spaces: int, left: int) -> None:
+    schema = {
+        "properties": {"a": {"type": "integer"}},
+        "patternProperties": {"^a$": {"minimum": 3}},
+        "additionalProperties": False,
+        "type": "object",
+    }
+    state = follow(JsonSchema(schema, max_spaces), b'{"a":12', left)
+    assert set(allowed(state, left)) - set(b" \t\r\n0123456789") == set(b"}")
+
+
 def test_keys_and_texts_of_any_characters() -> None:
     """However JSON writes them in the schema."""
     key = 'größe "x" \\ \U0001f600'

@@ -130,6 +130,20 @@ class TestFolders:
         assert len(list(tmp_path.glob("*.safetensors"))) > 1
         loaded = MBLMForCausalLM.from_pretrained(tmp_path, device_map="cpu")
         assert torch.equal(logits_of(loaded, IDS), logits_of(lm, IDS))
+        assert torch.equal(logits_of(MBLM.from_pretrained(tmp_path), IDS), logits_of(lm, IDS))
+
+    def test_hold_the_last_save_alone(self, tmp_path: Path) -> None:
+        """In one file, in several and in one again, of either library."""
+        for number, size in enumerate((None, "5KB", "50GB", "5KB", None, "5KB")):
+            m = build()
+            m.to_logits.bias.data[0] = number
+            if size is None:
+                m.save_pretrained(tmp_path)
+            else:
+                MBLMForCausalLM.from_mblm(m).save_pretrained(tmp_path, max_shard_size=size)
+            for face in (MBLM, MBLMForCausalLM):
+                loaded = face.from_pretrained(tmp_path)
+                assert torch.equal(logits_of(loaded, IDS), logits_of(m, IDS)), (number, face)
 
     def test_of_a_block_of_the_users_own(self, tmp_path: Path) -> None:
         m = model(LSTMBlock(), seq_lens=[3, 4], num_tokens=257)

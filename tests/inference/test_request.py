@@ -224,7 +224,7 @@ def test_errors_use_the_callers_names(m: MBLM) -> None:
     ):
         with (
             pytest.raises((TypeError, ValueError), match=f"^{words}"),
-            naming("of x: ", prompt="prime", max_bytes="count"),
+            naming("of x", prompt="prime", max_bytes="count"),
         ):
             request(m, prompt, **wishes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^prompt of mine"), naming(prompt="prime"):

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mblm import MBLM, MBLMEncoder, MBLMModelConfig, MBLMReturnType
-from mblm.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from mblm.model.pretrained import CONFIG_FILE, INDEX_FILE, SHARDS, WEIGHTS_FILE, load_checkpoint
 from mblm.utils.io import load_model_state, save_model_state
 from tests.model.test_embeddings import old_keys
 from tests.models import encoder, mamba, model, transformer
@@ -39,6 +39,18 @@ def change_weights(folder: Path, drop: str | None = None, **tensors: torch.Tenso
     weights = {**load_file(folder / WEIGHTS_FILE), **tensors}
     weights.pop(drop, None)
     save_file(weights, folder / WEIGHTS_FILE)
+
+
+def split_weights(folder: Path) -> None:
+    """Have every weight in a file of its own, with an index, as transformers may write them."""
+    weights = load_file(folder / WEIGHTS_FILE)
+    files = {
+        name: f"model-{n:05}-of-{len(weights):05}.safetensors" for n, name in enumerate(weights)
+    }
+    for name, file in files.items():
+        save_file({name: weights[name]}, folder / file)
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / WEIGHTS_FILE).unlink()
 
 
 def interrupting(call: Callable[..., Any], calls: Iterator[int], number: int) -> Any:
@@ -68,6 +80,18 @@ class TestRoundTrip:
                 loaded(ids, return_type=MBLMReturnType.LOGITS),
                 m(ids, return_type=MBLMReturnType.LOGITS),
             )
+
+    def test_of_weights_in_several_files(self, folder: Path) -> None:
+        m = build()
+        m.save_pretrained(folder)
+        split_weights(folder)
+        state = MBLM.from_pretrained(folder).state_dict()
+        assert state.keys() == m.state_dict().keys()
+        assert all(torch.equal(state[name], weight) for name, weight in m.state_dict().items())
+        later = build()
+        later.save_pretrained(folder)  # beside them
+        state = MBLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(state[name], weight) for name, weight in later.state_dict().items())
 
     def test_of_an_encoder(self, tmp_path: Path) -> None:
         m = encoder(seq_lens=[3, 4], mask_reduce_strat="all")
@@ -268,7 +292,7 @@ class TestHub:
         options = {"revision": "v1", "token": "secret", "cache_dir": folder}
         options |= {"force_download": True, "local_files_only": True}
         MBLM.from_pretrained("someone/some-model", **options)
-        files = [CONFIG_FILE, WEIGHTS_FILE]
+        files = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, SHARDS]
         assert calls == [("someone/some-model", {"allow_patterns": files, **options})]
         MBLM.from_pretrained(folder, **options)
         assert len(calls) == 1
@@ -320,6 +344,24 @@ class TestBadFolder:
     def test_a_file_is_missing(self, folder: Path, file: str) -> None:
         (folder / file).unlink()
         self.fails(folder, f"holds no {file}", FileNotFoundError)
+
+    def test_a_file_of_several_is_missing_or_damaged(self, folder: Path) -> None:
+        split_weights(folder)
+        file = next(folder.glob(SHARDS))
+        file.write_bytes(file.read_bytes()[:-1])
+        self.fails(folder, f"{file.name}: not a whole safetensors file")
+        file.unlink()
+        self.fails(folder, file.name, FileNotFoundError)
+
+    @pytest.mark.parametrize(
+        "index",
+        ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 99999]
+        + [f'{{"weight_map": {{"a": "{name}"}}}}' for name in ("../x.safetensors", "x.bin", "")],
+    )
+    def test_an_index_is_none(self, folder: Path, index: str) -> None:
+        split_weights(folder)
+        (folder / INDEX_FILE).write_text(index)
+        self.fails(folder, f"{INDEX_FILE}: ")
 
     @pytest.mark.parametrize("size", [0, 4, 100, 5000])
     def test_weights_are_cut_short(self, folder: Path, size: int) -> None:

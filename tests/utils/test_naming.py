@@ -30,3 +30,21 @@ def test_an_argument_is_renamed_in_the_error_itself() -> None:
         refuse()
     assert str(caught.value) == "--prompt: no"
     assert caught.traceback[-1].name == "refuse"
+
+
+def test_what_an_argument_is_part_of_is_renamed_too() -> None:
+    names = {"seed": "seeds", "prompt": ""}
+    for told, called in {
+        "seed: expected an integer": "prompts[3]: seeds: expected an integer",
+        "prompt: 33 bytes": "prompts[3]: 33 bytes",
+        "prompt[7]: expected an integer": "prompts[3][7]: expected an integer",
+        "expected seed: 3": "prompts[3]: expected seed: 3",
+    }.items():
+        with (
+            pytest.raises(ValueError) as caught,
+            naming(prompts="--prompts", seeds="--seed", seed="--seed"),
+            naming("prompts[3]", **names),
+        ):
+            raise ValueError(told)
+        want = called.replace("prompts", "--prompts").replace("seeds", "--seed")
+        assert str(caught.value) == want
