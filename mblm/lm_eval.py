@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -35,7 +36,7 @@ class MBLMForHarness(LM):
     Args:
         pretrained: A folder from ``save_pretrained``, a run's folder, its ``.pth`` file, ``latest``
             or a model's id on the hub; or an `mblm.MBLM`.
-        device: Such as ``cpu`` or ``cuda:1``. Default: a GPU if there is one.
+        device: Such as ``cpu`` or ``cuda:1``. Default, and for ``cuda:0``: a GPU if there is one.
         length, stride, batch_bytes: See `mblm.MBLM.score`.
         weights: What compiled code reads weights as when it generates; see `mblm.Session`.
         max_rows: How many texts are generated side by side. Default 64.
@@ -61,7 +62,9 @@ class MBLMForHarness(LM):
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, MBLM):
-            place = find_device(device)
+            # The harness asks for a GPU where nobody has asked for one.
+            is_asked = device != "cuda:0" or torch.cuda.is_available()
+            place = find_device(device if is_asked else None)
             pretrained = load_checkpoint(MBLM, str(pretrained), map_location=place).float()
         self.model: MBLM = pretrained.eval()
         self._device = self.model.device
@@ -148,6 +151,8 @@ class MBLMForHarness(LM):
             prompt = prompt[count - limit :]
         stops = tuple(utf8("until", stop) for stop in given.pop("until") if stop)
         sampling = {name: given.pop(name, None) for name in _SAMPLING}
+        if sampling["temperature"] is None:
+            sampling["temperature"] = 1.0
         if not given.pop("do_sample"):  # to the likeliest byte, filters mean nothing
             sampling = {**dict.fromkeys(_SAMPLING), "temperature": 0.0}
         if given:

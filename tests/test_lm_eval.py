@@ -136,6 +136,22 @@ def test_texts_are_sampled_where_a_task_says_so(net: MBLM) -> None:
     assert len(set(texts)) > 1 and not any("\n" in text for text in texts)
 
 
+def test_a_task_may_sample_and_tell_no_temperature(net: MBLM) -> None:
+    options = {"until": [], "max_gen_toks": 9, "do_sample": True}
+    asked = requests("generate_until", ("ab", options), ("ab", {**options, "temperature": 1.0}))
+    lm = MBLMForHarness(net)
+    texts = [(torch.manual_seed(0), lm.generate_until([one], True))[1] for one in asked]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_harness_own_default_is_no_wish_for_a_gpu(net: MBLM, tmp_path: Path) -> None:
+    net.save_pretrained(tmp_path)
+    assert MBLMForHarness(tmp_path, device="cuda:0").model.device.type == "cpu"
+    with pytest.raises(ValueError, match="device: cuda:1 cannot be used"):
+        MBLMForHarness(tmp_path, device="cuda:1")
+
+
 def test_filters_mean_nothing_to_the_likeliest_bytes(net: MBLM) -> None:
     """Tasks that do not sample give them all the same, several of them, too."""
     greedy = {"until": [], "max_gen_toks": 9, "do_sample": False}
@@ -169,7 +185,7 @@ def test_bad_arguments_are_refused(net: MBLM) -> None:
 @pytest.mark.slow
 def test_the_harness_is_run_from_the_command_line(net: MBLM, tasks: Path, tmp_path: Path) -> None:
     net.save_pretrained(tmp_path / "saved")
-    command = [sys.executable, "-m", "mblm.lm_eval", "--model", "mblm", "--device", "cpu"]
+    command = [sys.executable, "-m", "mblm.lm_eval", "--model", "mblm"]
     command += ["--model_args", f"pretrained={tmp_path / 'saved'}", "--include_path", str(tasks)]
     done = subprocess.run(
         [*command, "--tasks", "mblm_rolling"],

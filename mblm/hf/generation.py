@@ -76,6 +76,10 @@ class MBLMGenerationMixin(GenerationMixin):
         prepared.use_cache = False
         return prepared, others
 
+    def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
+        """The prompt as it is: no token straddles its end."""
+        return input_ids
+
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> StoppingCriteriaList:
@@ -152,7 +156,8 @@ class StopBytes(StoppingCriteria):
     """
 
     def __init__(self, strings: list[str]) -> None:
-        if not all(isinstance(string, str) and string for string in strings):
+        is_list = isinstance(strings, (list, tuple))
+        if not is_list or not all(isinstance(string, str) and string for string in strings):
             raise ValueError(f"stop_strings: expected texts, none empty, got {strings!r}")
         self.strings = [string.encode() for string in strings]
         self.begin = 0

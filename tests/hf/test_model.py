@@ -281,6 +281,8 @@ class TestGenerateOptions:
         options = {"max_new_tokens": 9, "stop_strings": "e"}
         expected = generate(**options)
         assert torch.equal(generate(tokenizer=tokenizer, **options), expected)
+        options["token_healing"] = True
+        assert torch.equal(generate(tokenizer=tokenizer, **options), expected)
 
     def test_a_streamer_gets_each_byte(self, generate: Callable[..., Tensor]) -> None:
         streamer = Recorder()
@@ -335,6 +337,7 @@ class TestGenerateOptions:
             ({"max_new_token": 3}, "max_new_token"),
             ({"stop_strings": [""]}, r"stop_strings: expected texts, none empty, got \[''\]"),
             ({"stop_strings": [3]}, "stop_strings: expected texts"),
+            ({"stop_strings": 3}, "stop_strings: expected texts"),
         ],
     )
     def test_what_is_not_there_is_refused(
