@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mblm.inference.prompt import as_ids
 from mblm.model.stage import has_values
 from mblm.utils.checks import check_number, check_token_ids
 
@@ -50,7 +51,7 @@ def check_drafts(
 def check_fed(ids: Sequence[bytes | Tensor], rows: Sequence[Any], num_tokens: int) -> list[Tensor]:
     """Refuse what are no bytes ``(n,)`` to be fed to rows; returns them as int64."""
     check_count("ids", ids, rows)
-    given = (torch.tensor([*part]).long() if isinstance(part, bytes) else part for part in ids)
+    given = (as_ids("ids", part) if isinstance(part, bytes) else part for part in ids)
     return [_row_of_ids(f"ids[{n}]", part, num_tokens) for n, part in enumerate(given)]
 
 

@@ -266,9 +266,9 @@ class Batch:
     def _end(self, row: Row, reason: FinishReason, error: Exception | None = None) -> None:
         asked = self._going[row]
         result = self._continuation[row].result(reason, asked.wishes["seed"], error)
+        self._tell(asked, result)  # and keep it, before the row is gone
         self._let_go(row)
         self._limit = min(self._limit + 1, self._max_rows)
-        self._tell(asked, result)
 
     def _let_go(self, row: Row) -> _Asked:
         asked = self._going.pop(row)

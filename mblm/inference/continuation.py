@@ -62,9 +62,9 @@ class Course:
         return _joined([ran.ids for ran in self.ran], _NO_BYTES)
 
     def fresh(self) -> Tensor:
-        """Those of them that it has not told yet."""
+        """Those of them that it has not told yet; another thread may add more meanwhile."""
         told, self._told = self._told, len(self.ran)
-        return _joined([ran.ids for ran in self.ran[told:]], _NO_BYTES)
+        return _joined([ran.ids for ran in self.ran[told : self._told]], _NO_BYTES)
 
     def log_probs(self) -> Tensor | None:
         """Their log-probabilities, ``(n,)`` float32 on the CPU, where they are asked for."""

@@ -308,11 +308,13 @@ def _read_weights(file: Path, config_id: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     if file.name == INDEX_FILE:
-        return {
-            name: weight
-            for part in _files_of(file)
-            for name, weight in _read_weights(part, config_id).items()
-        }
+        found: dict[str, Tensor] = {}
+        for part in _files_of(file):
+            more = _read_weights(part, config_id)
+            if twice := found.keys() & more.keys():
+                raise ValueError(f"{part}: another file of {file.name} has {min(twice)}, too")
+            found |= more
+        return found
     file.open("rb").close()  # safetensors calls one that may not be read missing
     try:
         with safe_open(file, framework="pt") as weights:

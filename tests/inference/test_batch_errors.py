@@ -176,6 +176,19 @@ def test_an_interrupt_keeps_what_was_chosen(m: MBLM, call: int) -> None:
         assert len(result.ids) == 3 if is_over else isinstance(result.error, KeyboardInterrupt)
 
 
+@every_way
+def test_an_interrupt_where_a_row_is_let_go_keeps_what_has_ended(m: MBLM) -> None:
+    cache = batch.cache_for(m, "float32")
+    with (
+        patch.object(cache, "drop", side_effect=KeyboardInterrupt),
+        patch.object(batch, "cache_for", lambda *_: cache),
+        pytest.raises(KeyboardInterrupt) as caught,
+    ):
+        together(m, some_prompts(2, 5), max_bytes=3, max_rows=1, seeds=0)
+    (result,) = caught.value.generations
+    assert (result.finish_reason, result.error) == ("length", None) and len(result.ids) == 3
+
+
 # -- Memory ----------------------------------------------------------------------------------------
 
 

@@ -313,6 +313,12 @@ class TestRows:
             cache.feed(rows, [ids_of(4), ids])
         assert cache.lengths(rows) == [3, 2]
 
+    def test_bytes_are_fed_whatever_the_default_device_is(self, cache: Cache) -> None:
+        rows = cache.add(2)
+        with torch.device("meta"):
+            cache.feed(rows, [b"\3\4", b""])
+        assert torch.equal(cache.logits(rows[:1]), cache.logits(fed(cache, torch.tensor([3, 4]))))
+
     @pytest.mark.parametrize("seconds", [float("nan"), 10**400, "1", None])
     def test_seconds_are_a_number(self, cache: Cache, seconds: Any) -> None:
         rows = fed(cache, ids_of(3))

@@ -121,6 +121,20 @@ def test_what_is_fresh_is_told_once(m: MBLM, make: MakeCache) -> None:
         assert len(told) >= 12 and len(course.fresh()) == 0
 
 
+def test_what_another_thread_adds_while_it_is_told_is_told_next(m: MBLM) -> None:
+    runs = [Ran(torch.tensor([token]), None, "time") for token in (1, 2)]
+
+    class Growing(list[Ran]):
+        def __len__(self) -> int:
+            count = super().__len__()
+            self.extend(runs[count:])  # between the two looks at it
+            return count
+
+    course = Course(one(m))
+    course.ran = Growing(runs[:1])
+    assert [course.fresh().tolist() for _ in range(3)] == [[1], [2], []]
+
+
 class TestGuide:
     @on_every_engine
     @pytest.mark.parametrize("max_bytes", [0, 2, 3, 5, 6, 9])

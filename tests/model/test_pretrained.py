@@ -353,6 +353,13 @@ class TestBadFolder:
         file.unlink()
         self.fails(folder, file.name, FileNotFoundError)
 
+    def test_two_files_of_several_have_a_weight(self, folder: Path) -> None:
+        split_weights(folder)
+        one, other = sorted(folder.glob(SHARDS))[:2]
+        name, *_ = load_file(one)
+        save_file(load_file(one) | load_file(other), other)
+        self.fails(folder, f"{other.name}: another file of {INDEX_FILE} has {name}, too")
+
     @pytest.mark.parametrize(
         "index",
         ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 99999]
