@@ -38,11 +38,11 @@ def handled(
     other than the main one cannot take signals: there nothing changes.
     """
     before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in signals:
-            if number in even_ignored or signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, handler)
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signals:
+                if number in even_ignored or signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, earlier in before.items():

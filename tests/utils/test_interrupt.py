@@ -30,6 +30,16 @@ def test_raises_within_and_leaves_the_handler_as_it_was() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_all_handlers_are_as_they_were_if_one_cannot_be_set() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(OSError),
+        interrupt.handled([signal.SIGTERM, signal.SIGKILL], lambda *_: None),
+    ):
+        pytest.fail("SIGKILL is handled")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
