@@ -41,9 +41,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     sync_directory(target.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what `atomic_write` had begun in a folder when its process was killed."""
-    for file in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
+def remove_leftovers(path: Path) -> None:
+    """Remove what `atomic_write` of a path had begun when its process was killed.
+
+    The name may be a pattern; nobody else may write what it matches.
+    """
+    for file in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}.tmp"):
         if file.is_file():
             file.unlink(missing_ok=True)
 

@@ -120,8 +120,8 @@ class RunFolder:
             step, sizes = saved.own["position"]["step"], saved.manifest.get("sizes", {})
             self.loggers.rewind(step)
             prune_states(self.path, after=step)  # first: they need the rows that are dropped
-            for folder in ("", STATES, "samples"):
-                remove_leftovers(self.path / folder)
+            for ours in (self._config_file, self.path / STATES / "*", self.path / "samples" / "*"):
+                remove_leftovers(ours)
             for log in self._logs():
                 log.begin()
                 log.cut(sizes.get(log.file.name, log.file.stat().st_size))

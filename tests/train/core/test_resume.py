@@ -289,13 +289,15 @@ def test_a_state_that_lies_elsewhere_is_refused(tmp_path, ended):
 
 
 def test_what_else_lies_beside_the_states_stays(tmp_path, ended):
-    """A link to the last state is none that is to be removed, and an archive has no files."""
-    last, beside = list_states(ended)[1], ended / "state"
+    """A link to the last state, an archive, and a picture that another process is writing."""
+    last, beside, picture = list_states(ended)[1], ended / "state", ended / ".loss.png.0123abcd.tmp"
+    picture.touch()
     (beside / "step_last").symlink_to(last)
     (beside / "step_00000008.tar").touch()
     train_alone(jobs.Trainer, jobs.config(tmp_path, batches=16, resume=last))
     assert [state.name for state in list_states(ended)] == [last.name, "step_00000016"]
     assert is_training_state(beside / "step_last") and (beside / "step_00000008.tar").exists()
+    assert picture.exists()
 
 
 def test_restarts_go_on_from_the_last_state(tmp_path, finished):
