@@ -98,7 +98,7 @@ def launch(
 def _train(file: Path, settings: Sequence[str], resume: str | None, profile: int) -> None:
     """Train as one worker; of those that a signal stops, the first says how to go on."""
     config = load_experiment(file, settings, resume)
-    options = CoreTrainerOptions(profile_steps=profile)
+    options = CoreTrainerOptions(profile_steps=profile, draws_seed=True)
     try:
         if isinstance(config, TrainMaskedEntryConfig):
             train_encoder_mblm(config, options)

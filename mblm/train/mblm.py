@@ -38,7 +38,9 @@ from mblm.train.core.config import (
     TrainMaskedConfig,
 )
 from mblm.train.core.hooks import CoreTrainerOptions, TBatch, TModel
+from mblm.train.core.parallel import Workers
 from mblm.train.core.trainer import CoreTrainer
+from mblm.train.core.training_state import read_manifest, state_to_resume
 from mblm.train.recipe import make_optimizer, make_schedule
 from mblm.utils.distributed import process_group
 from mblm.utils.errors import with_title
@@ -295,6 +297,8 @@ def _train(
     log = create_logger(__name__, log_dir=config.io.output_dir, alone=True)
     try:
         with process_group() as run_vars:
+            if options is not None and options.draws_seed:
+                config = _with_seed(config, Workers(run_vars))
             dataset = registry.retrieve(config.io.dataset_id)
 
             def part(mode: ModelMode, worker: int = 0, workers: int = 1) -> Any:
@@ -326,3 +330,13 @@ def _train(
         log.critical(error, exc_info=True)
         shutdown_log_handlers()
         raise
+
+
+def _with_seed(config: Any, workers: Workers) -> Any:
+    """The configuration with a seed: its own, that of the state it goes on from, or a drawn one."""
+    seed = workers.from_main(int(torch.randint(2**31, ())))  # by all, whatever each was given
+    if config.train.seed is not None:
+        return config
+    if (state := state_to_resume(config.resume)) is not None:  # made by a program, it may have none
+        seed = read_manifest(state).get("facts", {}).get("train.seed")
+    return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})

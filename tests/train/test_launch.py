@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ def test_says_what_it_does_and_what_came_out(
     folder = run_of(experiment.parent)
     assert lines[0].startswith("Model: ") and "stage 2" in lines[0]
     assert lines[1] == "Data: text, 2,400 bytes; 2,160 bytes to train on, 120 to validate"
-    assert lines[2] == f"Plan: 24 steps of 32 bytes, 2 validations; writes to {folder}"
+    assert lines[2] == f"Plan: 24 steps of 32 bytes, 2 validations, seed 0; writes to {folder}"
     assert lines[3].startswith("  4% ") and lines[3].endswith(" bits per byte")
     assert lines[4].startswith("100% ")
     best = min(bits for _, bits in read_curves(folder).valid)
@@ -145,6 +146,26 @@ def test_only_what_was_saved_ends_as_interrupted(
     with pytest.raises(SystemExit) as ended:
         launch(experiment, nproc=2)
     assert ended.value.code == (EXIT_INTERRUPTED if saved else 128 + number)
+
+
+def test_a_seed_is_drawn_by_which_a_run_goes_on_and_can_be_repeated(
+    experiment: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sources = experiment.parent, "{text: 0.5, experiment.yaml: 0.5}"
+    data = [f"io.dataset_dir={folder}", f"io.dataset_args={{sources: {sources}}}"]
+    unseeded = [*data, "train.seed="]
+    launch(experiment, settings=unseeded, nproc=1)
+    first = run_of(folder)
+    seed = yaml.safe_load((first / "config.yaml").read_text())["train"]["seed"]
+    assert f", seed {seed}; writes to" in capsys.readouterr().err
+
+    settings = ["resume=", f"io.output_dir={folder / 'again'}"]
+    launch(first / "config.yaml", settings=settings, nproc=1)
+    (second,) = (folder / "again").glob("tiny_*")
+    assert read_curves(first).train == read_curves(second).train
+    launch(experiment, settings=[*unseeded, "io.save_every_minutes=9"], resume="latest", nproc=1)
+    (change,) = re.findall("has changed: (.*)", (first / "train.log").read_text())
+    assert change.startswith("io.save_every_minutes: ")
 
 
 def test_a_checkpoint_begins_another_run(experiment: Path) -> None:

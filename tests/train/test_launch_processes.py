@@ -60,8 +60,8 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_torchrun_starts_the_workers_too(experiment: Path) -> None:
-    setting = "train.gradient_clipping=0.5"
-    done = start(*TORCHRUN, "-m", "mblm", "train", experiment, "--set", setting)
+    settings = ["--set", "train.gradient_clipping=0.5", "--set", "train.seed="]
+    done = start(*TORCHRUN, "-m", "mblm", "train", experiment, *settings)
     assert done.returncode == 0, done.stderr
     folder = run_of(experiment.parent)
     assert summary_of(folder)["num_workers"] == 2
@@ -73,11 +73,10 @@ def test_torchrun_starts_the_workers_too(experiment: Path) -> None:
 @pytest.mark.parametrize("numbered", [True, False])
 def test_two_nodes_that_meet(experiment: Path, numbered: bool) -> None:
     meet = ["--nnodes", 2, "--rdzv-endpoint", f"localhost:{free_port()}"]
+    arguments = ["--nproc", 1, "--set", "train.seed=", *meet]
     nodes = [
         subprocess.Popen(
-            mblm_train(
-                experiment, "--nproc", 1, *meet, *(["--node-rank", rank] if numbered else [])
-            ),
+            mblm_train(experiment, *arguments, *(["--node-rank", rank] if numbered else [])),
             env=ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,

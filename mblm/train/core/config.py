@@ -114,8 +114,8 @@ class CoreTrainConfig(Fields):
     seed: NonNegativeInt | None = Field(
         default=None,
         lt=2**32,
-        description="Seed of weights, dropout and shuffling; by default the first rank's "
-        "generators are used as the program left them, and seed those of the others",
+        description="Seed of weights, dropout and shuffling. By default mblm train draws one; in a "
+        "program, the first rank's generators are used as they are, and seed those of the others",
     )
     non_finite_loss: Literal["skip", "stop"] = Field(
         default="stop",
@@ -251,7 +251,11 @@ class DataLineage(BaseModel):
 
 
 class Lineage(BaseModel):
-    """What a run was made of: the package's version, the type of each stage, the seed, the data."""
+    """What a run was made of: the package's version, the type of each stage, the seed, the data.
+
+    The ``seed`` is ``train.seed``; without one it is drawn after the weights, and does not make
+    them again.
+    """
 
     package: str
     stages: list[str]

@@ -43,6 +43,8 @@ class CoreTrainerOptions:
         train_prog_min_interval_seconds, valid_prog_min_interval_seconds: Between two updates.
         track_first_fw_bw_exec_times: How many passes ``timemem.csv`` tells about.
         profile_steps: How many steps the main worker profiles, into ``profile/``.
+        draws_seed: Whether `train_mblm` and `train_encoder_mblm` draw a ``train.seed`` where none
+            is configured, as in ``mblm train``; ``config.yaml`` has it.
         amp_dtype: What ``precision: auto`` computes in on CUDA.
     """
 
@@ -59,6 +61,7 @@ class CoreTrainerOptions:
     valid_prog_min_interval_seconds: int = 1
     track_first_fw_bw_exec_times: int | None = 30
     profile_steps: int = 0
+    draws_seed: bool = False
     amp_dtype: torch.dtype = field(
         default_factory=lambda: torch.bfloat16 if cuda.IS_BF16_AVAILABLE else torch.half
     )

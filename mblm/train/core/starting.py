@@ -312,6 +312,7 @@ class TrainerStart(TrainerHooks[TModel, TBatch, TModelParams, TTrainConfig, TIoC
             f"of which {done:,} are done" * bool(done),
             f"{validations} validation{'s' * (validations != 1)}",
             f"{workers} processes" * (workers > 1),
+            f"seed {self.config.train.seed}" * (self.config.train.seed is not None),
         ]
         self._say(f"Plan: {', '.join(filter(None, steps))}; writes to {self._folder.path}")
         if self._resumed is not None and not self._resumed.is_exact:

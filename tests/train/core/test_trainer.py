@@ -303,11 +303,11 @@ def test_what_is_trained_is_said(tmp_path, capsys):
     assert model == "Model: 1,234 parameters (stage 1 1,000, stage 2 200, around them 34)"
     assert data == "Data: book, 1,234 bytes; 384 elements to train on, 72 to validate"
     run = jobs.run_of(tmp_path)
-    assert plan == f"Plan: 2 steps of 64 elements, 4 validations; writes to {run}"
+    assert plan == f"Plan: 2 steps of 64 elements, 4 validations, seed 5; writes to {run}"
     assert said(files, validate_amount=1) == [
         "Model: 1,234 parameters",
         "Data: 2 files, 1,235 bytes; 384 elements to train on, 72 to validate",
-        f"Plan: 4 steps of 32 elements, 1 validation; writes to {jobs.run_of(tmp_path)}",
+        f"Plan: 4 steps of 32 elements, 1 validation, seed 5; writes to {jobs.run_of(tmp_path)}",
     ]
     assert "Data: Files; 384 samples to train on" in said(Files(is_sequential=False))[1]
     state = find_latest_state(jobs.run_of(tmp_path))
