@@ -13,7 +13,7 @@ from mblm import MBLM
 from mblm.inference.automaton import Automaton
 from mblm.inference.cache import State
 from mblm.inference.engine import cache_for
-from mblm.inference.native_cache import NativeCache
+from mblm.inference.native_cache import GPU_POSITIONS, NativeCache
 from mblm.inference.plan import Draws, Plan
 from mblm.inference.torch_cache import TorchCache
 from mblm.ops.packing import WEIGHT_TYPES, round_weight
@@ -178,6 +178,17 @@ def test_a_long_piece_takes_no_more_slots() -> None:
     cache.feed(rows, [ids[220:]])
     assert cache._engine.slots == 1
     torch.testing.assert_close(cache.logits(rows)[0].cpu(), whole_logits(m, ids).cpu(), **CLOSE)
+
+
+@pytest.mark.parametrize("look", ["logits", "state"])
+@torch.inference_mode()
+def test_who_looks_at_a_row_changes_no_bits_of_what_it_is_fed(look: str) -> None:
+    cache = NativeCache(on_device("mamba2", seq_lens=(40,)), "bfloat16", max_rows=2)
+    rows = cache.add(2)
+    cache.feed(rows, [ids_of(3)] * 2)
+    getattr(cache, look)(rows[0] if look == "state" else rows[:1])
+    cache.feed(rows, [ids_of(GPU_POSITIONS + 1)] * 2)
+    assert same(*map(cache.state, rows))
 
 
 @torch.inference_mode()

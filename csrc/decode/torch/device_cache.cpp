@@ -63,6 +63,7 @@ void DeviceCache::reserve(const Parts&, Row& row, int64_t to, bool) {
 void DeviceCache::feed_long(const Lease& rows, Host& host, const std::vector<Ids>& ids,
                             int64_t most) {
   const Schedule schedule = hierarchy()->parts(0)->schedule;
+  take_in(rows, host, false);  // what the host goes on from is the same where it was looked at
   std::vector<std::optional<SavedState>> fed(rows.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
