@@ -7,7 +7,7 @@ for a way to it while the bytes that are left may be too few for another.
 import json
 import sys
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from mblm.constrain.completion import (
     rejoined,
     tokenizer,
 )
+from mblm.constrain.endless import grammar_ends, schema_ends
 from mblm.inference.guide import Guide
 from mblm.utils.checks import check_integer
 from mblm.utils.naming import naming
@@ -43,12 +44,14 @@ _SEARCHES = 10
 
 
 class _Guided:
-    """A grammar in llguidance's own form, made of an argument."""
+    """A grammar in llguidance's own form, made of an argument; ``ends`` is asked in doubt."""
 
-    def __init__(self, argument: str, grammar: str) -> None:
+    def __init__(self, argument: str, grammar: str, ends: Callable[[], bool]) -> None:
         self._grammar = grammar
         with naming(argument):
-            _start(grammar, 256)
+            _, end = _start(grammar, 256)
+            if end is None and not ends():
+                raise ValueError("nothing satisfies it: what it describes has no end")
 
     def compile(self, num_tokens: int) -> Callable[[], Guide]:
         """What makes a row's guide, for a model of so many tokens; ids from 256 on are forbidden.
@@ -97,7 +100,7 @@ class JsonSchema(_Guided):
             grammar = _matcher().grammar_from_json_schema(text, overrides=options)
         except ValueError as error:
             raise ValueError(f"schema: {error}") from error
-        super().__init__("schema", grammar)
+        super().__init__("schema", grammar, partial(schema_ends, schema))
 
 
 class Grammar(_Guided):
@@ -114,7 +117,7 @@ class Grammar(_Guided):
     def __init__(self, lark: str) -> None:
         if not isinstance(lark, str):
             raise TypeError(f"lark: expected str, got {lark!r}")
-        super().__init__("lark", _matcher().grammar_from_lark(lark))
+        super().__init__("lark", _matcher().grammar_from_lark(lark), partial(grammar_ends, lark))
 
 
 class _RowGuide:

@@ -12,6 +12,7 @@ pytest.importorskip("llguidance")
 
 from mblm.constrain import Grammar, JsonSchema
 from mblm.constrain.completion import completion, rejoined
+from mblm.constrain.endless import grammar_ends, schema_ends
 from mblm.constrain.grammar import _start
 from mblm.inference.guide import Guide
 
@@ -232,6 +233,47 @@ IMPOSSIBLE: list[Any] = [
 def test_a_schema_that_nothing_satisfies_is_refused(schema: Any) -> None:
     with pytest.raises(ValueError, match=r"^schema: .*(Unsatisfiable|nothing|empty|enum)"):
         JsonSchema(schema if isinstance(schema, dict) else json.dumps(schema))
+
+
+def _node(**kinds: Any) -> dict[str, Any]:
+    """A schema of objects whose ``next``, which they must have, is of one of some kinds."""
+    own = {"type": "object", "properties": {"next": kinds}, "required": ["next"]}
+    return {"$ref": "#/$defs/node", "$defs": {"node": own}}
+
+
+NODE, ONE = {"$ref": "#/$defs/node"}, {"type": "array", "minItems": 1}
+ENDLESS: list[Any] = [
+    _node(**NODE),
+    _node(anyOf=[NODE, _node(allOf=[NODE])["$defs"]["node"]]),
+    _node(**ONE, items=NODE),
+    _node(**ONE, prefixItems=[NODE]),
+    {"type": ["array"], "minItems": 2, "prefixItems": [{}], "items": {"$ref": "#"}},
+    'start: item+\nitem: "a" start? "b" item | /["]+/ (item "," | "x"* start) // "a" |',
+    'start: a\n?a: "x" b "y"\nb: "z" (a | ("y"? b)) "w"\n%ignore / /',
+]
+ENDING: list[Any] = [
+    _node(anyOf=[NODE, {"type": "null"}]),
+    _node(type=["object", "null"], required=["next"], properties={"next": NODE}),
+    _node(type="array", items=NODE),
+    _node(**ONE, prefixItems=[{}], items=NODE),
+    {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["last"]},
+    'start: "(" start? ")"',
+    'start: "(" (start | /x/) ")"',
+    'start: "(" [start] ")" | "<" start ">"',
+    'start: "(" start~0..2 ")"',
+]
+
+
+@pytest.mark.parametrize("given", [*ENDLESS, *ENDING], ids=str)
+def test_what_has_no_end_is_refused(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mblm.constrain.grammar._FIRST_TRIES", 400)
+    make, ends = (Grammar, grammar_ends) if isinstance(given, str) else (JsonSchema, schema_ends)
+    assert ends(given) == (given in ENDING)
+    if given in ENDING:
+        make(given)
+        return
+    with pytest.raises(ValueError, match=r"^(schema|lark): nothing satisfies it: .* has no end"):
+        make(given)
 
 
 @pytest.mark.parametrize(
