@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mblm import MBLM
+from mblm.inference.automaton import Automaton
 from mblm.inference.cache import Row
 from mblm.inference.native_cache import NATIVE_POSITIONS, NativeCache
 from mblm.inference.plan import Plan
@@ -241,3 +242,15 @@ def test_who_looks_at_a_row_changes_no_bits_of_what_it_is_fed(look: str) -> None
 def test_what_is_no_model_for_it() -> None:
     with pytest.raises(ValueError, match="local stage"):
         NativeCache(build("transformer", "lstm"))
+
+
+def test_tables_of_another_vocabulary_are_refused_though_they_were_replaced() -> None:
+    """Compiled code has a copy of its own, and reads nothing behind it."""
+    short, long = (Automaton.of_strings([b"a"], count) for count in (100, 257))
+    cache, other = (NativeCache(small("mamba1", num_tokens=count)) for count in (100, 257))
+    cache.begin(cache.add(), [Plan(1, stop=short)])
+    short.classes = long.classes
+    row = other.add()
+    with pytest.raises(ValueError, match="a class for each of 257 tokens"):
+        other.begin(row, [Plan(1, stop=short)])
+    assert other.lengths(row) == [0]

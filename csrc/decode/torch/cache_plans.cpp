@@ -50,6 +50,10 @@ std::vector<int64_t> Cache::begin(const Lease& rows, std::vector<NewPlan> plans)
     TORCH_CHECK_VALUE(wishes.draws->num_tokens() == num_tokens_ && wishes.lane >= 0 &&
                           wishes.lane < wishes.draws->lanes(),
                       "draws must be of the model's ", num_tokens_, " tokens");
+    for (const auto* automaton : {wishes.allow.get(), wishes.stop.get()}) {
+      TORCH_CHECK_VALUE(!automaton || int64_t(automaton->class_of.size()) == num_tokens_,
+                        "an automaton must have a class for each of ", num_tokens_, " tokens");
+    }
   }
   std::vector<std::unique_ptr<Proposer>> proposers(rows.size());
   for (int64_t i = 0; i < rows.size(); ++i) {
