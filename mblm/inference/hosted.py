@@ -60,6 +60,7 @@ class HostedStage:
         stage: The same; where ``torch.compile`` wraps it, what is in the wrapper.
         dim: Its width D.
         start: The state after the start token, and ``start_output`` (1, D) of it.
+        stacks: Whether the stage says how rows' states become one: it takes in many at once.
     """
 
     def __init__(self, stage: nn.Module, start_token: Tensor) -> None:
@@ -69,7 +70,7 @@ class HostedStage:
         self._takes_state = self._takes_carried or (
             self._takes_carried is None and hasattr(own, "forward_with_state") and is_bare(own)
         )
-        self._stacks = self._takes_state and _has(own, "stack_states", "split_state")
+        self.stacks = self._takes_state and _has(own, "stack_states", "split_state")
         self._names = self._takes_state and _has(own, "state_tensors", "state_of")
         output, (self.start,) = self.advance([Share(None)], start_token.expand(1, 1, -1))
         self.start_output = output[:, 0]
@@ -78,7 +79,7 @@ class HostedStage:
         """Take in the next positions of rows, ``x (B, S, D)``: ``(B, S, D)`` and their states."""
         if not self._takes_state:
             return self._replay(states, x)
-        if self._stacks or len(states) == 1:
+        if self.stacks or len(states) == 1:
             y, state = self._call(x, self._stacked(states))
             return y, [Share(state, row, len(states)) for row in range(len(states))]
         outputs, after = [], []

@@ -48,7 +48,7 @@ class NativeCache(Cache):
     """A `Cache` of which threads in C++, or a GPU, do the work.
 
     Its weights are those of the model at the time of each call. What it computes does not depend
-    on the rows beside a row.
+    on the rows beside a row, but for the last bits where a hosted stage stacks its states.
 
     Args:
         model: An `mblm.MBLM`.
@@ -214,6 +214,19 @@ class NativeCache(Cache):
         ``(rows, P_{n+1} * D_{n+1})``, and the states after them.
         """
         model, host = self._model, self._packed.hosted[stage]
+        if len(positions) > 1 and not host.stacks:  # PyTorch's bits depend on the rows of a call
+            steps = [
+                self.step_hosted(
+                    stage,
+                    ids[row : row + 1],
+                    positions[row : row + 1],
+                    None if contexts is None else contexts[row : row + 1],
+                    states[row : row + 1],
+                )
+                for row in range(len(positions))
+            ]
+            outputs, belows, afters = zip(*steps, strict=True)
+            return torch.cat(outputs), torch.cat(belows), [after for (after,) in afters]
         x = embedded(model, stage, ids, positions, None if contexts is None else list(contexts))
         before = [
             state if position else host.start  # where it begins anew

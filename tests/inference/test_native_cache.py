@@ -54,11 +54,12 @@ def alone(m: MBLM, weights: str, ids: torch.Tensor, plan: Plan | None) -> list[t
     return [*chosen, cache.logits(row)[0]]
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("kinds", KINDS, ids=" above ".join)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
-def test_a_row_has_the_bits_that_it_has_alone(data: st.DataObject) -> None:
+def test_a_row_has_the_bits_that_it_has_alone(kinds: tuple[str, ...], data: st.DataObject) -> None:
     """Whatever runs beside it, in how many threads, and however its bytes were cut."""
-    m = worth_threads(*data.draw(st.sampled_from(KINDS), label="kinds"))
+    m = worth_threads(*kinds)
     weights = data.draw(st.sampled_from(WEIGHTS), label="weights")
     cache = NativeCache(m, weights)
     rows: dict[Row, torch.Tensor] = dict(zip(cache.add(3), [ids_of(0)] * 3, strict=True))
@@ -94,6 +95,16 @@ def test_a_row_has_the_bits_that_it_has_alone(data: st.DataObject) -> None:
             assert torch.equal(logits, expected)
     finally:
         torch.set_num_threads(1)
+
+
+def test_rows_of_a_hosted_stage_have_the_bits_that_they_have_alone() -> None:
+    """PyTorch's products of two rows have other last bits than those of one."""
+    m = worth_threads("lstm", "mamba1")
+    cache = NativeCache(m)
+    parts = ids_of(14), ids_of(14, seed=1)
+    rows = fed(cache, *parts)
+    for logits, ids in zip(cache.logits(rows), parts, strict=True):
+        assert torch.equal(logits, alone(m, "float32", ids, None)[0])
 
 
 def test_a_state_goes_from_engine_to_engine() -> None:
