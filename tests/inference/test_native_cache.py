@@ -265,3 +265,15 @@ def test_tables_of_another_vocabulary_are_refused_though_they_were_replaced() ->
     with pytest.raises(ValueError, match="a class for each of 257 tokens"):
         other.begin(row, [Plan(1, stop=short)])
     assert other.lengths(row) == [0]
+
+
+def test_a_state_is_checked_by_the_weights_though_the_model_says_other_sizes() -> None:
+    """A patch that is due is read from the tail, and nothing before it."""
+    m = small("transformer", "mamba1")
+    cache = NativeCache(m)
+    (row,) = fed(cache, ids_of(7))
+    state = cache.state(row)
+    m.patch_sizes = [1, 1]
+    with pytest.raises(ValueError, match="length 7, taken 7 and a tail of 1 bytes do not fit"):
+        cache.set_state(row, {**state, "tail": state["tail"][-1:]})
+    assert cache.lengths([row]) == [7]

@@ -51,10 +51,19 @@ Tensor take(const SavedState& state, const Part& part) {
   return check_given(part.name.c_str(), found->second, part.shape, at::kFloat);
 }
 
+// mblm/inference/torch_stages.py has checked it by the model's sizes, which anybody can change.
 Bytes take_tail(const Parts& parts, const Memory& memory, const SavedState& state) {
   const Ids tail = own_ids("tail", state.tensors.at("tail"), parts.num_tokens());
+  const int64_t length = state.length, taken = state.taken, size = int64_t(tail.size());
+  const int64_t limit = parts.max_length > 0 ? parts.max_length : kMostBytes;
+  const int64_t patch = parts.schedule.patch_size(0);
+  TORCH_CHECK_VALUE(0 <= taken && taken <= length && length - 1 <= taken && length <= limit &&
+                        size <= length &&
+                        length - size <= std::max<int64_t>(taken - 1, 0) / patch * patch,
+                    "state: length ", length, ", taken ", taken, " and a tail of ", size,
+                    " bytes do not fit the model's weights");
   Bytes bytes;
-  bytes.reserve(memory.bytes(), int64_t(tail.size()));
+  bytes.reserve(memory.bytes(), size);
   for (const int64_t id : tail) bytes.push_back(int32_t(id));
   return bytes;
 }

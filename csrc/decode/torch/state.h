@@ -14,8 +14,7 @@
 
 namespace mblm::decode {
 
-// See mblm/inference/cache.py's State. What a hosted stage itself has is not among the tensors. Of
-// one that is to be loaded, mblm/inference/torch_stages.py has checked length, taken and tail.
+// See mblm/inference/cache.py's State. What a hosted stage itself has is not among the tensors.
 struct SavedState {
   int64_t length = 0, taken = 0;
   std::map<std::string, at::Tensor> tensors;
