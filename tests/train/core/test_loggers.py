@@ -1,7 +1,9 @@
 """What a run sends to loggers: every point once, whatever stops it, and no logger ends it."""
 
 import csv
+import signal
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from mblm.train.core.training_state import find_latest_state, list_states
 from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
+from mblm.utils.interrupt import handled
 from tests.train.experiments import experiment_fields
 
 from . import jobs
@@ -27,7 +30,6 @@ class Writes(jobs.Trainer):
         return [1.0, 0.5]
 
 
-ERROR = "ConnectionError"
 SAMPLES = {"sample_amount": 2, "sample_prompts": ["abc", "xy"]}
 
 
@@ -38,14 +40,14 @@ def train(cfg, trainer=Writes):
     return made._folder.path
 
 
-def fake(calls, name="trackio", fails=()):
+def fake(calls, name="trackio", fails=(), error=ConnectionError):
     """A library that notes what is called; calls of the names given fail."""
 
     def note(call):
         def noted(*args, **kwargs):
             calls.append((call, args, kwargs))
             if call in fails:
-                raise ConnectionError(f"{call}: no network")
+                raise error(f"{call}: no network")
 
         return noted
 
@@ -164,14 +166,31 @@ def test_tensorboard_shows_the_points_after_a_resume_once(tmp_path):
     assert [event.step for event in events.Tensors("sample 1/text_summary")] == [0, 11]
 
 
+@pytest.mark.parametrize("error", [ConnectionError, SystemExit])
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
-def test_a_logger_that_fails_is_left_out_and_said_once(tmp_path, monkeypatch, capsys, call):
-    monkeypatch.setitem(sys.modules, "trackio", fake([], fails=[call]))
+def test_a_logger_that_fails_is_left_out_and_said_once(tmp_path, monkeypatch, capsys, call, error):
+    monkeypatch.setitem(sys.modules, "trackio", fake([], fails=[call], error=error))
     run = train(jobs.config(tmp_path, loggers=["trackio"]))
-    said = f"trackio has failed and gets nothing more of this run, which goes on: {ERROR}: {call}"
+    failed = f"{error.__name__}: {call}"
+    said = f"trackio has failed and gets nothing more of this run, which goes on: {failed}"
     assert capsys.readouterr().err.count(said) == 1
     assert (run / "train.log").read_text().count(said) == 1
     assert len(jobs.losses(run)) == 1 + 12 + 4
+
+
+@pytest.mark.parametrize("call, ends", [("init", True), ("log", False), ("finish", True)])
+def test_an_interrupt_is_the_user_s_except_while_the_run_holds_signals(
+    tmp_path, monkeypatch, call, ends
+):
+    monkeypatch.setitem(sys.modules, "trackio", fake([], fails=[call], error=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
+        train(jobs.config(tmp_path, loggers=["trackio"]))
+
+
+def test_an_exit_is_the_program_s_where_a_handler_of_its_own_may_raise_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", fake([], fails=["init"], error=SystemExit))
+    with handled([signal.SIGTERM], lambda *_: sys.exit(1)), pytest.raises(SystemExit):
+        train(jobs.config(tmp_path, loggers=["trackio"]))
 
 
 def test_without_a_login_wandb_writes_offline_and_says_so(tmp_path, monkeypatch, capsys):
@@ -186,12 +205,16 @@ def test_without_a_login_wandb_writes_offline_and_says_so(tmp_path, monkeypatch,
     assert first == second
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_missing_library_is_named_before_anything_is_written(tmp_path, monkeypatch, broken):
+@pytest.mark.parametrize(
+    "raises, reason",
+    [("raise ImportError", "ImportError"), ("1 / 0", "division by zero"), ("exit(3)", "3")],
+)
+def test_a_missing_library_is_named_before_anything_is_written(
+    tmp_path, monkeypatch, raises, reason
+):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "wandb.py").write_text("1 / 0" if broken else "raise ImportError")
-    reason = "division by zero" if broken else "ImportError"
+    (tmp_path / "wandb.py").write_text(raises)
     with pytest.raises(ValueError, match=rf"wandb needs pip install 'mblm\[wandb\]' \({reason}"):
         train(jobs.config(tmp_path / "out", loggers=["wandb"]))
     assert not (tmp_path / "out").exists()
