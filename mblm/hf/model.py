@@ -64,12 +64,18 @@ class MBLMForCausalLM(PreTrainedModel, MBLMGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As ``PreTrainedModel.from_pretrained``, but nothing may be missing.
+        """As ``PreTrainedModel.from_pretrained``, but nothing may be missing or elsewhere.
 
         Raises:
-            ValueError: The weights are not all of the model's, or of another shape.
+            ValueError: The weights are not all of the model's, or of another shape; or a
+                ``device_map`` has them on several devices or on a disk.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        places = getattr(model, "hf_device_map", {})
+        if len(set(places.values())) > 1 or "disk" in places.values():
+            raise ValueError(
+                f"device_map: a model is on one device, which must have room for it, got {places}"
+            )
         if lacking := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
             raise ValueError(f"{model.name_or_path}: no weights that fit {', '.join(lacking)}")
         model.model._apply(lambda tensor: tensor)  # angles of positions, which are in no file

@@ -1,14 +1,48 @@
-"""Publish models on the Hugging Face hub: a folder, and a card that says what is in it."""
+"""Models on the Hugging Face hub: download a folder; publish one, and a card of what is in it."""
 
 import math
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mblm.model.find import CONFIG_FILE, INDEX_FILE, SHARDS, WEIGHTS_FILE
 from mblm.utils.checks import check_number
 
 _CARD = "README.md"
+
+
+def download_folder(name: Path, **options: Any) -> Path:
+    """The folder of a model, as far as the hub or an earlier download has it.
+
+    Args:
+        name: Its id, ``owner/name``.
+        **options: As `huggingface_hub.snapshot_download` has them.
+
+    Raises:
+        FileNotFoundError: The name is none, or the hub cannot be asked.
+    """
+    if name.exists():
+        raise FileNotFoundError(f"{name} is no model: expected a folder or a .pth file")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name.as_posix(), re.ASCII):
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a model id like owner/name; see mblm models"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{name} is no folder; to look for it on the hub: pip install 'mblm[hub]'"
+        ) from error
+    files = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, SHARDS]
+    try:
+        return Path(snapshot_download(name.as_posix(), allow_patterns=files, **options))
+    except Exception as error:  # those of its network library are of no class of their own
+        raise FileNotFoundError(
+            f"{name} is no folder here, and the hub gives no model of that name: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def push_folder(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,14 +14,14 @@ from mblm.model.find import (
     CONFIG_FILE,
     INDEX_FILE,
     RUN_CONFIG_FILE,
-    SHARDS,
     WEIGHTS_FILE,
     as_path,
     find_model,
 )
-from mblm.model.hub import model_card, push_folder
+from mblm.model.hub import download_folder, model_card, push_folder
 from mblm.utils.atomic import atomic_write
 from mblm.utils.checkpoint import load_checked_state, load_model_state, uncompiled
+from mblm.utils.cuda import check_device
 from mblm.utils.errors import with_title
 
 _CONFIG_ID = (
@@ -97,8 +96,8 @@ class PretrainedMixin:
                 package; or the id of a model on the hub, for which ``pip install "mblm[hub]"`` is
                 needed. The first of these that there is counts.
             revision: Branch, tag or commit on the hub. Default: the main branch.
-            map_location: The device of the weights; ``"meta"`` gives a model without values.
-                Default: the CPU.
+            map_location: The device of the weights, all on one (``device_map`` of transformers);
+                ``"meta"`` gives a model without values. Default: the CPU.
             dtype: The dtype of the weights. Default: each has the one that it was saved in.
             token, cache_dir, force_download, local_files_only: How a model comes from the hub,
                 as `huggingface_hub` has them. What there is here is not asked for there.
@@ -107,15 +106,16 @@ class PretrainedMixin:
             TypeError: A name or a dtype that is none.
             FileNotFoundError: There is no such folder, it lacks one of the two files, or the hub
                 cannot be asked for them.
-            ValueError: The configuration is not one of this class, the weights file is damaged,
-                does not fit the configuration, belongs to another one or holds NaN; the message
-                names the file.
+            ValueError: The device does not work. Or the configuration is not one of this class,
+                the weights file is damaged, does not fit the configuration, belongs to another one
+                or holds NaN; the message names the file.
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
+        device = check_device("map_location", map_location)
         found = find_model(pretrained_model_name_or_path)
         if _is_checkpoint(found):
-            checkpoint: Any = load_checkpoint(cls, found, map_location=map_location)
+            checkpoint: Any = load_checkpoint(cls, found, map_location=device)
             return checkpoint.to(dtype=dtype)
         folder = _find_folder(
             found,
@@ -134,7 +134,7 @@ class PretrainedMixin:
             if tensor.is_floating_point() and saved.is_floating_point():
                 tensor.data = tensor.data.to(saved.dtype)
         load_checked_state(file, weights, model)
-        return model.to(map_location, dtype).eval()
+        return model.to(device, dtype).eval()
 
     def push_to_hub(
         self, repo_id: str, *, bits_per_byte: float | None = None, **options: Any
@@ -183,15 +183,17 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: There is no such checkpoint or configuration.
-        ValueError: One of them is damaged, or they do not fit; the message names the file.
+        ValueError: The device does not work. Or one of the files is damaged, or they do not fit;
+            the message names the file.
     """
     from mblm.utils.io import load_yml  # brings PyYAML, for this alone
 
+    device = check_device("map_location", map_location)
     file = find_model(checkpoint)
     if not _is_checkpoint(file):
         if config_file is not None:
             raise ValueError(f"config_file: {file} is no .pth file and has its own configuration")
-        return model_class.from_pretrained(file, map_location=map_location)
+        return model_class.from_pretrained(file, map_location=device)
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
     config_file = Path(config_file or file.with_name(RUN_CONFIG_FILE))
@@ -204,7 +206,7 @@ def load_checkpoint(
     except ValidationError as error:
         raise with_title(error, f"{config_file}, params") from None
     model: Any = model_class(config)  # type: ignore[call-arg]
-    return load_model_state(file, model, "cpu")[0].to(map_location).eval()
+    return load_model_state(file, model, "cpu")[0].to(device).eval()
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -213,32 +215,14 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _find_folder(folder: Path, **download: Any) -> Path:
     """The local folder of a model, downloaded from the hub where there is none of that name."""
-    if folder.is_dir():
-        for file in (folder / CONFIG_FILE, _weights_file(folder)):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{folder} holds no {file.name}; was it made by save_pretrained?"
-                )
-        return folder
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} is no model: expected a folder or a .pth file")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", folder.as_posix(), re.ASCII):
-        raise FileNotFoundError(
-            f"{folder} is neither a folder nor a model id like owner/name; see mblm models"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"{folder} is no folder; to look for it on the hub: pip install 'mblm[hub]'"
-        ) from error
-    files = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, SHARDS]
-    try:
-        return Path(snapshot_download(folder.as_posix(), allow_patterns=files, **download))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{folder} is no folder here, and the hub gives no model of that name: {error}"
-        ) from error
+    if not folder.is_dir():
+        folder = download_folder(folder, **download)
+    for file in (folder / CONFIG_FILE, _weights_file(folder)):
+        if not file.is_file():  # without a network, a download is what was kept of earlier ones
+            raise FileNotFoundError(
+                f"{folder} holds no {file.name}; was it made by save_pretrained, all of it?"
+            )
+    return folder
 
 
 def _model_type(cls: type[PretrainedMixin]) -> str:

@@ -84,12 +84,19 @@ def cuda_memory_snapshot(
 
 
 def find_device(name: str | None) -> torch.device:
-    """A device that works, by its name."""
+    """A device that computes, by its name; None is a GPU if there is one."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return check_device("device", name, with_values=True)
+
+
+def check_device(name: str, device: Any, *, with_values: bool = False) -> torch.device:
+    """Refuse what is no device that works; ``name`` is what errors call it, None is the CPU."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name} cannot be used: {error}") from error
-    return device
+        place = torch.device("cpu" if device is None else device)
+        one = torch.ones(1, device=place)
+        if with_values or not one.is_meta:
+            one.item()
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name}: {device} cannot be used: {error}") from error
+    return place

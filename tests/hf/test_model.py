@@ -87,6 +87,17 @@ class TestFolders:
         assert torch.equal(logits_of(loaded, IDS), logits_of(lm, IDS))
         assert torch.equal(logits_of(MBLM.from_pretrained(tmp_path), IDS), logits_of(lm, IDS))
 
+    @pytest.mark.parametrize(
+        "options",
+        [{"device_map": {"": "disk"}}, {"device_map": "auto", "max_memory": {"cpu": 1000}}],
+        ids=["disk", "no room"],
+    )
+    def test_that_no_device_holds_are_refused(self, tmp_path: Path, m: MBLM, options: Any) -> None:
+        pytest.importorskip("accelerate")
+        m.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"device_map: a model is on one device.*disk"):
+            MBLMForCausalLM.from_pretrained(tmp_path, offload_folder=tmp_path / "parts", **options)
+
     def test_hold_the_last_save_alone(self, tmp_path: Path) -> None:
         """In one file, in several and in one again, of either library."""
         for number, size in enumerate((None, "5KB", "50GB", "5KB", None, "5KB")):

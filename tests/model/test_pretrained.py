@@ -1,5 +1,6 @@
 """Saving and loading whole models: folders, hub ids, and everything that can be wrong with them."""
 
+import functools
 import itertools
 import json
 import os
@@ -13,7 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mblm import MBLM, MBLMEncoder, MBLMModelConfig, MBLMReturnType
-from mblm.model.pretrained import CONFIG_FILE, INDEX_FILE, SHARDS, WEIGHTS_FILE, load_checkpoint
+from mblm.model.find import CONFIG_FILE, INDEX_FILE, SHARDS, WEIGHTS_FILE
+from mblm.model.pretrained import load_checkpoint
 from mblm.utils.io import load_model_state, save_model_state
 from tests.model.test_embeddings import old_keys
 from tests.models import encoder, mamba, model, transformer
@@ -279,61 +281,6 @@ class TestRoundTrip:
         assert config["block"][0]["block_type"] == "mamba1"
 
 
-class TestHub:
-    def test_an_id_is_downloaded(self, folder: Path, monkeypatch: Any) -> None:
-        hub = pytest.importorskip("huggingface_hub")
-        calls: list[tuple[str, dict[str, Any]]] = []
-
-        def snapshot_download(repo_id: str, **arguments: Any) -> str:
-            calls.append((repo_id, arguments))
-            return str(folder)
-
-        monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-        options = {"revision": "v1", "token": "secret", "cache_dir": folder}
-        options |= {"force_download": True, "local_files_only": True}
-        MBLM.from_pretrained("someone/some-model", **options)
-        files = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, SHARDS]
-        assert calls == [("someone/some-model", {"allow_patterns": files, **options})]
-        MBLM.from_pretrained(folder, **options)
-        assert len(calls) == 1
-
-    def test_an_incomplete_download_is_named(self, tmp_path: Path, monkeypatch: Any) -> None:
-        hub = pytest.importorskip("huggingface_hub")
-        monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-        with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
-            MBLM.from_pretrained("someone/some-model")
-
-    def test_a_hub_that_gives_nothing_is_told_with_the_name(self, monkeypatch: Any) -> None:
-        hub = pytest.importorskip("huggingface_hub")
-
-        def snapshot_download(*_: Any, **__: Any) -> str:
-            raise OSError("no network")
-
-        monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-        with pytest.raises(FileNotFoundError, match=r"someone/some-model is no .*: no network"):
-            MBLM.from_pretrained("someone/some-model")
-
-    @pytest.mark.parametrize("dtype", ["float32", torch.int8, float])
-    def test_a_dtype_that_is_none(self, dtype: Any) -> None:
-        with pytest.raises(TypeError, match=r"dtype: expected a floating point torch.dtype"):
-            MBLM.from_pretrained("python", dtype=dtype)
-
-    def test_without_the_hub_package_it_says_what_to_install(self, monkeypatch: Any) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-        with pytest.raises(FileNotFoundError, match=r"pip install 'mblm\[hub\]'"):
-            MBLM.from_pretrained("someone/some-model")
-
-    @pytest.mark.parametrize("name", ["nothing", "a/b/c", "/no/such", "./a/b/c", "Bücher und/ä"])
-    def test_what_is_neither_folder_nor_id(self, name: str) -> None:
-        with pytest.raises(FileNotFoundError, match="neither a folder nor a model id"):
-            MBLM.from_pretrained(name)
-
-    def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
-        (tmp_path / "book.txt").write_text("text")
-        with pytest.raises(FileNotFoundError, match=r"book\.txt is no model: expected a folder or"):
-            MBLM.from_pretrained(tmp_path / "book.txt")
-
-
 class TestBadFolder:
     def fails(self, folder: Path, words: str, error: type[Exception] = ValueError) -> None:
         with pytest.raises(error, match=words) as caught:
@@ -443,3 +390,18 @@ def test_weights_that_may_not_be_read_are_not_called_missing(
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(PermissionError, match=WEIGHTS_FILE):
         MBLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("device", ["nope", 3.5, {"": "cpu"}, "cuda:4096"])
+def test_a_device_that_does_not_work(tmp_path: Path, device: Any) -> None:
+    """It is told before anything is read."""
+    for name in (tmp_path / "nothing", tmp_path / "nothing.pth"):
+        for load in (MBLM.from_pretrained, functools.partial(load_checkpoint, MBLM)):
+            with pytest.raises(ValueError, match=r"map_location: .+ cannot be used"):
+                load(name, map_location=device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, float])
+def test_a_dtype_that_is_none(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"dtype: expected a floating point torch.dtype"):
+        MBLM.from_pretrained("python", dtype=dtype)
