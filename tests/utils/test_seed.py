@@ -1,4 +1,4 @@
-"""seed_everything: all generators, and nothing on bad input."""
+"""All generators are seeded, or none on bad input; their states are kept."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mblm.utils.seed import seed_everything
+from mblm.utils.seed import get_rng, seed_everything, set_rng
 
 
 def draw():
@@ -32,3 +32,10 @@ def test_a_bad_seed_changes_no_generator(seed, error):
     with pytest.raises(error, match="seed"):
         seed_everything(seed)
     assert draw() == expected
+
+
+def test_all_generators_are_kept_as_plain_values(tmp_path):
+    torch.save(get_rng(), tmp_path / "rng.pt")
+    drawn = [torch.rand(2).tolist(), np.random.rand(), random.random(), random.gauss(0, 1)]
+    set_rng(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert [torch.rand(2).tolist(), np.random.rand(), random.random(), random.gauss(0, 1)] == drawn

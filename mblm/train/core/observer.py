@@ -15,9 +15,9 @@ from mblm.train.core.hooks import TrainerHooks
 from mblm.train.core.parallel import Workers
 from mblm.train.core.run import Run
 from mblm.train.core.run_folder import RunFolder
-from mblm.train.core.sampling import get_rng, set_rng
 from mblm.train.core.telling import tell
 from mblm.utils.atomic import atomic_write
+from mblm.utils.seed import get_rng, set_rng
 
 T = TypeVar("T")
 Hooks: TypeAlias = TrainerHooks[Any, Any, Any, Any, Any]

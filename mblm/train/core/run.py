@@ -13,9 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from mblm.train.core.config import CoreTrainConfig, Lineage
 from mblm.train.core.evaluation import Sources
 from mblm.train.core.parallel import ParallelModel, Workers, like_shard, to_local
-from mblm.train.core.sampling import TrainBatches, get_rng, set_rng
+from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import Plan
 from mblm.train.core.training_state import SavedState, State
+from mblm.utils.seed import get_rng, set_rng
 
 Tell: TypeAlias = Callable[[str], object]
 

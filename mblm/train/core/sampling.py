@@ -1,8 +1,7 @@
-"""Which samples come when: by seed and epoch alone, from anywhere on; and all random numbers."""
+"""Which samples come when: by seed and epoch alone, from anywhere on."""
 
-import random
 from collections.abc import Iterator, Sized
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -10,9 +9,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from mblm.data.datasets import Batch, DistributedDataset
 from mblm.train.core.interrupt import start_loading
+from mblm.utils.seed import Rng, get_rng, set_rng
 
 T = TypeVar("T")
-Rng: TypeAlias = dict[str, Any]
 
 
 class EpochBatches(Sampler[Batch]):
@@ -135,33 +134,3 @@ class TrainBatches(Generic[T]):
 def _mix(seed: int, epoch: int) -> int:
     """A seed of both; torch's generator takes no more than 32 bits."""
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-
-
-def get_rng(*own: torch.Generator | None) -> Rng:
-    """The states of torch's default generators (CPU, current CUDA device), numpy's and Python's.
-
-    ``own`` are generators beside them, such as a loader's.
-    """
-    name, keys, *rest = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "own": [None if generator is None else generator.get_state() for generator in own],
-        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
-    }
-
-
-def set_rng(rng: Rng, *own: torch.Generator | None) -> None:
-    """Set the generators to states that `get_rng` gave."""
-    for generator, state in zip(own, rng["own"], strict=False):
-        if generator is not None and state is not None:
-            generator.set_state(state)
-    torch.set_rng_state(rng["torch"])
-    if rng["cuda"] is not None:
-        torch.cuda.set_rng_state(rng["cuda"])
-    name, keys, *rest = rng["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = rng["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))

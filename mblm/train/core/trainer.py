@@ -22,10 +22,10 @@ from mblm.train.core.iter import EpochCyclerYield, epoch_cycler
 from mblm.train.core.observer import Observer
 from mblm.train.core.profiling import check_profile, profiled
 from mblm.train.core.run import NonFiniteLossError, Position, Run
-from mblm.train.core.sampling import get_rng, set_rng
 from mblm.train.core.starting import TrainerStart
 from mblm.train.core.telling import Progress
 from mblm.train.core.training_state import find_latest_state, load_training_state
+from mblm.utils.seed import get_rng, set_rng
 
 __all__ = ["CoreTrainer", "CoreTrainerOptions"]
 
