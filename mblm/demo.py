@@ -17,9 +17,9 @@ from mblm.model.find import PACKAGED_MODELS
 from mblm.model.mblm import MBLM
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.interrupt import TrainingInterrupted
-from mblm.train.core.telling import say
 from mblm.train.mblm import TrainEntryConfig, train_mblm
 from mblm.train.plot import Curves, read_curves
+from mblm.utils.say import say
 
 # Tests, tables of data, and what others installed: little of it reads like a program.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}

@@ -14,6 +14,7 @@ from mblm.cli.pack import pack
 from mblm.cli.show import show
 from mblm.cli.train import config, overview, plot, train
 from mblm.utils.naming import naming
+from mblm.utils.say import say
 
 # Typer's own usage errors; their class is in click or in typer's copy of it.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -61,7 +62,7 @@ def run() -> int:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    typer.echo(f"mblm: error: {message}", err=True)
+    say(f"mblm: error: {message}")
     return status
 
 

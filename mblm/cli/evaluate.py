@@ -9,6 +9,7 @@ import typer
 
 from mblm.cli.options import Device, Imports, Model, RunConfig, byte_bar, load, shown_name
 from mblm.model.find import find_model
+from mblm.utils.say import say
 
 if TYPE_CHECKING:
     from mblm.inference.score_files import FileScore
@@ -82,7 +83,7 @@ def evaluate(
         bits = row["bits_per_byte"]
         shown = "-" if bits is None else f"{bits:.4f}"
         typer.echo(f"{row['file']:{width}}  {row['bytes']:14,}  {shown:>13}")
-    typer.echo(f"{speed:,.0f} bytes/s", err=True)
+    say(f"{speed:,.0f} bytes/s")
 
 
 def _row(score: "FileScore") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mblm.cli.options import Device, Imports, Model, RunConfig, check_out, load
 from mblm.model.find import find_model
 from mblm.utils import interrupt
 from mblm.utils.naming import naming, naming_file
+from mblm.utils.say import say
 from mblm.utils.stream import ByteStreamer, Writable
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def stream(
     if len(generated) == model.max_length:
         what = "which fill" if len(generated) > len(prompt) else "as the prompt fills"
         facts.insert(1, f"{what} the context of {model.max_length}")
-    typer.echo(("\n" if to_terminal else "") + ", ".join(facts), err=True)
+    say(("\n" if to_terminal else "") + ", ".join(facts))
     return 0
 
 
@@ -140,7 +141,7 @@ def generate_all(
         f"{count / seconds:,.0f} bytes/s",
         f"seeds from {seed}",
     ]
-    typer.echo(", ".join(facts), err=True)
+    say(", ".join(facts))
     return 0
 
 
@@ -340,7 +341,7 @@ def demo(
     with interrupt.raises():
         show_packaged()
         model = train_demo(minutes * 60, out, seed)
-    typer.echo(f"Saved the model in {out}. What it writes after the prompt:\n", err=True)
+    say(f"Saved the model in {out}. What it writes after the prompt:\n")
     typer.echo(prompt, nl=False)
     return stream(
         model,

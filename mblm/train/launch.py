@@ -13,11 +13,11 @@ import torch
 
 from mblm.train.core.hooks import CoreTrainerOptions
 from mblm.train.core.interrupt import EXIT_INTERRUPTED, STOPS, TrainingInterrupted
-from mblm.train.core.telling import say
 from mblm.train.experiment import load_experiment
 from mblm.train.mblm import TrainMaskedEntryConfig, train_encoder_mblm, train_mblm
 from mblm.utils.imports import import_modules
 from mblm.utils.interrupt import handled
+from mblm.utils.say import say
 
 # Workers finish their step and save when they are told to stop; later they are killed.
 SECONDS_TO_STOP = 300

@@ -17,6 +17,7 @@ import mblm
 from mblm import MBLM
 from mblm.inference.score_files import score_files
 from mblm.model.config import block_registry
+from tests import fresh
 from tests.cli.program import ENVIRONMENT, Run, command
 from tests.models import model, transformer
 
@@ -219,6 +220,36 @@ def test_a_standard_output_that_takes_nothing(where: str) -> None:
     error = "mblm: error: [Errno 28] No space left on device\n" if where == "full" else ""
     assert done.stderr == error
     assert done.returncode == 0 if where == "closed" else done.returncode in (0, 1)
+
+
+def test_no_file_has_the_number_of_a_stream_that_is_closed(tmp_path: Path) -> None:
+    """Libraries write to number 2 whatever it is."""
+    code = (
+        "import os, mblm.cli, mblm.cli.app\n"
+        "def run():\n"
+        "    with open('written', 'wb') as file: os.write(2, b'a warning'); file.write(b'bytes')\n"
+        "mblm.cli.app.run = run\n"
+        "mblm.cli.main()"
+    )
+    program = shlex.join([sys.executable, "-c", code])
+    subprocess.run(["bash", "-c", f"{program} <&- 2>&-"], env=ENVIRONMENT, cwd=tmp_path, check=True)
+    assert (tmp_path / "written").read_bytes() == b"bytes"
+
+
+@pytest.mark.parametrize(
+    "words", ["eval SAVED FILE", "generate SAVED --bytes 0", "absent", "eval absent x"]
+)
+def test_a_standard_error_that_is_full(saved: Path, words: str) -> None:
+    """What is told there is lost, and nothing else."""
+    told = words.replace("SAVED", str(saved)).replace("FILE", str(saved / "config.json"))
+    code = (
+        "import os, sys\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "from mblm.cli import main\n"
+        "main()"
+    )
+    done = fresh.run(code, *told.split())
+    assert done.returncode == {"absent": 2, "eval absent x": 1}.get(words, 0)
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.6, 1.4])

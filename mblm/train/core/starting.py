@@ -33,7 +33,7 @@ from mblm.train.core.run import Position, Run
 from mblm.train.core.run_folder import RunFolder, hold_run, new_run_dir
 from mblm.train.core.sampling import TrainBatches
 from mblm.train.core.schedule import check_start, plan_run
-from mblm.train.core.telling import format_loss, say, tell
+from mblm.train.core.telling import format_loss, tell
 from mblm.train.core.training_state import (
     SavedState,
     load_training_state,
@@ -45,6 +45,7 @@ from mblm.train.core.training_state import (
 from mblm.utils import cuda
 from mblm.utils.checkpoint import load_model_state, read_checkpoint
 from mblm.utils.distributed import ElasticRunVars
+from mblm.utils.say import say
 from mblm.utils.seed import seed_everything
 
 

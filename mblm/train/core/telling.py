@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -11,16 +9,10 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Self
 
+from mblm.utils.say import say
+
 SECONDS_PER_LINE = 60
 _SMOOTHING = 0.95
-
-
-def say(message: str) -> None:
-    """Print on standard error. One whose reader has gone, as a pipe's, ends no run."""
-    try:
-        print(message, file=sys.stderr, flush=True)
-    except OSError:  # Python would fail with it again when it exits, with another status
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def tell(log: logging.Logger, message: str) -> None:
