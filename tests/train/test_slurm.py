@@ -34,14 +34,16 @@ esac
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Submits the example, in a folder with stand-ins; takes those of `srun` and `mblm`."""
 
-    def submit(srun: str, mblm: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def submit(
+        srun: str, mblm: str, *arguments: object, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         commands = {"sbatch": SBATCH, "scontrol": SCONTROL, "srun": srun, "mblm": mblm}
         for name, text in commands.items():
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
         return subprocess.run(
             ["sbatch", str(ROOT / "examples" / "slurm.sbatch"), *map(str, arguments)],
-            env={**ENVIRONMENT, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            env={**ENVIRONMENT, "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -64,6 +66,14 @@ def test_is_queued_again_only_while_it_was_stopped_and_saved(slurm, tmp_path: Pa
         "train a b.yaml --set train.seed=1 --resume auto --nnodes 1 --rdzv-endpoint localhost:24711"
     )
     assert (tmp_path / "calls").read_text().splitlines() == [call] * 3
+
+
+def test_of_an_array_the_task_alone_is_queued_again(slurm, tmp_path: Path) -> None:
+    mblm = "#!/bin/sh\n[ -e requeues ] || exit 75\n"
+    array = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "0"}
+    done = slurm('#!/bin/sh\nshift\nexec "$@"\n', mblm, "a.yaml", **array)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "requeues").read_text() == "4711_0\n"
 
 
 def test_says_how_it_is_used(slurm) -> None:
