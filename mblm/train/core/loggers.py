@@ -5,7 +5,6 @@ import importlib
 import json
 import logging
 import os
-import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mblm.train.core.config import CoreIoConfig
-from mblm.train.core.interrupt import STOPS
 from mblm.train.core.telling import tell
 from mblm.utils.errors import describe
 
@@ -154,9 +152,7 @@ class Loggers:
     def _leaves_out(self, name: str) -> Iterator[None]:
         try:
             yield
-        except BaseException as error:
-            if _is_of_a_signal(error):
-                raise
+        except (Exception, SystemExit) as error:  # signals end a run by none of these
             self._loggers.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
             message = (
@@ -171,20 +167,9 @@ def logger_names(io: CoreIoConfig) -> list[str]:
     for name in names:
         try:
             importlib.import_module(_MODULES[name])
-        except BaseException as error:  # what is broken raises anything
-            if _is_of_a_signal(error):
-                raise
+        except (Exception, SystemExit) as error:  # what is broken raises anything
             reason = describe(error)
             raise ValueError(
                 f"io.loggers: {name} needs pip install 'mblm[{name}]' ({reason})"
             ) from error
     return names
-
-
-def _is_of_a_signal(error: BaseException) -> bool:
-    """Whether a signal may have raised it, as Ctrl-C does: not where the handlers are ours."""
-    handlers = {signal.getsignal(number) for number in STOPS}
-    if not isinstance(error, KeyboardInterrupt):
-        handlers.discard(signal.default_int_handler)
-    others = [h for h in handlers if callable(h) and not str(h.__module__).startswith("mblm.")]
-    return bool(others) and not isinstance(error, Exception)

@@ -1,9 +1,7 @@
 """What a run sends to loggers: every point once, whatever stops it, and no logger ends it."""
 
 import csv
-import signal
 import sys
-from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 
 from mblm.train.core.training_state import find_latest_state, list_states
 from mblm.train.mblm import MegabyteTrainer, TrainEntryConfig
-from mblm.utils.interrupt import handled
 from tests.train.experiments import experiment_fields
 
 from . import jobs
@@ -176,21 +173,6 @@ def test_a_logger_that_fails_is_left_out_and_said_once(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.count(said) == 1
     assert (run / "train.log").read_text().count(said) == 1
     assert len(jobs.losses(run)) == 1 + 12 + 4
-
-
-@pytest.mark.parametrize("call, ends", [("init", True), ("log", False), ("finish", True)])
-def test_an_interrupt_is_the_user_s_except_while_the_run_holds_signals(
-    tmp_path, monkeypatch, call, ends
-):
-    monkeypatch.setitem(sys.modules, "trackio", fake([], fails=[call], error=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
-        train(jobs.config(tmp_path, loggers=["trackio"]))
-
-
-def test_an_exit_is_the_program_s_where_a_handler_of_its_own_may_raise_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trackio", fake([], fails=["init"], error=SystemExit))
-    with handled([signal.SIGTERM], lambda *_: sys.exit(1)), pytest.raises(SystemExit):
-        train(jobs.config(tmp_path, loggers=["trackio"]))
 
 
 def test_without_a_login_wandb_writes_offline_and_says_so(tmp_path, monkeypatch, capsys):
