@@ -49,6 +49,8 @@ class Session:
             that are NaN or infinite.
     """
 
+    _user: int | None = None  # the thread whose call is going on
+
     @decoding
     def __init__(self, model: Any, batch_size: int = 1, *, weights: str = "float32") -> None:
         batch_size = check_integer("batch_size", batch_size)
@@ -213,19 +215,22 @@ class Session:
 
         A second thread is refused, whose calls would take bytes from those of the first.
         """
-        if not self._in_use.acquire(blocking=False):
+        own, before = threading.get_ident(), self._user
+        if before not in (None, own):
             raise ValueError(
                 "session: in another thread's call at this time; fork it, one for each thread"
             )
-        try:
-            return call(self._cache)
-        except ChangedModelError as error:
-            if any(ids.numel() for ids in getattr(error, "ids", ())):
-                raise  # another cache would choose again what is chosen
-            self._change_cache()
-            return call(self._cache)
-        finally:
-            self._in_use.release()
+        with self._in_use:  # which no signal comes into; a thread that comes just now waits
+            try:
+                self._user = own
+                return call(self._cache)
+            except ChangedModelError as error:
+                if any(ids.numel() for ids in getattr(error, "ids", ())):
+                    raise  # another cache would choose again what is chosen
+                self._change_cache()
+                return call(self._cache)
+            finally:
+                self._user = before
 
     def _change_cache(self) -> None:
         """Go on in another cache, for what the model has become."""

@@ -1,10 +1,12 @@
 """Ctrl-C in the middle of decoding: no byte is lost, and no session is left wrong."""
 
+import itertools
 import random
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -15,6 +17,7 @@ import torch
 
 from mblm import MBLM, Session
 from mblm.inference import continuation
+from mblm.inference import session as session_module
 from tests.models import LSTMBlock, mamba, model, transformer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
@@ -70,6 +73,28 @@ def raised_at(number: int, module: ModuleType) -> Iterator[None]:
         yield
     finally:
         sys.settrace(watching)
+
+
+@contextmanager
+def raised_after(number: int) -> Iterator[None]:
+    """Raise KeyboardInterrupt where Python looks for signals: as the number-th call that a session
+    makes of a function in C returns, or that it goes through of one in Python begins."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        nonlocal counted
+        if event in ("call", "c_return") and frame.f_code.co_filename == session_module.__file__:
+            counted += 1
+            if counted == number:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    watching = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(watching)
 
 
 def timed(function: Any) -> tuple[Any, float]:
@@ -169,6 +194,21 @@ def test_an_interrupt_before_any_line_tells_each_byte_once(wishes: dict[str, Any
             told = error.ids  # type: ignore[attr-defined]
             assert list(map(len, told)) == counts
             assert all(map(torch.equal, told, [r[:n] for r, n in zip(whole, counts, strict=True)]))
+
+
+@pytest.mark.parametrize("call", [Session.logits, lambda session: session.generate(2)])
+def test_an_interrupt_at_any_moment_leaves_a_session_to_any_thread(call: Any) -> None:
+    session = Session(model(transformer(), seq_lens=[60])).feed(prompts(2)[0])
+    for number in itertools.count(1):
+        fork = session.fork()
+        try:
+            with raised_after(number):
+                call(fork)
+            break
+        except KeyboardInterrupt:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(fork.logits).result()
+    assert number > 5
 
 
 def test_an_interruption_before_the_first_byte_has_the_prompt(
