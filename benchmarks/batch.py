@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from decode import BYTES, MODELS, build, clock
-from side_by_side import new_figures, parser, write_json
+from side_by_side import at_least, new_figures, parser, positive, write_json
 
 from mblm.inference.session import Session
 
@@ -124,14 +124,18 @@ def measure_batch(
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--bytes", type=int, default=80, help="of a run, ten patches")
+    options.add_argument("--bytes", type=positive, default=80, help="of a run, ten patches")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:1])
     options.add_argument("--weights", nargs="+", choices=BYTES, default=list(BYTES))
-    options.add_argument("--prompts", type=int, default=4 * MOST, help="of generate_batch")
+    options.add_argument(
+        "--prompts", type=at_least(0), default=4 * MOST, help="of generate_batch; 0 leaves it out"
+    )
     options.add_argument(
         "--cpu-time", action="store_true", help="of generate_batch, where others use the machine"
     )
     arguments = options.parse_args()
+    if 0 < arguments.prompts < MOST:
+        options.error(f"argument --prompts: expected 0, or a number >= {MOST}, the rows")
     figures = new_figures(arguments)
     for name in arguments.models:
         model = build(*MODELS[name])
@@ -150,6 +154,8 @@ def main() -> None:
                     flush=True,
                 )
             figures[f"{name}, {weights}"] = result
+            if not arguments.prompts:
+                continue
             now = time.process_time if arguments.cpu_time else time.perf_counter
             batch = measure_batch(model, weights, arguments.prompts, arguments.runs, now)
             for kind, words in (("equal", "equal rows"), ("ending", "those that end as it does")):

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from decode import MODELS, build, clock
+from decode import BYTES, MODELS, build, clock
 from side_by_side import new_figures, parser, spread, write_json
 
 from mblm.inference.session import Session
@@ -59,7 +59,7 @@ def measure(model: Any, weights: str, runs: int) -> dict[str, list[float]]:
 def main() -> None:
     options = parser(__doc__, runs=7)
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    options.add_argument("--weights", nargs="+", default=["float32", "int8"])
+    options.add_argument("--weights", nargs="+", choices=BYTES, default=["float32", "int8"])
     arguments = options.parse_args()
     figures = new_figures(arguments)
     for name in arguments.models:

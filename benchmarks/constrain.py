@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from decode import MODELS, build
-from side_by_side import new_figures, parser, spread, write_json
+from side_by_side import new_figures, parser, positive, spread, write_json
 
 from mblm.constrain import Grammar, JsonSchema, Regex, Utf8
 
@@ -44,7 +44,7 @@ def rate(model: Any, count: int, constraint: Any, sampling: dict[str, Any]) -> f
 
 def main() -> None:
     options = parser(__doc__, runs=7)
-    options.add_argument("--bytes", type=int, default=512, help="of a run")
+    options.add_argument("--bytes", type=positive, default=512, help="of a run")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[::3])
     arguments = options.parse_args()
     figures = new_figures(arguments)

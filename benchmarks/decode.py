@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from side_by_side import config_of, new_figures, parser, spread, write_json
+from side_by_side import config_of, new_figures, parser, positive, spread, write_json
 
 from mblm import MBLM
 from mblm.inference.session import Session
@@ -94,7 +94,9 @@ def measure(model: MBLM, weights: str, runs: int, count: int) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__, runs=5, threads=[os.cpu_count() or 1, 1])
-    options.add_argument("--bytes", type=int, help="of a run; default: 96, 512 of the small model")
+    options.add_argument(
+        "--bytes", type=positive, help="of a run; default: 96, 512 of the small model"
+    )
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = options.parse_args()
     figures = new_figures(arguments)

@@ -8,12 +8,12 @@ write nothing else, where drafts fail. Each ratio is the median over the prompts
 """
 
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from side_by_side import new_figures, parser, spread, write_json
+from decode import BYTES
+from side_by_side import existing, new_figures, parser, positive, spread, write_json
 
 from mblm import MBLM
 
@@ -61,12 +61,12 @@ def prompts_of(data: bytes, arguments: Any) -> list[bytes]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("model", help="a folder that save_pretrained has written")
-    options.add_argument("files", nargs="+", type=Path, help="texts to go on from")
+    options.add_argument("files", nargs="+", type=existing, help="texts to go on from")
     options.add_argument("--small", help="draft by this model, too")
-    options.add_argument("--prompts", type=int, default=5, help="of each file")
-    options.add_argument("--prompt", type=int, default=4000, help="bytes of each")
-    options.add_argument("--bytes", type=int, default=2000, help="to generate")
-    options.add_argument("--weights", nargs="+", default=["float32", "int8"])
+    options.add_argument("--prompts", type=positive, default=5, help="of each file")
+    options.add_argument("--prompt", type=positive, default=4000, help="bytes of each")
+    options.add_argument("--bytes", type=positive, default=2000, help="to generate")
+    options.add_argument("--weights", nargs="+", choices=BYTES, default=["float32", "int8"])
     arguments = options.parse_args()
     model = MBLM.from_pretrained(arguments.model).eval()
     drafts: dict[str, Any] = {"ngram": "ngram"}

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from decode import build, clock
-from side_by_side import new_figures, parser, spread, write_json
+from side_by_side import new_figures, parser, positive, spread, write_json
 
 from mblm.inference import session as session_module
 from mblm.inference.session import Session
@@ -53,7 +53,9 @@ def main() -> None:
     options = parser(__doc__, runs=7)
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--weights", nargs="+", choices=WEIGHT_TYPES, default=list(WEIGHT_TYPES))
-    options.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="bytes fed")
+    options.add_argument(
+        "--counts", type=positive, nargs="+", default=list(COUNTS), help="bytes fed"
+    )
     arguments = options.parse_args()
     figures = new_figures(arguments)
     for name in arguments.models:

@@ -13,9 +13,11 @@ from statistics import median
 from typing import Any
 
 from side_by_side import (
+    at_least,
     config_of,
     new_figures,
     parse,
+    positive,
     reference_python,
     run_worker,
     side_by_side,
@@ -93,8 +95,10 @@ def work(job: dict[str, Any]) -> list[float]:
 
 def main() -> None:
     options = side_by_side(__doc__)
-    options.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
-    options.add_argument("--prompt", type=int, default=PROMPT, help="bytes; 0 leaves it out")
+    options.add_argument("--contexts", type=positive, nargs="*", default=CONTEXTS)
+    options.add_argument(
+        "--prompt", type=at_least(0), default=PROMPT, help="bytes; 0 leaves it out"
+    )
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = parse(options, work)
     python = reference_python(arguments.reference)

@@ -16,11 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from side_by_side import write_json
+from side_by_side import json_file, write_json
 
 ENOUGH = 2  # seconds, after which no batch of runs is begun
 
@@ -157,7 +156,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--json", type=Path, help="write all figures to this file")
+    options.add_argument("--json", type=json_file, help="write all figures to this file")
     options.add_argument("--quick", action="store_true", help="tiny sizes, to try this script")
     options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()

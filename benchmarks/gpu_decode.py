@@ -35,7 +35,7 @@ from unittest.mock import patch
 import torch
 from decode import MODELS, build, config_of
 from gpu_model import DESIGNS, DEVICES, predict
-from side_by_side import write_json
+from side_by_side import json_file, write_json
 from torch.utils.cpp_extension import CUDA_HOME
 
 from mblm import MBLM
@@ -153,7 +153,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--json", type=Path, help="write all figures to this file")
+    options.add_argument("--json", type=json_file, help="write all figures to this file")
     options.add_argument("--quick", action="store_true", help="a tiny model, to try this script")
     options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from side_by_side import parse, run_worker, write_json
+from side_by_side import json_file, parse, positive, run_worker, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 GAP = 1 / 16
@@ -144,12 +144,14 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--first", type=int, help="bytes of the first step [default: 3,125,000]")
-    options.add_argument("--most", type=int, help="bytes of the longest [default: no limit]")
-    options.add_argument("--tile", type=int, help="positions of a tile [default: 8192]")
+    options.add_argument(
+        "--first", type=positive, help="bytes of the first step [default: 3,125,000]"
+    )
+    options.add_argument("--most", type=positive, help="bytes of the longest [default: no limit]")
+    options.add_argument("--tile", type=positive, help="positions of a tile [default: 8192]")
     options.add_argument("--gigabytes", type=float, default=80, help="of the GPU's memory [80]")
     options.add_argument("--seconds", type=float, default=3600, help="for all steps [3600]")
-    options.add_argument("--json", type=Path, help="write all figures to this file")
+    options.add_argument("--json", type=json_file, help="write all figures to this file")
     options.add_argument("--quick", action="store_true", help="tiny sizes, to try this script")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parse(options, work)

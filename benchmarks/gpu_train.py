@@ -30,7 +30,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from side_by_side import REFERENCE, ROOT, parse, run_worker, spread, write_json
+from side_by_side import (
+    REFERENCE,
+    ROOT,
+    existing,
+    json_file,
+    parse,
+    positive,
+    run_worker,
+    spread,
+    write_json,
+)
 
 CONFIGS = ["pg19_2d_st", "pg19_3d_stt"]
 QUICK_SEQ_LENS = {2: [16, 8], 3: [16, 4, 8]}
@@ -248,13 +258,13 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--wheels", type=Path, help="folder with the reference's wheels")
-    options.add_argument("--runs", type=int, default=2, help="processes of each side")
-    options.add_argument("--steps", type=int, default=5, help="steps timed in each process")
+    options.add_argument("--wheels", type=existing, help="folder with the reference's wheels")
+    options.add_argument("--runs", type=positive, default=2, help="processes of each side")
+    options.add_argument("--steps", type=positive, default=5, help="steps timed in each process")
     options.add_argument(
         "--seconds", type=float, default=60, help="no further step of a process after so long"
     )
-    options.add_argument("--json", type=Path, help="write all figures to this file")
+    options.add_argument("--json", type=json_file, help="write all figures to this file")
     options.add_argument("--quick", action="store_true", help="tiny models, to try this script")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parse(options, lambda job: probe() if "probe" in job else work(job))

@@ -26,9 +26,11 @@ from statistics import median
 from typing import Any
 
 from side_by_side import (
+    at_least,
     config_of,
     new_figures,
     parse,
+    positive,
     reference_python,
     run_worker,
     side_by_side,
@@ -162,17 +164,21 @@ def main() -> None:
     options.add_argument(
         "part", nargs="?", choices=["memory", "shape", "longest"], default="memory"
     )
-    options.add_argument("--bytes", type=int, default=131_072, help="bytes of a sequence")
-    options.add_argument("--width", type=int, default=256, help="width of all stages")
+    options.add_argument("--bytes", type=at_least(4), default=131_072, help="bytes of a sequence")
+    options.add_argument("--width", type=positive, default=256, help="width of all stages")
     options.add_argument(
-        "--layers", type=int, nargs=3, default=LAYERS, help="layers of the three stages"
+        "--layers", type=positive, nargs=3, default=LAYERS, help="layers of the three stages"
     )
     options.add_argument(
         "--top", choices=["mamba2", "t"], default="mamba2", help="stage 1 of `longest`"
     )
-    options.add_argument("--tile", type=int, default=512, help="positions of a tile")
+    options.add_argument("--tile", type=positive, default=512, help="positions of a tile")
     options.add_argument(
-        "--chunks", type=int, nargs=2, default=[10, 20], help="the reference's checkpoint chunks"
+        "--chunks",
+        type=positive,
+        nargs=2,
+        default=[10, 20],
+        help="the reference's checkpoint chunks",
     )
     arguments = parse(options, work)
     figures = new_figures(arguments)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from decode import BYTES, build, bytes_read, measure
-from side_by_side import ROOT, new_figures, parser, spread, write_json
+from side_by_side import ROOT, new_figures, parser, positive, spread, write_json
 
 import mblm
 
@@ -101,7 +101,7 @@ def report(name: str, threads: int, weights: str, result: dict[str, Any]) -> Non
 
 def main() -> None:
     options = parser(__doc__, runs=5, threads=[os.cpu_count() or 1, 1])
-    options.add_argument("--count", type=int, default=32, help="bytes or tokens of a run")
+    options.add_argument("--count", type=positive, default=32, help="bytes or tokens of a run")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--weights", nargs="+", choices=BYTES, default=list(BYTES))
     options.add_argument(

@@ -12,13 +12,12 @@ and the standard deviation over `--runs` seeds, and the CPU time of a step, of a
 
 import math
 import time
-from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import torch
 import yaml
-from side_by_side import config_of, new_figures, parser, write_json
+from side_by_side import config_of, existing, new_figures, parser, positive, write_json
 
 from mblm import MBLM
 from mblm.data.dataset.byte_files import ByteFiles, ByteFilesArgs
@@ -76,7 +75,7 @@ def recipe_of(text: str) -> tuple[str, dict[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("data", type=Path, help="a file, or a folder")
+    options.add_argument("data", type=existing, help="a file, or a folder")
     options.add_argument("--files", nargs="+", default=["."], help="what to read of a folder")
     options.add_argument(
         "--recipe",
@@ -86,8 +85,8 @@ def main() -> None:
         metavar="FIELD=VALUE,..",
         help=f"fields of train; may be repeated. Default: {'; '.join(RECIPES)}",
     )
-    options.add_argument("--steps", type=int, default=300)
-    options.add_argument("--windows", type=int, default=128, help="how many are held out")
+    options.add_argument("--steps", type=positive, default=300)
+    options.add_argument("--windows", type=positive, default=128, help="how many are held out")
     arguments = options.parse_args()
     figures = new_figures(arguments)
     args = None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from decode import build, clock
 from long_context import memory_mib
-from side_by_side import new_figures, parse, run_worker, side_by_side, write_json
+from side_by_side import new_figures, parse, positive, run_worker, side_by_side, write_json
 
 from mblm import MBLM
 
@@ -61,7 +61,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     options = side_by_side(__doc__)
-    options.add_argument("--bytes", type=int, default=1 << 20, help="bytes of the text")
+    options.add_argument("--bytes", type=positive, default=1 << 20, help="bytes of the text")
     arguments = parse(options, work)
     figures = new_figures(arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}

@@ -20,6 +20,34 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "mblm==0.4.2"
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What reads an argument that is an integer of at least so much."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected a number >= {least}, got {value}")
+        return value
+
+    return number
+
+
+positive = at_least(1)
+
+
+def existing(text: str) -> Path:
+    """Read an argument that names a file or a folder."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is no {text}")
+    return Path(text)
+
+
+def json_file(text: str) -> Path:
+    """Read an argument that names a file to write."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    return Path(text)
+
+
 def parser(
     description: str | None, *, runs: int = 3, threads: Sequence[int] = ()
 ) -> argparse.ArgumentParser:
@@ -29,9 +57,9 @@ def parser(
     )
     several: dict[str, Any] = {"nargs": "+", "default": list(threads)} if threads else {}
     several = several or {"default": os.cpu_count() or 1}
-    options.add_argument("--threads", type=int, help="of PyTorch", **several)
-    options.add_argument("--runs", type=int, default=runs, help="of each measurement")
-    options.add_argument("--json", type=Path, help="write all figures to this file")
+    options.add_argument("--threads", type=positive, help="of PyTorch", **several)
+    options.add_argument("--runs", type=positive, default=runs, help="of each measurement")
+    options.add_argument("--json", type=json_file, help="write all figures to this file")
     return options
 
 

@@ -20,6 +20,7 @@ from side_by_side import (
     config_of,
     new_figures,
     parse,
+    positive,
     reference_python,
     run_worker,
     side_by_side,
@@ -91,7 +92,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     options = side_by_side(__doc__, runs=2)
-    options.add_argument("--steps", type=int, default=2, help="steps timed in each process")
+    options.add_argument("--steps", type=positive, default=2, help="steps timed in each process")
     options.add_argument("--models", nargs="+", choices=SIDES, default=list(SIDES))
     arguments = parse(options, work)
     figures = new_figures(arguments)
