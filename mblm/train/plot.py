@@ -41,6 +41,8 @@ class Curves:
         return [(minutes[seen], value) for seen, value in curve]
 
     def __str__(self) -> str:
+        if not self.seconds:
+            return f"{self.name}: no losses yet"
         seen, seconds = self.seconds[-1]
         best = min((bits for _, bits in self.valid if not math.isnan(bits)), default=None)
         told = "no validation yet" if best is None else f"at best {best:.3f} bits per byte"
@@ -55,7 +57,7 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
 
     Raises:
         OSError: There is no such file.
-        ValueError: It is none of a run's, or holds no losses; the message names file and line.
+        ValueError: It is none of a run's; the message names file and line.
     """
     file = Path(run)
     if file.is_dir():
@@ -64,7 +66,7 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
     curves = Curves(file.absolute().parent.name if is_runs else file.stem)
     text = file.read_text(encoding="utf-8", errors="replace")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a row may be half written
-    found = set(rows.fieldnames or ())
+    found = set(rows.fieldnames or COLUMNS)  # nothing stands in it yet
     if is_timed := "seconds" in found:  # metrics, which need no clock
         found.add("timestamp")
     if missing := COLUMNS - found:
@@ -100,8 +102,6 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
             speed = (seen - last) / passed
         if not math.isnan(speed):
             curves.speed.append((seen, speed))
-    if not curves.seconds:
-        raise ValueError(f"{file}: no losses yet")
     return curves
 
 
@@ -114,7 +114,8 @@ def plot(runs: Sequence[Path], out: Path) -> list[Curves]:
 
     Raises:
         OSError: A file cannot be read or written.
-        ValueError: matplotlib is missing, a run cannot be read, or the format is unknown.
+        ValueError: matplotlib is missing, a run cannot be read, none has losses yet, or the format
+            is unknown.
     """
     try:
         from matplotlib.figure import Figure
@@ -124,6 +125,8 @@ def plot(runs: Sequence[Path], out: Path) -> list[Curves]:
     figure = Figure(figsize=(12, 7), layout="constrained")
     (losses, by_time), (rates, speeds) = figure.subplots(2, 2, height_ratios=[2, 1])
     all_curves = [read_curves(run) for run in runs]
+    if not any(curves.seconds for curves in all_curves):
+        raise ValueError(", ".join(map(str, all_curves)))
     for number, curves in enumerate(all_curves):
         color = f"C{number % 10}"
         for axes, of in ((losses, list), (by_time, curves.by_time)):
