@@ -17,7 +17,7 @@ PACKAGED_MODELS = Path(__file__).parents[1] / "models"
 """The trained models that come with this package, a folder for each."""
 
 LATEST = "latest"
-_BEST = "*_top*.pth"
+_BEST, _LEFT = "*_top*.pth", "*_left_*.pth"  # the latter of a way that was abandoned
 
 
 def find_model(name: str | os.PathLike[str]) -> Path:
@@ -111,5 +111,10 @@ def _best_of(run: Path) -> Path:
     numbered = [(re.search(r"_top(\d+)\.pth$", file.name), file) for file in run.glob(_BEST)]
     files = [(int(match[1]), file) for match, file in numbered if match]
     if not files:
+        if left := sorted(map(str, run.glob(_LEFT))):
+            raise FileNotFoundError(
+                f"{run}: this run has no model until it validates again; what it left in going "
+                f"back, by loss: {', '.join(left)}"
+            )
         raise FileNotFoundError(f"{run}: this run has saved no model yet")
     return min(files)[1]

@@ -102,6 +102,14 @@ def test_a_folder_with_a_model_comes_before_the_packaged_one_of_its_name(
         (folder / file).unlink()
 
 
+def test_says_what_a_run_has_left_that_went_back(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1, "run_left_2.5.pth", "run_left_2.25.pth")
+    with pytest.raises(
+        FileNotFoundError, match=r"until it validates .*run_left_2\.25\.pth, .*2\.5"
+    ):
+        find_model(run)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
