@@ -1,4 +1,5 @@
-// Tests of what is proposed after a row's bytes, and of what a pass is reckoned to cost.
+// Tests of what drafts are worth and cost, and of the memory of a row's bytes. What is proposed is
+// what Python proposes: see tests/inference/test_proposer.py.
 #include "decode/proposer.h"
 
 #include <cmath>
@@ -37,19 +38,6 @@ std::string after(const std::string& text) {
   Text of;
   of.write(text);
   return of.proposed();
-}
-
-void what_followed_the_longest_match_is_proposed() {
-  CHECK(after("").empty() && after("ab").empty() && after("abcdefg").empty());
-  CHECK(after("abcdefghi, abc") == "defghi");
-  CHECK(after("zabc1 yabc2zabc3 xabc") == "3 xabc");     // of equally long ones, the latest
-  CHECK(after("zabc12345 yabc67890 zabc") == "12345 ");  // a longer one counts for more
-  CHECK(after("a longer match, long") == "er mat");
-}
-
-void a_match_that_overlaps_the_end_goes_on_periodically() {
-  CHECK(after("ababab") == "ababab");
-  CHECK(after("-----") == "------");
 }
 
 void little_is_proposed_where_it_is_seldom_right() {
@@ -166,8 +154,6 @@ void a_clock_that_stands_still_is_no_rate() {
 }
 
 int main() {
-  what_followed_the_longest_match_is_proposed();
-  a_match_that_overlaps_the_end_goes_on_periodically();
   little_is_proposed_where_it_is_seldom_right();
   all_are_proposed_where_none_costs_anything();
   copies_of_bytes_write_to_pages_of_their_own();
