@@ -71,7 +71,7 @@ def push_folder(
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/"):  # a pull request's is there
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if not api.file_exists(repo_id, _CARD, revision=revision):
             Path(folder, _CARD).write_text(card, encoding="utf-8")

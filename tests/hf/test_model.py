@@ -195,6 +195,10 @@ class TestHub:
         lm.push_to_hub("me/small")
         assert "README.md" not in hub["files"] and "model.safetensors" in hub["files"]
 
+    def test_adds_to_a_pull_request(self, hub: dict[str, Any], m: MBLM) -> None:
+        m.push_to_hub("me/small", revision="refs/pr/7")
+        assert "branch" not in hub and hub["commit"]["revision"] == "refs/pr/7"
+
     def test_is_not_told_what_is_no_number(self, hub: dict[str, Any], m: MBLM) -> None:
         for bits in (-1, 0, float("nan"), float("inf")):
             with pytest.raises(ValueError, match="bits_per_byte"):

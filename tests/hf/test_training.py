@@ -97,6 +97,16 @@ class TestTrainer:
         for one, other in zip(*(lm.parameters() for lm in trained), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
+    def test_smooths_the_labels_of_the_next_bytes(self, tmp_path: Path) -> None:
+        lm = MBLMForCausalLM.from_mblm(build())
+        trainer = self.trainer(tmp_path, lm, label_smoothing_factor=0.1)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+        loss = trainer.compute_loss(lm, dict(batch))
+        logits = lm(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+        labels = batch["labels"][:, 1:].flatten()
+        expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        torch.testing.assert_close(loss, expected)
+
     def test_evaluates_and_writes_folders_that_both_libraries_read(self, tmp_path: Path) -> None:
         lm = self.dropping()
         trainer = self.trainer(tmp_path, lm)
