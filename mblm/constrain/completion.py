@@ -29,6 +29,8 @@ _ORDER = _CLOSING + _OTHER + _OPENING
 _MANY, _FEW = 16, 2
 # How many bytes lead to an end that is known.
 _BRIDGE = 3
+# After so much white space, nothing else is expected.
+_MAX_SPACES = 10_000
 # The end is looked for so far away, then further.
 _REACHES = (32, 128, 512, 2048)
 
@@ -44,6 +46,18 @@ def tokenizer() -> "LLTokenizer":
 def may_follow(matcher: "LLMatcher", num_tokens: int) -> list[int]:
     """The bytes that may come next, of a vocabulary of so many."""
     return list(compress(range(min(BYTES, num_tokens)), matcher.compute_logit_bias()))
+
+
+def leads_on(matcher: "LLMatcher", byte: int, num_tokens: int) -> bool:
+    """Whether more than white space may follow a byte that may come, or nothing needs to."""
+    after = matcher.deep_copy()
+    after.consume_token(byte)
+    for _ in range(_MAX_SPACES):
+        ways = bytes(may_follow(after, num_tokens))
+        if after.is_accepting() or not ways.isspace():
+            return after.is_accepting() or ways != b""
+        after.consume_token(ways[0])
+    return False
 
 
 def completes(matcher: "LLMatcher", *parts: bytes) -> bool:

@@ -17,6 +17,7 @@ from mblm.constrain.completion import (
     BYTES,
     completes,
     completion,
+    leads_on,
     may_follow,
     rejoined,
     tokenizer,
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from llguidance._lib import JsonCompileOptions
 
-# With so many bytes more than the end needs, one byte hardly ever takes it out of reach. But after
-# `patternProperties` whose names are all among `properties`, a comma may come that nothing follows.
+# With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
 _MARGIN = 512
+# After `patternProperties` whose names are all among `properties`, one comes that nothing follows.
+_COMMA = ord(",")
 # Where these bytes may come and those complete it: per byte what completes it after that, or with
 # how many bytes left none was found.
 _Ways = dict[tuple[bytes, bytes], dict[int, bytes | int]]
@@ -60,8 +62,8 @@ class _Guided:
             ValueError: No byte may begin what satisfies it.
         """
         matcher, end = _start(self._grammar, check_integer("num_tokens", num_tokens))
-        margin = sys.maxsize if "patternProperties" in self._grammar else _MARGIN
-        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens, margin)
+        has_patterns = "patternProperties" in self._grammar
+        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens, has_patterns)
 
 
 class JsonSchema(_Guided):
@@ -127,21 +129,21 @@ class _RowGuide:
         matcher: At the row's beginning; its own.
         end: Bytes that complete it; None if not found.
         num_tokens: V.
-        margin: With so many bytes more than the end needs, any that may come leaves it in reach.
+        has_patterns: A comma may come that nothing follows.
     """
 
     def __init__(
-        self, matcher: "LLMatcher", end: bytes | None, num_tokens: int, margin: int
+        self, matcher: "LLMatcher", end: bytes | None, num_tokens: int, has_patterns: bool
     ) -> None:
         self._matcher, self._end, self._num_tokens = matcher, end, num_tokens
-        self._margin = margin
+        self._has_patterns = has_patterns
         self._look_at = sys.maxsize  # with so many bytes left or fewer
         # What completes it after each token that may come, since the end is near.
         self._end_by_token: dict[int, bytes] = {}
         self._ways: _Ways = {}  # the row's own, so that other rows do not decide what may come
 
     def allowed(self, left: int) -> Tensor:
-        tokens = may_follow(self._matcher, self._num_tokens)
+        tokens = self._may_follow()
         if left <= self._look_at:
             tokens = self._that_can_end(tokens, left)
         marks = bytearray(self._num_tokens)
@@ -159,10 +161,19 @@ class _RowGuide:
         self._end_by_token = {}
 
     def is_complete(self) -> bool:
-        return self.accepts() and not may_follow(self._matcher, self._num_tokens)
+        return self.accepts() and not self._may_follow()
 
     def accepts(self) -> bool:
         return bool(self._matcher.is_accepting())
+
+    def _may_follow(self) -> list[int]:
+        tokens = may_follow(self._matcher, self._num_tokens)
+        if self._matcher.is_error():  # after which it allows nothing, and accepts nothing
+            raise ValueError(f"constraint: {_first_line(self._matcher)}")
+        is_doubtful = self._has_patterns and _COMMA in tokens
+        if is_doubtful and not leads_on(self._matcher, _COMMA, self._num_tokens):
+            tokens.remove(_COMMA)
+        return tokens
 
     def _that_can_end(self, tokens: list[int], left: int) -> list[int]:
         """Those after which an end is within reach, if that may be in doubt."""
@@ -171,7 +182,7 @@ class _RowGuide:
         if self._end is None:
             self._look_at = left // 2
             return tokens
-        spare = left - len(self._end) - self._margin
+        spare = left - len(self._end) - _MARGIN
         if spare > 0 and self._num_tokens >= BYTES:
             # An end is a byte nearer with each byte, and may go as far away.
             self._look_at = left - spare // 2 - 1

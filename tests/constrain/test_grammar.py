@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("llguidance")
 
+from llguidance import LLMatcher, LLParserLimits
+
 from mblm.constrain import Grammar, JsonSchema
-from mblm.constrain.completion import completion, rejoined
+from mblm.constrain.completion import completion, rejoined, tokenizer
 from mblm.constrain.endless import grammar_ends, schema_ends
-from mblm.constrain.grammar import _start
+from mblm.constrain.grammar import _RowGuide, _start
 from mblm.inference.guide import Guide
 
 PERSON: dict[str, Any] = {
@@ -199,7 +201,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("left", [40, 10_000])
-@pytest.mark.parametrize("max_spaces", [0, 1, 3])
+@pytest.mark.parametrize("max_spaces", [0, 1, 300])
 def test_a_comma_does_not_come_where_no_name_is_left(max_spaces: int, left: int) -> None:
     schema = {
         "properties": {"a": {"type": "integer"}},
@@ -209,6 +211,26 @@ def test_a_comma_does_not_come_where_no_name_is_left(max_spaces: int, left: int)
     }
     state = follow(JsonSchema(schema, max_spaces), b'{"a":12', left)
     assert set(allowed(state, left)) - set(b" \t\r\n0123456789") == set(b"}")
+
+
+def test_a_comma_comes_where_white_space_has_to_follow() -> None:
+    schema = {"patternProperties": {"^a$": {"pattern": "^,  b$"}}, "type": "object"}
+    assert allowed(follow(JsonSchema(schema), b'{"a":"')) == b","
+    state = follow(Grammar(r'start: "patternProperties" ("," /\n+/)+'), b"patternProperties")
+    assert allowed(state) == b","
+
+
+@pytest.mark.parametrize("asked", ["allowed", "is_complete"])
+def test_what_llguidance_gives_up_is_no_match(asked: str) -> None:
+    """It accepts what there is, and fails at what may follow."""
+    limits = LLParserLimits(step_max_items=1)
+    lark = LLMatcher.grammar_from_lark("start: /[a-z]*/")
+    matcher = LLMatcher(tokenizer(), lark, log_level=0, limits=limits)
+    state = _RowGuide(matcher, None, 257, False)
+    state.take(ord("a"))
+    assert state.accepts()
+    with pytest.raises(ValueError, match=r"constraint: .*Too many items"):
+        state.allowed(9) if asked == "allowed" else state.is_complete()
 
 
 def test_keys_and_texts_of_any_characters() -> None:
