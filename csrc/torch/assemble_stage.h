@@ -66,8 +66,7 @@ Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,
   if (context) context_in = with_unit_stride(context->to(type));
 
   Tensor out = make::empty({rows, 1 + length, width}, start_in.options());
-  dispatch(type, [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(type, [&]<class T, class C>(T, C) {
     const cpu::AssembleStageInput<T> in = {length,
                                            width,
                                            data<T>(start_in),
@@ -76,7 +75,7 @@ Tensor assemble_stage(const Tensor& start_token, const Tensor& embeddings,
                                            ids ? 0 : embeddings_in.stride(1),
                                            data<int64_t>(ids_in),
                                            data<T>(positions_in),
-                                           data<cpu::compute_t<T>>(rotation_in),
+                                           data<C>(rotation_in),
                                            data<T>(context_in),
                                            context ? context_in->stride(0) : 0,
                                            context ? context_in->stride(1) : 0};
@@ -123,10 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> assemble_stage_backward(
   } else if (rotation) {
     grad_embeddings = make::empty({rows, length, width}, grad_in.options());
   }
-  dispatch(type, [&](auto zero) {
-    using T = decltype(zero);
-    const cpu::AssembleStageGrad<T> in = {length, width, data<T>(grad_in),
-                                          data<cpu::compute_t<T>>(rotation_in)};
+  dispatch(type, [&]<class T, class C>(T, C) {
+    const cpu::AssembleStageGrad<T> in = {length, width, data<T>(grad_in), data<C>(rotation_in)};
     T* to = mutable_data<T>(grad_embeddings);
     if constexpr (kCuda) {
       if (on_gpu(grad)) {
@@ -136,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> assemble_stage_backward(
           Tensor scratch = groups.sums(width, grad.options().dtype(compute_type(type)));
           launch(grad.device(), [&](cuda::Stream stream) {
             return cuda::assemble_stage_table(in, groups.groups(), padding_idx,
-                                              mutable_data<cpu::compute_t<T>>(scratch), to, stream);
+                                              mutable_data<C>(scratch), to, stream);
           });
         } else if (rotation) {
           launch(grad.device(), [&](cuda::Stream stream) {

@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor> causal_conv(const Tensor& x, const Tensor& weight, co
                                        const OptionalTensor& window) {
   const ConvInputs in(x, weight, bias, window);
   Tensor y = make::empty(x.sizes(), in.x.options());
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(in.type, [&]<class T>(T, auto) {
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(y);
     run(
@@ -100,9 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
   Tensor grad_x = make::empty(x.sizes(), in.x.options());
   Tensor grad_window = make::empty({in.rows, in.taps - 1, in.channels}, in.x.options());
   Tensor sums;
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     const auto input = in.kernel_input<T>();
     // The gradients of weight and bias are summed over groups of blocks, then over the groups, so
     // that they are the same for any number of threads.

@@ -144,16 +144,16 @@ inline at::ScalarType kernel_type(at::ScalarType type) {
   return type == at::kHalf ? at::kFloat : type;
 }
 
-// Calls function(T()) with the kernels' element type.
+// Calls function(T(), C()) with the kernels' element type and the type that they compute in.
 template <class Function>
 void dispatch(at::ScalarType type, Function function) {
   switch (type) {
     case at::kFloat:
-      return function(float());
+      return function(float(), float());
     case at::kDouble:
-      return function(double());
+      return function(double(), double());
     case at::kBFloat16:
-      return function(cpu::BFloat16());
+      return function(cpu::BFloat16(), float());
     default:
       TORCH_INTERNAL_ASSERT(false, "no kernel for ", type);
   }

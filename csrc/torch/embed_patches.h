@@ -80,9 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_patches(const Tensor& ids, const Tensor
   const auto moment_options = in.table.options().dtype(compute_type(in.type));
   Tensor mean = make::empty({in.batch, num_patches}, moment_options);
   Tensor inverse_std = make::empty({in.batch, num_patches}, moment_options);
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     const auto input = in.kernel_input<T>();
     C* to_mean = mutable_data<C>(mean);
     C* to_std = mutable_data<C>(inverse_std);
@@ -133,9 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_patches_backward(
   Tensor grad_table = make::empty({in.num_embeddings, in.width}, in.table.options());
   Tensor grad_weight = make::empty({patch_width}, in.table.options());
   Tensor grad_bias = make::empty({patch_width}, in.table.options());
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     const cpu::EmbedPatchesGrad<T> input = {in.kernel_input<T>(), data<T>(grad_in),
                                             data<C>(mean_in), data<C>(inverse_in)};
     T* to_table = mutable_data<T>(grad_table);

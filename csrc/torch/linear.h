@@ -63,8 +63,7 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
 Tensor linear_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const Tensor rows = x.contiguous();
   Tensor out = make::empty({x.size(0), weight.size(0)}, rows.options());
-  dispatch(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(x.scalar_type(), [&]<class T>(T, auto) {
     const cpu::LinearRowsInput<T> input{x.size(0),     x.size(1),       weight.size(0),
                                         data<T>(rows), data<T>(weight), data<T>(bias)};
     T* to = mutable_data<T>(out);

@@ -112,11 +112,10 @@ template <class Norm>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Norm& in) {
   Tensor out = make::empty(x.sizes(), in.x.options());
   Tensor inverse_norm = make::empty(x.sizes().slice(0, x.dim() - 1), in.weight.options());
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     const auto input = in.template kernel_input<T>();
     T* to = mutable_data<T>(out);
-    auto* inverse = mutable_data<cpu::compute_t<T>>(inverse_norm);
+    auto* inverse = mutable_data<C>(inverse_norm);
     run(
         x, [&](auto stream) { return cuda::rms_norm(input, in.positions, to, inverse, stream); },
         in.positions, in.width,
@@ -139,9 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   if (other) grad_other = make::empty(other->sizes(), in.x.options());
   if (in.positions == 0) grad_other.zero_();
   Tensor grad_weight = make::empty({in.width}, in.weight.options());
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     const auto input = in.template kernel_input<T>();
     const T* from = data<T>(grad_in);
     const C* inverse = data<C>(inverse_in);

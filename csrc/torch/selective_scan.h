@@ -47,9 +47,7 @@ Gradients backward_on_device(const SelectiveScanInputs& in, const Tensor& from_y
   Tensor direct_parts = make::empty({in.rows, in.chunks, in.width}, options);
   Tensor in_parts = make::empty({parts, in.rows, in.length, in.padded_states}, options);
   Tensor out_parts = make::empty_like(in_parts);
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     const auto input = in.kernel_input<T>();
     Tensor carries = make::empty_like(before);
     Tensor sums = make::empty_like(direct_parts);
@@ -106,9 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& x, const Tensor&
                                chunk_size);
   Tensor y = make::empty(x.sizes(), in.x.options());
   Tensor state = in.first_states(initial_state), chunk_states = in.new_states(in.chunks);
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     const auto input = in.kernel_input<T>();
     T* to_y = mutable_data<T>(y);
     C* to_state = mutable_data<C>(state);
@@ -159,9 +155,7 @@ Gradients selective_scan_backward(const Tensor& grad_y, const Tensor& grad_final
     const int64_t positions = std::min(in.chunk_size, in.length - start);
     // Of weight_in and of weight_out.
     Tensor parts = make::zeros({2, cut.groups, in.rows, positions, in.padded_states}, options);
-    dispatch(in.type, [&](auto zero) {
-      using T = decltype(zero);
-      using C = cpu::compute_t<T>;
+    dispatch(in.type, [&]<class T, class C>(T, C) {
       const auto input = in.kernel_input<T>();
       const cpu::SelectiveScanGradients<T> first{data<T>(from_y),
                                                  mutable_data<C>(grad_state),

@@ -72,8 +72,7 @@ Tensor short_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
                        const OptionalTensor& sin) {
   const AttentionInputs in(q, k, v, cos, sin);
   Tensor out = make::empty(q.sizes(), in.q.options());
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(in.type, [&]<class T>(T, auto) {
     const auto input = in.kernel_input<T>();
     T* to = mutable_data<T>(out);
     run(
@@ -94,8 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, 
   Tensor grad_q = make::empty(q.sizes(), in.q.options());
   Tensor grad_k = make::empty(k.sizes(), in.q.options());
   Tensor grad_v = make::empty(v.sizes(), in.q.options());
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
+  dispatch(in.type, [&]<class T>(T, auto) {
     const auto input = in.kernel_input<T>();
     const auto from = AttentionInputs::view<T>(grad_out);
     T *to_q = mutable_data<T>(grad_q), *to_k = mutable_data<T>(grad_k),

@@ -88,9 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_on_device(const SsdInputs& in,
   Tensor y = make::empty(in.x.sizes(), in.x.options());
   Tensor state = in.first_states(initial_state), chunk_states = in.new_states(in.chunks);
   DeviceInputs own(in);
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     launch(in.x.device(), [&](cuda::Stream stream) {
       return cuda::ssd(own.kernel_input<T>(), mutable_data<T>(y), mutable_data<C>(state),
                        mutable_data<C>(chunk_states), stream);
@@ -112,9 +110,7 @@ Gradients backward_on_device(const SsdInputs& in, const Tensor& grad_y,
   Tensor grad_out = make::empty_like(grad_in);
   Tensor rates = make::empty({in.rows, in.chunks, in.heads}, options);
   Tensor direct = make::empty_like(rates);
-  dispatch(in.type, [&](auto zero) {
-    using T = decltype(zero);
-    using C = cpu::compute_t<T>;
+  dispatch(in.type, [&]<class T, class C>(T, C) {
     Tensor carries = make::empty_like(states_before), scores = make::empty_like(own.scores);
     Tensor terms = make::zeros({4, in.rows, in.length, in.heads}, own.sums.options());
     const cuda::SsdGradients<T> grad{
@@ -183,9 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const 
   for (int64_t index = 0; index < in.chunks; ++index) {
     const Tensor before = chunk_states.select(1, index);
     Tensor after = index + 1 < in.chunks ? chunk_states.select(1, index + 1) : state;
-    dispatch(in.type, [&](auto zero) {
-      using T = decltype(zero);
-      using C = cpu::compute_t<T>;
+    dispatch(in.type, [&]<class T, class C>(T, C) {
       const auto input = chunk_input<T>(in, index, scores);
       T* to_y = mutable_data<T>(y);
       const cpu::SsdStates<const C> from{data<C>(before), before.stride(0)};
@@ -230,9 +224,7 @@ Gradients ssd_backward(const Tensor& grad_y, const Tensor& grad_final_state, con
   Tensor weights = make::zeros({2, in.rows * groups, scores.size(1), in.padded_states}, options);
   for (int64_t index = in.chunks - 1; index >= 0; --index) {
     const Tensor before = states_before.select(1, index);
-    dispatch(in.type, [&](auto zero) {
-      using T = decltype(zero);
-      using C = cpu::compute_t<T>;
+    dispatch(in.type, [&]<class T, class C>(T, C) {
       const auto input = chunk_input<T>(in, index, scores);
       const int64_t positions = input.positions;
       const int64_t scores_each = positions * input.padded_positions();
