@@ -37,18 +37,20 @@ class _TransformerBlockFields(StageBlock):
     ff_dropout: NonNegativeFloat = Field(default=0.0, le=1.0)
     use_flash_attn: bool = False
 
-    def _model_arguments(self, model_dim: int, num_layers: int) -> dict[str, Any]:
-        return {
-            "model_dim": model_dim,
-            "num_layers": num_layers,
-            "attn_head_dim": self.attn_head_dims,
-            "attn_num_heads": self.attn_num_heads,
-            "attn_dropout": self.attn_dropout,
-            "attn_use_rot_embs": self.attn_use_rot_embs,
-            "ff_dropout": self.ff_dropout,
-            "ff_mult": self.ff_multiplier,
-            "use_flash_attn": self.use_flash_attn,
-        }
+    def to_model(self, model_dim: int, num_layers: int) -> nn.Module:
+        """Build a `TransformerDecoder`, or the `TransformerEncoder` of a block of that name."""
+        is_encoder = isinstance(self, TransformerEncoderBlock)
+        return (TransformerEncoder if is_encoder else TransformerDecoder)(
+            model_dim=model_dim,
+            num_layers=num_layers,
+            attn_head_dim=self.attn_head_dims,
+            attn_num_heads=self.attn_num_heads,
+            attn_dropout=self.attn_dropout,
+            attn_use_rot_embs=self.attn_use_rot_embs,
+            ff_dropout=self.ff_dropout,
+            ff_mult=self.ff_multiplier,
+            use_flash_attn=self.use_flash_attn,
+        )
 
 
 class TransformerBlock(_TransformerBlockFields):
@@ -66,19 +68,11 @@ class TransformerBlock(_TransformerBlockFields):
 
     block_type: Literal["transformer"] = "transformer"
 
-    def to_model(self, model_dim: int, num_layers: int) -> nn.Module:
-        """Build a `TransformerDecoder`."""
-        return TransformerDecoder(**self._model_arguments(model_dim, num_layers))
-
 
 class TransformerEncoderBlock(_TransformerBlockFields):
     """A bidirectional Transformer stage; the fields are those of `TransformerBlock`."""
 
     block_type: Literal["transformerEncoder"] = "transformerEncoder"
-
-    def to_model(self, model_dim: int, num_layers: int) -> nn.Module:
-        """Build a `TransformerEncoder`."""
-        return TransformerEncoder(**self._model_arguments(model_dim, num_layers))
 
 
 _LAYERS = (Attention, FeedForward)
