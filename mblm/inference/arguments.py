@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mblm.inference.prompt import as_ids
 from mblm.model.stage import has_values
-from mblm.utils.checks import check_number, check_token_ids
+from mblm.utils.checks import check_number, check_token_ids, kind_of
 
 MOST_ROWS = 1 << 24  # that a cache may have
 
@@ -73,8 +73,7 @@ def check_choice(
     name, tensor = given[0], all_three[given[0]]
     expected = {"ids": "integers", "logits": "floating point numbers", "mask": "bool"}[name]
     if not isinstance(tensor, Tensor) or _kind(tensor) != expected:
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: expected a tensor of {expected}, got {got}")
+        raise ValueError(f"{name}: expected a tensor of {expected}, got {kind_of(tensor)}")
     has_values(name, tensor)
     if tensor.shape != (shape := shape[:1] if name == "ids" else shape):
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mblm.utils.checks import check_integer
+from mblm.utils.checks import check_integer, kind_of
 
 # More states than that do not fit the engine's 32-bit integers.
 _MAX_STATES = 2**31 - 1
@@ -46,7 +46,7 @@ class Automaton:
         _check_range("classes", self.classes, 0, num_classes)
         _check_range("next", table, -1, num_states)
         if not isinstance(accepting, Tensor) or accepting.dtype != torch.bool:
-            raise TypeError(f"accepting: expected a bool tensor, got {_kind(accepting)}")
+            raise TypeError(f"accepting: expected a bool tensor, got {kind_of(accepting)}")
         if accepting.shape != (num_states,):
             raise ValueError(
                 f"accepting: expected shape ({num_states},), one for each row of next, "
@@ -174,7 +174,7 @@ def _distances(table: Tensor, accepting: Tensor) -> Tensor:
 def _integers(name: str, table: Any, ndim: int) -> Tensor:
     """A table as int64 on the CPU."""
     if not isinstance(table, Tensor) or table.is_floating_point() or table.dtype == torch.bool:
-        raise TypeError(f"{name}: expected a tensor of integers, got {_kind(table)}")
+        raise TypeError(f"{name}: expected a tensor of integers, got {kind_of(table)}")
     if table.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(table.shape)}")
     return table.detach().cpu().long()
@@ -186,7 +186,3 @@ def _check_range(name: str, table: Tensor, lowest: int, end: int) -> None:
             f"{name}: expected values in [{lowest}, {end}), got {int(table.min())} to "
             f"{int(table.max())}"
         )
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

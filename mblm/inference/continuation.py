@@ -17,6 +17,7 @@ from mblm.inference.generation import FinishReason, Generation
 from mblm.inference.guide import Guide
 from mblm.inference.plan import Plan
 from mblm.inference.request import LogitsProcessor, Request
+from mblm.utils.checks import kind_of
 from mblm.utils.modes import lasting_tensors
 
 _NO_BYTES = torch.empty(0, dtype=torch.long, device="cpu")
@@ -129,9 +130,9 @@ class Course:
     def _processed(self, processor: LogitsProcessor, logits: Tensor) -> Tensor:
         result = processor(self._so_far.to(logits.device, copy=True), logits)
         if not isinstance(result, Tensor) or not result.is_floating_point():
-            kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
             raise TypeError(
-                f"logits_processor: expected it to return floating point logits, got {kind}"
+                "logits_processor: expected it to return floating point logits, got "
+                f"{kind_of(result)}"
             )
         if result.shape != logits.shape:
             raise ValueError(

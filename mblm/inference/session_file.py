@@ -10,6 +10,7 @@ import torch
 
 from mblm.inference.cache import State
 from mblm.utils.atomic import atomic_write
+from mblm.utils.checkpoint import read_safetensors
 
 FORMAT = "mblm-session-5"
 # What reading a header or a state that is no such thing may raise.
@@ -41,15 +42,7 @@ def write(path: str | Path, header: dict[str, str], states: Sequence[State]) -> 
 
 def read(path: str | Path) -> tuple[dict[str, str], list[State]]:
     """The header and the states of a file, on the CPU."""
-    from safetensors import SafetensorError, safe_open
-
-    Path(path).open("rb").close()  # safetensors calls one that may not be read missing
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a saved session ({error})") from error
+    tensors, header = read_safetensors(path, "a saved session")
     if (given := header.get("format", "none")) != FORMAT:
         if given.startswith(FORMAT.rstrip("0123456789")):
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mblm.model.config import MBLMReturnType
+from mblm.utils.checks import kind_of
 
 
 def check_config(name: str, config: object, kind: type) -> None:
@@ -52,7 +53,7 @@ def check_like_ids(name: str, tensor: Tensor | None, ids: Tensor) -> None:
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
+        raise TypeError(f"{name}: expected a tensor, got {kind_of(tensor)}")
     if tensor.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
     if tensor.shape != ids.shape:
@@ -88,7 +89,7 @@ def check_embeddings(
     leading = None
     for name, (tensor, depth, dim) in given.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point tensor, got {_kind(tensor)}")
+            raise TypeError(f"{name}: expected a floating point tensor, got {kind_of(tensor)}")
         inner = (*seq_lens[1:depth], dim)
         expected = ", ".join(("B", "P_1'", *map(str, inner)))
         if tensor.ndim != depth + 2 or tuple(tensor.shape[2:]) != inner or 0 in tensor.shape[:2]:
@@ -103,7 +104,3 @@ def check_embeddings(
             raise ValueError(
                 f"{name}: {leading[1]} patches exceed the {seq_lens[0]} fixed positions of stage 1"
             )
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

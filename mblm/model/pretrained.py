@@ -20,13 +20,17 @@ from mblm.model.find import (
 )
 from mblm.model.hub import download_folder, model_card, push_folder
 from mblm.utils.atomic import atomic_write
-from mblm.utils.checkpoint import load_checked_state, load_model_state, uncompiled
+from mblm.utils.checkpoint import (
+    load_checked_state,
+    load_model_state,
+    read_safetensors,
+    uncompiled,
+)
 from mblm.utils.cuda import check_device
 from mblm.utils.errors import with_title
 
-_CONFIG_ID = (
-    "config_id"  # the same in both files of a folder, which tells that they belong together
-)
+# The same in both files of a folder, which tells that they belong together.
+_CONFIG_ID = "config_id"
 _WRAPPED = "model."  # what the names of `mblm.hf.MBLMForCausalLM` begin with
 
 Model = TypeVar("Model", bound="PretrainedMixin")
@@ -289,8 +293,6 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _read_weights(file: Path, config_id: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
     if file.name == INDEX_FILE:
         found: dict[str, Tensor] = {}
         for part in _files_of(file):
@@ -299,21 +301,13 @@ def _read_weights(file: Path, config_id: str) -> dict[str, Tensor]:
                 raise ValueError(f"{part}: another file of {file.name} has {min(twice)}, too")
             found |= more
         return found
-    file.open("rb").close()  # safetensors calls one that may not be read missing
-    try:
-        with safe_open(file, framework="pt") as weights:
-            saved_with = (weights.metadata() or {}).get(_CONFIG_ID)
-            if saved_with not in (None, config_id):
-                raise ValueError(
-                    f"{file}: saved with another {CONFIG_FILE} than the one beside it, as when a "
-                    "save was interrupted; save the model again"
-                )
-            return {
-                name.removeprefix(_WRAPPED): weights.get_tensor(name)
-                for name in weights.keys()  # noqa: SIM118
-            }
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+    weights, told = read_safetensors(file, "a whole safetensors file")
+    if told.get(_CONFIG_ID) not in (None, config_id):
+        raise ValueError(
+            f"{file}: saved with another {CONFIG_FILE} than the one beside it, as when a save was "
+            "interrupted; save the model again"
+        )
+    return {name.removeprefix(_WRAPPED): tensor for name, tensor in weights.items()}
 
 
 def _files_of(index: Path) -> list[Path]:

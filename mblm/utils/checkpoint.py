@@ -89,6 +89,19 @@ def load_tensors(
         ) from error
 
 
+def read_safetensors(file: File, what: str) -> tuple[StateDict, dict[str, str]]:
+    """The tensors of a file that is to be such a one, on the CPU, and what it says of itself."""
+    from safetensors import SafetensorError, safe_open
+
+    Path(file).open("rb").close()  # safetensors calls one that may not be read missing
+    try:
+        with safe_open(file, "pt") as opened:
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return state, opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not {what} ({error})") from error
+
+
 def load_model_state(
     checkpoint_file: str | Path,
     model: Module,

@@ -12,6 +12,11 @@ _ID_DTYPES = frozenset(
 )
 
 
+def kind_of(value: object) -> str:
+    """What came, for an error: the dtype of a tensor, of anything else the type."""
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
     """Refuse what is not an integer, a bool being none, or is below the least that may be."""
     try:
