@@ -197,16 +197,30 @@ MBLM_TILE inline void pack_rows(const float* x, int64_t rows, int64_t n, int64_t
   }
 }
 
+// Some of the inputs, whose sums are kept until the next piece; whole rows are one piece.
+struct Piece {
+  bool is_first = true, is_last = true;
+  float* kept = nullptr;
+};
+enum class Take { kWhole, kPiece, kPieceAndAsk };  // asks for the weights of the next one
+
 // sums[r * kPanelStride + k * kStreamOutputs] = x[r] . weight[k * apart], of packed rows x. Each
 // row of weights has a pointer of its own, so that the loop is hardly more than its products.
-template <class W, int kOutputs, int kRows>
+template <class W, Take kTake, int kOutputs, int kRows>
 MBLM_TILE void multiply_packed(const W* weight, int64_t apart, const float* x, int64_t n,
-                               float* sums) {
+                               float* sums, const Piece& piece) {
+  constexpr bool kWhole = kTake == Take::kWhole;
   Vector of[kOutputs][kRows];
 #pragma GCC unroll 32
-  for (int i = 0; i < kOutputs * kRows; ++i) of[i / kRows][i % kRows] = zeros();
+  for (int k = 0; k < kOutputs * kRows; ++k) {
+    of[k / kRows][k % kRows] = kWhole || piece.is_first ? zeros() : load(piece.kept + k * kLanes);
+  }
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes, x += 2 * kLanes * kRows) {
+#pragma GCC unroll 8
+    for (int k = 0; kTake == Take::kPieceAndAsk && k < kOutputs; ++k) {
+      __builtin_prefetch(weight + n + i + k * apart);
+    }
     add_lanes(weight + i, apart, x, kLanes, of);
     add_lanes(weight + i + kLanes, apart, x + kLanes * kRows, kLanes, of);
   }
@@ -214,6 +228,13 @@ MBLM_TILE void multiply_packed(const W* weight, int64_t apart, const float* x, i
     add_lanes(weight + i, apart, x, kLanes, of);
   }
   if (i < n) add_rest(weight + i, apart, x, kLanes, n - i, of);
+  if (!kWhole && !piece.is_last) {
+#pragma GCC unroll 32
+    for (int k = 0; k < kOutputs * kRows; ++k) {
+      store(piece.kept + k * kLanes, of[k / kRows][k % kRows]);
+    }
+    return;
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r, sums += kPanelStride) {
     constexpr int kLast = kOutputs - 1;
@@ -224,26 +245,53 @@ MBLM_TILE void multiply_packed(const W* weight, int64_t apart, const float* x, i
 }
 
 template <class W>
-using MultiplyPacked = void (*)(const W*, int64_t, const float*, int64_t, float*);
+using MultiplyPacked = void (*)(const W*, int64_t, const float*, int64_t, float*, const Piece&);
 
-template <class W, int kOutputs, int... kRows>
-MultiplyPacked<W> packed_of_rows(int64_t rows, std::integer_sequence<int, kRows...>) {
-  static constexpr MultiplyPacked<W> kTiles[] = {multiply_packed<W, kOutputs, kRows + 1>...};
-  return kTiles[rows - 1];
+template <class W, Take kTake, int... kRows>
+MultiplyPacked<W> packed_of_rows(int64_t streams, int64_t rows,
+                                 std::integer_sequence<int, kRows...>) {
+  static constexpr MultiplyPacked<W> kTiles[][kPackedRows] = {
+      {multiply_packed<W, kTake, 1, kRows + 1>...},
+      {multiply_packed<W, kTake, kPanelStreams, kRows + 1>...}};
+  return kTiles[streams > 1][rows - 1];
 }
 
 // See Kernel, for packed rows: all weights of a panel with one group of them, then with the next.
+// The first group waits for memory, the second for the adders. Of long rows they therefore take
+// turns after each piece, and the second asks for the weights of the next one. With bfloat16, both
+// wait for the adders.
 template <class W>
 MBLM_TILE void multiply_streams(const Panel& panel) {
-  using Rows = std::make_integer_sequence<int, kPackedRows>;
+  constexpr std::make_integer_sequence<int, kPackedRows> kRows;
+  constexpr int64_t kPiece = 512;
   const W* const weights = static_cast<const W*>(panel.weight);
-  for (int64_t row = 0; row < panel.rows; row += kPackedRows) {
-    const int64_t rows = std::min(kPackedRows, panel.rows - row);
-    const auto multiply = panel.streams == 1 ? packed_of_rows<W, 1>(rows, Rows{})
-                                             : packed_of_rows<W, kPanelStreams>(rows, Rows{});
+  const int64_t n = panel.n, apart = panel.apart * n, streams = panel.streams;
+  int64_t row = 0;
+  if (std::is_same_v<W, float> && panel.rows > kPackedRows && n > kPiece) {
+    row = 2 * kPackedRows;
+    alignas(64) float kept[2][kPackedRows * kPanelStreams * kLanes];
+    const int64_t more = std::min(row, panel.rows) - kPackedRows;
+    const auto first = packed_of_rows<W, Take::kPiece>(streams, kPackedRows, kRows);
+    const auto second = packed_of_rows<W, Take::kPieceAndAsk>(streams, more, kRows);
+    const float* const next = panel.x + kPackedRows * panel.row_stride;
     for (int64_t o = 0; o < panel.outputs; ++o) {
-      multiply(weights + o * panel.n, panel.apart * panel.n, panel.x + row * panel.row_stride,
-               panel.n, panel.sums + row * kPanelStride + o);
+      float* const sums = panel.sums + o;
+      for (int64_t i = 0; i < n; i += kPiece) {
+        const int64_t count = std::min(kPiece, n - i);
+        const W* const weight = weights + o * n + i;
+        const bool is_first = i == 0, is_last = i + count == n;
+        first(weight, apart, panel.x + i * kPackedRows, count, sums, {is_first, is_last, kept[0]});
+        second(weight, apart, next + i * more, count, sums + kPackedRows * kPanelStride,
+               {is_first, is_last, kept[1]});
+      }
+    }
+  }
+  for (; row < panel.rows; row += kPackedRows) {
+    const int64_t rows = std::min(kPackedRows, panel.rows - row);
+    const auto multiply = packed_of_rows<W, Take::kWhole>(streams, rows, kRows);
+    for (int64_t o = 0; o < panel.outputs; ++o) {
+      multiply(weights + o * n, apart, panel.x + row * panel.row_stride, n,
+               panel.sums + row * kPanelStride + o, {});
     }
   }
 }
