@@ -171,7 +171,9 @@ class Batch:
             rows, requests = self._cache.add(len(new)), [request for _, request in new]
             try:
                 self._cache.feed(rows, [request.prompt for request in requests])
-            except MemoryError as error:
+            except Exception as error:
+                if not _is_of_memory(error):
+                    raise
                 self._cache.drop(rows)
                 self._put_back([asked for asked, _ in new], error)
                 continue
@@ -276,7 +278,7 @@ class Batch:
         self._cache.drop([row])
         return asked
 
-    def _put_back(self, asked: list[_Asked], error: MemoryError) -> None:
+    def _put_back(self, asked: list[_Asked], error: Exception) -> None:
         """Have prompts wait until others are over, as there is no memory for so many rows.
 
         They begin anew then, and the same bytes will be chosen.
@@ -294,3 +296,9 @@ class Batch:
         self._results[asked.index] = result
         self._error = self._error or result.error
         self._on_result(asked.index, result)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """PyTorch tells a lack of memory by a class of its own on a GPU, and on a CPU by its words."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)

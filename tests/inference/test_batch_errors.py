@@ -195,9 +195,9 @@ def test_an_interrupt_where_a_row_is_let_go_keeps_what_has_ended(m: MBLM) -> Non
 class Short(TorchCache):
     """Memory for so many bytes in all rows."""
 
-    def __init__(self, m: MBLM, room: int) -> None:
+    def __init__(self, m: MBLM, room: int, error: Exception) -> None:
         super().__init__(m)
-        self.room = room
+        self.room, self.error = room, error
         self.rows: set[int] = set()
         self.most = 0
 
@@ -215,7 +215,7 @@ class Short(TorchCache):
 
     def feed(self, rows: Sequence[int], ids: Sequence[torch.Tensor]) -> None:
         if self.used() + sum(map(len, ids)) > self.room:
-            raise MemoryError("no memory for prompts")
+            raise self.error
         super().feed(rows, ids)
 
     def run(self, rows: Sequence[int], seconds: float = 0.02, drafts: Any = None) -> list[Ran]:
@@ -230,8 +230,20 @@ class Short(TorchCache):
         return [done[row] for row in rows]
 
 
-@pytest.mark.parametrize("room", [20, 23, 31, 47, 90, 300])
-def test_a_row_that_lacks_memory_waits_until_another_is_over(m: MBLM, room: int) -> None:
+LACKS_MEMORY = MemoryError("no memory for prompts")
+
+
+@pytest.mark.parametrize(
+    "room, error",
+    [
+        *((room, LACKS_MEMORY) for room in (20, 23, 31, 47, 90, 300)),
+        (23, torch.OutOfMemoryError("no memory for prompts")),
+        (23, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+    ],
+)
+def test_a_row_that_lacks_memory_waits_until_another_is_over(
+    m: MBLM, room: int, error: Exception
+) -> None:
     prompts = some_prompts(4, 9, 2, 9, 0, 1, 9)
     wishes = {"max_bytes": [9, 5, 9, 11, 20, 9, 3], **WARM}
     given: dict[int, bytes] = {}
@@ -239,7 +251,7 @@ def test_a_row_that_lacks_memory_waits_until_another_is_over(m: MBLM, room: int)
     def on_bytes(index: int, new: bytes) -> None:
         given[index] = given.get(index, b"") + new
 
-    short = Short(m, room)
+    short = Short(m, room, error)
     with patch.object(batch, "cache_for", lambda *_: short):
         results = together(m, prompts, seeds=range(7), on_bytes=on_bytes, **wishes)
     assert not short.rows
@@ -254,7 +266,7 @@ def test_no_memory_for_a_row_alone(m: MBLM, room: int) -> None:
     """For its prompt, or for the bytes after it."""
     prompts = some_prompts(4, 9, 2)
     with (
-        patch.object(batch, "cache_for", lambda *_: Short(m, room)),
+        patch.object(batch, "cache_for", lambda *_: Short(m, room, LACKS_MEMORY)),
         pytest.raises(MemoryError, match="no memory for") as caught,
     ):
         together(m, prompts, max_bytes=4)
