@@ -16,9 +16,11 @@ def main() -> NoReturn:
     Expected errors are told on standard error and end with 1, wrong usage with 2. Ctrl-C ends with
     130, a reader of standard output that leaves with 1, and neither is told.
     """
-    # A file that has the number of a closed stream would get what libraries write there.
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
+    # A file that has the number of a closed stream would get what libraries write there: here, and
+    # in the processes that are started.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever called
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

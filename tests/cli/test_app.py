@@ -223,17 +223,19 @@ def test_a_standard_output_that_takes_nothing(where: str) -> None:
 
 
 def test_no_file_has_the_number_of_a_stream_that_is_closed(tmp_path: Path) -> None:
-    """Libraries write to number 2 whatever it is."""
-    code = (
-        "import os, mblm.cli, mblm.cli.app\n"
-        "def run():\n"
-        "    with open('written', 'wb') as file: os.write(2, b'a warning'); file.write(b'bytes')\n"
-        "mblm.cli.app.run = run\n"
-        "mblm.cli.main()"
-    )
+    """Libraries write to number 2 whatever it is, in a process that is started, too."""
+    code = """
+import subprocess, sys, mblm.cli, mblm.cli.app
+write = "import os; file = open('written', 'ab'); os.write(2, b'a warning'); file.write(b'it')"
+def run():
+    exec(write, {})
+    subprocess.run([sys.executable, "-c", write], check=True)
+mblm.cli.app.run = run
+mblm.cli.main()
+"""
     program = shlex.join([sys.executable, "-c", code])
     subprocess.run(["bash", "-c", f"{program} <&- 2>&-"], env=ENVIRONMENT, cwd=tmp_path, check=True)
-    assert (tmp_path / "written").read_bytes() == b"bytes"
+    assert (tmp_path / "written").read_bytes() == b"itit"
 
 
 @pytest.mark.parametrize(
