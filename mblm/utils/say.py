@@ -6,7 +6,7 @@ import sys
 
 def say(message: str) -> None:
     """Print a line on standard error. One that is closed, is full or has no reader ends nothing."""
-    if sys.stderr is None:  # closed by whoever called: `print` would take standard output instead
+    if getattr(sys.stderr, "closed", sys.stderr is None):  # for None, `print` takes standard output
         return
     try:
         print(message, file=sys.stderr, flush=True)

@@ -9,6 +9,9 @@ import os, sys
 from mblm.utils.say import say
 if sys.argv[1] == "closed":
     sys.stderr = None
+elif sys.argv[1] == "closed here":
+    sys.stderr = open(os.devnull, "w")
+    sys.stderr.close()
 elif sys.argv[1] == "left":
     reader, writer = os.pipe()
     os.close(reader)
@@ -17,11 +20,12 @@ else:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 say("first")
 say("second")
-sys.stderr = sys.stderr or sys.__stderr__
+if sys.argv[1].startswith("closed"):
+    sys.stderr = sys.__stderr__
 print("done")
 """
 
 
-@pytest.mark.parametrize("where", ["closed", "left", "full"])
+@pytest.mark.parametrize("where", ["closed", "closed here", "left", "full"])
 def test_a_standard_error_that_takes_nothing(where: str) -> None:
     assert fresh.output_of(CODE, where) == "done\n"
