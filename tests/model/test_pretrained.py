@@ -392,7 +392,7 @@ def test_weights_that_may_not_be_read_are_not_called_missing(
         MBLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("device", ["nope", 3.5, {"": "cpu"}, "cuda:4096"])
+@pytest.mark.parametrize("device", ["nope", 3.5, {"": "cpu"}, "cuda:4096", "hpu", 1 << 70])
 def test_a_device_that_does_not_work(tmp_path: Path, device: Any) -> None:
     """It is told before anything is read."""
     for name in (tmp_path / "nothing", tmp_path / "nothing.pth"):
