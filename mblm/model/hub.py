@@ -40,7 +40,7 @@ def download_folder(name: Path, **options: Any) -> Path:
         return Path(snapshot_download(name.as_posix(), allow_patterns=files, **options))
     except Exception as error:  # those of its network library are of no class of their own
         raise FileNotFoundError(
-            f"{name} is no folder here, and the hub gives no model of that name: "
+            f"{name} is no folder here, and could not be downloaded from the hub: "
             f"{type(error).__name__}: {error}"
         ) from error
 
