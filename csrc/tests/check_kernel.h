@@ -56,7 +56,7 @@ void check_panels(const cpu::Kernel& kernel, const char* name) {
   constexpr int64_t kRows = cpu::kPanelRows;
   const int64_t far = kernel.panel_outputs, all = kernel.panel_streams * far;
   Numbers numbers;
-  for (const int64_t n : {0, 1, 16, 100, 2100}) {
+  for (const int64_t n : {0, 1, 16, 100, 519, 2100}) {
     const auto x = numbers.vector<float>(kRows * n);
     std::vector<W> weight(all * n);
     for (W& value : weight) value = W(float(numbers.next() * (sizeof(W) == 1 ? 127 : 1)));
@@ -80,7 +80,7 @@ void check_panels(const cpu::Kernel& kernel, const char* name) {
       }
     }
     bool is_equal = true;
-    for (int64_t rows = 1; rows <= kRows; rows += n > 100 ? 21 : 1) {
+    for (int64_t rows = 1; rows <= kRows; rows += n > 1000 ? 21 : 1) {
       if (kernel.pack) kernel.pack(x.data(), rows, n, stride, prepared.data());
       const float* const values = kernel.prepare || kernel.pack ? prepared.data() : x.data();
       for (const int64_t streams : {int64_t(1), kernel.panel_streams}) {
