@@ -170,26 +170,27 @@ class Session:
             log_probs=False,
             **wishes,
         )
-        return self._on_cache(lambda cache: self._continue(cache, *self._requests(asked)))
-
-    def _continue(self, cache: Cache, requests: list[Request], is_ragged: bool) -> Any:
         courses: list[Course] = []
         try:
-            courses = list(map(Course, requests))
-            continuation = Continuation(cache)
-            continuation.add(self._rows, courses)
-            while continuation.going:
-                continuation.run()
-            ids = [course.ids() for course in courses]
-            own = ids if is_ragged else [_stacked(ids)]
-            if not self._is_on_cpu:
-                with torch.inference_mode(False):  # the caller's own, as `logits`
-                    own = [tensor.to(self._device) for tensor in own]
-            return own if is_ragged else own[0]
+            return self._on_cache(lambda cache: self._continue(cache, courses, asked), courses)
         except BaseException as error:
-            nothing = [torch.empty(0, dtype=torch.long) for _ in requests]
+            nothing = [torch.empty(0, dtype=torch.long) for _ in range(self.batch_size)]
             error.ids = [course.ids() for course in courses] or nothing  # type: ignore[attr-defined]
             raise
+
+    def _continue(self, cache: Cache, courses: list[Course], asked: dict[str, Any]) -> Any:
+        requests, is_ragged = self._requests(asked)
+        courses[:] = map(Course, requests)
+        continuation = Continuation(cache)
+        continuation.add(self._rows, courses)
+        while continuation.going:
+            continuation.run()
+        ids = [course.ids() for course in courses]
+        own = ids if is_ragged else [_stacked(ids)]
+        if not self._is_on_cpu:
+            with torch.inference_mode(False):  # the caller's own, as `logits`
+                own = [tensor.to(self._device) for tensor in own]
+        return own if is_ragged else own[0]
 
     def _requests(self, wishes: dict[str, Any]) -> tuple[list[Request], bool]:
         """What is asked for, checked, and whether sequences may end at different lengths.
@@ -210,7 +211,7 @@ class Session:
         self._asked = kept, self._model.max_length, requests, is_ragged
         return requests, is_ragged
 
-    def _on_cache(self, call: Callable[[Cache], _T]) -> _T:
+    def _on_cache(self, call: Callable[[Cache], _T], courses: Sequence[Course] = ()) -> _T:
         """Call the cache, or another one where it cannot go on with what the model has become.
 
         A second thread is refused, whose calls would take bytes from those of the first.
@@ -224,8 +225,8 @@ class Session:
             try:
                 self._user = own
                 return call(self._cache)
-            except ChangedModelError as error:
-                if any(ids.numel() for ids in getattr(error, "ids", ())):
+            except ChangedModelError:
+                if any(course.ids().numel() for course in courses):
                     raise  # another cache would choose again what is chosen
                 self._change_cache()
                 return call(self._cache)
@@ -254,9 +255,9 @@ class Session:
     def fork(self) -> "Session":
         """An independent copy that goes on from here."""
         other = object.__new__(Session)
-        rows = self._cache.copy(self._rows)
         other._in_use = threading.RLock()
-        other._hold(self._model, self._device, self._weights, self._cache, rows)
+        own = self._model, self._device, self._weights
+        self._on_cache(lambda cache: other._hold(*own, cache, cache.copy(self._rows)))
         return other
 
     def __copy__(self) -> "Session":

@@ -197,7 +197,7 @@ def test_an_interrupt_before_any_line_tells_each_byte_once(wishes: dict[str, Any
 
 
 @pytest.mark.parametrize("call", [Session.logits, lambda session: session.generate(2)])
-def test_an_interrupt_at_any_moment_leaves_a_session_to_any_thread(call: Any) -> None:
+def test_an_interrupt_at_any_moment_loses_no_byte_and_no_session(call: Any) -> None:
     session = Session(model(transformer(), seq_lens=[60])).feed(prompts(2)[0])
     for number in itertools.count(1):
         fork = session.fork()
@@ -205,7 +205,9 @@ def test_an_interrupt_at_any_moment_leaves_a_session_to_any_thread(call: Any) ->
             with raised_after(number):
                 call(fork)
             break
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            told = getattr(error, "ids", [()])  # of none there is nothing to tell
+            assert len(told[0]) == fork.length - session.length
             with ThreadPoolExecutor(1) as other:
                 other.submit(fork.logits).result()
     assert number > 5

@@ -209,12 +209,13 @@ def test_a_call_while_another_thread_is_in_one_is_refused(m: MBLM) -> None:
 
     def call_elsewhere(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         assert session.logits().shape == (1, m.num_tokens)  # of this thread
-        for call in (session.logits, lambda: session.generate(1), lambda: session.feed(b"\x01")):
+        calls = session.logits, session.fork, lambda: session.generate(1)
+        for call in (*calls, lambda: session.feed(b"\x01")):
             with ThreadPoolExecutor(1) as other, pytest.raises(ValueError) as error:
                 other.submit(call).result()
             refused.append(str(error.value))
         return logits
 
     session.generate(1, logits_processor=call_elsewhere)
-    assert session.length == 2 and len(refused) == 3
+    assert session.length == 2 and len(refused) == 4
     assert all("in another thread's call" in words for words in refused)
