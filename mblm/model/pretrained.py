@@ -82,7 +82,7 @@ class PretrainedMixin:
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        map_location: str | torch.device = "cpu",
+        map_location: str | torch.device | None = "cpu",
         dtype: torch.dtype | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -171,7 +171,7 @@ def load_checkpoint(
     checkpoint: str | os.PathLike[str],
     *,
     config_file: str | os.PathLike[str] | None = None,
-    map_location: str | torch.device = "cpu",
+    map_location: str | torch.device | None = "cpu",
 ) -> Model:
     """Build a model as ``from_pretrained``, where a ``.pth`` file may lack its configuration.
 
