@@ -29,8 +29,9 @@ _ORDER = _CLOSING + _OTHER + _OPENING
 _MANY, _FEW = 16, 2
 # How many bytes lead to an end that is known.
 _BRIDGE = 3
-# After so much white space, nothing else is expected.
-_MAX_SPACES = 10_000
+# White space, and after how much of it nothing else is expected.
+_WHITE, _MAX_SPACES = b" \n\r\t", 64
+_VISIBLE = bytes(byte for byte in _ORDER if byte not in _WHITE)
 # The end is looked for so far away, then further.
 _REACHES = (32, 128, 512, 2048)
 
@@ -49,14 +50,22 @@ def may_follow(matcher: "LLMatcher", num_tokens: int) -> list[int]:
 
 
 def leads_on(matcher: "LLMatcher", byte: int, num_tokens: int) -> bool:
-    """Whether more than white space may follow a byte that may come, or nothing needs to."""
-    after = matcher.deep_copy()
-    after.consume_token(byte)
+    """Whether more than white space may follow a byte that may come, or nothing needs to.
+
+    Each is validated: a mask has llguidance look for forced text, and white space may be forced
+    without an end.
+    """
+    tokens, eos = [byte, 0], tokenizer().eos_token
     for _ in range(_MAX_SPACES):
-        ways = bytes(may_follow(after, num_tokens))
-        if after.is_accepting() or not ways.isspace():
-            return after.is_accepting() or ways != b""
-        after.consume_token(ways[0])
+        for tokens[-1] in (*_VISIBLE[:num_tokens], eos):
+            if matcher.validate_tokens(tokens) == len(tokens):
+                return True
+        for tokens[-1] in _WHITE:
+            if matcher.validate_tokens(tokens) == len(tokens):
+                break
+        else:
+            return False
+        tokens.append(0)
     return False
 
 

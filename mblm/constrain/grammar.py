@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from llguidance._lib import JsonCompileOptions
 
-# With so many bytes more than the end needs, one byte hardly ever takes it out of reach.
+# With so many bytes more than the end needs, one byte hardly ever takes it out of reach. But after
+# `patternProperties` whose names are all among `properties`, a comma may come that nothing follows,
+# or what is said to be in its place, for which an end is looked for at each byte.
 _MARGIN = 512
-# After `patternProperties` whose names are all among `properties`, one comes that nothing follows.
 _COMMA = ord(",")
+# With so few bytes more than an end needs, it is validated though it is known.
+_TIGHT = 64
 # Where these bytes may come and those complete it: per byte what completes it after that, or with
 # how many bytes left none was found.
 _Ways = dict[tuple[bytes, bytes], dict[int, bytes | int]]
@@ -63,7 +66,8 @@ class _Guided:
         """
         matcher, end = _start(self._grammar, check_integer("num_tokens", num_tokens))
         has_patterns = "patternProperties" in self._grammar
-        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens, has_patterns)
+        margin = sys.maxsize if has_patterns and "item_separator" in self._grammar else _MARGIN
+        return lambda: _RowGuide(matcher.deep_copy(), end, num_tokens, has_patterns, margin)
 
 
 class JsonSchema(_Guided):
@@ -130,13 +134,19 @@ class _RowGuide:
         end: Bytes that complete it; None if not found.
         num_tokens: V.
         has_patterns: A comma may come that nothing follows.
+        margin: With so many bytes more than the end needs, any that may come leaves it in reach.
     """
 
     def __init__(
-        self, matcher: "LLMatcher", end: bytes | None, num_tokens: int, has_patterns: bool
+        self,
+        matcher: "LLMatcher",
+        end: bytes | None,
+        num_tokens: int,
+        has_patterns: bool,
+        margin: int,
     ) -> None:
         self._matcher, self._end, self._num_tokens = matcher, end, num_tokens
-        self._has_patterns = has_patterns
+        self._has_patterns, self._margin = has_patterns, margin
         self._look_at = sys.maxsize  # with so many bytes left or fewer
         # What completes it after each token that may come, since the end is near.
         self._end_by_token: dict[int, bytes] = {}
@@ -182,7 +192,7 @@ class _RowGuide:
         if self._end is None:
             self._look_at = left // 2
             return tokens
-        spare = left - len(self._end) - _MARGIN
+        spare = left - len(self._end) - self._margin
         if spare > 0 and self._num_tokens >= BYTES:
             # An end is a byte nearer with each byte, and may go as far away.
             self._look_at = left - spare // 2 - 1
@@ -193,6 +203,9 @@ class _RowGuide:
         found: dict[bytes, bytes | None] = {}
         for token in tokens:
             end = ends.get(token, 0)
+            # Elsewhere the same may come, and another end. With room, that shows before it is late.
+            if isinstance(end, bytes) and left - len(end) <= _TIGHT:
+                end = end if completes(self._matcher, bytes([token]), end) else 0
             if len(end) >= left if isinstance(end, bytes) else end < left:
                 new = self._end_after(token, left - 1, found)
                 end = left if new is None else new

@@ -213,6 +213,32 @@ def test_a_comma_does_not_come_where_no_name_is_left(max_spaces: int, left: int)
     assert set(allowed(state, left)) - set(b" \t\r\n0123456789") == set(b"}")
 
 
+@pytest.mark.parametrize("left", [40, 10_000])
+@pytest.mark.parametrize("of", [{"item_separator": ";"}, {"whitespace_pattern": " *"}])
+def test_nothing_comes_after_which_only_white_space_does(of: dict[str, str], left: int) -> None:
+    """Whatever separates members, and where white space is forced without an end."""
+    schema = {
+        "x-guidance": of,
+        "properties": {"a": {"type": "integer"}},
+        "patternProperties": {"^a$": {}},
+        "additionalProperties": False,
+        "type": "object",
+    }
+    state = follow(Grammar(f"start: %json {json.dumps(schema)}"), b'{"a":12', left)
+    assert set(allowed(state, left)) - set(b" \t\r\n0123456789") == set(b"}")
+
+
+def test_an_end_that_is_known_from_elsewhere_is_validated() -> None:
+    """After some names a number completes it, after others not, though the same may come."""
+    schema = {
+        "patternProperties": {"^b$": {"type": "integer"}},
+        "additionalProperties": {"type": "boolean"},
+        "type": "object",
+    }
+    for seed in range(8):
+        assert walk(JsonSchema(schema), 20, seed)[1].accepts()
+
+
 def test_a_comma_comes_where_white_space_has_to_follow() -> None:
     schema = {"patternProperties": {"^a$": {"pattern": "^,  b$"}}, "type": "object"}
     assert allowed(follow(JsonSchema(schema), b'{"a":"')) == b","
@@ -226,7 +252,7 @@ def test_what_llguidance_gives_up_is_no_match(asked: str) -> None:
     limits = LLParserLimits(step_max_items=1)
     lark = LLMatcher.grammar_from_lark("start: /[a-z]*/")
     matcher = LLMatcher(tokenizer(), lark, log_level=0, limits=limits)
-    state = _RowGuide(matcher, None, 257, False)
+    state = _RowGuide(matcher, None, 257, False, 512)
     state.take(ord("a"))
     assert state.accepts()
     with pytest.raises(ValueError, match=r"constraint: .*Too many items"):
