@@ -66,7 +66,7 @@ def read_curves(run: str | os.PathLike[str]) -> Curves:
     curves = Curves(file.absolute().parent.name if is_runs else file.stem)
     text = file.read_text(encoding="utf-8", errors="replace")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a row may be half written
-    found = set(rows.fieldnames or COLUMNS)  # nothing stands in it yet
+    found = set(rows.fieldnames or (() if text else COLUMNS))  # nothing stands in it yet
     if is_timed := "seconds" in found:  # metrics, which need no clock
         found.add("timestamp")
     if missing := COLUMNS - found:
